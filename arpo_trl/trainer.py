@@ -1,0 +1,263 @@
+"""The places in which TRL's `SFTTrainer` is changed, each with its reason."""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.trainer_callback import ExportableState, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from .checkpoints import RunFailed, marked_in_progress, require_free_space
+
+TILE_POSITIONS = 512
+"""Labelled positions scored at once: 512 x 151,936 float32 logits are 311 MB."""
+
+
+class ArpoTrainer(SFTTrainer):
+    """`SFTTrainer` whose checkpoints are whole or marked, whose runs resume exactly, and which stops at a NaN.
+
+    Args:
+        rows: The rows behind the training batches, with columns `input_ids` and `source` ("file:line"), to name the
+            rows of a batch that fails. With packing these are the rows before packing.
+        on_save_error: "stop" ends the run when a checkpoint cannot be written, "continue" goes on without it.
+        **kwargs: As `trl.SFTTrainer`.
+    """
+
+    def __init__(self, *, rows: Dataset | None = None, on_save_error: str = "stop", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rows = rows
+        self.on_save_error = on_save_error
+        self.trained_tokens = 0
+        self._window: list[dict[str, Tensor]] = []
+        self._checkpoint_bytes = 0
+        # Trainer would replace a NaN loss by the running average and log 0: the step below raises instead.
+        self.args.logging_nan_inf_filter = False
+        self.add_callback(_LogState(self))
+        if self.accelerator.device.type not in ("cuda", "xpu"):
+            model = self.accelerator.unwrap_model(self.model)
+            score_labelled_positions_only(model.get_base_model() if hasattr(model, "get_base_model") else model)
+
+    # --- a step ---
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One forward and backward; a loss that is not finite or a device without memory ends the run by name."""
+        self._window.append(inputs)
+        try:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise RunFailed(self._out_of_memory(inputs)) from error
+            raise
+        if not torch.isfinite(loss):
+            raise RunFailed(self._not_finite("loss", float(loss)))
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # Under float16 the scaler meets infinite gradients by design: it skips the step and lowers its scale.
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+            raise RunFailed(self._not_finite("gradient", float(norm)))
+        labels = [batch["labels"][..., 1:] for batch in self._window if "labels" in batch]
+        counted = sum((label != -100).sum() for label in labels)
+        if isinstance(counted, Tensor):
+            self.trained_tokens += int(self.accelerator.reduce(counted.to(self.accelerator.device)))
+        self._window.clear()
+        return norm
+
+    def _not_finite(self, what: str, value: float) -> str:
+        sources = ", ".join(self._sources_in_window()) or "unknown"
+        return (
+            f"step {self.state.global_step + 1}: the {what} is {value}; nothing of this step was saved. "
+            f"Rows in its batch: {sources}. Lower learning_rate, use bf16 instead of fp16, or look at these rows"
+        )
+
+    def _out_of_memory(self, inputs: dict[str, Any]) -> str:
+        shape = " x ".join(str(n) for n in inputs["input_ids"].shape)
+        free = ["cutoff_len"] if self.args.per_device_train_batch_size == 1 else []
+        if self.args.per_device_train_batch_size > 1:
+            free = ["per_device_train_batch_size (raise gradient_accumulation_steps to match: same run)", "cutoff_len"]
+        if not self.args.gradient_checkpointing:
+            free.insert(0, "gradient_checkpointing: true (about 20 % slower, same run)")
+        free.append("finetuning_type: lora")
+        return (
+            f"step {self.state.global_step + 1}: out of memory on {self.accelerator.device} with a batch of {shape} "
+            f"tokens. In order of what it costs, change: {'; '.join(free)}"
+        )
+
+    def _sources_in_window(self) -> list[str]:
+        """`file:line` of each row in the batches of this step, found by its tokens: columns do not reach the model."""
+        if self.rows is None or "source" not in self.rows.column_names:
+            return []
+        wanted = {tuple(row) for batch in self._window for row in _split_rows(batch)}
+        return [row["source"] for row in self.rows if tuple(row["input_ids"]) in wanted]
+
+    # --- a checkpoint ---
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint that is marked until it is whole, and only then rotate the older ones away."""
+        output_dir = Path(self.args.output_dir)
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if self.is_world_process_zero():
+                require_free_space(output_dir, self._checkpoint_bytes, "a checkpoint")
+            with marked_in_progress(folder, self.is_world_process_zero()):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # every process writes its own rng_state
+        except (OSError, RuntimeError, RunFailed) as error:
+            self._save_failed(folder, error)
+            return
+        finally:
+            self.args.save_total_limit = keep
+        if self.is_world_process_zero():
+            self._checkpoint_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            rotate_checkpoints(
+                output_dir=str(output_dir),
+                save_total_limit=keep,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _save_failed(self, folder: Path, error: Exception) -> None:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if not full and isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+            full = True  # torch.save reports a short write as "unexpected pos 11840 vs 11732"
+        reason = str(error) if isinstance(error, RunFailed) else f"disk full ({error})" if full else str(error)
+        message = f"{folder} could not be saved: {reason}"
+        if self.on_save_error == "continue":
+            print(f"{message}; the run goes on without it (on_save_error: continue)", flush=True)
+            return
+        raise RunFailed(f"{message}. The last whole checkpoint is untouched; the same command goes on from it") from error
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL writes one into every checkpoint, with base model None for a local path; `train` writes one at the end."""
+
+    def save_final_model(self, dtype: torch.dtype | None) -> None:
+        """Save the model and tokenizer at the root of `output_dir`, the weights in `dtype` (None: as trained)."""
+        if dtype is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.accelerator.unwrap_model(self.model).to(dtype)
+        self.save_model()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is a device's, or the CPU allocator's, refusal of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _split_rows(batch: dict[str, Tensor]) -> list[list[int]]:
+    """The token ids of each row in a batch: padded (with an attention mask) or laid end to end (position_ids)."""
+    ids = batch["input_ids"].cpu()
+    if "attention_mask" in batch:
+        return [row[mask.bool()].tolist() for row, mask in zip(ids, batch["attention_mask"].cpu(), strict=True)]
+    starts = (batch["position_ids"][0].cpu() == 0).nonzero().flatten().tolist()
+    return [ids[0, a:b].tolist() for a, b in zip(starts, [*starts[1:], ids.size(1)], strict=True)]
+
+
+# --- the loss ---
+
+
+def score_labelled_positions_only(model: PreTrainedModel) -> None:
+    """Project only the positions that carry a label, in tiles, with a plain log-softmax.
+
+    On devices without Triton, TRL's fused head projects every position and walks the logits in several float32
+    passes (trl 1.16, trl/trainer/utils.py: `compact = _use_triton(...)`). The loss is the same to float rounding. To
+    be dropped when TRL scores labelled positions everywhere.
+
+    The forward of a model with scaled or soft-capped logits, or with experts, is left to TRL.
+    """
+    config = model.config.get_text_config()
+    scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    if any(getattr(config, name, None) for name in scales) or hasattr(config, "output_router_logits"):
+        return
+    trl_forward = model.forward
+
+    def forward(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if not fused_lm_head or labels is None or "shift_labels" in kwargs:
+            return trl_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        kwargs["use_cache"] = False
+        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        labels = labels[:, 1:]
+        mask = labels != -100
+        scores = score_tokens(hidden[mask], labels[mask], model.get_output_embeddings())
+        log_probs, entropy, is_top1 = (s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores)
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+
+    model.forward = forward
+
+
+def score_tokens(hidden: Tensor, labels: Tensor, head: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each label, entropy of its distribution, and whether it is the most likely token.
+
+    Args:
+        hidden: Shape (tokens, hidden_size).
+        labels: Shape (tokens,).
+        head: The output projection, hidden_size -> vocabulary.
+
+    Returns:
+        Three float32 tensors of shape (tokens,); only the first carries a gradient.
+    """
+    tiles = list(zip(hidden.split(TILE_POSITIONS), labels.split(TILE_POSITIONS), strict=True))
+    # One tile keeps its logits for the backward pass; of several, each is computed again there.
+    score: Callable[..., Any] = _score_tile if len(tiles) == 1 else _score_tile_again_in_backward
+    return tuple(torch.cat(parts) for parts in zip(*(score(h, y, head) for h, y in tiles), strict=True))  # type: ignore[return-value]
+
+
+def _score_tile_again_in_backward(hidden: Tensor, labels: Tensor, head: nn.Module) -> Any:
+    return checkpoint(_score_tile, hidden, labels, head, use_reentrant=False, preserve_rng_state=False)
+
+
+def _score_tile(hidden: Tensor, labels: Tensor, head: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    log_softmax = torch.log_softmax(head(hidden).float(), dim=-1)
+    log_probs = log_softmax.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(log_softmax.exp().mul_(log_softmax)).sum(-1)
+        is_top1 = (log_softmax.argmax(-1) == labels).float()
+    return log_probs, entropy, is_top1
+
+
+# --- what Trainer forgets when a run is resumed ---
+
+
+class _LogState(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Carries the half-finished log line and the token counts through a checkpoint.
+
+    Trainer starts its loss average, and TRL its token count, at zero on resume; a log line that spans a checkpoint
+    would then differ from that of a run that never stopped.
+    """
+
+    def __init__(self, trainer: ArpoTrainer) -> None:
+        self.trainer = trainer
+
+    def state(self) -> dict[str, Any]:
+        trainer = self.trainer
+        if not hasattr(trainer, "_tr_loss"):  # Trainer asks once before training begins
+            return {}
+        return {
+            "loss_sum": float(trainer._tr_loss),
+            "last_logged": trainer._globalstep_last_logged,
+            "metrics": dict(trainer._metrics["train"]),
+            "seen_tokens": trainer._total_train_tokens,
+            "trained_tokens": trainer.trained_tokens,
+        }
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A checkpoint that LLaMA-Factory or TRL wrote has no entry; Trainer's next save needs one to write into.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
+        if not saved:
+            return
+        trainer = self.trainer
+        trainer._tr_loss += saved["loss_sum"]
+        trainer._globalstep_last_logged = saved["last_logged"]
+        trainer._metrics["train"].update({key: list(values) for key, values in saved["metrics"].items()})
+        trainer._total_train_tokens = saved["seen_tokens"]
+        trainer.trained_tokens = saved["trained_tokens"]
