@@ -1,0 +1,105 @@
+"""One step on the longest batches before step 1, so that a run which would die at hour 3 dies in minute 1.
+
+Nothing of it stays: no gradient, no optimizer state, no random number drawn, no count in the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from .callbacks import format_seconds, peak_memory
+from .trainer import ArpoTrainer
+
+
+class Preflight(TrainerCallback):  # type: ignore[misc]
+    """Runs forward and backward on the longest training rows, and forward on the longest eval rows.
+
+    A batch is filled with the longest rows, so it is at least as large as any that the sampler can draw. Where there
+    is a GPU, memory for the optimizer's state is held meanwhile. Skipped under DeepSpeed, whose engine counts each
+    backward as a step.
+    """
+
+    def __init__(self, trainer: ArpoTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled or not isinstance(trainer.train_dataset, Dataset):
+            return
+        batch, tokens_a_row = longest_batch(trainer.train_dataset, args.per_device_train_batch_size)
+        with untouched(trainer), _optimizer_memory(trainer):
+            began = time.monotonic()
+            inputs = trainer.data_collator(batch)
+            trainer.training_step(trainer.model_wrapped, inputs, (inputs["labels"][:, 1:] != -100).sum())
+            seconds = time.monotonic() - began
+            peak = peak_memory()
+        evals = trainer.eval_dataset
+        for dataset in evals.values() if isinstance(evals, dict) else [evals] if evals else []:
+            with untouched(trainer):
+                inputs = trainer.data_collator(longest_batch(dataset, args.per_device_eval_batch_size)[0])
+                trainer.model.eval()
+                trainer.prediction_step(trainer.model_wrapped, inputs, prediction_loss_only=True)
+        if not state.is_world_process_zero:
+            return
+        tokens = sum(len(row["input_ids"]) for row in batch)
+        steps = state.max_steps - state.global_step
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        expected = seconds / tokens * tokens_a_row * rows * steps
+        print(
+            f"checked  the longest batch ({tokens:,} tokens) fits: {peak / 1e9:.2f} GB at its peak; "
+            f"{steps:,} steps take about {format_seconds(expected)}",
+            flush=True,
+        )
+
+
+def longest_batch(dataset: Dataset, size: int) -> tuple[list[dict[str, Any]], float]:
+    """The `size` longest rows, ready for the collator, and the mean length of all rows in tokens."""
+    tables = dataset.select_columns("input_ids").with_format("arrow").iter(1000)
+    lengths = np.concatenate([pc.list_value_length(t["input_ids"]).to_numpy() for t in tables])
+    rows = dataset.select(np.argsort(lengths, kind="stable")[-size:])
+    names = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
+    return list(rows.select_columns(names)), float(lengths.mean())
+
+
+@contextlib.contextmanager
+def untouched(trainer: ArpoTrainer) -> Iterator[None]:
+    """Put back, after the block, all that a step changes: random states, gradients, counts and metrics."""
+    rng = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    rng_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    seen, trained, metrics = trainer._total_train_tokens, trainer.trained_tokens, copy.deepcopy(trainer._metrics)
+    sync, training = trainer.accelerator.gradient_state.sync_gradients, trainer.model.training
+    try:
+        yield
+    finally:
+        trainer.model_wrapped.zero_grad()
+        trainer.model.train(training)
+        trainer._window.clear()
+        trainer._total_train_tokens, trainer.trained_tokens, trainer._metrics = seen, trained, metrics
+        trainer.accelerator.gradient_state._set_sync_gradients(sync)
+        random.setstate(rng[0])
+        np.random.set_state(rng[1])
+        torch.set_rng_state(rng[2])
+        if rng_cuda:
+            torch.cuda.set_rng_state_all(rng_cuda)
+
+
+@contextlib.contextmanager
+def _optimizer_memory(trainer: ArpoTrainer) -> Iterator[None]:
+    """Hold on the GPU what AdamW will allocate at the first step: two moments the size of each trained weight."""
+    held = []
+    if trainer.accelerator.device.type == "cuda":
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        held = [torch.empty_like(p) for p in trained for _ in range(2)]
+    yield
+    held.clear()
