@@ -1,0 +1,164 @@
+"""Messages -> input_ids and labels: the law of the loss. Pure functions over a `render` and a `tokenize`.
+
+Loss falls on exactly what the model would have to generate: each assistant turn's text after the generation prompt, up
+to and including its end-of-turn token and the newline that the template writes after it. All else carries -100.
+
+The chat template is rendered up to each generation prompt and up to each reply's end; the pieces between are the
+segments. Each segment is tokenised alone: as one string, "assistant\\n" + "\\nhello" would merge into a single "\\n\\n"
+token, which the model never sees at inference.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from jinja2 import TemplateError
+
+from arpo_trl.messages import Conversation, Message, RowError
+
+IGNORED = -100
+
+
+class Render(Protocol):
+    """The chat template's text. Raises jinja2.TemplateError for what the template refuses."""
+
+    def __call__(self, messages: list[Message], tools: list[dict[str, object]] | None, prompt: bool) -> str: ...
+
+
+class Segment(NamedTuple):
+    text: str
+    reply: bool
+    trained: bool
+
+
+@dataclass
+class Example:
+    """`cut`: tokens lost to the cutoff. `lost_answer`: no token of the last reply is left."""
+
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    cut: int = 0
+    lost_answer: bool = False
+
+
+@dataclass(frozen=True)
+class Law:
+    """What carries loss, and where a row ends: the recipe's keys of the same names."""
+
+    cutoff_len: int
+    mask_history: bool = False
+    train_on_prompt: bool = False
+    truncation_mode: str = "keep_start"
+
+
+def to_segments(conversation: Conversation, render: Render, law: Law, generation_prompt: str) -> list[Segment]:
+    """The rendered conversation in pieces that alternate between context and reply, the last being a reply.
+
+    Messages after the last reply are left out: nothing that follows could be learnt from them.
+
+    Raises:
+        RowError: if the template refuses the conversation, rewrites what it rendered before, or leaves text out.
+    """
+    messages, tools = conversation.messages, conversation.tools
+    replies = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
+    segments: list[Segment] = []
+    done = ""
+    try:
+        for position in replies:
+            until_reply = render(messages[: position + 1], tools, False)
+            if position:
+                until_prompt = render(messages[:position], tools, True)
+            else:  # Most templates look at the first message, and there is none before this reply.
+                until_prompt = until_reply[: until_reply.find(generation_prompt)] + generation_prompt
+            if not until_prompt.startswith(done):
+                raise RowError("the template rewrites an earlier turn once later ones follow")
+            if not until_reply.startswith(until_prompt):
+                raise RowError("the template writes the reply other than its generation prompt begins it")
+            trained = not (position in conversation.silent or (law.mask_history and position != replies[-1]))
+            segments.append(Segment(until_prompt[len(done) :], False, law.train_on_prompt))
+            segments.append(Segment(until_reply[len(until_prompt) :], True, trained or law.train_on_prompt))
+            done = until_reply
+    except (TemplateError, TypeError) as error:
+        raise RowError(f"the template refuses it: {error}") from None
+    _check_complete(messages[: replies[-1] + 1], segments)
+    try:
+        done.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError("not UTF-8: the text holds half a surrogate pair, which no tokenizer takes") from None
+    return segments
+
+
+def _check_complete(messages: Sequence[Message], segments: Sequence[Segment]) -> None:
+    """Templates made for chat alone pass over tools and reasoning without a word; those rows would teach nothing."""
+    pairs = iter(segments)
+    context = next(pairs).text
+    for message in messages:
+        text = context
+        if message["role"] == "assistant":
+            text = next(pairs).text
+            context = next(pairs, Segment("", False, False)).text
+        pieces = (message["content"] + "</think>" + message.get("reasoning_content", "")).split("</think>")
+        pieces = [part for piece in pieces for part in piece.split("<think>")]
+        pieces += [call["function"]["name"] for call in message.get("tool_calls", ())]
+        for piece in pieces:
+            if piece.strip() not in text:
+                raise RowError(
+                    f"the template leaves out part of a message from {message['role']}: {piece.strip()[:40]!r}"
+                )
+
+
+def encode(
+    rows: Sequence[Sequence[Segment]], tokenize: Callable[[list[str]], Iterable[list[int]]], law: Law
+) -> list[Example]:
+    """Tokenise all segments of a batch of rows in one call, join each row's and cut it to the cutoff."""
+    tokens = iter(tokenize([segment.text for row in rows for segment in row]))
+    examples = []
+    for row in rows:
+        pieces = [next(tokens) for _ in row]
+        lengths = [len(piece) for piece in pieces]
+        if law.truncation_mode == "llamafactory":
+            kept = proportional_cut(lengths, law.cutoff_len, from_the_end=law.mask_history)
+        else:
+            kept = keep_start(lengths, law.cutoff_len)
+        example = Example(cut=sum(lengths) - sum(kept), lost_answer=not kept[-1])
+        for segment, piece, length in zip(row, pieces, kept, strict=True):
+            piece = piece if length == len(piece) else piece[:length]
+            example.input_ids += piece
+            example.labels += piece if segment.trained else [IGNORED] * length
+        examples.append(example)
+    return examples
+
+
+def keep_start(lengths: Sequence[int], cutoff_len: int) -> list[int]:
+    """A plain cut: what is kept is always a true prefix of the conversation."""
+    kept = []
+    for length in lengths:
+        kept.append(min(length, cutoff_len))
+        cutoff_len -= kept[-1]
+    return kept
+
+
+def proportional_cut(lengths: Sequence[int], cutoff_len: int, from_the_end: bool = False) -> list[int]:
+    """LLaMA-Factory's cut, pair by pair (context, reply), as version 0.9.5 behaves.
+
+    Each pair is offered what the pairs before it left over. A reply shorter than half of that is kept whole; a longer
+    one may fill what a context shorter than half leaves; if both are long they share in proportion. The context has the
+    rest. Both are cut at their ends. When nothing is left, later pairs are dropped. With mask_history the pairs are
+    taken from the last to the first.
+    """
+    kept = [0] * len(lengths)
+    starts = range(0, len(lengths), 2)
+    for at in reversed(starts) if from_the_end else starts:
+        if cutoff_len <= 0:
+            break
+        context, reply = lengths[at], lengths[at + 1]
+        if reply * 2 < cutoff_len:
+            most = cutoff_len
+        elif context * 2 < cutoff_len:
+            most = cutoff_len - context
+        else:
+            most = int(cutoff_len * reply / (context + reply))
+        kept[at + 1] = min(most, reply)
+        kept[at] = min(max(cutoff_len - kept[at + 1], 0), context)
+        cutoff_len -= kept[at] + kept[at + 1]
+    return kept

@@ -1,0 +1,232 @@
+"""Files -> rows, one at a time, each with the line it stands on. No row passes through Arrow unless its file is Arrow.
+
+Arrow would give every object the keys of all others, filled with nulls, and would name a broken line by its own count.
+A file of any size is read in a bounded amount of memory.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from arpo_trl.messages import RowError
+from arpo_trl.registry import DatasetError
+
+CHUNK = 1 << 20
+LONGEST_ROW = 64 << 20
+
+
+class Row(NamedTuple):
+    """`value` is the reason where the row could not even be read."""
+
+    place: str
+    value: Any | RowError
+
+
+def find_files(path: Path) -> list[Path]:
+    """The file, or a folder's files that can be read, by name.
+
+    Raises:
+        DatasetError: if there is none.
+    """
+    kinds = ", ".join(READERS)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)
+        if not files:
+            raise DatasetError(f"{path}: expected files of kind {kinds} in the folder, found none")
+        return files
+    if not path.is_file():
+        raise DatasetError(f"{path}: no such file")
+    if path.suffix.lower() not in READERS:
+        raise DatasetError(f"{path}: expected a file of kind {kinds}, found {path.suffix or 'no suffix'}")
+    return [path]
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of one file, in its order.
+
+    Raises:
+        DatasetError: if the file can't be read past some place.
+    """
+    try:
+        for line, value in READERS[path.suffix.lower()](path):
+            yield Row(f"{path}:{line}", value)
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read ({error})") from None
+
+
+def read_hub(info_hub: str, **arguments: Any) -> tuple[str, Iterator[Row]]:
+    """A dataset of the Hugging Face hub (or a local folder in the hub's form): its fingerprint and its rows."""
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(info_hub, **arguments)
+    except Exception as error:  # load_dataset raises what its many backends raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DatasetError(f"{info_hub}: cannot be loaded from the hub ({reason[0][:200]})") from None
+    rows = (Row(f"{info_hub}:{number}", _without_nulls(row)) for number, row in enumerate(dataset, 1))
+    return str(dataset._fingerprint), rows
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, 1):
+            if line == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if not raw.strip():
+                continue
+            try:
+                yield line, json.loads(raw.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                yield line, RowError(f"not UTF-8 (byte {error.start + 1} of the line)")
+            except json.JSONDecodeError as error:
+                yield line, RowError(f"not JSON ({error.msg} at column {error.colno}): {_excerpt(raw)}")
+            except RecursionError:
+                yield line, RowError("not JSON that can be read (nested too deeply)")
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
+    """An array, element by element; a file that begins with an object is read as JSON lines.
+
+    Past a broken element nobody can say where the next one begins, so the file is refused there.
+    """
+    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    text, at, line = "", 0, 1
+
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+
+        def fill() -> bool:
+            nonlocal text, at
+            more = file.read(max(CHUNK, len(text) - at))
+            text, at = text[at:] + more, 0
+            return bool(more)
+
+        def peek() -> str:
+            nonlocal at, line
+            while True:
+                end = space.match(text, at).end()  # type: ignore[union-attr]
+                line += text.count("\n", at, end)
+                at = end
+                if at < len(text) or not fill():
+                    return text[at : at + 1]
+
+        def expected(what: str) -> DatasetError:
+            found = repr(text[at : at + 30]) if text[at:] else "the end of the file"
+            return DatasetError(f"{path}:{line}: not JSON (expected {what}, found {found})")
+
+        first = peek()
+        if first == "{":
+            yield from _read_jsonl(path)
+            return
+        if first not in ("[", ""):
+            raise expected("an array of rows")
+        opening = "["
+        while first:
+            if text[at] != opening:
+                raise expected("a comma or the end of the array")
+            at += 1
+            if peek() == "]" and opening == "[":
+                break
+            while True:
+                try:
+                    value, end = decoder.raw_decode(text, at)
+                    if end < len(text) or not fill():  # a number at the buffer's end may go on
+                        break
+                except json.JSONDecodeError as error:
+                    unfinished = error.pos > len(text) - 32 or error.msg.startswith("Unterminated string")
+                    if unfinished and len(text) - at < LONGEST_ROW and fill():
+                        continue
+                    broken = line + text.count("\n", at, error.pos)
+                    near = text[max(error.pos - 30, at) : error.pos + 30]
+                    reason = f"{path}:{broken}: not JSON ({error.msg} near {near!r}); the row begins at line {line}"
+                    raise DatasetError(
+                        f"{reason}. Nothing after it can be read: mend it, or store one row a line"
+                    ) from None
+            raw = text[at:end]
+            try:
+                raw.encode("utf-8")
+            except UnicodeEncodeError:
+                value = RowError("not UTF-8")
+            yield line, value
+            line += raw.count("\n")
+            at = end
+            if peek() == "]":
+                break
+            opening = ","
+        at += 1
+        if peek():
+            raise expected("nothing after the array")
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(LONGEST_ROW)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file)
+        while True:
+            line = reader.line_num + 1
+            try:
+                row: Any = next(reader, None)
+            except csv.Error as error:
+                yield line, RowError(f"not CSV ({error})")
+                continue
+            if row is None:
+                return
+            if None in row:
+                row = RowError(f"not CSV (more fields than the header's {len(reader.fieldnames or ())})")
+            yield line, row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow.parquet
+
+    yield from _read_batches(path, lambda: pyarrow.parquet.ParquetFile(path).iter_batches(256))
+
+
+def _read_arrow(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                reader = pyarrow.ipc.open_file(source)
+                yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+            except pyarrow.ArrowInvalid:
+                source.seek(0)
+                yield from pyarrow.ipc.open_stream(source)
+
+    yield from _read_batches(path, batches)
+
+
+def _read_batches(path: Path, batches: Callable[[], Iterator[Any]]) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+
+    number = 0
+    try:
+        for batch in batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, _without_nulls(row)
+    except pyarrow.ArrowException as error:
+        raise DatasetError(f"{path}:{number + 1}: cannot be read ({str(error).splitlines()[0][:200]})") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives an object a null for every key that only others have; they are no part of the row."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _excerpt(raw: bytes) -> str:
+    return repr(raw[:60].decode("utf-8", "replace").strip())
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}

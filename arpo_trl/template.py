@@ -1,0 +1,171 @@
+"""The tokenizer and its chat template: which one renders, where a turn ends, and the gate before the first step.
+
+`load_tokenizer` gives the tokenizer that is saved with the model: its chat template is the one inference needs. Training
+may have to render with another: a template that writes earlier turns differently once later ones follow (Qwen3 strips
+its thinking) can't be learnt from as it stands; TRL has a training form of the common ones.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from arpo_trl.encoding import Law, Render, to_segments
+from arpo_trl.messages import Conversation, Message, RowError
+from arpo_trl.recipe import Recipe, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ASK: Message = {"role": "user", "content": "a question"}
+REPLY: Message = {"role": "assistant", "content": "an answer"}
+CALL = {"type": "function", "function": {"name": "search", "arguments": {"query": "a word"}}}
+PROBES = (
+    [ASK, REPLY, ASK, REPLY],
+    [ASK, {**REPLY, "content": "<think>\na thought\n</think>\n\nan answer"}, ASK, REPLY],
+    [ASK, {**REPLY, "tool_calls": [CALL]}, {"role": "tool", "content": "found"}, REPLY, ASK, REPLY],
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How rows are rendered for training. `end_of_turn` is a token's id; `jinja` may be TRL's training form."""
+
+    jinja: str
+    render: Render
+    generation_prompt: str
+    end_of_turn: int | None
+    is_training_form: bool
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(self.jinja.encode()).hexdigest()
+
+
+def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer with the recipe's template, whose end-of-turn token becomes the eos token.
+
+    Raises:
+        RecipeError: if the model or the template isn't there, or no reply ends in a token of its own.
+    """
+    from transformers import AutoTokenizer
+
+    name = recipe.model_name_or_path
+    local = re.match(r"[./~]|[A-Za-z]:", name) or name.count("/") > 1 or Path(name).exists()
+    if local and not Path(name).is_dir():
+        raise RecipeError(f"model_name_or_path: {name}: no such folder")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name,
+            revision=recipe.model_revision,
+            cache_dir=recipe.cache_dir,
+            use_fast=recipe.use_fast_tokenizer,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(f"model_name_or_path: {name}: no tokenizer could be loaded from it ({reason})") from None
+    if recipe.add_tokens:
+        tokenizer.add_tokens(recipe.add_tokens)
+    if recipe.add_special_tokens:
+        tokenizer.add_tokens(recipe.add_special_tokens, special_tokens=True)
+    tokenizer.chat_template = _find_template(recipe.template, tokenizer)
+    end_of_turn = find_template(tokenizer).end_of_turn
+    if end_of_turn is None:
+        raise RecipeError(
+            f"template: {recipe.template or 'the one of the tokenizer'} ends no reply with a special token, so the model "
+            "could not learn to stop; use another template"
+        )
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_of_turn)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _find_template(template: str | None, tokenizer: "PreTrainedTokenizerBase") -> str:
+    shipped = {file.name.removesuffix(".jinja"): file for file in files("arpo_trl").joinpath("templates").iterdir()}
+    ways_out = f"omit it for the tokenizer's own, name a shipped one ({', '.join(sorted(shipped))}) or a .jinja file"
+    if template is None:
+        own = tokenizer.chat_template
+        if isinstance(own, dict):
+            own = own.get("default")
+        if not own:
+            raise RecipeError(f"template: omitted, and the tokenizer has no chat template; {ways_out}")
+        return str(own)
+    if template in shipped:
+        return shipped[template].read_text(encoding="utf-8")
+    path = Path(template)
+    if path.suffix != ".jinja":
+        raise RecipeError(f"template: {template}: no such template; {ways_out}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"template: {template}: cannot be read ({error})") from None
+
+
+def find_template(tokenizer: "PreTrainedTokenizerBase") -> Template:
+    """The template to render with in training: the tokenizer's own, or TRL's training form if that one rewrites turns."""
+    own = _describe(tokenizer, str(tokenizer.chat_template), is_training_form=False)
+    if not _faults(own):
+        return own
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        jinja = get_training_chat_template(tokenizer)
+    except ValueError:  # TRL knows no training form of it
+        return own
+    form = _describe(tokenizer, jinja or own.jinja, is_training_form=True)
+    return form if _faults(form) < _faults(own) else own
+
+
+def _describe(tokenizer: "PreTrainedTokenizerBase", jinja: str, is_training_form: bool) -> Template:
+    def render(messages: list[Message], tools: Any, prompt: bool) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=jinja, add_generation_prompt=prompt, tokenize=False
+            )
+        )
+
+    try:
+        with_prompt, without = render([ASK], None, True), render([ASK], None, False)
+    except (TemplateError, TypeError) as error:
+        raise RecipeError(f"template: cannot be rendered ({error})") from None
+    return Template(jinja, render, with_prompt[len(without) :], _end_of_turn(tokenizer, render), is_training_form)
+
+
+def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", render: Render) -> int | None:
+    """The first special token after a reply's text."""
+    after = render([ASK, REPLY], None, False).rpartition(REPLY["content"])[2]
+    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return next((token for token in ids if token in special), None)
+
+
+def _faults(template: Template) -> int:
+    """How many probes can be rendered but not cut into segments."""
+    faults = 0
+    for messages in PROBES:
+        try:
+            template.render(messages, None, False)
+        except TemplateError:
+            continue
+        try:
+            to_segments(Conversation(messages), template.render, Law(0), template.generation_prompt)
+        except RowError:
+            faults += 1
+    return faults
+
+
+def make_tokenize(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[str]], Iterable[list[int]]]:
+    """Texts -> token ids, without special tokens added; the Rust tokenizer takes all texts at once, in parallel."""
+    if not tokenizer.is_fast:
+        return lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return lambda texts: (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
