@@ -2,15 +2,13 @@
 
     recipe = read_recipe("recipes/qwen_toy.yaml", ["learning_rate=1e-5"])
 
-Every key has exactly one fate. A field of `Recipe` is read by our code (under TRL's name, under another name, or for
-ourselves); any other field of TRL's `SFTConfig` goes through in `recipe.trl`; `RENAMED`, `NO_EFFECT` and `REFUSED` say
-what becomes of the rest. A key that is in none of them is a typo. The defaults are LLaMA-Factory's where it has the key
-(the parameter of its `hparams` and of transformers 4), and are written here only.
+Every key has exactly one fate. A field of `Recipe` is read by our code; any other field of TRL's `SFTConfig` goes
+through in `recipe.trl`; `vocabulary` says what becomes of the rest, and a key that is nowhere is a typo. The defaults
+are LLaMA-Factory's (release 0.9) where it has the key, and are written here only.
 
 torch is not imported: a typo is answered in well under a second.
 """
 
-import ast
 import difflib
 import functools
 import importlib.util
@@ -18,12 +16,22 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+)
+
+from arpo_trl.vocabulary import HARMLESS, NO_EFFECT, REFUSED, RENAMED, sft_fields
 
 
 class RecipeError(Exception):
@@ -60,9 +68,9 @@ def _sft_only(value: Any) -> Any:
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_not_a_bool, json_schema_input_type=int)]
-Number = Annotated[float, BeforeValidator(_not_a_bool, json_schema_input_type=float), Field(allow_inf_nan=False)]
-Count = Annotated[Whole, Field(gt=0)]
+Whole = Annotated[int, BeforeValidator(_not_a_bool)]
+Number = Annotated[float, BeforeValidator(_not_a_bool), Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0), BeforeValidator(_not_a_bool)]
 Names = Annotated[list[str], BeforeValidator(_split, json_schema_input_type=str | list[str])]
 Numbers = Annotated[list[Number], BeforeValidator(_split, json_schema_input_type=float | str | list[float])]
 Trackers = Annotated[list[str], BeforeValidator(_nothing_to_report, json_schema_input_type=str | list[str])]
@@ -97,9 +105,6 @@ class ModelKeys(BaseModel):
     )
     enable_liger_kernel: bool = _key(False, "Patch the model with Liger's Triton kernels.", "use_liger_kernel")
     moe_aux_loss_coef: Number | None = _key(None, "Weight of a mixture's balancing loss.", "router_aux_loss_coef")
-    resize_vocab: bool = _key(False, "Resize the embedding to the tokenizer.", "resize_token_embeddings")
-    add_tokens: Names = _key([], "Ordinary tokens to add, with commas between them.", "tokenizer.add_tokens")
-    add_special_tokens: Names = _key([], "Special tokens to add, with commas between them.", "tokenizer.add_tokens")
     quantization_bit: Literal[4, 8] | None = _key(None, "Quantize the base model (LoRA only).", "load_in_4bit/8bit")
     quantization_method: Literal["bnb", "bitsandbytes"] = _key("bnb", "Who quantizes.", "BitsAndBytesConfig")
     quantization_type: Literal["nf4", "fp4"] = _key("nf4", "4-bit data type.", "bnb_4bit_quant_type")
@@ -148,7 +153,9 @@ class DatasetKeys(BaseModel):
 
     dataset: Names = _key([], "Names in dataset_info.json to train on, with commas between them.")
     dataset_dir: str = _key("data", "Folder of dataset_info.json; file names in it are relative to this folder.")
-    template: str | None = _key(None, "A shipped name (qwen), a path to a .jinja file, or omitted: the tokenizer's own.")
+    template: str | None = _key(
+        None, "A shipped name (qwen), a path to a .jinja file, or omitted: the tokenizer's own."
+    )
     default_system: str | None = _key(None, "System message for rows that have none.")
     cutoff_len: Count = _key(2048, "Longest row; what is beyond is cut.", "max_length with packing", "tokens")
     truncation_mode: Literal["keep_start", "llamafactory"] = _key(
@@ -175,7 +182,9 @@ class OutputKeys(BaseModel):
     model_config = _CONFIG
 
     output_dir: str = _key(..., "The run's folder: checkpoints, logs and the final model.")
-    overwrite_output_dir: bool = _key(False, "true: start over. false: go on with an unfinished run, refuse a finished one.")
+    overwrite_output_dir: bool = _key(
+        False, "true: start over. false: go on with an unfinished run, refuse a finished one."
+    )
     resume_from_checkpoint: bool | str | None = _key(None, "true: the newest whole checkpoint; or a path to one.")
     allow_changed_recipe: bool = _key(False, "Resume although keys that change the result differ.")
     logging_steps: Number = _key(500, "Steps between two log lines; below 1 a share of the run.", ge=0)
@@ -202,12 +211,16 @@ class TrainKeys(BaseModel):
     gradient_checkpointing: bool | Literal["auto"] = _key(
         True, "Recompute activations to save memory.", "activation_checkpointing"
     )
-    disable_gradient_checkpointing: bool = _key(False, "Keep activations: faster, more memory.", "activation_checkpointing")
+    disable_gradient_checkpointing: bool = _key(
+        False, "Keep activations: faster, more memory.", "activation_checkpointing"
+    )
     use_reentrant_gc: bool | None = _key(None, "Use torch's older checkpointing.", "activation_checkpointing_kwargs")
     disable_shuffling: bool = _key(False, "Take rows in their order.", "train_sampling_strategy: sequential")
     group_by_length: bool = _key(False, "Batch rows of like length.", "train_sampling_strategy: group_by_length")
     use_dft_loss: bool = _key(False, "Dynamic fine-tuning loss.", "loss_type: dft")
-    deepspeed: str | dict[str, Any] | None = _key(None, "DeepSpeed's JSON config; or use accelerate_configs/zero3.yaml.")
+    deepspeed: str | dict[str, Any] | None = _key(
+        None, "DeepSpeed's JSON config; or use accelerate_configs/zero3.yaml."
+    )
     seed: Whole = _key(42, "Seed of everything random.", ge=0)
     preflight: bool = _key(True, "Try the longest batch before the first step.")
 
@@ -249,95 +262,429 @@ class Recipe(EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKeys, ModelKeys
 
     def resolved(self) -> dict[str, Any]:
         """Every key as resolved, in plain YAML values; `read_recipe` reads it back to an equal recipe."""
-        return self.model_dump(mode="json") | self._trl
+        values = self.model_dump(mode="json") | self._trl
+        short = {key: int(value) for key, value in values.items() if isinstance(value, float) and value.is_integer()}
+        return values | short
+
+
+@functools.cache
+def _sft_type(name: str) -> TypeAdapter[Any]:
+    field = sft_fields()[name]
+    names = {"int": Whole, "float": Number, "Any": Any, "Literal": Literal, "DebugOption": str}
+    if field.choices:
+        kind: Any = Literal[field.choices]
+        kind = kind | None if "None" in field.annotation else kind
+    else:
+        kind = eval(field.annotation, names)  # the annotation is installed code, and names nothing else
+    return TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True))
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Other names for our keys: LLaMA-Factory's (or transformers') older names, and TRL's names for what we call otherwise.
-
-RENAMED = {
-    "activation_checkpointing": "gradient_checkpointing",
-    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
-    "chat_template_path": "template",
-    "dataset_num_proc": "preprocessing_num_workers",
-    "evaluation_strategy": "eval_strategy",
-    "no_cuda": "use_cpu",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "push_to_hub_model_id": "hub_model_id",
-    "router_aux_loss_coef": "moe_aux_loss_coef",
-    "use_liger_kernel": "enable_liger_kernel",
-}
+# One table of all keys: for messages, --help, KEYS.md and schema.json.
 
 
-def _each(keys: str, reason: str) -> dict[str, str]:
-    return dict.fromkeys(keys.split(), reason)
+class Key(NamedTuple):
+    group: str
+    schema: dict[str, Any]
+    default: Any
+    fate: str
+    help: str
 
 
-# Accepted, said once, and nothing else: what they ask for is so in any case, or is not about training.
-NO_EFFECT = (
-    _each(
-        "do_sample temperature top_p top_k num_beams max_new_tokens repetition_penalty length_penalty skip_special_tokens"
-        " eval_num_beams generation_max_length generation_num_beams generation_config infer_dtype use_kv_cache"
-        " offload_folder",
-        "generation happens after training, with the program that serves the model",
-    )
-    | _each(
-        "export_dir export_size export_device export_legacy_format export_hub_model_id",
-        "export is a step of its own: scripts/merge_lora.py",
-    )
-    | _each("data_shared_file_system", "output_dir is on a file system that every node sees")
-    | _each("include_effective_tokens_per_second include_tokens_per_second", "tokens per second are always logged")
-    | _each("save_safetensors", "weights are always saved as safetensors")
-    | _each("logging_dir", "TensorBoard's files go to output_dir/runs, or where TENSORBOARD_LOGGING_DIR says")
-    | _each("low_cpu_mem_usage", "transformers 5 always loads this way")
-    | _each("print_param_status", "the report at the start says how many weights are trained")
-    | _each("ignore_pad_token_for_loss", "padding never carries loss")
-    | _each("past_index ray_scope mp_parameters half_precision_backend fp16_backend fp16_opt_level torchdynamo"
-            " use_mps_device use_legacy_prediction_loop include_inputs_for_metrics sortish_sampler",
-            "transformers 5 has dropped it")
-)
+@functools.cache
+def keys() -> dict[str, Key]:
+    """Every key that a recipe can have with effect, in the order of the groups."""
+    table = {}
+    schemas = Recipe.model_json_schema()["properties"]
+    for group in (ModelKeys, MethodKeys, DatasetKeys, OutputKeys, TrainKeys, EvalKeys):
+        for name, field in group.model_fields.items():
+            schema = schemas[name]
+            same = "same" if name in sft_fields() else "ours"
+            fate = f"becomes {schema['to']}" if schema["to"] else same
+            default = ... if field.is_required() else field.default
+            table[name] = Key(group.__name__[:-4].lower(), schema, default, fate, field.description or "")
+    for name, sft in sft_fields().items():
+        if name not in table and not {name} & (RENAMED.keys() | NO_EFFECT.keys() | REFUSED.keys()):
+            table[name] = Key("trl", _sft_type(name).json_schema(), sft.default, "same", sft.help)
+    return table
 
-_SECRET = "it would be stored beside the model; run `hf auth login` instead"
-_LAUNCH = "the launcher decides it; use an accelerate config (accelerate_configs/)"
-_TEXT = "only text is trained here"
-_STAGE = "it belongs to a stage other than sft"
-_ENGINE = "it belongs to another engine; remove the line, or stay with LLaMA-Factory"
 
-# Refused, unless they are switched off (null, false, or the value in `_INERT`).
-REFUSED = (
-    _each("hf_hub_token hub_token push_to_hub_token ms_hub_token om_hub_token swanlab_api_key", _SECRET)
-    | _each("local_rank parallelism_config tpu_num_cores tpu_metrics_debug fsdp_min_num_params"
-            " fsdp_transformer_layer_cls_to_wrap", _LAUNCH)
-    | _each(
-        "media_dir image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels"
-        " video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate freeze_vision_tower"
-        " freeze_multi_modal_projector freeze_language_model image_resolution video_resolution visual_inputs",
-        _TEXT,
-    )
-)
+def in_words(schema: dict[str, Any], bounds: bool = False) -> str:
+    """A JSON Schema as a person would say it: `a whole number of tokens`."""
+    if "anyOf" in schema:
+        return " or ".join(
+            dict.fromkeys(in_words(part, bounds) for part in schema["anyOf"] if part != {"type": "null"})
+        )
+    if "enum" in schema:
+        return "one of " + ", ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return str(schema["const"]).lower()
+    kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+    kinds |= {"array": "a list", "object": "a mapping"}
+    words = kinds.get(schema.get("type", ""), "anything")
+    if schema.get("unit"):
+        words += f" of {schema['unit']}"
+    if bounds:
+        limits = {
+            "exclusiveMinimum": "above",
+            "minimum": "of at least",
+            "exclusiveMaximum": "below",
+            "maximum": "of at most",
+        }
+        words += " and".join(f" {said} {schema[limit]:g}" for limit, said in limits.items() if limit in schema)
+    return words
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading.
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: 7e-6 is a number; no, on and 2024-01-01 are text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+
+for _tag, _pattern in {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9][0-9_]*",
+    "float": r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
+_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in "null bool int float str seq map".split()}
+
+
+class _Given(NamedTuple):
+    value: Any
+    place: str  # "line 14" or "override"
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and `key=value` overrides.
+    """Read a recipe file, and `key=value` overrides by the same rules.
 
     Raises:
-        RecipeError: with every problem found, each with its line.
+        RecipeError: all problems at once, each with its line.
     """
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    for override in overrides:
-        key, _, text = override.partition("=")
-        values[key] = yaml.safe_load(text)
-    trl = {key: values.pop(key) for key in list(values) if key not in Recipe.model_fields}
-    recipe = Recipe(**{key: value for key, value in values.items() if value is not None})
-    recipe._path = Path(path)
-    recipe._trl = trl
+    path = Path(path)
+    problems: list[tuple[str, str]] = []
+    given = _in_file(path, problems) | _in_overrides(overrides, problems)
+    no_effect: dict[str, list[str]] = {}
+    for key, (value, place) in list(given.items()):
+        if key in keys():
+            continue
+        del given[key]
+        if key in RENAMED:
+            if RENAMED[key] in given:
+                problems.append((place, f"{key}: means {RENAMED[key]}, which is there too; keep one"))
+            given.setdefault(RENAMED[key], _Given(value, place))
+        elif key in NO_EFFECT:
+            no_effect.setdefault(NO_EFFECT[key], []).append(key)
+        elif key not in REFUSED:
+            problems.append((place, f"{key}: {_nearest(key)}"))
+        elif value is not None and value is not False and value != HARMLESS.get(key):
+            problems.append((place, f"{key}: {REFUSED[key]}"))
+    own: dict[str, Any] = {}
+    trl: dict[str, Any] = {}
+    for key, (value, place) in given.items():
+        if value is None and keys()[key].default in (None, []):
+            continue  # null is how LLaMA-Factory's recipes say nothing
+        if isinstance(value, str) and "${" in value:
+            problems.append(
+                (place, f"{key}: ${{...}} is not filled in here; write the value, or give {key}=... after the path")
+            )
+        elif key in Recipe.model_fields:
+            own[key] = _as_bool(key, value)
+        else:
+            try:
+                trl[key] = _sft_type(key).validate_python(_as_bool(key, value))
+            except ValidationError:
+                problems.append((place, _expected(key, value)))
+    try:
+        recipe = Recipe(**own)
+    except ValidationError as error:
+        for key, message in {str(e["loc"][0]): e.get("ctx", {}).get("error") for e in error.errors()}.items():
+            if key in own:
+                problems.append(
+                    (given[key].place, f"{key}: {message}" if str(message or "") else _expected(key, own[key]))
+                )
+            elif key not in given or given[key].value is None:
+                problems.append(("missing", f"{key}: every recipe needs it. {keys()[key].help}"))
+    else:
+        recipe._path, recipe._trl = path, trl
+        recipe._notices += [f"{path}: {', '.join(names)}: no effect; {why}" for why, names in no_effect.items()]
+        recipe = _resolve(recipe)
+        problems += [
+            (given[key].place if key in given else "missing", f"{key}: {why}") for key, why in _conflicts(recipe)
+        ]
+    if problems:
+        problems.sort(key=lambda problem: (problem[0][:4] != "line", len(problem[0]), problem[0]))
+        width = max(len(place) for place, _ in problems)
+        header = f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise RecipeError([header, *(f"  {place:<{width}}  {text}" for place, text in problems)])
     return recipe
 
 
+def _as_bool(key: str, value: Any) -> Any:
+    """Quoted booleans are booleans, also where text would do."""
+    if isinstance(value, str) and value.lower() in ("true", "false") and "boolean" in str(keys()[key].schema):
+        return value.lower() == "true"
+    return value
+
+
+def _expected(key: str, value: Any) -> str:
+    bounds = isinstance(value, int | float) and not isinstance(value, bool)
+    found = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return f"{key}: expected {in_words(keys()[key].schema, bounds)}, found {found}"
+
+
+def _nearest(key: str) -> str:
+    near = difflib.get_close_matches(key, [*keys(), *RENAMED], n=1)
+    return f"no such key; the nearest is {near[0]}" if near else "no such key; recipes/KEYS.md lists them"
+
+
+def _in_file(path: Path, problems: list[tuple[str, str]]) -> dict[str, _Given]:
+    """The keys of a recipe file with their lines; duplicates, tags and odd keys become problems."""
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{path}:{line}: not YAML ({error.problem or error.context})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: not YAML text in UTF-8 ({str(error).splitlines()[0]})") from None
+    except OSError as error:
+        folders = dict.fromkeys((path if path.is_dir() else path.parent, Path("recipes"), Path()))
+        found = dict.fromkeys(str(recipe) for folder in folders for recipe in _recipes(folder))
+        there = f"there are {', '.join(found)}" if found else "no recipe is near; recipes are .yaml files"
+        raise RecipeError(f"{path}: {error.strerror}; {there}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise RecipeError(f"{path}: expected lines of key: value, found {'nothing' if root is None else 'no key'}")
+    given: dict[str, _Given] = {}
+    first_lines: dict[str, str] = {}
+    for key_node, value_node in root.value:
+        place = f"line {key_node.start_mark.line + 1}"
+        key = str(key_node.value)
+        if key in first_lines:
+            problems.append((place, f"{key}: already on {first_lines[key]}; keep one"))
+            continue
+        first_lines[key] = place
+        if odd := next(_oddities(value_node), None):
+            problems.append((place, f"{key}: {odd}"))
+        else:
+            given[key] = _Given(loader.construct_object(value_node, deep=True), place)
+    return given
+
+
+def _oddities(node: yaml.Node) -> Iterator[str]:
+    """What a value may not hold: tags, which can run code, and a key twice."""
+    if node.tag not in _TAGS:
+        yield f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not read here; write a plain value"
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _oddities(item)
+    elif isinstance(node, yaml.MappingNode):
+        names = [str(key.value) for key, _ in node.value]
+        yield from (f"{name} is there twice; keep one" for name in names if names.count(name) > 1)
+        for _, item in node.value:
+            yield from _oddities(item)
+
+
+def _in_overrides(overrides: Sequence[str], problems: list[tuple[str, str]]) -> dict[str, _Given]:
+    given = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            problems.append(("override", f"{override}: expected key=value"))
+            continue
+        try:
+            loader = _Loader(text)
+            node = loader.get_single_node()
+            odd = next(_oddities(node), None) if node else None
+            value = loader.construct_document(node) if node and not odd else None
+        except yaml.YAMLError:
+            odd = f"{text!r} is not YAML; quote it"
+        if odd:
+            problems.append(("override", f"{key}: {odd}"))
+        else:
+            given[key] = _Given(value, "override")
+    return given
+
+
+def _resolve(recipe: Recipe) -> Recipe:
+    """Settle what keys decide about each other, and what this machine can't do but may do otherwise."""
+    say = recipe.notices.append
+    settled: dict[str, Any] = {"lora_alpha": recipe.lora_alpha or 2 * recipe.lora_rank}
+    if recipe.warmup_steps and recipe.warmup_ratio:
+        settled["warmup_ratio"] = 0.0
+        say(f"{recipe.path}: warmup_ratio: no effect; warmup_steps is there, and wins as in transformers 4")
+    if recipe.disable_gradient_checkpointing:
+        settled["gradient_checkpointing"] = False
+    if recipe.packing and not recipe.neat_packing:
+        say(f"{recipe.path}: packing: conversations in a packed row do not see each other (neat_packing: true)")
+    settled["packing"] = settled["neat_packing"] = recipe.packing or recipe.neat_packing
+    kernel = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}.get(recipe.flash_attn)
+    if kernel and importlib.util.find_spec(kernel) is None:
+        settled["flash_attn"] = "sdpa"
+        say(f"{recipe.path}: flash_attn: sdpa; {recipe.flash_attn} needs the package {kernel}, which is not installed")
+    if "wandb" in recipe.report_to and os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        settled["report_to"] = [tracker for tracker in recipe.report_to if tracker != "wandb"]
+        say(f"{recipe.path}: report_to: wandb is left out, since WANDB_DISABLED is set")
+    if recipe.pure_bf16:
+        say(f"{recipe.path}: pure_bf16: bfloat16 keeps 8 bits; at small learning rates most updates round to nothing")
+    return recipe.model_copy(update=settled)
+
+
+def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Keys that are right alone and wrong together, by the key whose line is named."""
+    r = recipe
+    full = r.finetuning_type == "full"
+    holds_out = r.val_size > 0
+    evaluates = r.do_eval or r.eval_strategy != "no"
+    watched = r.load_best_model_at_end or r.trl.get("metric_for_best_model")
+    shares = r.interleave_probs
+    wrong_share = f"expected one share for each of {len(r.dataset)} datasets, found {len(shares or [])}"
+    checks = [
+        (not r.do_train and not r.do_eval, "do_train", "nothing to do; set do_train: true"),
+        (r.do_train and not r.dataset, "dataset", "do_train needs at least one name of dataset_info.json"),
+        (holds_out and not r.dataset, "val_size", "holds out rows of dataset, which names none"),
+        (holds_out and r.eval_dataset, "val_size", "eval_dataset is there too; keep one"),
+        (r.val_size > 1 and r.val_size % 1, "val_size", f"expected a share or whole rows, found {r.val_size:g}"),
+        (
+            evaluates and not holds_out and not r.eval_dataset,
+            "do_eval" if r.do_eval else "eval_strategy",
+            "nothing to evaluate on; set eval_dataset or val_size",
+        ),
+        (
+            r.load_best_model_at_end and r.eval_strategy == "no",
+            "load_best_model_at_end",
+            "needs eval_strategy: steps or epoch",
+        ),
+        (
+            r.early_stopping_steps and (r.eval_strategy == "no" or not watched),
+            "early_stopping_steps",
+            "needs eval_strategy, and load_best_model_at_end or metric_for_best_model",
+        ),
+        (
+            shares and r.mix_strategy == "concat",
+            "interleave_probs",
+            "mix_strategy is concat; write interleave_under or interleave_over",
+        ),
+        (shares and len(shares) != len(r.dataset), "interleave_probs", wrong_share),
+        (r.streaming and r.trl.get("max_steps", -1) <= 0, "streaming", "its length is unknown; set max_steps"),
+        (r.streaming and r.max_samples, "max_samples", "does not go with streaming; set max_steps"),
+        (r.streaming and 0 < r.val_size < 1, "val_size", "with streaming, expected a whole number of rows"),
+        (r.streaming and r.packing, "packing", "does not go with streaming; remove one"),
+        (r.mask_history and r.train_on_prompt, "mask_history", "train_on_prompt asks for the opposite; keep one"),
+        (r.bf16 and r.fp16, "bf16", "fp16 is on too; keep one"),
+        (r.pure_bf16 and r.fp16, "pure_bf16", "fp16 is on too; keep one"),
+        (
+            r.global_batch_size and r.gradient_accumulation_steps != 1,
+            "global_batch_size",
+            "gradient_accumulation_steps follows from it; remove that line",
+        ),
+        (r.group_by_length and r.disable_shuffling, "group_by_length", "disable_shuffling is on too; keep one"),
+        (
+            "train_sampling_strategy" in r.trl and (r.group_by_length or r.disable_shuffling),
+            "train_sampling_strategy",
+            "group_by_length or disable_shuffling is on too; keep one",
+        ),
+        (r.create_new_adapter and not r.adapter_name_or_path, "create_new_adapter", "needs adapter_name_or_path"),
+        (full and r.quantization_bit, "quantization_bit", "a quantized model can't be trained whole; use lora"),
+        (r.quantization_bit and r.pissa_init, "pissa_init", "needs a model that is not quantized; remove one"),
+        (r.pissa_iter == 0, "pissa_iter", "expected a whole number above 0, or -1 for an exact SVD, found 0"),
+        (r.use_galore and r.use_apollo, "use_galore", "use_apollo is on too; keep one"),
+    ]
+    for key in ("adapter_name_or_path", "loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init"):
+        checks.append((full and getattr(r, key), key, "needs finetuning_type: lora"))
+    for key in ("use_galore", "use_apollo"):
+        checks.append((getattr(r, key) and not full, key, "needs finetuning_type: full"))
+        checks.append((getattr(r, key) and r.deepspeed, key, "does not go with deepspeed; remove one"))
+        checks.append((getattr(r, key) and "optim" in r.trl, key, "optim is there too; keep one"))
+    yield from ((key, why) for wrong, key, why in checks if wrong)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Help.
+
+
+_MAIN_KEYS = """model_name_or_path finetuning_type dataset dataset_dir template cutoff_len max_samples output_dir
+    overwrite_output_dir resume_from_checkpoint per_device_train_batch_size gradient_accumulation_steps learning_rate
+    num_train_epochs lr_scheduler_type warmup_ratio bf16 save_steps logging_steps report_to"""
+
+
 def usage() -> str:
-    return ""
+    """One screen: how to call it, the main keys, the exit codes."""
+    lines = [
+        "python -m arpo_trl RECIPE.yaml [key=value ...]              train",
+        "python -m arpo_trl --check RECIPE.yaml [key=value ...]      check recipe, data and template; train nothing",
+        "python -m arpo_trl --preview N RECIPE.yaml [key=value ...]  show N rows as tokens, with what is trained",
+        "python -m arpo_trl --help KEY                               explain one key (recipes/KEYS.md has them all)",
+        "python -m arpo_trl --list                                   list recipes and datasets found",
+        "On GPUs: accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m arpo_trl RECIPE.yaml",
+        "",
+        "The main keys (LLaMA-Factory's; every field of TRL's SFTConfig is a key too):",
+    ]
+    for name in _MAIN_KEYS.split():
+        default = "required" if keys()[name].default is ... else _plain(keys()[name].default)
+        lines.append(f"  {name:<28} {default:<9} {keys()[name].help.split('. ')[0].rstrip('.')}"[:119])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Exit codes: 0 done, 1 the run failed, 2 you can mend it before training, 130 Ctrl-C, 143 SIGTERM",
+        ]
+    )
 
 
 def explain_key(key: str) -> str:
-    return ""
+    """Type, default, fate and help of one key. Raises RecipeError naming the nearest if there is no such key."""
+    if key in RENAMED:
+        return f"{key}: another name for {RENAMED[key]}\n\n{explain_key(RENAMED[key])}"
+    if key in NO_EFFECT:
+        return f"{key}: accepted, no effect; {NO_EFFECT[key]}"
+    if key in REFUSED:
+        return f"{key}: refused; {REFUSED[key]}"
+    if key not in keys():
+        raise RecipeError(f"{key}: {_nearest(key)}")
+    group, schema, default, fate, help = keys()[key]
+    fate = {"same": "the field of that name in TRL's SFTConfig", "ours": "arpo_trl's own"}.get(fate, fate)
+    lines = [
+        f"{key}  ({group})",
+        f"  type     {in_words(schema, bounds=True)}",
+        f"  default  {'required' if default is ... else _plain(default)}",
+        f"  fate     {fate}",
+        f"  {help}",
+    ]
+    if group != "trl" and key in sft_fields():
+        lines.append(f"  TRL: {sft_fields()[key].help}")
+    return "\n".join(lines)
+
+
+def list_text(folder: Path = Path()) -> str:
+    """The recipes under `folder` and `folder/recipes`, and the datasets that dataset_info.json files there name."""
+    lines = []
+    for recipe in dict.fromkeys([*_recipes(folder / "recipes"), *_recipes(folder)]):
+        title = (line[1:].strip() for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+        lines.append(f"{recipe}  {next((line for line in title if line and '$schema' not in line), '')}".rstrip())
+    for info in (folder / place / "dataset_info.json" for place in ("recipes", "data", ".")):
+        try:
+            lines.append(f"{info}  {', '.join(json.loads(info.read_text(encoding='utf-8')))}")
+        except (OSError, ValueError):
+            continue  # --check says what is wrong with it
+    return "\n".join(lines) or f"no recipe and no dataset_info.json in {folder.resolve()}"
+
+
+def _recipes(folder: Path) -> list[Path]:
+    """The YAML files in a folder that name a model."""
+    files = sorted(folder.glob("*.yaml")) if folder.is_dir() else []
+    return [file for file in files if "\nmodel_name_or_path:" in file.read_text(encoding="utf-8", errors="replace")]
+
+
+def _plain(default: Any) -> str:
+    if default is None or default == []:
+        return "none"
+    if isinstance(default, list):
+        return ", ".join(default)
+    return str(default).lower() if isinstance(default, bool) else str(default)
