@@ -70,10 +70,6 @@ def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RecipeError(f"model_name_or_path: {name}: no tokenizer could be loaded from it ({reason})") from None
-    if recipe.add_tokens:
-        tokenizer.add_tokens(recipe.add_tokens)
-    if recipe.add_special_tokens:
-        tokenizer.add_tokens(recipe.add_special_tokens, special_tokens=True)
     tokenizer.chat_template = _find_template(recipe.template, tokenizer)
     end_of_turn = find_template(tokenizer).end_of_turn
     if end_of_turn is None:
