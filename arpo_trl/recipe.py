@@ -17,11 +17,10 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -105,6 +104,9 @@ class ModelKeys(BaseModel):
     )
     enable_liger_kernel: bool = _key(False, "Patch the model with Liger's Triton kernels.", "use_liger_kernel")
     moe_aux_loss_coef: Number | None = _key(None, "Weight of a mixture's balancing loss.", "router_aux_loss_coef")
+    add_tokens: Names = _key([], "Ordinary tokens to add, with commas between them.", "tokenizer.add_tokens")
+    add_special_tokens: Names = _key([], "Special tokens to add, with commas between them.", "tokenizer.add_tokens")
+    resize_vocab: bool = _key(False, "Resize the embedding to the tokenizer.", "resize_token_embeddings")
     quantization_bit: Literal[4, 8] | None = _key(None, "Quantize the base model (LoRA only).", "load_in_4bit/8bit")
     quantization_method: Literal["bnb", "bitsandbytes"] = _key("bnb", "Who quantizes.", "BitsAndBytesConfig")
     quantization_type: Literal["nf4", "fp4"] = _key("nf4", "4-bit data type.", "bnb_4bit_quant_type")
@@ -342,7 +344,7 @@ def in_words(schema: dict[str, Any], bounds: bool = False) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain values: 7e-6 is a number; no, on and 2024-01-01 are text."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 for _tag, _pattern in {
@@ -528,12 +530,17 @@ def _resolve(recipe: Recipe) -> Recipe:
     if kernel and importlib.util.find_spec(kernel) is None:
         settled["flash_attn"] = "sdpa"
         say(f"{recipe.path}: flash_attn: sdpa; {recipe.flash_attn} needs the package {kernel}, which is not installed")
-    if "wandb" in recipe.report_to and os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+    if "wandb" in recipe.report_to and wandb_is_disabled():
         settled["report_to"] = [tracker for tracker in recipe.report_to if tracker != "wandb"]
         say(f"{recipe.path}: report_to: wandb is left out, since WANDB_DISABLED is set")
     if recipe.pure_bf16:
         say(f"{recipe.path}: pure_bf16: bfloat16 keeps 8 bits; at small learning rates most updates round to nothing")
     return recipe.model_copy(update=settled)
+
+
+def wandb_is_disabled() -> bool:
+    """LLaMA-Factory's users set this variable; transformers 5 no longer reads it."""
+    return os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
 
 
 def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -619,7 +626,7 @@ def usage() -> str:
     lines = [
         "python -m arpo_trl RECIPE.yaml [key=value ...]              train",
         "python -m arpo_trl --check RECIPE.yaml [key=value ...]      check recipe, data and template; train nothing",
-        "python -m arpo_trl --preview N RECIPE.yaml [key=value ...]  show N rows as tokens, with what is trained",
+        "python -m arpo_trl --preview RECIPE.yaml [N]                show N rows as tokens, with what is trained",
         "python -m arpo_trl --help KEY                               explain one key (recipes/KEYS.md has them all)",
         "python -m arpo_trl --list                                   list recipes and datasets found",
         "On GPUs: accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m arpo_trl RECIPE.yaml",

@@ -1,44 +1,251 @@
 """Recipe -> SFTConfig, LoraConfig, BitsAndBytesConfig: the only file that knows both vocabularies."""
 
+import importlib.util
+import math
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from trl import SFTConfig
 
-from arpo_trl.recipe import Recipe
+from arpo_trl.recipe import Recipe, RecipeError, wandb_is_disabled
+
+# The output layer stays as it is in LLaMA-Factory, whose `all` means the linear layers before it.
+_ALL_BUT_THE_HEAD = r"(?!.*(lm_head|output_layer)).*"
+_KERNELS = {"disabled": "eager", "sdpa": "sdpa", "flex": "flex_attention"}
+_KERNELS |= {"fa2": "flash_attention_2", "fa3": "flash_attention_3"}
+
+
+def check_environment(recipe: Recipe) -> None:
+    """Ask for what the recipe needs and this machine lacks, before the model is loaded.
+
+    Raises:
+        RecipeError: all that is missing, each with the way out.
+    """
+    missing = [line for line in (_deepspeed(recipe), *_trackers(recipe)) if line]
+    optim = str(recipe.trl.get("optim", ""))
+    needs = [
+        (recipe.quantization_bit is not None, "quantization_bit", "bitsandbytes", "remove the line"),
+        (recipe.enable_liger_kernel, "enable_liger_kernel", "liger_kernel", "remove the line"),
+        (recipe.use_galore or "galore" in optim, "use_galore", "galore_torch", "use another optimizer"),
+        (recipe.use_apollo or "apollo" in optim, "use_apollo", "apollo_torch", "use another optimizer"),
+        ("8bit" in optim or "paged" in optim, "optim", "bitsandbytes", "use another optimizer"),
+    ]
+    for wanted, key, package, or_else in needs:
+        if wanted and importlib.util.find_spec(package) is None:
+            missing.append(f"{key}: needs {package}, which is not installed; pip install {package}, or {or_else}")
+    if missing:
+        header = f"{recipe.path}: {len(missing)} thing{'s' * (len(missing) > 1)} missing on this machine"
+        raise RecipeError([header, *(f"  {line}" for line in missing)])
 
 
 def to_sft_config(recipe: Recipe) -> SFTConfig:
-    """What SFTTrainer is told. Rows arrive cut and encoded, so TRL prepares nothing unless it packs."""
-    return SFTConfig(
-        output_dir=recipe.output_dir,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        use_cpu=not torch.accelerator.is_available(),
-        per_device_train_batch_size=recipe.per_device_train_batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=recipe.warmup_steps or recipe.warmup_ratio,
-        bf16=recipe.bf16,
-        logging_steps=recipe.logging_steps,
-        activation_checkpointing=bool(recipe.gradient_checkpointing),
-        gradient_checkpointing=None,  # type: ignore[arg-type]
-        report_to=recipe.report_to,
-        seed=recipe.seed,
-        **recipe.trl,
-    )
+    """What SFTTrainer is told. Rows arrive cut and encoded: TRL prepares nothing, unless it packs.
+
+    Raises:
+        RecipeError: what transformers says against a combination of keys.
+    """
+    gpu = torch.accelerator.is_available()
+    if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise RecipeError(f"{recipe.path}: bf16: this GPU has no bfloat16; write bf16: false (fp16: true is faster)")
+    checkpointing = dict(recipe.trl.get("activation_checkpointing_kwargs") or {})
+    if recipe.use_reentrant_gc is not None:
+        checkpointing["use_reentrant"] = recipe.use_reentrant_gc
+    settings: dict[str, Any] = {
+        # the same names
+        "output_dir": recipe.output_dir,
+        "trust_remote_code": recipe.trust_remote_code,
+        "do_train": recipe.do_train,
+        "do_eval": recipe.do_eval,
+        "eval_strategy": recipe.eval_strategy,
+        "load_best_model_at_end": recipe.load_best_model_at_end,
+        "per_device_train_batch_size": recipe.per_device_train_batch_size,
+        "learning_rate": recipe.learning_rate,
+        "logging_steps": recipe.logging_steps,
+        "report_to": recipe.report_to or "none",
+        "run_name": recipe.run_name,
+        "project": recipe.project,
+        "seed": recipe.seed,
+        "fp16": recipe.fp16,
+        "packing": recipe.packing,
+        "padding_free": bool(recipe.padding_free),
+        "deepspeed": recipe.deepspeed,
+        # other names, or another meaning
+        "bf16": recipe.bf16 and not recipe.pure_bf16,
+        "gradient_accumulation_steps": _accumulation(recipe),
+        "warmup_steps": recipe.warmup_steps or recipe.warmup_ratio,  # below 1 it is a share, since transformers 5
+        "activation_checkpointing": bool(recipe.gradient_checkpointing),
+        "gradient_checkpointing": None,  # TRL's default, True, would be answered with a FutureWarning
+        "use_liger_kernel": recipe.enable_liger_kernel,
+        "router_aux_loss_coef": recipe.moe_aux_loss_coef,
+        "dataset_num_proc": recipe.preprocessing_num_workers,
+        "loss_type": "dft" if recipe.use_dft_loss else "nll",
+        "train_sampling_strategy": (
+            "sequential" if recipe.disable_shuffling else "group_by_length" if recipe.group_by_length else "random"
+        ),
+        "max_length": recipe.cutoff_len if recipe.packing else None,
+        "dataset_kwargs": None if recipe.packing else {"skip_prepare_dataset": True},
+        "use_cpu": not gpu,
+    }
+    settings |= _low_rank_optimizer(recipe) | recipe.trl
+    settings["activation_checkpointing_kwargs"] = checkpointing or None
+    try:
+        config = SFTConfig(**settings)
+    except (ValueError, OSError, ImportError) as error:
+        raise RecipeError(f"{recipe.path}: {str(error).splitlines()[0]}") from error
+    if wandb_is_disabled():
+        config.report_to = [tracker for tracker in config.report_to or [] if tracker != "wandb"]  # left by `all`
+    if config.mixed_precision in ("bf16", "fp16") and not (config.bf16 or config.fp16):
+        config.mixed_precision = "no"  # the recipe decides what is computed, the launcher only where
+    return config
 
 
 def to_lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig | None:
-    return None
+    """The adapter, or None where every weight is trained."""
+    if recipe.finetuning_type != "lora":
+        return None
+    start: Any = True
+    if recipe.pissa_init:
+        start = "pissa" if recipe.pissa_iter == -1 else f"pissa_niter_{recipe.pissa_iter}"
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha or 2 * recipe.lora_rank,
+        lora_dropout=recipe.lora_dropout,
+        target_modules="all-linear" if "all" in recipe.lora_target else recipe.lora_target,
+        modules_to_save=recipe.additional_target or None,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+        init_lora_weights=start,
+    )
 
 
 def to_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
-    return None
+    if recipe.quantization_bit is None:
+        return None
+    if recipe.quantization_bit == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    dtype = _compute_dtype(recipe) or torch.float32
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.quantization_type,
+        bnb_4bit_use_double_quant=recipe.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # FSDP shards only what has one dtype
+    )
 
 
 def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
-    return {"dtype": "float32", "revision": recipe.model_revision, "cache_dir": recipe.cache_dir}
+    """What `from_pretrained` is told.
+
+    Weights that are trained are float32, also under bf16 autocast: in bfloat16, steps below 1/256 of a weight round to
+    nothing. The frozen base under an adapter is in the dtype of the computation, or in its file's.
+    """
+    full = recipe.finetuning_type == "full"
+    dtype = torch.bfloat16 if recipe.pure_bf16 else torch.float32 if full else _compute_dtype(recipe) or "auto"
+    kwargs: dict[str, Any] = {
+        "dtype": dtype,
+        "revision": recipe.model_revision,
+        "cache_dir": recipe.cache_dir,
+        "trust_remote_code": recipe.trust_remote_code,
+    }
+    if recipe.flash_attn != "auto":
+        kwargs["attn_implementation"] = _KERNELS[recipe.flash_attn]
+    return kwargs | _rope(recipe, kwargs)
+
+
+def _compute_dtype(recipe: Recipe) -> torch.dtype | None:
+    if recipe.bf16 or recipe.pure_bf16:
+        return torch.bfloat16
+    return torch.float16 if recipe.fp16 else None
+
+
+def _accumulation(recipe: Recipe) -> int:
+    """Batches per update, so that all devices together see `global_batch_size` rows."""
+    if recipe.global_batch_size is None:
+        return recipe.gradient_accumulation_steps
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    at_once = recipe.per_device_train_batch_size * world
+    if recipe.global_batch_size % at_once:
+        raise RecipeError(
+            f"{recipe.path}: global_batch_size: expected a multiple of {at_once} (per_device_train_batch_size "
+            f"{recipe.per_device_train_batch_size} x {world} processes), found {recipe.global_batch_size}"
+        )
+    return recipe.global_batch_size // at_once
+
+
+def _low_rank_optimizer(recipe: Recipe) -> dict[str, Any]:
+    """GaLore and APOLLO, as transformers takes them. (Its GaLore keeps galore_torch's epsilon, 1e-6.)"""
+    args: dict[str, Any]
+    if recipe.use_galore:
+        name, target, layerwise = "galore_adamw", recipe.galore_target, recipe.galore_layerwise
+        args = {"rank": recipe.galore_rank, "update_proj_gap": recipe.galore_update_interval}
+        args |= {"scale": recipe.galore_scale, "proj_type": recipe.galore_proj_type}
+    elif recipe.use_apollo:
+        name, target, layerwise = "apollo_adamw", recipe.apollo_target, recipe.apollo_layerwise
+        args = {"rank": recipe.apollo_rank, "update_proj_gap": recipe.apollo_update_interval}
+        args |= {"scale": recipe.apollo_scale, "proj": recipe.apollo_proj}
+        args |= {"proj_type": recipe.apollo_proj_type, "scale_type": recipe.apollo_scale_type}
+    else:
+        return {}
+    return {
+        "optim": name + "_layerwise" * layerwise,
+        "optim_args": ",".join(f"{key}={value}" for key, value in args.items()),
+        "optim_target_modules": _ALL_BUT_THE_HEAD if "all" in target else target,
+    }
+
+
+def _rope(recipe: Recipe, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Stretch the position embeddings by the whole factor that covers cutoff_len, as LLaMA-Factory does."""
+    if recipe.rope_scaling is None:
+        return {}
+    places = {key: kwargs[key] for key in ("revision", "cache_dir", "trust_remote_code")}
+    config = AutoConfig.from_pretrained(recipe.model_name_or_path, **places)
+    length = config.max_position_embeddings
+    if recipe.cutoff_len <= length:
+        return {}
+    factor = math.ceil(recipe.cutoff_len / length)
+    rope = {**config.rope_parameters, "rope_type": recipe.rope_scaling, "factor": float(factor)}
+    if recipe.rope_scaling != "linear":
+        rope["original_max_position_embeddings"] = length
+    if recipe.rope_scaling == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return {"rope_parameters": rope, "max_position_embeddings": length * factor}
+
+
+def _deepspeed(recipe: Recipe) -> str | None:
+    if recipe.deepspeed is None:
+        return None
+    if importlib.util.find_spec("deepspeed") is None:
+        return (
+            "deepspeed: not installed; pip install 'arpo_trl[deepspeed]', or remove the line, "
+            "or launch with accelerate_configs/zero2.yaml"
+        )
+    if isinstance(recipe.deepspeed, str) and not Path(recipe.deepspeed).is_file():
+        return (
+            f"deepspeed: there is no file {recipe.deepspeed}; paths are relative to {Path.cwd()}. "
+            "accelerate_configs/zero3.yaml needs no such file"
+        )
+    return None
+
+
+def _trackers(recipe: Recipe) -> list[str]:
+    lines = []
+    for tracker in recipe.report_to:
+        if tracker == "all":
+            continue
+        package = {"azure_ml": "azureml", "flyte": "flytekit", "dvclive": "dvclive"}.get(tracker, tracker)
+        if importlib.util.find_spec(package) is None:
+            lines.append(f"report_to: {tracker} is not installed; pip install {package}, or write report_to: none")
+        elif tracker == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+            import wandb
+
+            if not wandb.login(prompt=False):
+                lines.append(
+                    "report_to: wandb has no login; run `wandb login`, or set WANDB_MODE=offline, "
+                    "or write report_to: none"
+                )
+    return lines

@@ -75,8 +75,6 @@ _REFUSED = {
         badam_mask_mode badam_verbose use_adam_mini use_muon""",
     "write optim: adafactor": "adafactor",
     "transformers does not hand it to APOLLO": "apollo_scale_front",
-    "add the tokens to the tokenizer and the model once, save both, and name that folder in model_name_or_path": """
-        resize_vocab add_tokens add_special_tokens""",
     "write report_to: swanlab; SwanLab reads the rest from its environment variables": """
         use_swanlab swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key
         swanlab_logdir swanlab_lark_webhook_url swanlab_lark_secret""",
