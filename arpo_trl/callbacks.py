@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .trainer import ArpoTrainer
 
 
-class TrainerLog(TrainerCallback):  # type: ignore[misc]
+class TrainerLog(TrainerCallback):
     """Appends a line to trainer_log.jsonl at each log, under LLaMA-Factory's names, and shows it.
 
     Times are in seconds of this run over all its sessions; `*_per_second` is of the steps since the last line.
@@ -101,7 +101,7 @@ class TrainerLog(TrainerCallback):  # type: ignore[misc]
             self.bar.close()
 
 
-class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+class StopOnSignal(TrainerCallback):
     """SIGTERM and the first Ctrl-C let the step finish, save a checkpoint and stop; the second Ctrl-C stops at once.
 
     `signum` is the signal that stops the run, or None. With several processes the step at which they stop is agreed
@@ -110,6 +110,9 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.signum: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Not earlier: before the first step there is nothing to save, and a signal may stop the process at once.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
 
@@ -194,8 +197,9 @@ def plot_loss(log: Path, picture: Path) -> None:
     figure.savefig(picture)
 
 
-def smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start (as Adam's: Kingma & Ba 2015, section 3)."""
+def smooth(values: tuple[float, ...]) -> list[float]:
+    """Exponential moving average over about a twentieth of the values, corrected for its start as Adam's is."""
+    weight = 1 - 1 / max(len(values) / 20, 1)
     average, result = 0.0, []
     for i, value in enumerate(values, 1):
         average = weight * average + (1 - weight) * value

@@ -79,7 +79,7 @@ def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
     A damaged checkpoint is renamed to `damaged-checkpoint-<step>`, so that neither a resume nor the rotation of old
     checkpoints can meet it again, and nothing is deleted.
     """
-    lines = []
+    lines: list[str] = []
     for folder in reversed(list_checkpoints(output_dir)):
         reason = find_damage(folder)
         if reason is None:
@@ -176,13 +176,13 @@ def marked_in_progress(folder: Path, is_main_process: bool) -> Iterator[None]:
         (folder / IN_PROGRESS).touch()
     yield
     if is_main_process:
-        _match_umask(folder)
+        match_umask(folder)
         paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (IN_PROGRESS, FILES))
         write_json(folder / FILES, {p.relative_to(folder).as_posix(): p.stat().st_size for p in paths})
         (folder / IN_PROGRESS).unlink()
 
 
-def _match_umask(folder: Path) -> None:
+def match_umask(folder: Path) -> None:
     """Give files the mode that the umask asks for: safetensors 0.8 writes 0600, which locks a group out."""
     umask = os.umask(0)
     os.umask(umask)
@@ -205,7 +205,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` so that `path` holds the old text or the new, never half of one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _read_json(path: Path) -> Any:
@@ -226,9 +226,8 @@ def find_resume_point(recipe: Recipe) -> tuple[Path | None, list[str]]:
             names is not there or not whole.
     """
     output_dir = Path(recipe.output_dir)
-    if output_dir.exists() and Path(recipe.model_name_or_path).exists():
-        if output_dir.resolve() == Path(recipe.model_name_or_path).resolve():
-            raise RecipeError(f"output_dir: {output_dir} is the folder of the model to be trained; name another")
+    if output_dir.exists() and output_dir.resolve() == Path(recipe.model_name_or_path).resolve():
+        raise RecipeError(f"output_dir: {output_dir} is the folder of the model to be trained; name another")
     wanted = recipe.resume_from_checkpoint
     if isinstance(wanted, str):
         folder = Path(wanted)

@@ -53,7 +53,7 @@ def logged_to(path: Path, keep: bool, enabled: bool = True) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     stdout, stderr = sys.stdout, sys.stderr
     with path.open("a" if keep else "w", encoding="utf-8") as log:
-        sys.stdout, sys.stderr = _Tee(stdout, log), _Tee(stderr, log)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = _Tee(stdout, log), _Tee(stderr, log)
         handlers = _stream_handlers()
         for handler in handlers:
             handler.setStream(sys.stderr)
@@ -65,9 +65,12 @@ def logged_to(path: Path, keep: bool, enabled: bool = True) -> Iterator[None]:
                 handler.setStream(stderr)
 
 
-def _stream_handlers() -> list[logging.StreamHandler[TextIO]]:
+def _stream_handlers() -> list[logging.StreamHandler[Any]]:
     """The libraries' log handlers, which hold the stderr of the moment they were made."""
-    loggers = [logging.getLogger(), *(logging.getLogger(name) for name in ("transformers", "datasets", "trl", "accelerate"))]
+    loggers = [
+        logging.getLogger(),
+        *(logging.getLogger(name) for name in ("transformers", "datasets", "trl", "accelerate")),
+    ]
     return [h for logger in loggers for h in logger.handlers if type(h) is logging.StreamHandler]
 
 

@@ -22,7 +22,7 @@ from .callbacks import format_seconds, peak_memory
 from .trainer import ArpoTrainer
 
 
-class Preflight(TrainerCallback):  # type: ignore[misc]
+class Preflight(TrainerCallback):
     """Runs forward and backward on the longest training rows, and forward on the longest eval rows.
 
     A batch is filled with the longest rows, so it is at least as large as any that the sampler can draw. Where there
@@ -48,7 +48,7 @@ class Preflight(TrainerCallback):  # type: ignore[misc]
         for dataset in evals.values() if isinstance(evals, dict) else [evals] if evals else []:
             with untouched(trainer):
                 inputs = trainer.data_collator(longest_batch(dataset, args.per_device_eval_batch_size)[0])
-                trainer.model.eval()
+                trainer.model.eval()  # type: ignore[union-attr]
                 trainer.prediction_step(trainer.model_wrapped, inputs, prediction_loss_only=True)
         if not state.is_world_process_zero:
             return
@@ -75,15 +75,16 @@ def longest_batch(dataset: Dataset, size: int) -> tuple[list[dict[str, Any]], fl
 @contextlib.contextmanager
 def untouched(trainer: ArpoTrainer) -> Iterator[None]:
     """Put back, after the block, all that a step changes: random states, gradients, counts and metrics."""
+    model: Any = trainer.model
     rng = random.getstate(), np.random.get_state(), torch.get_rng_state()
     rng_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     seen, trained, metrics = trainer._total_train_tokens, trainer.trained_tokens, copy.deepcopy(trainer._metrics)
-    sync, training = trainer.accelerator.gradient_state.sync_gradients, trainer.model.training
+    sync, training = trainer.accelerator.gradient_state.sync_gradients, model.training
     try:
         yield
     finally:
         trainer.model_wrapped.zero_grad()
-        trainer.model.train(training)
+        model.train(training)
         trainer._window.clear()
         trainer._total_train_tokens, trainer.trained_tokens, trainer._metrics = seen, trained, metrics
         trainer.accelerator.gradient_state._set_sync_gradients(sync)
@@ -99,7 +100,8 @@ def _optimizer_memory(trainer: ArpoTrainer) -> Iterator[None]:
     """Hold on the GPU what AdamW will allocate at the first step: two moments the size of each trained weight."""
     held = []
     if trainer.accelerator.device.type == "cuda":
-        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        model: Any = trainer.model
+        trained = [p for p in model.parameters() if p.requires_grad]
         held = [torch.empty_like(p) for p in trained for _ in range(2)]
     yield
     held.clear()

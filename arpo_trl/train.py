@@ -12,7 +12,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -25,6 +25,7 @@ from .callbacks import StopOnSignal, TrainerLog, format_seconds, plot_loss
 from .checkpoints import (
     clear_earlier_run,
     find_resume_point,
+    match_umask,
     read_manifest,
     require_free_space,
     require_same_course,
@@ -32,6 +33,7 @@ from .checkpoints import (
 )
 from .console import logged_to
 from .dataset import PreparedData, prepare_datasets
+from .preflight import Preflight
 from .recipe import Recipe, RecipeError
 from .template import load_tokenizer
 from .trainer import ArpoTrainer
@@ -42,9 +44,6 @@ from .trl_config import (
     to_quantization_config,
     to_sft_config,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def train(recipe: Recipe) -> int:
@@ -92,6 +91,8 @@ def train(recipe: Recipe) -> int:
             on_save_error=recipe.on_save_error,
         )
         show_progress_our_way(trainer, output_dir, recipe.plot_loss, stop)
+        if recipe.preflight:
+            trainer.add_callback(Preflight(trainer))
         if main_process:
             require_free_space(output_dir, estimate_checkpoint_bytes(trainer.model), "a checkpoint")
             report(recipe, data, trainer, checkpoint)
@@ -108,6 +109,7 @@ def train(recipe: Recipe) -> int:
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
         if main_process:
+            match_umask(output_dir)
             if recipe.plot_loss:
                 plot_loss(output_dir / "trainer_log.jsonl", output_dir / "training_loss.png")
             write_json(output_dir / "run.json", manifest | {"status": "finished"})
@@ -143,10 +145,14 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
     name = recipe.model_name_or_path
     config_kwargs = {k: kwargs[k] for k in ("revision", "cache_dir", "token") if k in kwargs}
     try:
-        raw = AutoConfig.from_pretrained(name, trust_remote_code=kwargs.get("trust_remote_code", False), **config_kwargs)
+        raw = AutoConfig.from_pretrained(
+            name, trust_remote_code=kwargs.get("trust_remote_code", False), **config_kwargs
+        )
         if raw.model_type in CONFIG_MAPPING and kwargs.get("trust_remote_code"):
             kwargs["trust_remote_code"] = False
-        model = AutoModelForCausalLM.from_pretrained(name, quantization_config=to_quantization_config(recipe), **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, quantization_config=to_quantization_config(recipe), **kwargs
+        )
     except (OSError, ValueError) as error:
         raise RecipeError(f"model_name_or_path: {name} could not be loaded: {str(error).splitlines()[0]}") from error
     return model, None if recipe.finetuning_type == "lora" else getattr(raw, "dtype", None)
@@ -175,12 +181,15 @@ def show_progress_our_way(trainer: ArpoTrainer, output_dir: Path, plot: bool, st
 
 def report(recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, checkpoint: Path | None) -> None:
     """Print what is about to happen, before the first step."""
-    args, model = trainer.args, trainer.model
+    args = trainer.args
+    model: Any = trainer.model
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
-    print(f"model    {recipe.model_name_or_path}: {trained:,} of {total:,} parameters trained, {model.dtype}, {precision}")
+    print(
+        f"model    {recipe.model_name_or_path}: {trained:,} of {total:,} parameters trained, {model.dtype}, {precision}"
+    )
     print(f"device   {args.device} x {args.world_size}")
     for line in data.audit.lines():
         print(f"data     {line}")

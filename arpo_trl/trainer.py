@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
-from trl import SFTTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from .checkpoints import RunFailed, marked_in_progress, require_free_space
@@ -106,7 +106,7 @@ class ArpoTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint that is marked until it is whole, and only then rotate the older ones away."""
-        output_dir = Path(self.args.output_dir)
+        output_dir = Path(str(self.args.output_dir))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -137,7 +137,9 @@ class ArpoTrainer(SFTTrainer):
         if self.on_save_error == "continue":
             print(f"{message}; the run goes on without it (on_save_error: continue)", flush=True)
             return
-        raise RunFailed(f"{message}. The last whole checkpoint is untouched; the same command goes on from it") from error
+        raise RunFailed(
+            f"{message}. The last whole checkpoint is untouched; the same command goes on from it"
+        ) from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL writes one into every checkpoint, with base model None for a local path; `train` writes one at the end."""
@@ -228,7 +230,7 @@ def _score_tile(hidden: Tensor, labels: Tensor, head: nn.Module) -> tuple[Tensor
 # --- what Trainer forgets when a run is resumed ---
 
 
-class _LogState(TrainerCallback, ExportableState):  # type: ignore[misc]
+class _LogState(TrainerCallback, ExportableState):
     """Carries the half-finished log line and the token counts through a checkpoint.
 
     Trainer starts its loss average, and TRL its token count, at zero on resume; a log line that spans a checkpoint
