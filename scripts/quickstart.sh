@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# From nothing to a trained model, on a machine with only Python: installs into .venv, makes a tiny model, trains it on
+# the toy data, and asks it and its untrained self the same question. No GPU and no network after the install.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/install.sh
+
+untrained=checkpoints/tiny_qwen2
+trained=checkpoints/tiny_cpu
+question="What is the remainder when 29^1234 is divided by 700?" # not in the toy data
+
+[ -f "$untrained/tokenizer_config.json" ] || python scripts/make_tiny_model.py "$untrained"
+accelerate launch --config_file accelerate_configs/cpu.yaml -m arpo_trl recipes/tiny_cpu.yaml
+
+system=$(PYTHONPATH=scripts python -c "import make_toy_dataset; print(make_toy_dataset.SYSTEM)")
+echo
+echo "question: $question"
+for model in "$untrained" "$trained"; do
+    echo
+    echo "--- $model answers:"
+    python scripts/chat.py "$model" --system "$system" --prompt "$question" --max-new-tokens 80
+done
+echo
+echo "loss plot   $trained/training_loss.png"
+echo "log         $trained/trainer_log.jsonl, $trained/training.log"
+echo "model       $trained"
+echo "talk to it  .venv/bin/python scripts/chat.py $trained"
