@@ -12,17 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from jinja2 import TemplateError
-
 from arpo_trl.messages import Conversation, Message, RowError
 
 IGNORED = -100
 
 
 class Render(Protocol):
-    """The chat template's text. Raises jinja2.TemplateError for what the template refuses."""
+    """The chat template's text for these messages. Raises RowError for what the template refuses."""
 
-    def __call__(self, messages: list[Message], tools: list[dict[str, object]] | None, prompt: bool) -> str: ...
+    def __call__(self, messages: list[Message], tools: list[Message] | None, prompt: bool) -> str: ...
 
 
 class Segment(NamedTuple):
@@ -63,24 +61,21 @@ def to_segments(conversation: Conversation, render: Render, law: Law, generation
     replies = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
     segments: list[Segment] = []
     done = ""
-    try:
-        for position in replies:
-            until_reply = render(messages[: position + 1], tools, False)
-            if position:
-                until_prompt = render(messages[:position], tools, True)
-            else:  # Most templates look at the first message, and there is none before this reply.
-                until_prompt = until_reply[: until_reply.find(generation_prompt)] + generation_prompt
-            if not until_prompt.startswith(done):
-                raise RowError("the template rewrites an earlier turn once later ones follow")
-            if not until_reply.startswith(until_prompt):
-                raise RowError("the template writes the reply other than its generation prompt begins it")
-            trained = not (position in conversation.silent or (law.mask_history and position != replies[-1]))
-            segments.append(Segment(until_prompt[len(done) :], False, law.train_on_prompt))
-            segments.append(Segment(until_reply[len(until_prompt) :], True, trained or law.train_on_prompt))
-            done = until_reply
-    except (TemplateError, TypeError) as error:
-        raise RowError(f"the template refuses it: {error}") from None
-    _check_complete(messages[: replies[-1] + 1], segments)
+    for position in replies:
+        until_reply = render(messages[: position + 1], tools, False)
+        if position:
+            until_prompt = render(messages[:position], tools, True)
+        else:  # Most templates look at the first message, and there is none before this reply.
+            until_prompt = until_reply[: until_reply.find(generation_prompt)] + generation_prompt
+        if not until_prompt.startswith(done):
+            raise RowError("the template rewrites an earlier turn once later ones follow")
+        if not until_reply.startswith(until_prompt):
+            raise RowError("the template writes the reply other than its generation prompt begins it")
+        trained = not (position in conversation.silent or (law.mask_history and position != replies[-1]))
+        segments.append(Segment(until_prompt[len(done) :], False, law.train_on_prompt))
+        segments.append(Segment(until_reply[len(until_prompt) :], True, trained or law.train_on_prompt))
+        done = until_reply
+    _check_complete(messages[: replies[-1] + 1], tools or [], segments)
     try:
         done.encode("utf-8")
     except UnicodeEncodeError:
@@ -88,10 +83,13 @@ def to_segments(conversation: Conversation, render: Render, law: Law, generation
     return segments
 
 
-def _check_complete(messages: Sequence[Message], segments: Sequence[Segment]) -> None:
-    """Templates made for chat alone pass over tools and reasoning without a word; those rows would teach nothing."""
+def _check_complete(messages: Sequence[Message], tools: Sequence[Message], segments: Sequence[Segment]) -> None:
+    """Templates made for chat alone pass over tools and reasoning without a word; such a row would teach nonsense."""
     pairs = iter(segments)
     context = next(pairs).text
+    for tool in tools:
+        if tool["function"]["name"] not in context:
+            raise RowError(f"the template leaves out the tool {tool['function']['name']!r}")
     for message in messages:
         text = context
         if message["role"] == "assistant":

@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import (
@@ -108,7 +108,7 @@ class ModelKeys(BaseModel):
     add_special_tokens: Names = _key([], "Special tokens to add, with commas between them.", "tokenizer.add_tokens")
     resize_vocab: bool = _key(False, "Resize the embedding to the tokenizer.", "resize_token_embeddings")
     quantization_bit: Literal[4, 8] | None = _key(None, "Quantize the base model (LoRA only).", "load_in_4bit/8bit")
-    quantization_method: Literal["bnb", "bitsandbytes"] = _key("bnb", "Who quantizes.", "BitsAndBytesConfig")
+    quantization_method: Literal["bnb", "bitsandbytes"] = _key("bnb", "Who quantizes: bitsandbytes.")
     quantization_type: Literal["nf4", "fp4"] = _key("nf4", "4-bit data type.", "bnb_4bit_quant_type")
     double_quantization: bool = _key(True, "Quantize the 4-bit scales too.", "bnb_4bit_use_double_quant")
 
@@ -119,7 +119,9 @@ class MethodKeys(BaseModel):
     stage: Stage = _key("sft", "The stage of training; sft is the one that runs here.")
     do_train: bool = _key(False, "Train.")
     finetuning_type: Literal["lora", "full"] = _key("lora", "Train every weight (full) or an adapter (lora).")
-    pure_bf16: bool = _key(False, "Keep the master weights in bfloat16: half the memory, and small updates are lost.")
+    pure_bf16: bool = _key(
+        False, "Keep the master weights in bfloat16: half the memory, and small updates are lost.", "dtype"
+    )
     lora_rank: Count = _key(8, "Rank of the adapter.", "LoraConfig(r)")
     lora_alpha: Count | None = _key(None, "Scale of the adapter; twice the rank if omitted.", "LoraConfig")
     lora_dropout: Number = _key(0.0, "Dropout before the adapter.", "LoraConfig", ge=0, lt=1)
@@ -344,7 +346,7 @@ def in_words(schema: dict[str, Any], bounds: bool = False) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain values: 7e-6 is a number; no, on and 2024-01-01 are text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (a class variable that PyYAML annotates so)
 
 
 for _tag, _pattern in {
@@ -467,30 +469,45 @@ def _in_file(path: Path, problems: list[tuple[str, str]]) -> dict[str, _Given]:
     first_lines: dict[str, str] = {}
     for key_node, value_node in root.value:
         place = f"line {key_node.start_mark.line + 1}"
-        key = str(key_node.value)
+        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
         if key in first_lines:
             problems.append((place, f"{key}: already on {first_lines[key]}; keep one"))
             continue
         first_lines[key] = place
-        if odd := next(_oddities(value_node), None):
+        value, odd = _construct(loader, value_node)
+        if odd:
             problems.append((place, f"{key}: {odd}"))
         else:
-            given[key] = _Given(loader.construct_object(value_node, deep=True), place)
+            given[key] = _Given(value, place)
     return given
 
 
-def _oddities(node: yaml.Node) -> Iterator[str]:
-    """What a value may not hold: tags, which can run code, and a key twice."""
-    if node.tag not in _TAGS:
-        yield f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not read here; write a plain value"
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _oddities(item)
-    elif isinstance(node, yaml.MappingNode):
-        names = [str(key.value) for key, _ in node.value]
-        yield from (f"{name} is there twice; keep one" for name in names if names.count(name) > 1)
-        for _, item in node.value:
-            yield from _oddities(item)
+def _construct(loader: _Loader, node: yaml.Node) -> tuple[Any, str | None]:
+    """The value of a node, or what is odd in it: a tag, which could run code, or a key twice."""
+    seen: set[int] = set()
+    waiting = [node]
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if part.tag not in _TAGS:
+            return (
+                None,
+                f"the tag {part.tag.replace('tag:yaml.org,2002:', '!!')} is not read here; write a plain value",
+            )
+        if isinstance(part, yaml.SequenceNode):
+            waiting += part.value
+        elif isinstance(part, yaml.MappingNode):
+            names = [str(name.value) for name, _ in part.value]
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                return None, f"{twice[0]} is there twice; keep one"
+            waiting += [value for _, value in part.value]
+    try:
+        return loader.construct_object(node, deep=True), None
+    except (yaml.YAMLError, ValueError, KeyError):
+        return None, "expected a plain value"
 
 
 def _in_overrides(overrides: Sequence[str], problems: list[tuple[str, str]]) -> dict[str, _Given]:
@@ -503,10 +520,10 @@ def _in_overrides(overrides: Sequence[str], problems: list[tuple[str, str]]) -> 
         try:
             loader = _Loader(text)
             node = loader.get_single_node()
-            odd = next(_oddities(node), None) if node else None
-            value = loader.construct_document(node) if node and not odd else None
         except yaml.YAMLError:
-            odd = f"{text!r} is not YAML; quote it"
+            problems.append(("override", f"{key}: {text!r} is not YAML; quote it"))
+            continue
+        value, odd = _construct(loader, node) if node else (None, None)
         if odd:
             problems.append(("override", f"{key}: {odd}"))
         else:

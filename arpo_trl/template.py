@@ -120,18 +120,27 @@ def find_template(tokenizer: "PreTrainedTokenizerBase") -> Template:
 
 
 def _describe(tokenizer: "PreTrainedTokenizerBase", jinja: str, is_training_form: bool) -> Template:
+    epilogue = ""
+
     def render(messages: list[Message], tools: Any, prompt: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(
+        try:
+            text: str = tokenizer.apply_chat_template(
                 messages, tools=tools, chat_template=jinja, add_generation_prompt=prompt, tokenize=False
             )
-        )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RowError(f"the template refuses it: {error}") from None
+        return text if prompt else text.removesuffix(epilogue)
 
     try:
         with_prompt, without = render([ASK], None, True), render([ASK], None, False)
-    except (TemplateError, TypeError) as error:
+        end_of_turn = _end_of_turn(tokenizer, render)
+    except RowError as error:
         raise RecipeError(f"template: cannot be rendered ({error})") from None
-    return Template(jinja, render, with_prompt[len(without) :], _end_of_turn(tokenizer, render), is_training_form)
+    if not with_prompt.startswith(without) and without.endswith(tokenizer.eos_token or "\0"):
+        # Phi-3 ends whatever does not go on with the eos token. No reply ends in it, so no row needs it.
+        epilogue = str(tokenizer.eos_token)
+        without = without.removesuffix(epilogue)
+    return Template(jinja, render, with_prompt[len(without) :], end_of_turn, is_training_form)
 
 
 def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", render: Render) -> int | None:
@@ -148,7 +157,7 @@ def _faults(template: Template) -> int:
     for messages in PROBES:
         try:
             template.render(messages, None, False)
-        except TemplateError:
+        except RowError:
             continue
         try:
             to_segments(Conversation(messages), template.render, Law(0), template.generation_prompt)
@@ -157,7 +166,35 @@ def _faults(template: Template) -> int:
     return faults
 
 
-def make_tokenize(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[str]], Iterable[list[int]]]:
+def check_parity(
+    conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", template: Template, law: Law, place: str
+) -> None:
+    """The gate before the first step: on this row, what is trained is what the model will have to generate.
+
+    The pieces are checked by other means than those that made them: the text against `apply_chat_template`, the labels
+    against the text that they decode to.
+
+    Raises:
+        DatasetError: if they differ, naming the row and what differs.
+    """
+
+    def refuse(reason: str) -> DatasetError:
+        return DatasetError(f"{place}: {reason}; no step was made. Use another template, or report it with this row")
+
+    whole = replace(law, cutoff_len=sys.maxsize)
+    segments = to_segments(conversation, template.render, whole, template.generation_prompt)
+    messages = conversation.messages[: len(conversation.messages) - _unanswered(conversation.messages)]
+    rendered = template.render(messages, conversation.tools, False)
+    if "".join(segment.text for segment in segments) != rendered:
+        raise refuse("the text that is encoded is not what the chat template renders")
+    (example,) = encode([segments], make_tokenize(tokenizer), whole)
+    pairs = list(zip(example.input_ids, example.labels))
+    if any(label not in (IGNORED, token) for token, label in pairs):
+        raise refuse("a label is neither its token nor -100")
+    if tokenizer.eos_token_id != template.end_of_turn:
+        raise refuse(f"the eos token is {tokenizer.eos_token!r}, but a turn ends in another token")
+    runs = ["".join]
+tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[str]], Iterable[list[int]]]:
     """Texts -> token ids, without special tokens added; the Rust tokenizer takes all texts at once, in parallel."""
     if not tokenizer.is_fast:
         return lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -54,7 +54,7 @@ class ArpoTrainer(SFTTrainer):
         """One forward and backward; a loss that is not finite or a device without memory ends the run by name."""
         self._window.append(inputs)
         try:
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise RunFailed(self._out_of_memory(inputs)) from error
@@ -64,7 +64,7 @@ class ArpoTrainer(SFTTrainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         # Under float16 the scaler meets infinite gradients by design: it skips the step and lowers its scale.
         if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
             raise RunFailed(self._not_finite("gradient", float(norm)))
@@ -113,7 +113,7 @@ class ArpoTrainer(SFTTrainer):
             if self.is_world_process_zero():
                 require_free_space(output_dir, self._checkpoint_bytes, "a checkpoint")
             with marked_in_progress(folder, self.is_world_process_zero()):
-                super()._save_checkpoint(model, trial)
+                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
                 self.accelerator.wait_for_everyone()  # every process writes its own rng_state
         except (OSError, RuntimeError, RunFailed) as error:
             self._save_failed(folder, error)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from arpo_trl.recipe import Recipe, RecipeError, wandb_is_disabled
 
