@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY_DATA = ROOT / "recipes" / "data" / "arpo_sft_toy.jsonl"
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    logging.disable_progress_bar()
     tokenizer = train_tokenizer(args.data, args.rows, args.vocab_size)
     model = make_model(tokenizer, args.hidden_size, args.layers, args.seed)
     save(tokenizer, model, args.folder)
