@@ -418,7 +418,6 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     else:
         recipe._path, recipe._trl = path, trl
         recipe._notices += [f"{path}: {', '.join(names)}: no effect; {why}" for why, names in no_effect.items()]
-        recipe = _resolve(recipe)
         problems += [
             (given[key].place if key in given else "missing", f"{key}: {why}") for key, why in _conflicts(recipe)
         ]
@@ -427,7 +426,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         width = max(len(place) for place, _ in problems)
         header = f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}"
         raise RecipeError([header, *(f"  {place:<{width}}  {text}" for place, text in problems)])
-    return recipe
+    return _resolve(recipe)
 
 
 def _as_bool(key: str, value: Any) -> Any:
@@ -599,10 +598,17 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         (r.streaming and r.trl.get("max_steps", -1) <= 0, "streaming", "its length is unknown; set max_steps"),
         (r.streaming and r.max_samples, "max_samples", "does not go with streaming; set max_steps"),
         (r.streaming and 0 < r.val_size < 1, "val_size", "with streaming, expected a whole number of rows"),
-        (r.streaming and r.packing, "packing", "does not go with streaming; remove one"),
+        (r.streaming and (r.packing or r.neat_packing), "packing", "does not go with streaming; remove one"),
         (r.mask_history and r.train_on_prompt, "mask_history", "train_on_prompt asks for the opposite; keep one"),
         (r.bf16 and r.fp16, "bf16", "fp16 is on too; keep one"),
         (r.pure_bf16 and r.fp16, "pure_bf16", "fp16 is on too; keep one"),
+        (
+            r.disable_gradient_checkpointing
+            and "gradient_checkpointing" in r.model_fields_set
+            and r.gradient_checkpointing,
+            "disable_gradient_checkpointing",
+            "gradient_checkpointing asks for the opposite; keep one",
+        ),
         (
             r.global_batch_size and r.gradient_accumulation_steps != 1,
             "global_batch_size",
@@ -703,7 +709,8 @@ def list_text(folder: Path = Path()) -> str:
 def _recipes(folder: Path) -> list[Path]:
     """The YAML files in a folder that name a model."""
     files = sorted(folder.glob("*.yaml")) if folder.is_dir() else []
-    return [file for file in files if "\nmodel_name_or_path:" in file.read_text(encoding="utf-8", errors="replace")]
+    names_a_model = re.compile(r"^model_name_or_path:", re.MULTILINE)
+    return [file for file in files if names_a_model.search(file.read_text(encoding="utf-8", errors="replace"))]
 
 
 def _plain(default: Any) -> str:

@@ -127,9 +127,9 @@ def to_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     if recipe.quantization_bit is None:
         return None
     if recipe.quantization_bit == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        return BitsAndBytesConfig(load_in_8bit=True)
     dtype = _compute_dtype(recipe) or torch.float32
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe.quantization_type,
         bnb_4bit_use_double_quant=recipe.double_quantization,

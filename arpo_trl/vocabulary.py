@@ -54,7 +54,7 @@ _REFUSED = {
     "only text is trained here": """
         media_dir image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels
         video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate freeze_vision_tower
-        freeze_multi_modal_projector freeze_language_model image_resolution video_resolution""",
+        freeze_multi_modal_projector freeze_language_model train_mm_proj_only image_resolution video_resolution""",
     "it belongs to another stage than sft; TRL has trainers of its own for those": """
         pref_beta pref_ftx pref_bco_weight pref_loss dpo_beta dpo_loss dpo_ftx dpo_label_smoothing simpo_gamma
         kto_beta kto_chosen_weight kto_rejected_weight ppo_buffer_size ppo_epochs ppo_score_norm ppo_target
