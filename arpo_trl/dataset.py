@@ -9,38 +9,45 @@ Hugging Face datasets cache, so that neither another process of this run nor the
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+import arpo_trl
 from arpo_trl.encoding import IGNORED, Example, Law, Segment, encode, to_segments
 from arpo_trl.messages import RowError, to_conversation
 from arpo_trl.recipe import Recipe
 from arpo_trl.registry import DatasetError, DatasetInfo, read_registry
 from arpo_trl.rows import Row, find_files, read_hub, read_rows
-from arpo_trl.template import Template, find_template, make_tokenize
+from arpo_trl.template import Template, check_parity, find_template, make_tokenize
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("source", pa.string())])
-BATCH_CHARACTERS = 4 << 20
+BATCH_CHARACTERS = 1 << 20
+PROCESSES_PAY_FROM = 200 << 20
+GATE_ROWS = 32
+STREAMED_BEFORE_JUDGED = 1000
 SHOWN_REASONS = 3
 EXCERPT = 160
 
 
 @dataclass
 class Counts:
-    """Rows of one dataset by their fate, and the tokens of those that stayed. `first`: the first rows dropped."""
+    """Rows of one dataset by their fate, and the tokens of those that stayed. `first`: why the first were dropped."""
 
     kept: int = 0
     shortened: int = 0
@@ -53,6 +60,20 @@ class Counts:
     @property
     def rows(self) -> int:
         return self.kept + self.shortened + self.lost_answer + self.dropped
+
+    def add(self, other: "Counts") -> None:
+        for fate in ("kept", "shortened", "lost_answer", "dropped", "tokens", "trained_tokens"):
+            setattr(self, fate, getattr(self, fate) + getattr(other, fate))
+        self.first = (self.first + other.first)[:SHOWN_REASONS]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Encoded rows as SCHEMA has them, and what `row_audit.jsonl` says of the rows that were not simply kept."""
+
+    encoded: pa.RecordBatch
+    counts: Counts
+    findings: list[dict[str, str]]
 
 
 @dataclass
@@ -95,20 +116,31 @@ def prepare_datasets(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> Pr
     infos = select_datasets(recipe)
     template = find_template(tokenizer)
     state = PartialState()
+    streamed = set(recipe.dataset) if recipe.streaming else set()
     with state.main_process_first(), state.local_main_process_first():
         overwrite = recipe.overwrite_cache and state.is_main_process
-        encoded = [_find_or_encode(info, recipe, tokenizer, template, overwrite) for info in infos]
+        encoded = [
+            _find_or_encode(info, recipe, tokenizer, template, overwrite)
+            for info in infos
+            if info.name not in streamed
+        ]
     audit = Audit({found.info.name: found.counts for found in encoded})
     if state.is_main_process:
         _write_audit(Path(recipe.output_dir), encoded)
     _check_dropped(audit, recipe)
     datasets = {found.info.name: _load(found, recipe) for found in encoded}
+    fingerprints = {found.info.name: found.fingerprint for found in encoded}
+    for info in infos:
+        if info.name in streamed:
+            fingerprints[info.name], datasets[info.name] = _stream(
+                info, recipe, tokenizer, audit, state.is_main_process
+            )
     train = _mix([datasets[name] for name in recipe.dataset], recipe)
     evals = {name: datasets[name] for name in recipe.eval_dataset}
+    if recipe.streaming:
+        train = train.shuffle(seed=recipe.seed, buffer_size=recipe.buffer_size)
     if recipe.val_size:
-        train, held_out = _split(train, recipe)
-        evals = {**evals, "validation": held_out}
-    fingerprints = {found.info.name: found.fingerprint for found in encoded}
+        train, evals["validation"] = _split(train, recipe)
     return PreparedData(train, evals, audit, fingerprints, template.hash)
 
 
@@ -156,7 +188,7 @@ def _find_or_encode(
     if folder.exists() and not overwrite:
         _refuse_changed(folder, parts)
     else:
-        _encode_to(folder, rows, info, recipe, tokenizer, template, parts)
+        _encode_to(folder, rows, info, recipe, tokenizer, parts)
     prepared = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     return Encoded(info, folder, Counts(**prepared["counts"]), fingerprint)
 
@@ -174,13 +206,46 @@ def _load(encoded: Encoded, recipe: Recipe) -> "Dataset":
     return dataset.select(np.concatenate(order)[:wanted][: recipe.max_samples])
 
 
-def _split(dataset: "Dataset", recipe: Recipe) -> "tuple[Dataset, Dataset]":
-    """Hold out `val_size`: a share below 1, or a number of rows."""
-    held_out = int(recipe.val_size if recipe.val_size >= 1 else recipe.val_size * len(dataset))
-    if not 0 < held_out < len(dataset):
+def _stream(
+    info: DatasetInfo, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", audit: Audit, writes: bool
+) -> "tuple[str, IterableDataset]":
+    """Rows are encoded as they are asked for, and counted and judged on the first pass over them."""
+    from datasets import Features, IterableDataset
+
+    counts = audit.datasets[info.name] = Counts()
+    path = Path(recipe.output_dir) / "row_audit.jsonl"
+
+    def examples() -> Iterator[dict[str, Any]]:
+        seen = 0
+        rows = islice(_open(info, recipe)[1], info.num_samples)
+        for batch in encode_rows(_through_the_gate(rows, info, recipe, tokenizer), info, recipe, tokenizer):
+            seen += batch.counts.rows
+            if seen > counts.rows:
+                counts.add(batch.counts)
+                if writes:
+                    with path.open("a", encoding="utf-8") as file:
+                        file.writelines(_lines(batch))
+                if counts.rows >= STREAMED_BEFORE_JUDGED:
+                    _check_dropped(audit, recipe)
+            yield from batch.encoded.to_pylist()
+        _check_dropped(audit, recipe)
+
+    dataset = IterableDataset.from_generator(examples, features=Features.from_arrow_schema(SCHEMA))
+    return _open(info, recipe)[0], dataset
+
+
+def _split(dataset: "Dataset | IterableDataset", recipe: Recipe) -> "tuple[Dataset | IterableDataset, Dataset]":
+    """Hold out `val_size`: a share below 1, or a number of rows. A stream gives its first ones."""
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        size = int(recipe.val_size)
+        return dataset.skip(size), Dataset.from_list(list(dataset.take(size)), features=dataset.features)
+    size = int(recipe.val_size if recipe.val_size >= 1 else recipe.val_size * len(dataset))
+    if not 0 < size < len(dataset):
         raise DatasetError(f"val_size: {recipe.val_size:g} of {len(dataset):,} rows leaves nothing on one side")
     order = np.random.default_rng(recipe.seed).permutation(len(dataset))
-    return dataset.select(order[held_out:]), dataset.select(order[:held_out])
+    return dataset.select(order[size:]), dataset.select(order[:size])
 
 
 def _write_audit(output_dir: Path, encoded: Sequence[Encoded]) -> None:
@@ -207,24 +272,28 @@ def _check_dropped(audit: Audit, recipe: Recipe) -> None:
 
 
 def _open(info: DatasetInfo, recipe: Recipe) -> tuple[str, Iterator[Row]]:
-    if info.path is not None:
-        paths = find_files(info.path)
-        content = hashlib.sha256()
-        for path in paths:
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    content.update(block)
-        return content.hexdigest(), (row for path in paths for row in read_rows(path))
-    assert info.hub is not None
-    return read_hub(info.hub, name=info.subset, data_dir=info.folder, split=info.split, cache_dir=recipe.cache_dir)
+    """The content's hash (of a stream: its files' sizes and times) and the rows."""
+    if info.path is None:
+        arguments = {"name": info.subset, "data_dir": info.folder, "split": info.split, "streaming": recipe.streaming}
+        return read_hub(str(info.hub), **arguments)
+    paths, content = find_files(info.path), hashlib.sha256()
+    for path in paths:
+        if recipe.streaming:
+            content.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+            continue
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                content.update(block)
+    return content.hexdigest(), (row for path in paths for row in read_rows(path))
 
 
 def _parts(
     info: DatasetInfo, fingerprint: str, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", template: Template
 ) -> dict[str, Any]:
     """All that the encoded rows depend on, by the name under which a change is reported."""
-    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), type(tokenizer).__name__])
+    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
     return {
+        "arpo_trl": arpo_trl.__version__,
         "data": fingerprint,
         "dataset_info.json": [info.formatting, info.columns, info.tags],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
@@ -260,12 +329,12 @@ def _encode_to(
     info: DatasetInfo,
     recipe: Recipe,
     tokenizer: "PreTrainedTokenizerBase",
-    template: Template,
     parts: dict[str, Any],
 ) -> None:
     """Written beside its place and moved there when whole, so that a killed run leaves nothing half done."""
     if info.num_samples is None:
         rows = islice(rows, recipe.max_samples)
+    rows = _through_the_gate(rows, info, recipe, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     unfinished.mkdir()
@@ -276,18 +345,10 @@ def _encode_to(
             pa.ipc.new_stream(sink, SCHEMA) as writer,
             (unfinished / "audit.jsonl").open("w", encoding="utf-8") as audit,
         ):
-            for batch in encode_rows(rows, info, recipe, tokenizer, template):
-                kept = [(row, result) for row, result in batch if isinstance(result, Example)]
-                for row, result in batch:
-                    if finding := _count(counts, row, result, recipe.cutoff_len):
-                        audit.write(json.dumps({"dataset": info.name, **finding}, ensure_ascii=False) + "\n")
-                columns = (
-                    [example.input_ids for _, example in kept],
-                    [example.labels for _, example in kept],
-                    [row.place for row, _ in kept],
-                )
-                arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-                writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+            for batch in encode_rows(rows, info, recipe, tokenizer, _workers(info, recipe)):
+                writer.write_batch(batch.encoded)
+                audit.writelines(_lines(batch))
+                counts.add(batch.counts)
         prepared = {"parts": parts, "counts": asdict(counts)}
         (unfinished / "prepared.json").write_text(json.dumps(prepared, indent=1), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
@@ -296,53 +357,127 @@ def _encode_to(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _through_the_gate(
+    rows: Iterator[Row], info: DatasetInfo, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[Row]:
+    sample, template = list(islice(rows, GATE_ROWS)), find_template(tokenizer)
+    for row in sample:
+        try:
+            conversation = to_conversation(row.value, info, recipe.default_system)
+            check_parity(conversation, tokenizer, template, _law(recipe), row.place)
+        except RowError:
+            continue  # The audit will say so.
+    return chain(sample, rows)
+
+
 def encode_rows(
-    rows: Iterable[Row], info: DatasetInfo, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", template: Template
-) -> Iterator[list[tuple[Row, Example | RowError]]]:
-    """Batches of rows with what became of each. While one batch is tokenised (in Rust), the next one is rendered."""
-    law, tokenize = _law(recipe), make_tokenize(tokenizer)
+    rows: Iterable[Row],
+    info: DatasetInfo,
+    recipe: Recipe,
+    tokenizer: "PreTrainedTokenizerBase",
+    workers: int = 1,
+) -> Iterator[Batch]:
+    """Encode rows batch by batch, in their order, whatever the number of workers.
 
-    def encode_batch(batch: list[tuple[Row, list[Segment] | RowError]]) -> list[tuple[Row, Example | RowError]]:
-        examples = iter(
-            encode([segments for _, segments in batch if not isinstance(segments, RowError)], tokenize, law)
+    One worker is two threads here: the tokenizer (Rust, on every core) takes one batch while the other is rendered.
+    """
+    if workers == 1:
+        pool: Executor = ThreadPoolExecutor(2)
+        work: Callable[[list[Row]], Batch] = partial(
+            _encode_batch, info, recipe, find_template(tokenizer), make_tokenize(tokenizer)
         )
-        return [(row, found if isinstance(found, RowError) else _with_labels(next(examples))) for row, found in batch]
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, spawn, _start_worker, (info, recipe, tokenizer))
+        work = _encode_in_worker
+    running: deque[Future[Batch]] = deque()
+    with pool:
+        for batch in _batches(rows, recipe.preprocessing_batch_size):
+            running.append(pool.submit(work, batch))
+            if len(running) > workers + 1:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
-    waiting: Future[list[tuple[Row, Example | RowError]]] | None = None
-    with ThreadPoolExecutor(1) as background:
-        for batch in _batches(_render_rows(rows, info, recipe, template, law), recipe.preprocessing_batch_size):
-            ready, waiting = waiting, background.submit(encode_batch, batch)
-            if ready:
-                yield ready.result()
-        if waiting:
-            yield waiting.result()
 
-
-def _render_rows(
-    rows: Iterable[Row], info: DatasetInfo, recipe: Recipe, template: Template, law: Law
-) -> Iterator[tuple[Row, list[Segment] | RowError]]:
+def _encode_batch(
+    info: DatasetInfo,
+    recipe: Recipe,
+    template: Template,
+    tokenize: Callable[[list[str]], Iterable[list[int]]],
+    rows: list[Row],
+) -> Batch:
+    law = _law(recipe)
+    rendered: list[list[Segment] | RowError] = []
     for row in rows:
         try:
             if isinstance(row.value, RowError):
                 raise row.value
             conversation = to_conversation(row.value, info, recipe.default_system)
-            yield row, to_segments(conversation, template.render, law, template.generation_prompt)
+            rendered.append(to_segments(conversation, template.render, law, template.generation_prompt))
         except RowError as error:
-            yield row, error
+            rendered.append(error)
+    examples = iter(encode([segments for segments in rendered if isinstance(segments, list)], tokenize, law))
+    kept: list[tuple[str, Example]] = []
+    counts, findings = Counts(), []
+    for row, segments in zip(rows, rendered):
+        result = segments if isinstance(segments, RowError) else _with_labels(next(examples))
+        if isinstance(result, Example):
+            kept.append((row.place, result))
+        if finding := _count(counts, row, result, recipe.cutoff_len):
+            findings.append({"dataset": info.name, **finding})
+    return Batch(_to_arrow(kept), counts, findings)
 
 
-def _batches(
-    rows: Iterable[tuple[Row, list[Segment] | RowError]], most: int
-) -> Iterator[list[tuple[Row, list[Segment] | RowError]]]:
+def _lines(batch: Batch) -> list[str]:
+    return [json.dumps(finding, ensure_ascii=False) + "\n" for finding in batch.findings]
+
+
+def _to_arrow(examples: list[tuple[str, Example]]) -> pa.RecordBatch:
+    ends = np.cumsum([0, *(len(example.input_ids) for _, example in examples)], dtype=np.int32)
+    columns = ([example.input_ids for _, example in examples], [example.labels for _, example in examples])
+    flat = [np.fromiter(chain.from_iterable(column), np.int32, ends[-1]) for column in columns]
+    lists = [pa.ListArray.from_arrays(pa.array(ends), pa.array(values)) for values in flat]
+    return pa.record_batch([*lists, pa.array([place for place, _ in examples], pa.string())], schema=SCHEMA)
+
+
+_worker: Callable[[list[Row]], Batch]
+
+
+def _start_worker(info: DatasetInfo, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # The processes are the parallelism.
+    _worker = partial(_encode_batch, info, recipe, find_template(tokenizer), make_tokenize(tokenizer))
+
+
+def _encode_in_worker(rows: list[Row]) -> Batch:
+    return _worker(rows)
+
+
+def _workers(info: DatasetInfo, recipe: Recipe) -> int:
+    """Processes to encode with: starting them costs seconds, in which one process encodes tens of megabytes."""
+    files = find_files(info.path) if info.path else []
+    if sum(file.stat().st_size for file in files) < PROCESSES_PAY_FROM:
+        return 1
+    return min(recipe.preprocessing_num_workers or 1, os.cpu_count() or 1)
+
+
+def _batches(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
     batch, characters = [], 0
-    for row, segments in rows:
-        batch.append((row, segments))
-        characters += 0 if isinstance(segments, RowError) else sum(len(segment.text) for segment in segments)
+    for row in rows:
+        batch.append(row)
+        characters += _characters(row.value)
         if len(batch) == most or characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(_characters, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 1
 
 
 def _with_labels(example: Example) -> Example | RowError:
@@ -371,7 +506,7 @@ def _count(counts: Counts, row: Row, result: Example | RowError, cutoff_len: int
     return {"place": row.place, "outcome": outcome, "reason": reason, "excerpt": excerpt}
 
 
-def _mix(datasets: "list[Dataset]", recipe: Recipe) -> "Dataset":
+def _mix(datasets: "list[Dataset | IterableDataset]", recipe: Recipe) -> Any:
     from datasets import concatenate_datasets, interleave_datasets
 
     if len(datasets) == 1 or recipe.mix_strategy == "concat":

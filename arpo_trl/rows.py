@@ -67,10 +67,10 @@ def read_hub(info_hub: str, **arguments: Any) -> tuple[str, Iterator[Row]]:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DatasetError(f"{info_hub}: cannot be loaded from the hub ({reason[0][:200]})") from None
     rows = (Row(f"{info_hub}:{number}", _without_nulls(row)) for number, row in enumerate(dataset, 1))
-    return str(dataset._fingerprint), rows
+    return str(getattr(dataset, "_fingerprint", "streamed")), rows
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[int | str, Any]]:
     with path.open("rb") as file:
         for line, raw in enumerate(file, 1):
             if line == 1:
@@ -87,13 +87,15 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 yield line, RowError("not JSON that can be read (nested too deeply)")
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_json(path: Path) -> Iterator[tuple[int | str, Any]]:
     """An array, element by element; a file that begins with an object is read as JSON lines.
+
+    The place of a row is its line, and its column too where an earlier row stands on the same line.
 
     Past a broken element nobody can say where the next one begins, so the file is refused there.
     """
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-    text, at, line = "", 0, 1
+    text, at, line, column, last = "", 0, 1, 1, 0
 
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
 
@@ -103,12 +105,15 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
             text, at = text[at:] + more, 0
             return bool(more)
 
+        def advance(end: int) -> None:
+            nonlocal at, line, column
+            newlines = text.count("\n", at, end)
+            line, column = line + newlines, end - text.rfind("\n", at, end) if newlines else column + end - at
+            at = end
+
         def peek() -> str:
-            nonlocal at, line
             while True:
-                end = space.match(text, at).end()  # type: ignore[union-attr]
-                line += text.count("\n", at, end)
-                at = end
+                advance(space.match(text, at).end())  # type: ignore[union-attr]
                 if at < len(text) or not fill():
                     return text[at : at + 1]
 
@@ -124,9 +129,9 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
             raise expected("an array of rows")
         opening = "["
         while first:
-            if text[at] != opening:
+            if text[at : at + 1] != opening:
                 raise expected("a comma or the end of the array")
-            at += 1
+            advance(at + 1)
             if peek() == "]" and opening == "[":
                 break
             while True:
@@ -134,33 +139,35 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
                     value, end = decoder.raw_decode(text, at)
                     if end < len(text) or not fill():  # a number at the buffer's end may go on
                         break
+                except RecursionError:
+                    raise DatasetError(f"{path}:{line}: not JSON that can be read (nested too deeply)") from None
                 except json.JSONDecodeError as error:
                     unfinished = error.pos > len(text) - 32 or error.msg.startswith("Unterminated string")
                     if unfinished and len(text) - at < LONGEST_ROW and fill():
                         continue
                     broken = line + text.count("\n", at, error.pos)
-                    near = text[max(error.pos - 30, at) : error.pos + 30]
-                    reason = f"{path}:{broken}: not JSON ({error.msg} near {near!r}); the row begins at line {line}"
+                    near = text[max(error.pos - 30, at) : error.pos + 30] or "the end of the file"
                     raise DatasetError(
-                        f"{reason}. Nothing after it can be read: mend it, or store one row a line"
+                        f"{path}:{broken}: not JSON ({error.msg} near {near!r}); the row begins at line {line}, and "
+                        "nothing after it can be read: mend it, or store one row a line as .jsonl"
                     ) from None
-            raw = text[at:end]
             try:
-                raw.encode("utf-8")
+                text[at:end].encode("utf-8")
             except UnicodeEncodeError:
                 value = RowError("not UTF-8")
-            yield line, value
-            line += raw.count("\n")
-            at = end
+            yield line if line != last else f"{line}:{column}", value
+            last = line
+            advance(end)
             if peek() == "]":
                 break
             opening = ","
-        at += 1
-        if peek():
-            raise expected("nothing after the array")
+        if first:
+            advance(at + 1)
+            if peek():
+                raise expected("nothing after the array")
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_csv(path: Path) -> Iterator[tuple[int | str, Any]]:
     csv.field_size_limit(LONGEST_ROW)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
@@ -178,13 +185,13 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
             yield line, row
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_parquet(path: Path) -> Iterator[tuple[int | str, Any]]:
     import pyarrow.parquet
 
     yield from _read_batches(path, lambda: pyarrow.parquet.ParquetFile(path).iter_batches(256))
 
 
-def _read_arrow(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_arrow(path: Path) -> Iterator[tuple[int | str, Any]]:
     import pyarrow
 
     def batches() -> Iterator[Any]:
@@ -199,7 +206,7 @@ def _read_arrow(path: Path) -> Iterator[tuple[int, Any]]:
     yield from _read_batches(path, batches)
 
 
-def _read_batches(path: Path, batches: Callable[[], Iterator[Any]]) -> Iterator[tuple[int, Any]]:
+def _read_batches(path: Path, batches: Callable[[], Iterator[Any]]) -> Iterator[tuple[int | str, Any]]:
     import pyarrow
 
     number = 0
@@ -223,7 +230,7 @@ def _excerpt(raw: bytes) -> str:
     return repr(raw[:60].decode("utf-8", "replace").strip())
 
 
-READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+READERS: dict[str, Callable[[Path], Iterator[tuple[int | str, Any]]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,

@@ -7,17 +7,20 @@ its thinking) can't be learnt from as it stands; TRL has a training form of the 
 
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from arpo_trl.encoding import Law, Render, to_segments
+from arpo_trl.encoding import IGNORED, Law, Render, encode, to_segments
 from arpo_trl.messages import Conversation, Message, RowError
 from arpo_trl.recipe import Recipe, RecipeError
+from arpo_trl.registry import DatasetError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,8 +127,10 @@ def _describe(tokenizer: "PreTrainedTokenizerBase", jinja: str, is_training_form
 
     def render(messages: list[Message], tools: Any, prompt: bool) -> str:
         try:
-            text: str = tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=jinja, add_generation_prompt=prompt, tokenize=False
+            text = str(
+                tokenizer.apply_chat_template(
+                    messages, tools=tools, chat_template=jinja, add_generation_prompt=prompt, tokenize=False
+                )
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise RowError(f"the template refuses it: {error}") from None
@@ -169,32 +174,47 @@ def _faults(template: Template) -> int:
 def check_parity(
     conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", template: Template, law: Law, place: str
 ) -> None:
-    """The gate before the first step: on this row, what is trained is what the model will have to generate.
+    """The gate before the first step: what this row trains is what the model will have to generate.
 
-    The pieces are checked by other means than those that made them: the text against `apply_chat_template`, the labels
-    against the text that they decode to.
+    Checked by other means than those that encode: the text against the whole conversation as rendered at once, the
+    labels against what they decode to.
 
     Raises:
-        DatasetError: if they differ, naming the row and what differs.
+        DatasetError: naming the row and what differs.
+        RowError: if the row can't be rendered.
     """
 
     def refuse(reason: str) -> DatasetError:
-        return DatasetError(f"{place}: {reason}; no step was made. Use another template, or report it with this row")
+        return DatasetError(f"{place}: the gate before training stopped here: {reason}; use another template")
 
-    whole = replace(law, cutoff_len=sys.maxsize)
-    segments = to_segments(conversation, template.render, whole, template.generation_prompt)
-    messages = conversation.messages[: len(conversation.messages) - _unanswered(conversation.messages)]
-    rendered = template.render(messages, conversation.tools, False)
-    if "".join(segment.text for segment in segments) != rendered:
-        raise refuse("the text that is encoded is not what the chat template renders")
-    (example,) = encode([segments], make_tokenize(tokenizer), whole)
-    pairs = list(zip(example.input_ids, example.labels))
-    if any(label not in (IGNORED, token) for token, label in pairs):
-        raise refuse("a label is neither its token nor -100")
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    law, tokenize = replace(law, cutoff_len=sys.maxsize), make_tokenize(tokenizer)
+    segments = to_segments(conversation, template.render, law, template.generation_prompt)
+    replies = [position for position, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    messages = conversation.messages[: replies[-1] + 1]
+    if "".join(segment.text for segment in segments) != template.render(messages, conversation.tools, False):
+        raise refuse("the encoded text is not what the chat template renders")
+    context, reply = tokenize([segments[0].text, segments[1].text])
+    if decode(context + reply) != decode(context) + decode(reply):
+        raise refuse("the tokenizer writes a reply after its context otherwise than alone, as with a space before it")
     if tokenizer.eos_token_id != template.end_of_turn:
-        raise refuse(f"the eos token is {tokenizer.eos_token!r}, but a turn ends in another token")
-    runs = ["".join]
-tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[str]], Iterable[list[int]]]:
+        raise refuse(f"a turn does not end in the eos token {tokenizer.eos_token!r}")
+    if law.train_on_prompt:
+        return
+    (example,) = encode([segments], tokenize, law)
+    runs = [list(run) for trained, run in groupby(example.labels, lambda label: label != IGNORED) if trained]
+    if any(template.end_of_turn not in run for run in runs):
+        raise refuse(f"a reply is trained without its end-of-turn token {tokenizer.eos_token!r}")
+    masked = decode([token for token, label in zip(example.input_ids, example.labels) if label == IGNORED])
+    for message in messages:
+        (text,) = tokenize([message["content"].strip()])
+        if message["role"] != "assistant" and decode(text) not in masked:
+            raise refuse(f"a message from {message['role']} is not wholly masked")
+
+
+def make_tokenize(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[str]], Iterable[list[int]]]:
     """Texts -> token ids, without special tokens added; the Rust tokenizer takes all texts at once, in parallel."""
     if not tokenizer.is_fast:
         return lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]

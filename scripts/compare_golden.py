@@ -8,14 +8,16 @@ GOLDEN_DIR holds one JSON list a data set, `[input_ids, trained]` a row. The tem
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from arpo_trl.dataset import encode_rows
-from arpo_trl.encoding import IGNORED, Example
+from arpo_trl.encoding import IGNORED
 from arpo_trl.recipe import Recipe
 from arpo_trl.registry import read_registry
 from arpo_trl.rows import read_rows
-from arpo_trl.template import find_template, load_tokenizer
+from arpo_trl.template import load_tokenizer
 
 SETS = {"alpaca": "alpaca_en_demo", "identity": "identity", "glaive": "glaive_toolcall_en_demo"}
 
@@ -28,19 +30,21 @@ def compare(golden_dir: Path, data_dir: Path, recipe: Recipe) -> tuple[int, int]
         golden = json.loads((golden_dir / f"{golden_name}.json").read_text(encoding="utf-8"))
         info = registry[name]
         assert info.path is not None
-        batches = encode_rows(read_rows(info.path), info, recipe, tokenizer, find_template(tokenizer))
-        ours = (found for batch in batches for found in batch)
-        for (row, example), (input_ids, trained) in zip(ours, golden):
+        rows = list(islice(read_rows(info.path), len(golden)))
+        ours: dict[str, Any] = {}
+        for batch in encode_rows(rows, info, recipe, tokenizer):
+            ours |= {row["source"]: row for row in batch.encoded.to_pylist()}
+            for finding in batch.findings:
+                print(f"{finding['place']}: {finding['outcome']} ({finding['reason']})")
+        for row, (input_ids, trained) in zip(rows, golden):
             total += 1
-            if not isinstance(example, Example):
-                print(f"{row.place}: dropped ({example})")
-            elif example.input_ids == input_ids and [int(label != IGNORED) for label in example.labels] == trained:
+            found = ours.get(row.place, {"input_ids": [], "labels": []})
+            if found["input_ids"] == input_ids and [int(label != IGNORED) for label in found["labels"]] == trained:
                 equal += 1
             else:
-                pairs = zip(example.input_ids, input_ids)
-                at = next((at for at, (a, b) in enumerate(pairs) if a != b), "none")
+                at = next((at for at, (a, b) in enumerate(zip(found["input_ids"], input_ids)) if a != b), "none")
                 print(
-                    f"{row.place}: {len(example.input_ids)} tokens, {len(input_ids)} expected; first to differ: {at}"
+                    f"{row.place}: {len(found['input_ids'])} tokens, {len(input_ids)} expected; first to differ: {at}"
                 )
     return equal, total
 
