@@ -62,14 +62,14 @@ def ask(prompt: str) -> str:
         return ""
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a model folder, or an adapter folder")
     parser.add_argument("--prompt", help="answer this and stop")
     parser.add_argument("--system", help="the system prompt (default: the chat template's own)")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default): always the likeliest token")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not (args.model / "tokenizer_config.json").is_file():
         raise SystemExit(f"{args.model}: no model here; give the output_dir of a finished run")
 

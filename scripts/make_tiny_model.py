@@ -101,7 +101,7 @@ def save(tokenizer: Tokenizer, model: Qwen2ForCausalLM, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", type=Path, default=TOY_DATA, help="jsonl that the tokenizer is trained on")
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.disable_progress_bar()
     tokenizer = train_tokenizer(args.data, args.rows, args.vocab_size)
     model = make_model(tokenizer, args.hidden_size, args.layers, args.seed)

@@ -1,0 +1,320 @@
+"""The scripts that users run, and the data and model that they make."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import chat
+import make_tiny_model
+import make_toy_dataset
+import merge_lora
+import pytest
+import torch
+from peft import LoraConfig, LoraModel, get_peft_model
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[1]
+ROWS = [json.loads(line) for line in make_toy_dataset.TOY_DATA.read_text(encoding="utf-8").splitlines()]
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+
+
+def run(*command: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    text = [str(part) for part in command]
+    return subprocess.run(text, capture_output=True, encoding="utf-8", timeout=120, cwd=ROOT, **kwargs)
+
+
+# The toy data
+
+
+def test_the_shipped_toy_data_begins_with_what_the_script_generates():
+    assert list(make_toy_dataset.generate(rows=40, seed=0)) == ROWS[:40]
+
+
+def test_another_seed_gives_other_rows():
+    assert next(make_toy_dataset.generate(rows=1, seed=1)) != ROWS[0]
+
+
+def test_the_shipped_toy_data_is_small_and_does_not_repeat_itself():
+    assert make_toy_dataset.TOY_DATA.stat().st_size < 3_000_000
+    assert len(ROWS) == len({row["conversations"][0]["value"] for row in ROWS}) == 500
+
+
+def test_every_toy_row_is_a_conversation_in_arpos_form():
+    for row in ROWS:
+        turns = row["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert re.fullmatch(r"<think>.+</think>\n<answer>.*\\boxed\{.+\}.*</answer>", turns[-1]["value"], re.DOTALL)
+        for call, result in zip(turns[1:-1:2], turns[2::2], strict=True):
+            assert chat.find_call(call["value"]), call
+            assert re.fullmatch(r"<result>\n.+\n</result>", result["value"], re.DOTALL)
+
+
+def test_toy_results_are_what_the_programs_print_and_the_searches_find():
+    rounds = [
+        pair for row in ROWS for pair in zip(row["conversations"][1:-1:2], row["conversations"][2::2], strict=True)
+    ]
+    for call, result in random.Random(0).sample(rounds, 40):
+        tag, text = chat.find_call(call["value"])
+        found = make_toy_dataset.run_python(text) if tag == "python" else make_toy_dataset.search(text)
+        assert result["value"] == f"<result>\n{found}\n</result>"
+
+
+def test_toy_data_has_errors_second_attempts_long_rows_and_chinese():
+    texts = [" ".join(turn["value"] for turn in row["conversations"]) for row in ROWS]
+    for error in ("TypeError", "KeyError", "IndexError", "No page found."):
+        assert any(error in text for text in texts)
+    assert sum(len(text) > 10_000 for text in texts) >= 5
+    assert any("剩" in text for text in texts)
+
+
+@pytest.mark.parametrize("name", ["list.json", "lines.json", "lines.jsonl"])
+def test_source_takes_the_first_rows_of_a_list_or_of_lines(tmp_path: Path, name: str):
+    source, out = tmp_path / name, tmp_path / "out.jsonl"
+    lines = "\n".join(json.dumps(row) for row in ROWS[:5])
+    source.write_text(json.dumps(ROWS[:5]) if name == "list.json" else lines, encoding="utf-8")
+    done = run(sys.executable, "scripts/make_toy_dataset.py", "--source", source, "--rows", 3, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] == ROWS[:3]
+
+
+def test_a_program_that_fails_gives_the_last_line_of_its_traceback():
+    assert make_toy_dataset.run_python("print(1)\nint('x')").splitlines() == [
+        "1",
+        "ValueError: invalid literal for int() with base 10: 'x'",
+    ]
+
+
+def test_dataset_info_names_the_toy_file_and_the_real_set():
+    info = json.loads((ROOT / "recipes" / "dataset_info.json").read_text(encoding="utf-8"))
+    assert (ROOT / "recipes" / info["arpo_sft_toy"]["file_name"]).resolve() == make_toy_dataset.TOY_DATA
+    assert info["arpo_sft_54k"]["hf_hub_url"] == "dongguanting/ARPO-SFT-54K"
+
+
+# The tiny model
+
+
+def test_tiny_model_has_a_million_parameters_in_bfloat16_and_one_seed_makes_one_model(tmp_path: Path):
+    make_tiny_model.main([str(tmp_path / "one")])
+    done = run(sys.executable, "scripts/make_tiny_model.py", tmp_path / "two")  # another process has other hashes
+    assert done.returncode == 0, done.stderr
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} for folder in ("one", "two"))
+    assert one == two
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} < set(one)
+    with safe_open(tmp_path / "one" / "model.safetensors", "pt") as weights:
+        tensors = [weights.get_tensor(name) for name in weights.keys()]  # noqa: SIM118
+    assert 1_000_000 < sum(tensor.numel() for tensor in tensors) < 3_000_000
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+
+
+def test_tiny_tokenizer_is_built_as_qwens(tiny_tokenizer):
+    assert (tiny_tokenizer.eos_token, tiny_tokenizer.pad_token, tiny_tokenizer.bos_token) == (
+        "<|im_end|>",
+        "<|endoftext|>",
+        None,
+    )
+    added = [make_tiny_model.SPECIAL_TOKENS, make_tiny_model.WHOLE_WORDS]
+    ids = tiny_tokenizer.convert_tokens_to_ids([token for tokens in added for token in tokens])
+    assert ids == list(range(len(tiny_tokenizer) - 22, len(tiny_tokenizer)))
+    text = "Numbers 1234 split; 中文, <tool_call>\n\n  tabs\tand émojis 🙂 come back.\r\n"
+    assert tiny_tokenizer.decode(tiny_tokenizer(text).input_ids) == text
+    assert tiny_tokenizer.tokenize("2024") == list("2024")
+    assert tiny_tokenizer.chat_template == make_tiny_model.CHAT_TEMPLATE.read_text(encoding="utf-8")
+
+
+# chat.py
+
+
+@pytest.mark.parametrize(
+    ("reply", "call"),
+    [
+        ("<think>a</think>\n<python>\nprint(1)\n</python>", ("python", "print(1)")),
+        ("<search>who</search> ", ("search", "who")),
+        ('text\n<tool_call>\n{"name": "f"}\n</tool_call>', ("tool_call", '{"name": "f"}')),
+        ("<python>1</python> and so <answer>1</answer>", None),
+        ("<python>cut off", None),
+        ("no call", None),
+    ],
+)
+def test_find_call_finds_the_call_that_a_reply_ends_with(reply: str, call: tuple[str, str] | None):
+    assert chat.find_call(reply) == call
+
+
+def test_chat_answers_one_prompt(tiny_model: Path, capsys):
+    chat.main([str(tiny_model), "--prompt", "你好", "--max-new-tokens", "4"])
+    captured = capsys.readouterr()
+    assert (captured.out != "", captured.err) == (True, "")
+
+
+def test_chat_shows_the_call_and_takes_the_next_line_as_its_result(tiny_model: Path, capsys, monkeypatch):
+    seen: list[list[dict[str, str]]] = []
+
+    def reply_to(messages: list[dict[str, str]], *_: object) -> str:
+        seen.append(list(messages))
+        return "<search>Karamont</search>"
+
+    typed = iter(["Who founded Karamont?", "Kasivik", ""])
+    monkeypatch.setattr(chat, "reply_to", reply_to)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    chat.main([str(tiny_model), "--system", "Be brief."])
+    assert capsys.readouterr().out.splitlines() == ["[search would be called here with: Karamont]"] * 2
+    assert [message["role"] for message in seen[1]] == ["system", "user", "assistant", "user"]
+    assert seen[1][-1]["content"] == "<result>\nKasivik\n</result>"
+
+
+def test_chat_names_the_folder_that_holds_no_model(tmp_path: Path):
+    with pytest.raises(SystemExit, match="no model here; give the output_dir of a finished run"):
+        chat.main([str(tmp_path)])
+
+
+def test_the_quickstart_asks_what_the_toy_data_does_not_answer():
+    [question] = re.findall(
+        r'^question="(.+?)"', (ROOT / "scripts" / "quickstart.sh").read_text("utf-8"), re.MULTILINE
+    )
+    assert question not in {row["conversations"][0]["value"] for row in ROWS}
+
+
+# merge_lora.py
+
+
+@pytest.fixture
+def adapter(tiny_model: Path, tmp_path: Path) -> Path:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_merge_lora_keeps_dtype_tokenizer_and_generation_config(adapter: Path, tiny_model: Path, tmp_path: Path):
+    dtype, moved = merge_lora.merge(adapter, tmp_path / "merged")
+    assert dtype == torch.bfloat16
+    assert moved < 0.1
+    for name in ("generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tiny_model / name).read_bytes()
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
+        == AutoTokenizer.from_pretrained(tiny_model).get_vocab()
+    )
+
+
+def test_merge_lora_stops_when_the_sum_is_not_the_adapter(adapter: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, safe_merge: self.unload())
+    with pytest.raises(SystemExit, match="predicts otherwise"):
+        merge_lora.merge(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+# Shell scripts
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    "script", [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"], ids=lambda p: p.name
+)
+def test_shell_scripts_parse_and_have_unix_line_ends(script: Path):
+    assert b"\r" not in script.read_bytes()
+    assert run("bash", "-n", script.as_posix()).stderr == ""
+
+
+def fake_programs(folder: Path, **programs: str) -> dict[str, str]:
+    """An environment in which the named programs are these bash scripts."""
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n", encoding="utf-8", newline="\n")
+        (folder / name).chmod(0o755)
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("CUDA_", "SLURM_", "WANDB_"))}
+    return kept | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the scripts, so that training.log is not written into the repository."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    return tmp_path
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    ("environment", "arguments", "expected"),
+    [
+        (
+            {},
+            [],
+            "--num_processes 1 --config_file accelerate_configs/single_gpu.yaml -m arpo_trl recipes/qwen_toy.yaml",
+        ),
+        (
+            {"CUDA_VISIBLE_DEVICES": "0,1,3", "WANDB_DISABLED": "true"},
+            ["seed=1"],
+            "--num_processes 3 --config_file accelerate_configs/multi_gpu.yaml --main_process_port 29500 "
+            "-m arpo_trl recipes/qwen_toy.yaml seed=1 report_to=none",
+        ),
+        (
+            {"NNODES": "2", "NODE_RANK": "1", "PROC_PER_NODE": "8", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"},
+            ["my.yaml"],
+            "--num_processes 16 --config_file accelerate_configs/multi_node.yaml --num_machines 2 --machine_rank 1 "
+            "--main_process_ip node0 --main_process_port 1234 -m arpo_trl my.yaml",
+        ),
+    ],
+    ids=["plain", "three cards", "two machines"],
+)
+def test_sft_train_toy_turns_the_environment_into_a_launch(
+    checkout: Path, environment: dict[str, str], arguments: list[str], expected: str
+):
+    fakes = fake_programs(checkout, accelerate='echo "$@" "libuv $USE_LIBUV"; exit 7')
+    done = run("bash", (checkout / "scripts" / "sft_train_toy.sh").as_posix(), *arguments, env=fakes | environment)
+    assert done.stdout == f"launch {expected} libuv 0\n"
+    assert (checkout / "training.log").read_text(encoding="utf-8") == done.stdout
+    assert done.returncode == 7
+
+
+SLURM = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]"}
+FAKE_SLURM = {
+    "scontrol": 'if [ "$1" = show ]; then echo n1; echo n2; else echo "$@"; fi',
+    "srun": 'shift; SLURM_NODEID=1 exec "$@"',
+}
+
+
+@needs_bash
+def test_slurm_launches_every_machine_with_its_rank(checkout: Path):
+    fakes = fake_programs(checkout, **FAKE_SLURM, accelerate='echo "$@"')
+    script = (checkout / "scripts" / "slurm_multi_node.sh").as_posix()
+    done = run("bash", script, "my.yaml", "seed=1", env=fakes | SLURM)
+    assert done.stdout == (
+        "launch --config_file accelerate_configs/multi_node.yaml --num_machines 2 --num_processes 8 --machine_rank 1 "
+        "--main_process_ip n1 --main_process_port 20077 -m arpo_trl my.yaml seed=1 overwrite_output_dir=false\n"
+    )
+    assert done.returncode == 0
+
+
+@needs_bash
+@pytest.mark.skipif(sys.platform == "win32", reason="Slurm is not on Windows")
+def test_slurm_passes_sigterm_on_and_requeues(checkout: Path):
+    fakes = fake_programs(
+        checkout,
+        **FAKE_SLURM,
+        accelerate="trap 'echo saved; exit 143' TERM; echo $$ > pid; while true; do sleep 0.05; done",
+        scancel='kill -TERM "$(cat pid)"',
+    )
+    script = checkout / "scripts" / "slurm_multi_node.sh"
+    with subprocess.Popen(
+        ["bash", str(script), "my.yaml"], stdout=subprocess.PIPE, encoding="utf-8", cwd=checkout, env=fakes | SLURM
+    ) as job:
+        for _ in range(200):
+            if (checkout / "pid").exists() and (checkout / "pid").read_text(encoding="utf-8").strip():
+                break
+            time.sleep(0.05)
+        job.send_signal(signal.SIGTERM)
+        output, _ = job.communicate(timeout=30)
+    assert output == "saved\nrequeue 77\n"
+    assert job.returncode == 143
