@@ -20,15 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 
 from arpo_trl.vocabulary import HARMLESS, NO_EFFECT, REFUSED, RENAMED, sft_fields
 
@@ -104,9 +96,6 @@ class ModelKeys(BaseModel):
     )
     enable_liger_kernel: bool = _key(False, "Patch the model with Liger's Triton kernels.", "use_liger_kernel")
     moe_aux_loss_coef: Number | None = _key(None, "Weight of a mixture's balancing loss.", "router_aux_loss_coef")
-    add_tokens: Names = _key([], "Ordinary tokens to add, with commas between them.", "tokenizer.add_tokens")
-    add_special_tokens: Names = _key([], "Special tokens to add, with commas between them.", "tokenizer.add_tokens")
-    resize_vocab: bool = _key(False, "Resize the embedding to the tokenizer.", "resize_token_embeddings")
     quantization_bit: Literal[4, 8] | None = _key(None, "Quantize the base model (LoRA only).", "load_in_4bit/8bit")
     quantization_method: Literal["bnb", "bitsandbytes"] = _key("bnb", "Who quantizes: bitsandbytes.")
     quantization_type: Literal["nf4", "fp4"] = _key("nf4", "4-bit data type.", "bnb_4bit_quant_type")
@@ -313,30 +302,25 @@ def keys() -> dict[str, Key]:
     return table
 
 
+_KINDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+_KINDS |= {"array": "a list", "object": "a mapping"}
+_BOUNDS = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "of at most"}
+
+
 def in_words(schema: dict[str, Any], bounds: bool = False) -> str:
-    """A JSON Schema as a person would say it: `a whole number of tokens`."""
+    """A JSON Schema as a person would say it: `a whole number of tokens`, and with bounds, ` above 0`."""
     if "anyOf" in schema:
-        return " or ".join(
-            dict.fromkeys(in_words(part, bounds) for part in schema["anyOf"] if part != {"type": "null"})
-        )
+        parts = [part | {"unit": schema.get("unit")} for part in schema["anyOf"] if part != {"type": "null"}]
+        return " or ".join(dict.fromkeys(in_words(part, bounds) for part in parts))
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
     if "const" in schema:
         return str(schema["const"]).lower()
-    kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
-    kinds |= {"array": "a list", "object": "a mapping"}
-    words = kinds.get(schema.get("type", ""), "anything")
+    words = _KINDS.get(schema.get("type", ""), "anything")
     if schema.get("unit"):
         words += f" of {schema['unit']}"
-    if bounds:
-        limits = {
-            "exclusiveMinimum": "above",
-            "minimum": "of at least",
-            "exclusiveMaximum": "below",
-            "maximum": "of at most",
-        }
-        words += " and".join(f" {said} {schema[limit]:g}" for limit, said in limits.items() if limit in schema)
-    return words
+    limits = [f" {said} {schema[limit]:g}" for limit, said in _BOUNDS.items() if limit in schema]
+    return words + " and".join(limits) if bounds else words
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -365,6 +349,9 @@ class _Given(NamedTuple):
     place: str  # "line 14" or "override"
 
 
+_Problems = list[tuple[str, str]]  # where, and what
+
+
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, and `key=value` overrides by the same rules.
 
@@ -372,8 +359,24 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: all problems at once, each with its line.
     """
     path = Path(path)
-    problems: list[tuple[str, str]] = []
+    problems: _Problems = []
     given = _in_file(path, problems) | _in_overrides(overrides, problems)
+    no_effect = _leave_what_has_effect(given, problems)
+    recipe = _typed(given, problems)
+    if recipe:
+        recipe._path = path
+        recipe._notices += [f"{path}: {', '.join(names)}: no effect; {why}" for why, names in no_effect.items()]
+        problems += [(_place(key, given), f"{key}: {why}") for key, why in _conflicts(recipe)]
+    if problems or not recipe:
+        problems.sort(key=lambda problem: (problem[0][:4] != "line", len(problem[0]), problem[0]))
+        width = max(len(place) for place, _ in problems)
+        header = f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise RecipeError([header, *(f"  {place:<{width}}  {text}" for place, text in problems)])
+    return _resolve(recipe)
+
+
+def _leave_what_has_effect(given: dict[str, _Given], problems: _Problems) -> dict[str, list[str]]:
+    """Take from `given` what is no key of ours; return the keys without effect by their reason."""
     no_effect: dict[str, list[str]] = {}
     for key, (value, place) in list(given.items()):
         if key in keys():
@@ -389,20 +392,25 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             problems.append((place, f"{key}: {_nearest(key)}"))
         elif value is not None and value is not False and value != HARMLESS.get(key):
             problems.append((place, f"{key}: {REFUSED[key]}"))
+    return no_effect
+
+
+def _typed(given: dict[str, _Given], problems: _Problems) -> Recipe | None:
+    """The recipe of these values, if each has its type."""
     own: dict[str, Any] = {}
     trl: dict[str, Any] = {}
     for key, (value, place) in given.items():
         if value is None and keys()[key].default in (None, []):
             continue  # null is how LLaMA-Factory's recipes say nothing
+        value = _as_bool(key, value)
         if isinstance(value, str) and "${" in value:
-            problems.append(
-                (place, f"{key}: ${{...}} is not filled in here; write the value, or give {key}=... after the path")
-            )
+            way_out = f"write the value, or give {key}=... after the path"
+            problems.append((place, f"{key}: ${{...}} is not filled in here; {way_out}"))
         elif key in Recipe.model_fields:
-            own[key] = _as_bool(key, value)
+            own[key] = value
         else:
             try:
-                trl[key] = _sft_type(key).validate_python(_as_bool(key, value))
+                trl[key] = _sft_type(key).validate_python(value)
             except ValidationError:
                 problems.append((place, _expected(key, value)))
     try:
@@ -411,22 +419,17 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         for key, message in {str(e["loc"][0]): e.get("ctx", {}).get("error") for e in error.errors()}.items():
             if key in own:
                 problems.append(
-                    (given[key].place, f"{key}: {message}" if str(message or "") else _expected(key, own[key]))
+                    (_place(key, given), f"{key}: {message}" if str(message or "") else _expected(key, own[key]))
                 )
             elif key not in given or given[key].value is None:
                 problems.append(("missing", f"{key}: every recipe needs it. {keys()[key].help}"))
-    else:
-        recipe._path, recipe._trl = path, trl
-        recipe._notices += [f"{path}: {', '.join(names)}: no effect; {why}" for why, names in no_effect.items()]
-        problems += [
-            (given[key].place if key in given else "missing", f"{key}: {why}") for key, why in _conflicts(recipe)
-        ]
-    if problems:
-        problems.sort(key=lambda problem: (problem[0][:4] != "line", len(problem[0]), problem[0]))
-        width = max(len(place) for place, _ in problems)
-        header = f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}"
-        raise RecipeError([header, *(f"  {place:<{width}}  {text}" for place, text in problems)])
-    return _resolve(recipe)
+        return None
+    recipe._trl = trl
+    return recipe
+
+
+def _place(key: str, given: dict[str, _Given]) -> str:
+    return given[key].place if key in given else "missing"
 
 
 def _as_bool(key: str, value: Any) -> Any:
@@ -447,7 +450,7 @@ def _nearest(key: str) -> str:
     return f"no such key; the nearest is {near[0]}" if near else "no such key; recipes/KEYS.md lists them"
 
 
-def _in_file(path: Path, problems: list[tuple[str, str]]) -> dict[str, _Given]:
+def _in_file(path: Path, problems: _Problems) -> dict[str, _Given]:
     """The keys of a recipe file with their lines; duplicates, tags and odd keys become problems."""
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
@@ -509,7 +512,7 @@ def _construct(loader: _Loader, node: yaml.Node) -> tuple[Any, str | None]:
         return None, "expected a plain value"
 
 
-def _in_overrides(overrides: Sequence[str], problems: list[tuple[str, str]]) -> dict[str, _Given]:
+def _in_overrides(overrides: Sequence[str], problems: _Problems) -> dict[str, _Given]:
     given = {}
     for override in overrides:
         key, equals, text = override.partition("=")

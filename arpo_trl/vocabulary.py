@@ -88,6 +88,8 @@ _REFUSED = {
     "this change of the model is not made here; save a changed model and name it in model_name_or_path": """
         shift_attn mixture_of_depths train_from_scratch new_special_tokens_config init_special_tokens
         use_v1_kernels upcast_layernorm upcast_lmhead_output""",
+    "add the tokens to the tokenizer and the model once, save both, and name that folder in model_name_or_path": """
+        add_tokens add_special_tokens resize_vocab""",
     "FP8 is the launcher's: mixed_precision: fp8 in the accelerate config": """
         fp8 fp8_backend fp8_enable_fsdp_float8_all_gather""",
     "a quantized model is trained where accelerate puts it": "quantization_device_map",
