@@ -178,7 +178,7 @@ def _find_or_encode(
 ) -> Encoded:
     from datasets import config
 
-    fingerprint, rows = _open(info, recipe)
+    fingerprint = _fingerprint(info, recipe)
     parts = _parts(info, fingerprint, recipe, tokenizer, template)
     if recipe.tokenized_path:
         folder = Path(recipe.tokenized_path) / info.name
@@ -188,7 +188,7 @@ def _find_or_encode(
     if folder.exists() and not overwrite:
         _refuse_changed(folder, parts)
     else:
-        _encode_to(folder, rows, info, recipe, tokenizer, parts)
+        _encode_to(folder, info, recipe, tokenizer, parts)
     prepared = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     return Encoded(info, folder, Counts(**prepared["counts"]), fingerprint)
 
@@ -217,7 +217,7 @@ def _stream(
 
     def examples() -> Iterator[dict[str, Any]]:
         seen = 0
-        rows = islice(_open(info, recipe)[1], info.num_samples)
+        rows = islice(read_dataset(info, recipe), info.num_samples)
         for batch in encode_rows(_through_the_gate(rows, info, recipe, tokenizer), info, recipe, tokenizer):
             seen += batch.counts.rows
             if seen > counts.rows:
@@ -231,7 +231,7 @@ def _stream(
         _check_dropped(audit, recipe)
 
     dataset = IterableDataset.from_generator(examples, features=Features.from_arrow_schema(SCHEMA))
-    return _open(info, recipe)[0], dataset
+    return _fingerprint(info, recipe), dataset
 
 
 def _split(dataset: "Dataset | IterableDataset", recipe: Recipe) -> "tuple[Dataset | IterableDataset, Dataset]":
@@ -271,20 +271,26 @@ def _check_dropped(audit: Audit, recipe: Recipe) -> None:
         raise DatasetError(problems)
 
 
-def _open(info: DatasetInfo, recipe: Recipe) -> tuple[str, Iterator[Row]]:
-    """The content's hash (of a stream: its files' sizes and times) and the rows."""
+def read_dataset(info: DatasetInfo, recipe: Recipe) -> Iterator[Row]:
+    """All rows of a dataset, read as they are asked for."""
     if info.path is None:
-        arguments = {"name": info.subset, "data_dir": info.folder, "split": info.split, "streaming": recipe.streaming}
-        return read_hub(str(info.hub), **arguments)
-    paths, content = find_files(info.path), hashlib.sha256()
-    for path in paths:
+        return read_hub(info, recipe.streaming)[1]
+    return chain.from_iterable(map(read_rows, find_files(info.path)))
+
+
+def _fingerprint(info: DatasetInfo, recipe: Recipe) -> str:
+    """The content's hash; of a stream, its files' names, sizes and times."""
+    if info.path is None:
+        return read_hub(info, recipe.streaming)[0]
+    content = hashlib.sha256()
+    for path in find_files(info.path):
         if recipe.streaming:
             content.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
             continue
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 content.update(block)
-    return content.hexdigest(), (row for path in paths for row in read_rows(path))
+    return content.hexdigest()
 
 
 def _parts(
@@ -325,16 +331,14 @@ def _refuse_changed(folder: Path, parts: dict[str, Any]) -> None:
 
 def _encode_to(
     folder: Path,
-    rows: Iterator[Row],
     info: DatasetInfo,
     recipe: Recipe,
     tokenizer: "PreTrainedTokenizerBase",
     parts: dict[str, Any],
 ) -> None:
     """Written beside its place and moved there when whole, so that a killed run leaves nothing half done."""
-    if info.num_samples is None:
-        rows = islice(rows, recipe.max_samples)
-    rows = _through_the_gate(rows, info, recipe, tokenizer)
+    first = islice(read_dataset(info, recipe), recipe.max_samples if info.num_samples is None else None)
+    rows = _through_the_gate(first, info, recipe, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     unfinished.mkdir()

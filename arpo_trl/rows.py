@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from arpo_trl.messages import RowError
-from arpo_trl.registry import DatasetError
+from arpo_trl.registry import DatasetError, DatasetInfo
 
 CHUNK = 1 << 20
 LONGEST_ROW = 64 << 20
@@ -57,16 +57,21 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise DatasetError(f"{path}: cannot be read ({error})") from None
 
 
-def read_hub(info_hub: str, **arguments: Any) -> tuple[str, Iterator[Row]]:
-    """A dataset of the Hugging Face hub (or a local folder in the hub's form): its fingerprint and its rows."""
+def read_hub(info: DatasetInfo, streaming: bool) -> tuple[str, Iterator[Row]]:
+    """A dataset of the Hugging Face hub (or a local folder in the hub's form): its fingerprint and its rows.
+
+    Raises:
+        DatasetError: with the hub's reason.
+    """
     from datasets import load_dataset
 
+    hub = str(info.hub)
     try:
-        dataset = load_dataset(info_hub, **arguments)
+        dataset = load_dataset(hub, info.subset, data_dir=info.folder, split=info.split, streaming=streaming)
     except Exception as error:  # load_dataset raises what its many backends raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DatasetError(f"{info_hub}: cannot be loaded from the hub ({reason[0][:200]})") from None
-    rows = (Row(f"{info_hub}:{number}", _without_nulls(row)) for number, row in enumerate(dataset, 1))
+        raise DatasetError(f"{info.place}: {info.name}: {hub} cannot be loaded ({reason[0][:200]})") from None
+    rows = (Row(f"{hub}:{number}", _without_nulls(row)) for number, row in enumerate(dataset, 1))
     return str(getattr(dataset, "_fingerprint", "streamed")), rows
 
 
