@@ -180,7 +180,9 @@ class OutputKeys(BaseModel):
     )
     resume_from_checkpoint: bool | str | None = _key(None, "true: the newest whole checkpoint; or a path to one.")
     allow_changed_recipe: bool = _key(False, "Resume although keys that change the result differ.")
-    logging_steps: Number = _key(500, "Steps between two log lines; below 1 a share of the run.", ge=0)
+    logging_steps: Number = _key(500, "Steps between two log lines; below 1 a share of the run.", gt=0)
+    save_strategy: Literal["no", "steps", "epoch", "best"] = _key("steps", "When to save a checkpoint.")
+    save_steps: Number = _key(500, "Steps between two checkpoints; below 1 a share of the run.", gt=0)
     plot_loss: bool = _key(False, "Write training_loss.png.")
     report_to: Trackers = _key([], "Trackers (wandb, tensorboard, trackio, ..., all), or none.")
     run_name: str | None = _key(None, "Name of the run in a tracker.")
@@ -196,6 +198,7 @@ class TrainKeys(BaseModel):
     global_batch_size: Count | None = _key(
         None, "Rows per update over all devices; gradient_accumulation_steps follows.", unit="rows"
     )
+    num_train_epochs: Number = _key(3.0, "Times that every row is seen; max_steps beats it.", gt=0)
     learning_rate: Number = _key(5e-5, "Peak learning rate.", ge=0)
     warmup_ratio: Number = _key(0.0, "Share of the run that warms up.", "warmup_steps", ge=0, lt=1)
     warmup_steps: Number = _key(0, "Steps that warm up (below 1: a share); beats warmup_ratio.", ge=0)
@@ -225,6 +228,7 @@ class EvalKeys(BaseModel):
     eval_dataset: Names = _key([], "Names in dataset_info.json to evaluate on.")
     eval_on_each_dataset: bool = _key(False, "Evaluate each of eval_dataset by itself.")
     val_size: Number = _key(0.0, "Part of the training rows held out: a share below 1, or a number of rows.", ge=0)
+    per_device_eval_batch_size: Count = _key(8, "Rows per device and step of an evaluation.", unit="rows")
     eval_strategy: Literal["no", "steps", "epoch"] = _key("no", "When to evaluate during training.")
     load_best_model_at_end: bool = _key(False, "End with the checkpoint that evaluated best.")
     early_stopping_steps: Count | None = _key(None, "Evaluations without progress before stopping.")

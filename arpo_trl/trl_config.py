@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl.trainer.sft_config import SFTConfig
 
 from arpo_trl.recipe import Recipe, RecipeError, wandb_is_disabled
@@ -63,8 +64,12 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
         "eval_strategy": recipe.eval_strategy,
         "load_best_model_at_end": recipe.load_best_model_at_end,
         "per_device_train_batch_size": recipe.per_device_train_batch_size,
+        "per_device_eval_batch_size": recipe.per_device_eval_batch_size,
+        "num_train_epochs": recipe.num_train_epochs,
         "learning_rate": recipe.learning_rate,
         "logging_steps": recipe.logging_steps,
+        "save_strategy": recipe.save_strategy,
+        "save_steps": recipe.save_steps,
         "report_to": recipe.report_to or "none",
         "run_name": recipe.run_name,
         "project": recipe.project,
@@ -237,7 +242,12 @@ def _trackers(recipe: Recipe) -> list[str]:
     for tracker in recipe.report_to:
         if tracker == "all":
             continue
-        package = {"azure_ml": "azureml", "flyte": "flytekit", "dvclive": "dvclive"}.get(tracker, tracker)
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            lines.append(
+                f"report_to: expected none, all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}; found {tracker!r}"
+            )
+            continue
+        package = {"azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
         if importlib.util.find_spec(package) is None:
             lines.append(f"report_to: {tracker} is not installed; pip install {package}, or write report_to: none")
         elif tracker == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):

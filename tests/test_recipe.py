@@ -62,6 +62,9 @@ WRONG = [
     ("stage: ppo", "stage: expected sft, found 'ppo'; the other stages have trainers of their own in TRL"),
     # types of SFTConfig's own fields
     ("save_steps: true", "save_steps: expected a number, found true"),
+    ("save_steps: 0", "save_steps: expected a number above 0, found 0"),
+    ("num_train_epochs: -1", "num_train_epochs: expected a number above 0, found -1"),
+    ("eval_steps: true", "eval_steps: expected a number, found true"),
     ("max_steps: 1.5", "max_steps: expected a whole number, found 1.5"),
     ("hub_strategy: never", "hub_strategy: expected one of end, every_save, checkpoint, all_checkpoints, found 'never'"),
     ("weight_decay: none", "weight_decay: expected a number, found 'none'"),
@@ -229,19 +232,19 @@ def test_values_are_read_as_a_person_would(tmp_path: Path, line: str, value: obj
 
 
 def test_sft_config_fields_without_a_meaning_of_their_own_go_through_by_name(tmp_path: Path) -> None:
-    recipe = read_recipe(write(tmp_path, GOOD + "save_steps: 50\nevaluation_strategy: 'no'\nno_cuda: true\n"))
-    assert recipe.trl == {"save_steps": 50, "use_cpu": True}
+    recipe = read_recipe(write(tmp_path, GOOD + "eval_steps: 50\nevaluation_strategy: 'no'\nno_cuda: true\n"))
+    assert recipe.trl == {"eval_steps": 50, "use_cpu": True}
     assert recipe.eval_strategy == "no"
 
 
 def test_overrides_follow_the_rules_of_the_file_and_win(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "learning_rate: 1\nmax_samples: 5\n")
-    recipe = read_recipe(path, ["learning_rate=2e-5", "dataset=[b, c]", "max_samples=", "save_steps=3"])
+    recipe = read_recipe(path, ["learning_rate=2e-5", "dataset=[b, c]", "max_samples=", "eval_steps=3"])
     assert (recipe.learning_rate, recipe.dataset, recipe.max_samples, recipe.trl) == (
         2e-5,
         ["b", "c"],
         None,
-        {"save_steps": 3},
+        {"eval_steps": 3},
     )
 
 
@@ -267,7 +270,8 @@ def test_refused_keys_that_ask_for_nothing_pass(tmp_path: Path) -> None:
 
 def test_resolved_reads_back_to_the_same_recipe(tmp_path: Path) -> None:
     text = (
-        GOOD + "neat_packing: true\nwarmup_ratio: 0.1\nwarmup_steps: 3\nsave_steps: 50\nlr_scheduler_kwargs: {a: 1}\n"
+        GOOD
+        + "neat_packing: true\nwarmup_ratio: 0.1\nwarmup_steps: 3\nsave_steps: 50\neval_steps: 2.0\nlr_scheduler_kwargs: {a: 1}\n"
     )
     recipe = read_recipe(write(tmp_path, text))
     again = read_recipe(write(tmp_path, yaml.safe_dump(recipe.resolved())))

@@ -89,8 +89,10 @@ MOVED = {
     "load_best_model_at_end=true": ("load_best_model_at_end", True),
     "logging_steps=7": ("logging_steps", 7),
     "moe_aux_loss_coef=0.01": ("router_aux_loss_coef", 0.01),
+    "num_train_epochs=2": ("num_train_epochs", 2),
     "optim=adafactor": ("optim", "adafactor"),
     "padding_free=true": ("padding_free", True),
+    "per_device_eval_batch_size=3": ("per_device_eval_batch_size", 3),
     "per_device_train_batch_size=3": ("per_device_train_batch_size", 3),
     "preprocessing_num_workers=2": ("dataset_num_proc", 2),
     "project=p": ("project", "p"),
@@ -100,6 +102,8 @@ MOVED = {
     "run_name=r": ("run_name", "r"),
     "save_only_model=true": ("save_only_model", True),
     "save_total_limit=2": ("save_total_limit", 2),
+    "save_steps=50": ("save_steps", 50),
+    "save_strategy=epoch": ("save_strategy", "epoch"),
     "seed=7": ("seed", 7),
     "trust_remote_code=true": ("trust_remote_code", True),
     "truncation_mode=llamafactory": ("truncation_mode", "keep_start"),
@@ -149,7 +153,6 @@ def test_global_batch_size_counts_the_processes(recipe_of: Any, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["logging_steps=0"], "logging strategy IntervalStrategy.STEPS requires non-zero --logging_steps"),
         (["lr_scheduler_type=greedy"], "lr_scheduler_type greedy requires an eval strategy"),
         (["dataloader_prefetch_factor=2"], "--dataloader_prefetch_factor can only be set when data is loaded in a"),
     ],
@@ -320,6 +323,11 @@ def test_a_missing_deepspeed_file_is_named(recipe_of: Any, installed: set[str], 
     assert line.startswith(f"deepspeed: there is no file z3.json; paths are relative to {Path.cwd()}")
     (tmp_path / "z3.json").write_text("{}", encoding="utf-8")
     check_environment(recipe_of(f"deepspeed={tmp_path / 'z3.json'}"))
+
+
+def test_an_unknown_tracker_is_not_to_be_installed(recipe_of: Any) -> None:
+    (line,) = missing(recipe_of("report_to=wandbb"))
+    assert line.startswith("report_to: expected none, all, or some of azure_ml, ") and line.endswith("found 'wandbb'")
 
 
 @pytest.mark.parametrize(
