@@ -10,13 +10,17 @@ import contextlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 # Windows wheels of torch have no libuv, which its store asks for by default since 2.4 (pytorch/pytorch#139990).
 os.environ.setdefault("USE_LIBUV", "0")
 
 from .console import silence_libraries
 from .recipe import RecipeError, explain_key, list_text, read_recipe, usage
+
+HERE = Path(__file__).parent
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,11 +38,15 @@ def main(argv: Sequence[str]) -> int:
             return 0
         return _run(arguments, overrides, flags)
     except RecipeError as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process has the same to say
+            print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped at once by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
+    except Exception as error:
+        print(_in_one_line(error), file=sys.stderr)
+        return 1
 
 
 def _run(arguments: list[str], overrides: list[str], flags: list[str]) -> int:
@@ -71,6 +79,28 @@ def _run(arguments: list[str], overrides: list[str], flags: list[str]) -> int:
     except RunFailed as error:
         print(error, file=sys.stderr)
         return 1
+    except (RecipeError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        print(f"{_in_one_line(error)}; {_keep_traceback(Path(recipe.output_dir) / 'training.log')}", file=sys.stderr)
+        return 1
+
+
+def _in_one_line(error: Exception) -> str:
+    """What a library raised: its kind, its words, and the last line of ours that it passed."""
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == HERE]
+    place = f" (arpo_trl/{Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'without a word'}{place}"
+
+
+def _keep_traceback(log: Path) -> str:
+    """Append the traceback of the exception being handled to the run's log, and say where it is."""
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(traceback.format_exc())
+    except OSError:
+        return f"the traceback could not be written to {log}"
+    return f"the traceback is in {log}"
 
 
 def _stop_with_launcher() -> None:

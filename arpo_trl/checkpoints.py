@@ -7,17 +7,18 @@ still has the mark, or whose files differ from the list, is never used and never
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
+import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .recipe import RecipeError
+from safetensors import SafetensorError, safe_open
+
+from .recipe import RecipeError, keys
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -26,19 +27,19 @@ IN_PROGRESS = ".in_progress"
 FILES = "files.json"
 MANIFEST = "run.json"
 
-# What a run writes beside its checkpoints. `overwrite_output_dir: true` starts these anew; nothing else is touched.
+# What `overwrite_output_dir: true` removes beside the checkpoints: a run appends to these, or writes them at its end.
 RUN_FILES = (
     MANIFEST,
-    "recipe.yaml",
-    "row_audit.jsonl",
     "trainer_log.jsonl",
-    "training.log",
     "training_loss.png",
     "train_results.json",
     "eval_results.json",
     "all_results.json",
     "trainer_state.json",
 )
+
+# What a resume reads. FSDP and DeepSpeed keep all but the first in folders of their own.
+NEEDED = {"rng_state.pth": "rng_state*.pth", "optimizer.pt": "optimizer.*", "scheduler.pt": "scheduler.pt"}
 
 # Keys that leave the sequence of weights as it is: they may change when a run is resumed.
 FREE_KEYS = frozenset(
@@ -84,121 +85,119 @@ def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
         reason = find_damage(folder)
         if reason is None:
             return folder, lines
-        aside = folder.with_name(f"damaged-{folder.name}")
-        count = 1
-        while aside.exists():
-            count += 1
-            aside = folder.with_name(f"damaged-{folder.name}-{count}")
-        folder.rename(aside)
+        aside = set_aside(folder, "damaged")
         lines.append(f"{folder} is not whole ({reason}); skipped and kept as {aside.name}")
     return None, lines
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename `checkpoint-<step>` to `<why>-checkpoint-<step>`, with a number if that is taken."""
+    aside, count = folder.with_name(f"{why}-{folder.name}"), 1
+    while aside.exists():
+        count += 1
+        aside = folder.with_name(f"{why}-{folder.name}-{count}")
+    return folder.rename(aside)
 
 
 def find_damage(folder: Path) -> str | None:
     """Why `folder` cannot be resumed from, or None when it is whole.
 
-    Reads no pickle and no tensor: sizes, JSON, safetensors headers and zip directories only.
+    Runs no pickle and reads no weight: it compares sizes, JSON, safetensors headers and zip checksums. So a bit that
+    flipped on the disk is seen in the optimizer's state and not in the weights.
     """
     if (folder / IN_PROGRESS).exists():
         return "its save was interrupted"
-    state = _read_json(folder / "trainer_state.json")
+    state = read_json(folder / "trainer_state.json")
     if not isinstance(state, dict):
         return "trainer_state.json is missing or not JSON"
     if state.get("global_step") != checkpoint_step(folder):
         return f"trainer_state.json names step {state.get('global_step')}"
-    files = _read_json(folder / FILES) if (folder / FILES).exists() else {}
-    if not isinstance(files, dict):
+    sizes = read_json(folder / FILES) if (folder / FILES).exists() else {}
+    if not isinstance(sizes, dict):
         return f"{FILES} is not JSON"
-    for name, size in files.items():
+    for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
-    return _weights_damage(folder) or _state_damage(folder, sharded=any("/" in name for name in files))
-
-
-def _weights_damage(folder: Path) -> str | None:
-    weights = [name for name in ("model", "adapter_model") if (folder / f"{name}.safetensors").exists()]
-    names = [f"{name}.safetensors" for name in weights]
-    if (folder / "model.safetensors.index.json").exists():
-        index = _read_json(folder / "model.safetensors.index.json")
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            return "model.safetensors.index.json is not JSON"
-        names += sorted(set(index["weight_map"].values()))
-    if not names and not any(p.is_dir() for p in folder.iterdir()):  # FSDP and DeepSpeed keep shards in folders
-        return "it has no model.safetensors"
-    for name in names:
-        reason = _safetensors_damage(folder / name)
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+    if not any(path.is_dir() for kind in ("optimizer_*", "global_step*") for path in folder.glob(kind)):
+        if not any(folder.glob("*model.*")):
+            return "it has no weights"
+        for name, pattern in NEEDED.items():
+            if not any(folder.glob(pattern)):
+                return f"{name} is missing"
+    for path in sorted(folder.iterdir()):
+        reason = _file_damage(path)
         if reason:
-            return f"{name} {reason}"
+            return f"{path.name} {reason}"
     return None
 
 
-def _safetensors_damage(path: Path) -> str | None:
-    """Compare a safetensors header with the file's size (https://huggingface.co/docs/safetensors: the format)."""
-    if not path.is_file():
-        return "is missing"
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        if size < 8 + header_size:
-            return "ends inside its header"
+def _file_damage(path: Path) -> str | None:
+    if path.suffix == ".safetensors":
         try:
-            header = json.loads(file.read(header_size))
-            end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return "has a header that is not safetensors"
-    expected = 8 + header_size + int(end)
-    return None if size == expected else f"has {size:,} bytes of {expected:,}"
-
-
-def _state_damage(folder: Path, sharded: bool) -> str | None:
-    rng = sorted(folder.glob("rng_state*.pth"))
-    if not rng:
-        return "rng_state.pth is missing"
-    names = [path.name for path in rng]
-    if not (sharded or any(p.is_dir() for p in folder.iterdir())):
-        names += ["optimizer.pt", "scheduler.pt"]
-    for name in names:
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if not zipfile.is_zipfile(folder / name):  # torch.save writes a zip, whose directory comes last
-            return f"{name} is cut off"
+            with safe_open(path, framework="numpy"):
+                return None
+        except (SafetensorError, OSError) as error:
+            return f"is cut off or not safetensors ({error})"
+    if path.suffix in (".pt", ".pth", ".bin"):  # torch.save writes a zip with a checksum for each part
+        try:
+            with zipfile.ZipFile(path) as parts:
+                return "is corrupt" if parts.testzip() else None
+        except Exception:  # zipfile raises a dozen kinds, from struct.error to NotImplementedError
+            return "is cut off or not written by torch.save"
+    if path.name.endswith(".index.json"):
+        index = read_json(path)
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(shards, dict):
+            return "is not JSON with a weight_map"
+        missing = sorted({str(name) for name in shards.values() if not (path.parent / str(name)).is_file()})
+        return f"names {missing[0]}, which is missing" if missing else None
     return None
 
 
-@contextlib.contextmanager
-def marked_in_progress(folder: Path, is_main_process: bool) -> Iterator[None]:
-    """Mark `folder` as being written; when the block ends without an exception, list its files instead."""
-    if is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / IN_PROGRESS).touch()
-    yield
-    if is_main_process:
-        match_umask(folder)
-        paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (IN_PROGRESS, FILES))
-        write_json(folder / FILES, {p.relative_to(folder).as_posix(): p.stat().st_size for p in paths})
-        (folder / IN_PROGRESS).unlink()
+def begin_checkpoint(folder: Path) -> None:
+    """Mark `folder` as being written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / IN_PROGRESS).touch()
+
+
+def finish_checkpoint(folder: Path, durable: bool) -> int:
+    """Turn the mark into the list of files, and return their bytes.
+
+    Args:
+        durable: Wait until the disk has them, as older checkpoints are about to be deleted: a machine that loses
+            power may otherwise lose both.
+    """
+    match_umask(folder)
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (IN_PROGRESS, FILES))
+    for path in paths if durable else []:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    write_json(folder / FILES, sizes)
+    (folder / IN_PROGRESS).unlink()
+    return sum(sizes.values())
 
 
 def match_umask(folder: Path) -> None:
-    """Give files the mode that the umask asks for: safetensors 0.8 writes 0600, which locks a group out."""
+    """Give weights the mode that the umask asks for: safetensors 0.8 writes 0600, which locks a group out."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in folder.iterdir():
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
 
 
-def require_free_space(folder: Path, needed: int, what: str) -> None:
-    """Raise `RunFailed` when the disk of `folder` has less than `needed` bytes free for `what`."""
+def missing_space(folder: Path, needed: int, what: str) -> str | None:
+    """What to say when the disk of `folder` has less than `needed` bytes free for `what`, else None."""
     free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise RunFailed(
-            f"disk full: {what} needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free. "
-            "Free some space, set save_total_limit: 1 or point output_dir elsewhere; the same command then goes on"
-        )
+    if free >= needed:
+        return None
+    return (
+        f"disk full: {what} needs {needed / 1e9:.3f} GB and {folder} has {free / 1e9:.3f} GB free; free some space, set "
+        "save_total_limit: 1 or point output_dir elsewhere"
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -208,10 +207,11 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The value in a JSON file, or None when there is no file, no JSON, or no end to its brackets."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -222,22 +222,24 @@ def find_resume_point(recipe: Recipe) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from (None: from the beginning), and lines that tell the user what was found.
 
     Raises:
-        RecipeError: the folder holds a finished run or a model that is not ours, or the checkpoint that the recipe
-            names is not there or not whole.
+        RecipeError: the folder cannot be written, holds a finished run or a model that is not ours, or the checkpoint
+            that the recipe names is not there or not whole.
     """
     output_dir = Path(recipe.output_dir)
-    if output_dir.exists() and output_dir.resolve() == Path(recipe.model_name_or_path).resolve():
-        raise RecipeError(f"output_dir: {output_dir} is the folder of the model to be trained; name another")
+    for model in (recipe.model_name_or_path, *recipe.adapter_name_or_path):
+        path, home = Path(model).resolve(), output_dir.resolve()
+        if path == home:
+            raise RecipeError(f"output_dir: {output_dir} is the folder of the model to be trained; name another")
+        if path.parent == home and path.name.startswith("checkpoint-"):
+            raise RecipeError(f"output_dir: {output_dir} holds the model to be trained, {path.name}; name another")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise RecipeError(f"output_dir: nothing can be written in {output_dir} ({error.strerror})") from None
     wanted = recipe.resume_from_checkpoint
     if isinstance(wanted, str):
-        folder = Path(wanted)
-        if not re.fullmatch(r"checkpoint-\d+", folder.name) or not folder.is_dir():
-            found = ", ".join(str(p) for p in list_checkpoints(folder if folder.is_dir() else output_dir)) or "none"
-            raise RecipeError(f"resume_from_checkpoint: no checkpoint-<step> folder at {wanted}; found: {found}")
-        reason = find_damage(folder)
-        if reason:
-            raise RecipeError(f"resume_from_checkpoint: {folder} is not whole ({reason}); name another checkpoint")
-        return folder, []
+        return _named_checkpoint(Path(wanted), output_dir)
     if not wanted and recipe.overwrite_output_dir:
         return None, []
     manifest = read_manifest(output_dir)
@@ -246,60 +248,83 @@ def find_resume_point(recipe: Recipe) -> tuple[Path | None, list[str]]:
             f"output_dir: {output_dir} holds a finished run; name another folder, or set overwrite_output_dir: true "
             "to start over"
         )
-    if not wanted and not manifest and (output_dir / "config.json").exists():
+    if not wanted and not manifest and any((output_dir / f).exists() for f in ("config.json", "adapter_config.json")):
         raise RecipeError(
             f"output_dir: {output_dir} holds a model that this run did not write; name another folder, or set "
             "overwrite_output_dir: true to replace it"
         )
     checkpoint, lines = newest_whole_checkpoint(output_dir)
     if checkpoint is None and wanted:
-        raise RecipeError(
-            f"resume_from_checkpoint: no whole checkpoint in {output_dir}; remove the key to start from the beginning"
-        )
+        nothing = f"resume_from_checkpoint: no whole checkpoint in {output_dir}; remove the key to start over"
+        raise RecipeError([*lines, nothing])
     return checkpoint, lines
+
+
+def _named_checkpoint(folder: Path, output_dir: Path) -> tuple[Path, list[str]]:
+    if not re.fullmatch(r"checkpoint-\d+", folder.name) or not folder.is_dir():
+        found = ", ".join(str(p) for p in list_checkpoints(folder if folder.is_dir() else output_dir)) or "none"
+        raise RecipeError(f"resume_from_checkpoint: no checkpoint-<step> folder at {folder}; found: {found}")
+    reason = find_damage(folder)
+    if reason:
+        raise RecipeError(f"resume_from_checkpoint: {folder} is not whole ({reason}); name another checkpoint")
+    newer = [p for p in list_checkpoints(output_dir) if checkpoint_step(p) > checkpoint_step(folder)]
+    # The run would meet them again: the next resume takes the newest checkpoint, and these are of another course.
+    return folder, [f"{p} is newer than {folder}; kept as {set_aside(p, 'superseded').name}" for p in newer]
 
 
 def clear_earlier_run(output_dir: Path) -> list[str]:
     """Remove an earlier run's checkpoints and logs for a fresh start; one line says what went."""
     folders = list_checkpoints(output_dir)
     for folder in folders:
-        shutil.rmtree(folder)
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
     for name in RUN_FILES:
         (output_dir / name).unlink(missing_ok=True)
     if not folders:
         return []
-    return [f"{output_dir}: removed {len(folders)} checkpoints of the earlier run (overwrite_output_dir: true)"]
+    names = ", ".join(folder.name for folder in folders)
+    return [f"{output_dir}: removed {names} of the earlier run (overwrite_output_dir: true)"]
 
 
 def read_manifest(output_dir: Path) -> dict[str, Any]:
     """`run.json` of the run in `output_dir`; empty when there is none."""
-    manifest = _read_json(output_dir / MANIFEST)
-    return manifest if isinstance(manifest, dict) else {}
+    manifest = read_json(output_dir / MANIFEST)
+    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("recipe"), dict) else {}
 
 
 def list_changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two manifests and would change the course of the run, a line each."""
+    """What differs between two manifests and would change the course of the run, a line each.
 
-    def flat(manifest: dict[str, Any]) -> dict[str, Any]:
-        recipe = {k: v for k, v in manifest.get("recipe", {}).items() if k not in FREE_KEYS}
-        data = {f"data of {name}": digest for name, digest in manifest.get("data", {}).items()}
-        return recipe | data | {k: manifest.get(k) for k in ("template_hash", "world_size")}
-
-    before, after = flat(earlier), flat(json.loads(json.dumps(now)))
-    return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
+    A key that one of them lacks, because it was left out or came with a later version, has its default there.
+    """
+    now = json.loads(json.dumps(now))
+    changes = []
+    for key in sorted(earlier["recipe"].keys() | now["recipe"].keys()):
+        default = keys()[key].default if key in keys() else None
+        before, after = earlier["recipe"].get(key, default), now["recipe"].get(key, default)
+        if before != after and key not in FREE_KEYS:
+            changes.append(f"{key}: {before!r} -> {after!r}")
+    data_before, data_now = earlier.get("data") or {}, now.get("data") or {}
+    for name in sorted({*data_before, *data_now}):
+        if data_before.get(name) != data_now.get(name):
+            changes.append(f"data of {name}: {data_before.get(name)} -> {data_now.get(name)}")
+    for name in ("template_hash", "world_size"):
+        if earlier.get(name) != now.get(name):
+            changes.append(f"{name}: {earlier.get(name)} -> {now.get(name)}")
+    return changes
 
 
 def require_same_course(earlier: dict[str, Any], now: dict[str, Any], allow_changed_recipe: bool) -> list[str]:
     """Refuse to resume a run under another recipe, other data or another number of processes.
 
     Returns:
-        A line for each change when `allow_changed_recipe` lets them pass.
+        A line for each change when `allow_changed_recipe` lets them pass, and for each library of another version.
     """
-    changes = list_changes(earlier, now) if earlier else []
+    if not earlier:
+        return [f"no {MANIFEST} tells how the run was begun: not checked whether recipe and data are the same"]
+    changes = list_changes(earlier, now)
     if changes and not allow_changed_recipe:
         raise RecipeError(
             "the run in this folder was begun otherwise:\n  "
@@ -307,4 +332,12 @@ def require_same_course(earlier: dict[str, Any], now: dict[str, Any], allow_chan
             + "\n  change these back, or set allow_changed_recipe: true to go on all the same, or "
             "overwrite_output_dir: true to start over"
         )
-    return [f"resumed although changed: {change}" for change in changes]
+    versions = [
+        f"{name} {before} -> {now['versions'].get(name)}"
+        for name, before in (earlier.get("versions") or {}).items()
+        if before != now["versions"].get(name)
+    ]
+    return [
+        *(f"resumed although changed: {change}" for change in changes),
+        *(f"resumed under another version, last digits may differ: {version}" for version in versions),
+    ]

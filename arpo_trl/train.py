@@ -10,15 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import __version__
 from .callbacks import StopOnSignal, TrainerLog, format_seconds, plot_loss
@@ -26,24 +24,19 @@ from .checkpoints import (
     clear_earlier_run,
     find_resume_point,
     match_umask,
+    missing_space,
     read_manifest,
-    require_free_space,
     require_same_course,
     write_json,
 )
 from .console import logged_to
 from .dataset import PreparedData, prepare_datasets
+from .model import keep_adapter_in_float32, load_model, to_optimizer, turn_pissa_into_lora
 from .preflight import Preflight
 from .recipe import Recipe, RecipeError
 from .template import load_tokenizer
 from .trainer import ArpoTrainer
-from .trl_config import (
-    check_environment,
-    model_init_kwargs,
-    to_lora_config,
-    to_quantization_config,
-    to_sft_config,
-)
+from .trl_config import check_environment, to_sft_config
 
 
 def train(recipe: Recipe) -> int:
@@ -61,10 +54,7 @@ def train(recipe: Recipe) -> int:
     main_process = PartialState().is_main_process
     output_dir = Path(recipe.output_dir)
 
-    checkpoint, lines = find_resume_point(recipe) if main_process else (None, [])
-    checkpoint = _from_main_process(checkpoint)
-    if main_process and checkpoint is None:
-        lines += clear_earlier_run(output_dir)
+    checkpoint, lines = on_main_process(lambda: find_resume_point(recipe))
     with logged_to(output_dir / "training.log", keep=checkpoint is not None, enabled=main_process):
         stop = StopOnSignal()
         for line in [*recipe.notices, *lines]:
@@ -73,11 +63,9 @@ def train(recipe: Recipe) -> int:
         data = prepare_datasets(recipe, tokenizer)
         manifest = describe_run(recipe, data)
         if checkpoint is not None:
-            for line in require_same_course(read_manifest(output_dir), manifest, recipe.allow_changed_recipe):
+            earlier, allowed = read_manifest(checkpoint.parent), recipe.allow_changed_recipe
+            for line in on_main_process(lambda: require_same_course(earlier, manifest, allowed)):
                 say(line)
-        if main_process:
-            write_json(output_dir / "run.json", manifest)
-            write_recipe(output_dir / "recipe.yaml", recipe)
 
         model, saved_dtype = load_model(recipe)
         trainer = ArpoTrainer(
@@ -86,15 +74,21 @@ def train(recipe: Recipe) -> int:
             train_dataset=data.train,
             eval_dataset=data.eval or None,
             processing_class=tokenizer,
-            peft_config=to_lora_config(recipe, model),
+            optimizer_cls_and_kwargs=to_optimizer(recipe, args),
             rows=data.train,
             on_save_error=recipe.on_save_error,
         )
+        keep_adapter_in_float32(model)
         show_progress_our_way(trainer, output_dir, recipe.plot_loss, stop)
         if recipe.preflight:
             trainer.add_callback(Preflight(trainer))
         if main_process:
-            require_free_space(output_dir, estimate_checkpoint_bytes(trainer.model), "a checkpoint")
+            for line in clear_earlier_run(output_dir) if checkpoint is None else []:
+                say(line)
+            if full := missing_space(output_dir, trainer.checkpoint_bytes, "a checkpoint"):
+                raise RecipeError(full)
+            write_json(output_dir / "run.json", manifest)
+            write_recipe(output_dir / "recipe.yaml", recipe)
             report(recipe, data, trainer, checkpoint)
 
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -109,6 +103,7 @@ def train(recipe: Recipe) -> int:
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
         if main_process:
+            turn_pissa_into_lora(model, output_dir)
             match_umask(output_dir)
             if recipe.plot_loss:
                 plot_loss(output_dir / "trainer_log.jsonl", output_dir / "training_loss.png")
@@ -124,46 +119,21 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def _from_main_process(checkpoint: Path | None) -> Path | None:
-    """The main process's decision on every process: only one may rename a damaged checkpoint."""
-    if PartialState().num_processes == 1:
-        return checkpoint
-    from accelerate.utils import broadcast_object_list
+def on_main_process(decide: Callable[[], Any]) -> Any:
+    """The main process's answer on every process, its `RecipeError` too: only one may touch the run's folder."""
+    answer: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            answer[0] = decide()
+        except RecipeError as error:
+            answer[1] = error
+    if PartialState().num_processes > 1:
+        from accelerate.utils import broadcast_object_list
 
-    return broadcast_object_list([checkpoint])[0]  # type: ignore[no-any-return]
-
-
-# --- the model ---
-
-
-def load_model(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
-    """The model in its training dtype, and the dtype to save it in: that of the base model's own file.
-
-    Code in a model's folder runs only for an architecture that transformers does not have.
-    """
-    kwargs = model_init_kwargs(recipe)
-    name = recipe.model_name_or_path
-    config_kwargs = {k: kwargs[k] for k in ("revision", "cache_dir", "token") if k in kwargs}
-    try:
-        raw = AutoConfig.from_pretrained(
-            name, trust_remote_code=kwargs.get("trust_remote_code", False), **config_kwargs
-        )
-        if raw.model_type in CONFIG_MAPPING and kwargs.get("trust_remote_code"):
-            kwargs["trust_remote_code"] = False
-        model = AutoModelForCausalLM.from_pretrained(
-            name, quantization_config=to_quantization_config(recipe), **kwargs
-        )
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"model_name_or_path: {name} could not be loaded: {str(error).splitlines()[0]}") from error
-    return model, None if recipe.finetuning_type == "lora" else getattr(raw, "dtype", None)
-
-
-def estimate_checkpoint_bytes(model: Any) -> int:
-    """Weights, and AdamW's two moments of what is trained, in bytes."""
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    lora = any(not p.requires_grad for p in model.parameters())
-    weights = trained if lora else sum(p.numel() * p.element_size() for p in model.parameters())
-    return int(weights + 2 * trained)
+        answer = broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 # --- what is told and written ---

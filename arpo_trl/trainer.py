@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .checkpoints import RunFailed, marked_in_progress, require_free_space
+from .checkpoints import IN_PROGRESS, RunFailed, begin_checkpoint, finish_checkpoint, missing_space
 
 TILE_POSITIONS = 512
 """Labelled positions scored at once: 512 x 151,936 float32 logits are 311 MB."""
@@ -40,7 +40,8 @@ class ArpoTrainer(SFTTrainer):
         self.on_save_error = on_save_error
         self.trained_tokens = 0
         self._window: list[dict[str, Tensor]] = []
-        self._checkpoint_bytes = 0
+        self._last_batch = ""
+        self.checkpoint_bytes = self._estimate_checkpoint_bytes()
         # Trainer would replace a NaN loss by the running average and log 0: the step below raises instead.
         self.args.logging_nan_inf_filter = False
         self.add_callback(_LogState(self))
@@ -50,15 +51,20 @@ class ArpoTrainer(SFTTrainer):
 
     # --- a step ---
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One forward and backward; a loss that is not finite or a device without memory ends the run by name."""
-        self._window.append(inputs)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; a device without memory ends the run with what to change."""
         try:
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-untyped-call]
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+            return super().train(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise RunFailed(self._out_of_memory(inputs)) from error
+                raise RunFailed(self._out_of_memory()) from error
             raise
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One forward and backward; a loss that is not finite ends the run by name."""
+        self._window.append(inputs)
+        self._last_batch = f"training batch of {_shape(inputs)} tokens"
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         if not torch.isfinite(loss):
             raise RunFailed(self._not_finite("loss", float(loss)))
         return loss
@@ -75,24 +81,36 @@ class ArpoTrainer(SFTTrainer):
         self._window.clear()
         return norm
 
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self._last_batch = f"evaluation batch of {_shape(inputs)} tokens"
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
     def _not_finite(self, what: str, value: float) -> str:
-        sources = ", ".join(self._sources_in_window()) or "unknown"
+        model: Any = self.model
+        weight = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+        cause = (
+            f"The model itself is broken: its weight {weight} is not finite"
+            if weight
+            else "Lower learning_rate, use bf16 instead of fp16, or look at these rows"
+        )
         return (
             f"step {self.state.global_step + 1}: the {what} is {value}; nothing of this step was saved. "
-            f"Rows in its batch: {sources}. Lower learning_rate, use bf16 instead of fp16, or look at these rows"
+            f"Rows in its batch: {', '.join(self._sources_in_window()) or 'unknown'}. {cause}"
         )
 
-    def _out_of_memory(self, inputs: dict[str, Any]) -> str:
-        shape = " x ".join(str(n) for n in inputs["input_ids"].shape)
-        free = ["cutoff_len"] if self.args.per_device_train_batch_size == 1 else []
-        if self.args.per_device_train_batch_size > 1:
-            free = ["per_device_train_batch_size (raise gradient_accumulation_steps to match: same run)", "cutoff_len"]
-        if not self.args.gradient_checkpointing:
-            free.insert(0, "gradient_checkpointing: true (about 20 % slower, same run)")
-        free.append("finetuning_type: lora")
+    def _out_of_memory(self) -> str:
+        args, ways = self.args, []
+        if self._last_batch.startswith("evaluation"):
+            ways += ["per_device_eval_batch_size (same run)"]
+        else:
+            if args.per_device_train_batch_size > 1:
+                ways += ["per_device_train_batch_size (raise gradient_accumulation_steps to match: same run)"]
+            if not args.activation_checkpointing:
+                ways += ["gradient_checkpointing: true (slower, same run)"]
+        ways += ["cutoff_len (rows are cut)", "finetuning_type: lora"]
         return (
-            f"step {self.state.global_step + 1}: out of memory on {self.accelerator.device} with a batch of {shape} "
-            f"tokens. In order of what it costs, change: {'; '.join(free)}"
+            f"step {self.state.global_step + 1}: out of memory on {self.accelerator.device} with a "
+            f"{self._last_batch or 'model of this size'}. In order of what it costs, change: {'; '.join(ways)}"
         )
 
     def _sources_in_window(self) -> list[str]:
@@ -100,7 +118,8 @@ class ArpoTrainer(SFTTrainer):
         if self.rows is None or "source" not in self.rows.column_names:
             return []
         wanted = {tuple(row) for batch in self._window for row in _split_rows(batch)}
-        return [row["source"] for row in self.rows if tuple(row["input_ids"]) in wanted]
+        rows = self.rows.select_columns(["input_ids", "source"])
+        return [row["source"] for row in rows if tuple(row["input_ids"]) in wanted]
 
     # --- a checkpoint ---
 
@@ -109,37 +128,53 @@ class ArpoTrainer(SFTTrainer):
         output_dir = Path(str(self.args.output_dir))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         keep, self.args.save_total_limit = self.args.save_total_limit, None
+        error: Exception | None = None
         try:
             if self.is_world_process_zero():
-                require_free_space(output_dir, self._checkpoint_bytes, "a checkpoint")
-            with marked_in_progress(folder, self.is_world_process_zero()):
-                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
-                self.accelerator.wait_for_everyone()  # every process writes its own rng_state
-        except (OSError, RuntimeError, RunFailed) as error:
-            self._save_failed(folder, error)
-            return
+                if full := missing_space(output_dir, self.checkpoint_bytes, "a checkpoint"):
+                    raise RunFailed(full)
+                begin_checkpoint(folder)
+            super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+        except Exception as failure:  # safetensors, torch and the file system each raise their own for a full disk
+            error = failure
         finally:
             self.args.save_total_limit = keep
-        if self.is_world_process_zero():
-            self._checkpoint_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            rotate_checkpoints(
-                output_dir=str(output_dir),
-                save_total_limit=keep,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+        # Every process writes its own rng_state, so the list waits for all, and all agree on what to do next.
+        failed = self.accelerator.reduce(torch.tensor(int(error is not None), device=self.args.device))
+        if not failed and self.is_world_process_zero():
+            try:
+                self.checkpoint_bytes = finish_checkpoint(folder, durable=bool(keep))
+            except OSError as failure:
+                error = failure
+            else:
+                rotate_checkpoints(
+                    output_dir=str(output_dir),
+                    save_total_limit=keep,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                )
+        if failed or error:
+            self._save_failed(folder, error)
 
-    def _save_failed(self, folder: Path, error: Exception) -> None:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not full and isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
-            full = True  # torch.save reports a short write as "unexpected pos 11840 vs 11732"
-        reason = str(error) if isinstance(error, RunFailed) else f"disk full ({error})" if full else str(error)
-        message = f"{folder} could not be saved: {reason}"
-        if self.on_save_error == "continue":
-            print(f"{message}; the run goes on without it (on_save_error: continue)", flush=True)
-            return
-        raise RunFailed(
-            f"{message}. The last whole checkpoint is untouched; the same command goes on from it"
-        ) from error
+    def _save_failed(self, folder: Path, error: Exception | None) -> None:
+        """Remove what was written, so that the disk has room for the logs, and stop or go on as the recipe says."""
+        if self.is_world_process_zero() and (folder / IN_PROGRESS).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        # torch.save reports a short write as "unexpected pos 11840 vs 11732"
+        signs = ("No space left", "os error 28", "quota exceeded", "PytorchStreamWriter", "unexpected pos")
+        full = any(sign in str(error) for sign in signs)
+        reason = f"disk full ({error})" if full else str(error or "another process could not write its part")
+        message = f"{folder} could not be saved, what was written of it is removed: {reason}"
+        if self.on_save_error == "stop":
+            raise RunFailed(f"{message}. Older checkpoints are untouched; the same command goes on from the last")
+        print(f"{message}; the run goes on without it (on_save_error: continue)", flush=True)
+
+    def _estimate_checkpoint_bytes(self) -> int:
+        """Weights, and AdamW's two moments of what is trained. After the first save the measured size is used."""
+        model: Any = self.model
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+        trained = sum(size for size, is_trained in sizes if is_trained)
+        saved = trained if hasattr(model, "peft_config") else sum(size for size, _ in sizes)
+        return int(saved + 2 * trained)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL writes one into every checkpoint, with base model None for a local path; `train` writes one at the end."""
@@ -153,7 +188,12 @@ class ArpoTrainer(SFTTrainer):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is a device's, or the CPU allocator's, refusal of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    signs = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
+
+
+def _shape(inputs: dict[str, Any]) -> str:
+    return " x ".join(str(n) for n in inputs["input_ids"].shape)
 
 
 def _split_rows(batch: dict[str, Tensor]) -> list[list[int]]:
