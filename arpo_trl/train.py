@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import shlex
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
 
-from . import __version__
-from .callbacks import StopOnSignal, TrainerLog, format_seconds, plot_loss
+from .callbacks import StopOnSignal, plot_loss, show_progress
 from .checkpoints import (
     clear_earlier_run,
     find_resume_point,
@@ -30,12 +20,15 @@ from .checkpoints import (
     write_json,
 )
 from .console import logged_to
-from .dataset import PreparedData, prepare_datasets
+from .dataset import prepare_datasets
+from .evaluation import EvaluatingTrainer, eval_datasets, evaluate_only, prepare_evaluation
 from .model import keep_adapter_in_float32, load_model, to_optimizer, turn_pissa_into_lora
+from .model_card import write_model_card
 from .preflight import Preflight
 from .recipe import Recipe, RecipeError
+from .report import StartReport, describe_run, end_report, recipe_text, resume_command, say
 from .template import load_tokenizer
-from .trainer import ArpoTrainer
+from .trackers import finish_trackers, start_trackers
 from .trl_config import check_environment, to_sft_config
 
 
@@ -50,36 +43,42 @@ def train(recipe: Recipe) -> int:
         RunFailed: the run began and cannot go on.
     """
     check_environment(recipe)
+    if not recipe.do_train:
+        return evaluate_only(recipe)
     args = to_sft_config(recipe)
     main_process = PartialState().is_main_process
     output_dir = Path(recipe.output_dir)
 
     checkpoint, lines = on_main_process(lambda: find_resume_point(recipe))
     with logged_to(output_dir / "training.log", keep=checkpoint is not None, enabled=main_process):
-        stop = StopOnSignal()
         for line in [*recipe.notices, *lines]:
             say(line)
         tokenizer = load_tokenizer(recipe)
         data = prepare_datasets(recipe, tokenizer)
         manifest = describe_run(recipe, data)
+        earlier = read_manifest(checkpoint.parent) if checkpoint else {}
         if checkpoint is not None:
-            earlier, allowed = read_manifest(checkpoint.parent), recipe.allow_changed_recipe
-            for line in on_main_process(lambda: require_same_course(earlier, manifest, allowed)):
+            for line in on_main_process(lambda: require_same_course(earlier, manifest, recipe.allow_changed_recipe)):
                 say(line)
+        on_main_process(lambda: start_trackers(recipe, args, manifest, earlier))
 
         model, saved_dtype = load_model(recipe)
-        trainer = ArpoTrainer(
+        trainer = EvaluatingTrainer(
             model=model,
             args=args,
             train_dataset=data.train,
-            eval_dataset=data.eval or None,
+            eval_dataset=eval_datasets(recipe, data),
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=to_optimizer(recipe, args),
             rows=data.train,
             on_save_error=recipe.on_save_error,
         )
         keep_adapter_in_float32(model)
-        show_progress_our_way(trainer, output_dir, recipe.plot_loss, stop)
+        prepare_evaluation(trainer, recipe)
+        stop = StopOnSignal()
+        trainer.add_callback(stop)
+        trainer.add_callback(StartReport(recipe, data, trainer, checkpoint))
+        show_progress(trainer, recipe.plot_loss)
         if recipe.preflight:
             trainer.add_callback(Preflight(trainer))
         if main_process:
@@ -88,8 +87,7 @@ def train(recipe: Recipe) -> int:
             if full := missing_space(output_dir, trainer.checkpoint_bytes, "a checkpoint"):
                 raise RecipeError(full)
             write_json(output_dir / "run.json", manifest)
-            write_recipe(output_dir / "recipe.yaml", recipe)
-            report(recipe, data, trainer, checkpoint)
+            (output_dir / "recipe.yaml").write_text(recipe_text(recipe), encoding="utf-8")
 
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
@@ -99,24 +97,15 @@ def train(recipe: Recipe) -> int:
             say(f"stopped by {signal.Signals(stop.signum).name} at step {trainer.state.global_step}, checkpoint saved")
             say(f"to go on: {resume_command(recipe)}")
             return 128 + stop.signum
+        metrics = trainer.evaluate_final_weights() if args.do_eval else {}
         trainer.save_final_model(saved_dtype)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
         if main_process:
             turn_pissa_into_lora(model, output_dir)
-            match_umask(output_dir)
-            if recipe.plot_loss:
-                plot_loss(output_dir / "trainer_log.jsonl", output_dir / "training_loss.png")
-            write_json(output_dir / "run.json", manifest | {"status": "finished"})
-        say(f"done in {format_seconds(result.metrics['train_runtime'])}: train loss {result.training_loss:.4f}")
-        say(f"model {output_dir}  log {output_dir / 'trainer_log.jsonl'}  plot {output_dir / 'training_loss.png'}")
+        write_results(recipe, trainer, manifest, result.metrics, metrics)
+        finish_trackers(args, output_dir)
+        if args.push_to_hub:
+            trainer.push_to_hub()
     return 0
-
-
-def say(line: str) -> None:
-    """Print a line on the main process."""
-    if PartialState().is_main_process:
-        print(line, flush=True)
 
 
 def on_main_process(decide: Callable[[], Any]) -> Any:
@@ -136,77 +125,21 @@ def on_main_process(decide: Callable[[], Any]) -> Any:
     return answer[0]
 
 
-# --- what is told and written ---
-
-
-def show_progress_our_way(trainer: ArpoTrainer, output_dir: Path, plot: bool, stop: StopOnSignal) -> None:
-    """Replace the progress bar that prints dictionaries by our log, and listen for signals."""
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(TrainerLog(trainer, output_dir / "trainer_log.jsonl", plot))
-    trainer.add_callback(stop)
-
-
-def report(recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, checkpoint: Path | None) -> None:
-    """Print what is about to happen, before the first step."""
-    args = trainer.args
-    model: Any = trainer.model
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
-    print(
-        f"model    {recipe.model_name_or_path}: {trained:,} of {total:,} parameters trained, {model.dtype}, {precision}"
-    )
-    print(f"device   {args.device} x {args.world_size}")
-    for line in data.audit.lines():
-        print(f"data     {line}")
-    print(
-        f"batch    {args.per_device_train_batch_size} rows x {args.gradient_accumulation_steps} accumulated "
-        f"x {args.world_size} processes = {batch} rows a step"
-    )
-    print(f"output   {recipe.output_dir}" + (f", resumed from {checkpoint.name}" if checkpoint else ""), flush=True)
-
-
-def describe_run(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
-    """The manifest run.json: all that decides the weights, and what made them."""
-    return {
-        "status": "running",
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "recipe": recipe.resolved(),
-        "data": data.fingerprints,
-        "template_hash": data.template_hash,
-        "audit": data.audit.to_dict(),
-        "world_size": PartialState().num_processes,
-        "versions": {
-            name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
-        }
-        | {"arpo_trl": __version__, "python": platform.python_version()},
-        "git_commit": git_commit(),
-    }
-
-
-def git_commit() -> str | None:
-    """The commit of the working directory, or None outside a repository."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
-
-
-def write_recipe(path: Path, recipe: Recipe) -> None:
-    """Write the recipe as resolved, so that the folder alone tells how the model was made."""
-    text = yaml.safe_dump(json.loads(json.dumps(recipe.resolved())), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
-
-
-def resume_command(recipe: Recipe) -> str:
-    """The command line that goes on with this run."""
-    overrides = [a for a in sys.argv[2:] if not a.startswith("resume_from_checkpoint=")]
-    if recipe.overwrite_output_dir:
-        overrides.append("resume_from_checkpoint=true")
-    launcher = "accelerate launch -m" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python -m"
-    return shlex.join([*launcher.split(), "arpo_trl", str(recipe.path), *overrides])
+def write_results(
+    recipe: Recipe, trainer: EvaluatingTrainer, manifest: dict[str, Any], trained: Any, evaluated: Any
+) -> None:
+    """Leave the run's figures, plot and model card beside the final model, and say where they are."""
+    output_dir = Path(recipe.output_dir)
+    trainer.save_metrics("train", trained)
+    if evaluated:
+        trainer.save_metrics("eval", evaluated)
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    if recipe.plot_loss:
+        plot_loss(output_dir / "trainer_log.jsonl", output_dir / "training_loss.png")
+    write_json(output_dir / "run.json", manifest | {"status": "finished"})
+    write_model_card(output_dir, recipe_text(recipe))
+    match_umask(output_dir)
+    for line in end_report(recipe, trainer.state, trained, evaluated):
+        say(line)

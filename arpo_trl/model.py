@@ -1,0 +1,170 @@
+"""The model as the recipe wants it: its dtype, its adapters, and LoRA+'s optimizer.
+
+An adapter is worth nothing without the base that it was trained on. Two kinds of recipe change that base in memory, so
+each leaves the run's folder with what makes its adapter usable: earlier adapters merged into the base (the merged base
+is saved beside the new adapter, which names it), and PiSSA (the adapter is turned into plain LoRA when the run ends).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .recipe import Recipe, RecipeError
+from .trl_config import model_init_kwargs, to_lora_config, to_quantization_config
+
+MERGED_BASE = "merged_base"
+PISSA_START = "pissa_start"
+
+
+def load_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, torch.dtype | None]:
+    """The model in its training dtype, and the dtype to save it in: that of the base model's own file.
+
+    Raises:
+        RecipeError: the model or an adapter can't be loaded, or they do not go together.
+    """
+    set_seed(recipe.seed)  # Trainer's own comes after the adapter has been drawn
+    model, file_dtype = _load_base(recipe)
+    if recipe.finetuning_type == "full":
+        return model, file_dtype
+    return _with_adapter(recipe, model), None
+
+
+def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
+    """The base model. Code in its folder runs only for an architecture that transformers does not have."""
+    kwargs = model_init_kwargs(recipe)
+    name = recipe.model_name_or_path
+    try:
+        places = {key: kwargs[key] for key in ("revision", "cache_dir", "trust_remote_code")}
+        raw = AutoConfig.from_pretrained(name, **places)
+        kwargs["trust_remote_code"] &= raw.model_type not in CONFIG_MAPPING
+        if kwargs["dtype"] == "auto" and (recipe.additional_target or not torch.accelerator.is_available()):
+            kwargs["dtype"] = torch.float32  # CPUs are slower in bfloat16; a module trained whole is float32 itself
+        quantization = to_quantization_config(recipe)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **kwargs)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model_name_or_path: {name} could not be loaded: {str(error).splitlines()[0]}") from error
+    return model, getattr(raw, "dtype", None)
+
+
+# --- adapters ---
+
+
+def _with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
+    """The model under the adapter that is trained.
+
+    As in LLaMA-Factory: of `adapter_name_or_path` the last is trained on, those before it are merged into the base;
+    `create_new_adapter` merges them all.
+    """
+    adapters = recipe.adapter_name_or_path
+    to_merge = adapters if recipe.create_new_adapter else adapters[:-1]
+    _check_adapters(recipe, to_merge)
+    base_name = recipe.model_name_or_path
+    for adapter in to_merge:
+        model = _load_adapter(model, adapter, is_trainable=False).merge_and_unload(safe_merge=True)
+    if to_merge:
+        base_name = str(Path(recipe.output_dir) / MERGED_BASE)
+        if PartialState().is_main_process:
+            model.save_pretrained(base_name)
+    if adapters != to_merge:
+        peft_model = _load_adapter(model, adapters[-1], is_trainable=True)
+    else:
+        config = to_lora_config(recipe, model)
+        try:
+            peft_model = get_peft_model(model, config)
+        except ValueError as error:
+            raise RecipeError(f"{recipe.path}: lora_target: {str(error).splitlines()[0]}") from error
+    peft_model.peft_config["default"].base_model_name_or_path = base_name
+    if _starts_from_pissa(peft_model) and PartialState().is_main_process:
+        _save_pissa_start(peft_model, Path(recipe.output_dir) / PISSA_START)
+    return peft_model
+
+
+def _check_adapters(recipe: Recipe, to_merge: list[str]) -> None:
+    if to_merge and recipe.quantization_bit:
+        raise RecipeError(
+            f"{recipe.path}: adapter_name_or_path: {to_merge[0]} can't be merged into a quantized base; merge it first "
+            f"(python scripts/merge_lora.py {to_merge[0]} OUT) and name OUT in model_name_or_path"
+        )
+    if to_merge and is_deepspeed_zero3_enabled():
+        raise RecipeError(
+            f"{recipe.path}: adapter_name_or_path: {to_merge[0]} can't be merged while ZeRO-3 splits the base; merge it "
+            f"first (python scripts/merge_lora.py {to_merge[0]} OUT) and name OUT in model_name_or_path"
+        )
+
+
+def _load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RecipeError(f"adapter_name_or_path: {adapter} could not be loaded: {reason}") from error
+
+
+def keep_adapter_in_float32(model: PreTrainedModel | PeftModel) -> None:
+    """Undo TRL's cast of a quantized model's adapter to bfloat16 and PEFT's copies of whole modules in the base's dtype.
+
+    In bfloat16 a step below 1/256 of a weight rounds to nothing, also in an adapter. ZeRO-3 alone needs one dtype
+    (https://github.com/huggingface/trl/issues/6089).
+    """
+    if not isinstance(model, PeftModel) or is_deepspeed_zero3_enabled():
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+# --- PiSSA (https://arxiv.org/abs/2404.02948) ---
+# It moves the weight's principal part W0 = B0 A0 into the adapter and leaves W - W0 as the base. What was learnt is
+# B A - B0 A0: plain LoRA of twice the rank, for the base as it was. Checkpoints keep B and A, so that a resume is exact.
+
+
+def _starts_from_pissa(model: PeftModel) -> bool:
+    return str(model.peft_config["default"].init_lora_weights).startswith("pissa")
+
+
+def _save_pissa_start(model: PeftModel, folder: Path) -> None:
+    """Keep B0 and A0, as an adapter that PEFT can subtract: one that says nothing of PiSSA."""
+    config = model.peft_config["default"]
+    start, config.init_lora_weights = config.init_lora_weights, True
+    model.save_pretrained(folder)
+    config.init_lora_weights = start
+
+
+def turn_pissa_into_lora(model: Any, output_dir: Path) -> None:
+    """Replace the saved PiSSA adapter in `output_dir` by its plain LoRA; leave any other as it is."""
+    if isinstance(model, PeftModel) and _starts_from_pissa(model):
+        start = output_dir / PISSA_START
+        model.save_pretrained(output_dir, path_initial_model_for_weight_conversion=str(start))
+        shutil.rmtree(start)
+
+
+# --- LoRA+ (https://arxiv.org/abs/2402.12354) ---
+
+
+def to_optimizer(recipe: Recipe, args: TrainingArguments) -> tuple[Callable[[], Any], dict[str, Any]] | None:
+    """LoRA+, in the form that Trainer takes a factory of optimizers; None where `optim` alone decides."""
+    if recipe.loraplus_lr_ratio is None:
+        return None
+
+    def create(model: PeftModel) -> torch.optim.Optimizer:
+        optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+        kwargs |= {
+            "loraplus_lr_ratio": recipe.loraplus_lr_ratio,
+            "loraplus_lr_embedding": recipe.loraplus_lr_embedding,
+            "loraplus_weight_decay": args.weight_decay,
+        }
+        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(model, optimizer_cls, **kwargs)
+        return optimizer
+
+    return lambda: create, {}
