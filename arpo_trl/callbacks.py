@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl.trainer.utils import compute_flops_per_token, compute_mfu, get_peak_flops
+
+from .console import log_only, start_bar
 
 if TYPE_CHECKING:
     from .trainer import ArpoTrainer
 
 
+def show_progress(trainer: ArpoTrainer, plot: bool) -> None:
+    """Put our log and bar in the place of the progress bar that prints dictionaries."""
+    say_nothing_of_steps(trainer)
+    trainer.add_callback(TrainerLog(trainer, Path(str(trainer.args.output_dir)) / "trainer_log.jsonl", plot))
+    # Trainer adds a tracker's callback before any of ours: this one comes first, so that they send its figures too.
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, callbacks.pop())
+
+
+def say_nothing_of_steps(trainer: ArpoTrainer) -> None:
+    """Remove transformers' progress bar."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+
+
 class TrainerLog(TrainerCallback):
     """Appends a line to trainer_log.jsonl at each log, under LLaMA-Factory's names, and shows it.
 
-    Times are in seconds of this run over all its sessions; `*_per_second` is of the steps since the last line.
+    Times are in seconds of this run over all its sessions; `*_per_second` is of the steps since the last line, with
+    whatever evaluation and saving came between. Figures that are ours are handed on to the trackers.
     """
 
     def __init__(self, trainer: ArpoTrainer, path: Path, plot: bool) -> None:
@@ -33,19 +57,22 @@ class TrainerLog(TrainerCallback):
         self._began = self._last_time = time.monotonic()
         self._last_seen, self._last_trained = self.trainer._total_train_tokens, self.trainer.trained_tokens
         self._first_step = state.global_step
-        if not state.is_world_process_zero:
-            return
-        # Lines after the checkpoint belong to steps that are about to be taken again.
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
-        if sys.stdout.isatty():
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+        self._mfu_per_token = mfu_per_token(self.trainer)
+        if state.is_world_process_zero:
+            # Lines after the checkpoint belong to steps that are about to be taken again.
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is None and state.is_world_process_zero:  # not earlier: lines come before the first step
+            self.bar = start_bar(total=state.max_steps, initial=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar:
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
+        evaluated = {k: v for k, v in (logs or {}).items() if k.startswith("eval_")}
+        if not state.is_world_process_zero or not logs or not ("loss" in logs or evaluated):
             return
         now = time.monotonic()
         elapsed = self._elapsed_before + now - self._began
@@ -61,40 +88,54 @@ class TrainerLog(TrainerCallback):
             "elapsed_seconds": round(elapsed, 3),
         }
         if "loss" in logs:
-            seen, trained = self.trainer._total_train_tokens, self.trainer.trained_tokens
-            took = max(now - self._last_time, 1e-9)
-            line |= {
-                "loss": logs["loss"],
-                "lr": logs["learning_rate"],
-                "grad_norm": logs.get("grad_norm"),
-                "mean_token_accuracy": logs.get("mean_token_accuracy"),
-                "entropy": logs.get("entropy"),
-                "seen_tokens": int(seen),
-                "trained_tokens": trained,
-                "tokens_per_second": round((seen - self._last_seen) / took, 1),
-                "trained_tokens_per_second": round((trained - self._last_trained) / took, 1),
-                "peak_memory_gb": round(peak_memory() / 1e9, 3),
-            }
-            self._last_time, self._last_seen, self._last_trained = now, seen, trained
-        line |= {k: v for k, v in logs.items() if k.startswith("eval_")}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            line |= {"loss": logs["loss"], "lr": logs["learning_rate"]}
+            line |= {key: logs.get(key) for key in ("grad_norm", "mean_token_accuracy", "entropy")}
+            figures = self._figures(now)
+            logs |= figures  # the trackers' callbacks come after this one
+            line |= figures
+        line |= evaluated
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            print(f"{self.path} could not be written ({error}); the run goes on", flush=True)
         self._show(line)
+
+    def _figures(self, now: float) -> dict[str, Any]:
+        seen, trained = self.trainer._total_train_tokens, self.trainer.trained_tokens
+        took = max(now - self._last_time, 1e-9)
+        speed = (seen - self._last_seen) / took
+        figures = {
+            "seen_tokens": int(seen),
+            "trained_tokens": trained,
+            "tokens_per_second": round(speed, 1),
+            "trained_tokens_per_second": round((trained - self._last_trained) / took, 1),
+            "peak_memory_gb": round(peak_memory() / 1e9, 3),
+        }
+        if self._mfu_per_token:
+            figures["mfu"] = round(speed * self._mfu_per_token, 2)
+        self._last_time, self._last_seen, self._last_trained = now, seen, trained
+        return figures
 
     def _show(self, line: dict[str, Any]) -> None:
         if "loss" in line:
             figures = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
+            if "mfu" in line:
+                figures += f"  MFU {line['mfu']:.0f} %"
         else:
-            figures = "  ".join(f"{k} {v:.4f}" for k, v in line.items() if k.endswith("_loss"))
-        if self.bar:
+            figures = "  ".join(f"{k} {v:.4f}" for k, v in line.items() if k.endswith(("_loss", "_perplexity")))
+        text = f"step {line['current_steps']}/{line['total_steps']}  {figures}  "
+        text += f"{line['elapsed_time']} < {line['remaining_time']}"
+        if self.bar and not self.bar.disable and "loss" in line:
             self.bar.set_postfix_str(figures, refresh=False)
+            log_only(text)
         else:
-            of = f"step {line['current_steps']}/{line['total_steps']}"
-            print(f"{of}  {figures}  {line['elapsed_time']} < {line['remaining_time']}", flush=True)
+            print(text, flush=True)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.plot and state.is_world_process_zero:
-            plot_loss(self.path, self.path.with_name("training_loss.png"))
+            with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report
+                plot_loss(self.path, self.path.with_name("training_loss.png"))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar:
@@ -165,6 +206,37 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def mfu_per_token(trainer: ArpoTrainer) -> float | None:
+    """Model FLOPs utilisation, in percent, of one token per second; None where the device's peak is not known.
+
+    As in PaLM (https://arxiv.org/abs/2204.02311, appendix B): recomputed activations do not count, attention counts in
+    full. Frozen weights under an adapter have no gradient of their own, a third of the work.
+    """
+    dtype = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else None
+    if trainer.args.device.type != "cuda" or dtype is None or not isinstance(trainer.train_dataset, Dataset):
+        return None
+    peak = get_peak_flops(torch.cuda.get_device_name(trainer.args.device), dtype)
+    if peak is None:
+        return None
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    flops = compute_flops_per_token(model.config.get_text_config(), mean_context(trainer.train_dataset))
+    if any(not p.requires_grad for p in model.parameters()):
+        flops = flops * 2 // 3
+    return float(compute_mfu(flops, 1.0, trainer.args.world_size, peak))
+
+
+def mean_context(dataset: Dataset) -> int:
+    """Tokens in the row of the average token, which is what attention costs: sum(n * n) / sum(n)."""
+    name = "seq_lengths" if "seq_lengths" in dataset.column_names else "input_ids"
+    total = squares = 0
+    for batch in dataset.select_columns(name).with_format("arrow").iter(1000):
+        column = batch[name]
+        lengths = pc.list_flatten(column) if name == "seq_lengths" else pc.list_value_length(column)
+        n = lengths.to_numpy().astype("int64")
+        total, squares = total + int(n.sum()), squares + int((n * n).sum())
+    return max(round(squares / max(total, 1)), 1)
+
+
 def plot_loss(log: Path, picture: Path) -> None:
     """Draw the loss of a trainer_log.jsonl, raw and smoothed, with eval points, learning rate and checkpoints."""
     lines = read_log(log)
@@ -173,28 +245,42 @@ def plot_loss(log: Path, picture: Path) -> None:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only a run that plots needs it
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     steps, losses, rates = zip(*train, strict=True)
+    few = len(steps) < 30  # points that smoothing would only cover
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss", title=log.parent.name)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss", title=log.resolve().parent.name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     rate_axes = axes.twinx()
     rate_axes.plot(steps, rates, color="tab:green", linewidth=1, alpha=0.6, label="learning rate")
     rate_axes.set_ylabel("learning rate", color="tab:green")
-    axes.plot(steps, losses, color="tab:blue", linewidth=1, alpha=0.35, label="loss")
-    axes.plot(steps, smooth(losses), color="tab:blue", linewidth=2, label="loss, smoothed")
-    evals = [(line["current_steps"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-    if evals:
-        axes.plot(*zip(*evals, strict=True), "o-", color="tab:orange", label="eval loss")
+    rate_axes.set_ylim(bottom=0)
+    rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.plot(
+        steps, losses, color="tab:blue", linewidth=1, alpha=1 if few else 0.4, label="loss", marker="." if few else ""
+    )
+    if not few:
+        axes.plot(steps, smooth(losses), color="tab:blue", linewidth=2, label="loss, smoothed")
+    names = sorted({k for line in lines for k in line if k.startswith("eval_") and k.endswith("_loss")})
+    for name in names:
+        evals = [(line["current_steps"], line[name]) for line in lines if name in line]
+        color = "tab:red" if name == "eval_loss" else None
+        axes.plot(*zip(*evals, strict=True), "o-", color=color, markersize=4, label=name.replace("_", " "))
     saved = [int(p.name.rsplit("-", 1)[1]) for p in log.parent.glob("checkpoint-*")]
     for i, step in enumerate(sorted(saved)):
         axes.axvline(step, color="grey", linewidth=0.8, linestyle=":", label="checkpoint" if i == 0 else None)
     handles, labels = axes.get_legend_handles_labels()
     more_handles, more_labels = rate_axes.get_legend_handles_labels()
-    axes.legend(handles + more_handles, labels + more_labels, loc="upper right")
+    figure.legend(handles + more_handles, labels + more_labels, loc="outside lower center", ncols=4, frameon=False)
     axes.set_zorder(rate_axes.get_zorder() + 1)
     axes.patch.set_visible(False)
-    figure.savefig(picture)
+    unfinished = picture.with_name(picture.name + ".tmp")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a folder named in Chinese
+        figure.savefig(unfinished, format="png")
+    unfinished.replace(picture)
 
 
 def smooth(values: tuple[float, ...]) -> list[float]:

@@ -5,47 +5,67 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from tqdm import tqdm
+
+from .checkpoints import RunFailed
+from .recipe import RecipeError
+
 
 class _Tee:
     """A text stream that writes to the terminal and, line by line, to the log.
 
-    A line that a carriage return rewrote (a progress bar) stays out of the log. A terminal that went away (the reader
-    of a pipe died, by Ctrl-C too) must not end a run that is about to save, so its errors are dropped.
+    A line that a carriage return rewrote (a progress bar) stays out of the log. What cannot be written is dropped: a
+    terminal that went away (the reader of a pipe died, by Ctrl-C too) or a full disk must not end a run that is about
+    to save.
     """
 
+    bar: tqdm[Any] | None = None
+
     def __init__(self, terminal: TextIO, log: TextIO) -> None:
-        self._terminal, self._log, self._line = terminal, log, ""
+        self.terminal, self._log, self._line = terminal, log, ""
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            self._terminal.write(text)
         *lines, self._line = (self._line + text).split("\n")
-        for line in lines:
-            if "\r" not in line and "\x1b[A" not in line:
-                self._log.write(line + "\n")
-        if lines:
-            self._log.flush()
+        with contextlib.suppress(OSError, ValueError):
+            if self.bar is None or self.bar.disable:
+                self.terminal.write(text)
+            elif lines:
+                self.bar.clear()
+                self.terminal.write("\n".join(lines) + "\n")
+                self.bar.refresh()
+        self.write_log([line for line in lines if "\r" not in line and "\x1b[A" not in line])
         return len(text)
+
+    def write_log(self, lines: list[str]) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._log.writelines(line + "\n" for line in lines)
+            if lines:
+                self._log.flush()
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            self._terminal.flush()
+            self.terminal.flush()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._terminal, name)
+        return getattr(self.terminal, name)
 
 
 @contextlib.contextmanager
 def logged_to(path: Path, keep: bool, enabled: bool = True) -> Iterator[None]:
-    """Copy what is printed inside the block to `path`; `keep` appends to the log of the run that is resumed.
+    """Copy what is printed inside the block, and the error that ends it, to `path`.
 
-    With several processes only the main one is `enabled`.
+    Args:
+        path: The log, which begins with the date and the command of each session.
+        keep: Append to the log of the run that is resumed.
+        enabled: False on all processes but the main one.
     """
     if not enabled:
         yield
@@ -53,16 +73,44 @@ def logged_to(path: Path, keep: bool, enabled: bool = True) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     stdout, stderr = sys.stdout, sys.stderr
     with path.open("a" if keep else "w", encoding="utf-8") as log:
-        sys.stdout, sys.stderr = _Tee(stdout, log), _Tee(stderr, log)
+        log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S%z')} {shlex.join(sys.argv)}\n")
+        tee = sys.stdout = _Tee(stdout, log)
+        sys.stderr = _Tee(stderr, log)
         handlers = _stream_handlers()
         for handler in handlers:
             handler.setStream(sys.stderr)
         try:
             yield
+        except (RecipeError, RunFailed) as error:
+            tee.write_log([str(error)])  # the caller prints it
+            raise
         finally:
             sys.stdout, sys.stderr = stdout, stderr
             for handler in handlers:
                 handler.setStream(stderr)
+
+
+def start_bar(total: int, initial: int) -> tqdm[Any] | None:
+    """The run's progress bar, or None where output is not a terminal. Lines printed meanwhile appear above it."""
+    if not sys.stdout.isatty():
+        return None
+    from transformers.utils.logging import disable_progress_bar  # not above: this module is imported before torch
+
+    disable_progress_bar()  # "Writing model shards" would be drawn across ours
+    _Tee.bar = tqdm(
+        total=total,
+        initial=initial,
+        file=getattr(sys.stdout, "terminal", sys.stdout),
+        dynamic_ncols=True,
+        bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed} < {remaining}{postfix}",
+    )
+    return _Tee.bar
+
+
+def log_only(line: str) -> None:
+    """Write a line to training.log that the terminal shows otherwise, in the progress bar."""
+    if isinstance(sys.stdout, _Tee):
+        sys.stdout.write_log([line])
 
 
 def _stream_handlers() -> list[logging.StreamHandler[Any]]:
@@ -81,8 +129,17 @@ def silence_libraries() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    main_process = os.environ.get("RANK", "0") == "0"
+    if not (main_process and sys.stdout.isatty() and sys.stderr.isatty()):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not main_process:
+        warnings.simplefilter("ignore")  # the main process shows them
+        return
     # DataLoader workers on a machine without a GPU; the flag is Trainer's default, not the user's wish.
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     # TRL marks whole trainers experimental and warns of arguments that it sets itself.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers|accelerate|peft|torch)\b.*")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.(utils\.checkpoint|autograd)\b.*")
+    # It looks for a kernel on the hub as soon as it is imported, on a machine that will never use it.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)

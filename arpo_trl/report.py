@@ -1,0 +1,178 @@
+"""What a run says of itself before its first step, and writes beside its weights: run.json and recipe.yaml."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from transformers import TrainerCallback
+
+from . import __version__
+from .callbacks import format_seconds
+from .dataset import PreparedData
+from .recipe import Recipe
+from .trainer import ArpoTrainer
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
+
+
+def say(line: str) -> None:
+    """Print a line on the main process."""
+    if PartialState().is_main_process:
+        print(line, flush=True)
+
+
+class StartReport(TrainerCallback):
+    """Prints what is about to happen, a line for each thing that a user may have meant otherwise."""
+
+    def __init__(self, recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, checkpoint: Path | None) -> None:
+        self.recipe, self.data, self.trainer, self.checkpoint = recipe, data, trainer, checkpoint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model, data, going_on = self.trainer.accelerator.unwrap_model(self.trainer.model), self.data, self.checkpoint
+        for line in [
+            f"model    {self.recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}",
+            f"device   {describe_device(args)}",
+            *(f"data     {line}" for line in data.audit.lines()),
+            *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
+            f"steps    {describe_steps(args, state, data)}",
+            f"disk     {describe_disk(args, self.trainer.checkpoint_bytes)}",
+            f"output   {args.output_dir}{f', going on from {going_on.name}' if going_on else ''}",
+        ]:
+            say(line)
+
+
+def end_report(recipe: Recipe, state: Any, trained: dict[str, Any], evaluated: dict[str, float]) -> list[str]:
+    """What came out, and where it lies."""
+    lines = []
+    if state.global_step < state.max_steps:
+        lines.append(f"stopped early at step {state.global_step}: {recipe.early_stopping_steps} evaluations no better")
+    if recipe.load_best_model_at_end and state.best_global_step:
+        lines.append(f"best     step {state.best_global_step}, whose weights are the final model")
+    figures = [f"train loss {trained['train_loss']:.4f}", *describe_evaluation(evaluated)]
+    lines.append(f"done     in {format_seconds(trained['train_runtime'])}: {', '.join(figures)}")
+    seen = ["README.md", "trainer_log.jsonl", *["training_loss.png"] * recipe.plot_loss]
+    return [*lines, f"model    {recipe.output_dir} (see {', '.join(seen)})"]
+
+
+def describe_evaluation(metrics: dict[str, float]) -> list[str]:
+    """The loss and perplexity of each dataset."""
+    wanted = [name for name in metrics if name.endswith(("_loss", "_perplexity"))]
+    return [f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in wanted]
+
+
+def describe_model(model: Any) -> str:
+    """How many parameters there are, and how many are trained (an adapter's)."""
+    total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    if total == trained:
+        return f"{total:,} parameters, all trained"
+    return f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.2g} %)"
+
+
+def precision(model: Any, args: Any) -> str:
+    """The dtype of the trained weights, and what is computed in."""
+    trained = next((p.dtype for p in model.parameters() if p.requires_grad), model.dtype)
+    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    held = str(trained).removeprefix("torch.")
+    return f"{held}, computed in {computed}" if computed and computed != held else held
+
+
+def describe_device(args: Any) -> str:
+    """The kind of device, and how many share the work."""
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
+    if args.device.type == "cpu":
+        name += f", {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    return name if args.world_size == 1 else f"{args.world_size} x {name}"
+
+
+def describe_steps(args: Any, state: Any, data: PreparedData) -> str:
+    """Steps, epochs and the effective batch. Packed rows are not the rows of the audit: their tokens are left out."""
+    steps = f"{state.max_steps:,}"
+    if args.max_steps <= 0:
+        steps += f": {args.num_train_epochs:g} epoch{'s' * (args.num_train_epochs != 1)}"
+    parts = [
+        (args.per_device_train_batch_size, "a device"),
+        (args.world_size, "devices"),
+        (args.gradient_accumulation_steps, "accumulated"),
+    ]
+    rows = math.prod(n for n, _ in parts)
+    batch = f"{rows:,} row{'s' * (rows > 1)} a step"
+    if sum(n > 1 for n, _ in parts) > 1:
+        batch += f" ({' x '.join(f'{n} {what}' for n, what in parts if n > 1)})"
+    counts = data.audit.datasets.values()
+    kept = sum(c.rows - c.dropped for c in counts)
+    if kept and not args.packing:
+        batch += f", about {rows * sum(c.tokens for c in counts) / kept:,.0f} tokens"
+    return f"{steps}, {batch}"
+
+
+def describe_disk(args: Any, checkpoint_bytes: int) -> str:
+    """The bytes of a checkpoint, how many are kept, and the bytes free."""
+    if args.save_strategy == "no":
+        saved = "no checkpoints"
+    else:
+        kept = f"{args.save_total_limit} kept" if args.save_total_limit else "all kept"
+        saved = f"{checkpoint_bytes / 1e9:.2f} GB a checkpoint, {kept}"
+    return f"{saved}; {shutil.disk_usage(args.output_dir).free / 1e9:,.1f} GB free"
+
+
+def describe_run(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
+    """The manifest run.json: all that decides the weights, and what made them."""
+    return {
+        "status": "running",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "recipe": recipe.resolved(),
+        "data": data.fingerprints,
+        "template_hash": data.template_hash,
+        "audit": data.audit.to_dict(),
+        "world_size": PartialState().num_processes,
+        "versions": installed_versions(),
+        "git_commit": git_commit(),
+    }
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions that made the run."""
+    found = {"arpo_trl": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a source tree on the path
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory, or None outside a repository."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as resolved, in YAML, so that the output folder alone tells how the model was made."""
+    return yaml.safe_dump(json.loads(json.dumps(recipe.resolved())), sort_keys=False, allow_unicode=True)
+
+
+def resume_command(recipe: Recipe) -> str:
+    """The command line that goes on with this run."""
+    overrides = [a for a in sys.argv[2:] if not a.startswith("resume_from_checkpoint=")]
+    if recipe.overwrite_output_dir:
+        overrides.append("resume_from_checkpoint=true")
+    launcher = "accelerate launch -m" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python -m"
+    return shlex.join([*launcher.split(), "arpo_trl", str(recipe.path), *overrides])
