@@ -8,6 +8,8 @@ segments. Each segment is tokenised alone: as one string, "assistant\\n" + "\\nh
 token, which the model never sees at inference.
 """
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -95,14 +97,14 @@ def _check_complete(messages: Sequence[Message], tools: Sequence[Message], segme
         if message["role"] == "assistant":
             text = next(pairs).text
             context = next(pairs, Segment("", False, False)).text
-        pieces = (message["content"] + "</think>" + message.get("reasoning_content", "")).split("</think>")
-        pieces = [part for piece in pieces for part in piece.split("<think>")]
-        pieces += [call["function"]["name"] for call in message.get("tool_calls", ())]
-        for piece in pieces:
-            if piece.strip() not in text:
-                raise RowError(
-                    f"the template leaves out part of a message from {message['role']}: {piece.strip()[:40]!r}"
-                )
+        content = message["content"] + "</think>" + message.get("reasoning_content", "")
+        lost = [piece for piece in re.split("</?think>", content) if piece.strip() not in text]
+        calls = Counter(call["function"]["name"] for call in message.get("tool_calls", ()))
+        lost += [name for name, times in calls.items() if text.count(name) < content.count(name) + times]
+        if lost:
+            raise RowError(
+                f"the template leaves out part of a message from {message['role']}: {lost[0].strip()[:40]!r}"
+            )
 
 
 def encode(

@@ -39,7 +39,7 @@ def to_conversation(row: Any, info: DatasetInfo, default_system: str | None = No
     if not isinstance(row, dict):
         raise RowError(f"not an object but {_kind(row)}")
     messages, silent = _from_alpaca(row, info) if info.formatting == "alpaca" else _from_turns(row, info)
-    system = _text(row, info.columns.get("system", "system"), optional=True) if info.formatting != "openai" else ""
+    system = _text(row, info.columns.get("system", "system"), optional=True)
     has_system = bool(messages) and messages[0]["role"] == "system"
     if system and has_system:
         raise RowError("wrong order: a system column and a system message")
@@ -205,8 +205,10 @@ def _text(row: Mapping[str, Any], key: str, where: str = "", optional: bool = Fa
 
 def _parsed(value: Any, where: str) -> Any:
     """JSON text is parsed as late as here: as columns, objects of different shapes would fill each other with nulls."""
-    if not isinstance(value, str) or not value.strip():
-        return value or None
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
     try:
         return json.loads(value)
     except ValueError as error:

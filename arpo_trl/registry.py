@@ -20,7 +20,11 @@ COLUMNS = {
     "sharegpt": {"messages": "conversations"},
     "openai": {"messages": "messages"},
 }
-OPTIONAL_COLUMNS = {"alpaca": ("history", "system", "tools"), "sharegpt": ("system", "tools"), "openai": ("tools",)}
+OPTIONAL_COLUMNS = {
+    "alpaca": ("history", "system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "openai": ("system", "tools"),
+}
 TAGS = {
     "alpaca": {},
     "sharegpt": {
@@ -129,7 +133,7 @@ def _read_entry(
 
     lines = {key: at for key, _, _, at in members}
     formatting = entry.get("formatting", "alpaca")
-    if formatting not in COLUMNS:
+    if formatting not in list(COLUMNS):
         problem(lines["formatting"], f"formatting: expected {', '.join(COLUMNS)}, found {formatting!r}")
         formatting = "alpaca"
     known = ("file_name", "hf_hub_url", "formatting", "subset", "split", "folder", "num_samples", "columns", "tags")
@@ -167,7 +171,7 @@ def _read_entry(
         elif key == "num_samples":
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 problem(at, f"num_samples: expected a whole number above 0, found {json.dumps(value)[:40]}")
-        elif not isinstance(value, str):
+        elif key != "formatting" and not isinstance(value, str):
             problem(at, f"{key}: expected text, found {json.dumps(value)[:40]}")
     file_name = entry.get("file_name")
     if isinstance(file_name, str) and re.search(r"^[a-zA-Z][\w+.-]+:/|://|::", file_name):
