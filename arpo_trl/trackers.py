@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,9 @@ def start_trackers(recipe: Recipe, args: SFTConfig, manifest: dict[str, Any], ea
         # Without a folder of its own, a resumed run would be a second curve, and one begun anew the same.
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs" / f"{name}-{run_id}"))
     if "trackio" in trackers:
-        os.environ.setdefault("TRACKIO_DIR", str(output_dir / "trackio"))
+        folder = os.environ.setdefault("TRACKIO_DIR", str(output_dir / "trackio"))
         args.run_name = f"{name}-{run_id}"  # Trackio resumes by name
+        print(f"trackio  TRACKIO_DIR={folder} trackio show --project {args.project}", flush=True)
     if "wandb" in trackers:
         _start_wandb(recipe, output_dir, name, manifest)
 
@@ -85,5 +87,6 @@ def finish_trackers(args: SFTConfig, output_dir: Path) -> None:
     if plot.exists():
         wandb.run.log({"training_loss": wandb.Image(str(plot))})
     if card.exists():
-        wandb.run.save(str(card), base_path=str(output_dir), policy="now")
+        copy = shutil.copy(card, wandb.run.dir)  # `save` would leave a link, which breaks when the folder moves
+        wandb.run.save(copy, base_path=wandb.run.dir, policy="now")
     wandb.finish()

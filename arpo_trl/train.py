@@ -105,6 +105,8 @@ def train(recipe: Recipe) -> int:
         finish_trackers(args, output_dir)
         if args.push_to_hub:
             trainer.push_to_hub()
+        for line in end_report(recipe, trainer.state, result.metrics, metrics):
+            say(line)
     return 0
 
 
@@ -128,7 +130,7 @@ def on_main_process(decide: Callable[[], Any]) -> Any:
 def write_results(
     recipe: Recipe, trainer: EvaluatingTrainer, manifest: dict[str, Any], trained: Any, evaluated: Any
 ) -> None:
-    """Leave the run's figures, plot and model card beside the final model, and say where they are."""
+    """Leave the run's figures, plot and model card beside the final model."""
     output_dir = Path(recipe.output_dir)
     trainer.save_metrics("train", trained)
     if evaluated:
@@ -141,5 +143,3 @@ def write_results(
     write_json(output_dir / "run.json", manifest | {"status": "finished"})
     write_model_card(output_dir, recipe_text(recipe))
     match_umask(output_dir)
-    for line in end_report(recipe, trainer.state, trained, evaluated):
-        say(line)
