@@ -107,7 +107,7 @@ class MethodKeys(BaseModel):
 
     stage: Stage = _key("sft", "The stage of training; sft is the one that runs here.")
     do_train: bool = _key(False, "Train.")
-    finetuning_type: Literal["lora", "full"] = _key("lora", "Train every weight (full) or an adapter (lora).")
+    finetuning_type: Literal["full", "lora"] = _key("full", "Train every weight (full) or an adapter (lora).")
     pure_bf16: bool = _key(
         False, "Keep the master weights in bfloat16: half the memory, and small updates are lost.", "dtype"
     )
@@ -635,6 +635,10 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     ]
     for key in ("adapter_name_or_path", "loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init"):
         checks.append((full and getattr(r, key), key, "needs finetuning_type: lora"))
+    # LLaMA-Factory trains an adapter when the key is omitted; a recipe that counts on that must not train every weight.
+    for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target"):
+        unsaid = key in r.model_fields_set and "finetuning_type" not in r.model_fields_set
+        checks.append((unsaid, key, "needs finetuning_type: lora, which is not the default here"))
     for key in ("use_galore", "use_apollo"):
         checks.append((getattr(r, key) and not full, key, "needs finetuning_type: full"))
         checks.append((getattr(r, key) and r.deepspeed, key, "does not go with deepspeed; remove one"))

@@ -55,7 +55,7 @@ WRONG = [
     ("lora_target: {q: 1}", "lora_target: expected text or a list, found {'q': 1}"),
     ("interleave_probs: 0.5,half", "interleave_probs: expected a number or text or a list, found '0.5,half'"),
     ("run_name: [a]", "run_name: expected text, found ['a']"),
-    ("finetuning_type: freeze", "finetuning_type: expected one of lora, full, found 'freeze'"),
+    ("finetuning_type: freeze", "finetuning_type: expected one of full, lora, found 'freeze'"),
     ("quantization_bit: 3", "quantization_bit: expected one of 4, 8, found 3"),
     ("quantization_method: hqq", "quantization_method: expected one of bnb, bitsandbytes, found 'hqq'"),
     ("flash_attn: fa4", "flash_attn: expected one of auto, disabled, sdpa, fa2, fa3, flex, found 'fa4'"),
@@ -106,9 +106,10 @@ WRONG = [
     ("global_batch_size: 8\ngradient_accumulation_steps: 2", "global_batch_size: gradient_accumulation_steps follows from it; remove that line"),
     ("group_by_length: true\ndisable_shuffling: true", "group_by_length: disable_shuffling is on too; keep one"),
     ("finetuning_type: full\nquantization_bit: 4", "quantization_bit: a quantized model can't be trained whole; use lora"),
+    ("lora_rank: 16", "lora_rank: needs finetuning_type: lora, which is not the default here"),
     ("finetuning_type: full\nuse_dora: true", "use_dora: needs finetuning_type: lora"),
-    ("use_galore: true", "use_galore: needs finetuning_type: full"),
-    ("quantization_bit: 4\npissa_init: true", "pissa_init: needs a model that is not quantized; remove one"),
+    ("finetuning_type: lora\nuse_galore: true", "use_galore: needs finetuning_type: full"),
+    ("finetuning_type: lora\nquantization_bit: 4\npissa_init: true", "pissa_init: needs a model that is not quantized; remove one"),
 ]  # fmt: skip
 
 
@@ -226,7 +227,7 @@ def test_whatever_is_written_the_answer_is_a_recipe_or_a_recipe_error(
     ],
 )
 def test_values_are_read_as_a_person_would(tmp_path: Path, line: str, value: object) -> None:
-    recipe = read_recipe(write(tmp_path, GOOD + line))
+    recipe = read_recipe(write(tmp_path, GOOD + "finetuning_type: lora\n" + line))
     found = getattr(recipe, line.split(":")[0])
     assert found == value and type(found) is type(value)
 
@@ -299,6 +300,7 @@ def test_wandb_disabled_is_honoured_and_said(tmp_path: Path, monkeypatch: pytest
 # Ours, and why, where LLaMA-Factory 0.9 with transformers 4.57 has another default.
 OTHER_DEFAULTS = {
     "use_reentrant_gc": None,  # transformers 5 recomputes without re-entering; the gradients are the same
+    "finetuning_type": "full",  # adapters are asked for; a recipe with LoRA's keys and without this one is refused
     "gradient_checkpointing": True,  # LLaMA-Factory switches it on after reading the arguments
     "include_num_input_tokens_seen": "no",  # transformers 5's word for false
 }

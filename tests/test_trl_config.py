@@ -21,7 +21,7 @@ from arpo_trl.trl_config import (
     to_sft_config,
 )
 
-GOOD = "model_name_or_path: m\noutput_dir: {folder}/out\ndo_train: true\ndataset: a\n"
+GOOD = "model_name_or_path: m\noutput_dir: {folder}/out\ndo_train: true\nfinetuning_type: lora\ndataset: a\n"
 
 
 @pytest.fixture
