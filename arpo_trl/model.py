@@ -7,7 +7,9 @@ is saved beside the new adapter, which names it), and PiSSA (the adapter is turn
 
 from __future__ import annotations
 
+import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .recipe import Recipe, RecipeError
@@ -79,7 +81,9 @@ def _with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     if adapters != to_merge:
         peft_model = _load_adapter(model, adapters[-1], is_trainable=True)
     else:
-        config = to_lora_config(recipe, model)
+        config: Any = to_lora_config(recipe, model)
+        embeddings = {"embed_tokens", "lm_head"} & {*recipe.additional_target, *recipe.lora_target}
+        config.ensure_weight_tying = bool(embeddings and model.config.tie_word_embeddings)
         try:
             peft_model = get_peft_model(model, config)
         except ValueError as error:
@@ -91,16 +95,17 @@ def _with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
 
 
 def _check_adapters(recipe: Recipe, to_merge: list[str]) -> None:
-    if to_merge and recipe.quantization_bit:
+    split = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    base = "a base that FSDP or DeepSpeed splits" if split else "a quantized base" if recipe.quantization_bit else ""
+    if to_merge and base:
         raise RecipeError(
-            f"{recipe.path}: adapter_name_or_path: {to_merge[0]} can't be merged into a quantized base; merge it first "
+            f"{recipe.path}: adapter_name_or_path: {to_merge[0]} can't be merged into {base}; merge it first "
             f"(python scripts/merge_lora.py {to_merge[0]} OUT) and name OUT in model_name_or_path"
         )
-    if to_merge and is_deepspeed_zero3_enabled():
-        raise RecipeError(
-            f"{recipe.path}: adapter_name_or_path: {to_merge[0]} can't be merged while ZeRO-3 splits the base; merge it "
-            f"first (python scripts/merge_lora.py {to_merge[0]} OUT) and name OUT in model_name_or_path"
-        )
+    beside = {"use_dora": recipe.use_dora, "additional_target": recipe.additional_target, "FSDP or DeepSpeed": split}
+    if recipe.pissa_init and any(beside.values()):
+        names = ", ".join(name for name, given in beside.items() if given)
+        raise RecipeError(f"{recipe.path}: pissa_init: can't become plain LoRA at the end with {names}; remove one")
 
 
 def _load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool) -> PeftModel:
@@ -130,14 +135,14 @@ def keep_adapter_in_float32(model: PreTrainedModel | PeftModel) -> None:
 
 
 def _starts_from_pissa(model: PeftModel) -> bool:
-    return str(model.peft_config["default"].init_lora_weights).startswith("pissa")
+    return str(getattr(model.peft_config["default"], "init_lora_weights", None)).startswith("pissa")
 
 
 def _save_pissa_start(model: PeftModel, folder: Path) -> None:
     """Keep B0 and A0, as an adapter that PEFT can subtract: one that says nothing of PiSSA."""
-    config = model.peft_config["default"]
+    config: Any = model.peft_config["default"]
     start, config.init_lora_weights = config.init_lora_weights, True
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     config.init_lora_weights = start
 
 
@@ -145,7 +150,9 @@ def turn_pissa_into_lora(model: Any, output_dir: Path) -> None:
     """Replace the saved PiSSA adapter in `output_dir` by its plain LoRA; leave any other as it is."""
     if isinstance(model, PeftModel) and _starts_from_pissa(model):
         start = output_dir / PISSA_START
-        model.save_pretrained(output_dir, path_initial_model_for_weight_conversion=str(start))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # PEFT's advice is to do just this
+            model.save_pretrained(str(output_dir), path_initial_model_for_weight_conversion=str(start))
         shutil.rmtree(start)
 
 
