@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline")
+# One thread, here and in the processes that tests start: tiny matrices, and a second thread mostly waits.
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1")
 
 import make_tiny_model
 import pytest
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gives
 
 
 @pytest.fixture(scope="session")
