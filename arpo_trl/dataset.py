@@ -15,6 +15,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -137,7 +138,7 @@ def prepare_datasets(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> Pr
             )
     train = _mix([datasets[name] for name in recipe.dataset], recipe)
     evals = {name: datasets[name] for name in recipe.eval_dataset}
-    if recipe.streaming:
+    if recipe.streaming and not recipe.disable_shuffling:
         train = train.shuffle(seed=recipe.seed, buffer_size=recipe.buffer_size)
     if recipe.val_size:
         train, evals["validation"] = _split(train, recipe)
@@ -223,12 +224,12 @@ def _stream(
             if seen > counts.rows:
                 counts.add(batch.counts)
                 if writes:
-                    with path.open("a", encoding="utf-8") as file:
+                    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                         file.writelines(_lines(batch))
                 if counts.rows >= STREAMED_BEFORE_JUDGED:
-                    _check_dropped(audit, recipe)
+                    _check_dropped(Audit({info.name: counts}), recipe)
             yield from batch.encoded.to_pylist()
-        _check_dropped(audit, recipe)
+        _check_dropped(Audit({info.name: counts}), recipe)
 
     dataset = IterableDataset.from_generator(examples, features=Features.from_arrow_schema(SCHEMA))
     return _fingerprint(info, recipe), dataset
@@ -304,7 +305,7 @@ def _parts(
         "dataset_info.json": [info.formatting, info.columns, info.tags],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "template": template.hash,
-        "law": asdict(_law(recipe)),
+        **asdict(_law(recipe)),
         "max_samples": recipe.max_samples if info.num_samples is None else None,
         "default_system": recipe.default_system,
     }
@@ -347,7 +348,7 @@ def _encode_to(
         with (
             pa.OSFile(str(unfinished / "rows.arrow"), "wb") as sink,
             pa.ipc.new_stream(sink, SCHEMA) as writer,
-            (unfinished / "audit.jsonl").open("w", encoding="utf-8") as audit,
+            (unfinished / "audit.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as audit,
         ):
             for batch in encode_rows(rows, info, recipe, tokenizer, _workers(info, recipe)):
                 writer.write_batch(batch.encoded)
@@ -356,7 +357,8 @@ def _encode_to(
         prepared = {"parts": parts, "counts": asdict(counts)}
         (unfinished / "prepared.json").write_text(json.dumps(prepared, indent=1), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        with suppress(FileExistsError, PermissionError):  # Another run was faster, with the same rows.
+            unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -511,8 +513,10 @@ def _count(counts: Counts, row: Row, result: Example | RowError, cutoff_len: int
 
 
 def _mix(datasets: "list[Dataset | IterableDataset]", recipe: Recipe) -> Any:
-    from datasets import concatenate_datasets, interleave_datasets
+    from datasets import Dataset, concatenate_datasets, interleave_datasets
 
+    if not datasets:
+        return Dataset(SCHEMA.empty_table())
     if len(datasets) == 1 or recipe.mix_strategy == "concat":
         return concatenate_datasets(datasets)
     return interleave_datasets(

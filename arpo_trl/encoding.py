@@ -81,7 +81,7 @@ def to_segments(conversation: Conversation, render: Render, law: Law, generation
     try:
         done.encode("utf-8")
     except UnicodeEncodeError:
-        raise RowError("not UTF-8: the text holds half a surrogate pair, which no tokenizer takes") from None
+        raise RowError("not UTF-8: the text holds half a surrogate pair or a byte that is no character") from None
     return segments
 
 

@@ -8,6 +8,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from arpo_trl.registry import DatasetError, DatasetInfo
 
 CHUNK = 1 << 20
 LONGEST_ROW = 64 << 20
+EXCERPT = 60
 
 
 class Row(NamedTuple):
@@ -33,10 +35,13 @@ def find_files(path: Path) -> list[Path]:
     """
     kinds = ", ".join(READERS)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)
-        if not files:
-            raise DatasetError(f"{path}: expected files of kind {kinds} in the folder, found none")
-        return files
+        about = re.compile(r"[._]|(?i:readme|license)|dataset_info\.json$")
+        inside = sorted(file for file in path.iterdir() if not about.match(file.name))
+        strange = [file.name for file in inside if file.is_dir() or file.suffix.lower() not in READERS]
+        if strange or not inside:
+            found = f"found {', '.join(strange[:5])}" if strange else "found none"
+            raise DatasetError(f"{path}: expected only files of kind {kinds} in the folder, {found}")
+        return inside
     if not path.is_file():
         raise DatasetError(f"{path}: no such file")
     if path.suffix.lower() not in READERS:
@@ -77,19 +82,28 @@ def read_hub(info: DatasetInfo, streaming: bool) -> tuple[str, Iterator[Row]]:
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int | str, Any]]:
     with path.open("rb") as file:
-        for line, raw in enumerate(file, 1):
-            if line == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if not raw.strip():
-                continue
-            try:
-                yield line, json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield line, RowError(f"not UTF-8 (byte {error.start + 1} of the line)")
-            except json.JSONDecodeError as error:
-                yield line, RowError(f"not JSON ({error.msg} at column {error.colno}): {_excerpt(raw)}")
-            except RecursionError:
-                yield line, RowError("not JSON that can be read (nested too deeply)")
+        for line in count(1):
+            raw = file.readline(LONGEST_ROW)
+            if not raw:
+                return
+            if len(raw) == LONGEST_ROW and not raw.endswith(b"\n"):
+                while (rest := file.readline(LONGEST_ROW)) and not rest.endswith(b"\n"):
+                    pass
+                yield line, RowError(f"longer than {LONGEST_ROW >> 20} MiB")
+            elif raw.strip():
+                yield line, _parse_line(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw)
+
+
+def _parse_line(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8").rstrip())
+    except UnicodeDecodeError as error:
+        return RowError(f"not UTF-8 (byte {error.start + 1} of the line)")
+    except json.JSONDecodeError as error:
+        excerpt = raw[:EXCERPT].decode("utf-8", "replace").strip()
+        return RowError(f"not JSON ({error.msg} at column {error.colno}): {excerpt!r}")
+    except RecursionError:
+        return RowError("not JSON that can be read (nested too deeply)")
 
 
 def _read_json(path: Path) -> Iterator[tuple[int | str, Any]]:
@@ -175,19 +189,19 @@ def _read_json(path: Path) -> Iterator[tuple[int | str, Any]]:
 def _read_csv(path: Path) -> Iterator[tuple[int | str, Any]]:
     csv.field_size_limit(LONGEST_ROW)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
-        while True:
-            line = reader.line_num + 1
-            try:
-                row: Any = next(reader, None)
-            except csv.Error as error:
-                yield line, RowError(f"not CSV ({error})")
-                continue
-            if row is None:
-                return
-            if None in row:
-                row = RowError(f"not CSV (more fields than the header's {len(reader.fieldnames or ())})")
-            yield line, row
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                fields = [field for field in row.values() if isinstance(field, str)]
+                line = reader.line_num - sum(field.count("\n") for field in fields)
+                if None in row:
+                    yield line, RowError(f"not CSV (more fields than the header's {len(reader.fieldnames or ())})")
+                else:
+                    yield line, row
+        except csv.Error as error:  # A quote that nobody closes swallows rows, and nobody knows how many.
+            raise DatasetError(
+                f"{path}:{reader.reader.line_num}: not CSV ({error}); the rows before it are in doubt"
+            ) from None
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int | str, Any]]:
@@ -229,10 +243,6 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _excerpt(raw: bytes) -> str:
-    return repr(raw[:60].decode("utf-8", "replace").strip())
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[int | str, Any]]]] = {

@@ -1,0 +1,549 @@
+"""From files to encoded datasets: every row is accounted for, whatever its file, its neighbours or the workers."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from arpo_trl import dataset, rows
+from arpo_trl.dataset import PreparedData, prepare_datasets
+from arpo_trl.encoding import IGNORED
+from arpo_trl.messages import RowError
+from arpo_trl.recipe import Recipe
+from arpo_trl.registry import DatasetError
+from arpo_trl.rows import read_rows
+
+
+def row(question: str = "Q", reply: str = "A", **more: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": reply}], **more}
+
+
+def numbered(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [row(f"Question {number}", f"Answer {number}") for number in range(start, start + count)]
+
+
+def write(path: Path, values: list[Any]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    else:
+        table = pa.Table.from_pylist(values)
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(table, path)
+        else:
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+    return path
+
+
+class Bench:
+    """A folder with datasets, and a recipe over them."""
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.folder, self.tokenizer, self.entries = folder, tokenizer, {}  # type: ignore[var-annotated]
+
+    def add(self, name: str, values: Any, suffix: str = ".jsonl", **entry: Any) -> Path:
+        path = self.folder / f"{name}{suffix}"
+        if isinstance(values, bytes):
+            path.write_bytes(values)
+        else:
+            write(path, values)
+        self.register(name, file_name=path.name, **entry)
+        return path
+
+    def register(self, name: str, **entry: Any) -> None:
+        self.entries[name] = {"formatting": "sharegpt", **entry}
+        (self.folder / "dataset_info.json").write_text(json.dumps(self.entries), encoding="utf-8")
+
+    def recipe(self, **keys: Any) -> Recipe:
+        given = {
+            "dataset": list(self.entries),
+            "dataset_dir": str(self.folder),
+            "cutoff_len": 256,
+            "output_dir": str(self.folder / "out"),
+        }
+        return Recipe(model_name_or_path="unused", **(given | keys))
+
+    def prepare(self, **keys: Any) -> PreparedData:
+        return prepare_datasets(self.recipe(**keys), self.tokenizer)
+
+    def findings(self) -> list[dict[str, str]]:
+        text = (self.folder / "out" / "row_audit.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    def replies(self, data: Any) -> list[str]:
+        """What is trained in each row."""
+        return [self.tokenizer.decode([label for label in one["labels"] if label != IGNORED]) for one in data]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return Bench(tmp_path, tiny_tokenizer)
+
+
+def answers(*numbers: int) -> list[str]:
+    return [f"Answer {number}<|im_end|>\n" for number in numbers]
+
+
+# Files
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".arrow"])
+def test_a_file_of_any_kind_gives_the_same_rows(suffix: str, bench: Bench) -> None:
+    path = bench.add("d", numbered(3), suffix)
+    data = bench.prepare()
+    assert bench.replies(data.train) == answers(0, 1, 2)
+    assert [one.rpartition(":")[0] for one in data.train["source"]] == [str(path)] * 3
+
+
+def test_a_csv_holds_alpaca_rows(bench: Bench) -> None:
+    path = bench.add("d", b"", ".csv", formatting="alpaca")
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["instruction", "output"], ['two\n"lines"', "Answer 0"], ["é", "Answer 1"]])
+    data = bench.prepare()
+    assert bench.replies(data.train) == answers(0, 1)
+    assert data.train["source"][:] == [f"{path}:2", f"{path}:4"]
+
+
+def test_a_folder_is_read_by_name_and_holds_nothing_else(bench: Bench) -> None:
+    folder = bench.folder / "many"
+    folder.mkdir()
+    write(folder / "b.jsonl", numbered(1, start=1))
+    write(folder / "a.parquet", numbered(1))
+    (folder / "README.md").write_text("about", encoding="utf-8")
+    bench.register("d", file_name="many")
+    assert bench.replies(bench.prepare().train) == answers(0, 1)
+    (folder / "c.json.gz").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"expected only files of kind .* in the folder, found c.json.gz"):
+        bench.prepare()
+
+
+def test_a_json_file_may_hold_a_row_a_line(bench: Bench) -> None:
+    bench.add("d", write(bench.folder / "x.jsonl", numbered(2)).read_bytes(), ".json")
+    assert bench.replies(bench.prepare().train) == answers(0, 1)
+
+
+def test_glob_characters_are_a_name_and_dots_may_leave_the_folder(bench: Bench) -> None:
+    inner = bench.folder / "inner"
+    inner.mkdir()
+    write(bench.folder / "a[1]*.jsonl", numbered(1))
+    (inner / "dataset_info.json").write_text(
+        '{"d": {"file_name": "../a[1]*.jsonl", "formatting": "sharegpt"}}', encoding="utf-8"
+    )
+    assert bench.replies(bench.prepare(dataset=["d"], dataset_dir=str(inner)).train) == answers(0)
+
+
+def test_a_dataset_of_the_hub(bench: Bench) -> None:
+    """A local folder stands for the hub: load_dataset takes both."""
+    (bench.folder / "repo").mkdir()
+    write(bench.folder / "repo" / "train.jsonl", [row(tools='[{"name": "f"}]'), row("Q", "B")])
+    bench.register("d", hf_hub_url=str(bench.folder / "repo"))
+    data = bench.prepare(cutoff_len=4096)
+    assert bench.replies(data.train) == ["A<|im_end|>\n", "B<|im_end|>\n"]
+    assert data.train["source"][1] == f"{bench.folder / 'repo'}:2"
+    bench.register("d", hf_hub_url=str(bench.folder / "repo"), split="test")
+    with pytest.raises(DatasetError, match=r"dataset_info.json:1: d: .* cannot be loaded"):
+        bench.prepare()
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_nulls_that_arrow_filled_in_reach_no_prompt(suffix: str, bench: Bench) -> None:
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": "x"}}]
+    turns = [{"role": "user", "content": "Q"}]
+    turns += [{"role": "assistant", "content": "", "tool_calls": [{"function": call} for call in calls]}]  # type: ignore[dict-item]
+    bench.add("d", [{"messages": turns}], suffix, formatting="openai")
+    (text,) = bench.replies(bench.prepare().train)
+    assert '{"name": "f", "arguments": {"a": 1}}' in text and '{"name": "g", "arguments": {"b": "x"}}' in text
+
+
+# Broken files and rows
+
+GOOD = json.dumps(row()).encode()
+BROKEN_LINES: dict[str, tuple[bytes, str]] = {
+    "not JSON": (b'{"conversations": [}', "not JSON (Expecting value at column 20): '{\"conversations\": [}'"),
+    "cut off": (GOOD[:30], "not JSON ("),
+    "two rows on a line": (GOOD + b" " + GOOD, "not JSON (Extra data at column"),
+    "not UTF-8": (GOOD.replace(b"Q", b"\xff"), "not UTF-8 (byte 48 of the line)"),
+    "UTF-16": (GOOD.decode().encode("utf-16"), "not UTF-8 (byte 1 of the line)"),
+    "half a surrogate pair": (GOOD.replace(b"Q", b"\\ud83d"), "not UTF-8: the text holds half a surrogate pair"),
+    "nested too deeply": (b"[" * 100_000, "not JSON that can be read (nested too deeply)"),
+    "a number": (b"7", "not an object but a number"),
+    "an unknown role": (
+        GOOD.replace(b"human", b"person"),
+        "unknown role: conversations[0] is from 'person'; the tags",
+    ),
+    "no reply that trains": (
+        GOOD.replace(b'"A"', b'"A", "loss": false'),
+        "no trained token: every reply is kept silent",
+    ),
+    "only labels past the cutoff": (GOOD.replace(b'"Q"', b'"' + b"Q " * 999 + b'"'), "only labels past the cutoff"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_LINES)
+def test_a_broken_line_is_dropped_and_named(kind: str, bench: Bench) -> None:
+    line, reason = BROKEN_LINES[kind]
+    path = bench.add("d", GOOD + b"\n\n" + line + b"\n" + GOOD)
+    data = bench.prepare(max_dropped=0.5)
+    assert data.train["source"][:] == [f"{path}:1", f"{path}:4"]
+    (finding,) = bench.findings()
+    assert (finding["dataset"], finding["place"], finding["outcome"]) == ("d", f"{path}:3", "dropped")
+    assert finding["reason"].startswith(reason)
+
+
+def test_line_3501_is_called_3501(bench: Bench) -> None:
+    path = bench.add("d", b"".join(GOOD + b"\n" if line != 3501 else b"{\n" for line in range(1, 4001)))
+    data = bench.prepare()
+    assert bench.findings()[0]["place"] == f"{path}:3501"
+    assert data.audit.lines() == [
+        "d: 4,000 rows: 3,999 kept, 0 shortened, 0 lost their final answer, 1 dropped; "
+        f"{data.audit.datasets['d'].tokens:,} tokens, {data.audit.datasets['d'].trained_tokens:,} trained"
+    ]
+
+
+def test_more_dropped_than_allowed_stops_the_run_with_the_first_reasons(bench: Bench) -> None:
+    path = bench.add("d", (GOOD + b"\n") * 9 + b"{\n")
+    with pytest.raises(DatasetError) as error:
+        bench.prepare()
+    assert str(error.value).splitlines() == [
+        "d: 1 of 10 rows dropped, max_dropped allows a share of 0.05; all are in "
+        f"{bench.folder / 'out' / 'row_audit.jsonl'}, the first are",
+        f"  {path}:10: not JSON (Expecting property name enclosed in double quotes at column 2): '{{'",
+    ]
+    assert bench.prepare(max_dropped=0.1).audit.datasets["d"].dropped == 1
+    with pytest.raises(DatasetError):
+        bench.prepare(max_dropped=0)
+
+
+def test_a_dataset_of_broken_rows_alone_stops_the_run_whatever_is_allowed(bench: Bench) -> None:
+    bench.add("d", b"{\n")
+    with pytest.raises(DatasetError, match="1 of 1 rows dropped"):
+        bench.prepare(max_dropped=1)
+
+
+BROKEN_FILES: dict[str, tuple[str, bytes, str]] = {
+    "a broken element": (
+        ".json",
+        b'[\n {"a": 1},\n {"a": 2,\n  "b" 3},\n {"a": 4, "c": "a long text, so that the end is far away"}]',
+        "4: not JSON (Expecting ':' delimiter near ",
+    ),
+    "a comma missing": (".json", b"[{}\n{}]", "2: not JSON (expected a comma or the end of the array, found '{}]')"),
+    "an end missing": (
+        ".json",
+        b"[{},",
+        "1: not JSON (Expecting value near 'the end of the file'); the row begins at",
+    ),
+    "something after": (".json", b"[{}]\n[{}]", "2: not JSON (expected nothing after the array, found '[{}]')"),
+    "no array": (".json", b'"x"', "1: not JSON (expected an array of rows, found '\"x\"')"),
+    "a quote never closed": (
+        ".csv",
+        b'a,b\n"1,2\n3,4\n',
+        "3: not CSV (unexpected end of data); the rows before it",
+    ),
+    "no parquet": (".parquet", b"PAR1 or so", "1: cannot be read ("),
+    "no arrow": (".arrow", b"ARROW1 or so", "1: cannot be read ("),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_FILES)
+def test_a_file_that_cannot_be_read_on_is_refused_at_its_line(kind: str, bench: Bench) -> None:
+    suffix, content, message = BROKEN_FILES[kind]
+    path = bench.add("d", content, suffix)
+    with pytest.raises(DatasetError) as error:
+        bench.prepare(max_dropped=1)
+    assert str(error.value).startswith(f"{path}:{message}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_csv_row_with_too_many_fields_is_dropped(bench: Bench) -> None:
+    path = bench.add("d", b"instruction,output\nQ,A\nQ,A,B\n", ".csv", formatting="alpaca")
+    bench.prepare(max_dropped=0.5)
+    assert [bench.findings()[0][key] for key in ("place", "reason")] == [
+        f"{path}:3",
+        "not CSV (more fields than the header's 2)",
+    ]
+
+
+MISSING: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown name": ({"dataset": ["nope"]}, "dataset: nope: no such dataset in {0}/dataset_info.json; there are d"),
+    "an empty file": ({"file_name": "empty.jsonl"}, "d: no rows"),
+    "a missing file": ({"file_name": "none.jsonl"}, "{0}/none.jsonl: no such file"),
+    "a file of another kind": (
+        {"file_name": "d.txt"},
+        "{0}/d.txt: expected a file of kind .json, .jsonl, .csv, .parquet, .arrow, found .txt",
+    ),
+    "an empty folder": (
+        {"file_name": "folder"},
+        "{0}/folder: expected only files of kind .json, .jsonl, .csv, .parquet, .arrow in the folder, found none",
+    ),
+    "a loading script": (
+        {"script_url": "s.py"},
+        "{0}/dataset_info.json:1: d: script_url: the dataset is a loading script, which datasets >= 4 no longer runs; "
+        "set hf_hub_url or file_name",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_what_is_missing_is_one_line(kind: str, bench: Bench) -> None:
+    keys, message = MISSING[kind]
+    (bench.folder / "empty.jsonl").touch()
+    (bench.folder / "d.txt").touch()
+    (bench.folder / "folder").mkdir()
+    bench.add("d", numbered(1))
+    if "dataset" not in keys:
+        bench.register("d", **keys)
+    with pytest.raises(DatasetError) as error:
+        bench.prepare(dataset=keys.get("dataset", ["d"]))
+    assert str(error.value) == message.format(bench.folder)
+
+
+def test_rows_on_one_line_have_their_column(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": 1}, {"a": 2},\n{"a": 3}]', encoding="utf-8")
+    assert [one.place for one in read_rows(path)] == [f"{path}:1", f"{path}:1:12", f"{path}:2"]
+
+
+def test_a_large_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the pieces: a number, a literal, an escape or a character cut in two is one thing all the same."""
+    values = [{"n": 12345, "t": True, "s": 'a "quote" \\ \u1234 日本\n', "l": [1.5e10, None]}, 17, "text", [], -0.5]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    for chunk in (1, 2, 3, 7, 50):
+        monkeypatch.setattr(rows, "CHUNK", chunk)
+        assert [one.value for one in read_rows(path)] == values
+
+
+def test_a_line_beyond_all_measure_is_dropped_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "LONGEST_ROW", 100)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"a": "x" * 500}) + '\n{"a": 1}\n', encoding="utf-8")
+    first, second = read_rows(path)
+    assert isinstance(first.value, RowError) and first.place == f"{path}:1"
+    assert (second.value, second.place) == ({"a": 1}, f"{path}:2")
+
+
+# The audit
+
+
+def test_the_audit_counts_every_fate(bench: Bench) -> None:
+    long = " ".join(["word"] * 400)
+    two = row(reply="A")["conversations"]
+    bench.add("d", [row(), row(reply=long), {"conversations": [*two, *row(long, "B")["conversations"]]}, row(long), 3])
+    data = bench.prepare(max_dropped=0.5, cutoff_len=128)
+    counts = data.audit.datasets["d"]
+    assert (counts.kept, counts.shortened, counts.lost_answer, counts.dropped, counts.rows) == (1, 1, 1, 2, 5)
+    assert counts.tokens == sum(len(ids) for ids in data.train["input_ids"])
+    assert [finding["outcome"] for finding in bench.findings()] == ["shortened", "lost_answer", "dropped", "dropped"]
+    assert bench.findings()[0]["reason"].endswith("tokens past the cutoff of 128")
+    assert bench.findings()[3]["excerpt"] == "3"
+
+
+# Several datasets
+
+
+def test_datasets_are_joined_in_their_order_and_cut_to_max_samples(bench: Bench) -> None:
+    bench.add("a", numbered(3))
+    bench.add("b", numbered(3, start=10))
+    assert bench.replies(bench.prepare(max_samples=2).train) == answers(0, 1, 10, 11)
+    assert bench.replies(bench.prepare(dataset=["b", "a"], max_samples=1).train) == answers(10, 0)
+
+
+def test_interleaving_stops_with_the_shortest_or_with_the_longest(bench: Bench) -> None:
+    bench.add("a", numbered(4))
+    bench.add("b", numbered(2, start=10))
+    under = bench.replies(bench.prepare(mix_strategy="interleave_under").train)
+    assert under == answers(0, 10, 1, 11)
+    over = bench.replies(bench.prepare(mix_strategy="interleave_over").train)
+    assert set(over) == set(answers(0, 1, 2, 3, 10, 11)) and len(over) == 8
+    keys: dict[str, Any] = {"mix_strategy": "interleave_over", "interleave_probs": [0.9, 0.1]}
+    shares = bench.replies(bench.prepare(**keys).train)
+    assert shares == bench.replies(bench.prepare(**keys).train)
+    assert shares != bench.replies(bench.prepare(**keys, seed=1).train)
+
+
+def test_num_samples_are_drawn_at_random_and_again_if_there_are_fewer(bench: Bench) -> None:
+    bench.add("a", numbered(5), num_samples=3)
+    bench.add("b", numbered(2, start=10), num_samples=5)
+    drawn = bench.replies(bench.prepare().train)
+    assert len(set(drawn[:3])) == 3 and set(drawn[:3]) <= set(answers(*range(5)))
+    assert sorted(drawn[3:]) in (sorted(answers(10, 10, 11, 11, last)) for last in (10, 11))
+    assert drawn == bench.replies(bench.prepare().train)
+    assert drawn != bench.replies(bench.prepare(seed=7).train)
+    assert len(bench.prepare(max_samples=1).train) == 2
+
+
+@pytest.mark.parametrize(("val_size", "held_out"), [(0.25, 2), (3, 3)])
+def test_val_size_is_a_share_or_a_number(val_size: float, held_out: int, bench: Bench) -> None:
+    bench.add("a", numbered(8))
+    data = bench.prepare(val_size=val_size)
+    train, held = bench.replies(data.train), bench.replies(data.eval["validation"])
+    assert len(held) == held_out and sorted(train + held) == answers(*range(8))
+    assert held == bench.replies(bench.prepare(val_size=val_size).eval["validation"])
+
+
+def test_a_val_size_of_all_rows_is_refused(bench: Bench) -> None:
+    bench.add("a", numbered(3))
+    with pytest.raises(DatasetError, match="val_size: 5 of 3 rows leaves nothing on one side"):
+        bench.prepare(val_size=5)
+
+
+def test_eval_datasets_keep_their_names(bench: Bench) -> None:
+    bench.add("a", numbered(2))
+    bench.add("b", numbered(1, start=10))
+    data = bench.prepare(dataset=["a"], eval_dataset=["b"])
+    assert bench.replies(data.train) == answers(0, 1)
+    assert {name: bench.replies(rows) for name, rows in data.eval.items()} == {"b": answers(10)}
+    assert set(data.fingerprints) == {"a", "b"}
+    assert len(bench.prepare(dataset=[], eval_dataset=["b"]).train) == 0
+
+
+# Kept encodings
+
+
+def test_rows_are_encoded_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.add("d", [*numbered(3), 3])
+    keys: dict[str, Any] = {"max_dropped": 0.5}
+    first = bench.prepare(**keys)
+    (bench.folder / "out" / "row_audit.jsonl").unlink()
+    monkeypatch.setattr(dataset, "encode_rows", None)
+    second = bench.prepare(**keys)
+    assert second.train[:] == first.train[:] and second.audit == first.audit
+    assert len(bench.findings()) == 1
+    with pytest.raises(TypeError):
+        bench.prepare(**keys, overwrite_cache=True)
+    with pytest.raises(TypeError):
+        bench.prepare(**keys, mask_history=True)
+
+
+def test_a_changed_file_is_encoded_again(bench: Bench) -> None:
+    bench.add("d", numbered(1))
+    first = bench.prepare()
+    bench.add("d", numbered(1, start=7))
+    second = bench.prepare()
+    assert bench.replies(second.train) == answers(7)
+    assert first.fingerprints != second.fingerprints
+
+
+def test_tokenized_path_is_written_once_and_refused_when_what_is_behind_it_changed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.add("d", numbered(2))
+    path = bench.folder / "tokenized"
+    keys: dict[str, Any] = {"tokenized_path": str(path)}
+    assert bench.replies(bench.prepare(**keys).train) == answers(0, 1)
+    with monkeypatch.context() as context:
+        context.setattr(dataset, "encode_rows", None)
+        assert bench.replies(bench.prepare(**keys).train) == answers(0, 1)
+    with pytest.raises(DatasetError) as error:
+        bench.prepare(**keys, cutoff_len=100)
+    assert str(error.value) == (
+        f"tokenized_path: {path / 'd'} was made with another cutoff_len; set overwrite_cache: true to make it again, "
+        "or name another tokenized_path"
+    )
+    bench.add("d", numbered(2, start=5))
+    own = bench.tokenizer.chat_template
+    try:
+        bench.tokenizer.chat_template = str(own).replace("You are Qwen", "You are")
+        with pytest.raises(DatasetError, match="was made with another data and another template;"):
+            bench.prepare(**keys)
+    finally:
+        bench.tokenizer.chat_template = own
+    assert bench.replies(bench.prepare(**keys, overwrite_cache=True).train) == answers(5, 6)
+
+
+def test_a_folder_that_is_not_ours_is_no_tokenized_path(bench: Bench) -> None:
+    bench.add("d", numbered(2))
+    (bench.folder / "theirs" / "d").mkdir(parents=True)
+    with pytest.raises(DatasetError, match=r"not written by arpo_trl \(no prepared.json\)"):
+        bench.prepare(tokenized_path=str(bench.folder / "theirs"))
+
+
+# Workers, processes, streams
+
+
+def test_any_number_of_workers_gives_the_same_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.add("d", [*numbered(50), 3, *numbered(50, start=50)])
+    one = bench.prepare()
+    monkeypatch.setattr(dataset, "PROCESSES_PAY_FROM", 0)
+    two = bench.prepare(preprocessing_num_workers=2, preprocessing_batch_size=7, overwrite_cache=True)
+    assert one.train[:] == two.train[:] and one.audit == two.audit
+
+
+RANK = """
+import json, sys
+from pathlib import Path
+from accelerate import PartialState
+from transformers import AutoTokenizer
+from arpo_trl import dataset
+from arpo_trl.recipe import Recipe
+
+model, folder = sys.argv[1:]
+state = PartialState(cpu=True)
+if not state.is_main_process:
+    dataset.encode_rows = None  # only the main process may need it
+recipe = Recipe(model_name_or_path=model, dataset=["d"], dataset_dir=folder, output_dir=f"{folder}/out", overwrite_cache=True)
+data = dataset.prepare_datasets(recipe, AutoTokenizer.from_pretrained(model))
+Path(folder, f"rank{state.process_index}.json").write_text(json.dumps(data.train[:]))
+state.destroy_process_group()
+"""
+
+
+def test_on_two_processes_the_main_one_prepares_and_the_other_reads(bench: Bench, tiny_model: Path) -> None:
+    bench.add("d", numbered(5))
+    (bench.folder / "rank.py").write_text(RANK, encoding="utf-8")
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29871", "OMP_NUM_THREADS": "1"}
+    cache = {"HF_DATASETS_CACHE": str(bench.folder / "cache")}
+    command = [sys.executable, str(bench.folder / "rank.py"), str(tiny_model), str(bench.folder)]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **world, **cache, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    first, second = (json.loads((bench.folder / f"rank{rank}.json").read_text()) for rank in "01")
+    assert first == second and len(first["labels"]) == 5
+
+
+def test_a_stream_gives_the_same_rows_and_counts_them_once(bench: Bench) -> None:
+    bench.add("a", [*numbered(4), 3])
+    bench.add("b", numbered(2, start=10))
+    data = bench.prepare(streaming=True, disable_shuffling=True, max_dropped=0.5)
+    assert bench.replies(data.train) == answers(0, 1, 2, 3, 10, 11)
+    assert bench.replies(data.train) == answers(0, 1, 2, 3, 10, 11)
+    assert data.audit.datasets["a"].rows == 5 and len(bench.findings()) == 1
+    mixed = bench.prepare(
+        streaming=True, disable_shuffling=True, max_dropped=0.5, mix_strategy="interleave_under", val_size=1
+    )
+    assert bench.replies(mixed.eval["validation"]) == answers(0)
+    assert bench.replies(mixed.train) == answers(10, 1, 11)
+
+
+def test_a_stream_stops_when_too_many_rows_are_dropped(bench: Bench) -> None:
+    bench.add("a", [*numbered(4), 3])
+    data = bench.prepare(streaming=True, disable_shuffling=True)
+    with pytest.raises(DatasetError, match="1 of 5 rows dropped"):
+        list(data.train)
+
+
+def test_the_gate_stands_before_every_dataset(bench: Bench) -> None:
+    path = bench.add("a", numbered(1))
+    own = bench.tokenizer.eos_token
+    try:
+        bench.tokenizer.eos_token = "<|endoftext|>"
+        with pytest.raises(DatasetError) as error:
+            bench.prepare()
+    finally:
+        bench.tokenizer.eos_token = own
+    assert str(error.value).startswith(f"{path}:1: the gate before training stopped here: a turn does not end in")
