@@ -47,7 +47,7 @@ def check(recipe: Recipe) -> None:
     for line in [*data.audit.lines(), *([] if recipe.streaming else describe_tokens(data))]:
         console.print(line, markup=False)
     console.rule("run")
-    steps = count_steps(recipe, args, 0 if recipe.streaming else len(data.train))
+    steps = count_steps(args, 0 if recipe.streaming else len(data.train))
     saved = checkpoint_steps(args, *steps)
     needed, lines = describe_disk(recipe, args, saved)
     console.print(f"{steps[0]:,} steps an epoch, {steps[1]:,} in total")
@@ -76,11 +76,12 @@ def describe_tokens(data: PreparedData) -> list[str]:
     width = len(f"{lengths.max():,}")
     for rows, low, high in zip(bars, edges, edges[1:]):
         bar = "#" * math.ceil(BAR * rows / bars.max())
-        lines.append(f"  {math.ceil(low):>{width},} to {math.floor(high):>{width},}  {bar} {rows:,}")
+        last = int(high) if high == edges[-1] else math.ceil(high) - 1
+        lines.append(f"  {math.ceil(low):>{width},} to {last:>{width},}  {bar} {rows:,}")
     return lines
 
 
-def count_steps(recipe: Recipe, args: "SFTConfig", rows: int) -> tuple[int, int]:
+def count_steps(args: "SFTConfig", rows: int) -> tuple[int, int]:
     """Updates an epoch and in total, as transformers' Trainer counts them."""
     batches = math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
     an_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
