@@ -1,0 +1,110 @@
+"""A small run, in this process: 20 rows, seeded, in float32, on the CPU."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from trl import SFTConfig
+
+from arpo_trl.callbacks import TrainerLog, read_log
+from arpo_trl.checkpoints import newest_whole_checkpoint
+from arpo_trl.preflight import Preflight
+from arpo_trl.trainer import ArpoTrainer
+
+TIMES = {"elapsed_time", "remaining_time", "elapsed_seconds", "tokens_per_second", "trained_tokens_per_second"}
+MEASURED = TIMES | {"peak_memory_gb"}
+
+
+class StopAt(TrainerCallback):  # type: ignore[misc]
+    """Saves and stops, as a signal does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+def make_rows() -> Dataset:
+    rng = random.Random(1)
+    ids = [[rng.randrange(300, 400) for _ in range(rng.randrange(6, 40))] for _ in range(20)]
+    return Dataset.from_list(
+        [{"input_ids": row, "labels": [-100, -100, *row[2:]], "source": f"rows.jsonl:{i + 1}"} for i, row in enumerate(ids)]
+    )
+
+
+def make_trainer(
+    folder: Path, model: Path, lora: bool = False, preflight: bool = False, on_save_error: str = "stop", **changes: Any
+) -> ArpoTrainer:
+    set_seed(3)
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": True,
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "max_length": None,
+        "disable_tqdm": True,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "seed": 3,
+    }
+    if changes.get("packing"):
+        values |= {"max_length": 64, "dataset_kwargs": None}
+    adapter = LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = ArpoTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        args=SFTConfig(**values | changes),
+        train_dataset=make_rows(),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=adapter if lora else None,
+        rows=make_rows(),
+        on_save_error=on_save_error,
+    )
+    trainer.add_callback(TrainerLog(trainer, folder / "trainer_log.jsonl", plot=False))
+    if preflight:
+        trainer.add_callback(Preflight(trainer))
+    return trainer
+
+
+def train(folder: Path, model: Path, stop_at: int | None = None, **changes: Any) -> ArpoTrainer:
+    """Run, or go on from the newest whole checkpoint in `folder`."""
+    trainer = make_trainer(folder, model, **changes)
+    if stop_at:
+        trainer.add_callback(StopAt(stop_at))
+    checkpoint, lines = newest_whole_checkpoint(folder)
+    assert not lines
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
+
+
+def saved_state(checkpoint: Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint: weights and both moments."""
+    weights = load_file(next(p for p in checkpoint.glob("*model.safetensors")))
+    moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    return weights | {f"{i}.{name}": value for i, state in moments.items() for name, value in state.items()}
+
+
+def differing(a: Path, b: Path) -> list[str]:
+    """Names of the tensors whose bits differ between two checkpoints."""
+    left, right = saved_state(a), saved_state(b)
+    assert left.keys() == right.keys()
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+def log_without_times(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in read_log(folder / "trainer_log.jsonl")]
