@@ -50,6 +50,7 @@ class TrainerLog(TrainerCallback):
     def __init__(self, trainer: ArpoTrainer, path: Path, plot: bool) -> None:
         self.trainer, self.path, self.plot = trainer, path, plot
         self.bar: tqdm[Any] | None = None
+        self._evaluated = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         earlier = [line for line in read_log(self.path) if line["current_steps"] <= state.global_step]
@@ -69,6 +70,15 @@ class TrainerLog(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar:
             self.bar.update(state.global_step - self.bar.n)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self._evaluated += 1
+            self.bar.set_postfix_str(f"evaluating, batch {self._evaluated}", refresh=False)
+            self.bar.update(0)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._evaluated = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         evaluated = {k: v for k, v in (logs or {}).items() if k.startswith("eval_")}

@@ -76,9 +76,9 @@ def logged_to(path: Path, keep: bool, enabled: bool = True) -> Iterator[None]:
         log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S%z')} {shlex.join(sys.argv)}\n")
         tee = sys.stdout = _Tee(stdout, log)
         sys.stderr = _Tee(stderr, log)
-        handlers = _stream_handlers()
-        for handler in handlers:
-            handler.setStream(sys.stderr)
+        handlers = [(handler, handler.stream) for handler in _stream_handlers()]
+        for handler, _ in handlers:
+            handler.stream = sys.stderr  # not setStream: it flushes the old one, which may be closed
         try:
             yield
         except (RecipeError, RunFailed) as error:
@@ -86,8 +86,8 @@ def logged_to(path: Path, keep: bool, enabled: bool = True) -> Iterator[None]:
             raise
         finally:
             sys.stdout, sys.stderr = stdout, stderr
-            for handler in handlers:
-                handler.setStream(stderr)
+            for handler, stream in handlers:
+                handler.stream = stream
 
 
 def start_bar(total: int, initial: int) -> tqdm[Any] | None:

@@ -1,0 +1,64 @@
+"""A small run of `arpo_trl.train.train`, in this process: 12 rows, 4 steps, the tiny model, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from arpo_trl.recipe import Recipe, read_recipe
+from arpo_trl.train import train
+
+# peft 0.21 still asks for transformers' old name of activation checkpointing.
+QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+def write_data(folder: Path) -> Path:
+    """Two datasets of unlike length, `counting` (12 rows) and `greetings` (5 rows)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    counting = [{"instruction": f"count to {n}", "output": " ".join(map(str, range(n)))} for n in range(2, 26, 2)]
+    greetings = [{"instruction": f"greet {name}", "output": f"hi {name}"} for name in "Ada Bob Cy Di Ed".split()]
+    (folder / "counting.json").write_text(json.dumps(counting), encoding="utf-8")
+    (folder / "greetings.json").write_text(json.dumps(greetings), encoding="utf-8")
+    info = {name: {"file_name": f"{name}.json"} for name in ("counting", "greetings")}
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    return folder
+
+
+def make_recipe(folder: Path, model: Path, **changes: Any) -> Recipe:
+    """A recipe whose every file is in `folder`; its output_dir is folder/run."""
+    values = {
+        "model_name_or_path": str(model),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "dataset": "counting",
+        "dataset_dir": str(write_data(folder / "data")),
+        "tokenized_path": str(folder / "tokenized"),
+        "template": "qwen",
+        "output_dir": str(folder / "run"),
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "plot_loss": True,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values | changes), encoding="utf-8")
+    return read_recipe(path)
+
+
+def run(folder: Path, model: Path, **changes: Any) -> Path:
+    """Run the recipe and return its output folder; this process keeps its signal handlers."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert train(make_recipe(folder, model, **changes)) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return folder / "run"
