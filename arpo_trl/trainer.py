@@ -171,7 +171,8 @@ class ArpoTrainer(SFTTrainer):
     def _estimate_checkpoint_bytes(self) -> int:
         """Weights, and AdamW's two moments of what is trained. After the first save the measured size is used."""
         model: Any = self.model
-        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+        # ZeRO-3 leaves parameters empty, with their size beside them.
+        sizes = [(getattr(p, "ds_numel", p.numel()) * p.element_size(), p.requires_grad) for p in model.parameters()]
         trained = sum(size for size, is_trained in sizes if is_trained)
         saved = trained if hasattr(model, "peft_config") else sum(size for size, _ in sizes)
         return int(saved + 2 * trained)
@@ -181,9 +182,17 @@ class ArpoTrainer(SFTTrainer):
 
     def save_final_model(self, dtype: torch.dtype | None) -> None:
         """Save the model and tokenizer at the root of `output_dir`, the weights in `dtype` (None: as trained)."""
-        if dtype is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            self.accelerator.unwrap_model(self.model).to(dtype)
-        self.save_model()
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if dtype is None:
+            self.save_model()
+        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:  # every process takes part in gathering the weights
+            weights = self.accelerator.get_state_dict(self.model_wrapped)
+            if self.args.should_save:
+                tied = getattr(model, "all_tied_weights_keys", {})  # gathered, a tied head is a tensor of its own
+                self._save(state_dict={name: w.to(dtype) for name, w in weights.items() if name not in tied})
+        else:
+            model.to(dtype)
+            self.save_model()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
