@@ -179,19 +179,34 @@ def _find_or_encode(
 ) -> Encoded:
     from datasets import config
 
-    fingerprint = _fingerprint(info, recipe)
+    folder = Path(recipe.tokenized_path) / info.name if recipe.tokenized_path else None
+    if folder and folder.exists() and info.path and not info.path.exists():
+        fingerprint = _read_prepared(folder)["parts"]["data"]  # Prepared elsewhere: these rows are all there is.
+    else:
+        fingerprint = _fingerprint(info, recipe)
     parts = _parts(info, fingerprint, recipe, tokenizer, template)
-    if recipe.tokenized_path:
-        folder = Path(recipe.tokenized_path) / info.name
-    else:
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    if folder is None:
+        key = hashlib.sha256(json.dumps([str(info.path), parts], sort_keys=True).encode()).hexdigest()[:16]
         folder = Path(config.HF_DATASETS_CACHE) / "arpo_trl" / f"{info.name}-{key}"
-    if folder.exists() and not overwrite:
-        _refuse_changed(folder, parts)
-    else:
+    if overwrite or not folder.exists():
         _encode_to(folder, info, recipe, tokenizer, parts)
-    prepared = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+    prepared = _read_prepared(folder)
+    if changed := [part for part in parts if prepared["parts"].get(part) != parts[part]]:
+        raise DatasetError(
+            f"tokenized_path: {folder} was made with another {' and another '.join(changed)}; set overwrite_cache: true "
+            "to make it again, or name another tokenized_path"
+        )
     return Encoded(info, folder, Counts(**prepared["counts"]), fingerprint)
+
+
+def _read_prepared(folder: Path) -> dict[str, Any]:
+    try:
+        prepared: dict[str, Any] = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DatasetError(
+            f"{folder}: not written by arpo_trl (no prepared.json); name another tokenized_path"
+        ) from None
+    return prepared
 
 
 def _load(encoded: Encoded, recipe: Recipe) -> "Dataset":
@@ -313,21 +328,6 @@ def _parts(
 
 def _law(recipe: Recipe) -> Law:
     return Law(recipe.cutoff_len, recipe.mask_history, recipe.train_on_prompt, recipe.truncation_mode)
-
-
-def _refuse_changed(folder: Path, parts: dict[str, Any]) -> None:
-    try:
-        stored = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["parts"]
-    except (OSError, ValueError, KeyError):
-        raise DatasetError(
-            f"{folder}: not written by arpo_trl (no prepared.json); name another tokenized_path"
-        ) from None
-    changed = [part for part in parts if stored.get(part) != parts[part]]
-    if changed:
-        raise DatasetError(
-            f"tokenized_path: {folder} was made with another {' and another '.join(changed)}; set overwrite_cache: true "
-            "to make it again, or name another tokenized_path"
-        )
 
 
 def _encode_to(

@@ -464,6 +464,17 @@ def test_tokenized_path_is_written_once_and_refused_when_what_is_behind_it_chang
     assert bench.replies(bench.prepare(**keys, overwrite_cache=True).train) == answers(5, 6)
 
 
+def test_a_tokenized_path_needs_no_raw_data(bench: Bench) -> None:
+    path = bench.add("d", numbered(2))
+    keys: dict[str, Any] = {"tokenized_path": str(bench.folder / "tokenized")}
+    first = bench.prepare(**keys)
+    path.unlink()
+    second = bench.prepare(**keys)
+    assert second.train[:] == first.train[:] and second.fingerprints == first.fingerprints
+    with pytest.raises(DatasetError, match="was made with another mask_history"):
+        bench.prepare(**keys, mask_history=True)
+
+
 def test_a_folder_that_is_not_ours_is_no_tokenized_path(bench: Bench) -> None:
     bench.add("d", numbered(2))
     (bench.folder / "theirs" / "d").mkdir(parents=True)
