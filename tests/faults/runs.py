@@ -70,6 +70,7 @@ def make_trainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=SFTConfig(**values | changes),
         train_dataset=make_rows(),
+        eval_dataset=make_rows() if "eval_strategy" in changes else None,
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=adapter if lora else None,
         rows=make_rows(),

@@ -1,0 +1,159 @@
+"""A checkpoint that cannot be written: what is said, what is left, and whether the run goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeRecipe
+from runs import make_trainer
+from safetensors import SafetensorError
+
+from arpo_trl import checkpoints
+from arpo_trl.__main__ import main
+from arpo_trl.checkpoints import RunFailed, find_damage, list_checkpoints, match_umask
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3.3 MB: one checkpoint of the tiny model and half of the next."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root on Linux")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3300k", "tmpfs", str(folder)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def every_step(folder: Path, model: Path, **changes: Any) -> Any:
+    return make_trainer(folder, model, max_steps=3, save_strategy="steps", save_steps=1, **changes)
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["seen_before_the_save", "seen_in_the_save"])
+def test_a_full_disk_stops_the_run_with_its_last_checkpoint_whole(
+    checked: bool, small_disk: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line says disk full; the checkpoint before is whole; nothing is left of the failed one."""
+    if not checked:
+        monkeypatch.setattr("arpo_trl.trainer.missing_space", lambda *args: None)
+    with pytest.raises(RunFailed, match=r"checkpoint-2 could not be saved.*disk full.*goes on from the last") as error:
+        every_step(small_disk / "run", tiny_model).train()
+    assert "\n" not in str(error.value)
+    assert [find_damage(p) for p in list_checkpoints(small_disk / "run")] == [None]
+
+
+def test_a_full_disk_lets_the_run_go_on(small_disk: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """on_save_error: continue takes all steps, says so at each failed save, and keeps the checkpoint before."""
+    trainer = every_step(small_disk / "run", tiny_model, on_save_error="continue")
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert [p.name for p in list_checkpoints(small_disk / "run")] == ["checkpoint-1"]
+    told = [line for line in capsys.readouterr().out.splitlines() if "disk full" in line]
+    assert len(told) == 2 and all("the run goes on without it (on_save_error: continue)" in line for line in told)
+
+
+def test_a_disk_too_small_for_one_checkpoint_is_seen_before_training(
+    make_recipe: MakeRecipe, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2 and one line, before the first step."""
+    (small_disk / "ballast").write_bytes(bytes(2 << 20))
+    assert main([str(make_recipe(output_dir=str(small_disk / "run")))]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("disk full: a checkpoint needs 0.00") and "output_dir elsewhere" in error
+
+
+ERRORS = {
+    "no_space": OSError(errno.ENOSPC, "No space left on device"),
+    "quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
+    "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "torch": RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 11840 vs 11732"),
+    "read_only": OSError(errno.EROFS, "Read-only file system"),
+}
+
+
+@pytest.mark.parametrize(
+    ("failure", "on_save_error"), [*((failure, "stop") for failure in ERRORS), ("safetensors", "continue")]
+)
+def test_any_error_of_a_writer_is_a_failed_save(
+    failure: str, on_save_error: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops the run by one line, or the run goes on; the half-written folder is removed."""
+    trainer = every_step(tmp_path, tiny_model, on_save_error=on_save_error)
+    save = trainer._save_optimizer_and_scheduler
+
+    def fail_at_step_2(output_dir: str) -> None:
+        if trainer.state.global_step == 2:
+            raise ERRORS[failure]
+        save(output_dir)
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", fail_at_step_2)
+    if on_save_error == "stop":
+        with pytest.raises(RunFailed, match="checkpoint-2 could not be saved") as error:
+            trainer.train()
+        assert ("disk full" in str(error.value)) == (failure != "read_only")
+        assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    else:
+        trainer.train()
+        assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-3"]
+    assert [find_damage(p) for p in list_checkpoints(tmp_path)] == [None] * len(list_checkpoints(tmp_path))
+
+
+def test_a_failed_list_of_files_is_a_failed_save(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mark stays until the list is there, so the folder is removed as not whole."""
+
+    def fail(*args: Any) -> None:
+        raise ERRORS["no_space"]
+
+    monkeypatch.setattr(checkpoints, "write_json", fail)
+    with pytest.raises(RunFailed, match="disk full"):
+        every_step(tmp_path, tiny_model).train()
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_older_checkpoints_go_only_once_the_new_one_is_whole(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With save_total_limit 1, a failed save leaves the one before."""
+    trainer = every_step(tmp_path, tiny_model, save_total_limit=1)
+    save = trainer._save_rng_state
+
+    def fail_at_step_3(output_dir: str) -> None:
+        assert [p.name for p in list_checkpoints(tmp_path)][:-1] == (
+            [f"checkpoint-{trainer.state.global_step - 1}"] if trainer.state.global_step > 1 else []
+        )
+        if trainer.state.global_step == 3:
+            raise ERRORS["no_space"]
+        save(output_dir)
+
+    monkeypatch.setattr(trainer, "_save_rng_state", fail_at_step_3)
+    with pytest.raises(RunFailed, match="disk full"):
+        trainer.train()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask to speak of")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_mode_of_the_umask(umask: int, tmp_path: Path, tiny_model: Path) -> None:
+    """safetensors 0.8 writes 0600, whatever the umask."""
+    before = os.umask(umask)
+    try:
+        trainer = make_trainer(tmp_path / "run", tiny_model, max_steps=1, save_strategy="steps", save_steps=1)
+        trainer.train()
+        trainer.save_final_model(None)
+        match_umask(tmp_path / "run")
+    finally:
+        os.umask(before)
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
+    assert len(files) > 10
+    assert {p.name: oct(p.stat().st_mode & 0o777) for p in files if p.stat().st_mode & 0o777 != 0o666 & ~umask} == {}
