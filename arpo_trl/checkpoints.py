@@ -51,8 +51,8 @@ FREE_KEYS = frozenset(
     allow_changed_recipe on_save_error preflight preprocessing_num_workers preprocessing_batch_size tokenized_path
     dataset_dir max_dropped dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
     dataloader_persistent_workers ddp_timeout push_to_hub hub_model_id hub_strategy hub_private_repo hub_revision
-    cache_dir gradient_checkpointing gradient_checkpointing_kwargs use_reentrant_gc activation_offloading use_cpu
-    trust_remote_code include_num_input_tokens_seen include_tokens_per_second include_effective_tokens_per_second
+    cache_dir gradient_checkpointing use_reentrant_gc activation_offloading use_cpu
+    trust_remote_code include_num_input_tokens_seen
     """.split()
 )
 
@@ -291,7 +291,9 @@ def clear_earlier_run(output_dir: Path) -> list[str]:
 def read_manifest(output_dir: Path) -> dict[str, Any]:
     """`run.json` of the run in `output_dir`; empty when there is none."""
     manifest = read_json(output_dir / MANIFEST)
-    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("recipe"), dict) else {}
+    parts = ("recipe", "data", "versions")
+    is_ours = isinstance(manifest, dict) and all(isinstance(manifest.get(part), dict) for part in parts)
+    return manifest if is_ours else {}
 
 
 def list_changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -306,10 +308,9 @@ def list_changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
         before, after = earlier["recipe"].get(key, default), now["recipe"].get(key, default)
         if before != after and key not in FREE_KEYS:
             changes.append(f"{key}: {before!r} -> {after!r}")
-    data_before, data_now = earlier.get("data") or {}, now.get("data") or {}
-    for name in sorted({*data_before, *data_now}):
-        if data_before.get(name) != data_now.get(name):
-            changes.append(f"data of {name}: {data_before.get(name)} -> {data_now.get(name)}")
+    for name in sorted(earlier["data"].keys() | now["data"].keys()):
+        if earlier["data"].get(name) != now["data"].get(name):
+            changes.append(f"data of {name}: {earlier['data'].get(name)} -> {now['data'].get(name)}")
     for name in ("template_hash", "world_size"):
         if earlier.get(name) != now.get(name):
             changes.append(f"{name}: {earlier.get(name)} -> {now.get(name)}")
@@ -334,7 +335,7 @@ def require_same_course(earlier: dict[str, Any], now: dict[str, Any], allow_chan
         )
     versions = [
         f"{name} {before} -> {now['versions'].get(name)}"
-        for name, before in (earlier.get("versions") or {}).items()
+        for name, before in earlier["versions"].items()
         if before != now["versions"].get(name)
     ]
     return [

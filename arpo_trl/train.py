@@ -140,6 +140,6 @@ def write_results(
         return
     if recipe.plot_loss:
         plot_loss(output_dir / "trainer_log.jsonl", output_dir / "training_loss.png")
-    write_json(output_dir / "run.json", manifest | {"status": "finished"})
     write_model_card(output_dir, recipe_text(recipe))
     match_umask(output_dir)
+    write_json(output_dir / "run.json", manifest | {"status": "finished"})

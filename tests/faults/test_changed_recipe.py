@@ -1,0 +1,169 @@
+"""What may change when a run is resumed, and what is refused with the list of what changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeRecipe
+
+from arpo_trl.__main__ import main
+from arpo_trl.checkpoints import FREE_KEYS, list_changes, read_manifest, require_same_course
+from arpo_trl.recipe import RecipeError, keys, read_recipe
+
+
+def manifest(path: Path, **more: Any) -> dict[str, Any]:
+    made = {
+        "recipe": read_recipe(path).resolved(),
+        "data": {"rows": "1f"},
+        "template_hash": "2e",
+        "world_size": 1,
+        "versions": {"torch": "2.13"},
+    }
+    return json.loads(json.dumps(made | more))  # type: ignore[no-any-return]
+
+
+CHANGES: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "seed": 7,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 8,
+    "num_train_epochs": 5,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.1,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 0.5,
+    "optim": "sgd",
+    "bf16": True,
+    "finetuning_type": "lora",
+    "template": None,
+    "cutoff_len": 100,
+    "max_samples": 4,
+    "packing": True,
+    "train_on_prompt": True,
+    "mask_history": True,
+    "disable_shuffling": True,
+    "neftune_noise_alpha": 5.0,
+    "model_name_or_path": "elsewhere",
+    "default_system": "Be short.",
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_key_that_changes_the_course_is_refused(key: str, make_recipe: MakeRecipe) -> None:
+    """The key is listed with both values."""
+    before = manifest(make_recipe())
+    now = manifest(make_recipe(**{key: CHANGES[key]}))
+    with pytest.raises(RecipeError, match=f"\n  {key}: .* -> .*\n.*allow_changed_recipe: true"):
+        require_same_course(before, now, allow_changed_recipe=False)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"data": {"rows": "3c"}}, "data of rows: 1f -> 3c"),
+        ({"data": {"others": "1f"}}, "data of others: None -> 1f"),
+        ({"template_hash": "4d"}, "template_hash: 2e -> 4d"),
+        ({"world_size": 2}, "world_size: 1 -> 2"),
+    ],
+)
+def test_other_data_template_or_processes_are_refused(
+    more: dict[str, Any], expected: str, make_recipe: MakeRecipe
+) -> None:
+    """It is listed."""
+    path = make_recipe()
+    with pytest.raises(RecipeError, match=expected):
+        require_same_course(manifest(path), manifest(path, **more), allow_changed_recipe=False)
+
+
+def test_everything_that_changed_is_listed_at_once(make_recipe: MakeRecipe) -> None:
+    """Three changes, three lines; allowed, they are said."""
+    before = manifest(make_recipe())
+    now = manifest(make_recipe(learning_rate=0.5, seed=1), world_size=4)
+    assert len(list_changes(before, now)) == 3
+    lines = require_same_course(before, now, allow_changed_recipe=True)
+    assert lines[0] == "resumed although changed: learning_rate: 0.001 -> 0.5" and len(lines) == 3
+
+
+def test_keys_that_leave_the_weights_alone_may_change(make_recipe: MakeRecipe) -> None:
+    """How often is logged and saved, where to, how loudly: free."""
+    before = manifest(make_recipe())
+    changes = {"logging_steps": 7, "save_steps": 9, "save_total_limit": 1, "plot_loss": True, "output_dir": "elsewhere"}
+    changes |= {"on_save_error": "continue", "dataset_dir": "moved", "dataloader_num_workers": 3, "run_name": "other"}
+    assert list_changes(before, manifest(make_recipe(**changes))) == []
+
+
+def test_every_free_key_is_a_key() -> None:
+    """A typo in the list would refuse what is harmless."""
+    assert sorted(key for key in FREE_KEYS if key not in keys()) == []
+
+
+def test_a_key_at_its_default_is_no_change(make_recipe: MakeRecipe) -> None:
+    """Written or left out, and in a run.json of a version that did not have the key."""
+    before, now = manifest(make_recipe()), manifest(make_recipe(weight_decay=0.0, seed=42))
+    assert list_changes(before, now) == list_changes(now, before) == []
+    del before["recipe"]["truncation_mode"]
+    assert list_changes(before, now) == []
+
+
+def test_a_key_that_this_version_no_longer_has_is_listed(make_recipe: MakeRecipe) -> None:
+    """What it did is unknown, so it is not passed over."""
+    before = manifest(make_recipe())
+    before["recipe"]["once_a_key"] = 3
+    assert list_changes(before, manifest(make_recipe())) == ["once_a_key: 3 -> None"]
+
+
+def test_other_versions_are_said_and_not_refused(make_recipe: MakeRecipe) -> None:
+    """The last digits may differ."""
+    path = make_recipe()
+    (line,) = require_same_course(manifest(path), manifest(path, versions={"torch": "3.0"}), False)
+    assert "torch 2.13 -> 3.0" in line
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[1]", '{"recipe": 3}', '"finished"', "[" * 100_000, "\udcff"])
+def test_a_manifest_that_cannot_be_read_is_said(text: str | None, tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    """The run goes on, and one line tells that nothing was compared."""
+    if text is not None:
+        (tmp_path / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    (line,) = require_same_course(read_manifest(tmp_path), manifest(make_recipe()), False)
+    assert "not checked whether recipe and data are the same" in line
+
+
+@pytest.mark.parametrize("field", ["data", "versions", "template_hash", "world_size", "status"])
+@pytest.mark.parametrize("value", [None, 3, "text", []])
+def test_a_manifest_with_an_odd_field_is_compared_as_far_as_it_goes(
+    field: str, value: Any, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """A list of changes or none, never another exception."""
+    path = make_recipe()
+    (tmp_path / "run.json").write_text(json.dumps(manifest(path, **{field: value})), encoding="utf-8")
+    lines = require_same_course(read_manifest(tmp_path), manifest(path), allow_changed_recipe=True)
+    assert len(lines) == (field != "status")
+
+
+def test_a_changed_run_is_refused_from_end_to_end(
+    make_recipe: MakeRecipe, output_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Edited data and another learning rate: exit code 2, nothing is lost; allowed, the run ends."""
+    from arpo_trl import trainer as trainer_module
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fail(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(trainer_module.ArpoTrainer, "save_final_model", fail)
+        assert main([str(make_recipe(output_dir=str(tmp_path / "new")))]) == 130
+    first = (tmp_path / "new" / "run.json").read_text(encoding="utf-8")
+    (tmp_path / "data" / "rows.json").write_text('[{"instruction": "a", "output": "b c d"}]', encoding="utf-8")
+    path = make_recipe(output_dir=str(tmp_path / "new"), learning_rate=0.5)
+    assert main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "learning_rate: 0.001 -> 0.5" in error and "data of rows: " in error and "Traceback" not in error
+    assert (tmp_path / "new" / "run.json").read_text(encoding="utf-8") == first
+    assert main([str(path), "allow_changed_recipe=true"]) == 0
+    assert "resumed although changed: learning_rate: 0.001 -> 0.5" in capsys.readouterr().out

@@ -1,0 +1,210 @@
+"""Whose folder output_dir is: what is gone on from, refused, removed, and never touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeRecipe
+from runs import differing
+
+from arpo_trl.__main__ import main
+from arpo_trl.checkpoints import FILES, find_resume_point, list_checkpoints
+from arpo_trl.recipe import RecipeError, read_recipe
+
+
+def resume(path: Path, **changes: Any) -> tuple[Path | None, list[str]]:
+    return find_resume_point(read_recipe(path, [f"{key}={value}" for key, value in changes.items()]))
+
+
+@pytest.fixture
+def finished(output_dir: Path) -> Path:
+    (output_dir / "run.json").write_text('{"status": "finished", "recipe": {}}', encoding="utf-8")
+    return output_dir
+
+
+@pytest.mark.parametrize("by", ["manifest", "config.json", "adapter_config.json"])
+def test_a_finished_run_or_a_model_is_refused(by: str, make_recipe: MakeRecipe, output_dir: Path) -> None:
+    """One line that names the key; nothing is removed."""
+    if by == "manifest":
+        (output_dir / "run.json").write_text('{"status": "finished", "recipe": {}}', encoding="utf-8")
+    else:
+        (output_dir / by).write_text("{}", encoding="utf-8")
+    with pytest.raises(RecipeError, match="^output_dir: .* set overwrite_output_dir: true to [^\n]*$"):
+        resume(make_recipe())
+    assert len(list_checkpoints(output_dir)) == 3
+
+
+def test_a_finished_run_is_gone_on_from_when_that_is_asked_for(make_recipe: MakeRecipe, finished: Path) -> None:
+    """resume_from_checkpoint beats both the manifest and overwrite_output_dir."""
+    for overwrite in ("true", "false"):
+        found = resume(make_recipe(), resume_from_checkpoint="true", overwrite_output_dir=overwrite)
+        assert found == (finished / "checkpoint-3", [])
+
+
+def test_an_unfinished_run_is_gone_on_from(make_recipe: MakeRecipe, output_dir: Path) -> None:
+    """The same command after a crash just works."""
+    assert resume(make_recipe()) == (output_dir / "checkpoint-3", [])
+
+
+@pytest.mark.parametrize("place", ["itself", "checkpoint", "link", "adapter"])
+def test_a_model_in_the_run_folder_is_refused(
+    place: str, make_recipe: MakeRecipe, output_dir: Path, tmp_path: Path
+) -> None:
+    """It would be overwritten, or removed before it is read."""
+    paths = {"itself": output_dir, "checkpoint": output_dir / "checkpoint-2", "link": tmp_path / "link"}
+    (tmp_path / "link").symlink_to(output_dir)
+    changes: dict[str, Any] = {"model_name_or_path": str(paths.get(place))}
+    if place == "adapter":
+        changes = {"adapter_name_or_path": str(output_dir / "checkpoint-2"), "finetuning_type": "lora"}
+    with pytest.raises(RecipeError, match="^output_dir: .*model to be trained"):
+        resume(make_recipe(overwrite_output_dir=True, **changes))
+    assert len(list_checkpoints(output_dir)) == 3
+
+
+def test_an_output_dir_that_is_a_file_or_below_one_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """One line, and the file stays."""
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/1/run")):
+        with pytest.raises(RecipeError, match="^output_dir: nothing can be written in [^\n]*$"):
+            resume(make_recipe(output_dir=str(path)))
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("nowhere", "no checkpoint-<step> folder at nowhere; found: .*checkpoint-1, .*checkpoint-2, .*checkpoint-3$"),
+        ("{run}", "no checkpoint-<step> folder at .*; found: .*checkpoint-1, .*checkpoint-2, .*checkpoint-3$"),
+        ("{run}/checkpoint-9", "no checkpoint-<step> folder"),
+        ("{run}/checkpoint-x", "no checkpoint-<step> folder"),
+        ("{run}/checkpoint-2/optimizer.pt", "no checkpoint-<step> folder"),
+        ("{run}/checkpoint-1", r"checkpoint-1 is not whole \(optimizer.pt is missing\); name another"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused_by_name(
+    wanted: str, message: str, make_recipe: MakeRecipe, output_dir: Path
+) -> None:
+    """One line that lists those there are."""
+    (output_dir / "checkpoint-1" / "optimizer.pt").unlink()
+    with pytest.raises(RecipeError, match="^resume_from_checkpoint: .*" + message):
+        resume(make_recipe(resume_from_checkpoint=wanted.format(run=output_dir)))
+    assert len(list_checkpoints(output_dir)) == 3
+
+
+def test_checkpoints_newer_than_the_one_that_is_named_are_set_aside(make_recipe: MakeRecipe, output_dir: Path) -> None:
+    """They are of another course: the next resume would take the newest."""
+    found, lines = resume(make_recipe(resume_from_checkpoint=str(output_dir / "checkpoint-1")))
+    assert found == output_dir / "checkpoint-1" and len(lines) == 2
+    assert list_checkpoints(output_dir) == [found]
+    assert (output_dir / "superseded-checkpoint-3" / "optimizer.pt").exists()
+
+
+def test_nothing_to_resume_from_is_refused_with_what_was_found(make_recipe: MakeRecipe, output_dir: Path) -> None:
+    """The lines about damaged checkpoints are part of the error."""
+    for folder in list_checkpoints(output_dir):
+        (folder / "optimizer.pt").unlink()
+    with pytest.raises(RecipeError, match=r"(?s)checkpoint-3 is not whole.*resume_from_checkpoint: no whole checkpoint"):
+        resume(make_recipe(resume_from_checkpoint=True))
+
+
+def test_a_checkpoint_of_llamafactory_is_resumed_from_in_words(
+    make_recipe: MakeRecipe, output_dir: Path, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no run.json, no files.json and none of our log's state: the run says that it could not compare."""
+    for folder in list_checkpoints(output_dir):
+        (folder / FILES).unlink()
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        del state["stateful_callbacks"]["_LogState"]
+        (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    assert main([str(make_recipe(max_steps=4))]) == 0
+    out = capsys.readouterr().out
+    assert "going on from checkpoint-3" in out and "no run.json tells how the run was begun" in out
+    assert differing(output_dir / "checkpoint-3", saved / "checkpoint-3") == []
+
+
+# --- starting over ---
+
+
+def test_overwriting_removes_the_earlier_run_and_nothing_else(
+    make_recipe: MakeRecipe, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints and logs of the earlier run go, and one line says so; foreign files and folders stay."""
+    foreign = ["notes.txt", "checkpoint-best/x", "eval/checkpoint-1/x", "damaged-checkpoint-7/x", "checkpoint-12.tar"]
+    for name in foreign:
+        (finished / name).parent.mkdir(parents=True, exist_ok=True)
+        (finished / name).write_text("mine", encoding="utf-8")
+    (finished / "notes.txt").chmod(0o600)
+    outside = Path(shutil.copytree(finished / "checkpoint-3", tmp_path / "outside"))
+    (finished / "checkpoint-9").symlink_to(outside)
+    assert main([str(make_recipe(overwrite_output_dir=True))]) == 0
+    out = capsys.readouterr().out
+    gone = "checkpoint-1, checkpoint-2, checkpoint-3, checkpoint-9"
+    assert f"{finished}: removed {gone} of the earlier run (overwrite_output_dir: true)" in out
+    assert [p.name for p in list_checkpoints(finished)] == ["checkpoint-2", "checkpoint-4"]
+    assert [(finished / name).read_text(encoding="utf-8") for name in foreign] == ["mine"] * len(foreign)
+    assert (finished / "notes.txt").stat().st_mode & 0o777 == 0o600
+    assert len(list(outside.iterdir())) > 5
+    steps = [json.loads(line)["current_steps"] for line in (finished / "trainer_log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [{"model_name_or_path": "./nowhere"}, {"dataset": "no_such"}, {"template": "no_such"}, {"dataset_dir": "./nowhere"}],
+    ids=lambda m: next(iter(m)),
+)
+def test_a_mistake_in_the_recipe_removes_nothing(
+    mistake: dict[str, Any], make_recipe: MakeRecipe, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The earlier run goes only once the new one is about to begin."""
+    assert main([str(make_recipe(overwrite_output_dir=True, **mistake))]) == 2
+    assert len(list_checkpoints(finished)) == 3 and (finished / "trainer_log.jsonl").exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_nothing_is_written_outside_the_run_folder(
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the working directory, not beside the data or the model; only libraries fill their caches."""
+
+    def listing() -> dict[str, float]:
+        files = [*tmp_path.rglob("*"), *tiny_model.rglob("*")]
+        ours = (p for p in files if not {tmp_path / "run", tmp_path / "here" / ".cache"} & set(p.parents))
+        return {str(p): p.stat().st_mtime for p in ours if p.is_file()}
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "here"))
+    path = make_recipe(plot_loss=True)
+    before = listing()
+    assert main([str(path)]) == 0
+    assert listing() == before
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"model.safetensors", "run.json", "training_loss.png"}
+
+
+def test_a_run_killed_in_its_final_save_is_finished_by_the_same_command(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """run.json says finished only when the model is there; the second run takes no step and saves it."""
+    path = make_recipe()
+    with monkeypatch.context() as patch:
+
+        def interrupt(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("arpo_trl.trainer.ArpoTrainer.save_final_model", interrupt)
+        assert main([str(path)]) == 130
+    run = tmp_path / "run"
+    assert json.loads((run / "run.json").read_text())["status"] == "running"
+    log = (run / "trainer_log.jsonl").read_text(encoding="utf-8")
+    assert main([str(path)]) == 0
+    assert "going on from checkpoint-4" in capsys.readouterr().out
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert (run / "trainer_log.jsonl").read_text(encoding="utf-8") == log
+    assert (run / "model.safetensors").exists() and len(os.listdir(run)) > 10
