@@ -9,15 +9,11 @@ Hugging Face datasets cache, so that neither another process of this run nor the
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,71 +22,19 @@ import numpy as np
 import pyarrow as pa
 
 import arpo_trl
-from arpo_trl.encoding import IGNORED, Example, Law, Segment, encode, to_segments
-from arpo_trl.messages import RowError, to_conversation
+from arpo_trl.audit import Audit, Counts, check_dropped, to_lines
+from arpo_trl.batches import SCHEMA, encode_rows, through_the_gate, to_law
 from arpo_trl.recipe import Recipe
 from arpo_trl.registry import DatasetError, DatasetInfo, read_registry
 from arpo_trl.rows import Row, find_files, read_hub, read_rows
-from arpo_trl.template import Template, check_parity, find_template, make_tokenize
+from arpo_trl.template import Template, find_template
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("source", pa.string())])
-BATCH_CHARACTERS = 1 << 20
 PROCESSES_PAY_FROM = 200 << 20
-GATE_ROWS = 32
 STREAMED_BEFORE_JUDGED = 1000
-SHOWN_REASONS = 3
-EXCERPT = 160
-
-
-@dataclass
-class Counts:
-    """Rows of one dataset by their fate, and the tokens of those that stayed. `first`: why the first were dropped."""
-
-    kept: int = 0
-    shortened: int = 0
-    lost_answer: int = 0
-    dropped: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    first: list[str] = field(default_factory=list)
-
-    @property
-    def rows(self) -> int:
-        return self.kept + self.shortened + self.lost_answer + self.dropped
-
-    def add(self, other: "Counts") -> None:
-        for fate in ("kept", "shortened", "lost_answer", "dropped", "tokens", "trained_tokens"):
-            setattr(self, fate, getattr(self, fate) + getattr(other, fate))
-        self.first = (self.first + other.first)[:SHOWN_REASONS]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Encoded rows as SCHEMA has them, and what `row_audit.jsonl` says of the rows that were not simply kept."""
-
-    encoded: pa.RecordBatch
-    counts: Counts
-    findings: list[dict[str, str]]
-
-
-@dataclass
-class Audit:
-    datasets: dict[str, Counts] = field(default_factory=dict)
-
-    def lines(self) -> list[str]:
-        return [
-            f"{name}: {counts.rows:,} rows: {counts.kept:,} kept, {counts.shortened:,} shortened, "
-            f"{counts.lost_answer:,} lost their final answer, {counts.dropped:,} dropped; {counts.tokens:,} tokens, "
-            f"{counts.trained_tokens:,} trained"
-            for name, counts in self.datasets.items()
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: asdict(counts) for name, counts in self.datasets.items()}
 
 
 @dataclass
@@ -126,9 +70,10 @@ def prepare_datasets(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> Pr
             if info.name not in streamed
         ]
     audit = Audit({found.info.name: found.counts for found in encoded})
+    path = Path(recipe.output_dir) / "row_audit.jsonl"
     if state.is_main_process:
-        _write_audit(Path(recipe.output_dir), encoded)
-    _check_dropped(audit, recipe)
+        _write_audit(path, encoded)
+    check_dropped(audit, recipe.max_dropped, path)
     datasets = {found.info.name: _load(found, recipe) for found in encoded}
     fingerprints = {found.info.name: found.fingerprint for found in encoded}
     for info in infos:
@@ -234,17 +179,17 @@ def _stream(
     def examples() -> Iterator[dict[str, Any]]:
         seen = 0
         rows = islice(read_dataset(info, recipe), info.num_samples)
-        for batch in encode_rows(_through_the_gate(rows, info, recipe, tokenizer), info, recipe, tokenizer):
+        for batch in encode_rows(through_the_gate(rows, info, recipe, tokenizer), info, recipe, tokenizer):
             seen += batch.counts.rows
             if seen > counts.rows:
                 counts.add(batch.counts)
                 if writes:
                     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                        file.writelines(_lines(batch))
+                        file.writelines(to_lines(batch.findings))
                 if counts.rows >= STREAMED_BEFORE_JUDGED:
-                    _check_dropped(Audit({info.name: counts}), recipe)
+                    check_dropped(Audit({info.name: counts}), recipe.max_dropped, path)
             yield from batch.encoded.to_pylist()
-        _check_dropped(Audit({info.name: counts}), recipe)
+        check_dropped(Audit({info.name: counts}), recipe.max_dropped, path)
 
     dataset = IterableDataset.from_generator(examples, features=Features.from_arrow_schema(SCHEMA))
     return _fingerprint(info, recipe), dataset
@@ -264,27 +209,12 @@ def _split(dataset: "Dataset | IterableDataset", recipe: Recipe) -> "tuple[Datas
     return dataset.select(order[size:]), dataset.select(order[:size])
 
 
-def _write_audit(output_dir: Path, encoded: Sequence[Encoded]) -> None:
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / "row_audit.jsonl").open("wb") as audit:
+def _write_audit(path: Path, encoded: Sequence[Encoded]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as audit:
         for found in encoded:
             with (found.folder / "audit.jsonl").open("rb") as part:
                 shutil.copyfileobj(part, audit)
-
-
-def _check_dropped(audit: Audit, recipe: Recipe) -> None:
-    problems = []
-    for name, counts in audit.datasets.items():
-        if counts.rows == 0:
-            problems.append(f"{name}: no rows")
-        elif counts.dropped > recipe.max_dropped * counts.rows or counts.dropped == counts.rows:
-            problems.append(
-                f"{name}: {counts.dropped:,} of {counts.rows:,} rows dropped, max_dropped allows a share of "
-                f"{recipe.max_dropped:g}; all are in {Path(recipe.output_dir) / 'row_audit.jsonl'}, the first are"
-            )
-            problems += [f"  {reason}" for reason in counts.first]
-    if problems:
-        raise DatasetError(problems)
 
 
 def read_dataset(info: DatasetInfo, recipe: Recipe) -> Iterator[Row]:
@@ -309,6 +239,14 @@ def _fingerprint(info: DatasetInfo, recipe: Recipe) -> str:
     return content.hexdigest()
 
 
+def _workers(info: DatasetInfo, recipe: Recipe) -> int:
+    """Processes to encode with: starting them costs seconds, in which one process encodes tens of megabytes."""
+    files = find_files(info.path) if info.path else []
+    if sum(file.stat().st_size for file in files) < PROCESSES_PAY_FROM:
+        return 1
+    return min(recipe.preprocessing_num_workers or 1, os.cpu_count() or 1)
+
+
 def _parts(
     info: DatasetInfo, fingerprint: str, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", template: Template
 ) -> dict[str, Any]:
@@ -320,14 +258,10 @@ def _parts(
         "dataset_info.json": [info.formatting, info.columns, info.tags],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "template": template.hash,
-        **asdict(_law(recipe)),
+        **asdict(to_law(recipe)),
         "max_samples": recipe.max_samples if info.num_samples is None else None,
         "default_system": recipe.default_system,
     }
-
-
-def _law(recipe: Recipe) -> Law:
-    return Law(recipe.cutoff_len, recipe.mask_history, recipe.train_on_prompt, recipe.truncation_mode)
 
 
 def _encode_to(
@@ -339,7 +273,7 @@ def _encode_to(
 ) -> None:
     """Written beside its place and moved there when whole, so that a killed run leaves nothing half done."""
     first = islice(read_dataset(info, recipe), recipe.max_samples if info.num_samples is None else None)
-    rows = _through_the_gate(first, info, recipe, tokenizer)
+    rows = through_the_gate(first, info, recipe, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     unfinished.mkdir()
@@ -352,7 +286,7 @@ def _encode_to(
         ):
             for batch in encode_rows(rows, info, recipe, tokenizer, _workers(info, recipe)):
                 writer.write_batch(batch.encoded)
-                audit.writelines(_lines(batch))
+                audit.writelines(to_lines(batch.findings))
                 counts.add(batch.counts)
         prepared = {"parts": parts, "counts": asdict(counts)}
         (unfinished / "prepared.json").write_text(json.dumps(prepared, indent=1), encoding="utf-8")
@@ -361,155 +295,6 @@ def _encode_to(
             unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _through_the_gate(
-    rows: Iterator[Row], info: DatasetInfo, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[Row]:
-    sample, template = list(islice(rows, GATE_ROWS)), find_template(tokenizer)
-    for row in sample:
-        try:
-            conversation = to_conversation(row.value, info, recipe.default_system)
-            check_parity(conversation, tokenizer, template, _law(recipe), row.place)
-        except RowError:
-            continue  # The audit will say so.
-    return chain(sample, rows)
-
-
-def encode_rows(
-    rows: Iterable[Row],
-    info: DatasetInfo,
-    recipe: Recipe,
-    tokenizer: "PreTrainedTokenizerBase",
-    workers: int = 1,
-) -> Iterator[Batch]:
-    """Encode rows batch by batch, in their order, whatever the number of workers.
-
-    One worker is two threads here: the tokenizer (Rust, on every core) takes one batch while the other is rendered.
-    """
-    if workers == 1:
-        pool: Executor = ThreadPoolExecutor(2)
-        work: Callable[[list[Row]], Batch] = partial(
-            _encode_batch, info, recipe, find_template(tokenizer), make_tokenize(tokenizer)
-        )
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, spawn, _start_worker, (info, recipe, tokenizer))
-        work = _encode_in_worker
-    running: deque[Future[Batch]] = deque()
-    with pool:
-        for batch in _batches(rows, recipe.preprocessing_batch_size):
-            running.append(pool.submit(work, batch))
-            if len(running) > workers + 1:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-
-
-def _encode_batch(
-    info: DatasetInfo,
-    recipe: Recipe,
-    template: Template,
-    tokenize: Callable[[list[str]], Iterable[list[int]]],
-    rows: list[Row],
-) -> Batch:
-    law = _law(recipe)
-    rendered: list[list[Segment] | RowError] = []
-    for row in rows:
-        try:
-            if isinstance(row.value, RowError):
-                raise row.value
-            conversation = to_conversation(row.value, info, recipe.default_system)
-            rendered.append(to_segments(conversation, template.render, law, template.generation_prompt))
-        except RowError as error:
-            rendered.append(error)
-    examples = iter(encode([segments for segments in rendered if isinstance(segments, list)], tokenize, law))
-    kept: list[tuple[str, Example]] = []
-    counts, findings = Counts(), []
-    for row, segments in zip(rows, rendered):
-        result = segments if isinstance(segments, RowError) else _with_labels(next(examples))
-        if isinstance(result, Example):
-            kept.append((row.place, result))
-        if finding := _count(counts, row, result, recipe.cutoff_len):
-            findings.append({"dataset": info.name, **finding})
-    return Batch(_to_arrow(kept), counts, findings)
-
-
-def _lines(batch: Batch) -> list[str]:
-    return [json.dumps(finding, ensure_ascii=False) + "\n" for finding in batch.findings]
-
-
-def _to_arrow(examples: list[tuple[str, Example]]) -> pa.RecordBatch:
-    ends = np.cumsum([0, *(len(example.input_ids) for _, example in examples)], dtype=np.int32)
-    columns = ([example.input_ids for _, example in examples], [example.labels for _, example in examples])
-    flat = [np.fromiter(chain.from_iterable(column), np.int32, ends[-1]) for column in columns]
-    lists = [pa.ListArray.from_arrays(pa.array(ends), pa.array(values)) for values in flat]
-    return pa.record_batch([*lists, pa.array([place for place, _ in examples], pa.string())], schema=SCHEMA)
-
-
-_worker: Callable[[list[Row]], Batch]
-
-
-def _start_worker(info: DatasetInfo, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # The processes are the parallelism.
-    _worker = partial(_encode_batch, info, recipe, find_template(tokenizer), make_tokenize(tokenizer))
-
-
-def _encode_in_worker(rows: list[Row]) -> Batch:
-    return _worker(rows)
-
-
-def _workers(info: DatasetInfo, recipe: Recipe) -> int:
-    """Processes to encode with: starting them costs seconds, in which one process encodes tens of megabytes."""
-    files = find_files(info.path) if info.path else []
-    if sum(file.stat().st_size for file in files) < PROCESSES_PAY_FROM:
-        return 1
-    return min(recipe.preprocessing_num_workers or 1, os.cpu_count() or 1)
-
-
-def _batches(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
-    batch, characters = [], 0
-    for row in rows:
-        batch.append(row)
-        characters += _characters(row.value)
-        if len(batch) == most or characters > BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _characters(value: Any) -> int:
-    if isinstance(value, dict):
-        value = list(value.values())
-    return sum(map(_characters, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 1
-
-
-def _with_labels(example: Example) -> Example | RowError:
-    if all(label == IGNORED for label in example.labels):
-        return RowError(
-            "only labels past the cutoff" if example.cut else "no trained token: every reply is kept silent"
-        )
-    return example
-
-
-def _count(counts: Counts, row: Row, result: Example | RowError, cutoff_len: int) -> dict[str, str] | None:
-    """Count the row; what `row_audit.jsonl` says of it, unless it was simply kept."""
-    if isinstance(result, RowError):
-        outcome, reason = "dropped", str(result)
-        if len(counts.first) < SHOWN_REASONS:
-            counts.first.append(f"{row.place}: {reason}")
-    else:
-        outcome = "lost_answer" if result.lost_answer else "shortened" if result.cut else "kept"
-        reason = f"{result.cut} tokens past the cutoff of {cutoff_len}"
-        counts.tokens += len(result.input_ids)
-        counts.trained_tokens += len(result.labels) - result.labels.count(IGNORED)
-    setattr(counts, outcome, getattr(counts, outcome) + 1)
-    if outcome == "kept":
-        return None
-    excerpt = "" if isinstance(row.value, RowError) else json.dumps(row.value, ensure_ascii=False)[:EXCERPT]
-    return {"place": row.place, "outcome": outcome, "reason": reason, "excerpt": excerpt}
 
 
 def _mix(datasets: "list[Dataset | IterableDataset]", recipe: Recipe) -> Any:

@@ -13,7 +13,8 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from arpo_trl.dataset import PreparedData, encode_rows, prepare_datasets, read_dataset, select_datasets
+from arpo_trl.batches import encode_rows
+from arpo_trl.dataset import PreparedData, prepare_datasets, read_dataset, select_datasets
 from arpo_trl.encoding import IGNORED
 from arpo_trl.recipe import Recipe, RecipeError
 from arpo_trl.template import load_tokenizer

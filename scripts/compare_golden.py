@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.dataset import encode_rows
+from arpo_trl.batches import encode_rows
 from arpo_trl.encoding import IGNORED
 from arpo_trl.recipe import Recipe
 from arpo_trl.registry import read_registry

@@ -1,0 +1,90 @@
+"""What became of each row: kept, shortened, lost its final answer, or dropped, with its place and the reason."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arpo_trl.encoding import IGNORED, Example
+from arpo_trl.messages import RowError
+from arpo_trl.registry import DatasetError
+from arpo_trl.rows import Row
+
+SHOWN_REASONS = 3
+EXCERPT = 160
+
+
+@dataclass
+class Counts:
+    """Rows of one dataset by their fate, and the tokens of those that stayed. `first`: why the first were dropped."""
+
+    kept: int = 0
+    shortened: int = 0
+    lost_answer: int = 0
+    dropped: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    first: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return self.kept + self.shortened + self.lost_answer + self.dropped
+
+    def add(self, other: "Counts") -> None:
+        for fate in ("kept", "shortened", "lost_answer", "dropped", "tokens", "trained_tokens"):
+            setattr(self, fate, getattr(self, fate) + getattr(other, fate))
+        self.first = (self.first + other.first)[:SHOWN_REASONS]
+
+
+@dataclass
+class Audit:
+    datasets: dict[str, Counts] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        return [
+            f"{name}: {counts.rows:,} rows: {counts.kept:,} kept, {counts.shortened:,} shortened, "
+            f"{counts.lost_answer:,} lost their final answer, {counts.dropped:,} dropped; {counts.tokens:,} tokens, "
+            f"{counts.trained_tokens:,} trained"
+            for name, counts in self.datasets.items()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: asdict(counts) for name, counts in self.datasets.items()}
+
+
+def count_row(counts: Counts, row: Row, result: Example | RowError, cutoff_len: int) -> dict[str, str] | None:
+    """Count the row; what `row_audit.jsonl` says of it, unless it was simply kept."""
+    if isinstance(result, RowError):
+        outcome, reason = "dropped", str(result)
+        if len(counts.first) < SHOWN_REASONS:
+            counts.first.append(f"{row.place}: {reason}")
+    else:
+        outcome = "lost_answer" if result.lost_answer else "shortened" if result.cut else "kept"
+        reason = f"{result.cut} tokens past the cutoff of {cutoff_len}"
+        counts.tokens += len(result.input_ids)
+        counts.trained_tokens += len(result.labels) - result.labels.count(IGNORED)
+    setattr(counts, outcome, getattr(counts, outcome) + 1)
+    if outcome == "kept":
+        return None
+    excerpt = "" if isinstance(row.value, RowError) else json.dumps(row.value, ensure_ascii=False)[:EXCERPT]
+    return {"place": row.place, "outcome": outcome, "reason": reason, "excerpt": excerpt}
+
+
+def to_lines(findings: list[dict[str, str]]) -> list[str]:
+    return [json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings]
+
+
+def check_dropped(audit: Audit, max_dropped: float, path: Path) -> None:
+    """Raise DatasetError for datasets without rows, or with more dropped than allowed; `path` is where all are listed."""
+    problems = []
+    for name, counts in audit.datasets.items():
+        if counts.rows == 0:
+            problems.append(f"{name}: no rows")
+        elif counts.dropped > max_dropped * counts.rows or counts.dropped == counts.rows:
+            problems.append(
+                f"{name}: {counts.dropped:,} of {counts.rows:,} rows dropped, max_dropped allows a share of "
+                f"{max_dropped:g}; all are in {path}, the first are"
+            )
+            problems += [f"  {reason}" for reason in counts.first]
+    if problems:
+        raise DatasetError(problems)
