@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -274,9 +276,10 @@ def plot_loss(log: Path, picture: Path) -> None:
     if not few:
         axes.plot(steps, smooth(losses), color="tab:blue", linewidth=2, label="loss, smoothed")
     names = sorted({k for line in lines for k in line if k.startswith("eval_") and k.endswith("_loss")})
+    colors = itertools.cycle(("tab:orange", "tab:purple", "tab:brown", "tab:olive"))
     for name in names:
         evals = [(line["current_steps"], line[name]) for line in lines if name in line]
-        color = "tab:red" if name == "eval_loss" else None
+        color = "tab:red" if name == "eval_loss" else next(colors)
         axes.plot(*zip(*evals, strict=True), "o-", color=color, markersize=4, label=name.replace("_", " "))
     saved = [int(p.name.rsplit("-", 1)[1]) for p in log.parent.glob("checkpoint-*")]
     for i, step in enumerate(sorted(saved)):
@@ -293,8 +296,14 @@ def plot_loss(log: Path, picture: Path) -> None:
     unfinished.replace(picture)
 
 
-def smooth(values: tuple[float, ...]) -> list[float]:
-    """Exponential moving average over about a twentieth of the values, corrected for its start as Adam's is."""
+def smooth(values: Sequence[float]) -> list[float]:
+    """The mean of two moving averages, one from each end: one alone lags behind a falling loss."""
+    backwards = _moving_average(values[::-1])[::-1]
+    return [(a + b) / 2 for a, b in zip(_moving_average(values), backwards, strict=True)]
+
+
+def _moving_average(values: Sequence[float]) -> list[float]:
+    """Exponential, over about a twentieth of the values, corrected for its start as Adam's is."""
     weight = 1 - 1 / max(len(values) / 20, 1)
     average, result = 0.0, []
     for i, value in enumerate(values, 1):

@@ -96,7 +96,7 @@ def test_a_process_without_a_gpu_has_a_peak_too() -> None:
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=300))
 def test_a_smoothed_curve_stays_between_the_extremes(values: list[float]) -> None:
-    smoothed = smooth(tuple(values))
+    smoothed = smooth(values)
     assert len(smoothed) == len(values)
     assert all(min(values) - 1e-6 <= value <= max(values) + 1e-6 for value in smoothed)
 
