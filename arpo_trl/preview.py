@@ -45,13 +45,16 @@ def check(recipe: Recipe) -> None:
         console.print(notice, markup=False)
     data = prepare_datasets(recipe, load_tokenizer(recipe))
     console.rule("rows")
-    for line in [*data.audit.lines(), *([] if recipe.streaming else describe_tokens(data))]:
+    for line in [*data.audit.lines(), *([] if recipe.streaming else describe_tokens(recipe, data))]:
         console.print(line, markup=False)
     console.rule("run")
-    steps = count_steps(args, 0 if recipe.streaming else len(data.train))
-    saved = checkpoint_steps(args, *steps)
-    needed, lines = describe_disk(recipe, args, saved)
-    console.print(f"{steps[0]:,} steps an epoch, {steps[1]:,} in total")
+    an_epoch, total = count_steps(args, count_rows(recipe, data))
+    about = "about " if recipe.packing else ""
+    if recipe.streaming:
+        console.print(f"{total:,} steps in total; the rows are read and counted as the run goes")
+    else:
+        console.print(f"{about}{an_epoch:,} steps an epoch, {total:,} in total")
+    needed, lines = describe_disk(recipe, args, checkpoint_steps(args, an_epoch, total))
     for line in lines:
         console.print(line, markup=False)
     free = _free_space(Path(recipe.output_dir))
@@ -62,12 +65,21 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def describe_tokens(data: PreparedData) -> list[str]:
+def count_rows(recipe: Recipe, data: PreparedData) -> int:
+    """Rows that the trainer sees in an epoch: as packed, an estimate; as streamed, none that are known."""
+    if recipe.streaming:
+        return 0
+    if recipe.packing:
+        return math.ceil(sum(data.audit.datasets[name].tokens for name in recipe.dataset) / recipe.cutoff_len)
+    return len(data.train)
+
+
+def describe_tokens(recipe: Recipe, data: PreparedData) -> list[str]:
     """Tokens a row: mean, percentiles and a histogram; and the share that carries loss."""
     batches = data.train.with_format("arrow").iter(1000)
     lengths = np.concatenate([pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches])
-    trained = sum(counts.trained_tokens for counts in data.audit.datasets.values())
-    tokens = sum(counts.tokens for counts in data.audit.datasets.values())
+    trained = sum(data.audit.datasets[name].trained_tokens for name in recipe.dataset)
+    tokens = sum(data.audit.datasets[name].tokens for name in recipe.dataset)
     p50, p95 = np.percentile(lengths, (50, 95))
     lines = [
         f"tokens a row: mean {lengths.mean():,.0f}, p50 {p50:,.0f}, p95 {p95:,.0f}, max {lengths.max():,}",

@@ -58,6 +58,13 @@ def test_check_says_what_the_run_would_do(
     assert lines[-1].endswith("1.00 GB free")
 
 
+def test_check_of_a_stream_says_what_is_unknown(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = recipe.model_copy(update={"streaming": True})
+    stream.trl["max_steps"] = 4
+    check(stream)
+    assert "4 steps in total; the rows are read and counted as the run goes" in capsys.readouterr().out.splitlines()
+
+
 def test_check_counts_an_adapter_alone(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     check(recipe.model_copy(update={"finetuning_type": "lora"}))
     parameters = next(line for line in capsys.readouterr().out.splitlines() if "of them trained" in line)
