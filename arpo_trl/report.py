@@ -48,7 +48,7 @@ class StartReport(TrainerCallback):
             f"device   {describe_device(args)}",
             *(f"data     {line}" for line in data.audit.lines()),
             *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
-            f"steps    {describe_steps(args, state, data)}",
+            f"steps    {describe_steps(args, state, data, self.recipe.dataset)}",
             f"disk     {describe_disk(args, self.trainer.checkpoint_bytes)}",
             f"output   {args.output_dir}{f', going on from {going_on.name}' if going_on else ''}",
         ]:
@@ -98,7 +98,7 @@ def describe_device(args: Any) -> str:
     return name if args.world_size == 1 else f"{args.world_size} x {name}"
 
 
-def describe_steps(args: Any, state: Any, data: PreparedData) -> str:
+def describe_steps(args: Any, state: Any, data: PreparedData, trained_on: list[str]) -> str:
     """Steps, epochs and the effective batch. Packed rows are not the rows of the audit: their tokens are left out."""
     steps = f"{state.max_steps:,}"
     if args.max_steps <= 0:
@@ -112,7 +112,7 @@ def describe_steps(args: Any, state: Any, data: PreparedData) -> str:
     batch = f"{rows:,} row{'s' * (rows > 1)} a step"
     if sum(n > 1 for n, _ in parts) > 1:
         batch += f" ({' x '.join(f'{n} {what}' for n, what in parts if n > 1)})"
-    counts = data.audit.datasets.values()
+    counts = [data.audit.datasets[name] for name in dict.fromkeys(trained_on)]
     kept = sum(c.rows - c.dropped for c in counts)
     if kept and not args.packing:
         batch += f", about {rows * sum(c.tokens for c in counts) / kept:,.0f} tokens"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +167,23 @@ def test_evaluation_batches_are_no_larger_than_those_of_training(tiny_model: Pat
     run = small_run.run(tmp_path, tiny_model, val_size=0.25, do_eval=True, per_device_train_batch_size=1, max_steps=1)
     args = torch.load(run / "training_args.bin", weights_only=False)
     assert args.per_device_eval_batch_size == 1
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_losses_and_one_of_them_writes(tiny_model: Path, tmp_path: Path) -> None:
+    """5 and 12 rows over 2 processes of 2: rows that fill up the last batch do not count."""
+    changes = {"eval_dataset": "counting,greetings", "do_eval": True, "eval_strategy": "steps", "eval_steps": 2}
+    alone = small_run.run(tmp_path / "alone", tiny_model, **changes, per_device_train_batch_size=4)
+    recipe = small_run.make_recipe(tmp_path / "two", tiny_model, **changes)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "arpo_trl"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    shown = subprocess.run(
+        [*launch, str(recipe.path)], env=env, capture_output=True, text=True, timeout=300, check=True
+    ).stdout
+    two = tmp_path / "two" / "run"
+    expected, found = (read_log(folder / "trainer_log.jsonl") for folder in (alone, two))
+    assert [line["current_steps"] for line in found] == [line["current_steps"] for line in expected]
+    for a, b in zip(expected, found, strict=True):
+        for name in a.keys() & {"loss", "eval_loss", "eval_counting_loss", "eval_greetings_loss", "trained_tokens"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-4), name
+    assert shown.count("done     in") == 1 and shown.count("model    ") == 2
