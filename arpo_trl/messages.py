@@ -62,7 +62,7 @@ def _from_alpaca(row: dict[str, Any], info: DatasetInfo) -> tuple[list[Message],
             raise RowError(f"wrong type: {name} holds {json.dumps(pair)[:60]}, expected [prompt, reply]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     prompt = _text(row, info.columns["prompt"])
-    query = _text(row, info.columns["query"], optional=True)
+    query = _text(row, info.columns["query"], optional=True) if "query" in info.columns else ""
     messages.append({"role": "user", "content": "\n".join(text for text in (prompt, query) if text)})
     messages.append({"role": "assistant", "content": _text(row, info.columns["response"])})
     return messages, set()

@@ -67,8 +67,8 @@ class DatasetError(RecipeError):
 class DatasetInfo:
     """One dataset of the registry.
 
-    `columns` and `tags` are complete: what the entry leaves out has its default. A column that is optional and that
-    the entry does not name is absent, except that rows of the default names are read (`tools`, `system`, `history`).
+    What the entry leaves out of `columns` and `tags` has its default. The columns `system`, `history` and `tools` are
+    read under these names unless the entry gives others (LLaMA-Factory passes over them unless it names them).
     """
 
     name: str
@@ -173,6 +173,9 @@ def _read_entry(
                 problem(at, f"num_samples: expected a whole number above 0, found {json.dumps(value)[:40]}")
         elif key != "formatting" and not isinstance(value, str):
             problem(at, f"{key}: expected text, found {json.dumps(value)[:40]}")
+    given = entry.get("columns")
+    if isinstance(given, dict) and "prompt" in given and "query" not in given:
+        columns.pop("query", None)  # As in LLaMA-Factory: {"prompt": "input"} must not have the input twice.
     file_name = entry.get("file_name")
     if isinstance(file_name, str) and re.search(r"^[a-zA-Z][\w+.-]+:/|://|::", file_name):
         problem(lines["file_name"], f"file_name: expected a path, found the address {file_name!r}; download it first")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from arpo_trl.messages import to_conversation
 from arpo_trl.registry import DatasetError, read_registry
 
 GOOD = '{\n  "ours": {\n    "file_name": "a.json"\n  },\n  %s\n}'
@@ -167,3 +168,11 @@ def test_the_hub_is_preferred_to_a_file_as_in_llama_factory(tmp_path: Path) -> N
     entry = '{"a": {"hf_hub_url": "o/d", "ms_hub_url": "o/d", "subset": "s", "split": "t", "folder": "f"}}'
     info = read_registry(write(tmp_path, entry))["a"]
     assert (info.hub, info.subset, info.split, info.folder, info.refused) == ("o/d", "s", "t", "f", None)
+
+
+def test_a_renamed_prompt_comes_without_a_query_as_in_llama_factory(tmp_path: Path) -> None:
+    """LLaMA-Factory's `firefly`: the prompt is the column that would be the query by default."""
+    entry = '{"a": {"file_name": "a.json", "columns": {"prompt": "input", "response": "target"}}}'
+    info = read_registry(write(tmp_path, entry))["a"]
+    assert info.columns == {"prompt": "input", "response": "target"}
+    assert to_conversation({"input": "Q", "target": "A"}, info).messages[0]["content"] == "Q"
