@@ -34,11 +34,13 @@ def check(recipe: Recipe) -> None:
     Raises:
         RecipeError: what would stop the run, the disk space included.
     """
+    from accelerate import PartialState
+
     from arpo_trl.trl_config import check_environment, to_sft_config
 
     check_environment(recipe)
     args = to_sft_config(recipe)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=not PartialState().is_main_process)
     console.rule("recipe")
     console.print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True).rstrip(), markup=False)
     for notice in recipe.notices:

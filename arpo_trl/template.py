@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
@@ -62,17 +63,26 @@ def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
     local = re.match(r"[./~]|[A-Za-z]:", name) or name.count("/") > 1 or Path(name).exists()
     if local and not Path(name).is_dir():
         raise RecipeError(f"model_name_or_path: {name}: no such folder")
+    load = partial(
+        AutoTokenizer.from_pretrained,
+        name,
+        revision=recipe.model_revision,
+        cache_dir=recipe.cache_dir,
+        use_fast=recipe.use_fast_tokenizer,
+    )
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name,
-            revision=recipe.model_revision,
-            cache_dir=recipe.cache_dir,
-            use_fast=recipe.use_fast_tokenizer,
-            trust_remote_code=recipe.trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        try:  # Code that comes with a model runs only where transformers has none for it.
+            tokenizer: PreTrainedTokenizerBase = load(trust_remote_code=False)
+        except ValueError:
+            if not recipe.trust_remote_code:
+                raise
+            tokenizer = load(trust_remote_code=True)
+    except Exception as error:  # tokenizers raises Exception itself for a file that it can't read
         reason = " ".join(str(error).split())[:300]
-        raise RecipeError(f"model_name_or_path: {name}: no tokenizer could be loaded from it ({reason})") from None
+        where = (
+            "no tokenizer could be loaded from it" if Path(name).is_dir() else "no such folder, nor given by the hub"
+        )
+        raise RecipeError(f"model_name_or_path: {name}: {where} ({reason})") from None
     tokenizer.chat_template = _find_template(recipe.template, tokenizer)
     end_of_turn = find_template(tokenizer).end_of_turn
     if end_of_turn is None:

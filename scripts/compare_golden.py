@@ -63,4 +63,4 @@ def main(golden_dir: str, data_dir: str, tokenizer_dir: str, whose: str = "qwen"
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]) if len(sys.argv) in (4, 5) else __doc__)

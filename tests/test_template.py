@@ -1,5 +1,6 @@
 """The chat template in training: right labels or a refusal, whatever template a tokenizer comes with."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -252,10 +253,28 @@ def test_a_template_that_cannot_teach_is_one_line(text: str, message: str, tmp_p
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_tokenizers_code_does_not_run_where_transformers_has_its_own(tmp_path: Path) -> None:
+    make_tokenizer("qwen2_5").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config |= {"tokenizer_class": "Qwen2Tokenizer", "auto_map": {"AutoTokenizer": [None, "code.Tokenizer"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass", encoding="utf-8")
+    load_tokenizer(recipe(tmp_path, trust_remote_code=True))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         load_tokenizer(recipe(tmp_path / "none"))
     assert str(error.value) == f"model_name_or_path: {tmp_path / 'none'}: no such folder"
-    with pytest.raises(RecipeError, match="no tokenizer could be loaded from it") as error:
-        load_tokenizer(recipe(tmp_path))
+    with pytest.raises(RecipeError, match="model_name_or_path: a/b: no such folder, nor given by the hub") as error:
+        load_tokenizer(recipe(Path("a/b")))
     assert "\n" not in str(error.value)
+    for content in (None, "{", "{}"):
+        if content:
+            (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+            (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
+        with pytest.raises(RecipeError, match="no tokenizer could be loaded from it") as error:
+            load_tokenizer(recipe(tmp_path))
+        assert "\n" not in str(error.value)
