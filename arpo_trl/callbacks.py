@@ -57,16 +57,20 @@ class TrainerLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         earlier = [line for line in read_log(self.path) if line["current_steps"] <= state.global_step]
         self._elapsed_before = next((line["elapsed_seconds"] for line in reversed(earlier)), 0.0)
-        self._began = self._last_time = time.monotonic()
-        self._last_seen, self._last_trained = self.trainer._total_train_tokens, self.trainer.trained_tokens
-        self._first_step = state.global_step
+        self._began, self._first_step = time.monotonic(), state.global_step
+        self._last_time = 0.0
         self._mfu_per_token = mfu_per_token(self.trainer)
         if state.is_world_process_zero:
             # Lines after the checkpoint belong to steps that are about to be taken again.
             self.path.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is None and state.is_world_process_zero:  # not earlier: lines come before the first step
+        if self._last_time:
+            return
+        # Not in on_train_begin: the other callbacks restore the counts there, and print lines.
+        self._last_time = time.monotonic()
+        self._last_seen, self._last_trained = self.trainer._total_train_tokens, self.trainer.trained_tokens
+        if state.is_world_process_zero:
             self.bar = start_bar(total=state.max_steps, initial=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -183,6 +187,13 @@ class StopOnSignal(TrainerCallback):
         if self.signum is not None and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
+            # Trainer's end would load the best weights, and under save_total_limit 1 delete every other checkpoint.
+            args.load_best_model_at_end, args.save_total_limit = False, None
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_training_stop and self.signum is not None and state.epoch % 1:
+            # Trainer leaves a stopped epoch as one that ended, to be evaluated and saved once more.
+            control.should_save = control.should_evaluate = control.should_log = False
 
 
 # --- the log as data ---
@@ -198,6 +209,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return lines
+
+
+def mean_loss(lines: list[dict[str, Any]], steps: int) -> float | None:
+    """The mean over all steps of a run; None when the log does not reach the last one. A line's loss is the mean since
+    the line before."""
+    total, last = 0.0, 0
+    for line in lines:
+        if "loss" in line:
+            total += line["loss"] * (line["current_steps"] - last)
+            last = line["current_steps"]
+    return total / steps if last == steps else None
 
 
 def format_seconds(seconds: float) -> str:

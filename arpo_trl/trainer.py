@@ -165,7 +165,7 @@ class ArpoTrainer(SFTTrainer):
         reason = f"disk full ({error})" if full else str(error or "another process could not write its part")
         message = f"{folder} could not be saved, what was written of it is removed: {reason}"
         if self.on_save_error == "stop":
-            raise RunFailed(f"{message}. Older checkpoints are untouched; the same command goes on from the last")
+            raise RunFailed(f"{message}. Older checkpoints are untouched; resume_from_checkpoint=true goes on from the last")
         print(f"{message}; the run goes on without it (on_save_error: continue)", flush=True)
 
     def _estimate_checkpoint_bytes(self) -> int:
@@ -302,6 +302,8 @@ class _LogState(TrainerCallback, ExportableState):
         }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Trainer goes on with the checkpoint's save_steps, eval_steps and logging_steps, whatever the recipe says.
+        state.compute_steps(args, state.max_steps)
         # A checkpoint that LLaMA-Factory or TRL wrote has no entry; Trainer's next save needs one to write into.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
         if not saved:

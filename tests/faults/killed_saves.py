@@ -57,7 +57,16 @@ def child(trainer: Any, first_step: int, die_at: int | None) -> None:
 
     def count(event: str, args: Any) -> None:
         nonlocal operations
-        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.scandir", "shutil.rmtree"):
+        if event in (
+            "open",
+            "os.rename",
+            "os.remove",
+            "os.rmdir",
+            "os.mkdir",
+            "os.chmod",
+            "os.scandir",
+            "shutil.rmtree",
+        ):
             operations += 1
             if operations == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -92,7 +92,13 @@ def test_everything_that_changed_is_listed_at_once(make_recipe: MakeRecipe) -> N
 def test_keys_that_leave_the_weights_alone_may_change(make_recipe: MakeRecipe) -> None:
     """How often is logged and saved, where to, how loudly: free."""
     before = manifest(make_recipe())
-    changes = {"logging_steps": 7, "save_steps": 9, "save_total_limit": 1, "plot_loss": True, "output_dir": "elsewhere"}
+    changes = {
+        "logging_steps": 7,
+        "save_steps": 9,
+        "save_total_limit": 1,
+        "plot_loss": True,
+        "output_dir": "elsewhere",
+    }
     changes |= {"on_save_error": "continue", "dataset_dir": "moved", "dataloader_num_workers": 3, "run_name": "other"}
     assert list_changes(before, manifest(make_recipe(**changes))) == []
 

@@ -27,7 +27,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root on Linux")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3300k", "tmpfs", str(folder)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3300k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
     yield folder
@@ -51,7 +53,9 @@ def test_a_full_disk_stops_the_run_with_its_last_checkpoint_whole(
     assert [find_damage(p) for p in list_checkpoints(small_disk / "run")] == [None]
 
 
-def test_a_full_disk_lets_the_run_go_on(small_disk: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_lets_the_run_go_on(
+    small_disk: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """on_save_error: continue takes all steps, says so at each failed save, and keeps the checkpoint before."""
     trainer = every_step(small_disk / "run", tiny_model, on_save_error="continue")
     trainer.train()

@@ -62,7 +62,12 @@ def rows_of_step(step: int, rows_a_step: int) -> set[str]:
 )
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_value_that_is_not_finite_stops_the_run_at_its_step(
-    gradient: bool, value: float, changes: dict[str, Any], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    gradient: bool,
+    value: float,
+    changes: dict[str, Any],
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The step and its rows are named, and nothing of the step is saved."""
     changes = {"train_sampling_strategy": "sequential", **changes}
@@ -136,7 +141,9 @@ def test_a_nan_under_main_is_one_line_and_exit_code_1(
 
 REFUSALS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+    ),
     RuntimeError("CUDA error: out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("MPS backend out of memory (MPS allocated: 18.00 GB)"),
@@ -159,17 +166,38 @@ def test_another_error_is_not_taken_for_it(error: Exception) -> None:
 @pytest.mark.parametrize(
     ("where", "changes", "expected"),
     [
-        ("compute_loss", {}, r"with a training batch of 2 x \d+ tokens\. In order of what it costs, change: per_device_train_batch_size .*; "),
-        ("compute_loss", {"per_device_train_batch_size": 1}, r"1 x \d+ tokens\. .* change: cutoff_len .*; finetuning_type"),
-        ("compute_loss", {"activation_checkpointing": False}, r"train_batch_size .*; gradient_checkpointing: true .*; cut"),
+        (
+            "compute_loss",
+            {},
+            r"with a training batch of 2 x \d+ tokens\. In order of what it costs, change: per_device_train_batch_size .*; ",
+        ),
+        (
+            "compute_loss",
+            {"per_device_train_batch_size": 1},
+            r"1 x \d+ tokens\. .* change: cutoff_len .*; finetuning_type",
+        ),
+        (
+            "compute_loss",
+            {"activation_checkpointing": False},
+            r"train_batch_size .*; gradient_checkpointing: true .*; cut",
+        ),
         ("create_optimizer", {}, "with a model of this size"),
         ("_get_grad_norm", {}, r"training batch of 2 x \d+ tokens"),
-        ("prediction_step", {"eval_strategy": "steps", "eval_steps": 1}, r"change: per_device_eval_batch_size .*; cutoff"),
+        (
+            "prediction_step",
+            {"eval_strategy": "steps", "eval_steps": 1},
+            r"change: per_device_eval_batch_size .*; cutoff",
+        ),
     ],
     ids=["training", "training_one_row", "without_checkpointing", "optimizer", "step", "evaluation"],
 )
 def test_no_memory_is_one_message_with_the_shape_and_the_ways_out(
-    where: str, changes: dict[str, Any], expected: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    where: str,
+    changes: dict[str, Any],
+    expected: str,
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is cheapest to change comes first."""
     trainer: Any = make_trainer(tmp_path, tiny_model, **changes)

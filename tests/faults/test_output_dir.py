@@ -23,7 +23,9 @@ def resume(path: Path, **changes: Any) -> tuple[Path | None, list[str]]:
 
 @pytest.fixture
 def finished(output_dir: Path) -> Path:
-    (output_dir / "run.json").write_text('{"status": "finished", "recipe": {}}', encoding="utf-8")
+    (output_dir / "run.json").write_text(
+        '{"status": "finished", "recipe": {}, "data": {}, "versions": {}}', encoding="utf-8"
+    )
     return output_dir
 
 
@@ -31,7 +33,9 @@ def finished(output_dir: Path) -> Path:
 def test_a_finished_run_or_a_model_is_refused(by: str, make_recipe: MakeRecipe, output_dir: Path) -> None:
     """One line that names the key; nothing is removed."""
     if by == "manifest":
-        (output_dir / "run.json").write_text('{"status": "finished", "recipe": {}}', encoding="utf-8")
+        (output_dir / "run.json").write_text(
+            '{"status": "finished", "recipe": {}, "data": {}, "versions": {}}', encoding="utf-8"
+        )
     else:
         (output_dir / by).write_text("{}", encoding="utf-8")
     with pytest.raises(RecipeError, match="^output_dir: .* set overwrite_output_dir: true to [^\n]*$"):
@@ -108,7 +112,9 @@ def test_nothing_to_resume_from_is_refused_with_what_was_found(make_recipe: Make
     """The lines about damaged checkpoints are part of the error."""
     for folder in list_checkpoints(output_dir):
         (folder / "optimizer.pt").unlink()
-    with pytest.raises(RecipeError, match=r"(?s)checkpoint-3 is not whole.*resume_from_checkpoint: no whole checkpoint"):
+    with pytest.raises(
+        RecipeError, match=r"(?s)checkpoint-3 is not whole.*resume_from_checkpoint: no whole checkpoint"
+    ):
         resume(make_recipe(resume_from_checkpoint=True))
 
 
@@ -155,7 +161,12 @@ def test_overwriting_removes_the_earlier_run_and_nothing_else(
 
 @pytest.mark.parametrize(
     "mistake",
-    [{"model_name_or_path": "./nowhere"}, {"dataset": "no_such"}, {"template": "no_such"}, {"dataset_dir": "./nowhere"}],
+    [
+        {"model_name_or_path": "./nowhere"},
+        {"dataset": "no_such"},
+        {"template": "no_such"},
+        {"dataset_dir": "./nowhere"},
+    ],
     ids=lambda m: next(iter(m)),
 )
 def test_a_mistake_in_the_recipe_removes_nothing(
