@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from .callbacks import StopOnSignal, plot_loss, show_progress
+from .callbacks import StopOnSignal, mean_loss, plot_loss, read_log, show_progress
 from .checkpoints import (
     clear_earlier_run,
     find_resume_point,
@@ -74,6 +74,8 @@ def train(recipe: Recipe) -> int:
             on_save_error=recipe.on_save_error,
         )
         keep_adapter_in_float32(model)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+            say("FSDP needs GPUs (accelerate 1.15): each process holds the whole model, as with multi_gpu.yaml")
         prepare_evaluation(trainer, recipe)
         stop = StopOnSignal()
         trainer.add_callback(stop)
@@ -132,6 +134,8 @@ def write_results(
 ) -> None:
     """Leave the run's figures, plot and model card beside the final model."""
     output_dir = Path(recipe.output_dir)
+    log = read_log(output_dir / "trainer_log.jsonl")
+    trained["train_loss"] = mean_loss(log, trainer.state.global_step) or trained["train_loss"]  # since the resume
     trainer.save_metrics("train", trained)
     if evaluated:
         trainer.save_metrics("eval", evaluated)
