@@ -31,7 +31,7 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 
 def run(*command: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     text = [str(part) for part in command]
-    return subprocess.run(text, capture_output=True, encoding="utf-8", timeout=120, cwd=ROOT, **kwargs)
+    return subprocess.run(text, capture_output=True, encoding="utf-8", timeout=120, **({"cwd": ROOT} | kwargs))
 
 
 # The toy data
@@ -289,7 +289,7 @@ FAKE_SLURM = {
 def test_slurm_launches_every_machine_with_its_rank(checkout: Path):
     fakes = fake_programs(checkout, **FAKE_SLURM, accelerate='echo "$@"')
     script = (checkout / "scripts" / "slurm_multi_node.sh").as_posix()
-    done = run("bash", script, "my.yaml", "seed=1", env=fakes | SLURM)
+    done = run("bash", script, "my.yaml", "seed=1", env=fakes | SLURM, cwd=checkout)  # no .venv there to activate
     assert done.stdout == (
         "launch --config_file accelerate_configs/multi_node.yaml --num_machines 2 --num_processes 8 --machine_rank 1 "
         "--main_process_ip n1 --main_process_port 20077 -m arpo_trl my.yaml seed=1 overwrite_output_dir=false\n"
