@@ -18,6 +18,8 @@ from tqdm import tqdm
 from .checkpoints import RunFailed
 from .recipe import RecipeError
 
+TIED_HEAD_IS_MISSING = "missing keys in the checkpoint model loaded: ['lm_head.weight']"
+
 
 class _Tee:
     """A text stream that writes to the terminal and, line by line, to the log.
@@ -141,5 +143,7 @@ def silence_libraries() -> None:
     # TRL marks whole trainers experimental and warns of arguments that it sets itself.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers|accelerate|peft|torch)\b.*")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.(utils\.checkpoint|autograd)\b.*")
+    # A checkpoint holds tied weights once; Trainer says so on every resume.
+    logging.getLogger("transformers.trainer").addFilter(lambda record: TIED_HEAD_IS_MISSING not in record.getMessage())
     # It looks for a kernel on the hub as soon as it is imported, on a machine that will never use it.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)

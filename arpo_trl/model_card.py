@@ -16,13 +16,14 @@ CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)")
 
 
 def write_model_card(output_dir: Path, recipe_yaml: str) -> None:
-    """Write README.md from run.json, trainer_log.jsonl, all_results.json and the resolved recipe.
+    """Write README.md from run.json, trainer_log.jsonl, all_results.json, trainer_state.json and the recipe.
 
     The head is what the Hub reads (https://huggingface.co/docs/hub/model-cards#model-card-metadata). A licence is the
     publisher's to state, so none is given.
     """
     manifest = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
     results = json.loads((output_dir / "all_results.json").read_text(encoding="utf-8"))
+    results["steps"] = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     card = model_card(output_dir, manifest, results, read_log(output_dir / "trainer_log.jsonl"), recipe_yaml)
     (output_dir / "README.md").write_text(card, encoding="utf-8")
 
@@ -43,16 +44,15 @@ def model_card(
     if base.is_hub_id:
         head |= {"base_model": base.name, "base_model_relation": "adapter" if lora else "finetune"}
     link = f"[{base.name}](https://huggingface.co/{base.name})" if base.is_hub_id else f"`{base.name}`"
-    seconds = max((line["elapsed_seconds"] for line in log), default=0)
     rows = [
         f"| {dataset} | {c['kept']:,} | {c['shortened']:,} | {c['lost_answer']:,} | {c['dropped']:,} "
         f"| {c['tokens']:,} | {c['trained_tokens']:,} |"
         for dataset, c in manifest["audit"].items()
     ]
     last = next((line for line in reversed(log) if "loss" in line), None)
-    figures = {"last training loss": last["loss"], "mean training loss": results.get("train_loss")} if last else {}
+    figures = {"last training loss": last and last["loss"], "mean training loss": results.get("train_loss")}
     figures |= {k.replace("_", " "): v for k, v in results.items() if re.fullmatch(r"eval_.*(loss|perplexity)", k)}
-    steps = f"{last['current_steps']:,} steps (epoch {last['epoch']:g}) in {format_seconds(seconds)}" if last else ""
+    time = format_seconds(max([results.get("train_runtime", 0), *(line["elapsed_seconds"] for line in log)]))
     return "\n".join(
         [
             "---",
@@ -74,7 +74,7 @@ def model_card(
             "",
             "## Training",
             "",
-            f"{steps}.",
+            f"{results['steps']:,} steps, to epoch {results['epoch']:g}, in {time}.",
             "",
             *([*(f"- {what}: {value:.4f}" for what, value in figures.items() if value is not None), ""]),
             *(["![loss](training_loss.png)", ""] if (output_dir / "training_loss.png").exists() else []),

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from . import __version__
-from .callbacks import format_seconds
+from .callbacks import format_seconds, read_log
 from .dataset import PreparedData
 from .recipe import Recipe
 from .trainer import ArpoTrainer
@@ -63,8 +63,11 @@ def end_report(recipe: Recipe, state: Any, trained: dict[str, Any], evaluated: d
     if recipe.load_best_model_at_end and state.best_global_step:
         lines.append(f"best     step {state.best_global_step}, whose weights are the final model")
     figures = [f"train loss {trained['train_loss']:.4f}", *describe_evaluation(evaluated)]
-    lines.append(f"done     in {format_seconds(trained['train_runtime'])}: {', '.join(figures)}")
-    seen = ["README.md", "trainer_log.jsonl", *["training_loss.png"] * recipe.plot_loss]
+    output_dir = Path(recipe.output_dir)
+    log = read_log(output_dir / "trainer_log.jsonl")
+    seconds = max([trained["train_runtime"], *(line["elapsed_seconds"] for line in log)])  # over all sessions
+    lines.append(f"done     in {format_seconds(seconds)}: {', '.join(figures)}")
+    seen = [name for name in ("README.md", "trainer_log.jsonl", "training_loss.png") if (output_dir / name).exists()]
     return [*lines, f"model    {recipe.output_dir} (see {', '.join(seen)})"]
 
 

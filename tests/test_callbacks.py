@@ -17,7 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from arpo_trl.callbacks import format_seconds, mean_context, mfu_per_token, peak_memory, plot_loss, read_log, smooth
+from arpo_trl.callbacks import (
+    TrainerLog,
+    format_seconds,
+    mean_context,
+    mean_loss,
+    mfu_per_token,
+    peak_memory,
+    plot_loss,
+    read_log,
+    smooth,
+)
 
 pytestmark = small_run.QUIET
 
@@ -84,6 +94,35 @@ def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "log").write_text('{"current_steps": 1}\n{"current_st', encoding="utf-8")
     assert read_log(tmp_path / "log") == [{"current_steps": 1}]
     assert read_log(tmp_path / "none") == []
+
+
+def test_the_mean_loss_is_over_all_steps_of_all_sessions() -> None:
+    lines = [
+        {"current_steps": 2, "loss": 4.0},
+        {"current_steps": 2, "eval_loss": 9.0},
+        {"current_steps": 3, "loss": 1.0},
+    ]
+    assert mean_loss(lines, steps=3) == 3.0
+    assert mean_loss(lines, steps=4) is None and mean_loss([], steps=4) is None
+
+
+def test_the_first_line_after_a_resume_counts_its_own_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    class Trainer:
+        _total_train_tokens, trained_tokens = 0, 0
+
+    trainer: Any = Trainer()
+    trainer.args = SimpleNamespace(bf16=False, fp16=False, device=torch.device("cpu"))
+    log = TrainerLog(trainer, tmp_path / "log", plot=False)
+    state = SimpleNamespace(global_step=5, max_steps=9, epoch=1.0, is_world_process_zero=True)
+    log.on_train_begin(None, state, None)
+    trainer._total_train_tokens, trainer.trained_tokens = 1_000_000, 500_000  # restored after our callback
+    log.on_step_begin(None, state, None)
+    log._last_time -= 10
+    trainer._total_train_tokens, trainer.trained_tokens = 1_002_000, 500_500
+    log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3})
+    line = read_log(tmp_path / "log")[0]
+    assert line["tokens_per_second"] == pytest.approx(200, rel=0.01)
+    assert line["trained_tokens_per_second"] == pytest.approx(50, rel=0.01)
 
 
 def test_seconds_read_as_a_clock() -> None:

@@ -107,9 +107,13 @@ warnings.warn_explicit("renamed in v6", FutureWarning, "args.py", 1, module="tra
 warnings.warn_explicit("'pin_memory' argument is set as true", UserWarning, "loader.py", 1, module="torch.utils.data")
 from transformers.utils import logging
 print(logging.is_progress_bar_enabled())
+trainer = logging.get_logger("transformers.trainer")
+for keys in (["lm_head.weight"], ["model.norm.weight"]):
+    trainer.warning(f"There were missing keys in the checkpoint model loaded: {keys}.")
 """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_HUB_DISABLE", "PYTHONWARNINGS"))}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert found.stdout == "False\n"
     assert "use another kernel" in found.stderr
+    assert "['model.norm.weight']" in found.stderr and "lm_head" not in found.stderr
     assert "renamed" not in found.stderr and "pin_memory" not in found.stderr

@@ -66,7 +66,11 @@ def test_the_card_tells_data_losses_recipe_versions_and_how_to_chat(run: Path, t
     assert f"- eval loss: {results['eval_loss']:.4f}" in card
     assert f"- mean training loss: {results['train_loss']:.4f}" in card
     assert f"`{tiny_model.name}`, fine-tuned" in card and str(tiny_model.parent) not in card.split("<details>")[0]
-    assert "4 steps" in card and "![loss](training_loss.png)" in card and f"trl {manifest['versions']['trl']}" in card
+    assert (
+        "4 steps, to epoch" in card
+        and "![loss](training_loss.png)" in card
+        and f"trl {manifest['versions']['trl']}" in card
+    )
     recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert recipe == yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     assert f"transformers chat {run}" in card

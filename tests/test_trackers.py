@@ -144,6 +144,15 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tracked: Path) -> None:
     assert steps == [[1, 2], [3, 4]]
 
 
+def test_figures_after_a_resume_are_those_of_the_whole_run(tracked: Path) -> None:
+    logged = (tracked / "run" / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [line["loss"] for line in map(json.loads, logged) if "loss" in line]
+    results = json.loads((tracked / "run" / "train_results.json").read_text(encoding="utf-8"))
+    assert results["train_loss"] == pytest.approx(sum(losses) / 4)
+    text = (tracked / "run" / "training.log").read_text(encoding="utf-8")
+    assert "going on from checkpoint-2" in text
+
+
 def test_wandb_gets_our_figures_the_plot_and_the_model_card(tracked: Path) -> None:
     folder = sorted((tracked / "run" / "wandb").glob("offline-run-*"))[1]
     _, _, history, files = wandb_run(folder)
