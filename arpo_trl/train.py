@@ -99,6 +99,7 @@ def train(recipe: Recipe) -> int:
                 write_json(output_dir / "run.json", manifest | {"status": "stopped"})
             say(f"stopped by {signal.Signals(stop.signum).name} at step {trainer.state.global_step}, checkpoint saved")
             say(f"to go on: {resume_command(recipe)}")
+            leave_together()
             return 128 + stop.signum
         metrics = trainer.evaluate_final_weights() if args.do_eval else {}
         trainer.save_final_model(saved_dtype)
@@ -110,7 +111,14 @@ def train(recipe: Recipe) -> int:
             trainer.push_to_hub()
         for line in end_report(recipe, trainer.state, result.metrics, metrics):
             say(line)
+        leave_together()
     return 0
+
+
+def leave_together() -> None:
+    """Let no process go before the main one has written its last file: launchers kill the rest when one has left."""
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 def on_main_process(decide: Callable[[], Any]) -> Any:
