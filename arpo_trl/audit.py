@@ -38,9 +38,12 @@ class Counts:
 
 @dataclass
 class Audit:
+    """Counts by dataset. Of a stream they grow on the first pass over it."""
+
     datasets: dict[str, Counts] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
+        """One line a dataset, for people."""
         return [
             f"{name}: {counts.rows:,} rows: {counts.kept:,} kept, {counts.shortened:,} shortened, "
             f"{counts.lost_answer:,} lost their final answer, {counts.dropped:,} dropped; {counts.tokens:,} tokens, "
@@ -71,6 +74,7 @@ def count_row(counts: Counts, row: Row, result: Example | RowError, cutoff_len: 
 
 
 def to_lines(findings: list[dict[str, str]]) -> list[str]:
+    """Lines of `row_audit.jsonl`; write them with errors="backslashreplace", since bad text is quoted as it was."""
     return [json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings]
 
 

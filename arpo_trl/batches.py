@@ -147,6 +147,7 @@ def _with_labels(example: Example) -> Example | RowError:
 def through_the_gate(
     rows: Iterator[Row], info: DatasetInfo, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[Row]:
+    """The same rows, once the first of them have passed `check_parity`."""
     sample, template = list(islice(rows, GATE_ROWS)), find_template(tokenizer)
     for row in sample:
         try:

@@ -522,7 +522,7 @@ def test_on_two_processes_the_main_one_prepares_and_the_other_reads(bench: Bench
         subprocess.Popen(command, env={**os.environ, **world, **cache, "RANK": rank, "LOCAL_RANK": rank})
         for rank in "01"
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     first, second = (json.loads((bench.folder / f"rank{rank}.json").read_text()) for rank in "01")
     assert first == second and len(first["labels"]) == 5
 
