@@ -1,183 +1,72 @@
-"""Measure what the README claims.
+"""Measure what the README claims, on whatever device is there: a table on the terminal, JSON with --json.
 
-python scripts/benchmark.py --preparation --model FOLDER   rows/s of preparation beside TRL's, 1 and 2 processes
-python scripts/benchmark.py --memory --model FOLDER        peak memory of preparation as rows grow
+python scripts/benchmark.py --steps             seconds a training step, ours beside TRL's (--shape tiny or 0.5b)
+python scripts/benchmark.py --startup           seconds from launch to a finished one-step run, beside a TRL script's
+python scripts/benchmark.py --preparation       rows/s of preparation beside TRL's, with 1 and 2 processes
+python scripts/benchmark.py --memory            peak memory of preparation as rows grow
+python scripts/benchmark.py --scaling           seconds a step against length and batch, with the exponents
 
-FOLDER holds a tokenizer. `--json FILE` keeps the figures. Each mode is one function below; its docstring says what is
-measured and what is not.
+--model FOLDER names the tokenizer (a tiny one is made if omitted). Ratios are of medians; the variants take turns.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
-import random
-import resource
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Words of the length and variety of chat: a few thousand forms, most of them one to three tokens.
-SYLLABLES = (
-    "an be con de er fi ga ho in jo ker lo men no or pre qui re st ti un ver wa ex yo za tion ing ed ly".split()
-)
-
-
-def preparation(model: str, rows: int, repeats: int, processes: list[int]) -> list[dict[str, Any]]:
-    """Rows/s from a .jsonl file to encoded rows on disk (ours) and from a loaded Dataset to labels (TRL's).
-
-    TRL is spared reading the file. Both start with imports and tokenizer done, neither may use an earlier result, and
-    the runs are interleaved so that another load on the machine disturbs both.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = make_rows(Path(folder), rows)
-        ours, trl = our_preparation(path, model), trl_preparation(path, model)
-        seconds: dict[tuple[str, int], list[float]] = {}
-        tokens = 0
-        for _ in range(repeats):
-            for workers in processes:
-                for name, prepare in (("arpo_trl", ours), ("TRL", trl)):
-                    start = time.perf_counter()
-                    found = prepare(workers)
-                    seconds.setdefault((name, workers), []).append(time.perf_counter() - start)
-                    tokens = tokens or found
-                    if found != tokens:
-                        print(f"{name} made {found:,} tokens, not {tokens:,}")
-    table = []
-    for (name, workers), times in seconds.items():
-        median = statistics.median(times)
-        ratio = statistics.median(seconds["TRL", workers]) / median
-        figures = {"seconds": round(median, 2), "rows_per_s": round(rows / median), "times_trl": round(ratio, 2)}
-        table.append({"who": name, "processes": workers, "rows": rows, "tokens": tokens, **figures})
-    return table
-
-
-def our_preparation(path: Path, model: str) -> Callable[[int], int]:
-    from arpo_trl.dataset import prepare_datasets
-    from arpo_trl.recipe import Recipe
-    from arpo_trl.template import load_tokenizer
-
-    def recipe(workers: int) -> Recipe:
-        return Recipe(
-            model_name_or_path=model,
-            dataset=["rows"],
-            dataset_dir=str(path.parent),
-            cutoff_len=1 << 20,
-            preprocessing_num_workers=workers,
-            overwrite_cache=True,
-            tokenized_path=str(path.parent / "encoded"),
-            output_dir=str(path.parent / "out"),
-        )
-
-    tokenizer = load_tokenizer(recipe(1))
-    return lambda workers: prepare_datasets(recipe(workers), tokenizer).audit.datasets["rows"].tokens
-
-
-def trl_preparation(path: Path, model: str) -> Callable[[int], int]:
-    import datasets
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    datasets.disable_caching()
-    datasets.disable_progress_bars()
-    rows = datasets.Dataset.from_list([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-    )
-    args = SFTConfig(output_dir=str(path.parent / "trl"), assistant_only_loss=True, max_length=None, bf16=False)
-    trainer = SFTTrainer(
-        Qwen2ForCausalLM(config), args, train_dataset=rows.select(range(2)), processing_class=tokenizer
-    )
-
-    def prepare(workers: int) -> int:
-        args.dataset_num_proc = workers if workers > 1 else None
-        prepared = trainer._prepare_dataset(rows, tokenizer, args, False, None, "train")
-        return sum(len(ids) for ids in prepared.with_format("numpy")["input_ids"])
-
-    return prepare
-
-
-def memory(model: str, rows: list[int]) -> list[dict[str, Any]]:
-    """Peak resident memory of a process that prepares N rows, beside that of one that prepares 10 (imports alone)."""
-    table = []
-    with tempfile.TemporaryDirectory() as folder:
-        for count in [10, *rows]:
-            path = make_rows(Path(folder), count)
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                seconds, peak = pool.apply(_peak, (path, model))
-            figures = {"file_mib": path.stat().st_size >> 20, "peak_mib": peak >> 10, "seconds": round(seconds, 1)}
-            table.append({"rows": count, **figures})
-    return table
-
-
-def _peak(path: Path, model: str) -> tuple[float, int]:
-    start = time.perf_counter()
-    our_preparation(path, model)(1)
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def make_rows(folder: Path, count: int) -> Path:
-    """`count` rows of 1 to 4 exchanges, about 1,500 tokens each, the same for the same count."""
-    chance = random.Random(count)
-    words = ["".join(chance.choices(SYLLABLES, k=chance.choice((1, 1, 2, 2, 3)))) for _ in range(4000)]
-
-    def text(length: int) -> str:
-        return " ".join(chance.choices(words, k=length)) + chance.choice((".", "?", "!\n\n"))
-
-    path = folder / "rows.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for _ in range(count):
-            exchanges = chance.randint(1, 4)
-            messages = []
-            for _ in range(exchanges):
-                messages.append({"role": "user", "content": text(chance.randint(20, 200))})
-                messages.append({"role": "assistant", "content": text(chance.randint(100, 400))})
-            file.write(json.dumps({"messages": messages}) + "\n")
-    registry = {"rows": {"file_name": "rows.jsonl", "formatting": "openai"}}
-    (folder / "dataset_info.json").write_text(json.dumps(registry), encoding="utf-8")
-    return path
-
-
-def show(table: list[dict[str, Any]]) -> None:
-    rows = [
-        list(table[0]),
-        *([f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()] for row in table),
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+import benchmark_preparation
+import benchmark_steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preparation", action="store_true")
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--model", required=True)
+    for mode in ("steps", "startup", "preparation", "memory", "scaling"):
+        parser.add_argument(f"--{mode}", action="store_true")
+    parser.add_argument("--model", help="folder with a tokenizer")
+    parser.add_argument("--shape", choices=sorted(benchmark_steps.SHAPES), default="tiny")
+    parser.add_argument("--variants", nargs="+", choices=list(benchmark_steps.VARIANTS))
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--cutoff", type=int, default=4096)
+    parser.add_argument("--count", type=int, default=4, help="steps measured in each process, after one that warms up")
     parser.add_argument("--rows", type=int, nargs="+")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 15000])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--plot", type=Path, help="picture of --scaling")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    figures = {}
-    if options.preparation:
-        figures["preparation"] = preparation(options.model, (options.rows or [4000])[0], options.repeats, [1, 2])
-    if options.memory:
-        figures["memory"] = memory(options.model, options.rows or [5000, 50000])
-    print(f"{os.cpu_count()} cores, load before the end {os.getloadavg()[0]:.1f}")
+    figures: dict[str, list[dict[str, Any]]] = {}
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start")
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model or str(benchmark_steps.make_tiny_model(folder))
+        if options.steps:
+            variants = options.variants or ["trl", "ours", "ours, padding-free", "ours, no checkpointing"]
+            size = options.repeats, options.count, options.batch, options.cutoff
+            figures["steps"] = benchmark_steps.steps(Path(model), options.shape, variants, *size)
+        if options.startup:
+            figures["startup"] = benchmark_steps.startup(options.repeats)
+        if options.preparation:
+            rows = (options.rows or [4000])[0]
+            figures["preparation"] = benchmark_preparation.preparation(model, rows, options.repeats, [1, 2])
+        if options.memory:
+            figures["memory"] = benchmark_preparation.memory(model, options.rows or [5000, 50000])
+        if options.scaling:
+            axes = options.lengths, options.batches
+            figures["scaling"] = benchmark_steps.scaling(Path(model), options.shape, *axes, options.plot)
     for name, table in figures.items():
         print(f"\n{name}")
         show(table)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+def show(table: list[dict[str, Any]]) -> None:
+    lines = [list(table[0]), *([f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()] for row in table)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""Preparation of rows, ours beside TRL's, and the memory it takes. Called by benchmark.py."""
+
+import json
+import multiprocessing
+import random
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Words of the length and variety of chat: a few thousand forms, most of them one to three tokens.
+SYLLABLES = (
+    "an be con de er fi ga ho in jo ker lo men no or pre qui re st ti un ver wa ex yo za tion ing ed ly".split()
+)
+
+
+def preparation(model: str, rows: int, repeats: int, processes: list[int]) -> list[dict[str, Any]]:
+    """Rows/s from a .jsonl file to encoded rows on disk (ours) and from a loaded Dataset to labels (TRL's).
+
+    TRL is spared reading the file. Both start with imports and tokenizer done, neither may use an earlier result, and
+    the runs are interleaved so that another load on the machine disturbs both.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_rows(Path(folder), rows)
+        ours, trl = our_preparation(path, model), trl_preparation(path, model)
+        seconds: dict[tuple[str, int], list[float]] = {}
+        tokens = 0
+        for _ in range(repeats):
+            for workers in processes:
+                for name, prepare in (("arpo_trl", ours), ("TRL", trl)):
+                    start = time.perf_counter()
+                    found = prepare(workers)
+                    seconds.setdefault((name, workers), []).append(time.perf_counter() - start)
+                    tokens = tokens or found
+                    if found != tokens:
+                        print(f"{name} made {found:,} tokens, not {tokens:,}")
+    table = []
+    for (name, workers), times in seconds.items():
+        median = statistics.median(times)
+        ratio = statistics.median(seconds["TRL", workers]) / median
+        figures = {"seconds": round(median, 2), "rows_per_s": round(rows / median), "times_trl": round(ratio, 2)}
+        table.append({"who": name, "processes": workers, "rows": rows, "tokens": tokens, **figures})
+    return table
+
+
+def our_preparation(path: Path, model: str) -> Callable[[int], int]:
+    from arpo_trl.dataset import prepare_datasets
+    from arpo_trl.recipe import Recipe
+    from arpo_trl.template import load_tokenizer
+
+    def recipe(workers: int) -> Recipe:
+        return Recipe(
+            model_name_or_path=model,
+            dataset=["rows"],
+            dataset_dir=str(path.parent),
+            cutoff_len=1 << 20,
+            preprocessing_num_workers=workers,
+            overwrite_cache=True,
+            tokenized_path=str(path.parent / "encoded"),
+            output_dir=str(path.parent / "out"),
+        )
+
+    tokenizer = load_tokenizer(recipe(1))
+    return lambda workers: prepare_datasets(recipe(workers), tokenizer).audit.datasets["rows"].tokens
+
+
+def trl_preparation(path: Path, model: str) -> Callable[[int], int]:
+    import datasets
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_list([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    args = SFTConfig(output_dir=str(path.parent / "trl"), assistant_only_loss=True, max_length=None, bf16=False)
+    trainer = SFTTrainer(
+        Qwen2ForCausalLM(config), args, train_dataset=rows.select(range(2)), processing_class=tokenizer
+    )
+
+    def prepare(workers: int) -> int:
+        args.dataset_num_proc = workers if workers > 1 else None
+        prepared = trainer._prepare_dataset(rows, tokenizer, args, False, None, "train")
+        return sum(len(ids) for ids in prepared.with_format("numpy")["input_ids"])
+
+    return prepare
+
+
+def memory(model: str, rows: list[int]) -> list[dict[str, Any]]:
+    """Peak resident memory of a process that prepares N rows, beside that of one that prepares 10 (imports alone)."""
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        for count in [10, *rows]:
+            path = make_rows(Path(folder), count)
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                seconds, peak = pool.apply(_peak, (path, model))
+            figures = {"file_mib": path.stat().st_size >> 20, "peak_mib": peak >> 10, "seconds": round(seconds, 1)}
+            table.append({"rows": count, **figures})
+    return table
+
+
+def _peak(path: Path, model: str) -> tuple[float, int]:
+    start = time.perf_counter()
+    our_preparation(path, model)(1)
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def make_rows(folder: Path, count: int) -> Path:
+    """`count` rows of 1 to 4 exchanges, about 1,500 tokens each, the same for the same count."""
+    chance = random.Random(count)
+    words = ["".join(chance.choices(SYLLABLES, k=chance.choice((1, 1, 2, 2, 3)))) for _ in range(4000)]
+
+    def text(length: int) -> str:
+        return " ".join(chance.choices(words, k=length)) + chance.choice((".", "?", "!\n\n"))
+
+    path = folder / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            exchanges = chance.randint(1, 4)
+            messages = []
+            for _ in range(exchanges):
+                messages.append({"role": "user", "content": text(chance.randint(20, 200))})
+                messages.append({"role": "assistant", "content": text(chance.randint(100, 400))})
+            file.write(json.dumps({"messages": messages}) + "\n")
+    registry = {"rows": {"file_name": "rows.jsonl", "formatting": "openai"}}
+    (folder / "dataset_info.json").write_text(json.dumps(registry), encoding="utf-8")
+    return path
