@@ -1,4 +1,4 @@
-"""The model as the recipe wants it: its dtype, its adapters, and LoRA+'s optimizer.
+"""The model as the recipe wants it: its dtype, what of it is trained, its adapters, and LoRA+'s optimizer.
 
 An adapter is worth nothing without the base that it was trained on. Two kinds of recipe change that base in memory, so
 each leaves the run's folder with what makes its adapter usable: earlier adapters merged into the base (the merged base
@@ -8,6 +8,7 @@ is saved beside the new adapter, which names it), and PiSSA (the adapter is turn
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -37,9 +38,11 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, torch.dtype
     """
     set_seed(recipe.seed)  # Trainer's own comes after the adapter has been drawn
     model, file_dtype = _load_base(recipe)
-    if recipe.finetuning_type == "full":
-        return model, file_dtype
-    return _with_adapter(recipe, model), None
+    if recipe.finetuning_type == "lora":
+        return _with_adapter(recipe, model), None
+    if recipe.finetuning_type == "freeze":
+        freeze(recipe, model)
+    return model, file_dtype
 
 
 def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
@@ -50,13 +53,52 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
         places = {key: kwargs[key] for key in ("revision", "cache_dir", "trust_remote_code")}
         raw = AutoConfig.from_pretrained(name, **places)
         kwargs["trust_remote_code"] &= raw.model_type not in CONFIG_MAPPING
-        if kwargs["dtype"] == "auto" and (recipe.additional_target or not torch.accelerator.is_available()):
-            kwargs["dtype"] = torch.float32  # CPUs are slower in bfloat16; a module trained whole is float32 itself
+        mixed = recipe.additional_target or recipe.finetuning_type == "freeze"
+        if kwargs["dtype"] == "auto" and (mixed or not torch.accelerator.is_available()):
+            kwargs["dtype"] = torch.float32  # CPUs are slow in bfloat16; what is trained whole is float32 itself
         quantization = to_quantization_config(recipe)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **kwargs)
     except (OSError, ValueError) as error:
         raise RecipeError(f"model_name_or_path: {name} could not be loaded: {str(error).splitlines()[0]}") from error
     return model, getattr(raw, "dtype", None)
+
+
+# --- some layers ---
+
+
+def freeze(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Train some modules of the last blocks (of the first, if their number is negative), and modules outside them.
+
+    As LLaMA-Factory's freeze tuning, but that a name is a module's whole name: there `norm` is `input_layernorm` too.
+    """
+    blocks = model.config.get_text_config().num_hidden_layers
+    count = recipe.freeze_trainable_layers
+    chosen = range(max(0, blocks - count), blocks) if count > 0 else range(min(-count, blocks))
+    inside: set[str] = set()
+    outside: set[str] = set()
+    for name, parameter in model.named_parameters():
+        block = re.search(r"\.(\d+)\.([^.]+)\.", name)
+        if block:
+            number, module = int(block[1]), block[2]
+            inside.add(module)
+            wanted = {module, "all"} & {*recipe.freeze_trainable_modules} and number in chosen
+        else:
+            module = name.split(".")[-2]
+            outside.add(module)
+            wanted = module in recipe.freeze_extra_modules
+        parameter.requires_grad = bool(wanted)
+        if wanted and not recipe.pure_bf16:
+            parameter.data = parameter.data.float()
+    for key, given, there in (
+        ("freeze_trainable_modules", recipe.freeze_trainable_modules, {"all", *inside}),
+        ("freeze_extra_modules", recipe.freeze_extra_modules, outside),
+    ):
+        if unknown := [name for name in given if name not in there]:
+            raise RecipeError(f"{recipe.path}: {key}: no module {unknown[0]}; there are {', '.join(sorted(there))}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError(f"{recipe.path}: freeze_trainable_layers: {count} leaves nothing to train")
+    if recipe.use_reentrant_gc:
+        model.enable_input_require_grads()  # a reentrant checkpoint has no gradient where its input has none
 
 
 # --- adapters ---

@@ -136,6 +136,7 @@ def _shape(recipe: Recipe) -> Any:
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from arpo_trl.model import freeze
     from arpo_trl.trl_config import model_init_kwargs, to_lora_config
 
     kwargs = model_init_kwargs(recipe)
@@ -146,6 +147,8 @@ def _shape(recipe: Recipe) -> Any:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
             if recipe.finetuning_type == "full":
                 return model.to(kwargs["dtype"])
+            if recipe.finetuning_type == "freeze":
+                freeze(recipe, model)
             lora = to_lora_config(recipe, model)
             return model if lora is None else get_peft_model(model, lora)
     except (OSError, ValueError) as error:

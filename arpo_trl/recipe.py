@@ -107,7 +107,9 @@ class MethodKeys(BaseModel):
 
     stage: Stage = _key("sft", "The stage of training; sft is the one that runs here.")
     do_train: bool = _key(False, "Train.")
-    finetuning_type: Literal["full", "lora"] = _key("full", "Train every weight (full) or an adapter (lora).")
+    finetuning_type: Literal["full", "freeze", "lora"] = _key(
+        "full", "Train every weight (full), those of some layers (freeze) or an adapter (lora)."
+    )
     pure_bf16: bool = _key(
         False, "Keep the master weights in bfloat16: half the memory, and small updates are lost.", "dtype"
     )
@@ -123,6 +125,9 @@ class MethodKeys(BaseModel):
     pissa_init: bool = _key(False, "Start the adapter from the weight's principal directions.", "init_lora_weights")
     pissa_iter: Whole = _key(16, "Iterations of PiSSA's fast SVD; -1 is an exact SVD.", "init_lora_weights", ge=-1)
     create_new_adapter: bool = _key(False, "Merge adapter_name_or_path into the base and train a new adapter.")
+    freeze_trainable_layers: Whole = _key(2, "Train the last so many layers; the first, if negative.", unit="layers")
+    freeze_trainable_modules: Names = _key(["all"], "Modules of those layers that are trained (self_attn, mlp, ...).")
+    freeze_extra_modules: Names = _key([], "Modules outside the layers that are trained too (embed_tokens, norm, ...).")
     use_galore: bool = _key(False, "GaLore's optimizer (full only).", "optim, optim_args, optim_target_modules")
     galore_target: Names = _key(["all"], "Modules that GaLore projects.", "optim_target_modules")
     galore_rank: Count = _key(16, "Rank of GaLore's gradients.", "optim_args")
@@ -569,7 +574,7 @@ def wandb_is_disabled() -> bool:
 def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Keys that are right alone and wrong together, by the key whose line is named."""
     r = recipe
-    full = r.finetuning_type == "full"
+    full, lora = r.finetuning_type == "full", r.finetuning_type == "lora"
     holds_out = r.val_size > 0
     evaluates = r.do_eval or r.eval_strategy != "no"
     watched = r.load_best_model_at_end or r.trl.get("metric_for_best_model")
@@ -628,13 +633,13 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "group_by_length or disable_shuffling is on too; keep one",
         ),
         (r.create_new_adapter and not r.adapter_name_or_path, "create_new_adapter", "needs adapter_name_or_path"),
-        (full and r.quantization_bit, "quantization_bit", "a quantized model can't be trained whole; use lora"),
+        (not lora and r.quantization_bit, "quantization_bit", "a quantized model can't be trained whole; use lora"),
         (r.quantization_bit and r.pissa_init, "pissa_init", "needs a model that is not quantized; remove one"),
         (r.pissa_iter == 0, "pissa_iter", "expected a whole number above 0, or -1 for an exact SVD, found 0"),
         (r.use_galore and r.use_apollo, "use_galore", "use_apollo is on too; keep one"),
     ]
     for key in ("adapter_name_or_path", "loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init"):
-        checks.append((full and getattr(r, key), key, "needs finetuning_type: lora"))
+        checks.append((not lora and getattr(r, key), key, "needs finetuning_type: lora"))
     # LLaMA-Factory trains an adapter when the key is omitted; a recipe that counts on that must not train every weight.
     for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target"):
         unsaid = key in r.model_fields_set and "finetuning_type" not in r.model_fields_set

@@ -36,6 +36,7 @@ _NO_EFFECT = {
     "output_dir has to be on a file system that every node sees": "data_shared_file_system",
     "transformers 5 always loads this way": "low_cpu_mem_usage",
     "padding never carries loss": "ignore_pad_token_for_loss",
+    "a PiSSA adapter always becomes plain LoRA when the run ends": "pissa_convert",
     "the report at the start says what is trained": "print_param_status",
     "transformers 5 has dropped it": """
         past_index ray_scope mp_parameters half_precision_backend fp16_backend fp16_opt_level torchdynamo use_ipex
@@ -78,11 +79,7 @@ _REFUSED = {
     "write report_to: swanlab; SwanLab reads the rest from its environment variables": """
         use_swanlab swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key
         swanlab_logdir swanlab_lark_webhook_url swanlab_lark_secret""",
-    "finetuning_type is full or lora here": """
-        freeze_trainable_layers freeze_trainable_modules freeze_extra_modules use_llama_pro
-        module_dropout oft_rank oft_block_size oft_target""",
-    "the adapter is saved as it was trained; PEFT can convert it (path_initial_model_for_weight_conversion)": """
-        pissa_convert""",
+    "finetuning_type is full, freeze or lora here": "use_llama_pro module_dropout oft_rank oft_block_size oft_target",
     "this loss is not offered; there are the usual one and use_dft_loss": """
         use_asft_loss asft_alpha use_eaft_loss eaft_alpha""",
     "this change of the model is not made here; save a changed model and name it in model_name_or_path": """

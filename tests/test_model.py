@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,7 @@ def test_an_adapter_that_was_resumed_is_the_adapter_that_never_stopped(
     run(recipe(tmp_path / "whole", tiny_model, **keys))
     parts = recipe(tmp_path / "parts", tiny_model, **keys)
     run(parts)
-    for path in (tmp_path / "parts" / "checkpoint-4").iterdir():
-        path.unlink()
-    (tmp_path / "parts" / "checkpoint-4").rmdir()
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
     run(parts, resume=True)
     for name in ("checkpoint-4/adapter_model.safetensors", "adapter_model.safetensors"):
         whole, found = (load_file(tmp_path / folder / name) for folder in ("whole", "parts"))
@@ -202,6 +201,51 @@ def test_loraplus_gives_b_its_own_learning_rate(tmp_path: Path, tiny_model: Path
     ]
 
 
+# --- freeze ---
+
+
+@pytest.mark.parametrize(
+    ("keys", "trained"),
+    [
+        ({"freeze_trainable_layers": 1}, {"1.self_attn", "1.mlp", "1.input_layernorm", "1.post_attention_layernorm"}),
+        ({"freeze_trainable_layers": -1, "freeze_trainable_modules": "mlp"}, {"0.mlp"}),
+        ({"freeze_trainable_modules": "self_attn,mlp"}, {"0.self_attn", "0.mlp", "1.self_attn", "1.mlp"}),
+        ({"freeze_trainable_layers": 0, "freeze_extra_modules": "norm"}, {"norm.weight"}),
+    ],
+    ids=str,
+)
+def test_freeze_trains_the_layers_and_modules_that_it_names(
+    keys: dict[str, Any], trained: set[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    model, saved_dtype = load_model(recipe(tmp_path, tiny_model, finetuning_type="freeze", bf16=True, **keys))
+    names = [
+        name.removeprefix("model.layers.").removeprefix("model.")
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    assert {".".join(name.split(".")[:2]) for name in names} == trained
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert saved_dtype == torch.bfloat16
+
+
+def test_freeze_changes_what_it_names_alone_and_resumes(tmp_path: Path, tiny_model: Path) -> None:
+    keys = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "bf16": True, "use_reentrant_gc": True}
+    keys |= {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_trainable_modules": "mlp"}
+    run(recipe(tmp_path / "whole", tiny_model, **keys))
+    parts = recipe(tmp_path / "parts", tiny_model, **keys)
+    run(parts)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    run(parts, resume=True)
+    base, whole, found = (
+        load_file(folder / "model.safetensors") for folder in (tiny_model, tmp_path / "whole", tmp_path / "parts")
+    )
+    assert {name for name in base if not torch.equal(base[name], whole[name])} == {
+        f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")
+    }
+    assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
+
+
 # --- quantized ---
 
 
@@ -226,6 +270,18 @@ def test_a_quantized_base_carries_a_float32_adapter(bits: int, tmp_path: Path, t
         ({"adapter_name_or_path": "/nowhere/a"}, "adapter_name_or_path: /nowhere/a could not be loaded"),
         ({"lora_target": "q_projj"}, "lora_target: Target modules {'q_projj'} not found in the base model"),
         ({"quantization_bit": 4, "adapter_name_or_path": "/a,/b"}, "/a can't be merged into a quantized base"),
+        (
+            {"finetuning_type": "freeze", "freeze_trainable_modules": "mlpp"},
+            "no module mlpp; there are all, input_layernorm, mlp",
+        ),
+        (
+            {"finetuning_type": "freeze", "freeze_extra_modules": "head"},
+            "no module head; there are embed_tokens, norm",
+        ),
+        (
+            {"finetuning_type": "freeze", "freeze_trainable_layers": 0},
+            "freeze_trainable_layers: 0 leaves nothing to train",
+        ),
         ({"pissa_init": True, "use_dora": True}, "pissa_init: can't become plain LoRA at the end with use_dora"),
     ],
 )

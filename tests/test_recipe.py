@@ -55,7 +55,7 @@ WRONG = [
     ("lora_target: {q: 1}", "lora_target: expected text or a list, found {'q': 1}"),
     ("interleave_probs: 0.5,half", "interleave_probs: expected a number or text or a list, found '0.5,half'"),
     ("run_name: [a]", "run_name: expected text, found ['a']"),
-    ("finetuning_type: freeze", "finetuning_type: expected one of full, lora, found 'freeze'"),
+    ("finetuning_type: oft", "finetuning_type: expected one of full, freeze, lora, found 'oft'"),
     ("quantization_bit: 3", "quantization_bit: expected one of 4, 8, found 3"),
     ("quantization_method: hqq", "quantization_method: expected one of bnb, bitsandbytes, found 'hqq'"),
     ("flash_attn: fa4", "flash_attn: expected one of auto, disabled, sdpa, fa2, fa3, flex, found 'fa4'"),
