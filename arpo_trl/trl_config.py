@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trl.trainer.sft_config import SFTConfig
 
 from arpo_trl.recipe import Recipe, RecipeError, wandb_is_disabled
@@ -155,11 +156,22 @@ def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
         "dtype": dtype,
         "revision": recipe.model_revision,
         "cache_dir": recipe.cache_dir,
-        "trust_remote_code": recipe.trust_remote_code,
+        "trust_remote_code": recipe.trust_remote_code and not _is_built_in(recipe),
     }
     if recipe.flash_attn != "auto":
         kwargs["attn_implementation"] = _KERNELS[recipe.flash_attn]
     return kwargs | _rope(recipe, kwargs)
+
+
+def _is_built_in(recipe: Recipe) -> bool:
+    """Whether transformers has the architecture, so that no code from the model's folder is needed. Runs none."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(
+            recipe.model_name_or_path, revision=recipe.model_revision, cache_dir=recipe.cache_dir
+        )
+    except (OSError, ValueError):
+        return False  # loading the model says what is wrong
+    return config.get("model_type") in CONFIG_MAPPING
 
 
 def _compute_dtype(recipe: Recipe) -> torch.dtype | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def test_a_finished_run_or_a_model_is_refused(by: str, make_recipe: MakeRecipe, 
         )
     else:
         (output_dir / by).write_text("{}", encoding="utf-8")
-    with pytest.raises(RecipeError, match="^output_dir: .* set overwrite_output_dir: true to [^\n]*$"):
+    with pytest.raises(RecipeError, match=r"^output_dir: .* set overwrite_output_dir: true to [^\n]*$"):
         resume(make_recipe())
     assert len(list_checkpoints(output_dir)) == 3
 
@@ -65,7 +64,7 @@ def test_a_model_in_the_run_folder_is_refused(
     changes: dict[str, Any] = {"model_name_or_path": str(paths.get(place))}
     if place == "adapter":
         changes = {"adapter_name_or_path": str(output_dir / "checkpoint-2"), "finetuning_type": "lora"}
-    with pytest.raises(RecipeError, match="^output_dir: .*model to be trained"):
+    with pytest.raises(RecipeError, match=r"^output_dir: .*model to be trained"):
         resume(make_recipe(overwrite_output_dir=True, **changes))
     assert len(list_checkpoints(output_dir)) == 3
 
@@ -74,7 +73,7 @@ def test_an_output_dir_that_is_a_file_or_below_one_is_refused(make_recipe: MakeR
     """One line, and the file stays."""
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/1/run")):
-        with pytest.raises(RecipeError, match="^output_dir: nothing can be written in [^\n]*$"):
+        with pytest.raises(RecipeError, match=r"^output_dir: nothing can be written in [^\n]*$"):
             resume(make_recipe(output_dir=str(path)))
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
@@ -95,7 +94,7 @@ def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused_by_name(
 ) -> None:
     """One line that lists those there are."""
     (output_dir / "checkpoint-1" / "optimizer.pt").unlink()
-    with pytest.raises(RecipeError, match="^resume_from_checkpoint: .*" + message):
+    with pytest.raises(RecipeError, match=r"^resume_from_checkpoint: .*" + message):
         resume(make_recipe(resume_from_checkpoint=wanted.format(run=output_dir)))
     assert len(list_checkpoints(output_dir)) == 3
 
@@ -218,4 +217,4 @@ def test_a_run_killed_in_its_final_save_is_finished_by_the_same_command(
     assert "going on from checkpoint-4" in capsys.readouterr().out
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
     assert (run / "trainer_log.jsonl").read_text(encoding="utf-8") == log
-    assert (run / "model.safetensors").exists() and len(os.listdir(run)) > 10
+    assert (run / "model.safetensors").exists() and len(list(run.iterdir())) > 10

@@ -66,7 +66,8 @@ def test_a_pickle_planted_in_a_checkpoint_does_not_run(
     if name == "training_args.bin":  # a resume does not read it
         assert code == 0
     else:
-        assert code == 1 and "UnpicklingError: Weights only load failed" in error.splitlines()[-1]
+        reason = "AttributeError" if name == "scaler.pt" else "UnpicklingError: Weights only load failed"
+        assert code == 1 and error.splitlines()[-1].startswith(reason)  # only fp16 on a GPU has a scaler to load into
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -1,0 +1,70 @@
+"""Two processes: what happens to one reaches the other, and nothing waits for ever. Slow: `-m slow`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import MakeRecipe
+from test_full_disk import small_disk  # noqa: F401  (a fixture)
+from test_signals import COMMANDS, start
+
+from arpo_trl.checkpoints import find_damage, list_checkpoints
+
+pytestmark = pytest.mark.slow
+
+
+def run_on_two(path: Path, *overrides: str) -> tuple[int, str]:
+    process = start([*COMMANDS["torchrun"], str(path), *overrides])
+    told = process.communicate(timeout=120)[0]
+    return process.returncode, told
+
+
+def test_a_folder_that_is_refused_stops_both(make_recipe: MakeRecipe, output_dir: Path) -> None:
+    """Only the main process looks at the folder; the error reaches the other, and is printed once."""
+    text = '{"status": "finished", "recipe": {}, "data": {}, "versions": {}}'
+    (output_dir / "run.json").write_text(text, encoding="utf-8")
+    code, told = run_on_two(make_recipe())
+    assert code == 1  # torchrun's own
+    assert told.count("holds a finished run") == 1, told
+    assert told.count("exitcode  : 2") == 1, told
+
+
+def test_a_nan_on_one_stops_both(make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path) -> None:
+    """The model is broken for both; each says so once, and no checkpoint is written."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    code, told = run_on_two(make_recipe(model_name_or_path=str(model)))
+    assert code == 1 and "is not finite" in told
+    assert list_checkpoints(tmp_path / "run") == []
+
+
+def test_a_full_disk_of_the_main_process_is_known_to_both(make_recipe: MakeRecipe, small_disk: Path) -> None:  # noqa: F811
+    """on_save_error: continue: the save fails on one, and both take the next step."""
+    run = small_disk / "run"
+    path = make_recipe(output_dir=str(run), save_steps=1, on_save_error="continue", per_device_train_batch_size=1)
+    _, told = run_on_two(path, "save_total_limit=1")
+    assert "step 4/4" in told, told
+    assert "disk full" in told
+    assert [find_damage(p) for p in list_checkpoints(run)] == [None]
+
+
+def test_a_run_of_two_is_not_gone_on_from_by_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """world_size decides the batches: refused with the list."""
+    from arpo_trl.__main__ import main
+
+    path = make_recipe(per_device_train_batch_size=1)
+    code, told = run_on_two(path)
+    assert code == 0, told
+    run = tmp_path / "run"
+    manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    (run / "run.json").write_text(json.dumps(manifest | {"status": "stopped"}), encoding="utf-8")
+    assert main([str(path)]) == 2
+    assert main([str(path), "allow_changed_recipe=true"]) == 0
