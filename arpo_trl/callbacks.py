@@ -52,7 +52,7 @@ class TrainerLog(TrainerCallback):
     def __init__(self, trainer: ArpoTrainer, path: Path, plot: bool) -> None:
         self.trainer, self.path, self.plot = trainer, path, plot
         self.bar: tqdm[Any] | None = None
-        self._evaluated = 0
+        self._evaluated, self._shown = 0, ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         earlier = [line for line in read_log(self.path) if line["current_steps"] <= state.global_step]
@@ -85,6 +85,8 @@ class TrainerLog(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._evaluated = 0
+        if self.bar:
+            self.bar.set_postfix_str(self._shown, refresh=False)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         evaluated = {k: v for k, v in (logs or {}).items() if k.startswith("eval_")}
@@ -139,10 +141,11 @@ class TrainerLog(TrainerCallback):
             if "mfu" in line:
                 figures += f"  MFU {line['mfu']:.0f} %"
         else:
-            figures = "  ".join(f"{k} {v:.4f}" for k, v in line.items() if k.endswith(("_loss", "_perplexity")))
+            figures = "  ".join(describe_evaluation(line))
         text = f"step {line['current_steps']}/{line['total_steps']}  {figures}  "
         text += f"{line['elapsed_time']} < {line['remaining_time']}"
         if self.bar and not self.bar.disable and "loss" in line:
+            self._shown = figures
             self.bar.set_postfix_str(figures, refresh=False)
             log_only(text)
         else:
@@ -156,6 +159,17 @@ class TrainerLog(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar:
             self.bar.close()
+
+
+def describe_evaluation(metrics: dict[str, Any]) -> list[str]:
+    """The loss and perplexity of each dataset, among metrics or in a line of the log."""
+    words = []
+    for name, value in metrics.items():
+        if name.startswith("eval_") and name.endswith(("_loss", "_perplexity")):
+            words.append(
+                f"{name.replace('_', ' ')} {value:.4f}" if name.endswith("_loss") else f"perplexity {value:.2f}"
+            )
+    return words
 
 
 class StopOnSignal(TrainerCallback):

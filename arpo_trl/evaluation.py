@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from .callbacks import say_nothing_of_steps
+from .callbacks import describe_evaluation, say_nothing_of_steps
 from .dataset import PreparedData, prepare_datasets
 from .model import load_model
 from .recipe import Recipe
-from .report import describe_evaluation, say
+from .report import say
 from .template import load_tokenizer
 from .trainer import ArpoTrainer
 from .trl_config import to_sft_config

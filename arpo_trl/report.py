@@ -21,7 +21,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from . import __version__
-from .callbacks import format_seconds, read_log
+from .callbacks import describe_evaluation, format_seconds, read_log
 from .dataset import PreparedData
 from .recipe import Recipe
 from .trainer import ArpoTrainer
@@ -69,12 +69,6 @@ def end_report(recipe: Recipe, state: Any, trained: dict[str, Any], evaluated: d
     lines.append(f"done     in {format_seconds(seconds)}: {', '.join(figures)}")
     seen = [name for name in ("README.md", "trainer_log.jsonl", "training_loss.png") if (output_dir / name).exists()]
     return [*lines, f"model    {recipe.output_dir} (see {', '.join(seen)})"]
-
-
-def describe_evaluation(metrics: dict[str, float]) -> list[str]:
-    """The loss and perplexity of each dataset."""
-    wanted = [name for name in metrics if name.endswith(("_loss", "_perplexity"))]
-    return [f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in wanted]
 
 
 def describe_model(model: Any) -> str:
