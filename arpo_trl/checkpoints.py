@@ -267,9 +267,10 @@ def _named_checkpoint(folder: Path, output_dir: Path) -> tuple[Path, list[str]]:
     reason = find_damage(folder)
     if reason:
         raise RecipeError(f"resume_from_checkpoint: {folder} is not whole ({reason}); name another checkpoint")
-    newer = [p for p in list_checkpoints(output_dir) if checkpoint_step(p) > checkpoint_step(folder)]
+    others = [p for p in list_checkpoints(output_dir) if p.resolve() != folder.resolve()]
+    newer = [p for p in others if checkpoint_step(p) >= checkpoint_step(folder)]
     # The run would meet them again: the next resume takes the newest checkpoint, and these are of another course.
-    return folder, [f"{p} is newer than {folder}; kept as {set_aside(p, 'superseded').name}" for p in newer]
+    return folder, [f"{p} is not older than {folder}; kept as {set_aside(p, 'superseded').name}" for p in newer]
 
 
 def clear_earlier_run(output_dir: Path) -> list[str]:

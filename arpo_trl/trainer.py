@@ -128,44 +128,49 @@ class ArpoTrainer(SFTTrainer):
         output_dir = Path(str(self.args.output_dir))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         keep, self.args.save_total_limit = self.args.save_total_limit, None
+
+        def begin() -> None:
+            if full := missing_space(output_dir, self.checkpoint_bytes, "a checkpoint"):
+                raise RunFailed(full)
+            begin_checkpoint(folder)
+
+        def finish() -> None:
+            self.checkpoint_bytes = finish_checkpoint(folder, durable=bool(keep))
+
+        error = self._try_on_all(begin, main_only=True)
+        error = error or self._try_on_all(lambda: super(ArpoTrainer, self)._save_checkpoint(model, trial))  # type: ignore[no-untyped-call]
+        error = error or self._try_on_all(finish, main_only=True)  # its list waits for every process's rng_state
+        self.args.save_total_limit = keep
+        if error:
+            self._save_failed(folder, error)
+        elif self.is_world_process_zero():
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(output_dir=str(output_dir), save_total_limit=keep, best_model_checkpoint=best)
+
+    def _try_on_all(self, act: Callable[[], None], main_only: bool = False) -> Exception | None:
+        """Do it; the error of one process is an error for all, so that none waits for another in a collective."""
         error: Exception | None = None
         try:
-            if self.is_world_process_zero():
-                if full := missing_space(output_dir, self.checkpoint_bytes, "a checkpoint"):
-                    raise RunFailed(full)
-                begin_checkpoint(folder)
-            super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+            if not main_only or self.is_world_process_zero():
+                act()
         except Exception as failure:  # safetensors, torch and the file system each raise their own for a full disk
             error = failure
-        finally:
-            self.args.save_total_limit = keep
-        # Every process writes its own rng_state, so the list waits for all, and all agree on what to do next.
         failed = self.accelerator.reduce(torch.tensor(int(error is not None), device=self.args.device))
-        if not failed and self.is_world_process_zero():
-            try:
-                self.checkpoint_bytes = finish_checkpoint(folder, durable=bool(keep))
-            except OSError as failure:
-                error = failure
-            else:
-                rotate_checkpoints(
-                    output_dir=str(output_dir),
-                    save_total_limit=keep,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                )
-        if failed or error:
-            self._save_failed(folder, error)
+        return error or (RunFailed("another process could not write its part") if failed else None)
 
-    def _save_failed(self, folder: Path, error: Exception | None) -> None:
+    def _save_failed(self, folder: Path, error: Exception) -> None:
         """Remove what was written, so that the disk has room for the logs, and stop or go on as the recipe says."""
         if self.is_world_process_zero() and (folder / IN_PROGRESS).exists():
             shutil.rmtree(folder, ignore_errors=True)
         # torch.save reports a short write as "unexpected pos 11840 vs 11732"
         signs = ("No space left", "os error 28", "quota exceeded", "PytorchStreamWriter", "unexpected pos")
         full = any(sign in str(error) for sign in signs)
-        reason = f"disk full ({error})" if full else str(error or "another process could not write its part")
+        reason = f"disk full ({error})" if full else str(error)
         message = f"{folder} could not be saved, what was written of it is removed: {reason}"
         if self.on_save_error == "stop":
-            raise RunFailed(f"{message}. Older checkpoints are untouched; resume_from_checkpoint=true goes on from the last")
+            raise RunFailed(
+                f"{message}. Older checkpoints are untouched; resume_from_checkpoint=true goes on from the last"
+            )
         print(f"{message}; the run goes on without it (on_save_error: continue)", flush=True)
 
     def _estimate_checkpoint_bytes(self) -> int:
