@@ -14,7 +14,6 @@ from trl import SFTConfig
 
 from arpo_trl.trainer import ArpoTrainer
 
-
 # Flex attention compiles itself, with flags and decorators that torch 2.13 has deprecated; on a CPU that takes a minute.
 FLEX = pytest.param(
     "flex_attention", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
