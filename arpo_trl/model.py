@@ -21,7 +21,6 @@ from peft import PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .recipe import Recipe, RecipeError
 from .trl_config import model_init_kwargs, to_lora_config, to_quantization_config
@@ -52,7 +51,6 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
     try:
         places = {key: kwargs[key] for key in ("revision", "cache_dir", "trust_remote_code")}
         raw = AutoConfig.from_pretrained(name, **places)
-        kwargs["trust_remote_code"] &= raw.model_type not in CONFIG_MAPPING
         mixed = recipe.additional_target or recipe.finetuning_type == "freeze"
         if kwargs["dtype"] == "auto" and (mixed or not torch.accelerator.is_available()):
             kwargs["dtype"] = torch.float32  # CPUs are slow in bfloat16; what is trained whole is float32 itself

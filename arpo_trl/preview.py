@@ -144,7 +144,7 @@ def _shape(recipe: Recipe) -> Any:
     try:
         config = AutoConfig.from_pretrained(recipe.model_name_or_path, **places)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs["trust_remote_code"])
             if recipe.finetuning_type == "full":
                 return model.to(kwargs["dtype"])
             if recipe.finetuning_type == "freeze":

@@ -561,6 +561,8 @@ def _resolve(recipe: Recipe) -> Recipe:
     if "wandb" in recipe.report_to and wandb_is_disabled():
         settled["report_to"] = [tracker for tracker in recipe.report_to if tracker != "wandb"]
         say(f"{recipe.path}: report_to: wandb is left out, since WANDB_DISABLED is set")
+    if recipe.trust_remote_code:
+        say(f"{recipe.path}: trust_remote_code: the model's own code runs if transformers has none for its architecture")
     if recipe.pure_bf16:
         say(f"{recipe.path}: pure_bf16: bfloat16 keeps 8 bits; at small learning rates most updates round to nothing")
     return recipe.model_copy(update=settled)

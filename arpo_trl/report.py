@@ -169,7 +169,7 @@ def recipe_text(recipe: Recipe) -> str:
 def resume_command(recipe: Recipe) -> str:
     """The command line that goes on with this run."""
     overrides = [a for a in sys.argv[2:] if not a.startswith("resume_from_checkpoint=")]
-    if recipe.overwrite_output_dir:
+    if recipe.overwrite_output_dir or recipe.resume_from_checkpoint:
         overrides.append("resume_from_checkpoint=true")
     launcher = "accelerate launch -m" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python -m"
     return shlex.join([*launcher.split(), "arpo_trl", str(recipe.path), *overrides])
