@@ -121,14 +121,16 @@ def prepare_evaluation(trainer: EvaluatingTrainer, recipe: Recipe) -> None:
         trainer.add_callback(StopEarly(recipe.early_stopping_steps))
 
 
-def evaluate_only(recipe: Recipe) -> int:
-    """Evaluate a model that is not trained (`do_train: false`), and write eval_results.json."""
+def evaluate_only(recipe: Recipe) -> None:
+    """Evaluate a model that is not trained (`do_train: false`), and write eval_results.json. No tracker is told."""
+    args = to_sft_config(recipe)
+    args.report_to = []
     tokenizer = load_tokenizer(recipe)
     data = prepare_datasets(recipe, tokenizer)
     model, _ = load_model(recipe)
     trainer = EvaluatingTrainer(
         model=model,
-        args=to_sft_config(recipe),
+        args=args,
         train_dataset=data.train,
         eval_dataset=eval_datasets(recipe, data),
         processing_class=tokenizer,
@@ -139,4 +141,3 @@ def evaluate_only(recipe: Recipe) -> int:
     trainer.save_metrics("eval", metrics)
     for line in describe_evaluation(metrics):
         say(line)
-    return 0

@@ -11,6 +11,16 @@ import yaml
 
 from .callbacks import format_seconds, read_log
 
+NOT_FOR_THE_HUB = """\
+# push_to_hub leaves these out: excerpts of rows, the trackers' own files, what a crash left
+row_audit.jsonl
+wandb/
+trackio/
+runs/
+damaged-*/
+"""
+"""The Hub obeys a .gitignore that is uploaded (huggingface_hub: `preupload_lfs_files`, gitignore_content)."""
+
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)")
 

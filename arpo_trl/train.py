@@ -24,7 +24,7 @@ from .console import logged_to
 from .dataset import prepare_datasets
 from .evaluation import EvaluatingTrainer, eval_datasets, evaluate_only, prepare_evaluation
 from .model import keep_adapter_in_float32, load_model, to_optimizer, turn_pissa_into_lora
-from .model_card import write_model_card
+from .model_card import NOT_FOR_THE_HUB, write_model_card
 from .preflight import Preflight
 from .recipe import Recipe, RecipeError
 from .report import StartReport, describe_run, end_report, recipe_text, resume_command, say
@@ -45,7 +45,9 @@ def train(recipe: Recipe) -> int:
     """
     check_environment(recipe)
     if not recipe.do_train:
-        return evaluate_only(recipe)
+        evaluate_only(recipe)
+        leave_together()
+        return 0
     args = to_sft_config(recipe)
     main_process = PartialState().is_main_process
     output_dir = Path(recipe.output_dir)
@@ -91,6 +93,8 @@ def train(recipe: Recipe) -> int:
                 raise RecipeError(full)
             write_json(output_dir / "run.json", manifest)
             (output_dir / "recipe.yaml").write_text(recipe_text(recipe), encoding="utf-8")
+            if args.push_to_hub:
+                (output_dir / ".gitignore").write_text(NOT_FOR_THE_HUB, encoding="utf-8")
 
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 

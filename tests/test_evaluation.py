@@ -15,7 +15,7 @@ import small_run
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from arpo_trl.callbacks import read_log
 from arpo_trl.evaluation import EvaluatingTrainer, evaluate_only
@@ -32,10 +32,15 @@ SHORT, LONG = rows([4, 5, 30, 6, 28]), rows([40, 3, 50])
 
 
 def evaluate(model: Path, folder: Path, datasets: Any, batch: int = 2, **changes: Any) -> dict[str, float]:
-    values = {"use_cpu": True, "bf16": False, "report_to": "none", "max_length": None, "disable_tqdm": True}
+    values: dict[str, Any] = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "max_length": None,
+        "disable_tqdm": True,
+    }
     args = SFTConfig(
         output_dir=str(folder),
-        gradient_checkpointing=None,
         per_device_eval_batch_size=batch,
         dataset_kwargs={"skip_prepare_dataset": True},
         **values | changes,
@@ -156,7 +161,7 @@ def test_the_final_evaluation_is_written_with_each_datasets_perplexity(watched: 
 
 def test_a_model_can_be_evaluated_without_training(watched: Path, tiny_model: Path, tmp_path: Path) -> None:
     recipe = small_run.make_recipe(tmp_path, watched, do_train=False, do_eval=True, eval_dataset="counting,greetings")
-    assert evaluate_only(recipe) == 0
+    evaluate_only(recipe)
     found = json.loads((tmp_path / "run" / "eval_results.json").read_text(encoding="utf-8"))
     expected = json.loads((watched / "eval_results.json").read_text(encoding="utf-8"))
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=0.02)  # saved in bfloat16

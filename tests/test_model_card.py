@@ -126,4 +126,6 @@ def test_push_to_hub_uploads_the_folder_with_our_card(
     assert {job["repo_id"] for job in pushed} == {"me/cold-start"}
     assert {"README.md", "model.safetensors", "recipe.yaml"} <= pushed[-1]["files"]  # Trainer pushes its save first
     assert pushed[-1]["ignore_patterns"] == ["_*", "checkpoint-*"]
+    left_out = (tmp_path / "run" / ".gitignore").read_text(encoding="utf-8")  # uploaded, and obeyed by the Hub
+    assert ".gitignore" in pushed[0]["files"] and "row_audit.jsonl\n" in left_out and "wandb/\n" in left_out
     assert (tmp_path / "run" / "README.md").read_text(encoding="utf-8").count("# run\n") == 1

@@ -51,7 +51,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
     wandb 0.31 reads the file in Go only (`wandb leet` shows it). Frames are LevelDB's log format: blocks of 32 KiB;
     checksum, length and kind (1 whole, 2 first, 3 middle, 4 last) before each piece.
     """
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     data = path.read_bytes()
     assert data[:4] == b":W&B"
@@ -72,7 +72,10 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 def wandb_run(folder: Path) -> tuple[Any, dict[str, Any], list[dict[str, Any]], list[str]]:
     """The run, its config, its history and its files."""
-    run, config, history, files = None, {}, [], []
+    run: Any = None
+    config: dict[str, Any] = {}
+    history: list[dict[str, Any]] = []
+    files: list[str] = []
     for record in wandb_records(next(folder.glob("run-*.wandb"))):
         kind = record.WhichOneof("record_type")
         if kind == "run":
