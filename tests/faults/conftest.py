@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "run"
     train(folder, tiny_model, max_steps=3, save_strategy="steps", save_steps=1)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Begin with Python's own signal handlers, and put them back: a run replaces them."""
+    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    kept = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def test_a_folder_that_is_refused_stops_both(make_recipe: MakeRecipe, output_dir
     code, told = run_on_two(make_recipe())
     assert code == 1  # torchrun's own
     assert told.count("holds a finished run") == 1, told
-    assert told.count("exitcode  : 2") == 2, told
+    assert "exitcode  : 2" in told, told  # torchrun may stop the other before it has ended by itself
 
 
 def test_a_nan_on_one_stops_both(make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path) -> None:
