@@ -131,7 +131,7 @@ def evaluate_only(recipe: Recipe) -> None:
     trainer = EvaluatingTrainer(
         model=model,
         args=args,
-        train_dataset=data.train,
+        train_dataset=next(iter(data.eval.values())),  # TRL asks for one; it is never trained on
         eval_dataset=eval_datasets(recipe, data),
         processing_class=tokenizer,
     )

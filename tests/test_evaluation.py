@@ -160,7 +160,9 @@ def test_the_final_evaluation_is_written_with_each_datasets_perplexity(watched: 
 
 
 def test_a_model_can_be_evaluated_without_training(watched: Path, tiny_model: Path, tmp_path: Path) -> None:
-    recipe = small_run.make_recipe(tmp_path, watched, do_train=False, do_eval=True, eval_dataset="counting,greetings")
+    recipe = small_run.make_recipe(
+        tmp_path, watched, do_train=False, do_eval=True, dataset=None, eval_dataset="counting,greetings"
+    )
     evaluate_only(recipe)
     found = json.loads((tmp_path / "run" / "eval_results.json").read_text(encoding="utf-8"))
     expected = json.loads((watched / "eval_results.json").read_text(encoding="utf-8"))
