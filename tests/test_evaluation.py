@@ -37,6 +37,7 @@ def evaluate(model: Path, folder: Path, datasets: Any, batch: int = 2, **changes
         "bf16": False,
         "report_to": "none",
         "max_length": None,
+        "gradient_checkpointing": None,
         "disable_tqdm": True,
     }
     args = SFTConfig(
