@@ -74,15 +74,18 @@ def _run(arguments: list[str], overrides: list[str], flags: list[str]) -> int:
     from .checkpoints import RunFailed
     from .train import train
 
+    log = Path(recipe.output_dir) / "training.log"
     try:
         return train(recipe)
+    except RecipeError:
+        raise
     except RunFailed as error:
+        _append(log, str(error))
         print(error, file=sys.stderr)
         return 1
-    except (RecipeError, KeyboardInterrupt):
-        raise
     except Exception as error:
-        print(f"{_in_one_line(error)}; {_keep_traceback(Path(recipe.output_dir) / 'training.log')}", file=sys.stderr)
+        where = f"the traceback is in {log}" if _append(log, traceback.format_exc()) else f"{log} can't be written"
+        print(f"{_in_one_line(error)}; {where}", file=sys.stderr)
         return 1
 
 
@@ -93,14 +96,14 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'without a word'}{place}"
 
 
-def _keep_traceback(log: Path) -> str:
-    """Append the traceback of the exception being handled to the run's log, and say where it is."""
+def _append(log: Path, text: str) -> bool:
+    """Add what ended the run to its log; whether that could be done."""
     try:
         with log.open("a", encoding="utf-8") as file:
-            file.write(traceback.format_exc())
+            file.write(f"{text}\n")
     except OSError:
-        return f"the traceback could not be written to {log}"
-    return f"the traceback is in {log}"
+        return False
+    return True
 
 
 def _stop_with_launcher() -> None:
