@@ -112,15 +112,6 @@ def eval_datasets(recipe: Recipe, data: PreparedData) -> Any:
     return data.eval or None
 
 
-def prepare_evaluation(trainer: EvaluatingTrainer, recipe: Recipe) -> None:
-    """Evaluate in batches no larger than those of training, unless the recipe says how large, and stop early."""
-    if "per_device_eval_batch_size" not in recipe.model_fields_set:
-        # the default of 8 may run out of memory where training did not; the loss does not depend on it
-        trainer.args.per_device_eval_batch_size = trainer.args.per_device_train_batch_size
-    if recipe.early_stopping_steps:
-        trainer.add_callback(StopEarly(recipe.early_stopping_steps))
-
-
 def evaluate_only(recipe: Recipe) -> None:
     """Evaluate a model that is not trained (`do_train: false`), and write eval_results.json. No tracker is told."""
     args = to_sft_config(recipe)
@@ -135,7 +126,6 @@ def evaluate_only(recipe: Recipe) -> None:
         eval_dataset=eval_datasets(recipe, data),
         processing_class=tokenizer,
     )
-    prepare_evaluation(trainer, recipe)
     say_nothing_of_steps(trainer)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)

@@ -127,7 +127,9 @@ class MethodKeys(BaseModel):
     create_new_adapter: bool = _key(False, "Merge adapter_name_or_path into the base and train a new adapter.")
     freeze_trainable_layers: Whole = _key(2, "Train the last so many layers; the first, if negative.", unit="layers")
     freeze_trainable_modules: Names = _key(["all"], "Modules of those layers that are trained (self_attn, mlp, ...).")
-    freeze_extra_modules: Names = _key([], "Modules outside the layers that are trained too (embed_tokens, norm, ...).")
+    freeze_extra_modules: Names = _key(
+        [], "Modules outside the layers that are trained too (embed_tokens, norm, ...)."
+    )
     use_galore: bool = _key(False, "GaLore's optimizer (full only).", "optim, optim_args, optim_target_modules")
     galore_target: Names = _key(["all"], "Modules that GaLore projects.", "optim_target_modules")
     galore_rank: Count = _key(16, "Rank of GaLore's gradients.", "optim_args")
@@ -191,7 +193,7 @@ class OutputKeys(BaseModel):
     plot_loss: bool = _key(False, "Write training_loss.png.")
     report_to: Trackers = _key([], "Trackers (wandb, tensorboard, trackio, ..., all), or none.")
     run_name: str | None = _key(None, "Name of the run in a tracker.")
-    project: str = _key("huggingface", "Project of the run in Trackio.")
+    project: str = _key("huggingface", "Project of the run in W&B and Trackio; WANDB_PROJECT if omitted.")
     on_save_error: Literal["stop", "continue"] = _key("stop", "What a failed checkpoint does to the run.")
 
 
@@ -233,7 +235,9 @@ class EvalKeys(BaseModel):
     eval_dataset: Names = _key([], "Names in dataset_info.json to evaluate on.")
     eval_on_each_dataset: bool = _key(False, "Evaluate each of eval_dataset by itself.")
     val_size: Number = _key(0.0, "Part of the training rows held out: a share below 1, or a number of rows.", ge=0)
-    per_device_eval_batch_size: Count = _key(8, "Rows per device and step of an evaluation.", unit="rows")
+    per_device_eval_batch_size: Count | None = _key(
+        None, "Rows per device and step of an evaluation; those of training if omitted.", unit="rows"
+    )
     eval_strategy: Literal["no", "steps", "epoch"] = _key("no", "When to evaluate during training.")
     load_best_model_at_end: bool = _key(False, "End with the checkpoint that evaluated best.")
     early_stopping_steps: Count | None = _key(None, "Evaluations without progress before stopping.")
@@ -562,7 +566,9 @@ def _resolve(recipe: Recipe) -> Recipe:
         settled["report_to"] = [tracker for tracker in recipe.report_to if tracker != "wandb"]
         say(f"{recipe.path}: report_to: wandb is left out, since WANDB_DISABLED is set")
     if recipe.trust_remote_code:
-        say(f"{recipe.path}: trust_remote_code: the model's own code runs if transformers has none for its architecture")
+        say(
+            f"{recipe.path}: trust_remote_code: the model's own code runs if transformers has none for its architecture"
+        )
     if recipe.pure_bf16:
         say(f"{recipe.path}: pure_bf16: bfloat16 keeps 8 bits; at small learning rates most updates round to nothing")
     return recipe.model_copy(update=settled)

@@ -22,7 +22,7 @@ from .checkpoints import (
 )
 from .console import logged_to
 from .dataset import prepare_datasets
-from .evaluation import EvaluatingTrainer, eval_datasets, evaluate_only, prepare_evaluation
+from .evaluation import EvaluatingTrainer, StopEarly, eval_datasets, evaluate_only
 from .model import keep_adapter_in_float32, load_model, to_optimizer, turn_pissa_into_lora
 from .model_card import NOT_FOR_THE_HUB, write_model_card
 from .preflight import Preflight
@@ -79,7 +79,8 @@ def train(recipe: Recipe) -> int:
         keep_adapter_in_float32(model)
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
             say("FSDP needs GPUs (accelerate 1.15): each process holds the whole model, as with multi_gpu.yaml")
-        prepare_evaluation(trainer, recipe)
+        if recipe.early_stopping_steps:
+            trainer.add_callback(StopEarly(recipe.early_stopping_steps))
         stop = StopOnSignal()
         trainer.add_callback(stop)
         trainer.add_callback(StartReport(recipe, data, trainer, checkpoint))

@@ -65,7 +65,8 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
         "eval_strategy": recipe.eval_strategy,
         "load_best_model_at_end": recipe.load_best_model_at_end,
         "per_device_train_batch_size": recipe.per_device_train_batch_size,
-        "per_device_eval_batch_size": recipe.per_device_eval_batch_size,
+        # evaluation needs no more memory than training did
+        "per_device_eval_batch_size": recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size,
         "num_train_epochs": recipe.num_train_epochs,
         "learning_rate": recipe.learning_rate,
         "logging_steps": recipe.logging_steps,
@@ -265,9 +266,10 @@ def _trackers(recipe: Recipe) -> list[str]:
         elif tracker == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
             import wandb
 
-            if not wandb.login(prompt=False):
-                lines.append(
-                    "report_to: wandb has no login; run `wandb login`, or set WANDB_MODE=offline, "
-                    "or write report_to: none"
-                )
+            ways_out = "run `wandb login`, or set WANDB_MODE=offline, or write report_to: none"
+            try:
+                if not wandb.login(prompt=False):
+                    lines.append(f"report_to: wandb has no login; {ways_out}")
+            except wandb.Error as error:  # a key that the server refuses, or no server
+                lines.append(f"report_to: wandb did not let you in ({' '.join(str(error).split())[:200]}); {ways_out}")
     return lines

