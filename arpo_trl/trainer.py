@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,12 @@ class ArpoTrainer(SFTTrainer):
         # Trainer would replace a NaN loss by the running average and log 0: the step below raises instead.
         self.args.logging_nan_inf_filter = False
         self.add_callback(_LogState(self))
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # Accelerate 1.15 rounds what leaves the model, each token's log-probability, to bfloat16 (7.68 to 7.6875),
+            # and sums gradients in it. https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/dataclasses.py
+            policy = plugin.mixed_precision_policy
+            plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
         if self.accelerator.device.type not in ("cuda", "xpu"):
             model = self.accelerator.unwrap_model(self.model)
             score_labelled_positions_only(model.get_base_model() if hasattr(model, "get_base_model") else model)
