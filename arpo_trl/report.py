@@ -74,6 +74,9 @@ def end_report(recipe: Recipe, state: Any, trained: dict[str, Any], evaluated: d
 def describe_model(model: Any) -> str:
     """How many parameters there are, and how many are trained (an adapter's)."""
     total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    if any(hasattr(p, "ds_numel") for p in model.parameters()):  # ZeRO-3 leaves parameters empty, their size beside
+        sizes = [(p.ds_numel, p.requires_grad) for p in model.parameters()]
+        total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     if total == trained:
         return f"{total:,} parameters, all trained"
     return f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.2g} %)"
