@@ -294,6 +294,10 @@ def test_fsdp2_splits_the_model_and_saves_it_whole(tmp_path: Path, tiny_model: P
     go_on_from_step_2(tmp_path / "run", command)
     require_same_training(tmp_path / "run", one)
 
+    launch([*command, "bf16=true", "overwrite_output_dir=true"])
+    losses, wanted = ([line["loss"] for line in log_without_times(run)] for run in (tmp_path / "run", one))
+    assert losses == pytest.approx(wanted, rel=3e-4)  # log-probabilities rounded to bfloat16 would be 4e-4 off
+
 
 @pytest.mark.slow
 def test_fsdp_without_gpus_is_said_to_be_ddp(tmp_path: Path, tiny_model: Path) -> None:
