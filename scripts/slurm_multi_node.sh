@@ -5,7 +5,7 @@
 #   sbatch --nodes=4 --time=08:00:00 scripts/slurm_multi_node.sh recipes/qwen_toy.yaml     # flags beat the lines below
 #
 # 300 s before the time limit the run saves a checkpoint, the job goes back into the queue, and continues from there.
-# The effective batch grows with the number of GPUs; global_batch_size=N keeps it, by fewer accumulation steps.
+# The effective batch grows with the number of GPUs; global_batch_size=N gradient_accumulation_steps=1 holds it at N rows.
 #SBATCH --job-name=arpo_trl
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -31,7 +31,8 @@ gpus=${SLURM_GPUS_ON_NODE:-8}
 export CONFIG=$config PROCESSES=$((SLURM_NNODES * gpus))
 MAIN_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MAIN_HOST MAIN_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs that share a machine don't meet
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280                    # torchrun kills after 30 s: too soon to save a large model
+# torchrun kills 30 s after a SIGTERM, too soon to save a large model; torch 2.13 reads this variable.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280
 
 # SIGTERM reaches only this shell (the B: above). srun itself would answer it with SIGKILL, so scancel passes it on.
 stopped=

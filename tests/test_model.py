@@ -319,3 +319,13 @@ def test_a_model_in_several_files_is_whole_resumed_and_noticed_when_one_is_gone(
     run(parts, resume=True)
     whole, found = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
     assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
+
+
+def test_an_adapter_of_a_model_in_several_files_is_trained_and_merged(tmp_path: Path, tiny_model: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path / "base", max_shard_size="200KB")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors.index.json").is_file()
+    trained = predict(run(recipe(tmp_path / "run", tmp_path / "base")).model)
+    merge(tmp_path / "run", tmp_path / "merged")
+    merged = predict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    torch.testing.assert_close(merged, trained, atol=0.05, rtol=0.05)  # the merged weights are bfloat16
