@@ -114,7 +114,7 @@ def _with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     base_name = recipe.model_name_or_path
     for adapter in to_merge:
         model = _load_adapter(model, adapter, is_trainable=False).merge_and_unload(safe_merge=True)
-    if to_merge:
+    if to_merge and recipe.do_train:
         base_name = str(Path(recipe.output_dir) / MERGED_BASE)
         if PartialState().is_main_process:
             model.save_pretrained(base_name)
@@ -129,7 +129,7 @@ def _with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
         except ValueError as error:
             raise RecipeError(f"{recipe.path}: lora_target: {str(error).splitlines()[0]}") from error
     peft_model.peft_config["default"].base_model_name_or_path = base_name
-    if _starts_from_pissa(peft_model) and PartialState().is_main_process:
+    if _starts_from_pissa(peft_model) and recipe.do_train and PartialState().is_main_process:
         _save_pissa_start(peft_model, Path(recipe.output_dir) / PISSA_START)
     return peft_model
 
