@@ -205,6 +205,10 @@ class ArpoTrainer(SFTTrainer):
         else:
             model.to(dtype)
             self.save_model()
+        if self.args.should_save:  # beside an adapter of an earlier run, from_pretrained would load that one
+            others = ("model*.safetensors*", "config.json") if hasattr(model, "peft_config") else ("adapter_*",)
+            for path in [path for other in others for path in Path(str(self.args.output_dir)).glob(other)]:
+                path.unlink()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

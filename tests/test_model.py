@@ -135,6 +135,15 @@ def test_an_adapter_that_was_resumed_is_the_adapter_that_never_stopped(
         assert [key for key in whole if not torch.equal(whole[key], found[key])] == []
 
 
+def test_a_run_in_the_folder_of_an_earlier_one_leaves_one_model(tmp_path: Path, tiny_model: Path) -> None:
+    for kind, there, gone in (("lora", "adapter_model", "model"), ("full", "model", "adapter_model")) * 2:
+        trained = predict(run(recipe(tmp_path / "run", tiny_model, finetuning_type=kind)).model)
+        assert (tmp_path / "run" / f"{there}.safetensors").exists()
+        assert not (tmp_path / "run" / f"{gone}.safetensors").exists()
+    found = predict(AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.bfloat16))
+    torch.testing.assert_close(found, trained, atol=0.02, rtol=0.0)  # both compute in bfloat16
+
+
 # --- where an adapter starts ---
 
 
