@@ -19,7 +19,10 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from .callbacks import format_seconds, peak_memory
-from .trainer import ArpoTrainer
+from .trainer import ArpoTrainer, is_out_of_memory
+
+ROOM = 0.9
+"""Share of a GPU that the longest batch may take: the allocator's gaps and the collectives' buffers need the rest."""
 
 
 class Preflight(TrainerCallback):
@@ -28,22 +31,26 @@ class Preflight(TrainerCallback):
     A batch is filled with the longest rows, so it is at least as large as any that the sampler can draw. Where there
     is a GPU, memory for the optimizer's state is held meanwhile. Skipped under DeepSpeed, whose engine counts each
     backward as a step.
+
+    Args:
+        trainer: The trainer whose rows and model are tried.
+        choose_checkpointing: Keep activations instead of recomputing them if the longest batch fits so
+            (`gradient_checkpointing: auto`). Where the memory is not known, or is shared out by FSDP, they are
+            recomputed.
     """
 
-    def __init__(self, trainer: ArpoTrainer) -> None:
+    def __init__(self, trainer: ArpoTrainer, choose_checkpointing: bool = False) -> None:
         self.trainer = trainer
+        self.choose_checkpointing = choose_checkpointing
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if trainer.is_deepspeed_enabled or not isinstance(trainer.train_dataset, Dataset):
             return
         batch, tokens_a_row = longest_batch(trainer.train_dataset, args.per_device_train_batch_size)
-        with untouched(trainer), _optimizer_memory(trainer):
-            began = time.monotonic()
-            inputs = trainer.data_collator(batch)
-            trainer.training_step(trainer.model_wrapped, inputs, (inputs["labels"][:, 1:] != -100).sum())
-            seconds = time.monotonic() - began
-            peak = peak_memory()
+        if self.choose_checkpointing:
+            self._choose_checkpointing(batch)
+        seconds, peak = self._try_step(batch)
         evals = trainer.eval_dataset
         for dataset in evals.values() if isinstance(evals, dict) else [evals] if evals else []:
             with untouched(trainer):
@@ -61,6 +68,50 @@ class Preflight(TrainerCallback):
             f"{steps:,} steps take about {format_seconds(expected)}",
             flush=True,
         )
+
+    def _try_step(self, batch: list[dict[str, Any]]) -> tuple[float, int]:
+        """Seconds of a forward and backward, and the memory at its peak in bytes."""
+        trainer = self.trainer
+        with untouched(trainer), _optimizer_memory(trainer):
+            began = time.monotonic()
+            inputs = trainer.data_collator(batch)
+            trainer.training_step(trainer.model_wrapped, inputs, (inputs["labels"][:, 1:] != -100).sum())
+            return time.monotonic() - began, peak_memory()
+
+    def _choose_checkpointing(self, batch: list[dict[str, Any]]) -> None:
+        trainer, args = self.trainer, self.trainer.args
+        memory = gpu_memory()
+        if memory is None or trainer.is_fsdp_enabled:
+            return
+        model: Any = trainer.model
+        model.activation_checkpointing_disable()
+        fits = True
+        try:
+            fits = self._try_step(batch)[1] < ROOM * memory
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        # Every process has tried a batch of the same size; the one with the least room decides.
+        fits = bool(trainer.accelerator.reduce(torch.tensor(int(not fits), device=args.device)) == 0)
+        if not fits:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=args.activation_checkpointing_kwargs)
+        args.activation_checkpointing = fits is False
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        if trainer.is_world_process_zero():
+            what = "keeps activations" if fits else "recomputes activations: they do not fit"
+            print(f"memory   gradient_checkpointing: auto {what}", flush=True)
+
+
+def gpu_memory() -> int | None:
+    """Bytes of this process's GPU, or None where there is none."""
+    return (
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        if torch.cuda.is_available()
+        else None
+    )
 
 
 def longest_batch(dataset: Dataset, size: int) -> tuple[list[dict[str, Any]], float]:

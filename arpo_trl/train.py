@@ -86,7 +86,7 @@ def train(recipe: Recipe) -> int:
         trainer.add_callback(StartReport(recipe, data, trainer, checkpoint))
         show_progress(trainer, recipe.plot_loss)
         if recipe.preflight:
-            trainer.add_callback(Preflight(trainer))
+            trainer.add_callback(Preflight(trainer, choose_checkpointing=recipe.gradient_checkpointing == "auto"))
         if main_process:
             for line in clear_earlier_run(output_dir) if checkpoint is None else []:
                 say(line)

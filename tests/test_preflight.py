@@ -14,7 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).with_name("faults")))
 from runs import differing, log_without_times, make_rows, make_trainer, train
 
-from arpo_trl.preflight import longest_batch, untouched
+from arpo_trl import preflight
+from arpo_trl.preflight import Preflight, longest_batch, untouched
 from arpo_trl.trainer import ArpoTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -110,3 +111,35 @@ def test_it_says_the_peak_and_the_time(tmp_path: Path, tiny_model: Path, capsys:
     train(tmp_path, tiny_model, preflight=True, max_steps=1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("checked")]
     assert "GB at its peak; 1 steps take about 0:00:0" in line
+
+
+@pytest.mark.parametrize(
+    ("memory", "peak", "recomputes"),
+    [(16e9, 10e9, False), (16e9, 15e9, True), (16e9, None, True), (None, 10e9, True)],
+    ids=["fits", "too_near_the_edge", "out_of_memory", "memory_not_known"],
+)
+def test_auto_keeps_activations_only_where_the_longest_batch_fits(
+    memory: float | None,
+    peak: float | None,
+    recomputes: bool,
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is no GPU here: its size and the peak are given, and the step that is out of memory fails as CUDA's does."""
+    trainer: Any = make_trainer(tmp_path, tiny_model, max_steps=1)
+    step, tried = trainer.training_step, []
+
+    def training_step(*args: Any) -> Any:
+        tried.append(trainer.model.is_activation_checkpointing)
+        if peak is None and not tried[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(*args)
+
+    monkeypatch.setattr(trainer, "training_step", training_step)
+    monkeypatch.setattr(preflight, "gpu_memory", lambda: memory)
+    monkeypatch.setattr(preflight, "peak_memory", lambda: peak or 0)
+    trainer.add_callback(Preflight(trainer, choose_checkpointing=True))
+    trainer.train()
+    assert tried[0] is (memory is None)
+    assert tried[-1] is trainer.args.activation_checkpointing is recomputes
