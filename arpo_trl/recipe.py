@@ -212,7 +212,9 @@ class TrainKeys(BaseModel):
     bf16: bool = _key(False, "Compute in bfloat16; master weights stay in float32.")
     fp16: bool = _key(False, "Compute in float16 with loss scaling.")
     gradient_checkpointing: bool | Literal["auto"] = _key(
-        True, "Recompute activations to save memory.", "activation_checkpointing"
+        True,
+        "Recompute activations to save memory; auto: where the longest batch would not fit the GPU.",
+        "activation_checkpointing",
     )
     disable_gradient_checkpointing: bool = _key(
         False, "Keep activations: faster, more memory.", "activation_checkpointing"
