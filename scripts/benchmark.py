@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 15000])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--float32", action="store_true", help="no bf16 autocast")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plot", type=Path, help="picture of --scaling")
     parser.add_argument("--json", type=Path)
@@ -43,7 +44,7 @@ def main() -> None:
         model = options.model or str(benchmark_steps.make_tiny_model(folder))
         if options.steps:
             variants = options.variants or ["trl", "ours", "ours, padding-free", "ours, no checkpointing"]
-            size = options.repeats, options.count, options.batch, options.cutoff
+            size = options.repeats, options.count, options.batch, options.cutoff, not options.float32
             figures["steps"] = benchmark_steps.steps(Path(model), options.shape, variants, *size)
         if options.startup:
             figures["startup"] = benchmark_steps.startup(options.repeats)
@@ -53,7 +54,7 @@ def main() -> None:
         if options.memory:
             figures["memory"] = benchmark_preparation.memory(model, options.rows or [5000, 50000])
         if options.scaling:
-            axes = options.lengths, options.batches
+            axes = not options.float32, options.lengths, options.batches
             figures["scaling"] = benchmark_steps.scaling(Path(model), options.shape, *axes, options.plot)
     for name, table in figures.items():
         print(f"\n{name}")

@@ -38,13 +38,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def steps(
-    model: Path, shape: str, variants: list[str], rounds: int, count: int, batch: int, cutoff: int
+    model: Path, shape: str, variants: list[str], rounds: int, count: int, batch: int, cutoff: int, bf16: bool
 ) -> list[dict[str, Any]]:
     """Median seconds a step, tokens/s and peak memory of each variant; ratios are to the first."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name in variants:
-            found[name].append(_in_own_process(model, name, shape, count, batch, cutoff))
+            found[name].append(_in_own_process(model, name, shape, count, batch, cutoff, bf16))
             print(f"  {name}: {found[name][-1]['seconds']}", file=sys.stderr, flush=True)
     table = []
     for name, runs in found.items():
@@ -69,11 +69,11 @@ def steps(
 
 
 def scaling(
-    model: Path, shape: str, lengths: list[int], batches: list[int], picture: Path | None
+    model: Path, shape: str, bf16: bool, lengths: list[int], batches: list[int], picture: Path | None
 ) -> list[dict[str, Any]]:
     """Seconds a step against length (batch 1) and against batch (512 tokens), and the exponent of a power-law fit."""
-    points = [("length", n, _in_own_process(model, "ours", shape, 3, 1, n, full=True)) for n in lengths]
-    points += [("batch", n, _in_own_process(model, "ours", shape, 3, n, 512, full=True)) for n in batches]
+    points = [("length", n, _in_own_process(model, "ours", shape, 3, 1, n, bf16, full=True)) for n in lengths]
+    points += [("batch", n, _in_own_process(model, "ours", shape, 3, n, 512, bf16, full=True)) for n in batches]
     table = []
     for axis, size, run in points:
         seconds = statistics.median(run["seconds"])
@@ -182,7 +182,7 @@ def _draw(table: list[dict[str, Any]], picture: Path) -> None:
 
 
 def _in_own_process(
-    model: Path, variant: str, shape: str, count: int, batch: int, cutoff: int, full: bool = False
+    model: Path, variant: str, shape: str, count: int, batch: int, cutoff: int, bf16: bool, full: bool = False
 ) -> dict[str, Any]:
     command = [
         sys.executable,
@@ -193,6 +193,7 @@ def _in_own_process(
         str(count),
         str(batch),
         str(cutoff),
+        str(int(bf16)),
         str(int(full)),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
@@ -202,7 +203,9 @@ def _in_own_process(
     return result
 
 
-def _measure(model: Path, variant: str, shape: str, count: int, batch: int, cutoff: int, full: bool) -> dict[str, Any]:
+def _measure(
+    model: Path, variant: str, shape: str, count: int, batch: int, cutoff: int, bf16: bool, full: bool
+) -> dict[str, Any]:
     """`count` steps after one that warms up, in this process. `full`: every row is cut from one long text."""
     import torch
     from datasets import Dataset
@@ -242,7 +245,7 @@ def _measure(model: Path, variant: str, shape: str, count: int, batch: int, cuto
     with tempfile.TemporaryDirectory() as folder:
         defaults = {"per_device_train_batch_size": batch, "learning_rate": 7e-6, "max_steps": count + 1}
         args = SFTConfig(
-            output_dir=folder, use_cpu=not gpu, bf16=gpu, logging_steps=1, save_strategy="no", report_to="none",
+            output_dir=folder, use_cpu=not gpu, bf16=bf16, logging_steps=1, save_strategy="no", report_to="none",
             disable_tqdm=True, **(defaults | settings),
         )  # fmt: skip
         seconds: list[float] = []
@@ -302,7 +305,7 @@ if __name__ == "__main__":
     parser.add_argument("model", type=Path)
     for name in ("variant", "shape"):
         parser.add_argument(name)
-    for name in ("count", "batch", "cutoff", "full"):
+    for name in ("count", "batch", "cutoff", "bf16", "full"):
         parser.add_argument(name, type=int)
     given = parser.parse_args()
-    print(json.dumps(_measure(**vars(given))))
+    print(json.dumps(_measure(**{**vars(given), "bf16": bool(given.bf16), "full": bool(given.full)})))
