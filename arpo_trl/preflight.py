@@ -85,7 +85,6 @@ class Preflight(TrainerCallback):
             return
         model: Any = trainer.model
         model.activation_checkpointing_disable()
-        fits = True
         try:
             fits = self._try_step(batch)[1] < ROOM * memory
         except (RuntimeError, MemoryError) as error:
@@ -96,7 +95,7 @@ class Preflight(TrainerCallback):
         fits = bool(trainer.accelerator.reduce(torch.tensor(int(not fits), device=args.device)) == 0)
         if not fits:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs=args.activation_checkpointing_kwargs)
-        args.activation_checkpointing = fits is False
+        args.activation_checkpointing = not fits
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
