@@ -18,7 +18,9 @@ from pathlib import Path
 os.environ.setdefault("USE_LIBUV", "0")
 
 from .console import silence_libraries
-from .recipe import RecipeError, explain_key, list_text, read_recipe, usage
+from .errors import RecipeError
+from .help import explain_key, list_text, usage
+from .recipe import read_recipe
 
 HERE = Path(__file__).parent
 
@@ -61,7 +63,7 @@ def _run(arguments: list[str], overrides: list[str], flags: list[str]) -> int:
     recipe = read_recipe(arguments[0], overrides)
     silence_libraries()
     if "--check" in flags:
-        from .preview import check
+        from .check import check
 
         check(recipe)
         return 0
@@ -71,7 +73,7 @@ def _run(arguments: list[str], overrides: list[str], flags: list[str]) -> int:
         preview(recipe, rows or 1)
         return 0
     _stop_with_launcher()
-    from .checkpoints import RunFailed
+    from .errors import RunFailed
     from .train import train
 
     log = Path(recipe.output_dir) / "training.log"

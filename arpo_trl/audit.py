@@ -1,14 +1,15 @@
 """What became of each row: kept, shortened, lost its final answer, or dropped, with its place and the reason."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.encoding import IGNORED, Example
-from arpo_trl.messages import RowError
-from arpo_trl.registry import DatasetError
-from arpo_trl.rows import Row
+from .encoding import IGNORED, Example
+from .errors import DatasetError, RowError
+from .rows import Row
 
 SHOWN_REASONS = 3
 EXCERPT = 160
@@ -30,7 +31,7 @@ class Counts:
     def rows(self) -> int:
         return self.kept + self.shortened + self.lost_answer + self.dropped
 
-    def add(self, other: "Counts") -> None:
+    def add(self, other: Counts) -> None:
         for fate in ("kept", "shortened", "lost_answer", "dropped", "tokens", "trained_tokens"):
             setattr(self, fate, getattr(self, fate) + getattr(other, fate))
         self.first = (self.first + other.first)[:SHOWN_REASONS]

@@ -1,5 +1,7 @@
 """Rows -> batches of encoded rows, in the rows' order, on two threads or on several processes."""
 
+from __future__ import annotations
+
 import multiprocessing
 import os
 from collections import deque
@@ -13,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from arpo_trl.audit import Counts, count_row
-from arpo_trl.encoding import IGNORED, Example, Law, Segment, encode, to_segments
-from arpo_trl.messages import RowError, to_conversation
-from arpo_trl.recipe import Recipe
-from arpo_trl.registry import DatasetInfo
-from arpo_trl.rows import Row
-from arpo_trl.template import Template, check_parity, find_template, make_tokenize
+from .audit import Counts, count_row
+from .encoding import IGNORED, EncodingConfig, Example, Segment, encode, to_segments
+from .errors import RowError
+from .messages import to_conversation
+from .recipe import Recipe
+from .registry import DatasetInfo
+from .rows import Row
+from .template import Template, check_parity, find_template, make_tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +45,7 @@ def encode_rows(
     rows: Iterable[Row],
     info: DatasetInfo,
     recipe: Recipe,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     workers: int = 1,
 ) -> Iterator[Batch]:
     """Encode rows batch by batch, in their order, whatever the number of workers.
@@ -75,17 +78,17 @@ def _encode_batch(
     tokenize: Callable[[list[str]], Iterable[list[int]]],
     rows: list[Row],
 ) -> Batch:
-    law = to_law(recipe)
+    config = encoding_config(recipe)
     rendered: list[list[Segment] | RowError] = []
     for row in rows:
         try:
             if isinstance(row.value, RowError):
                 raise row.value
             conversation = to_conversation(row.value, info, recipe.default_system)
-            rendered.append(to_segments(conversation, template.render, law, template.generation_prompt))
+            rendered.append(to_segments(conversation, template.render, config, template.generation_prompt))
         except RowError as error:
             rendered.append(error)
-    examples = iter(encode([segments for segments in rendered if isinstance(segments, list)], tokenize, law))
+    examples = iter(encode([segments for segments in rendered if isinstance(segments, list)], tokenize, config))
     kept: list[tuple[str, Example]] = []
     counts, findings = Counts(), []
     for row, segments in zip(rows, rendered):
@@ -108,7 +111,7 @@ def _to_arrow(examples: list[tuple[str, Example]]) -> pa.RecordBatch:
 _worker: Callable[[list[Row]], Batch]
 
 
-def _start_worker(info: DatasetInfo, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> None:
+def _start_worker(info: DatasetInfo, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # The processes are the parallelism.
     _worker = partial(_encode_batch, info, recipe, find_template(tokenizer), make_tokenize(tokenizer))
@@ -145,18 +148,18 @@ def _with_labels(example: Example) -> Example | RowError:
 
 
 def through_the_gate(
-    rows: Iterator[Row], info: DatasetInfo, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase"
+    rows: Iterator[Row], info: DatasetInfo, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Row]:
     """The same rows, once the first of them have passed `check_parity`."""
     sample, template = list(islice(rows, GATE_ROWS)), find_template(tokenizer)
     for row in sample:
         try:
             conversation = to_conversation(row.value, info, recipe.default_system)
-            check_parity(conversation, tokenizer, template, to_law(recipe), row.place)
+            check_parity(conversation, tokenizer, template, encoding_config(recipe), row.place)
         except RowError:
             continue  # The audit will say so.
     return chain(sample, rows)
 
 
-def to_law(recipe: Recipe) -> Law:
-    return Law(recipe.cutoff_len, recipe.mask_history, recipe.train_on_prompt, recipe.truncation_mode)
+def encoding_config(recipe: Recipe) -> EncodingConfig:
+    return EncodingConfig(recipe.cutoff_len, recipe.mask_history, recipe.train_on_prompt, recipe.truncation_mode)

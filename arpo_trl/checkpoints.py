@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from .recipe import RecipeError, keys
+from .errors import RecipeError
+from .recipe import keys
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -55,10 +56,6 @@ FREE_KEYS = frozenset(
     trust_remote_code include_num_input_tokens_seen
     """.split()
 )
-
-
-class RunFailed(Exception):
-    """A run that began and cannot go on (exit code 1). `str()` is the finished message."""
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -187,17 +184,6 @@ def match_umask(folder: Path) -> None:
     os.umask(umask)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o666 & ~umask)
-
-
-def missing_space(folder: Path, needed: int, what: str) -> str | None:
-    """What to say when the disk of `folder` has less than `needed` bytes free for `what`, else None."""
-    free = shutil.disk_usage(folder).free
-    if free >= needed:
-        return None
-    return (
-        f"disk full: {what} needs {needed / 1e9:.3f} GB and {folder} has {free / 1e9:.3f} GB free; free some space, set "
-        "save_total_limit: 1 or point output_dir elsewhere"
-    )
 
 
 def write_json(path: Path, value: Any) -> None:

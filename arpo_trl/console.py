@@ -15,8 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from .checkpoints import RunFailed
-from .recipe import RecipeError
+from .errors import RecipeError, RunFailed
 
 TIED_HEAD_IS_MISSING = "missing keys in the checkpoint model loaded: ['lm_head.weight']"
 
@@ -107,6 +106,14 @@ def start_bar(total: int, initial: int) -> tqdm[Any] | None:
         bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed} < {remaining}{postfix}",
     )
     return _Tee.bar
+
+
+def say(line: str) -> None:
+    """Print a line on the main process."""
+    from accelerate import PartialState  # not above: this module is imported before torch
+
+    if PartialState().is_main_process:
+        print(line, flush=True)
 
 
 def log_only(line: str) -> None:

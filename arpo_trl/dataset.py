@@ -7,6 +7,8 @@ Each dataset is encoded once and kept under a name made of everything it depends
 Hugging Face datasets cache, so that neither another process of this run nor the next run encodes it again.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -20,14 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 import arpo_trl
-from arpo_trl.audit import Audit, Counts, check_dropped, to_lines
-from arpo_trl.batches import SCHEMA, encode_rows, through_the_gate, to_law
-from arpo_trl.recipe import Recipe
-from arpo_trl.registry import DatasetError, DatasetInfo, read_registry
-from arpo_trl.rows import Row, find_files, read_hub, read_rows
-from arpo_trl.template import Template, find_template
+
+from .audit import Audit, Counts, check_dropped, to_lines
+from .batches import SCHEMA, encode_rows, encoding_config, through_the_gate
+from .errors import DatasetError
+from .recipe import Recipe
+from .registry import DatasetInfo, read_registry
+from .rows import Row, find_files, read_hub, read_rows
+from .template import Template, find_template
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -41,14 +46,14 @@ STREAMED_BEFORE_JUDGED = 1000
 class PreparedData:
     """Columns: input_ids, labels (-100: no loss), source ("file:line"). `fingerprints`: content hash per dataset."""
 
-    train: "Dataset | IterableDataset"
-    eval: "dict[str, Dataset]"
+    train: Dataset | IterableDataset
+    eval: dict[str, Dataset]
     audit: Audit
     fingerprints: dict[str, str]
     template_hash: str
 
 
-def prepare_datasets(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> PreparedData:
+def prepare_datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     """Encode what the recipe names, or find it encoded.
 
     On several processes the main one prepares while the others wait; on nodes that share no disk, the first of each.
@@ -109,6 +114,13 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
     return infos
 
 
+def token_lengths(rows: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Tokens of each row, in the rows' order: shape (rows,)."""
+    batches = rows.select_columns("input_ids").with_format("arrow").iter(1000)
+    lengths = [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]
+    return np.concatenate([np.empty(0, np.int64), *lengths])
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A dataset as it lies on disk: rows.arrow, audit.jsonl and prepared.json in `folder`."""
@@ -120,7 +132,7 @@ class Encoded:
 
 
 def _find_or_encode(
-    info: DatasetInfo, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", template: Template, overwrite: bool
+    info: DatasetInfo, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, template: Template, overwrite: bool
 ) -> Encoded:
     from datasets import config
 
@@ -154,7 +166,7 @@ def _read_prepared(folder: Path) -> dict[str, Any]:
     return prepared
 
 
-def _load(encoded: Encoded, recipe: Recipe) -> "Dataset":
+def _load(encoded: Encoded, recipe: Recipe) -> Dataset:
     """LLaMA-Factory's order: num_samples of a dataset at random (again and again if it has fewer), then max_samples."""
     from datasets import Dataset
 
@@ -168,8 +180,8 @@ def _load(encoded: Encoded, recipe: Recipe) -> "Dataset":
 
 
 def _stream(
-    info: DatasetInfo, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", audit: Audit, writes: bool
-) -> "tuple[str, IterableDataset]":
+    info: DatasetInfo, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, audit: Audit, writes: bool
+) -> tuple[str, IterableDataset]:
     """Rows are encoded as they are asked for, and counted and judged on the first pass over them."""
     from datasets import Features, IterableDataset
 
@@ -195,7 +207,7 @@ def _stream(
     return _fingerprint(info, recipe), dataset
 
 
-def _split(dataset: "Dataset | IterableDataset", recipe: Recipe) -> "tuple[Dataset | IterableDataset, Dataset]":
+def _split(dataset: Dataset | IterableDataset, recipe: Recipe) -> tuple[Dataset | IterableDataset, Dataset]:
     """Hold out `val_size`: a share below 1, or a number of rows. A stream gives its first ones."""
     from datasets import Dataset
 
@@ -248,7 +260,7 @@ def _workers(info: DatasetInfo, recipe: Recipe) -> int:
 
 
 def _parts(
-    info: DatasetInfo, fingerprint: str, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", template: Template
+    info: DatasetInfo, fingerprint: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> dict[str, Any]:
     """All that the encoded rows depend on, by the name under which a change is reported."""
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
@@ -258,7 +270,7 @@ def _parts(
         "dataset_info.json": [info.formatting, info.columns, info.tags],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "template": template.hash,
-        **asdict(to_law(recipe)),
+        **asdict(encoding_config(recipe)),
         "max_samples": recipe.max_samples if info.num_samples is None else None,
         "default_system": recipe.default_system,
     }
@@ -268,7 +280,7 @@ def _encode_to(
     folder: Path,
     info: DatasetInfo,
     recipe: Recipe,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     parts: dict[str, Any],
 ) -> None:
     """Written beside its place and moved there when whole, so that a killed run leaves nothing half done."""
@@ -297,7 +309,7 @@ def _encode_to(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _mix(datasets: "list[Dataset | IterableDataset]", recipe: Recipe) -> Any:
+def _mix(datasets: list[Dataset | IterableDataset], recipe: Recipe) -> Any:
     from datasets import Dataset, concatenate_datasets, interleave_datasets
 
     if not datasets:

@@ -8,13 +8,16 @@ segments. Each segment is tokenised alone: as one string, "assistant\\n" + "\\nh
 token, which the model never sees at inference.
 """
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from arpo_trl.messages import Conversation, Message, RowError
+from .errors import RowError
+from .messages import Conversation, Message
 
 IGNORED = -100
 
@@ -42,7 +45,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Law:
+class EncodingConfig:
     """What carries loss, and where a row ends: the recipe's keys of the same names."""
 
     cutoff_len: int
@@ -51,7 +54,9 @@ class Law:
     truncation_mode: str = "keep_start"
 
 
-def to_segments(conversation: Conversation, render: Render, law: Law, generation_prompt: str) -> list[Segment]:
+def to_segments(
+    conversation: Conversation, render: Render, config: EncodingConfig, generation_prompt: str
+) -> list[Segment]:
     """The rendered conversation in pieces that alternate between context and reply, the last being a reply.
 
     Messages after the last reply are left out: nothing that follows could be learnt from them.
@@ -73,9 +78,9 @@ def to_segments(conversation: Conversation, render: Render, law: Law, generation
             raise RowError("the template rewrites an earlier turn once later ones follow")
         if not until_reply.startswith(until_prompt):
             raise RowError("the template writes the reply other than its generation prompt begins it")
-        trained = not (position in conversation.silent or (law.mask_history and position != replies[-1]))
-        segments.append(Segment(until_prompt[len(done) :], False, law.train_on_prompt))
-        segments.append(Segment(until_reply[len(until_prompt) :], True, trained or law.train_on_prompt))
+        trained = not (position in conversation.silent or (config.mask_history and position != replies[-1]))
+        segments.append(Segment(until_prompt[len(done) :], False, config.train_on_prompt))
+        segments.append(Segment(until_reply[len(until_prompt) :], True, trained or config.train_on_prompt))
         done = until_reply
     _check_complete(messages[: replies[-1] + 1], tools or [], segments)
     try:
@@ -108,7 +113,7 @@ def _check_complete(messages: Sequence[Message], tools: Sequence[Message], segme
 
 
 def encode(
-    rows: Sequence[Sequence[Segment]], tokenize: Callable[[list[str]], Iterable[list[int]]], law: Law
+    rows: Sequence[Sequence[Segment]], tokenize: Callable[[list[str]], Iterable[list[int]]], config: EncodingConfig
 ) -> list[Example]:
     """Tokenise all segments of a batch of rows in one call, join each row's and cut it to the cutoff."""
     tokens = iter(tokenize([segment.text for row in rows for segment in row]))
@@ -116,10 +121,10 @@ def encode(
     for row in rows:
         pieces = [next(tokens) for _ in row]
         lengths = [len(piece) for piece in pieces]
-        if law.truncation_mode == "llamafactory":
-            kept = proportional_cut(lengths, law.cutoff_len, from_the_end=law.mask_history)
+        if config.truncation_mode == "llamafactory":
+            kept = proportional_cut(lengths, config.cutoff_len, from_the_end=config.mask_history)
         else:
-            kept = keep_start(lengths, law.cutoff_len)
+            kept = keep_start(lengths, config.cutoff_len)
         example = Example(cut=sum(lengths) - sum(kept), lost_answer=not kept[-1])
         for segment, piece, length in zip(row, pieces, kept, strict=True):
             piece = piece if length == len(piece) else piece[:length]

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from .callbacks import describe_evaluation, say_nothing_of_steps
+from .callbacks import say_nothing_of_steps
+from .console import say
 from .dataset import PreparedData, prepare_datasets
 from .model import load_model
 from .recipe import Recipe
-from .report import say
 from .template import load_tokenizer
 from .trainer import ArpoTrainer
+from .trainer_log import describe_evaluation
 from .trl_config import to_sft_config
 
 

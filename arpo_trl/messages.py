@@ -6,19 +6,18 @@ starts with the assistant; here it is kept if the template can render it, and dr
 if not.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from arpo_trl.registry import DatasetInfo
+from .errors import RowError
+from .registry import DatasetInfo
 
 Message = dict[str, Any]
-
-
-class RowError(Exception):
-    """Why a row can't be used; str(e) is the reason as the audit gives it."""
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .recipe import Recipe, RecipeError
-from .trl_config import model_init_kwargs, to_lora_config, to_quantization_config
+from .errors import RecipeError
+from .recipe import Recipe
+from .trl_config import load_model_config, model_init_kwargs, to_lora_config, to_quantization_config
 
 MERGED_BASE = "merged_base"
 PISSA_START = "pissa_start"
@@ -49,8 +50,7 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
     kwargs = model_init_kwargs(recipe)
     name = recipe.model_name_or_path
     try:
-        places = {key: kwargs[key] for key in ("revision", "cache_dir", "trust_remote_code")}
-        raw = AutoConfig.from_pretrained(name, **places)
+        file_dtype = getattr(load_model_config(recipe), "dtype", None)
         mixed = recipe.additional_target or recipe.finetuning_type == "freeze"
         if kwargs["dtype"] == "auto" and (mixed or not torch.accelerator.is_available()):
             kwargs["dtype"] = torch.float32  # CPUs are slow in bfloat16; what is trained whole is float32 itself
@@ -58,7 +58,7 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **kwargs)
     except (OSError, ValueError) as error:
         raise RecipeError(f"model_name_or_path: {name} could not be loaded: {str(error).splitlines()[0]}") from error
-    return model, getattr(raw, "dtype", None)
+    return model, file_dtype
 
 
 # --- some layers ---

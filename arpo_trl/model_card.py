@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .callbacks import format_seconds, read_log
+from .trainer_log import format_seconds, read_log
 
 NOT_FOR_THE_HUB = """\
 # push_to_hub leaves these out: excerpts of rows, the trackers' own files, what a crash left

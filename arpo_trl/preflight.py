@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from .callbacks import format_seconds, peak_memory
+from .callbacks import peak_memory
+from .dataset import token_lengths
 from .trainer import ArpoTrainer, is_out_of_memory
+from .trainer_log import format_seconds
 
 ROOM = 0.9
 """Share of a GPU that the longest batch may take: the allocator's gaps and the collectives' buffers need the rest."""
@@ -115,8 +116,7 @@ def gpu_memory() -> int | None:
 
 def longest_batch(dataset: Dataset, size: int) -> tuple[list[dict[str, Any]], float]:
     """The `size` longest rows, ready for the collator, and the mean length of all rows in tokens."""
-    tables = dataset.select_columns("input_ids").with_format("arrow").iter(1000)
-    lengths = np.concatenate([pc.list_value_length(t["input_ids"]).to_numpy() for t in tables])
+    lengths = token_lengths(dataset)
     rows = dataset.select(np.argsort(lengths, kind="stable")[-size:])
     names = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
     return list(rows.select_columns(names)), float(lengths.mean())

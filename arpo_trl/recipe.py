@@ -1,4 +1,4 @@
-"""The recipe: LLaMA-Factory's keys, their types, defaults and docs, and the reader that answers every mistake at once.
+"""The recipe: LLaMA-Factory's keys, their types, defaults and docs, and all that is wrong with one, at once.
 
     recipe = read_recipe("recipes/qwen_toy.yaml", ["learning_rate=1e-5"])
 
@@ -12,25 +12,16 @@ torch is not imported: a typo is answered in well under a second.
 import difflib
 import functools
 import importlib.util
-import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 
-from arpo_trl.vocabulary import HARMLESS, NO_EFFECT, REFUSED, RENAMED, sft_fields
-
-
-class RecipeError(Exception):
-    """What a user can mend before training starts; `str(error)` is the finished text (exit code 2, no traceback)."""
-
-    def __init__(self, problems: str | list[str]):
-        super().__init__(problems if isinstance(problems, str) else "\n".join(problems))
-
+from .errors import RecipeError
+from .recipe_file import Given, Problems, read_file, read_overrides
+from .vocabulary import HARMLESS, NO_EFFECT, REFUSED, RENAMED, sft_fields
 
 # --------------------------------------------------------------------------------------------------------------------
 # Types. pydantic takes true for 1 and text for a list of characters; a person would not.
@@ -175,7 +166,7 @@ class DatasetKeys(BaseModel):
     mask_history: bool = _key(False, "Put loss on the last reply only.")
     packing: bool = _key(False, "Fill rows up to cutoff_len with several conversations, which do not see each other.")
     neat_packing: bool = _key(False, "The same as packing here.", "packing")
-    padding_free: bool | None = _key(None, "Flatten a batch instead of padding it; omitted: found out.")
+    padding_free: bool = _key(False, "Lay a batch's rows end to end instead of padding them; none sees another.")
 
 
 class OutputKeys(BaseModel):
@@ -342,31 +333,6 @@ def in_words(schema: dict[str, Any], bounds: bool = False) -> str:
 # Reading.
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values: 7e-6 is a number; no, on and 2024-01-01 are text."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (a class variable that PyYAML annotates so)
-
-
-for _tag, _pattern in {
-    "null": r"~|null|Null|NULL|",
-    "bool": r"true|True|TRUE|false|False|FALSE",
-    "int": r"[-+]?[0-9][0-9_]*",
-    "float": r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-}.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
-_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in "null bool int float str seq map".split()}
-
-
-class _Given(NamedTuple):
-    value: Any
-    place: str  # "line 14" or "override"
-
-
-_Problems = list[tuple[str, str]]  # where, and what
-
-
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, and `key=value` overrides by the same rules.
 
@@ -374,8 +340,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: all problems at once, each with its line.
     """
     path = Path(path)
-    problems: _Problems = []
-    given = _in_file(path, problems) | _in_overrides(overrides, problems)
+    problems: Problems = []
+    given = read_file(path, problems) | read_overrides(overrides, problems)
     no_effect = _leave_what_has_effect(given, problems)
     recipe = _typed(given, problems)
     if recipe:
@@ -390,7 +356,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return _resolve(recipe)
 
 
-def _leave_what_has_effect(given: dict[str, _Given], problems: _Problems) -> dict[str, list[str]]:
+def _leave_what_has_effect(given: dict[str, Given], problems: Problems) -> dict[str, list[str]]:
     """Take from `given` what is no key of ours; return the keys without effect by their reason."""
     no_effect: dict[str, list[str]] = {}
     for key, (value, place) in list(given.items()):
@@ -400,17 +366,17 @@ def _leave_what_has_effect(given: dict[str, _Given], problems: _Problems) -> dic
         if key in RENAMED:
             if RENAMED[key] in given:
                 problems.append((place, f"{key}: means {RENAMED[key]}, which is there too; keep one"))
-            given.setdefault(RENAMED[key], _Given(value, place))
+            given.setdefault(RENAMED[key], Given(value, place))
         elif key in NO_EFFECT:
             no_effect.setdefault(NO_EFFECT[key], []).append(key)
         elif key not in REFUSED:
-            problems.append((place, f"{key}: {_nearest(key)}"))
+            problems.append((place, f"{key}: {nearest(key)}"))
         elif value is not None and value is not False and value != HARMLESS.get(key):
             problems.append((place, f"{key}: {REFUSED[key]}"))
     return no_effect
 
 
-def _typed(given: dict[str, _Given], problems: _Problems) -> Recipe | None:
+def _typed(given: dict[str, Given], problems: Problems) -> Recipe | None:
     """The recipe of these values, if each has its type."""
     own: dict[str, Any] = {}
     trl: dict[str, Any] = {}
@@ -443,7 +409,7 @@ def _typed(given: dict[str, _Given], problems: _Problems) -> Recipe | None:
     return recipe
 
 
-def _place(key: str, given: dict[str, _Given]) -> str:
+def _place(key: str, given: dict[str, Given]) -> str:
     return given[key].place if key in given else "missing"
 
 
@@ -460,92 +426,9 @@ def _expected(key: str, value: Any) -> str:
     return f"{key}: expected {in_words(keys()[key].schema, bounds)}, found {found}"
 
 
-def _nearest(key: str) -> str:
+def nearest(key: str) -> str:
     near = difflib.get_close_matches(key, [*keys(), *RENAMED], n=1)
     return f"no such key; the nearest is {near[0]}" if near else "no such key; recipes/KEYS.md lists them"
-
-
-def _in_file(path: Path, problems: _Problems) -> dict[str, _Given]:
-    """The keys of a recipe file with their lines; duplicates, tags and odd keys become problems."""
-    try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        root = loader.get_single_node()
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{path}:{line}: not YAML ({error.problem or error.context})") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: not YAML text in UTF-8 ({str(error).splitlines()[0]})") from None
-    except OSError as error:
-        folders = dict.fromkeys((path if path.is_dir() else path.parent, Path("recipes"), Path()))
-        found = dict.fromkeys(str(recipe) for folder in folders for recipe in _recipes(folder))
-        there = f"there are {', '.join(found)}" if found else "no recipe is near; recipes are .yaml files"
-        raise RecipeError(f"{path}: {error.strerror}; {there}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(f"{path}: expected lines of key: value, found {'nothing' if root is None else 'no key'}")
-    given: dict[str, _Given] = {}
-    first_lines: dict[str, str] = {}
-    for key_node, value_node in root.value:
-        place = f"line {key_node.start_mark.line + 1}"
-        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
-        if key in first_lines:
-            problems.append((place, f"{key}: already on {first_lines[key]}; keep one"))
-            continue
-        first_lines[key] = place
-        value, odd = _construct(loader, value_node)
-        if odd:
-            problems.append((place, f"{key}: {odd}"))
-        else:
-            given[key] = _Given(value, place)
-    return given
-
-
-def _construct(loader: _Loader, node: yaml.Node) -> tuple[Any, str | None]:
-    """The value of a node, or what is odd in it: a tag, which could run code, or a key twice."""
-    seen: set[int] = set()
-    waiting = [node]
-    while waiting:
-        part = waiting.pop()
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
-        if part.tag not in _TAGS:
-            return (
-                None,
-                f"the tag {part.tag.replace('tag:yaml.org,2002:', '!!')} is not read here; write a plain value",
-            )
-        if isinstance(part, yaml.SequenceNode):
-            waiting += part.value
-        elif isinstance(part, yaml.MappingNode):
-            names = [str(name.value) for name, _ in part.value]
-            twice = [name for name in names if names.count(name) > 1]
-            if twice:
-                return None, f"{twice[0]} is there twice; keep one"
-            waiting += [value for _, value in part.value]
-    try:
-        return loader.construct_object(node, deep=True), None
-    except (yaml.YAMLError, ValueError, KeyError):
-        return None, "expected a plain value"
-
-
-def _in_overrides(overrides: Sequence[str], problems: _Problems) -> dict[str, _Given]:
-    given = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            problems.append(("override", f"{override}: expected key=value"))
-            continue
-        try:
-            loader = _Loader(text)
-            node = loader.get_single_node()
-        except yaml.YAMLError:
-            problems.append(("override", f"{key}: {text!r} is not YAML; quote it"))
-            continue
-        value, odd = _construct(loader, node) if node else (None, None)
-        if odd:
-            problems.append(("override", f"{key}: {odd}"))
-        else:
-            given[key] = _Given(value, "override")
-    return given
 
 
 def _resolve(recipe: Recipe) -> Recipe:
@@ -659,89 +542,3 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         checks.append((getattr(r, key) and r.deepspeed, key, "does not go with deepspeed; remove one"))
         checks.append((getattr(r, key) and "optim" in r.trl, key, "optim is there too; keep one"))
     yield from ((key, why) for wrong, key, why in checks if wrong)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Help.
-
-
-_MAIN_KEYS = """model_name_or_path finetuning_type dataset dataset_dir template cutoff_len max_samples output_dir
-    overwrite_output_dir resume_from_checkpoint per_device_train_batch_size gradient_accumulation_steps learning_rate
-    num_train_epochs lr_scheduler_type warmup_ratio bf16 save_steps logging_steps report_to"""
-
-
-def usage() -> str:
-    """One screen: how to call it, the main keys, the exit codes."""
-    lines = [
-        "python -m arpo_trl RECIPE.yaml [key=value ...]              train",
-        "python -m arpo_trl --check RECIPE.yaml [key=value ...]      check recipe, data and template; train nothing",
-        "python -m arpo_trl --preview RECIPE.yaml [N]                show N rows as tokens, with what is trained",
-        "python -m arpo_trl --help KEY                               explain one key (recipes/KEYS.md has them all)",
-        "python -m arpo_trl --list                                   list recipes and datasets found",
-        "On GPUs: accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m arpo_trl RECIPE.yaml",
-        "",
-        "The main keys (LLaMA-Factory's; every field of TRL's SFTConfig is a key too):",
-    ]
-    for name in _MAIN_KEYS.split():
-        default = "required" if keys()[name].default is ... else _plain(keys()[name].default)
-        lines.append(f"  {name:<28} {default:<9} {keys()[name].help.split('. ')[0].rstrip('.')}"[:119])
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Exit codes: 0 done, 1 the run failed, 2 you can mend it before training, 130 Ctrl-C, 143 SIGTERM",
-        ]
-    )
-
-
-def explain_key(key: str) -> str:
-    """Type, default, fate and help of one key. Raises RecipeError naming the nearest if there is no such key."""
-    if key in RENAMED:
-        return f"{key}: another name for {RENAMED[key]}\n\n{explain_key(RENAMED[key])}"
-    if key in NO_EFFECT:
-        return f"{key}: accepted, no effect; {NO_EFFECT[key]}"
-    if key in REFUSED:
-        return f"{key}: refused; {REFUSED[key]}"
-    if key not in keys():
-        raise RecipeError(f"{key}: {_nearest(key)}")
-    group, schema, default, fate, help = keys()[key]
-    fate = {"same": "the field of that name in TRL's SFTConfig", "ours": "arpo_trl's own"}.get(fate, fate)
-    lines = [
-        f"{key}  ({group})",
-        f"  type     {in_words(schema, bounds=True)}",
-        f"  default  {'required' if default is ... else _plain(default)}",
-        f"  fate     {fate}",
-        f"  {help}",
-    ]
-    if group != "trl" and key in sft_fields():
-        lines.append(f"  TRL: {sft_fields()[key].help}")
-    return "\n".join(lines)
-
-
-def list_text(folder: Path = Path()) -> str:
-    """The recipes under `folder` and `folder/recipes`, and the datasets that dataset_info.json files there name."""
-    lines = []
-    for recipe in dict.fromkeys([*_recipes(folder / "recipes"), *_recipes(folder)]):
-        title = (line[1:].strip() for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-        lines.append(f"{recipe}  {next((line for line in title if line and '$schema' not in line), '')}".rstrip())
-    for info in (folder / place / "dataset_info.json" for place in ("recipes", "data", ".")):
-        try:
-            lines.append(f"{info}  {', '.join(json.loads(info.read_text(encoding='utf-8')))}")
-        except (OSError, ValueError):
-            continue  # --check says what is wrong with it
-    return "\n".join(lines) or f"no recipe and no dataset_info.json in {folder.resolve()}"
-
-
-def _recipes(folder: Path) -> list[Path]:
-    """The YAML files in a folder that name a model."""
-    files = sorted(folder.glob("*.yaml")) if folder.is_dir() else []
-    names_a_model = re.compile(r"^model_name_or_path:", re.MULTILINE)
-    return [file for file in files if names_a_model.search(file.read_text(encoding="utf-8", errors="replace"))]
-
-
-def _plain(default: Any) -> str:
-    if default is None or default == []:
-        return "none"
-    if isinstance(default, list):
-        return ", ".join(default)
-    return str(default).lower() if isinstance(default, bool) else str(default)

@@ -5,6 +5,8 @@ What LLaMA-Factory knows and this package does not do (preference pairs, images,
 dataset is used, so that LLaMA-Factory's own registry can be pointed at.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.recipe import RecipeError
+from .errors import DatasetError
 
 COLUMNS = {
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
@@ -57,10 +59,6 @@ REFUSED_COLUMNS = {
     **dict.fromkeys(("images", "videos", "audios"), "is multimodal; arpo_trl trains on text"),
     **dict.fromkeys(("chosen", "rejected", "kto_tag"), "holds preference data, which SFT does not read"),
 }
-
-
-class DatasetError(RecipeError):
-    """Data that the user can mend: the registry, a file, or too many of its rows."""
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -21,18 +20,16 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from . import __version__
-from .callbacks import describe_evaluation, format_seconds, read_log
+from .console import say
 from .dataset import PreparedData
+from .disk import free_space
 from .recipe import Recipe
-from .trainer import ArpoTrainer
+from .trainer_log import describe_evaluation, format_seconds, read_log
+
+if TYPE_CHECKING:
+    from .trainer import ArpoTrainer
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
-
-
-def say(line: str) -> None:
-    """Print a line on the main process."""
-    if PartialState().is_main_process:
-        print(line, flush=True)
 
 
 class StartReport(TrainerCallback):
@@ -126,7 +123,7 @@ def describe_disk(args: Any, checkpoint_bytes: int) -> str:
     else:
         kept = f"{args.save_total_limit} kept" if args.save_total_limit else "all kept"
         saved = f"{checkpoint_bytes / 1e9:.2f} GB a checkpoint, {kept}"
-    return f"{saved}; {shutil.disk_usage(args.output_dir).free / 1e9:,.1f} GB free"
+    return f"{saved}; {free_space(Path(args.output_dir)) / 1e9:,.1f} GB free"
 
 
 def describe_run(recipe: Recipe, data: PreparedData) -> dict[str, Any]:

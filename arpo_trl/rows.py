@@ -4,6 +4,8 @@ Arrow would give every object the keys of all others, filled with nulls, and wou
 A file of any size is read in a bounded amount of memory.
 """
 
+from __future__ import annotations
+
 import csv
 import json
 import re
@@ -12,8 +14,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from arpo_trl.messages import RowError
-from arpo_trl.registry import DatasetError, DatasetInfo
+from .errors import DatasetError, RowError
+from .registry import DatasetInfo
 
 CHUNK = 1 << 20
 LONGEST_ROW = 64 << 20

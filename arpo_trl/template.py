@@ -5,6 +5,8 @@ may have to render with another: a template that writes earlier turns differentl
 its thinking) can't be learnt from as it stands; TRL has a training form of the common ones.
 """
 
+from __future__ import annotations
+
 import hashlib
 import re
 import sys
@@ -18,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from arpo_trl.encoding import IGNORED, Law, Render, encode, to_segments
-from arpo_trl.messages import Conversation, Message, RowError
-from arpo_trl.recipe import Recipe, RecipeError
-from arpo_trl.registry import DatasetError
+from .encoding import IGNORED, EncodingConfig, Render, encode, to_segments
+from .errors import DatasetError, RecipeError, RowError
+from .messages import Conversation, Message
+from .recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +53,7 @@ class Template:
         return hashlib.sha256(self.jinja.encode()).hexdigest()
 
 
-def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the recipe's template, whose end-of-turn token becomes the eos token.
 
     Raises:
@@ -96,7 +98,7 @@ def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _find_template(template: str | None, tokenizer: "PreTrainedTokenizerBase") -> str:
+def _find_template(template: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
     shipped = {file.name.removesuffix(".jinja"): file for file in files("arpo_trl").joinpath("templates").iterdir()}
     ways_out = f"omit it for the tokenizer's own, name a shipped one ({', '.join(sorted(shipped))}) or a .jinja file"
     if template is None:
@@ -117,7 +119,7 @@ def _find_template(template: str | None, tokenizer: "PreTrainedTokenizerBase") -
         raise RecipeError(f"template: {template}: cannot be read ({error})") from None
 
 
-def find_template(tokenizer: "PreTrainedTokenizerBase") -> Template:
+def find_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template to render with in training: the tokenizer's own, or TRL's training form if that one rewrites turns."""
     own = _describe(tokenizer, str(tokenizer.chat_template), is_training_form=False)
     if not _faults(own):
@@ -132,7 +134,7 @@ def find_template(tokenizer: "PreTrainedTokenizerBase") -> Template:
     return form if _faults(form) < _faults(own) else own
 
 
-def _describe(tokenizer: "PreTrainedTokenizerBase", jinja: str, is_training_form: bool) -> Template:
+def _describe(tokenizer: PreTrainedTokenizerBase, jinja: str, is_training_form: bool) -> Template:
     epilogue = ""
 
     def render(messages: list[Message], tools: Any, prompt: bool) -> str:
@@ -158,7 +160,7 @@ def _describe(tokenizer: "PreTrainedTokenizerBase", jinja: str, is_training_form
     return Template(jinja, render, with_prompt[len(without) :], end_of_turn, is_training_form)
 
 
-def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", render: Render) -> int | None:
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, render: Render) -> int | None:
     """The first special token after a reply's text."""
     after = render([ASK, REPLY], None, False).rpartition(REPLY["content"])[2]
     ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
@@ -175,14 +177,18 @@ def _faults(template: Template) -> int:
         except RowError:
             continue
         try:
-            to_segments(Conversation(messages), template.render, Law(0), template.generation_prompt)
+            to_segments(Conversation(messages), template.render, EncodingConfig(0), template.generation_prompt)
         except RowError:
             faults += 1
     return faults
 
 
 def check_parity(
-    conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", template: Template, law: Law, place: str
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    config: EncodingConfig,
+    place: str,
 ) -> None:
     """The gate before the first step: what this row trains is what the model will have to generate.
 
@@ -200,8 +206,8 @@ def check_parity(
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
-    law, tokenize = replace(law, cutoff_len=sys.maxsize), make_tokenize(tokenizer)
-    segments = to_segments(conversation, template.render, law, template.generation_prompt)
+    config, tokenize = replace(config, cutoff_len=sys.maxsize), make_tokenize(tokenizer)
+    segments = to_segments(conversation, template.render, config, template.generation_prompt)
     replies = [position for position, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     messages = conversation.messages[: replies[-1] + 1]
     if "".join(segment.text for segment in segments) != template.render(messages, conversation.tools, False):
@@ -211,9 +217,9 @@ def check_parity(
         raise refuse("the tokenizer writes a reply after its context otherwise than alone, as with a space before it")
     if tokenizer.eos_token_id != template.end_of_turn:
         raise refuse(f"a turn does not end in the eos token {tokenizer.eos_token!r}")
-    if law.train_on_prompt:
+    if config.train_on_prompt:
         return
-    (example,) = encode([segments], tokenize, law)
+    (example,) = encode([segments], tokenize, config)
     runs = [list(run) for trained, run in groupby(example.labels, lambda label: label != IGNORED) if trained]
     if any(template.end_of_turn not in run for run in runs):
         raise refuse(f"a reply is trained without its end-of-turn token {tokenizer.eos_token!r}")
@@ -224,7 +230,7 @@ def check_parity(
             raise refuse(f"a message from {message['role']} is not wholly masked")
 
 
-def make_tokenize(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[str]], Iterable[list[int]]]:
+def make_tokenize(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], Iterable[list[int]]]:
     """Texts -> token ids, without special tokens added; the Rust tokenizer takes all texts at once, in parallel."""
     if not tokenizer.is_fast:
         return lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]

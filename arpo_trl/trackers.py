@@ -6,13 +6,16 @@ another place, and a resumed run goes on in the tracker's run: its id is kept in
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .recipe import RecipeError
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from .errors import RecipeError
 
 if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
@@ -20,7 +23,35 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 RUN_ID = "tracker_run"
+WANDB_WAYS_OUT = "run `wandb login`, or set WANDB_MODE=offline, or write report_to: none"
 TOLD_TO_WANDB = ("recipe", "audit", "versions", "git_commit", "world_size")
+
+
+def missing_trackers(recipe: Recipe) -> list[str]:
+    """A line for each tracker of `report_to` that is unknown, not installed, or lets nobody in, with the way out."""
+    lines = []
+    for tracker in recipe.report_to:
+        if tracker == "all":
+            continue
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            lines.append(
+                f"report_to: expected none, all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}; found {tracker!r}"
+            )
+            continue
+        package = {"azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
+        if importlib.util.find_spec(package) is None:
+            lines.append(f"report_to: {tracker} is not installed; pip install {package}, or write report_to: none")
+        elif tracker == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+            import wandb
+
+            try:
+                if not wandb.login(prompt=False):
+                    lines.append(f"report_to: wandb has no login; {WANDB_WAYS_OUT}")
+            except wandb.Error as error:  # a key that the server refuses, or no server
+                lines.append(
+                    f"report_to: wandb did not let you in ({' '.join(str(error).split())[:200]}); {WANDB_WAYS_OUT}"
+                )
+    return lines
 
 
 def start_trackers(recipe: Recipe, args: SFTConfig, manifest: dict[str, Any], earlier: dict[str, Any]) -> None:
@@ -70,8 +101,7 @@ def _start_wandb(recipe: Recipe, output_dir: Path, name: str, manifest: dict[str
         )
     except wandb.Error as error:
         raise RecipeError(
-            f"report_to: wandb could not begin a run ({' '.join(str(error).split())}); run `wandb login`, or set "
-            "WANDB_MODE=offline, or write report_to: none"
+            f"report_to: wandb could not begin a run ({' '.join(str(error).split())}); {WANDB_WAYS_OUT}"
         ) from error
 
 

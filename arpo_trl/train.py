@@ -10,27 +10,31 @@ from typing import Any
 
 from accelerate import PartialState
 
-from .callbacks import StopOnSignal, mean_loss, plot_loss, read_log, show_progress
+from .callbacks import StopOnSignal, show_progress
 from .checkpoints import (
     clear_earlier_run,
     find_resume_point,
     match_umask,
-    missing_space,
     read_manifest,
     require_same_course,
     write_json,
 )
-from .console import logged_to
+from .console import logged_to, say
 from .dataset import prepare_datasets
+from .disk import missing_space
+from .environment import check_environment
+from .errors import RecipeError
 from .evaluation import EvaluatingTrainer, StopEarly, eval_datasets, evaluate_only
+from .loss_plot import plot_loss
 from .model import keep_adapter_in_float32, load_model, to_optimizer, turn_pissa_into_lora
 from .model_card import NOT_FOR_THE_HUB, write_model_card
 from .preflight import Preflight
-from .recipe import Recipe, RecipeError
-from .report import StartReport, describe_run, end_report, recipe_text, resume_command, say
+from .recipe import Recipe
+from .report import StartReport, describe_run, end_report, recipe_text, resume_command
 from .template import load_tokenizer
 from .trackers import finish_trackers, start_trackers
-from .trl_config import check_environment, to_sft_config
+from .trainer_log import mean_loss, read_log
+from .trl_config import to_sft_config
 
 
 def train(recipe: Recipe) -> int:

@@ -22,7 +22,9 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .checkpoints import IN_PROGRESS, RunFailed, begin_checkpoint, finish_checkpoint, missing_space
+from .checkpoints import IN_PROGRESS, begin_checkpoint, finish_checkpoint
+from .disk import checkpoint_bytes, missing_space
+from .errors import RunFailed
 
 TILE_POSITIONS = 512
 """Labelled positions scored at once: 512 x 151,936 float32 logits are 311 MB."""
@@ -45,7 +47,7 @@ class ArpoTrainer(SFTTrainer):
         self.trained_tokens = 0
         self._window: list[dict[str, Tensor]] = []
         self._last_batch = ""
-        self.checkpoint_bytes = self._estimate_checkpoint_bytes()
+        self.checkpoint_bytes = checkpoint_bytes(self.model, self.args.save_only_model)  # until one is measured
         # Trainer would replace a NaN loss by the running average and log 0: the step below raises instead.
         self.args.logging_nan_inf_filter = False
         self.add_callback(_LogState(self))
@@ -184,15 +186,6 @@ class ArpoTrainer(SFTTrainer):
                 f"{message}. Older checkpoints are untouched; resume_from_checkpoint=true goes on from the last"
             )
         print(f"{message}; the run goes on without it (on_save_error: continue)", flush=True)
-
-    def _estimate_checkpoint_bytes(self) -> int:
-        """Weights, and AdamW's two moments of what is trained. After the first save the measured size is used."""
-        model: Any = self.model
-        # ZeRO-3 leaves parameters empty, with their size beside them.
-        sizes = [(getattr(p, "ds_numel", p.numel()) * p.element_size(), p.requires_grad) for p in model.parameters()]
-        trained = sum(size for size, is_trained in sizes if is_trained)
-        saved = trained if hasattr(model, "peft_config") else sum(size for size, _ in sizes)
-        return int(saved + 2 * trained)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL writes one into every checkpoint, with base model None for a local path; `train` writes one at the end."""

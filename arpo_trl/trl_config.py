@@ -1,47 +1,24 @@
 """Recipe -> SFTConfig, LoraConfig, BitsAndBytesConfig: the only file that knows both vocabularies."""
 
-import importlib.util
+from __future__ import annotations
+
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trl.trainer.sft_config import SFTConfig
 
-from arpo_trl.recipe import Recipe, RecipeError, wandb_is_disabled
+from .errors import RecipeError
+from .recipe import Recipe, wandb_is_disabled
 
 # The output layer stays as it is in LLaMA-Factory, whose `all` means the linear layers before it.
 _ALL_BUT_THE_HEAD = r"(?!.*(lm_head|output_layer)).*"
 _KERNELS = {"disabled": "eager", "sdpa": "sdpa", "flex": "flex_attention"}
 _KERNELS |= {"fa2": "flash_attention_2", "fa3": "flash_attention_3"}
-
-
-def check_environment(recipe: Recipe) -> None:
-    """Ask for what the recipe needs and this machine lacks, before the model is loaded.
-
-    Raises:
-        RecipeError: all that is missing, each with the way out.
-    """
-    missing = [line for line in (_deepspeed(recipe), *_trackers(recipe)) if line]
-    optim = str(recipe.trl.get("optim", ""))
-    needs = [
-        (recipe.quantization_bit is not None, "quantization_bit", "bitsandbytes", "remove the line"),
-        (recipe.enable_liger_kernel, "enable_liger_kernel", "liger_kernel", "remove the line"),
-        (recipe.use_galore or "galore" in optim, "use_galore", "galore_torch", "use another optimizer"),
-        (recipe.use_apollo or "apollo" in optim, "use_apollo", "apollo_torch", "use another optimizer"),
-        ("8bit" in optim or "paged" in optim, "optim", "bitsandbytes", "use another optimizer"),
-    ]
-    for wanted, key, package, or_else in needs:
-        if wanted and importlib.util.find_spec(package) is None:
-            missing.append(f"{key}: needs {package}, which is not installed; pip install {package}, or {or_else}")
-    if missing:
-        header = f"{recipe.path}: {len(missing)} thing{'s' * (len(missing) > 1)} missing on this machine"
-        raise RecipeError([header, *(f"  {line}" for line in missing)])
 
 
 def to_sft_config(recipe: Recipe) -> SFTConfig:
@@ -78,7 +55,7 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
         "seed": recipe.seed,
         "fp16": recipe.fp16,
         "packing": recipe.packing,
-        "padding_free": bool(recipe.padding_free),
+        "padding_free": recipe.padding_free,
         "deepspeed": recipe.deepspeed,
         # other names, or another meaning
         "bf16": recipe.bf16 and not recipe.pure_bf16,
@@ -155,13 +132,26 @@ def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
     dtype = torch.bfloat16 if recipe.pure_bf16 else torch.float32 if full else _compute_dtype(recipe) or "auto"
     kwargs: dict[str, Any] = {
         "dtype": dtype,
+        **hub_kwargs(recipe),
+    }
+    if recipe.flash_attn != "auto":
+        kwargs["attn_implementation"] = _KERNELS[recipe.flash_attn]
+    return kwargs | _rope(recipe)
+
+
+def load_model_config(recipe: Recipe) -> PreTrainedConfig:
+    """The model's own config, as its file has it."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(recipe.model_name_or_path, **hub_kwargs(recipe))
+    return config
+
+
+def hub_kwargs(recipe: Recipe) -> dict[str, Any]:
+    """Where the model comes from, and whether its own code may run: only if transformers has none for it."""
+    return {
         "revision": recipe.model_revision,
         "cache_dir": recipe.cache_dir,
         "trust_remote_code": recipe.trust_remote_code and not _is_built_in(recipe),
     }
-    if recipe.flash_attn != "auto":
-        kwargs["attn_implementation"] = _KERNELS[recipe.flash_attn]
-    return kwargs | _rope(recipe, kwargs)
 
 
 def _is_built_in(recipe: Recipe) -> bool:
@@ -216,12 +206,11 @@ def _low_rank_optimizer(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _rope(recipe: Recipe, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _rope(recipe: Recipe) -> dict[str, Any]:
     """Stretch the position embeddings by the whole factor that covers cutoff_len, as LLaMA-Factory does."""
     if recipe.rope_scaling is None:
         return {}
-    places = {key: kwargs[key] for key in ("revision", "cache_dir", "trust_remote_code")}
-    config = AutoConfig.from_pretrained(recipe.model_name_or_path, **places)
+    config = load_model_config(recipe)
     length = config.max_position_embeddings
     if recipe.cutoff_len <= length:
         return {}
@@ -232,44 +221,3 @@ def _rope(recipe: Recipe, kwargs: dict[str, Any]) -> dict[str, Any]:
     if recipe.rope_scaling == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     return {"rope_parameters": rope, "max_position_embeddings": length * factor}
-
-
-def _deepspeed(recipe: Recipe) -> str | None:
-    if recipe.deepspeed is None:
-        return None
-    if importlib.util.find_spec("deepspeed") is None:
-        return (
-            "deepspeed: not installed; pip install 'arpo_trl[deepspeed]', or remove the line, "
-            "or launch with accelerate_configs/zero2.yaml"
-        )
-    if isinstance(recipe.deepspeed, str) and not Path(recipe.deepspeed).is_file():
-        return (
-            f"deepspeed: there is no file {recipe.deepspeed}; paths are relative to {Path.cwd()}. "
-            "accelerate_configs/zero3.yaml needs no such file"
-        )
-    return None
-
-
-def _trackers(recipe: Recipe) -> list[str]:
-    lines = []
-    for tracker in recipe.report_to:
-        if tracker == "all":
-            continue
-        if tracker not in INTEGRATION_TO_CALLBACK:
-            lines.append(
-                f"report_to: expected none, all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}; found {tracker!r}"
-            )
-            continue
-        package = {"azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
-        if importlib.util.find_spec(package) is None:
-            lines.append(f"report_to: {tracker} is not installed; pip install {package}, or write report_to: none")
-        elif tracker == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-            import wandb
-
-            ways_out = "run `wandb login`, or set WANDB_MODE=offline, or write report_to: none"
-            try:
-                if not wandb.login(prompt=False):
-                    lines.append(f"report_to: wandb has no login; {ways_out}")
-            except wandb.Error as error:  # a key that the server refuses, or no server
-                lines.append(f"report_to: wandb did not let you in ({' '.join(str(error).split())[:200]}); {ways_out}")
-    return lines

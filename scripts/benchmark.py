@@ -4,7 +4,7 @@ python scripts/benchmark.py --steps             seconds a training step, ours be
 python scripts/benchmark.py --startup           seconds from launch to a finished one-step run, beside a TRL script's
 python scripts/benchmark.py --preparation       rows/s of preparation beside TRL's, with 1 and 2 processes
 python scripts/benchmark.py --memory            peak memory of preparation as rows grow
-python scripts/benchmark.py --scaling           seconds a step against length and batch, with the exponents
+python scripts/benchmark.py --scaling           seconds a step as length and batch grow, with the exponents
 
 --model FOLDER names the tokenizer (a tiny one is made if omitted). Ratios are of medians; the variants take turns.
 """
@@ -42,10 +42,11 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start")
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or str(benchmark_steps.make_tiny_model(folder))
+        measured = {"model": model, "shape": options.shape, "count": options.count, "bf16": not options.float32}
         if options.steps:
             variants = options.variants or ["trl", "ours", "ours, padding-free", "ours, no checkpointing"]
-            size = options.repeats, options.count, options.batch, options.cutoff, not options.float32
-            figures["steps"] = benchmark_steps.steps(Path(model), options.shape, variants, *size)
+            rows = {"batch": options.batch, "cutoff": options.cutoff}
+            figures["steps"] = benchmark_steps.steps(variants, options.repeats, **measured, **rows)
         if options.startup:
             figures["startup"] = benchmark_steps.startup(options.repeats)
         if options.preparation:
@@ -54,8 +55,8 @@ def main() -> None:
         if options.memory:
             figures["memory"] = benchmark_preparation.memory(model, options.rows or [5000, 50000])
         if options.scaling:
-            axes = not options.float32, options.lengths, options.batches
-            figures["scaling"] = benchmark_steps.scaling(Path(model), options.shape, *axes, options.plot)
+            axes = options.lengths, options.batches
+            figures["scaling"] = benchmark_steps.scaling(*axes, options.plot, **measured)
     for name, table in figures.items():
         print(f"\n{name}")
         show(table)

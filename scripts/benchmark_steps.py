@@ -7,7 +7,6 @@ mask would train one newline more a turn, and the losses could not be compared.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -37,14 +36,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def steps(
-    model: Path, shape: str, variants: list[str], rounds: int, count: int, batch: int, cutoff: int, bf16: bool
-) -> list[dict[str, Any]]:
-    """Median seconds a step, tokens/s and peak memory of each variant; ratios are to the first."""
+def steps(variants: list[str], rounds: int, shape: str, **measurement: Any) -> list[dict[str, Any]]:
+    """Median seconds a step, tokens/s and peak memory of each variant; ratios are to the first.
+
+    Args:
+        variants: Names of VARIANTS.
+        rounds: Processes for each of them.
+        shape: A name of SHAPES.
+        **measurement: What else `_measure` takes.
+    """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name in variants:
-            found[name].append(_in_own_process(model, name, shape, count, batch, cutoff, bf16))
+            found[name].append(_in_own_process(variant=name, shape=shape, **measurement))
             print(f"  {name}: {found[name][-1]['seconds']}", file=sys.stderr, flush=True)
     table = []
     for name, runs in found.items():
@@ -68,23 +72,20 @@ def steps(
     return table
 
 
-def scaling(
-    model: Path, shape: str, bf16: bool, lengths: list[int], batches: list[int], picture: Path | None
-) -> list[dict[str, Any]]:
-    """Seconds a step against length (batch 1) and against batch (512 tokens), and the exponent of a power-law fit."""
-    points = [("length", n, _in_own_process(model, "ours", shape, 3, 1, n, bf16, full=True)) for n in lengths]
-    points += [("batch", n, _in_own_process(model, "ours", shape, 3, n, 512, bf16, full=True)) for n in batches]
-    table = []
-    for axis, size, run in points:
+def scaling(lengths: list[int], batches: list[int], picture: Path | None, **measurement: Any) -> list[dict[str, Any]]:
+    """Seconds a step against length (batch 1) and against batch (512 tokens).
+
+    `exponent` is that of the growth since the size before: 1 is linear, 2 quadratic.
+    """
+    points = [("length", n, 1, n) for n in lengths] + [("batch", n, n, 512) for n in batches]
+    table: list[dict[str, Any]] = []
+    for axis, size, batch, cutoff in points:
+        run = _in_own_process(variant="ours", batch=batch, cutoff=cutoff, full=True, **measurement)
         seconds = statistics.median(run["seconds"])
-        table.append(
-            {"axis": axis, "size": size, "s_per_step": round(seconds, 3), "peak_gb": round(run["peak_gb"], 2)}
-        )
-    for axis in ("length", "batch"):
-        some = [line for line in table if line["axis"] == axis]
-        slope = _slope([math.log(p["size"]) for p in some], [math.log(p["s_per_step"]) for p in some])
-        for line in some:
-            line["exponent"] = round(slope, 2)
+        line = {"axis": axis, "size": size, "s_per_step": round(seconds, 3), "peak_gb": round(run["peak_gb"], 2)}
+        before = table[-1] if table and table[-1]["axis"] == axis else line
+        growth = math.log(seconds / before["s_per_step"]), math.log(size / before["size"])
+        table.append(line | {"exponent": round(growth[0] / growth[1], 2) if growth[1] else None})
     if picture:
         _draw(table, picture)
     return table
@@ -162,10 +163,6 @@ trainer.save_model()
 """
 
 
-def _slope(x: list[float], y: list[float]) -> float:
-    return statistics.linear_regression(x, y).slope
-
-
 def _draw(table: list[dict[str, Any]], picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -176,35 +173,23 @@ def _draw(table: list[dict[str, Any]], picture: Path) -> None:
         some = [line for line in table if line["axis"] == axis]
         axes = figure.add_subplot(1, 2, place, xlabel=f"{axis} ({unit})", ylabel="seconds a step")
         axes.loglog([p["size"] for p in some], [p["s_per_step"] for p in some], "o-")
-        axes.set_title(f"cost ~ {axis}^{some[0]['exponent']}" if some else axis)
+        if len(some) > 1:
+            axes.set_title(f"{axis}: at the end ~ size^{some[-1]['exponent']}")
         axes.grid(True, which="both", alpha=0.3)
     figure.savefig(picture)
 
 
-def _in_own_process(
-    model: Path, variant: str, shape: str, count: int, batch: int, cutoff: int, bf16: bool, full: bool = False
-) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        __file__,
-        str(model),
-        variant,
-        shape,
-        str(count),
-        str(batch),
-        str(cutoff),
-        str(int(bf16)),
-        str(int(full)),
-    ]
+def _in_own_process(**measurement: Any) -> dict[str, Any]:
+    command = [sys.executable, __file__, json.dumps(measurement)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
-        raise SystemExit(f"{variant}: {done.stderr[-2000:]}")
+        raise SystemExit(f"{measurement}: {done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 def _measure(
-    model: Path, variant: str, shape: str, count: int, batch: int, cutoff: int, bf16: bool, full: bool
+    model: str, variant: str, shape: str, count: int, batch: int, cutoff: int, bf16: bool, full: bool = False
 ) -> dict[str, Any]:
     """`count` steps after one that warms up, in this process. `full`: every row is cut from one long text."""
     import torch
@@ -267,7 +252,7 @@ def _measure(
     }
 
 
-def _toy_rows(model: Path, cutoff: int, full: bool, count: int) -> tuple[Any, list[dict[str, Any]]]:
+def _toy_rows(model: str, cutoff: int, full: bool, count: int) -> tuple[Any, list[dict[str, Any]]]:
     """The first `count` toy rows, cut at `cutoff`; `full`: cut from all of them laid end to end, each of `cutoff`."""
     from arpo_trl.dataset import prepare_datasets
     from arpo_trl.recipe import Recipe
@@ -275,7 +260,7 @@ def _toy_rows(model: Path, cutoff: int, full: bool, count: int) -> tuple[Any, li
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(
-            model_name_or_path=str(model),
+            model_name_or_path=model,
             dataset=["arpo_sft_toy"],
             dataset_dir=str(ROOT / "recipes"),
             cutoff_len=1 << 20 if full else cutoff,
@@ -301,11 +286,4 @@ def make_tiny_model(folder: str) -> Path:
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model", type=Path)
-    for name in ("variant", "shape"):
-        parser.add_argument(name)
-    for name in ("count", "batch", "cutoff", "bf16", "full"):
-        parser.add_argument(name, type=int)
-    given = parser.parse_args()
-    print(json.dumps(_measure(**{**vars(given), "bf16": bool(given.bf16), "full": bool(given.full)})))
+    print(json.dumps(_measure(**json.loads(sys.argv[1]))))

@@ -29,16 +29,13 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def make_recipe(folder: Path, model: Path, **changes: Any) -> Recipe:
-    """A recipe whose every file is in `folder`; its output_dir is folder/run."""
+def write_recipe(folder: Path, model: Path, **keys: Any) -> Path:
+    """folder/recipe.yaml, of four steps that write to folder/run; `keys` say on what, and change it."""
     values = {
         "model_name_or_path": str(model),
         "stage": "sft",
         "do_train": True,
         "finetuning_type": "full",
-        "dataset": "counting",
-        "dataset_dir": str(write_data(folder / "data")),
-        "tokenized_path": str(folder / "tokenized"),
         "template": "qwen",
         "output_dir": str(folder / "run"),
         "per_device_train_batch_size": 2,
@@ -46,11 +43,21 @@ def make_recipe(folder: Path, model: Path, **changes: Any) -> Recipe:
         "max_steps": 4,
         "save_steps": 2,
         "logging_steps": 1,
-        "plot_loss": True,
     }
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values | changes), encoding="utf-8")
-    return read_recipe(path)
+    path.write_text(yaml.safe_dump(values | keys), encoding="utf-8")
+    return path
+
+
+def make_recipe(folder: Path, model: Path, **changes: Any) -> Recipe:
+    """A recipe whose every file is in `folder`; its output_dir is folder/run."""
+    values = {
+        "dataset": "counting",
+        "dataset_dir": str(write_data(folder / "data")),
+        "tokenized_path": str(folder / "tokenized"),
+        "plot_loss": True,
+    }
+    return read_recipe(write_recipe(folder, model, **values | changes))
 
 
 def run(folder: Path, model: Path, **changes: Any) -> Path:

@@ -17,17 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from arpo_trl.callbacks import (
-    TrainerLog,
-    format_seconds,
-    mean_context,
-    mean_loss,
-    mfu_per_token,
-    peak_memory,
-    plot_loss,
-    read_log,
-    smooth,
-)
+from arpo_trl.callbacks import TrainerLog, mean_context, mfu_per_token, peak_memory
+from arpo_trl.loss_plot import plot_loss, smooth
+from arpo_trl.trainer_log import format_seconds, mean_loss, read_log
 
 pytestmark = small_run.QUIET
 

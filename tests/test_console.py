@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging as library_logging
 
-from arpo_trl.checkpoints import RunFailed
 from arpo_trl.console import log_only, logged_to, start_bar
+from arpo_trl.errors import RunFailed
 
 
 class Terminal(io.StringIO):

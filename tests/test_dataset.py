@@ -17,9 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from arpo_trl import dataset, rows
 from arpo_trl.dataset import PreparedData, prepare_datasets
 from arpo_trl.encoding import IGNORED
-from arpo_trl.messages import RowError
+from arpo_trl.errors import DatasetError, RowError
 from arpo_trl.recipe import Recipe
-from arpo_trl.registry import DatasetError
 from arpo_trl.rows import read_rows
 
 

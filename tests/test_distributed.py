@@ -21,12 +21,14 @@ from typing import Any
 
 import psutil
 import pytest
+import small_run
 import torch
 from safetensors.torch import load_file
 
-from arpo_trl.callbacks import read_log
-from arpo_trl.recipe import RecipeError, read_recipe
+from arpo_trl.errors import RecipeError
+from arpo_trl.recipe import read_recipe
 from arpo_trl.train import train
+from arpo_trl.trainer_log import read_log
 
 ROOT = Path(__file__).parents[1]
 TIMES = {"elapsed_time", "remaining_time", "elapsed_seconds", "tokens_per_second", "trained_tokens_per_second"}
@@ -64,27 +66,16 @@ sys.exit(main(sys.argv[1:]))
 
 
 def write_recipe(folder: Path, model: Path, **keys: Any) -> Path:
-    keys = {
-        "model_name_or_path": str(model),
-        "output_dir": str(folder / "run"),
-        "do_train": True,
-        "finetuning_type": "full",
+    """Four steps over the toy data, on whatever launches them."""
+    toy = {
         "dataset_dir": str(ROOT / "recipes"),
         "dataset": "arpo_sft_toy",
-        "template": "qwen",
         "cutoff_len": 256,
         "max_samples": 24,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "max_steps": 4,
-        "save_steps": 2,
-        "logging_steps": 1,
         "plot_loss": True,
         "disable_gradient_checkpointing": True,
-    } | keys
-    path = folder / "given.yaml"
-    path.write_text(json.dumps(keys), encoding="utf-8")
-    return path
+    }
+    return small_run.write_recipe(folder, model, **toy | keys)
 
 
 def environment(**more: str) -> dict[str, str]:

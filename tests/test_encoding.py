@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from arpo_trl.encoding import IGNORED, Example, Law, encode, keep_start, proportional_cut, to_segments
-from arpo_trl.messages import Conversation, Message, RowError, to_conversation
+from arpo_trl.encoding import IGNORED, EncodingConfig, Example, encode, keep_start, proportional_cut, to_segments
+from arpo_trl.errors import RowError
+from arpo_trl.messages import Conversation, Message, to_conversation
 from arpo_trl.recipe import Recipe
 from arpo_trl.registry import COLUMNS, TAGS, DatasetInfo
 from arpo_trl.template import Template, find_template, load_tokenizer, make_tokenize
 
 GOLDEN = Path(__file__).parent / "golden"
-WHOLE = Law(sys.maxsize)
+WHOLE = EncodingConfig(sys.maxsize)
 HEADER = "<|im_start|>system\nS<|im_end|>\n"
 
 
@@ -40,8 +41,8 @@ def chat(*texts: str, **changes: Any) -> Conversation:
     return Conversation(messages, **changes)
 
 
-def trained_texts(conversation: Conversation, template: Template, law: Law = WHOLE) -> list[str]:
-    segments = to_segments(conversation, template.render, law, template.generation_prompt)
+def trained_texts(conversation: Conversation, template: Template, config: EncodingConfig = WHOLE) -> list[str]:
+    segments = to_segments(conversation, template.render, config, template.generation_prompt)
     return [segment.text for segment in segments if segment.trained]
 
 
@@ -85,11 +86,13 @@ def test_a_reply_is_trained_with_its_end_of_turn_and_newline(template: Template)
 
 
 def test_mask_history_trains_the_last_reply(template: Template) -> None:
-    assert trained_texts(chat("Q", "A", "R", "B"), template, Law(99, mask_history=True)) == ["B<|im_end|>\n"]
+    assert trained_texts(chat("Q", "A", "R", "B"), template, EncodingConfig(99, mask_history=True)) == [
+        "B<|im_end|>\n"
+    ]
 
 
 def test_train_on_prompt_trains_everything(template: Template) -> None:
-    texts = trained_texts(chat("Q", "A"), template, Law(99, train_on_prompt=True))
+    texts = trained_texts(chat("Q", "A"), template, EncodingConfig(99, train_on_prompt=True))
     assert "".join(texts) == HEADER + "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
 
 
@@ -239,7 +242,7 @@ def test_the_proportional_cut_is_llama_factorys(
 
 def cut(cutoff_len: int, template: Template, tokenize: Any, mode: str = "keep_start") -> Example:
     segments = to_segments(chat("Q", "A", "R", "B"), template.render, WHOLE, template.generation_prompt)
-    return encode([segments], tokenize, Law(cutoff_len, truncation_mode=mode))[0]
+    return encode([segments], tokenize, EncodingConfig(cutoff_len, truncation_mode=mode))[0]
 
 
 def test_a_cut_says_what_it_cost(template: Template, tokenize: Any) -> None:
@@ -259,7 +262,8 @@ def test_llama_factorys_cut_keeps_replies_that_a_plain_cut_loses(template: Templ
     conversation = chat("long " * 50, "A")
     segments = to_segments(conversation, template.render, WHOLE, template.generation_prompt)
     plain, proportional = (
-        encode([segments], tokenize, Law(20, truncation_mode=mode))[0] for mode in ("keep_start", "llamafactory")
+        encode([segments], tokenize, EncodingConfig(20, truncation_mode=mode))[0]
+        for mode in ("keep_start", "llamafactory")
     )
     assert plain.lost_answer and not proportional.lost_answer
     assert len(plain.input_ids) == len(proportional.input_ids) == 20

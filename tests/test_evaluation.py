@@ -17,8 +17,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_config import SFTConfig
 
-from arpo_trl.callbacks import read_log
 from arpo_trl.evaluation import EvaluatingTrainer, evaluate_only
+from arpo_trl.trainer_log import read_log
 
 pytestmark = small_run.QUIET
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from arpo_trl.messages import Conversation, RowError, to_conversation
+from arpo_trl.errors import RowError
+from arpo_trl.messages import Conversation, to_conversation
 from arpo_trl.registry import COLUMNS, TAGS, DatasetInfo
 
 CALL = {"name": "add", "arguments": {"a": 1}}

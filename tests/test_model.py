@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.checkpoints import find_damage, newest_whole_checkpoint
+from arpo_trl.errors import RecipeError
 from arpo_trl.model import keep_adapter_in_float32, load_model, to_optimizer, turn_pissa_into_lora
-from arpo_trl.recipe import Recipe, RecipeError, read_recipe
+from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.trainer import ArpoTrainer
 from arpo_trl.trl_config import to_sft_config
 

@@ -10,7 +10,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arpo_trl.recipe import RecipeError, explain_key, keys, list_text, read_recipe, usage
+from arpo_trl.errors import RecipeError
+from arpo_trl.help import explain_key, list_text, usage
+from arpo_trl.recipe import keys, read_recipe
 from arpo_trl.vocabulary import HARMLESS, NO_EFFECT, REFUSED, RENAMED, sft_fields
 
 LLAMA_FACTORY = json.loads(

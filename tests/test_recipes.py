@@ -8,9 +8,11 @@ import jsonschema
 import make_keys
 import pytest
 import yaml
+from arpo_trl.environment import check_environment
 
-from arpo_trl.recipe import RecipeError, read_recipe
-from arpo_trl.trl_config import check_environment, to_sft_config
+from arpo_trl.errors import RecipeError
+from arpo_trl.recipe import read_recipe
+from arpo_trl.trl_config import to_sft_config
 
 REPOSITORY = Path(__file__).parent.parent
 SHIPPED = sorted((REPOSITORY / "recipes").rglob("*.yaml"))

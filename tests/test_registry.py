@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from arpo_trl.errors import DatasetError
 from arpo_trl.messages import to_conversation
-from arpo_trl.registry import DatasetError, read_registry
+from arpo_trl.registry import read_registry
 
 GOOD = '{\n  "ours": {\n    "file_name": "a.json"\n  },\n  %s\n}'
 

@@ -22,7 +22,7 @@ import small_run
 
 from arpo_trl import train as train_module
 from arpo_trl.callbacks import StopOnSignal
-from arpo_trl.recipe import RecipeError
+from arpo_trl.errors import RecipeError
 from arpo_trl.trackers import start_trackers
 
 pytestmark = small_run.QUIET

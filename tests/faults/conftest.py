@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from runs import train
+from small_run import write_recipe
 
 MakeRecipe = Callable[..., Path]
 
@@ -56,25 +56,8 @@ def make_recipe(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatc
     (data / "dataset_info.json").write_text('{"rows": {"file_name": "rows.json"}}', encoding="utf-8")
 
     def make(**changes: Any) -> Path:
-        values = {
-            "model_name_or_path": str(tiny_model),
-            "stage": "sft",
-            "do_train": True,
-            "finetuning_type": "full",
-            "dataset": "rows",
-            "dataset_dir": str(data),
-            "template": "qwen",
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-3,
-            "max_steps": 4,
-            "save_steps": 2,
-            "logging_steps": 1,
-            "preflight": False,
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(values | changes), encoding="utf-8")
-        return path
+        values = {"dataset": "rows", "dataset_dir": str(data), "preflight": False}
+        return write_recipe(tmp_path, tiny_model, **values | changes)
 
     return make
 

@@ -11,7 +11,8 @@ from conftest import MakeRecipe
 
 from arpo_trl.__main__ import main
 from arpo_trl.checkpoints import FREE_KEYS, list_changes, read_manifest, require_same_course
-from arpo_trl.recipe import RecipeError, keys, read_recipe
+from arpo_trl.errors import RecipeError
+from arpo_trl.recipe import keys, read_recipe
 
 
 def manifest(path: Path, **more: Any) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 
 from arpo_trl import checkpoints
 from arpo_trl.__main__ import main
-from arpo_trl.checkpoints import RunFailed, find_damage, list_checkpoints, match_umask
+from arpo_trl.checkpoints import find_damage, list_checkpoints, match_umask
+from arpo_trl.errors import RunFailed
 
 
 @pytest.fixture

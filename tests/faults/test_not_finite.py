@@ -12,7 +12,8 @@ from runs import make_rows, make_trainer, train
 
 from arpo_trl import trainer as trainer_module
 from arpo_trl.__main__ import main
-from arpo_trl.checkpoints import RunFailed, list_checkpoints
+from arpo_trl.checkpoints import list_checkpoints
+from arpo_trl.errors import RunFailed
 from arpo_trl.trainer import is_out_of_memory
 
 

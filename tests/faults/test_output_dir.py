@@ -13,7 +13,8 @@ from runs import differing
 
 from arpo_trl.__main__ import main
 from arpo_trl.checkpoints import FILES, find_resume_point, list_checkpoints
-from arpo_trl.recipe import RecipeError, read_recipe
+from arpo_trl.errors import RecipeError
+from arpo_trl.recipe import read_recipe
 
 
 def resume(path: Path, **changes: Any) -> tuple[Path | None, list[str]]:

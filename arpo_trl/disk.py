@@ -1,0 +1,41 @@
+"""What a run takes of the disk, and whether it is there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def saved_bytes(model: Any) -> int:
+    """Bytes of the weights as a checkpoint holds them: all of them, or an adapter's."""
+    return sum(size for size, is_trained in _sizes(model) if is_trained or not hasattr(model, "peft_config"))
+
+
+def checkpoint_bytes(model: Any, save_only_model: bool) -> int:
+    """Bytes of a checkpoint: the weights, and AdamW's two moments of those that are trained."""
+    moments = 0 if save_only_model else 2 * sum(size for size, is_trained in _sizes(model) if is_trained)
+    return saved_bytes(model) + moments
+
+
+def _sizes(model: Any) -> list[tuple[int, bool]]:
+    # ZeRO-3 leaves parameters empty, with their size beside them.
+    return [(getattr(p, "ds_numel", p.numel()) * p.element_size(), p.requires_grad) for p in model.parameters()]
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free on the disk of `folder`, which need not be there yet."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return shutil.disk_usage(folder).free
+
+
+def missing_space(folder: Path, needed: int, what: str) -> str | None:
+    """What to say when the disk of `folder` has less than `needed` bytes free for `what`, else None."""
+    free = free_space(folder)
+    if free >= needed:
+        return None
+    return (
+        f"disk full: {what} needs {needed / 1e9:.3f} GB and {folder} has {free / 1e9:.3f} GB free; free some space, set "
+        "save_total_limit: 1 or point output_dir elsewhere"
+    )

@@ -1,0 +1,23 @@
+"""The errors of this package. Their texts are finished: place, what was found, what was expected, the way out.
+
+`RecipeError` and its kind end in exit code 2, `RunFailed` in 1; a `RowError` ends a row, and the audit says which.
+"""
+
+
+class RecipeError(Exception):
+    """What a user can mend before training starts."""
+
+    def __init__(self, problems: str | list[str]):
+        super().__init__(problems if isinstance(problems, str) else "\n".join(problems))
+
+
+class DatasetError(RecipeError):
+    """Data that the user can mend: the registry, a file, or too many of its rows."""
+
+
+class RowError(Exception):
+    """Why a row can't be used, as the audit gives it."""
+
+
+class RunFailed(Exception):
+    """A run that began and cannot go on."""
