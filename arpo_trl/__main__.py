@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ.setdefault("USE_LIBUV", "0")
 
 from .console import silence_libraries
-from .errors import RecipeError
+from .errors import RecipeError, RunFailed
 from .help import explain_key, list_text, usage
 from .recipe import read_recipe
 
@@ -27,40 +27,47 @@ HERE = Path(__file__).parent
 
 def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code."""
-    arguments = [a for a in argv if not a.startswith("--") and "=" not in a]
-    overrides = [a for a in argv if not a.startswith("--") and "=" in a]
-    flags = [a for a in argv if a.startswith("--")]
     try:
-        if not argv or "--help" in flags or "-h" in argv:
-            keys = [a for a in arguments if a != "-h"]
-            print(explain_key(keys[0]) if keys else usage())
-            return 0 if argv else 2
-        if "--list" in flags:
-            print(list_text())
-            return 0
-        return _run(arguments, overrides, flags)
+        return _run(argv)
     except RecipeError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every process has the same to say
             print(error, file=sys.stderr)
         return 2
+    except RunFailed as error:
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped at once by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
-        print(_in_one_line(error), file=sys.stderr)
+        notes = getattr(error, "__notes__", None)  # where training.log has the traceback
+        if notes:
+            print("; ".join([_in_one_line(error), *notes]), file=sys.stderr)
+        else:
+            traceback.print_exc()
         return 1
 
 
-def _run(arguments: list[str], overrides: list[str], flags: list[str]) -> int:
-    rows = None
-    if "--preview" in flags and len(arguments) == 2 and arguments[1].isdecimal():
-        rows = int(arguments.pop())
-    unknown = [f for f in flags if f not in ("--check", "--preview")]
-    if unknown:
-        raise RecipeError(f"{unknown[0]}: no such option; options are --check, --preview N, --list, --help [KEY]")
-    if len(arguments) != 1:
-        raise RecipeError(f"expected one recipe, found {len(arguments)}: {' '.join(arguments)}\n{usage()}")
-    recipe = read_recipe(arguments[0], overrides)
+def _run(argv: Sequence[str]) -> int:
+    flags = [a for a in argv if a.startswith("-")]
+    words = [a for a in argv if not a.startswith("-") and ("=" not in a or Path(a).is_file())]
+    overrides = [a for a in argv if not a.startswith("-") and a not in words]
+    if not argv or {"--help", "-h"} & {*flags}:
+        print(explain_key(words[0]) if words else usage())
+        return 0 if argv else 2
+    if "--list" in flags:
+        print(list_text())
+        return 0
+    for flag in flags:
+        if flag not in ("--check", "--preview"):
+            way_out = f"write {flag[2:]}" if "=" in flag else "options are --check, --preview N, --list, --help [KEY]"
+            raise RecipeError(f"{flag}: no such option; {way_out}")
+    rows = 1
+    if "--preview" in flags and len(words) == 2:
+        rows = next((int(words.pop(i)) for i, word in enumerate(words) if word.isdecimal()), rows)
+    if len(words) != 1:
+        raise RecipeError(f"expected one recipe, found {len(words)}: {' '.join(words)}\n{usage()}")
+    recipe = read_recipe(words[0], overrides)
     silence_libraries()
     if "--check" in flags:
         from .check import check
@@ -70,25 +77,12 @@ def _run(arguments: list[str], overrides: list[str], flags: list[str]) -> int:
     if "--preview" in flags:
         from .preview import preview
 
-        preview(recipe, rows or 1)
+        preview(recipe, rows)
         return 0
     _stop_with_launcher()
-    from .errors import RunFailed
     from .train import train
 
-    log = Path(recipe.output_dir) / "training.log"
-    try:
-        return train(recipe)
-    except RecipeError:
-        raise
-    except RunFailed as error:
-        _append(log, str(error))
-        print(error, file=sys.stderr)
-        return 1
-    except Exception as error:
-        where = f"the traceback is in {log}" if _append(log, traceback.format_exc()) else f"{log} can't be written"
-        print(f"{_in_one_line(error)}; {where}", file=sys.stderr)
-        return 1
+    return train(recipe)
 
 
 def _in_one_line(error: Exception) -> str:
@@ -96,16 +90,6 @@ def _in_one_line(error: Exception) -> str:
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == HERE]
     place = f" (arpo_trl/{Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'without a word'}{place}"
-
-
-def _append(log: Path, text: str) -> bool:
-    """Add what ended the run to its log; whether that could be done."""
-    try:
-        with log.open("a", encoding="utf-8") as file:
-            file.write(f"{text}\n")
-    except OSError:
-        return False
-    return True
 
 
 def _stop_with_launcher() -> None:

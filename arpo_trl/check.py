@@ -13,21 +13,21 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import Dataset
-from peft import get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_config import SFTConfig
 
+from .checkpoints import list_checkpoints
 from .dataset import PreparedData, prepare_datasets, token_lengths
-from .disk import checkpoint_bytes, free_space, missing_space, saved_bytes
+from .disk import checkpoint_bytes, folder_bytes, free_space, missing_space, saved_bytes
 from .encoding import IGNORED
 from .environment import check_environment
-from .errors import RecipeError
-from .model import freeze
+from .model import freeze, new_adapter
+from .output_dir import refuse_output_dir
 from .recipe import Recipe
 from .report import describe_model
 from .template import load_tokenizer
-from .trl_config import load_model_config, model_init_kwargs, to_lora_config, to_sft_config
+from .trl_config import load_model_config, model_init_kwargs, to_sft_config
 
 BINS = 10
 BAR = 40
@@ -37,10 +37,13 @@ def check(recipe: Recipe) -> None:
     """Everything but training; printed to stdout.
 
     Raises:
-        RecipeError: what would stop the run, the disk space included.
+        RecipeError: what would stop the run before its first step: keys, packages, the output folder, rows, the
+            disk's room. The weights and adapters themselves are not looked at.
     """
     check_environment(recipe)
     args = to_sft_config(recipe)
+    if recipe.do_train:
+        refuse_output_dir(recipe)
     console = Console(highlight=False, soft_wrap=True, quiet=not PartialState().is_main_process)
     console.rule("recipe")
     console.print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True).rstrip(), markup=False)
@@ -58,11 +61,13 @@ def check(recipe: Recipe) -> None:
         console.print(f"{total:,} steps in total; the rows are read and counted as the run goes")
     else:
         console.print(f"{'about ' * recipe.packing}{an_epoch:,} steps an epoch, {total:,} in total")
-    needed, lines = describe_disk(recipe, args, checkpoint_steps(args, an_epoch, total))
+    needed, lines = describe_checkpoints(recipe, args, checkpoint_steps(args, an_epoch, total))
     for line in lines:
         console.print(line, markup=False)
+    if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
+        needed -= sum(folder_bytes(folder) for folder in list_checkpoints(Path(recipe.output_dir)))
     if full := missing_space(Path(recipe.output_dir), needed, "the whole run"):
-        raise RecipeError(f"output_dir: {full}")
+        raise recipe.error("output_dir", full)
 
 
 def count_rows(recipe: Recipe, data: PreparedData) -> int:
@@ -112,12 +117,13 @@ def checkpoint_steps(args: SFTConfig, an_epoch: int, total: int) -> list[int]:
     return sorted({*range(every, total + 1, every), total})
 
 
-def describe_disk(recipe: Recipe, args: SFTConfig, saved: Sequence[int]) -> tuple[int, list[str]]:
+def describe_checkpoints(recipe: Recipe, args: SFTConfig, saved: Sequence[int]) -> tuple[int, list[str]]:
     """Bytes that the run will leave on disk, from the model's shape alone, and the lines that say so."""
     model = _shape(recipe)
     checkpoint = checkpoint_bytes(model, args.save_only_model)
     kept = min(len(saved), args.save_total_limit or len(saved))
-    needed = kept * checkpoint + saved_bytes(model)
+    at_once = min(len(saved), kept + 1)  # the oldest goes once the newest is whole
+    needed = at_once * checkpoint + saved_bytes(model)
     steps = ", ".join(f"{step:,}" for step in (saved if len(saved) < 9 else [*saved[:4], *saved[-1:]]))
     return needed, [
         describe_model(model),
@@ -131,14 +137,14 @@ def _shape(recipe: Recipe) -> Any:
     kwargs = model_init_kwargs(recipe)
     try:
         config = load_model_config(recipe)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs["trust_remote_code"])
-            if recipe.finetuning_type == "full":
-                return model.to(kwargs["dtype"])
-            if recipe.finetuning_type == "freeze":
-                freeze(recipe, model)
-            lora = to_lora_config(recipe, model)
-            return model if lora is None else get_peft_model(model, lora)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise RecipeError(f"model_name_or_path: {recipe.model_name_or_path}: no model there ({reason})") from None
+        raise recipe.error("model_name_or_path", f"{recipe.model_name_or_path}: no model there ({reason})") from None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs["trust_remote_code"])
+        if recipe.finetuning_type == "full":
+            return model.to(kwargs["dtype"])
+        if recipe.finetuning_type == "lora":
+            return new_adapter(recipe, model)
+        freeze(recipe, model)
+        return model

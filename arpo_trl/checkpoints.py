@@ -10,52 +10,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import RecipeError
-from .recipe import keys
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
-
 IN_PROGRESS = ".in_progress"
 FILES = "files.json"
-MANIFEST = "run.json"
-
-# What `overwrite_output_dir: true` removes beside the checkpoints: a run appends to these, or writes them at its end.
-RUN_FILES = (
-    MANIFEST,
-    "trainer_log.jsonl",
-    "training_loss.png",
-    "train_results.json",
-    "eval_results.json",
-    "all_results.json",
-    "trainer_state.json",
-)
 
 # What a resume reads. FSDP and DeepSpeed keep all but the first in folders of their own.
 NEEDED = {"rng_state.pth": "rng_state*.pth", "optimizer.pt": "optimizer.*", "scheduler.pt": "scheduler.pt"}
-
-# Keys that leave the sequence of weights as it is: they may change when a run is resumed.
-FREE_KEYS = frozenset(
-    """
-    logging_steps logging_strategy logging_first_step log_level log_level_replica disable_tqdm report_to run_name
-    project plot_loss save_steps save_strategy save_total_limit save_only_model eval_steps eval_strategy eval_on_start
-    eval_delay per_device_eval_batch_size load_best_model_at_end metric_for_best_model greater_is_better
-    early_stopping_steps do_eval output_dir overwrite_output_dir overwrite_cache resume_from_checkpoint
-    allow_changed_recipe on_save_error preflight preprocessing_num_workers preprocessing_batch_size tokenized_path
-    dataset_dir max_dropped dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
-    dataloader_persistent_workers ddp_timeout push_to_hub hub_model_id hub_strategy hub_private_repo hub_revision
-    cache_dir gradient_checkpointing use_reentrant_gc activation_offloading use_cpu
-    trust_remote_code include_num_input_tokens_seen
-    """.split()
-)
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -199,133 +164,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-
-
-# --- the run in a folder ---
-
-
-def find_resume_point(recipe: Recipe) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from (None: from the beginning), and lines that tell the user what was found.
-
-    Raises:
-        RecipeError: the folder cannot be written, holds a finished run or a model that is not ours, or the checkpoint
-            that the recipe names is not there or not whole.
-    """
-    output_dir = Path(recipe.output_dir)
-    for model in (recipe.model_name_or_path, *recipe.adapter_name_or_path):
-        path, home = Path(model).resolve(), output_dir.resolve()
-        if path == home:
-            raise RecipeError(f"output_dir: {output_dir} is the folder of the model to be trained; name another")
-        if path.parent == home and path.name.startswith("checkpoint-"):
-            raise RecipeError(f"output_dir: {output_dir} holds the model to be trained, {path.name}; name another")
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
-    except OSError as error:
-        raise RecipeError(f"output_dir: nothing can be written in {output_dir} ({error.strerror})") from None
-    wanted = recipe.resume_from_checkpoint
-    if isinstance(wanted, str):
-        return _named_checkpoint(Path(wanted), output_dir)
-    if not wanted and recipe.overwrite_output_dir:
-        return None, []
-    manifest = read_manifest(output_dir)
-    if not wanted and manifest.get("status") == "finished":
-        raise RecipeError(
-            f"output_dir: {output_dir} holds a finished run; name another folder, or set overwrite_output_dir: true "
-            "to start over"
-        )
-    if not wanted and not manifest and any((output_dir / f).exists() for f in ("config.json", "adapter_config.json")):
-        raise RecipeError(
-            f"output_dir: {output_dir} holds a model that this run did not write; name another folder, or set "
-            "overwrite_output_dir: true to replace it"
-        )
-    checkpoint, lines = newest_whole_checkpoint(output_dir)
-    if checkpoint is None and wanted:
-        nothing = f"resume_from_checkpoint: no whole checkpoint in {output_dir}; remove the key to start over"
-        raise RecipeError([*lines, nothing])
-    return checkpoint, lines
-
-
-def _named_checkpoint(folder: Path, output_dir: Path) -> tuple[Path, list[str]]:
-    if not re.fullmatch(r"checkpoint-\d+", folder.name) or not folder.is_dir():
-        found = ", ".join(str(p) for p in list_checkpoints(folder if folder.is_dir() else output_dir)) or "none"
-        raise RecipeError(f"resume_from_checkpoint: no checkpoint-<step> folder at {folder}; found: {found}")
-    reason = find_damage(folder)
-    if reason:
-        raise RecipeError(f"resume_from_checkpoint: {folder} is not whole ({reason}); name another checkpoint")
-    others = [p for p in list_checkpoints(output_dir) if p.resolve() != folder.resolve()]
-    newer = [p for p in others if checkpoint_step(p) >= checkpoint_step(folder)]
-    # The run would meet them again: the next resume takes the newest checkpoint, and these are of another course.
-    return folder, [f"{p} is not older than {folder}; kept as {set_aside(p, 'superseded').name}" for p in newer]
-
-
-def clear_earlier_run(output_dir: Path) -> list[str]:
-    """Remove an earlier run's checkpoints and logs for a fresh start; one line says what went."""
-    folders = list_checkpoints(output_dir)
-    for folder in folders:
-        if folder.is_symlink():
-            folder.unlink()
-        else:
-            shutil.rmtree(folder)
-    for name in RUN_FILES:
-        (output_dir / name).unlink(missing_ok=True)
-    if not folders:
-        return []
-    names = ", ".join(folder.name for folder in folders)
-    return [f"{output_dir}: removed {names} of the earlier run (overwrite_output_dir: true)"]
-
-
-def read_manifest(output_dir: Path) -> dict[str, Any]:
-    """`run.json` of the run in `output_dir`; empty when there is none."""
-    manifest = read_json(output_dir / MANIFEST)
-    parts = ("recipe", "data", "versions")
-    is_ours = isinstance(manifest, dict) and all(isinstance(manifest.get(part), dict) for part in parts)
-    return manifest if is_ours else {}
-
-
-def list_changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two manifests and would change the course of the run, a line each.
-
-    A key that one of them lacks, because it was left out or came with a later version, has its default there.
-    """
-    now = json.loads(json.dumps(now))
-    changes = []
-    for key in sorted(earlier["recipe"].keys() | now["recipe"].keys()):
-        default = keys()[key].default if key in keys() else None
-        before, after = earlier["recipe"].get(key, default), now["recipe"].get(key, default)
-        if before != after and key not in FREE_KEYS:
-            changes.append(f"{key}: {before!r} -> {after!r}")
-    for name in sorted(earlier["data"].keys() | now["data"].keys()):
-        if earlier["data"].get(name) != now["data"].get(name):
-            changes.append(f"data of {name}: {earlier['data'].get(name)} -> {now['data'].get(name)}")
-    for name in ("template_hash", "world_size"):
-        if earlier.get(name) != now.get(name):
-            changes.append(f"{name}: {earlier.get(name)} -> {now.get(name)}")
-    return changes
-
-
-def require_same_course(earlier: dict[str, Any], now: dict[str, Any], allow_changed_recipe: bool) -> list[str]:
-    """Refuse to resume a run under another recipe, other data or another number of processes.
-
-    Returns:
-        A line for each change when `allow_changed_recipe` lets them pass, and for each library of another version.
-    """
-    if not earlier:
-        return [f"no {MANIFEST} tells how the run was begun: not checked whether recipe and data are the same"]
-    changes = list_changes(earlier, now)
-    if changes and not allow_changed_recipe:
-        raise RecipeError(
-            "the run in this folder was begun otherwise:\n  "
-            + "\n  ".join(changes)
-            + "\n  change these back, or set allow_changed_recipe: true to go on all the same, or "
-            "overwrite_output_dir: true to start over"
-        )
-    versions = [
-        f"{name} {before} -> {now['versions'].get(name)}"
-        for name, before in earlier["versions"].items()
-        if before != now["versions"].get(name)
-    ]
-    return [
-        *(f"resumed although changed: {change}" for change in changes),
-        *(f"resumed under another version, last digits may differ: {version}" for version in versions),
-    ]

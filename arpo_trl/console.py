@@ -8,8 +8,9 @@ import os
 import shlex
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -45,11 +46,14 @@ class _Tee:
         self.write_log([line for line in lines if "\r" not in line and "\x1b[A" not in line])
         return len(text)
 
-    def write_log(self, lines: list[str]) -> None:
+    def write_log(self, lines: list[str]) -> bool:
+        """Write lines to the log alone; whether that could be done."""
         with contextlib.suppress(OSError, ValueError):
             self._log.writelines(line + "\n" for line in lines)
             if lines:
                 self._log.flush()
+            return True
+        return False
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -60,35 +64,50 @@ class _Tee:
 
 
 @contextlib.contextmanager
-def logged_to(path: Path, keep: bool, enabled: bool = True) -> Iterator[None]:
-    """Copy what is printed inside the block, and the error that ends it, to `path`.
+def logged_to(path: Path, enabled: bool = True) -> Iterator[Callable[[], None]]:
+    """Append what is printed inside the block, and the error that ends it, to `path`.
 
     Args:
-        path: The log, which begins with the date and the command of each session.
-        keep: Append to the log of the run that is resumed.
+        path: The log; each session begins with the date and its command.
         enabled: False on all processes but the main one.
+
+    Yields:
+        A function that removes the sessions before this one from the log, once their run is replaced.
     """
     if not enabled:
-        yield
+        yield lambda: None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     stdout, stderr = sys.stdout, sys.stderr
-    with path.open("a" if keep else "w", encoding="utf-8") as log:
+    with path.open("a", encoding="utf-8") as log:
+        start = path.stat().st_size
         log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S%z')} {shlex.join(sys.argv)}\n")
+        log.flush()
         tee = sys.stdout = _Tee(stdout, log)
         sys.stderr = _Tee(stderr, log)
         handlers = [(handler, handler.stream) for handler in _stream_handlers()]
         for handler, _ in handlers:
             handler.stream = sys.stderr  # not setStream: it flushes the old one, which may be closed
         try:
-            yield
+            yield lambda: _forget_before(path, start)
         except (RecipeError, RunFailed) as error:
             tee.write_log([str(error)])  # the caller prints it
+            raise
+        except Exception as error:
+            written = tee.write_log([traceback.format_exc().rstrip()])
+            error.add_note(f"the traceback is in {path}" if written else f"{path} can't be written")
             raise
         finally:
             sys.stdout, sys.stderr = stdout, stderr
             for handler, stream in handlers:
                 handler.stream = stream
+
+
+def _forget_before(path: Path, start: int) -> None:
+    """Leave what stands from byte `start` on; whoever appends to the file goes on behind it."""
+    session = path.read_bytes()[start:]
+    with contextlib.suppress(OSError):
+        path.write_bytes(session)
 
 
 def start_bar(total: int, initial: int) -> tqdm[Any] | None:

@@ -23,6 +23,10 @@ def _sizes(model: Any) -> list[tuple[int, bool]]:
     return [(getattr(p, "ds_numel", p.numel()) * p.element_size(), p.requires_grad) for p in model.parameters()]
 
 
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def free_space(folder: Path) -> int:
     """Bytes free on the disk of `folder`, which need not be there yet."""
     while not folder.exists():
@@ -36,6 +40,6 @@ def missing_space(folder: Path, needed: int, what: str) -> str | None:
     if free >= needed:
         return None
     return (
-        f"disk full: {what} needs {needed / 1e9:.3f} GB and {folder} has {free / 1e9:.3f} GB free; free some space, set "
-        "save_total_limit: 1 or point output_dir elsewhere"
+        f"disk full: {what} needs {needed / 1e9:.3f} GB and {folder} has {free / 1e9:.3f} GB free; free some space, keep "
+        "fewer checkpoints (save_total_limit) or point output_dir elsewhere"
     )

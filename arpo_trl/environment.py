@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import torch
+
 from .errors import RecipeError
 from .recipe import Recipe
 from .trackers import missing_trackers
@@ -16,18 +18,23 @@ def check_environment(recipe: Recipe) -> None:
     Raises:
         RecipeError: all that is missing, each with the way out.
     """
-    missing = [line for line in (_deepspeed(recipe), *missing_trackers(recipe)) if line]
+    trackers = missing_trackers(recipe) if recipe.do_train else []  # an evaluation tells none
+    missing = [line for line in (_deepspeed(recipe), *trackers) if line]
     optim = str(recipe.trl.get("optim", ""))
     needs = [
         (recipe.quantization_bit is not None, "quantization_bit", "bitsandbytes", "remove the line"),
         (recipe.enable_liger_kernel, "enable_liger_kernel", "liger_kernel", "remove the line"),
-        (recipe.use_galore or "galore" in optim, "use_galore", "galore_torch", "use another optimizer"),
-        (recipe.use_apollo or "apollo" in optim, "use_apollo", "apollo_torch", "use another optimizer"),
+        (recipe.use_galore, "use_galore", "galore_torch", "use another optimizer"),
+        (recipe.use_apollo, "use_apollo", "apollo_torch", "use another optimizer"),
+        ("galore" in optim, "optim", "galore_torch", "use another optimizer"),
+        ("apollo" in optim, "optim", "apollo_torch", "use another optimizer"),
         ("8bit" in optim or "paged" in optim, "optim", "bitsandbytes", "use another optimizer"),
     ]
     for wanted, key, package, or_else in needs:
         if wanted and importlib.util.find_spec(package) is None:
             missing.append(f"{key}: needs {package}, which is not installed; pip install {package}, or {or_else}")
+    if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        missing.append("bf16: this GPU has no bfloat16; write bf16: false (fp16: true is faster)")
     if missing:
         header = f"{recipe.path}: {len(missing)} thing{'s' * (len(missing) > 1)} missing on this machine"
         raise RecipeError([header, *(f"  {line}" for line in missing)])

@@ -6,13 +6,18 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from .trainer_log import read_log
+from .checkpoints import checkpoint_step, list_checkpoints
 
 
-def plot_loss(log: Path, picture: Path) -> None:
-    """Draw the loss of a trainer_log.jsonl, raw and smoothed, with eval points, learning rate and checkpoints."""
-    lines = read_log(log)
+def plot_loss(lines: list[dict[str, Any]], picture: Path) -> None:
+    """Draw the loss, raw and smoothed, with eval points, learning rate and checkpoints; nothing if there is no loss.
+
+    Args:
+        lines: Those of trainer_log.jsonl.
+        picture: A .png in the run's folder, which names the run and holds its checkpoints.
+    """
     train = [(line["current_steps"], line["loss"], line["lr"]) for line in lines if "loss" in line]
     if not train:
         return
@@ -24,7 +29,7 @@ def plot_loss(log: Path, picture: Path) -> None:
     few = len(steps) < 30  # points that smoothing would only cover
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss", title=log.resolve().parent.name)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss", title=picture.resolve().parent.name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     rate_axes = axes.twinx()
     rate_axes.plot(steps, rates, color="tab:green", linewidth=1, alpha=0.6, label="learning rate")
@@ -42,9 +47,10 @@ def plot_loss(log: Path, picture: Path) -> None:
         evals = [(line["current_steps"], line[name]) for line in lines if name in line]
         color = "tab:red" if name == "eval_loss" else next(colors)
         axes.plot(*zip(*evals, strict=True), "o-", color=color, markersize=4, label=name.replace("_", " "))
-    saved = [int(p.name.rsplit("-", 1)[1]) for p in log.parent.glob("checkpoint-*")]
-    for i, step in enumerate(sorted(saved)):
-        axes.axvline(step, color="grey", linewidth=0.8, linestyle=":", label="checkpoint" if i == 0 else None)
+    for i, folder in enumerate(list_checkpoints(picture.parent)):
+        axes.axvline(
+            checkpoint_step(folder), color="grey", linewidth=0.8, linestyle=":", label="checkpoint" if i == 0 else None
+        )
     handles, labels = axes.get_legend_handles_labels()
     more_handles, more_labels = rate_axes.get_legend_handles_labels()
     figure.legend(handles + more_handles, labels + more_labels, loc="outside lower center", ncols=4, frameon=False)

@@ -22,7 +22,6 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .errors import RecipeError
 from .recipe import Recipe
 from .trl_config import load_model_config, model_init_kwargs, to_lora_config, to_quantization_config
 
@@ -51,13 +50,12 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
     name = recipe.model_name_or_path
     try:
         file_dtype = getattr(load_model_config(recipe), "dtype", None)
-        mixed = recipe.additional_target or recipe.finetuning_type == "freeze"
-        if kwargs["dtype"] == "auto" and (mixed or not torch.accelerator.is_available()):
-            kwargs["dtype"] = torch.float32  # CPUs are slow in bfloat16; what is trained whole is float32 itself
         quantization = to_quantization_config(recipe)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **kwargs)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"model_name_or_path: {name} could not be loaded: {str(error).splitlines()[0]}") from error
+        raise recipe.error(
+            "model_name_or_path", f"{name} could not be loaded: {str(error).splitlines()[0]}"
+        ) from error
     return model, file_dtype
 
 
@@ -92,9 +90,11 @@ def freeze(recipe: Recipe, model: PreTrainedModel) -> None:
         ("freeze_extra_modules", recipe.freeze_extra_modules, outside),
     ):
         if unknown := [name for name in given if name not in there]:
-            raise RecipeError(f"{recipe.path}: {key}: no module {unknown[0]}; there are {', '.join(sorted(there))}")
+            raise recipe.error(key, f"no module {unknown[0]}; there are {', '.join(sorted(there))}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise RecipeError(f"{recipe.path}: freeze_trainable_layers: {count} leaves nothing to train")
+        raise recipe.error(
+            "freeze_trainable_layers", f"{count} leaves nothing to train; expected some of {blocks} layers"
+        )
     if recipe.use_reentrant_gc:
         model.enable_input_require_grads()  # a reentrant checkpoint has no gradient where its input has none
 
@@ -113,47 +113,51 @@ def _with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     _check_adapters(recipe, to_merge)
     base_name = recipe.model_name_or_path
     for adapter in to_merge:
-        model = _load_adapter(model, adapter, is_trainable=False).merge_and_unload(safe_merge=True)
+        model = _load_adapter(recipe, model, adapter, is_trainable=False).merge_and_unload(safe_merge=True)
     if to_merge and recipe.do_train:
         base_name = str(Path(recipe.output_dir) / MERGED_BASE)
         if PartialState().is_main_process:
             model.save_pretrained(base_name)
-    if adapters != to_merge:
-        peft_model = _load_adapter(model, adapters[-1], is_trainable=True)
+    goes_on = adapters != to_merge  # with the last one
+    if goes_on:
+        peft_model = _load_adapter(recipe, model, adapters[-1], is_trainable=True)
     else:
-        config: Any = to_lora_config(recipe, model)
-        embeddings = {"embed_tokens", "lm_head"} & {*recipe.additional_target, *recipe.lora_target}
-        config.ensure_weight_tying = bool(embeddings and model.config.tie_word_embeddings)
-        try:
-            peft_model = get_peft_model(model, config)
-        except ValueError as error:
-            raise RecipeError(f"{recipe.path}: lora_target: {str(error).splitlines()[0]}") from error
+        peft_model = new_adapter(recipe, model)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     if _starts_from_pissa(peft_model) and recipe.do_train and PartialState().is_main_process:
         _save_pissa_start(peft_model, Path(recipe.output_dir) / PISSA_START)
     return peft_model
 
 
+def new_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
+    """The model under an untrained adapter. Raises RecipeError for modules that it does not have."""
+    try:
+        return get_peft_model(model, to_lora_config(recipe, tied=model.config.tie_word_embeddings))
+    except ValueError as error:
+        raise recipe.error("lora_target", str(error).splitlines()[0]) from error
+
+
 def _check_adapters(recipe: Recipe, to_merge: list[str]) -> None:
     split = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
     base = "a base that FSDP or DeepSpeed splits" if split else "a quantized base" if recipe.quantization_bit else ""
     if to_merge and base:
-        raise RecipeError(
-            f"{recipe.path}: adapter_name_or_path: {to_merge[0]} can't be merged into {base}; merge it first "
-            f"(python scripts/merge_lora.py {to_merge[0]} OUT) and name OUT in model_name_or_path"
+        raise recipe.error(
+            "adapter_name_or_path",
+            f"{to_merge[0]} can't be merged into {base}; merge it first "
+            f"(python scripts/merge_lora.py {to_merge[0]} OUT) and name OUT in model_name_or_path",
         )
     beside = {"use_dora": recipe.use_dora, "additional_target": recipe.additional_target, "FSDP or DeepSpeed": split}
     if recipe.pissa_init and any(beside.values()):
         names = ", ".join(name for name, given in beside.items() if given)
-        raise RecipeError(f"{recipe.path}: pissa_init: can't become plain LoRA at the end with {names}; remove one")
+        raise recipe.error("pissa_init", f"can't become plain LoRA at the end with {names}; remove one")
 
 
-def _load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool) -> PeftModel:
+def _load_adapter(recipe: Recipe, model: PreTrainedModel, adapter: str, is_trainable: bool) -> PeftModel:
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise RecipeError(f"adapter_name_or_path: {adapter} could not be loaded: {reason}") from error
+        raise recipe.error("adapter_name_or_path", f"{adapter} could not be loaded: {reason}") from error
 
 
 def keep_adapter_in_float32(model: PreTrainedModel | PeftModel) -> None:

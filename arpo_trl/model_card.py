@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .trainer_log import format_seconds, read_log
+from .trainer_log import format_seconds, read_log, run_seconds
 
 NOT_FOR_THE_HUB = """\
 # push_to_hub leaves these out: excerpts of rows, the trackers' own files, what a crash left
@@ -62,7 +62,7 @@ def model_card(
     last = next((line for line in reversed(log) if "loss" in line), None)
     figures = {"last training loss": last and last["loss"], "mean training loss": results.get("train_loss")}
     figures |= {k.replace("_", " "): v for k, v in results.items() if re.fullmatch(r"eval_.*(loss|perplexity)", k)}
-    time = format_seconds(max([results.get("train_runtime", 0), *(line["elapsed_seconds"] for line in log)]))
+    time = format_seconds(max(results.get("train_runtime", 0), run_seconds(log)))
     return "\n".join(
         [
             "---",

@@ -17,10 +17,9 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from .callbacks import peak_memory
 from .dataset import token_lengths
 from .trainer import ArpoTrainer, is_out_of_memory
-from .trainer_log import format_seconds
+from .trainer_log import format_seconds, peak_memory
 
 ROOM = 0.9
 """Share of a GPU that the longest batch may take: the allocator's gaps and the collectives' buffers need the rest."""

@@ -184,7 +184,7 @@ class OutputKeys(BaseModel):
     plot_loss: bool = _key(False, "Write training_loss.png.")
     report_to: Trackers = _key([], "Trackers (wandb, tensorboard, trackio, ..., all), or none.")
     run_name: str | None = _key(None, "Name of the run in a tracker.")
-    project: str = _key("huggingface", "Project of the run in W&B and Trackio; WANDB_PROJECT if omitted.")
+    project: str | None = _key(None, "Project of the run in W&B and Trackio; WANDB_PROJECT or huggingface if omitted.")
     on_save_error: Literal["stop", "continue"] = _key("stop", "What a failed checkpoint does to the run.")
 
 
@@ -245,6 +245,7 @@ class Recipe(EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKeys, ModelKeys
     _path: Path = PrivateAttr(default=Path())
     _notices: list[str] = PrivateAttr(default_factory=list)
     _trl: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _lines: dict[str, int] = PrivateAttr(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -258,6 +259,11 @@ class Recipe(EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKeys, ModelKeys
     @property
     def trl(self) -> dict[str, Any]:
         return self._trl
+
+    def error(self, key: str, what: str) -> RecipeError:
+        """What is wrong with a key, at its place: `recipes/x.yaml:12: lora_target: no such module`."""
+        place = f"{self._path}:{self._lines[key]}" if key in self._lines else str(self._path)
+        return RecipeError(f"{place}: {key}: {what}")
 
     def resolved(self) -> dict[str, Any]:
         """Every key as resolved, in plain YAML values; `read_recipe` reads it back to an equal recipe."""
@@ -342,13 +348,15 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     problems: Problems = []
     given = read_file(path, problems) | read_overrides(overrides, problems)
-    no_effect = _leave_what_has_effect(given, problems)
+    no_effect = _take_out_no_effect(given, problems)
     recipe = _typed(given, problems)
     if recipe:
         recipe._path = path
+        recipe._lines = {key: int(place[5:]) for key, (_, place) in given.items() if place.startswith("line ")}
         recipe._notices += [f"{path}: {', '.join(names)}: no effect; {why}" for why, names in no_effect.items()]
         problems += [(_place(key, given), f"{key}: {why}") for key, why in _conflicts(recipe)]
     if problems or not recipe:
+        # by line ("line 9" before "line 10"), and after them what no line holds: "missing", "override"
         problems.sort(key=lambda problem: (problem[0][:4] != "line", len(problem[0]), problem[0]))
         width = max(len(place) for place, _ in problems)
         header = f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}"
@@ -356,8 +364,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return _resolve(recipe)
 
 
-def _leave_what_has_effect(given: dict[str, Given], problems: Problems) -> dict[str, list[str]]:
-    """Take from `given` what is no key of ours; return the keys without effect by their reason."""
+def _take_out_no_effect(given: dict[str, Given], problems: Problems) -> dict[str, list[str]]:
+    """Take out of `given` what is no key of ours, other names put right; return the keys without effect by reason."""
     no_effect: dict[str, list[str]] = {}
     for key, (value, place) in list(given.items()):
         if key in keys():
@@ -530,6 +538,7 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         (r.quantization_bit and r.pissa_init, "pissa_init", "needs a model that is not quantized; remove one"),
         (r.pissa_iter == 0, "pissa_iter", "expected a whole number above 0, or -1 for an exact SVD, found 0"),
         (r.use_galore and r.use_apollo, "use_galore", "use_apollo is on too; keep one"),
+        (r.use_dft_loss and "loss_type" in r.trl, "use_dft_loss", "loss_type is there too; keep one"),
     ]
     for key in ("adapter_name_or_path", "loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init"):
         checks.append((not lora and getattr(r, key), key, "needs finetuning_type: lora"))

@@ -5,31 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shlex
-import subprocess
 import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from transformers import TrainerCallback
 
-from . import __version__
 from .console import say
 from .dataset import PreparedData
 from .disk import free_space
 from .recipe import Recipe
-from .trainer_log import describe_evaluation, format_seconds, read_log
+from .trainer_log import describe_evaluation, format_seconds, read_log, run_seconds
 
 if TYPE_CHECKING:
     from .trainer import ArpoTrainer
-
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 
 
 class StartReport(TrainerCallback):
@@ -62,7 +54,7 @@ def end_report(recipe: Recipe, state: Any, trained: dict[str, Any], evaluated: d
     figures = [f"train loss {trained['train_loss']:.4f}", *describe_evaluation(evaluated)]
     output_dir = Path(recipe.output_dir)
     log = read_log(output_dir / "trainer_log.jsonl")
-    seconds = max([trained["train_runtime"], *(line["elapsed_seconds"] for line in log)])  # over all sessions
+    seconds = max(trained["train_runtime"], run_seconds(log))
     lines.append(f"done     in {format_seconds(seconds)}: {', '.join(figures)}")
     seen = [name for name in ("README.md", "trainer_log.jsonl", "training_loss.png") if (output_dir / name).exists()]
     return [*lines, f"model    {recipe.output_dir} (see {', '.join(seen)})"]
@@ -92,6 +84,9 @@ def describe_device(args: Any) -> str:
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     if args.device.type == "cpu":
         name += f", {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    visible = torch.cuda.device_count() if args.device.type == "cuda" else 1
+    if args.world_size == 1 and visible > 1:
+        return f"{name}, 1 of {visible} (accelerate launch --config_file accelerate_configs/multi_gpu.yaml takes all)"
     return name if args.world_size == 1 else f"{args.world_size} x {name}"
 
 
@@ -126,50 +121,15 @@ def describe_disk(args: Any, checkpoint_bytes: int) -> str:
     return f"{saved}; {free_space(Path(args.output_dir)) / 1e9:,.1f} GB free"
 
 
-def describe_run(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
-    """The manifest run.json: all that decides the weights, and what made them."""
-    return {
-        "status": "running",
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "recipe": recipe.resolved(),
-        "data": data.fingerprints,
-        "template_hash": data.template_hash,
-        "audit": data.audit.to_dict(),
-        "world_size": PartialState().num_processes,
-        "versions": installed_versions(),
-        "git_commit": git_commit(),
-    }
-
-
-def installed_versions() -> dict[str, str]:
-    """The versions that made the run."""
-    found = {"arpo_trl": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a source tree on the path
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of the working directory, or None outside a repository."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
-
-
 def recipe_text(recipe: Recipe) -> str:
     """The recipe as resolved, in YAML, so that the output folder alone tells how the model was made."""
     return yaml.safe_dump(json.loads(json.dumps(recipe.resolved())), sort_keys=False, allow_unicode=True)
 
 
 def resume_command(recipe: Recipe) -> str:
-    """The command line that goes on with this run."""
-    overrides = [a for a in sys.argv[2:] if not a.startswith("resume_from_checkpoint=")]
-    if recipe.overwrite_output_dir or recipe.resume_from_checkpoint:
-        overrides.append("resume_from_checkpoint=true")
-    launcher = "accelerate launch -m" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python -m"
-    return shlex.join([*launcher.split(), "arpo_trl", str(recipe.path), *overrides])
+    """The command that goes on with this run. A launcher's own flags are not known here."""
+    more = ["resume_from_checkpoint=true"] if recipe.overwrite_output_dir or recipe.resume_from_checkpoint else []
+    if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return " ".join(["the same command", *(f"with {override}" for override in more)])
+    given = [a for a in sys.argv[1:] if a != str(recipe.path) and not a.startswith("resume_from_checkpoint=")]
+    return shlex.join(["python", "-m", "arpo_trl", str(recipe.path), *given, *more])

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from .errors import RecipeError
-
 if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
 
@@ -80,19 +78,18 @@ def start_trackers(recipe: Recipe, args: SFTConfig, manifest: dict[str, Any], ea
         args.run_name = f"{name}-{run_id}"  # Trackio resumes by name
         print(f"trackio  TRACKIO_DIR={folder} trackio show --project {args.project}", flush=True)
     if "wandb" in trackers:
-        _start_wandb(recipe, output_dir, name, manifest)
+        _start_wandb(recipe, args, output_dir, name, manifest)
 
 
-def _start_wandb(recipe: Recipe, output_dir: Path, name: str, manifest: dict[str, Any]) -> None:
+def _start_wandb(recipe: Recipe, args: SFTConfig, output_dir: Path, name: str, manifest: dict[str, Any]) -> None:
     """Begin the run, or go on with it; transformers' callback then finds it begun."""
     for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ.setdefault(variable, str(output_dir / "wandb"))
     import wandb
 
-    project = recipe.project if "project" in recipe.model_fields_set else os.environ.get("WANDB_PROJECT")
     try:
         wandb.init(
-            project=project or recipe.project,
+            project=recipe.project or os.environ.get("WANDB_PROJECT", args.project),
             name=name,
             id=manifest[RUN_ID],
             resume="allow",
@@ -100,9 +97,8 @@ def _start_wandb(recipe: Recipe, output_dir: Path, name: str, manifest: dict[str
             config={key: manifest[key] for key in TOLD_TO_WANDB},
         )
     except wandb.Error as error:
-        raise RecipeError(
-            f"report_to: wandb could not begin a run ({' '.join(str(error).split())}); {WANDB_WAYS_OUT}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise recipe.error("report_to", f"wandb could not begin a run ({reason}); {WANDB_WAYS_OUT}") from error
 
 
 def finish_trackers(args: SFTConfig, output_dir: Path) -> None:

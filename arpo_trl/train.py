@@ -9,31 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
-from .callbacks import StopOnSignal, show_progress
-from .checkpoints import (
-    clear_earlier_run,
-    find_resume_point,
-    match_umask,
-    read_manifest,
-    require_same_course,
-    write_json,
-)
+from .checkpoints import match_umask, write_json
 from .console import logged_to, say
 from .dataset import prepare_datasets
 from .disk import missing_space
 from .environment import check_environment
-from .errors import RecipeError
-from .evaluation import EvaluatingTrainer, StopEarly, eval_datasets, evaluate_only
+from .errors import RecipeError, RunFailed
+from .evaluation import eval_datasets, evaluate_only
 from .loss_plot import plot_loss
+from .manifest import MANIFEST, describe_run, read_manifest, require_same_run
 from .model import keep_adapter_in_float32, load_model, to_optimizer, turn_pissa_into_lora
 from .model_card import NOT_FOR_THE_HUB, write_model_card
+from .output_dir import clear_earlier_run, find_resume_point
 from .preflight import Preflight
 from .recipe import Recipe
-from .report import StartReport, describe_run, end_report, recipe_text, resume_command
+from .report import StartReport, end_report, recipe_text, resume_command
+from .stop import StopEarly, StopOnSignal
 from .template import load_tokenizer
 from .trackers import finish_trackers, start_trackers
-from .trainer_log import mean_loss, read_log
+from .trainer import ArpoTrainer
+from .trainer_log import mean_loss, read_log, show_progress
 from .trl_config import to_sft_config
 
 
@@ -48,29 +45,29 @@ def train(recipe: Recipe) -> int:
         RunFailed: the run began and cannot go on.
     """
     check_environment(recipe)
-    if not recipe.do_train:
-        evaluate_only(recipe)
-        leave_together()
-        return 0
     args = to_sft_config(recipe)
     main_process = PartialState().is_main_process
     output_dir = Path(recipe.output_dir)
 
-    checkpoint, lines = on_main_process(lambda: find_resume_point(recipe))
-    with logged_to(output_dir / "training.log", keep=checkpoint is not None, enabled=main_process):
+    checkpoint, lines = on_main_process(lambda: find_resume_point(recipe)) if recipe.do_train else (None, [])
+    with logged_to(output_dir / "training.log", enabled=main_process) as forget_earlier_sessions:
         for line in [*recipe.notices, *lines]:
             say(line)
+        if not recipe.do_train:
+            evaluate_only(recipe, args)
+            leave_together()
+            return 0
         tokenizer = load_tokenizer(recipe)
         data = prepare_datasets(recipe, tokenizer)
         manifest = describe_run(recipe, data)
         earlier = read_manifest(checkpoint.parent) if checkpoint else {}
         if checkpoint is not None:
-            for line in on_main_process(lambda: require_same_course(earlier, manifest, recipe.allow_changed_recipe)):
+            for line in on_main_process(lambda: require_same_run(earlier, manifest, recipe.allow_changed_recipe)):
                 say(line)
         on_main_process(lambda: start_trackers(recipe, args, manifest, earlier))
 
         model, saved_dtype = load_model(recipe)
-        trainer = EvaluatingTrainer(
+        trainer = ArpoTrainer(
             model=model,
             args=args,
             train_dataset=data.train,
@@ -91,21 +88,28 @@ def train(recipe: Recipe) -> int:
         show_progress(trainer, recipe.plot_loss)
         if recipe.preflight:
             trainer.add_callback(Preflight(trainer, choose_checkpointing=recipe.gradient_checkpointing == "auto"))
-        if main_process:
-            for line in clear_earlier_run(output_dir) if checkpoint is None else []:
-                say(line)
+
+        def begin() -> list[str]:
+            lines = []
+            if checkpoint is None:
+                forget_earlier_sessions()
+                lines = clear_earlier_run(output_dir)
             if full := missing_space(output_dir, trainer.checkpoint_bytes, "a checkpoint"):
                 raise RecipeError(full)
-            write_json(output_dir / "run.json", manifest)
+            write_json(output_dir / MANIFEST, manifest)
             (output_dir / "recipe.yaml").write_text(recipe_text(recipe), encoding="utf-8")
             if args.push_to_hub:
                 (output_dir / ".gitignore").write_text(NOT_FOR_THE_HUB, encoding="utf-8")
+            return lines
+
+        for line in on_main_process(begin):
+            say(line)
 
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
         if stop.signum is not None and trainer.state.global_step < trainer.state.max_steps:
             if main_process:
-                write_json(output_dir / "run.json", manifest | {"status": "stopped"})
+                write_json(output_dir / MANIFEST, manifest | {"status": "stopped"})
             say(f"stopped by {signal.Signals(stop.signum).name} at step {trainer.state.global_step}, checkpoint saved")
             say(f"to go on: {resume_command(recipe)}")
             leave_together()
@@ -117,7 +121,7 @@ def train(recipe: Recipe) -> int:
         write_results(recipe, trainer, manifest, result.metrics, metrics)
         finish_trackers(args, output_dir)
         if args.push_to_hub:
-            trainer.push_to_hub()
+            push(trainer)
         for line in end_report(recipe, trainer.state, result.metrics, metrics):
             say(line)
         leave_together()
@@ -139,16 +143,26 @@ def on_main_process(decide: Callable[[], Any]) -> Any:
         except RecipeError as error:
             answer[1] = error
     if PartialState().num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
         answer = broadcast_object_list(answer)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
 
 
+def push(trainer: ArpoTrainer) -> None:
+    """Upload the final model; what the Hub answers does not undo a run that is saved."""
+    try:
+        trainer.push_to_hub()
+    except Exception as error:  # the Hub's client raises what its many backends raise
+        reason = " ".join(str(error).split())[:300]
+        folder, hub_id = trainer.args.output_dir, trainer.hub_model_id
+        raise RunFailed(
+            f"push_to_hub: the model is saved in {folder} and was not uploaded ({reason}); hf upload {hub_id} {folder}"
+        ) from error
+
+
 def write_results(
-    recipe: Recipe, trainer: EvaluatingTrainer, manifest: dict[str, Any], trained: Any, evaluated: Any
+    recipe: Recipe, trainer: ArpoTrainer, manifest: dict[str, Any], trained: Any, evaluated: Any
 ) -> None:
     """Leave the run's figures, plot and model card beside the final model."""
     output_dir = Path(recipe.output_dir)
@@ -161,7 +175,7 @@ def write_results(
     if not trainer.is_world_process_zero():
         return
     if recipe.plot_loss:
-        plot_loss(output_dir / "trainer_log.jsonl", output_dir / "training_loss.png")
+        plot_loss(log, output_dir / "training_loss.png")
     write_model_card(output_dir, recipe_text(recipe))
     match_umask(output_dir)
-    write_json(output_dir / "run.json", manifest | {"status": "finished"})
+    write_json(output_dir / MANIFEST, manifest | {"status": "finished"})

@@ -15,23 +15,25 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 from transformers.trainer_callback import ExportableState, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from trl.trainer.sft_trainer import SFTTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
 from .checkpoints import IN_PROGRESS, begin_checkpoint, finish_checkpoint
 from .disk import checkpoint_bytes, missing_space
 from .errors import RunFailed
-
-TILE_POSITIONS = 512
-"""Labelled positions scored at once: 512 x 151,936 float32 logits are 311 MB."""
+from .loss import score_labelled_positions_only, token_means
 
 
 class ArpoTrainer(SFTTrainer):
     """`SFTTrainer` whose checkpoints are whole or marked, whose runs resume exactly, and which stops at a NaN.
+
+    Its evaluation means over tokens, and keeps no logits. transformers means over batches: a batch of two short replies
+    weighs as much as one of two long ones, and the same model has another loss at another batch size. Here `eval_loss`
+    is the mean of -log p over all labelled tokens of a dataset, whatever the training loss adds to that (DFT, label
+    smoothing, the routers' loss), and `eval_perplexity` is its exponential; `eval_entropy` and
+    `eval_mean_token_accuracy` are over the same tokens. Several datasets have a loss each, as `eval_<name>_loss`, and
+    `eval_loss` is that of all of them together.
 
     Args:
         rows: The rows behind the training batches, with columns `input_ids` and `source` ("file:line"), to name the
@@ -45,8 +47,9 @@ class ArpoTrainer(SFTTrainer):
         self.rows = rows
         self.on_save_error = on_save_error
         self.trained_tokens = 0
-        self._window: list[dict[str, Tensor]] = []
+        self._window: list[dict[str, Tensor]] = []  # the batches of the update in progress
         self._last_batch = ""
+        self._eval_sums = torch.zeros(4, dtype=torch.float64)
         self.checkpoint_bytes = checkpoint_bytes(self.model, self.args.save_only_model)  # until one is measured
         # Trainer would replace a NaN loss by the running average and log 0: the step below raises instead.
         self.args.logging_nan_inf_filter = False
@@ -118,10 +121,13 @@ class ArpoTrainer(SFTTrainer):
             ways += ["per_device_eval_batch_size (same run)"]
         else:
             if args.per_device_train_batch_size > 1:
-                ways += ["per_device_train_batch_size (raise gradient_accumulation_steps to match: same run)"]
+                ways += [
+                    "per_device_train_batch_size (raise gradient_accumulation_steps, or keep global_batch_size: same run)"
+                ]
             if not args.activation_checkpointing:
                 ways += ["gradient_checkpointing: true (slower, same run)"]
-        ways += ["cutoff_len (rows are cut)", "finetuning_type: lora"]
+        ways += ["cutoff_len (rows are cut)"]
+        ways += [] if hasattr(self.model, "peft_config") else ["finetuning_type: lora"]
         return (
             f"step {self.state.global_step + 1}: out of memory on {self.accelerator.device} with a "
             f"{self._last_batch or 'model of this size'}. In order of what it costs, change: {'; '.join(ways)}"
@@ -134,6 +140,58 @@ class ArpoTrainer(SFTTrainer):
         wanted = {tuple(row) for batch in self._window for row in _split_rows(batch)}
         rows = self.rows.select_columns(["input_ids", "source"])
         return [row["source"] for row in rows if tuple(row["input_ids"]) in wanted]
+
+    # --- an evaluation ---
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(datasets, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics: dict[str, float] = {}
+        sums = torch.zeros(4, dtype=torch.float64)
+        for name, dataset in datasets.items():
+            metrics |= super().evaluate(
+                name if eval_dataset is None else dataset, ignore_keys, f"{metric_key_prefix}_{name}"
+            )
+            sums += self._eval_sums
+        overall = token_means(sums, metric_key_prefix)
+        self.log(dict(overall))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, overall)
+        return metrics | overall
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._eval_sums = torch.zeros(4, dtype=torch.float64)
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output: EvalLoopOutput = super().evaluation_loop(*args, **kwargs)
+        assert output.metrics is not None
+        output.metrics.update(token_means(self._eval_sums, metric_key_prefix))
+        return output
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        assert self.model is not None
+        if self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        scores = model(**inputs, use_cache=False, fused_lm_head=True)
+        parts = (-scores.log_probs, scores.entropy, scores.is_top1, scores.label_mask)
+        # A row per conversation, so that those which fill up the last batch of several processes are dropped again.
+        # (Laid end to end a batch is one row: of several processes, the rows that fill up count twice.)
+        rows = torch.stack([part.float().sum(-1) for part in parts], dim=-1)
+        self._eval_sums += self.accelerator.gather_for_metrics(rows).sum(0).double().cpu()
+        nll, _, _, tokens = rows.sum(0)
+        return nll / tokens.clamp(min=1)
+
+    def evaluate_final_weights(self) -> dict[str, float]:
+        """The metrics of the weights that the run ends with: those in its log, or else of one more evaluation."""
+        step = self.state.global_step
+        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
+            step = self.state.best_global_step
+        logged = [entry for entry in self.state.log_history if entry["step"] == step]
+        known = {k: v for entry in logged for k, v in entry.items() if k.startswith("eval_")}
+        return known if "eval_loss" in known else self.evaluate()
 
     # --- a checkpoint ---
 
@@ -228,68 +286,6 @@ def _split_rows(batch: dict[str, Tensor]) -> list[list[int]]:
     return [ids[0, a:b].tolist() for a, b in zip(starts, [*starts[1:], ids.size(1)], strict=True)]
 
 
-# --- the loss ---
-
-
-def score_labelled_positions_only(model: PreTrainedModel) -> None:
-    """Project only the positions that carry a label, in tiles, with a plain log-softmax.
-
-    On devices without Triton, TRL's fused head projects every position and walks the logits in several float32
-    passes (trl 1.16, trl/trainer/utils.py: `compact = _use_triton(...)`). The loss is the same to float rounding. To
-    be dropped when TRL scores labelled positions everywhere.
-
-    The forward of a model with scaled or soft-capped logits, or with experts, is left to TRL.
-    """
-    config = model.config.get_text_config()
-    scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    if any(getattr(config, name, None) for name in scales) or hasattr(config, "output_router_logits"):
-        return
-    trl_forward = model.forward
-
-    def forward(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if not fused_lm_head or labels is None or "shift_labels" in kwargs:
-            return trl_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
-        kwargs["use_cache"] = False
-        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
-        labels = labels[:, 1:]
-        mask = labels != -100
-        scores = score_tokens(hidden[mask], labels[mask], model.get_output_embeddings())
-        log_probs, entropy, is_top1 = (s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores)
-        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
-
-    model.forward = forward
-
-
-def score_tokens(hidden: Tensor, labels: Tensor, head: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each label, entropy of its distribution, and whether it is the most likely token.
-
-    Args:
-        hidden: Shape (tokens, hidden_size).
-        labels: Shape (tokens,).
-        head: The output projection, hidden_size -> vocabulary.
-
-    Returns:
-        Three float32 tensors of shape (tokens,); only the first carries a gradient.
-    """
-    tiles = list(zip(hidden.split(TILE_POSITIONS), labels.split(TILE_POSITIONS), strict=True))
-    # One tile keeps its logits for the backward pass; of several, each is computed again there.
-    score: Callable[..., Any] = _score_tile if len(tiles) == 1 else _score_tile_again_in_backward
-    return tuple(torch.cat(parts) for parts in zip(*(score(h, y, head) for h, y in tiles), strict=True))  # type: ignore[return-value]
-
-
-def _score_tile_again_in_backward(hidden: Tensor, labels: Tensor, head: nn.Module) -> Any:
-    return checkpoint(_score_tile, hidden, labels, head, use_reentrant=False, preserve_rng_state=False)
-
-
-def _score_tile(hidden: Tensor, labels: Tensor, head: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    log_softmax = torch.log_softmax(head(hidden).float(), dim=-1)
-    log_probs = log_softmax.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():
-        entropy = -(log_softmax.exp().mul_(log_softmax)).sum(-1)
-        is_top1 = (log_softmax.argmax(-1) == labels).float()
-    return log_probs, entropy, is_top1
-
-
 # --- the memory of a step on a CPU ---
 
 
@@ -299,12 +295,13 @@ def keep_freed_memory() -> None:
     glibc maps each large tensor anew and gives it back at once, so that every step pays a page fault for each of its
     4 KiB pages: a quarter of the time of a step of the 0.5B shape, whose peak stays the same (mallopt(3)).
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another libc, which has no such calls
             libc = ctypes.CDLL(None)
             libc.mallopt(m_mmap_max, 0)
             libc.mallopt(m_trim_threshold, -1)
+            libc.mallopt(m_arena_max, 1)  # a thread's own arena holds no large tensor
 
 
 # --- what Trainer forgets when a run is resumed ---

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trl.trainer.sft_config import SFTConfig
 
@@ -28,8 +28,6 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
         RecipeError: what transformers says against a combination of keys.
     """
     gpu = torch.accelerator.is_available()
-    if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise RecipeError(f"{recipe.path}: bf16: this GPU has no bfloat16; write bf16: false (fp16: true is faster)")
     checkpointing = dict(recipe.trl.get("activation_checkpointing_kwargs") or {})
     if recipe.use_reentrant_gc is not None:
         checkpointing["use_reentrant"] = recipe.use_reentrant_gc
@@ -51,7 +49,6 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
         "save_steps": recipe.save_steps,
         "report_to": recipe.report_to or "none",
         "run_name": recipe.run_name,
-        "project": recipe.project,
         "seed": recipe.seed,
         "fp16": recipe.fp16,
         "packing": recipe.packing,
@@ -74,12 +71,17 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
         "dataset_kwargs": None if recipe.packing else {"skip_prepare_dataset": True},
         "use_cpu": not gpu,
     }
+    if recipe.project:
+        settings["project"] = recipe.project
     settings |= _low_rank_optimizer(recipe) | recipe.trl
     settings["activation_checkpointing_kwargs"] = checkpointing or None
     try:
         config = SFTConfig(**settings)
     except (ValueError, OSError, ImportError) as error:
-        raise RecipeError(f"{recipe.path}: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"{recipe.path}: transformers refuses these keys: {str(error).splitlines()[0]}") from error
+    # Of several visible GPUs a process without a launcher takes one: TRL refuses nn.DataParallel, Trainer's way to use
+    # them all (https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L1118).
+    config._n_gpu = min(config.n_gpu, 1)
     if wandb_is_disabled():
         config.report_to = [tracker for tracker in config.report_to or [] if tracker != "wandb"]  # left by `all`
     if config.mixed_precision in ("bf16", "fp16") and not (config.bf16 or config.fp16):
@@ -87,10 +89,8 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
     return config
 
 
-def to_lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig | None:
-    """The adapter, or None where every weight is trained."""
-    if recipe.finetuning_type != "lora":
-        return None
+def to_lora_config(recipe: Recipe, tied: bool) -> LoraConfig:
+    """The adapter. `tied`: whether the model's head is its embeddings."""
     start: Any = True
     if recipe.pissa_init:
         start = "pissa" if recipe.pissa_iter == -1 else f"pissa_niter_{recipe.pissa_iter}"
@@ -104,6 +104,8 @@ def to_lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig | None:
         use_rslora=recipe.use_rslora,
         use_dora=recipe.use_dora,
         init_lora_weights=start,
+        ensure_weight_tying=tied
+        and not {"embed_tokens", "lm_head"}.isdisjoint([*recipe.additional_target, *recipe.lora_target]),
     )
 
 
@@ -126,14 +128,16 @@ def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
     """What `from_pretrained` is told.
 
     Weights that are trained are float32, also under bf16 autocast: in bfloat16, steps below 1/256 of a weight round to
-    nothing. The frozen base under an adapter is in the dtype of the computation, or in its file's.
+    nothing. A frozen base is in the dtype of the computation, or in its file's, unless parts of it are trained whole or
+    a CPU, slow in bfloat16, computes.
     """
-    full = recipe.finetuning_type == "full"
-    dtype = torch.bfloat16 if recipe.pure_bf16 else torch.float32 if full else _compute_dtype(recipe) or "auto"
-    kwargs: dict[str, Any] = {
-        "dtype": dtype,
-        **hub_kwargs(recipe),
-    }
+    dtype: torch.dtype | str = _compute_dtype(recipe) or "auto"
+    whole = recipe.additional_target or recipe.finetuning_type == "freeze"
+    if recipe.pure_bf16:
+        dtype = torch.bfloat16
+    elif recipe.finetuning_type == "full" or (dtype == "auto" and (whole or not torch.accelerator.is_available())):
+        dtype = torch.float32
+    kwargs: dict[str, Any] = {"dtype": dtype, **hub_kwargs(recipe)}
     if recipe.flash_attn != "auto":
         kwargs["attn_implementation"] = _KERNELS[recipe.flash_attn]
     return kwargs | _rope(recipe)
@@ -178,9 +182,10 @@ def _accumulation(recipe: Recipe) -> int:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     at_once = recipe.per_device_train_batch_size * world
     if recipe.global_batch_size % at_once:
-        raise RecipeError(
-            f"{recipe.path}: global_batch_size: expected a multiple of {at_once} (per_device_train_batch_size "
-            f"{recipe.per_device_train_batch_size} x {world} processes), found {recipe.global_batch_size}"
+        raise recipe.error(
+            "global_batch_size",
+            f"expected a multiple of {at_once} (per_device_train_batch_size "
+            f"{recipe.per_device_train_batch_size} x {world} processes), found {recipe.global_batch_size}",
         )
     return recipe.global_batch_size // at_once
 

@@ -43,7 +43,7 @@ _NO_EFFECT = {
         use_mps_device use_legacy_prediction_loop include_inputs_for_metrics sortish_sampler jit_mode_eval""",
 }
 
-# Refused where they ask for something: null, false and LLaMA-Factory's own default (`HARMLESS`) pass.
+# Refused where they ask for something: null, false and the defaults in `HARMLESS`, LLaMA-Factory's, pass.
 _REFUSED = {
     "it would be stored beside the model; run `hf auth login` instead": """
         hf_hub_token hub_token push_to_hub_token""",
@@ -157,7 +157,7 @@ def sft_fields() -> dict[str, SftField]:
                 )
                 choices = metadata.get("choices") or next((enums[word] for word in words if word in enums), ())
                 help = (metadata.get("help") or "").replace("%%", "%")
-                default = _literal(call["default"]) if "default" in call else []
+                default = _literal(call["default"]) if "default" in call else []  # default_factory=list
                 fields[line.target.id] = SftField(annotation, default, help, tuple(choices))
     return fields
 

@@ -198,8 +198,8 @@ def _measure(
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from arpo_trl.callbacks import peak_memory
     from arpo_trl.trainer import ArpoTrainer
+    from arpo_trl.trainer_log import peak_memory
 
     class Stopwatch(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

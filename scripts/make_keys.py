@@ -26,7 +26,7 @@ def keys_md() -> str:
         f"{counts}, {len(REFUSED)} refused. `python -m arpo_trl --help KEY` explains one.",
         "",
         "- **same**: the field of that name in TRL's `SFTConfig`. **ours**: read by arpo_trl. Otherwise: what it becomes.",
-        "- A key that is omitted, or null, means its default: LLaMA-Factory's where LLaMA-Factory has the key.",
+        "- An omitted key means its default: LLaMA-Factory's where LLaMA-Factory has the key. So does null where that is none.",
     ]
     for group in dict.fromkeys(key.group for key in known.values()):
         lines += [

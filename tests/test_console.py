@@ -32,7 +32,7 @@ def log_of(path: Path) -> list[str]:
 def test_a_line_reaches_both_and_a_progress_bar_only_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with logged_to(tmp_path / "log", keep=False):
+    with logged_to(tmp_path / "log"):
         print("one", flush=True)
         print("warned", file=sys.stderr)
         sys.stderr.write("\rLoading: 0%\rLoading: 100%\n")
@@ -42,32 +42,43 @@ def test_a_line_reaches_both_and_a_progress_bar_only_the_terminal(
     assert shown.out == "one\n" and "100%" in shown.err
 
 
-def test_each_session_begins_with_its_date_and_command_and_a_resumed_one_is_appended(tmp_path: Path) -> None:
-    for keep in (False, True):
-        with logged_to(tmp_path / "log", keep=keep):
+def test_each_session_begins_with_its_date_and_command_and_is_appended_until_a_run_is_replaced(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for _ in range(2):
+        with logged_to(log):
             print("step")
-    lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
+    lines = log.read_text(encoding="utf-8").splitlines()
     assert [line[:3] for line in lines] == ["# 2", "ste", "# 2", "ste"]
-    with logged_to(tmp_path / "log", keep=False):
-        pass
-    assert len((tmp_path / "log").read_text(encoding="utf-8").splitlines()) == 1
+    with logged_to(log) as forget_earlier_sessions:
+        print("before")
+        forget_earlier_sessions()
+        print("after")
+    assert [line[:6] for line in log.read_text(encoding="utf-8").splitlines()[1:]] == ["before", "after"]
+
+
+def test_the_traceback_of_what_nobody_expected_is_in_the_log_and_the_error_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError) as caught, logged_to(tmp_path / "log"):
+        1 / 0  # noqa: B018
+    lines = log_of(tmp_path / "log")
+    assert lines[0] == "Traceback (most recent call last):" and lines[-1] == "ZeroDivisionError: division by zero"
+    assert caught.value.__notes__ == [f"the traceback is in {tmp_path / 'log'}"]
 
 
 def test_the_error_that_ends_a_run_is_in_its_log(tmp_path: Path) -> None:
-    with pytest.raises(RunFailed), logged_to(tmp_path / "log", keep=False):
+    with pytest.raises(RunFailed), logged_to(tmp_path / "log"):
         raise RunFailed("step 7: the loss is nan")
     assert log_of(tmp_path / "log") == ["step 7: the loss is nan"]
 
 
 def test_a_terminal_that_went_away_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", GoneTerminal())
-    with logged_to(tmp_path / "log", keep=False):
+    with logged_to(tmp_path / "log"):
         print("still here", flush=True)
     assert log_of(tmp_path / "log") == ["still here"]
 
 
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
-    with logged_to(tmp_path / "log", keep=False, enabled=False):
+    with logged_to(tmp_path / "log", enabled=False):
         print("from another process")
     assert not (tmp_path / "log").exists()
 
@@ -77,7 +88,7 @@ def test_lines_printed_beside_a_bar_stand_above_it_and_in_the_log(
 ) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
-    with logged_to(tmp_path / "log", keep=False):
+    with logged_to(tmp_path / "log"):
         bar = start_bar(total=10, initial=4)
         assert bar is not None
         bar.update(1)

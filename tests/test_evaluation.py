@@ -17,7 +17,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_config import SFTConfig
 
-from arpo_trl.evaluation import EvaluatingTrainer, evaluate_only
+from arpo_trl.train import train
+from arpo_trl.trainer import ArpoTrainer
 from arpo_trl.trainer_log import read_log
 
 pytestmark = small_run.QUIET
@@ -46,7 +47,7 @@ def evaluate(model: Path, folder: Path, datasets: Any, batch: int = 2, **changes
         dataset_kwargs={"skip_prepare_dataset": True},
         **values | changes,
     )
-    trainer = EvaluatingTrainer(
+    trainer = ArpoTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=args,
         train_dataset=SHORT,
@@ -160,11 +161,23 @@ def test_the_final_evaluation_is_written_with_each_datasets_perplexity(watched: 
     assert names <= results.keys() and "train_loss" in results
 
 
-def test_a_model_can_be_evaluated_without_training(watched: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_model_can_be_evaluated_without_training(
+    watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = small_run.make_recipe(
-        tmp_path, watched, do_train=False, do_eval=True, dataset=None, eval_dataset="counting,greetings"
+        tmp_path,
+        watched,
+        do_train=False,
+        do_eval=True,
+        dataset=None,
+        eval_dataset="counting,greetings",
+        report_to="wandb",
+        save_safetensors=True,
     )
-    evaluate_only(recipe)
+    monkeypatch.delenv("WANDB_MODE")  # nobody is logged in: an evaluation tells no tracker, and needs no login
+    assert train(recipe) == 0
+    log = (tmp_path / "run" / "training.log").read_text(encoding="utf-8")
+    assert "save_safetensors: no effect" in log and "eval counting loss" in log
     found = json.loads((tmp_path / "run" / "eval_results.json").read_text(encoding="utf-8"))
     expected = json.loads((watched / "eval_results.json").read_text(encoding="utf-8"))
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=0.02)  # saved in bfloat16

@@ -301,6 +301,7 @@ def test_wandb_disabled_is_honoured_and_said(tmp_path: Path, monkeypatch: pytest
 
 # Ours, and why, where LLaMA-Factory 0.9 with transformers 4.57 has another default.
 OTHER_DEFAULTS = {
+    "project": None,  # WANDB_PROJECT, or else theirs
     "use_reentrant_gc": None,  # transformers 5 recomputes without re-entering; the gradients are the same
     "per_device_eval_batch_size": None,  # the training batch: an evaluation needs no more memory
     "finetuning_type": "full",  # adapters are asked for; a recipe with LoRA's keys and without this one is refused

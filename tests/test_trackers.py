@@ -21,8 +21,8 @@ import pytest
 import small_run
 
 from arpo_trl import train as train_module
-from arpo_trl.callbacks import StopOnSignal
 from arpo_trl.errors import RecipeError
+from arpo_trl.stop import StopOnSignal
 from arpo_trl.trackers import start_trackers
 
 pytestmark = small_run.QUIET
@@ -202,7 +202,7 @@ def test_a_wandb_that_cannot_begin_a_run_is_told_in_one_line(
     for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
     recipe = small_run.make_recipe(tmp_path, tiny_model, report_to="wandb")
-    args: Any = type("Args", (), {"report_to": ["wandb"]})
+    args: Any = type("Args", (), {"report_to": ["wandb"], "project": "huggingface"})
     manifest = dict.fromkeys(("recipe", "audit", "versions", "git_commit", "world_size"))
     with pytest.raises(RecipeError, match=r"timed out after 90 s.*WANDB_MODE=offline") as caught:
         start_trackers(recipe, args, manifest, {})

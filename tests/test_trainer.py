@@ -15,9 +15,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 from trl import SFTConfig, SFTTrainer
 
-from arpo_trl import trainer as trainer_module
+from arpo_trl import loss
 from arpo_trl.errors import RunFailed
-from arpo_trl.trainer import ArpoTrainer, score_tokens
+from arpo_trl.loss import score_tokens
+from arpo_trl.trainer import ArpoTrainer
 
 STEPS = 20
 
@@ -122,7 +123,7 @@ def test_tiles_change_neither_the_loss_nor_its_gradients(monkeypatch: pytest.Mon
     hidden, labels = torch.randn(37, 16), torch.randint(0, 50, (37,))
     results = []
     for size in (64, 8):
-        monkeypatch.setattr(trainer_module, "TILE_POSITIONS", size)
+        monkeypatch.setattr(loss, "TILE_POSITIONS", size)
         head = torch.nn.Linear(16, 50, bias=False)
         torch.nn.init.constant_(head.weight, 0.0)
         head.weight.data += torch.linspace(-1, 1, 50 * 16).view(50, 16)

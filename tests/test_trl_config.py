@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig
 
 from arpo_trl import trl_config
 from arpo_trl.errors import RecipeError
+from arpo_trl.model import new_adapter
 from arpo_trl.recipe import Recipe, keys
 from arpo_trl.trl_config import model_init_kwargs, to_lora_config, to_quantization_config, to_sft_config
 
@@ -42,6 +44,21 @@ def test_rows_arrive_finished_so_trl_neither_cuts_nor_prepares_them(recipe_of: A
 def test_a_machine_without_a_gpu_is_found_out(recipe_of: Any) -> None:
     config = to_sft_config(recipe_of("bf16=true"))
     assert config.use_cpu is not torch.accelerator.is_available() and config.bf16
+
+
+def test_of_several_visible_gpus_a_process_without_a_launcher_takes_one(
+    recipe_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer would wrap the model in nn.DataParallel, which TRL refuses once the model is loaded."""
+    real = SFTConfig.__post_init__
+
+    def with_four_gpus(config: SFTConfig) -> None:
+        real(config)
+        config._n_gpu = 4
+
+    monkeypatch.setattr(SFTConfig, "__post_init__", with_four_gpus)
+    config = to_sft_config(recipe_of("per_device_train_batch_size=2"))
+    assert (config.n_gpu, config.train_batch_size) == (1, 2)
 
 
 # Every key with a field in SFTConfig: what is written, the field, and what must stand there.
@@ -166,12 +183,8 @@ def test_galore_and_apollo_become_transformers_optimizers(recipe_of: Any) -> Non
 
 def adapted(recipe: Recipe, tiny_model: Path) -> set[str]:
     """The modules that PEFT adapts, by their last name."""
-    from peft import get_peft_model
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    config = to_lora_config(recipe, model)
-    assert config is not None
-    names = [name for name, weight in get_peft_model(model, config).named_parameters() if weight.requires_grad]
+    adapter = new_adapter(recipe, AutoModelForCausalLM.from_pretrained(tiny_model))
+    names = [name for name, weight in adapter.named_parameters() if weight.requires_grad]
     return {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}
 
 
@@ -184,18 +197,16 @@ def test_all_adapts_every_linear_layer_but_the_head(recipe_of: Any, tiny_model: 
 
 
 def test_the_adapters_keys_reach_peft(recipe_of: Any) -> None:
-    model: Any = None
-    config = to_lora_config(recipe_of("lora_rank=4"), model)
-    assert config is not None and (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0)
+    config = to_lora_config(recipe_of("lora_rank=4"), tied=True)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0)
     assert config.init_lora_weights is True and config.modules_to_save is None
     lines = ["lora_alpha=3", "lora_dropout=0.1", "use_rslora=true", "use_dora=true", "additional_target=embed_tokens"]
-    config = to_lora_config(recipe_of(*lines), model)
-    assert config is not None and (config.lora_alpha, config.lora_dropout) == (3, 0.1)
+    config = to_lora_config(recipe_of(*lines), tied=True)
+    assert config.ensure_weight_tying and (config.lora_alpha, config.lora_dropout) == (3, 0.1)
     assert config.use_rslora and config.use_dora and config.modules_to_save == ["embed_tokens"]
     for iterations, start in ((16, "pissa_niter_16"), (-1, "pissa")):
-        config = to_lora_config(recipe_of("pissa_init=true", f"pissa_iter={iterations}"), model)
-        assert config is not None and config.init_lora_weights == start
-    assert to_lora_config(recipe_of("finetuning_type=full"), model) is None
+        config = to_lora_config(recipe_of("pissa_init=true", f"pissa_iter={iterations}"), tied=True)
+        assert not config.ensure_weight_tying and config.init_lora_weights == start
 
 
 # --- the model ---
@@ -209,11 +220,20 @@ def test_the_adapters_keys_reach_peft(recipe_of: Any) -> None:
         (["finetuning_type=full", "pure_bf16=true"], torch.bfloat16),
         (["bf16=true"], torch.bfloat16),  # the frozen base of an adapter
         (["fp16=true"], torch.float16),
-        ([], "auto"),
+        ([], torch.float32),  # on a CPU
     ],
 )
 def test_the_dtype_of_the_weights(recipe_of: Any, lines: list[str], dtype: object) -> None:
     assert model_init_kwargs(recipe_of(*lines))["dtype"] == dtype
+
+
+def test_on_a_gpu_a_frozen_base_keeps_its_files_dtype_unless_a_part_is_trained_whole(
+    recipe_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert model_init_kwargs(recipe_of())["dtype"] == "auto"
+    assert model_init_kwargs(recipe_of("additional_target=embed_tokens"))["dtype"] == torch.float32
+    assert model_init_kwargs(recipe_of("finetuning_type=freeze"))["dtype"] == torch.float32
 
 
 def test_pure_bf16_is_warned_about(recipe_of: Any) -> None:

@@ -10,8 +10,8 @@ import pytest
 from conftest import MakeRecipe
 
 from arpo_trl.__main__ import main
-from arpo_trl.checkpoints import FREE_KEYS, list_changes, read_manifest, require_same_course
 from arpo_trl.errors import RecipeError
+from arpo_trl.manifest import MAY_CHANGE, list_changes, read_manifest, require_same_run
 from arpo_trl.recipe import keys, read_recipe
 
 
@@ -60,7 +60,7 @@ def test_a_key_that_changes_the_course_is_refused(key: str, make_recipe: MakeRec
     before = manifest(make_recipe())
     now = manifest(make_recipe(**{key: CHANGES[key]}))
     with pytest.raises(RecipeError, match=f"\n  {key}: .* -> .*\n.*allow_changed_recipe: true"):
-        require_same_course(before, now, allow_changed_recipe=False)
+        require_same_run(before, now, allow_changed_recipe=False)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_other_data_template_or_processes_are_refused(
     """It is listed."""
     path = make_recipe()
     with pytest.raises(RecipeError, match=expected):
-        require_same_course(manifest(path), manifest(path, **more), allow_changed_recipe=False)
+        require_same_run(manifest(path), manifest(path, **more), allow_changed_recipe=False)
 
 
 def test_everything_that_changed_is_listed_at_once(make_recipe: MakeRecipe) -> None:
@@ -86,7 +86,7 @@ def test_everything_that_changed_is_listed_at_once(make_recipe: MakeRecipe) -> N
     before = manifest(make_recipe())
     now = manifest(make_recipe(learning_rate=0.5, seed=1), world_size=4)
     assert len(list_changes(before, now)) == 3
-    lines = require_same_course(before, now, allow_changed_recipe=True)
+    lines = require_same_run(before, now, allow_changed_recipe=True)
     assert lines[0] == "resumed although changed: learning_rate: 0.001 -> 0.5" and len(lines) == 3
 
 
@@ -106,7 +106,7 @@ def test_keys_that_leave_the_weights_alone_may_change(make_recipe: MakeRecipe) -
 
 def test_every_free_key_is_a_key() -> None:
     """A typo in the list would refuse what is harmless."""
-    assert sorted(key for key in FREE_KEYS if key not in keys()) == []
+    assert sorted(key for key in MAY_CHANGE if key not in keys()) == []
 
 
 def test_a_key_at_its_default_is_no_change(make_recipe: MakeRecipe) -> None:
@@ -127,7 +127,7 @@ def test_a_key_that_this_version_no_longer_has_is_listed(make_recipe: MakeRecipe
 def test_other_versions_are_said_and_not_refused(make_recipe: MakeRecipe) -> None:
     """The last digits may differ."""
     path = make_recipe()
-    (line,) = require_same_course(manifest(path), manifest(path, versions={"torch": "3.0"}), False)
+    (line,) = require_same_run(manifest(path), manifest(path, versions={"torch": "3.0"}), False)
     assert "torch 2.13 -> 3.0" in line
 
 
@@ -136,7 +136,7 @@ def test_a_manifest_that_cannot_be_read_is_said(text: str | None, tmp_path: Path
     """The run goes on, and one line tells that nothing was compared."""
     if text is not None:
         (tmp_path / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    (line,) = require_same_course(read_manifest(tmp_path), manifest(make_recipe()), False)
+    (line,) = require_same_run(read_manifest(tmp_path), manifest(make_recipe()), False)
     assert "not checked whether recipe and data are the same" in line
 
 
@@ -148,7 +148,7 @@ def test_a_manifest_with_an_odd_field_is_compared_as_far_as_it_goes(
     """A list of changes or none, never another exception."""
     path = make_recipe()
     (tmp_path / "run.json").write_text(json.dumps(manifest(path, **{field: value})), encoding="utf-8")
-    lines = require_same_course(read_manifest(tmp_path), manifest(path), allow_changed_recipe=True)
+    lines = require_same_run(read_manifest(tmp_path), manifest(path), allow_changed_recipe=True)
     assert len(lines) == (field != "status")
 
 

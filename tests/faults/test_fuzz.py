@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from arpo_trl.__main__ import main
-from arpo_trl.checkpoints import find_damage, read_json, read_manifest
+from arpo_trl.checkpoints import find_damage, read_json
 from arpo_trl.dataset import prepare_datasets
 from arpo_trl.errors import RecipeError, RowError
+from arpo_trl.manifest import read_manifest
 from arpo_trl.messages import to_conversation
 from arpo_trl.recipe import keys, read_recipe
 from arpo_trl.registry import DatasetInfo, read_registry

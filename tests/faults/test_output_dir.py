@@ -12,8 +12,9 @@ from conftest import MakeRecipe
 from runs import differing
 
 from arpo_trl.__main__ import main
-from arpo_trl.checkpoints import FILES, find_resume_point, list_checkpoints
+from arpo_trl.checkpoints import FILES, list_checkpoints
 from arpo_trl.errors import RecipeError
+from arpo_trl.output_dir import find_resume_point
 from arpo_trl.recipe import read_recipe
 
 
@@ -38,7 +39,9 @@ def test_a_finished_run_or_a_model_is_refused(by: str, make_recipe: MakeRecipe, 
         )
     else:
         (output_dir / by).write_text("{}", encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"^output_dir: .* set overwrite_output_dir: true to [^\n]*$"):
+    with pytest.raises(
+        RecipeError, match=r"^\S+recipe\.yaml:\d+: output_dir: .* set overwrite_output_dir: true to [^\n]*$"
+    ):
         resume(make_recipe())
     assert len(list_checkpoints(output_dir)) == 3
 
@@ -65,7 +68,7 @@ def test_a_model_in_the_run_folder_is_refused(
     changes: dict[str, Any] = {"model_name_or_path": str(paths.get(place))}
     if place == "adapter":
         changes = {"adapter_name_or_path": str(output_dir / "checkpoint-2"), "finetuning_type": "lora"}
-    with pytest.raises(RecipeError, match=r"^output_dir: .*model to be trained"):
+    with pytest.raises(RecipeError, match=r"^\S+recipe\.yaml:\d+: output_dir: .*model to be trained"):
         resume(make_recipe(overwrite_output_dir=True, **changes))
     assert len(list_checkpoints(output_dir)) == 3
 
@@ -74,7 +77,7 @@ def test_an_output_dir_that_is_a_file_or_below_one_is_refused(make_recipe: MakeR
     """One line, and the file stays."""
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/1/run")):
-        with pytest.raises(RecipeError, match=r"^output_dir: nothing can be written in [^\n]*$"):
+        with pytest.raises(RecipeError, match=r"^\S+recipe\.yaml:\d+: output_dir: nothing can be written in [^\n]*$"):
             resume(make_recipe(output_dir=str(path)))
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
@@ -95,7 +98,7 @@ def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused_by_name(
 ) -> None:
     """One line that lists those there are."""
     (output_dir / "checkpoint-1" / "optimizer.pt").unlink()
-    with pytest.raises(RecipeError, match=r"^resume_from_checkpoint: .*" + message):
+    with pytest.raises(RecipeError, match=r"^\S+recipe\.yaml:\d+: resume_from_checkpoint: .*" + message):
         resume(make_recipe(resume_from_checkpoint=wanted.format(run=output_dir)))
     assert len(list_checkpoints(output_dir)) == 3
 
@@ -121,7 +124,10 @@ def test_nothing_to_resume_from_is_refused_with_what_was_found(make_recipe: Make
 def test_a_checkpoint_of_llamafactory_is_resumed_from_in_words(
     make_recipe: MakeRecipe, output_dir: Path, saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It has no run.json, no files.json and none of our log's state: the run says that it could not compare."""
+    """It has no run.json, no files.json, none of our log's state and none of its seconds: the run says what it could not
+    compare."""
+    line = {"current_steps": 3, "total_steps": 3, "loss": 7.0, "lr": 1e-3, "epoch": 1.0, "elapsed_time": "0:00:09"}
+    (output_dir / "trainer_log.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     for folder in list_checkpoints(output_dir):
         (folder / FILES).unlink()
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
@@ -145,6 +151,7 @@ def test_overwriting_removes_the_earlier_run_and_nothing_else(
         (finished / name).parent.mkdir(parents=True, exist_ok=True)
         (finished / name).write_text("mine", encoding="utf-8")
     (finished / "notes.txt").chmod(0o600)
+    (finished / "training.log").write_text("# an earlier session\n", encoding="utf-8")
     outside = Path(shutil.copytree(finished / "checkpoint-3", tmp_path / "outside"))
     (finished / "checkpoint-9").symlink_to(outside)
     assert main([str(make_recipe(overwrite_output_dir=True))]) == 0
@@ -155,6 +162,8 @@ def test_overwriting_removes_the_earlier_run_and_nothing_else(
     assert [(finished / name).read_text(encoding="utf-8") for name in foreign] == ["mine"] * len(foreign)
     assert (finished / "notes.txt").stat().st_mode & 0o777 == 0o600
     assert len(list(outside.iterdir())) > 5
+    log = (finished / "training.log").read_text(encoding="utf-8")
+    assert "earlier session" not in log and log.startswith("# 2") and "step 4/4" in log
     steps = [json.loads(line)["current_steps"] for line in (finished / "trainer_log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
 
@@ -173,8 +182,10 @@ def test_a_mistake_in_the_recipe_removes_nothing(
     mistake: dict[str, Any], make_recipe: MakeRecipe, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The earlier run goes only once the new one is about to begin."""
+    (finished / "training.log").write_text("# an earlier session\n", encoding="utf-8")
     assert main([str(make_recipe(overwrite_output_dir=True, **mistake))]) == 2
     assert len(list_checkpoints(finished)) == 3 and (finished / "trainer_log.jsonl").exists()
+    assert (finished / "training.log").read_text(encoding="utf-8").startswith("# an earlier session\n")
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -17,9 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from arpo_trl.callbacks import TrainerLog, mean_context, mfu_per_token, peak_memory
 from arpo_trl.loss_plot import plot_loss, smooth
-from arpo_trl.trainer_log import format_seconds, mean_loss, read_log
+from arpo_trl.trainer_log import (
+    TrainerLog,
+    format_seconds,
+    mean_context,
+    mean_loss,
+    mfu_per_token,
+    peak_memory,
+    read_log,
+)
 
 pytestmark = small_run.QUIET
 
@@ -145,6 +152,7 @@ def write_log(folder: Path, steps: int, evals: tuple[str, ...] = ()) -> Path:
             lines += [{"current_steps": step, name: loss + 0.1 * (i + 1)} for i, name in enumerate(evals)]
     for step in range(100, steps + 1, 100):
         (folder / f"checkpoint-{step}").mkdir(exist_ok=True)
+    (folder / "checkpoint-best").mkdir(exist_ok=True)  # a user's own
     log = folder / "trainer_log.jsonl"
     log.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return log
@@ -155,16 +163,16 @@ def write_log(folder: Path, steps: int, evals: tuple[str, ...] = ()) -> Path:
     [(1, ()), (5, ()), (250, ()), (250, ("eval_loss",)), (250, ("eval_a_loss", "eval_b_loss", "eval_loss"))],
 )
 def test_a_plot_is_drawn_at_any_length(steps: int, evals: tuple[str, ...], tmp_path: Path) -> None:
-    picture = tmp_path / "training_loss.png"
-    plot_loss(write_log(tmp_path / "运行", steps, evals), picture)  # a folder that the plot's font cannot write
+    picture = tmp_path / "运行" / "training_loss.png"  # a folder that the plot's font cannot write
+    plot_loss(read_log(write_log(picture.parent, steps, evals)), picture)
     pixels = matplotlib.image.imread(str(picture))
     assert pixels.shape == (540, 960, 4)
     assert (pixels[..., :3].min(axis=-1) < 0.9).sum() > 5_000
-    assert list(tmp_path.glob("*.tmp")) == []
+    assert list(picture.parent.glob("*.tmp")) == []
 
 
 def test_no_plot_is_drawn_of_nothing(tmp_path: Path) -> None:
-    plot_loss(tmp_path / "trainer_log.jsonl", tmp_path / "training_loss.png")
+    plot_loss([], tmp_path / "training_loss.png")
     assert not (tmp_path / "training_loss.png").exists()
 
 

@@ -1,0 +1,89 @@
+"""What the loss and its companions are computed from: the score of each labelled token.
+
+On GPUs TRL's fused head does this; here is what takes its place on devices without Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+TILE_POSITIONS = 512
+"""Labelled positions scored at once: 512 x 151,936 float32 logits are 311 MB."""
+
+
+def score_labelled_positions_only(model: PreTrainedModel) -> None:
+    """Project only the positions that carry a label, in tiles, with a plain log-softmax.
+
+    On devices without Triton, TRL's fused head projects every position and walks the logits in several float32
+    passes (trl 1.16, trl/trainer/utils.py: `compact = _use_triton(...)`). The loss is the same to float rounding. To
+    be dropped when TRL scores labelled positions everywhere.
+
+    The forward of a model with scaled or soft-capped logits, or with experts, is left to TRL.
+    """
+    config = model.config.get_text_config()
+    scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    if any(getattr(config, name, None) for name in scales) or hasattr(config, "output_router_logits"):
+        return
+    trl_forward = model.forward
+
+    def forward(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if not fused_lm_head or labels is None or "shift_labels" in kwargs:
+            return trl_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        kwargs["use_cache"] = False
+        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        labels = labels[:, 1:]
+        mask = labels != -100
+        scores = score_tokens(hidden[mask], labels[mask], model.get_output_embeddings())
+        log_probs, entropy, is_top1 = (s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores)
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+
+    model.forward = forward
+
+
+def score_tokens(hidden: Tensor, labels: Tensor, head: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each label, entropy of its distribution, and whether it is the most likely token.
+
+    Args:
+        hidden: Shape (tokens, hidden_size).
+        labels: Shape (tokens,).
+        head: The output projection, hidden_size -> vocabulary.
+
+    Returns:
+        Three float32 tensors of shape (tokens,); only the first carries a gradient.
+    """
+    tiles = list(zip(hidden.split(TILE_POSITIONS), labels.split(TILE_POSITIONS), strict=True))
+    # One tile keeps its logits for the backward pass; of several, each is computed again there.
+    score: Callable[..., Any] = _score_tile if len(tiles) == 1 else _score_tile_again_in_backward
+    return tuple(torch.cat(parts) for parts in zip(*(score(h, y, head) for h, y in tiles), strict=True))  # type: ignore[return-value]
+
+
+def _score_tile_again_in_backward(hidden: Tensor, labels: Tensor, head: nn.Module) -> Any:
+    return checkpoint(_score_tile, hidden, labels, head, use_reentrant=False, preserve_rng_state=False)
+
+
+def _score_tile(hidden: Tensor, labels: Tensor, head: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    log_softmax = torch.log_softmax(head(hidden).float(), dim=-1)
+    log_probs = log_softmax.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(log_softmax.exp().mul_(log_softmax)).sum(-1)
+        is_top1 = (log_softmax.argmax(-1) == labels).float()
+    return log_probs, entropy, is_top1
+
+
+def token_means(sums: Tensor, prefix: str) -> dict[str, float]:
+    """Metrics from the sums over labelled tokens of: -log p, entropy, correct guesses, and one."""
+    nll, entropy, correct = (sums[:3] / sums[3].clamp(min=1)).tolist()
+    return {
+        f"{prefix}_loss": nll,
+        f"{prefix}_perplexity": math.exp(min(nll, 700)),
+        f"{prefix}_entropy": entropy,
+        f"{prefix}_mean_token_accuracy": correct,
+    }
