@@ -22,7 +22,14 @@ import pytest
 import torch
 from peft import LoraConfig, LoraModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+
+from arpo_trl.batches import encode_rows
+from arpo_trl.encoding import IGNORED
+from arpo_trl.recipe import Recipe
+from arpo_trl.registry import read_registry
+from arpo_trl.rows import Row
+from arpo_trl.template import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 ROWS = [json.loads(line) for line in make_toy_dataset.TOY_DATA.read_text(encoding="utf-8").splitlines()]
@@ -32,6 +39,24 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def run(*command: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     text = [str(part) for part in command]
     return subprocess.run(text, capture_output=True, encoding="utf-8", timeout=120, **({"cwd": ROOT} | kwargs))
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [
+        ("make_toy_dataset.py --rows 0", "--rows: found 0, expected 1 or more"),
+        ("make_toy_dataset.py --source not_there.json", "--source: not_there.json: [Errno 2]"),
+        ("make_tiny_model.py folder --layers 9", "unrecognized arguments: --layers 9"),
+        ("make_keys.py --chek", "unrecognized arguments: --chek"),
+        ("chat.py", "the following arguments are required: model"),
+        ("merge_lora.py adapter", "the following arguments are required: out"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_says_what_is_wrong(command: str, wrong: str):
+    script, *arguments = command.split()
+    done = run(sys.executable, ROOT / "scripts" / script, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert wrong in done.stderr.splitlines()[-1]
 
 
 # The toy data
@@ -172,6 +197,49 @@ def test_chat_shows_the_call_and_takes_the_next_line_as_its_result(tiny_model: P
     assert seen[1][-1]["content"] == "<result>\nKasivik\n</result>"
 
 
+TOLD = json.loads((ROOT / "recipes" / "data" / "tool_calls_demo.json").read_text(encoding="utf-8"))[0]
+
+
+@pytest.mark.parametrize("text", [TOLD["tools"], json.dumps(TOLD["tools"])], ids=["a list", "a row's text"])
+def test_chat_tells_the_model_of_tools_as_training_does(tiny_model: Path, tmp_path: Path, monkeypatch, text: str):
+    prompts: list[list[int]] = []
+    generate = Qwen2ForCausalLM.generate
+
+    def recorded(self: Qwen2ForCausalLM, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        prompts.append(input_ids[0].tolist())
+        return generate(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "generate", recorded)
+    (tmp_path / "tools.json").write_text(text, encoding="utf-8")
+    question = TOLD["conversations"][0]["value"]
+    chat.main(
+        [str(tiny_model), "--tools", str(tmp_path / "tools.json"), "--prompt", question, "--max-new-tokens", "2"]
+    )
+    recipe = Recipe(model_name_or_path=str(tiny_model), output_dir="unused")
+    info = read_registry(ROOT / "recipes")["tool_calls_demo"]
+    [batch] = encode_rows([Row("told", TOLD)], info, recipe, load_tokenizer(recipe))
+    trained = batch.encoded.to_pylist()[0]
+    first_reply = next(at for at, label in enumerate(trained["labels"]) if label != IGNORED)
+    assert prompts == [trained["input_ids"][:first_reply]]
+
+
+@pytest.mark.parametrize("text", [None, "{", '[{"description": "no name"}]'], ids=["no file", "not JSON", "no name"])
+def test_chat_names_the_tools_that_it_cannot_read(tiny_model: Path, tmp_path: Path, text: str | None):
+    if text is not None:
+        (tmp_path / "tools.json").write_text(text, encoding="utf-8")
+    with pytest.raises(
+        SystemExit, match=r"^--tools: .*tools\.json: .*; expected a JSON file with what a row has in .*$"
+    ):
+        chat.main([str(tiny_model), "--tools", str(tmp_path / "tools.json")])
+
+
+def test_chat_says_in_one_line_that_a_folder_has_no_weights_yet(tiny_model: Path, tmp_path: Path):
+    shutil.copytree(tiny_model, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(SystemExit) as stopped:
+        chat.main([str(tmp_path / "run"), "--prompt", "hi"])
+    assert re.fullmatch(r".*run: can't be loaded \(.+\); give the output_dir of a finished run.*", str(stopped.value))
+
+
 def test_chat_names_the_folder_that_holds_no_model(tmp_path: Path):
     with pytest.raises(SystemExit, match="no model here; give the output_dir of a finished run"):
         chat.main([str(tmp_path)])
@@ -214,6 +282,20 @@ def test_merge_lora_stops_when_the_sum_is_not_the_adapter(adapter: Path, tmp_pat
     with pytest.raises(SystemExit, match="predicts otherwise"):
         merge_lora.merge(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("base", ["elsewhere/tiny", "a/folder/of/three"])
+def test_merge_lora_names_the_base_model_that_is_not_there(adapter: Path, tmp_path: Path, base: str):
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    done = run(sys.executable, ROOT / "scripts" / "merge_lora.py", adapter, tmp_path / "merged", cwd=tmp_path)
+    assert done.stderr.splitlines()[-1] == (
+        f"{adapter / 'adapter_config.json'}: base_model_name_or_path: no model at {base!r}, looked for from {tmp_path} "
+        "and on the hub; run this where the training was started, or write the base model's place there"
+    )
+    assert "Traceback" not in done.stderr
+    assert (done.returncode, (tmp_path / "merged").exists()) == (1, False)
 
 
 # Shell scripts
