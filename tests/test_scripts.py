@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import chat
+import compare_golden
 import make_tiny_model
 import make_toy_dataset
 import merge_lora
@@ -48,8 +50,6 @@ def run(*command: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
         ("make_toy_dataset.py --source not_there.json", "--source: not_there.json: [Errno 2]"),
         ("make_tiny_model.py folder --layers 9", "unrecognized arguments: --layers 9"),
         ("make_keys.py --chek", "unrecognized arguments: --chek"),
-        ("chat.py", "the following arguments are required: model"),
-        ("merge_lora.py adapter", "the following arguments are required: out"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_says_what_is_wrong(command: str, wrong: str):
@@ -296,6 +296,61 @@ def test_merge_lora_names_the_base_model_that_is_not_there(adapter: Path, tmp_pa
     )
     assert "Traceback" not in done.stderr
     assert (done.returncode, (tmp_path / "merged").exists()) == (1, False)
+
+
+# compare_golden.py
+
+GOLDEN = ROOT / "tests" / "golden"
+
+
+@pytest.fixture
+def golden(capsys) -> Callable[..., tuple[int, list[str]]]:
+    """`compare_golden.main`: its exit code, and the lines that it wrote."""
+
+    def main(golden_dir: Path, *options: str) -> tuple[int, list[str]]:
+        try:
+            code = compare_golden.main([*map(str, (golden_dir, GOLDEN / "data", GOLDEN / "tokenizer")), *options])
+        except SystemExit as stopped:
+            code = stopped.code
+        captured = capsys.readouterr()
+        return code, (captured.out + captured.err).splitlines()
+
+    return main
+
+
+def test_compare_golden_says_where_a_row_differs_and_ends_with_1(golden: Any, tmp_path: Path):
+    """One row each: another token, another label under the same token, a shorter row, an entry without a row."""
+    rows = json.loads((GOLDEN / "tokens" / "alpaca.json").read_text(encoding="utf-8"))
+    tokens, labels, short = json.loads(json.dumps(rows[:3]))
+    tokens[0][5] += 1
+    labels[1][-1] = 1 - labels[1][-1]
+    changed = [tokens, labels, [column[:-2] for column in short], *rows[3:], rows[0]]
+    (tmp_path / "alpaca.json").write_text(json.dumps(changed), encoding="utf-8")
+    code, lines = golden(tmp_path)
+    lengths = [len(row[0]) for row in rows[:3]]
+    data = GOLDEN / "data" / "alpaca_en_demo.json"
+    assert [re.sub(r"^\d+: ", "", line.removeprefix(f"{data}:")) for line in lines] == [
+        f"{lengths[0]} tokens, {lengths[0]} expected; first to differ: 5",
+        f"{lengths[1]} tokens, {lengths[1]} expected; first to differ: {lengths[1] - 1}",
+        f"{lengths[2]} tokens, {lengths[2] - 2} expected; first to differ: {lengths[2] - 2}",
+        f"{tmp_path / 'alpaca.json'}: {len(changed)} entries, {len(rows)} rows in {data}",
+        f"{len(rows) - 3} of {len(changed)} rows equal",
+    ]
+    assert code == 1
+
+
+def test_compare_golden_ends_with_0_when_all_rows_are_equal(golden: Any):
+    assert golden(GOLDEN / "tokens", "--own-template") == (0, ["9 of 9 rows equal"])
+
+
+def test_compare_golden_ends_with_2_where_there_is_nothing_to_compare(golden: Any, tmp_path: Path):
+    code, lines = golden(tmp_path)
+    assert (code, lines[-1].endswith(f"{tmp_path}: no .json file here; expected one a data set")) == (2, True)
+    (tmp_path / "poems.json").write_text("[]", encoding="utf-8")
+    code, lines = golden(tmp_path)
+    assert (code, "poems.json: no dataset 'poems' in " in lines[-1]) == (2, True)
+    code, lines = golden(GOLDEN / "tokens", "yours")
+    assert (code, lines[-1].endswith("unrecognized arguments: yours")) == (2, True)
 
 
 # Shell scripts
