@@ -394,7 +394,13 @@ def checkout(tmp_path: Path) -> Path:
             {"CUDA_VISIBLE_DEVICES": "0,1,3", "WANDB_DISABLED": "true"},
             ["seed=1"],
             "--num_processes 3 --config_file accelerate_configs/multi_gpu.yaml --main_process_port 29500 "
-            "-m arpo_trl recipes/qwen_toy.yaml seed=1 report_to=none",
+            "-m arpo_trl recipes/qwen_toy.yaml seed=1",
+        ),
+        (
+            {"CUDA_VISIBLE_DEVICES": ""},
+            ["--check", "a b=c d"],
+            "--num_processes 1 --config_file accelerate_configs/single_gpu.yaml -m arpo_trl recipes/qwen_toy.yaml "
+            "--check a b=c d",
         ),
         (
             {"NNODES": "2", "NODE_RANK": "1", "PROC_PER_NODE": "8", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"},
@@ -403,7 +409,7 @@ def checkout(tmp_path: Path) -> Path:
             "--main_process_ip node0 --main_process_port 1234 -m arpo_trl my.yaml",
         ),
     ],
-    ids=["plain", "three cards", "two machines"],
+    ids=["plain", "three cards", "a flag first", "two machines"],
 )
 def test_sft_train_toy_turns_the_environment_into_a_launch(
     checkout: Path, environment: dict[str, str], arguments: list[str], expected: str
@@ -411,8 +417,27 @@ def test_sft_train_toy_turns_the_environment_into_a_launch(
     fakes = fake_programs(checkout, accelerate='echo "$@" "libuv $USE_LIBUV"; exit 7')
     done = run("bash", (checkout / "scripts" / "sft_train_toy.sh").as_posix(), *arguments, env=fakes | environment)
     assert done.stdout == f"launch {expected} libuv 0\n"
-    assert (checkout / "training.log").read_text(encoding="utf-8") == done.stdout
+    date, *log = (checkout / "training.log").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert re.match(r"# \d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d{4} \S*/sft_train_toy\.sh \S*\.yaml", date)
+    assert "".join(log) == done.stdout
     assert done.returncode == 7
+
+
+@needs_bash
+def test_sft_train_toy_keeps_the_log_of_the_launch_before(checkout: Path):
+    fakes = fake_programs(checkout, accelerate='echo "${@: -1}"')
+    for seed in ("seed=1", "seed=2"):
+        run("bash", (checkout / "scripts" / "sft_train_toy.sh").as_posix(), seed, env=fakes)
+    log = (checkout / "training.log").read_text(encoding="utf-8")
+    assert [line for line in log.splitlines() if line[0] != "#"] == ["seed=1", "seed=2"]
+
+
+@needs_bash
+def test_sft_train_toy_finds_what_the_quickstart_installed(checkout: Path):
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    fakes = fake_programs(checkout / ".venv" / "bin", accelerate="echo found") | {"PATH": "/usr/bin:/bin"}
+    done = run("bash", (checkout / "scripts" / "sft_train_toy.sh").as_posix(), env=fakes)
+    assert (done.stdout, done.returncode) == ("found\n", 0)
 
 
 SLURM = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]"}
@@ -432,6 +457,13 @@ def test_slurm_launches_every_machine_with_its_rank(checkout: Path):
         "--main_process_ip n1 --main_process_port 20077 -m arpo_trl my.yaml seed=1 overwrite_output_dir=false\n"
     )
     assert done.returncode == 0
+
+
+@needs_bash
+def test_slurm_script_outside_slurm_says_how_it_is_started(checkout: Path):
+    script = (checkout / "scripts" / "slurm_multi_node.sh").as_posix()
+    done = run("bash", script, "my.yaml", env=fake_programs(checkout), cwd=checkout)
+    assert (done.returncode, done.stderr) == (2, "usage: sbatch scripts/slurm_multi_node.sh RECIPE [key=value ...]\n")
 
 
 @needs_bash
