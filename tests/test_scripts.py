@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -12,9 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import benchmark_preparation
 import chat
 import compare_golden
 import make_tiny_model
@@ -22,10 +25,12 @@ import make_toy_dataset
 import merge_lora
 import pytest
 import torch
+from benchmark_steps import spread, take_turns, times_trl
 from peft import LoraConfig, LoraModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
+from arpo_trl import batches, dataset
 from arpo_trl.batches import encode_rows
 from arpo_trl.encoding import IGNORED
 from arpo_trl.recipe import Recipe
@@ -40,7 +45,7 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 
 def run(*command: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     text = [str(part) for part in command]
-    return subprocess.run(text, capture_output=True, encoding="utf-8", timeout=120, **({"cwd": ROOT} | kwargs))
+    return subprocess.run(text, capture_output=True, encoding="utf-8", **({"cwd": ROOT, "timeout": 120} | kwargs))
 
 
 @pytest.mark.parametrize(
@@ -351,6 +356,124 @@ def test_compare_golden_ends_with_2_where_there_is_nothing_to_compare(golden: An
     assert (code, "poems.json: no dataset 'poems' in " in lines[-1]) == (2, True)
     code, lines = golden(GOLDEN / "tokens", "yours")
     assert (code, lines[-1].endswith("unrecognized arguments: yours")) == (2, True)
+
+
+# benchmark.py
+
+
+@pytest.mark.parametrize("mode", [[], ["step"]], ids=["no mode", "another mode"])
+def test_benchmark_without_a_mode_says_what_the_modes_are(mode: list[str]):
+    done = run(sys.executable, ROOT / "scripts" / "benchmark.py", *mode)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "steps | startup | preparation | memory | scaling" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [
+        ("preparation --rows 10 20", "unrecognized arguments: 20"),
+        ("startup --rows 10", "unrecognized arguments: --rows 10"),
+        ("steps --count 0", "argument --count: expected a whole number of 1 or more, found '0'"),
+    ],
+)
+def test_benchmark_takes_no_option_that_its_mode_does_not_read(command: str, wrong: str):
+    done = run(sys.executable, ROOT / "scripts" / "benchmark.py", *command.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].endswith(wrong)
+
+
+def test_benchmark_measures_all_variants_in_a_round_before_the_next():
+    order: list[str] = []
+    found = take_turns(2, ["trl", "ours"], lambda name: order.append(name) or len(order))
+    assert order == ["trl", "ours", "trl", "ours"]
+    assert found == {"trl": [1, 3], "ours": [2, 4]}
+
+
+def test_benchmark_counts_how_many_times_as_fast_as_trl_we_are():
+    assert spread([3.0, 1.0, 8.0]) == {"seconds": 3.0, "min": 1.0, "max": 8.0}
+    assert times_trl([3.0, 1.0, 8.0], trl=[6.0, 5.0, 70.0]) == 2.0
+
+
+def benchmark(tmp_path: Path, mode: str, *options: object) -> list[dict[str, Any]]:
+    """The rows that a mode writes to --json, which are those that it shows."""
+    out = tmp_path / "new" / "figures.json"
+    done = run(sys.executable, ROOT / "scripts" / "benchmark.py", mode, *options, "--json", out, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    assert list(figures) == [mode]
+    names = done.stdout.splitlines()[-len(figures[mode]) - 1]
+    assert names.split() == list(figures[mode][0])
+    for row in figures[mode]:
+        assert row.get("min", 0) <= row["seconds"] <= row.get("max", row["seconds"])
+    return figures[mode]
+
+
+@pytest.mark.slow
+def test_benchmark_steps_trains_trls_losses(tmp_path: Path):
+    variants = ["trl", "ours", "ours, packed"]
+    small = ("--batch", 2, "--cutoff", 256, "--count", 1, "--repeats", 1, "--float32")
+    table = benchmark(tmp_path, "steps", *small, "--variants", *variants)
+    assert [row["variant"] for row in table] == variants
+    assert all(row["largest_loss_difference"] < 1e-4 and row["times_trl"] for row in table[:2])
+    assert table[0]["times_trl"] == 1
+    # a packed step has other tokens than a padded one
+    assert (table[2]["largest_loss_difference"], table[2]["times_trl"]) == (None, None)
+    assert all(row["tokens_per_s"] > 0 and row["peak_gb"] > 0 for row in table)
+
+
+@pytest.mark.slow
+def test_benchmark_startup_divides_trls_seconds_by_ours(tmp_path: Path):
+    trl, ours = benchmark(tmp_path, "startup", "--repeats", 1)
+    assert (trl["variant"], trl["times_trl"], ours["variant"]) == ("trl", 1, "ours")
+    assert ours["times_trl"] == pytest.approx(trl["seconds"] / ours["seconds"], abs=0.01)
+
+
+@pytest.mark.slow
+def test_benchmark_preparation_makes_trls_tokens_with_one_process_and_two(tmp_path: Path):
+    table = benchmark(tmp_path, "preparation", "--rows", 40, "--repeats", 1)
+    found = [(row["variant"], row["processes"]) for row in table]
+    assert found == [(variant, processes) for processes in (1, 2) for variant in ("ours", "trl")]
+    assert len({row["tokens"] for row in table}) == 1
+    assert [row["times_trl"] for row in table if row["variant"] == "trl"] == [1, 1]
+
+
+@pytest.mark.slow
+def test_benchmark_preparation_really_encodes_with_two_processes(tiny_model: Path, tmp_path: Path, monkeypatch):
+    pids: set[int] = set()
+
+    class Pool(ProcessPoolExecutor):
+        def shutdown(self, *args: Any, **kwargs: Any) -> None:
+            pids.update(self._processes or ())
+            super().shutdown(*args, **kwargs)
+
+    monkeypatch.setattr(batches, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(
+        dataset, "PROCESSES_PAY_FROM", dataset.PROCESSES_PAY_FROM
+    )  # the benchmark sets it: set it back
+    path = benchmark_preparation.make_rows(tmp_path, 2100)  # three batches: preprocessing_batch_size is 1000
+    prepare = benchmark_preparation.our_preparation(path, str(tiny_model))
+    assert prepare(1) > 0
+    assert pids == set()
+    assert prepare(2) > 0
+    assert len(pids) == 2
+
+
+@pytest.mark.slow
+def test_benchmark_memory_measures_each_size_beside_the_imports_alone(tiny_model: Path, tmp_path: Path):
+    table = benchmark(tmp_path, "memory", "--rows", 20, 40, "--model", tiny_model)
+    assert [row["rows"] for row in table] == [10, 20, 40]
+    assert all(100 < row["peak_mib"] < 4000 for row in table)
+
+
+@pytest.mark.slow
+def test_benchmark_scaling_gives_the_exponent_of_each_size_after_the_first(tiny_model: Path, tmp_path: Path):
+    small = ("--lengths", 64, 256, "--batches", 1, "--count", 1, "--repeats", 1, "--float32", "--model", tiny_model)
+    table = benchmark(tmp_path, "scaling", *small, "--plot", tmp_path / "plots" / "scaling.png")
+    assert [(row["axis"], row["size"]) for row in table] == [("length", 64), ("length", 256), ("batch", 1)]
+    expected = math.log(table[1]["seconds"] / table[0]["seconds"]) / math.log(256 / 64)
+    assert table[1]["exponent"] == pytest.approx(expected, abs=0.01)
+    assert (table[0]["exponent"], table[2]["exponent"]) == (None, None)
+    assert (tmp_path / "plots" / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
 # Shell scripts
