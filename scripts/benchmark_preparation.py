@@ -149,3 +149,8 @@ def make_rows(folder: Path, count: int) -> Path:
     registry = {"rows": {"file_name": "rows.jsonl", "formatting": "openai"}}
     (folder / "dataset_info.json").write_text(json.dumps(registry), encoding="utf-8")
     return path
+
+
+if __name__ == "__main__":
+    print("usage: python scripts/benchmark.py preparation, which calls this file", file=sys.stderr)
+    sys.exit(2)

@@ -314,8 +314,9 @@ def make_tiny_model(folder: str) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python scripts/benchmark.py steps, which calls this file")
+    if len(sys.argv) != 2 or not sys.argv[1].startswith("{"):
+        print("usage: python scripts/benchmark.py steps, which calls this file", file=sys.stderr)
+        sys.exit(2)
     measurement = json.loads(sys.argv[1])
     if Path(measurement["model"]).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
