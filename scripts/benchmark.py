@@ -1,12 +1,13 @@
 """Measure what the README claims, on whatever device is there: a table on the terminal, JSON with --json.
 
-python scripts/benchmark.py --steps             seconds a training step, ours beside TRL's (--shape tiny or 0.5b)
-python scripts/benchmark.py --startup           seconds from launch to a finished one-step run, beside a TRL script's
-python scripts/benchmark.py --preparation       rows/s of preparation beside TRL's, with 1 and 2 processes
-python scripts/benchmark.py --memory            peak memory of preparation as rows grow
-python scripts/benchmark.py --scaling           seconds a step as length and batch grow, with the exponents
+python scripts/benchmark.py steps             seconds a training step, ours beside TRL's (--shape tiny or 0.5b)
+python scripts/benchmark.py startup           seconds from launch to a finished one-step run, beside a TRL script's
+python scripts/benchmark.py preparation       seconds to prepare rows, beside TRL's, with 1 and 2 processes
+python scripts/benchmark.py memory            peak memory of preparation as rows grow
+python scripts/benchmark.py scaling           seconds a step as length and batch grow, with the exponents
 
---model FOLDER names the tokenizer (a tiny one is made if omitted). Ratios are of medians; the variants take turns.
+The variants take turns, round by round. `seconds` is the median, beside the least and the most; `times_trl` is TRL's
+median by ours: 2 is twice as fast as TRL.
 """
 
 import argparse
@@ -19,56 +20,98 @@ from typing import Any
 import benchmark_preparation
 import benchmark_steps
 
+from arpo_trl.errors import RecipeError
+
+MODES = ("steps", "startup", "preparation", "memory", "scaling")
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for mode in ("steps", "startup", "preparation", "memory", "scaling"):
-        parser.add_argument(f"--{mode}", action="store_true")
-    parser.add_argument("--model", help="folder with a tokenizer")
-    parser.add_argument("--shape", choices=sorted(benchmark_steps.SHAPES), default="tiny")
-    parser.add_argument("--variants", nargs="+", choices=list(benchmark_steps.VARIANTS))
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--cutoff", type=int, default=4096)
-    parser.add_argument("--count", type=int, default=4, help="steps measured in each process, after one that warms up")
-    parser.add_argument("--rows", type=int, nargs="+")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 15000])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--float32", action="store_true", help="no bf16 autocast")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--plot", type=Path, help="picture of --scaling")
-    parser.add_argument("--json", type=Path)
+    parser = make_parser()
     options = parser.parse_args()
-    figures: dict[str, list[dict[str, Any]]] = {}
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start")
+    for path in (options.json, options.plot):
+        if path:  # now, not after an hour of measurement
+            path.parent.mkdir(parents=True, exist_ok=True)
+    load = f", load {os.getloadavg()[0]:.1f} before the start" if hasattr(os, "getloadavg") else ""  # not on Windows
+    print(f"{os.cpu_count()} cores{load}", flush=True)
+    try:
+        table = measure(options)
+    except RecipeError as error:
+        parser.error(str(error))
+    show(table)
+    if options.json:
+        options.json.write_text(json.dumps({options.mode: table}, indent=1), encoding="utf-8")
+    if options.plot:
+        benchmark_steps.draw(table, options.plot)
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if options.mode == "startup":
+        return benchmark_steps.startup(options.repeats)
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or str(benchmark_steps.make_tiny_model(folder))
-        measured = {"model": model, "shape": options.shape, "count": options.count, "bf16": not options.float32}
-        if options.steps:
-            variants = options.variants or ["trl", "ours", "ours, padding-free", "ours, no checkpointing"]
-            rows = {"batch": options.batch, "cutoff": options.cutoff}
-            figures["steps"] = benchmark_steps.steps(variants, options.repeats, **measured, **rows)
-        if options.startup:
-            figures["startup"] = benchmark_steps.startup(options.repeats)
-        if options.preparation:
-            rows = (options.rows or [4000])[0]
-            figures["preparation"] = benchmark_preparation.preparation(model, rows, options.repeats, [1, 2])
-        if options.memory:
-            figures["memory"] = benchmark_preparation.memory(model, options.rows or [5000, 50000])
-        if options.scaling:
-            axes = options.lengths, options.batches
-            figures["scaling"] = benchmark_steps.scaling(*axes, options.plot, **measured)
-    for name, table in figures.items():
-        print(f"\n{name}")
-        show(table)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        if options.mode == "preparation":
+            return benchmark_preparation.preparation(model, options.rows, options.repeats)
+        if options.mode == "memory":
+            return benchmark_preparation.memory(model, options.rows)
+        step = {"model": model, "shape": options.shape, "count": options.count, "bf16": not options.float32}
+        if options.mode == "scaling":
+            return benchmark_steps.scaling(options.lengths, options.batches, options.repeats, **step)
+        step |= {"batch": options.batch, "cutoff": options.cutoff}
+        return benchmark_steps.steps(options.variants, options.repeats, **step)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """One positional mode; each has the options that it reads and no others."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = parser.add_subparsers(
+        dest="mode", required=True, metavar=" | ".join(MODES), help="what is measured; MODE --help has its options"
+    )
+    parsers = {mode: modes.add_parser(mode) for mode in MODES}
+    for mode, options in parsers.items():
+        options.set_defaults(plot=None)
+        options.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+        if mode != "startup":
+            options.add_argument("--model", help="folder or hub name with a tokenizer (a tiny one is made if omitted)")
+        if mode != "memory":
+            options.add_argument("--repeats", type=positive, default=3, help="rounds (3)")
+        if mode in ("steps", "scaling"):
+            options.add_argument("--shape", choices=sorted(benchmark_steps.SHAPES), default="tiny")
+            options.add_argument("--count", type=positive, default=4, help="steps a process, after one to warm up (4)")
+            options.add_argument("--float32", action="store_true", help="no bf16 autocast")
+    parsers["steps"].add_argument(
+        "--variants",
+        nargs="+",
+        choices=list(benchmark_steps.VARIANTS),
+        default=["trl", "ours", "ours, padding-free", "ours, no checkpointing"],
+        metavar="VARIANT",
+        help=f"some of: {'; '.join(benchmark_steps.VARIANTS)}",
+    )
+    parsers["steps"].add_argument("--batch", type=positive, default=2, help="rows a step (2)")
+    parsers["steps"].add_argument("--cutoff", type=positive, default=4096, help="tokens of a row at most (4096)")
+    parsers["preparation"].add_argument("--rows", type=positive, default=4000, help="how many (4000)")
+    parsers["memory"].add_argument("--rows", type=positive, nargs="+", default=[5000, 50000], help="(5000 50000)")
+    scaling = parsers["scaling"]
+    scaling.add_argument("--lengths", type=positive, nargs="+", default=[512, 1024, 2048, 4096, 8192, 15000])
+    scaling.add_argument("--batches", type=positive, nargs="+", default=[1, 2, 4, 8])
+    scaling.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
+    return parser
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found {text!r}")
+    return int(text)
 
 
 def show(table: list[dict[str, Any]]) -> None:
-    lines = [list(table[0]), *([f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()] for row in table)]
+    lines = [list(table[0]), *([as_cell(value) for value in row.values()] for row in table)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def as_cell(value: Any) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 import json
 import multiprocessing
+import os
 import random
-import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmark_steps import spread, take_turns, times_trl
 
 # Words of the length and variety of chat: a few thousand forms, most of them one to three tokens.
 SYLLABLES = (
@@ -17,39 +20,40 @@ SYLLABLES = (
 )
 
 
-def preparation(model: str, rows: int, repeats: int, processes: list[int]) -> list[dict[str, Any]]:
-    """Rows/s from a .jsonl file to encoded rows on disk (ours) and from a loaded Dataset to labels (TRL's).
+def preparation(model: str, rows: int, rounds: int) -> list[dict[str, Any]]:
+    """From a .jsonl file to encoded rows on disk (ours) and from a loaded Dataset to labels (TRL's).
 
-    TRL is spared reading the file. Both start with imports and tokenizer done, neither may use an earlier result, and
-    the runs are interleaved so that another load on the machine disturbs both.
+    TRL is spared reading the file. Both start with imports and tokenizer done, and neither may use an earlier result.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    processes = [1, 2] if (os.cpu_count() or 1) > 1 else [1]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows: the rows are still mapped
         path = make_rows(Path(folder), rows)
-        ours, trl = our_preparation(path, model), trl_preparation(path, model)
-        seconds: dict[tuple[str, int], list[float]] = {}
-        tokens = 0
-        for _ in range(repeats):
-            for workers in processes:
-                for name, prepare in (("arpo_trl", ours), ("TRL", trl)):
-                    start = time.perf_counter()
-                    found = prepare(workers)
-                    seconds.setdefault((name, workers), []).append(time.perf_counter() - start)
-                    tokens = tokens or found
-                    if found != tokens:
-                        print(f"{name} made {found:,} tokens, not {tokens:,}")
+        prepare = {"ours": our_preparation(path, model), "trl": trl_preparation(path, model)}
+        tokens = set()
+
+        def measure(who: tuple[str, int]) -> float:
+            began = time.perf_counter()
+            tokens.add(prepare[who[0]](who[1]))
+            return time.perf_counter() - began
+
+        seconds = take_turns(rounds, [(variant, workers) for workers in processes for variant in prepare], measure)
+    if len(tokens) > 1:
+        raise SystemExit(f"ours and trl made different numbers of tokens, {tokens}; the times can't be compared")
     table = []
-    for (name, workers), times in seconds.items():
-        median = statistics.median(times)
-        ratio = statistics.median(seconds["TRL", workers]) / median
-        figures = {"seconds": round(median, 2), "rows_per_s": round(rows / median), "times_trl": round(ratio, 2)}
-        table.append({"who": name, "processes": workers, "rows": rows, "tokens": tokens, **figures})
+    for (variant, workers), times in seconds.items():
+        rate = {"rows_per_s": round(rows / statistics.median(times)), "rows": rows, "tokens": max(tokens)}
+        ratio = times_trl(times, seconds["trl", workers])
+        table.append({"variant": variant, "processes": workers, **spread(times), "times_trl": ratio, **rate})
     return table
 
 
 def our_preparation(path: Path, model: str) -> Callable[[int], int]:
-    from arpo_trl.dataset import prepare_datasets
+    import arpo_trl.dataset
     from arpo_trl.recipe import Recipe
     from arpo_trl.template import load_tokenizer
+
+    # A file this small would be encoded by one process, however many are asked for: two shall be two.
+    arpo_trl.dataset.PROCESSES_PAY_FROM = 0
 
     def recipe(workers: int) -> Recipe:
         return Recipe(
@@ -64,7 +68,7 @@ def our_preparation(path: Path, model: str) -> Callable[[int], int]:
         )
 
     tokenizer = load_tokenizer(recipe(1))
-    return lambda workers: prepare_datasets(recipe(workers), tokenizer).audit.datasets["rows"].tokens
+    return lambda workers: arpo_trl.dataset.prepare_datasets(recipe(workers), tokenizer).audit.datasets["rows"].tokens
 
 
 def trl_preparation(path: Path, model: str) -> Callable[[int], int]:
@@ -106,15 +110,23 @@ def memory(model: str, rows: list[int]) -> list[dict[str, Any]]:
             path = make_rows(Path(folder), count)
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 seconds, peak = pool.apply(_peak, (path, model))
-            figures = {"file_mib": path.stat().st_size >> 20, "peak_mib": peak >> 10, "seconds": round(seconds, 1)}
+            figures = {"file_mib": path.stat().st_size >> 20, "peak_mib": peak >> 20, "seconds": round(seconds, 1)}
             table.append({"rows": count, **figures})
     return table
 
 
 def _peak(path: Path, model: str) -> tuple[float, int]:
-    start = time.perf_counter()
+    """Seconds, and bytes at the peak of this process."""
+    began = time.perf_counter()
     our_preparation(path, model)(1)
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = time.perf_counter() - began
+    try:
+        import resource
+    except ImportError:  # Windows; accelerate needs psutil
+        import psutil
+
+        return seconds, psutil.Process().memory_info().peak_wset
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def make_rows(folder: Path, count: int) -> Path:
@@ -137,3 +149,8 @@ def make_rows(folder: Path, count: int) -> Path:
     registry = {"rows": {"file_name": "rows.jsonl", "formatting": "openai"}}
     (folder / "dataset_info.json").write_text(json.dumps(registry), encoding="utf-8")
     return path
+
+
+if __name__ == "__main__":
+    print("usage: python scripts/benchmark.py preparation, which calls this file", file=sys.stderr)
+    sys.exit(2)

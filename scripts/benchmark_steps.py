@@ -16,9 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Name = TypeVar("Name")
+Figure = TypeVar("Figure")
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 151_936  # Qwen2.5's, padded
 SHAPES = {
@@ -36,58 +39,61 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def steps(variants: list[str], rounds: int, shape: str, **measurement: Any) -> list[dict[str, Any]]:
-    """Median seconds a step, tokens/s and peak memory of each variant; ratios are to the first.
+def steps(variants: list[str], rounds: int, **measurement: Any) -> list[dict[str, Any]]:
+    """Seconds a step, tokens/s and peak memory of each variant.
+
+    `times_trl` and the loss are given where the steps have TRL's tokens; of packed rows, compare tokens/s.
 
     Args:
         variants: Names of VARIANTS.
         rounds: Processes for each of them.
-        shape: A name of SHAPES.
         **measurement: What else `_measure` takes.
     """
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name in variants:
-            found[name].append(_in_own_process(variant=name, shape=shape, **measurement))
-            print(f"  {name}: {found[name][-1]['seconds']}", file=sys.stderr, flush=True)
+    found = take_turns(rounds, variants, lambda name: _in_own_process(variant=name, **measurement))
     table = []
     for name, runs in found.items():
-        seconds = statistics.median(s for run in runs for s in run["seconds"])
-        rate = statistics.median(t / s for run in runs for t, s in zip(run["tokens"], run["seconds"], strict=True))
-        peak = statistics.median(run["peak_gb"] for run in runs)
-        losses = [abs(a - b) for a, b in zip(runs[0]["losses"], found[variants[0]][0]["losses"], strict=False)]
+        seconds = [s for run in runs for s in run["seconds"]]
+        rates = [t / s for run in runs for t, s in zip(run["tokens"], run["seconds"], strict=True)]
+        trl = found.get("trl", [])
+        same = bool(trl) and runs[0]["tokens"] == trl[0]["tokens"]
+        differences = [abs(a - b) for a, b in zip(runs[0]["losses"], trl[0]["losses"], strict=True)] if same else []
         table.append(
             {
                 "variant": name,
-                "shape": shape,
+                "shape": measurement["shape"],
                 "device": runs[0]["device"],
-                "s_per_step": round(seconds, 3),
-                "tokens_per_s": round(rate, 1),
-                "peak_gb": round(peak, 2),
-                "largest_loss_difference": float(f"{max(losses):.1e}") if "packed" not in name else None,
+                **spread(seconds),
+                "times_trl": times_trl(seconds, [s for run in trl for s in run["seconds"]]) if same else None,
+                "tokens_per_s": round(statistics.median(rates), 1),
+                "peak_gb": round(statistics.median(run["peak_gb"] for run in runs), 2),
+                "largest_loss_difference": float(f"{max(differences):.1e}") if same else None,
             }
         )
-    for line in table:
-        line["times_first"] = round(line["tokens_per_s"] / table[0]["tokens_per_s"], 2)
     return table
 
 
-def scaling(lengths: list[int], batches: list[int], picture: Path | None, **measurement: Any) -> list[dict[str, Any]]:
+def scaling(lengths: list[int], batches: list[int], rounds: int, **measurement: Any) -> list[dict[str, Any]]:
     """Seconds a step against length (batch 1) and against batch (512 tokens).
 
     `exponent` is that of the growth since the size before: 1 is linear, 2 quadratic.
     """
-    points = [("length", n, 1, n) for n in lengths] + [("batch", n, n, 512) for n in batches]
+    points = [*(("length", n) for n in lengths), *(("batch", n) for n in batches)]
+
+    def measure(point: tuple[str, int]) -> dict[str, Any]:
+        axis, size = point
+        rows = {"batch": 1, "cutoff": size} if axis == "length" else {"batch": size, "cutoff": 512}
+        return _in_own_process(variant="ours", full=True, **rows, **measurement)
+
     table: list[dict[str, Any]] = []
-    for axis, size, batch, cutoff in points:
-        run = _in_own_process(variant="ours", batch=batch, cutoff=cutoff, full=True, **measurement)
-        seconds = statistics.median(run["seconds"])
-        line = {"axis": axis, "size": size, "s_per_step": round(seconds, 3), "peak_gb": round(run["peak_gb"], 2)}
-        before = table[-1] if table and table[-1]["axis"] == axis else line
-        growth = math.log(seconds / before["s_per_step"]), math.log(size / before["size"])
-        table.append(line | {"exponent": round(growth[0] / growth[1], 2) if growth[1] else None})
-    if picture:
-        _draw(table, picture)
+    before: tuple[str, int, float] | None = None
+    for (axis, size), runs in take_turns(rounds, points, measure).items():
+        seconds = [s for run in runs for s in run["seconds"]]
+        median, exponent = statistics.median(seconds), None
+        if before and before[0] == axis and before[1] != size:
+            exponent = round(math.log(median / before[2]) / math.log(size / before[1]), 2)
+        peak = round(statistics.median(run["peak_gb"] for run in runs), 2)
+        table.append({"axis": axis, "size": size, **spread(seconds), "exponent": exponent, "peak_gb": peak})
+        before = axis, size, median
     return table
 
 
@@ -95,22 +101,40 @@ def startup(rounds: int) -> list[dict[str, Any]]:
     """Seconds from launch to the end of the first step: ours, and a 30-line TRL script on the same data and model."""
     with tempfile.TemporaryDirectory() as folder:
         make_tiny_model(folder)
-        recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(_STARTUP_RECIPE.format(root=ROOT, folder=folder), encoding="utf-8")
-        script = Path(folder) / "plain_trl.py"
-        script.write_text(_PLAIN_TRL.format(root=ROOT, folder=folder), encoding="utf-8")
-        commands = {"plain TRL": [sys.executable, script], "ours": [sys.executable, "-m", "arpo_trl", recipe]}
-        seconds: dict[str, list[float]] = {name: [] for name in commands}
-        for _ in range(rounds):
-            for name, command in commands.items():
-                began = time.perf_counter()
-                subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-                seconds[name].append(time.perf_counter() - began)
-    first = statistics.median(seconds["plain TRL"])
-    return [
-        {"who": name, "seconds": round(statistics.median(s), 2), "ratio": round(statistics.median(s) / first, 2)}
-        for name, s in seconds.items()
-    ]
+        places = {"root": ROOT.as_posix(), "folder": Path(folder).as_posix()}
+        recipe, script = Path(folder) / "recipe.yaml", Path(folder) / "plain_trl.py"
+        recipe.write_text(_STARTUP_RECIPE.format(**places), encoding="utf-8")
+        script.write_text(_PLAIN_TRL.format(**places), encoding="utf-8")
+        commands = {"trl": [script], "ours": ["-m", "arpo_trl", recipe]}
+
+        def measure(variant: str) -> float:
+            began = time.perf_counter()
+            _run_python(variant, *commands[variant])
+            return time.perf_counter() - began
+
+        seconds = take_turns(rounds, list(commands), measure)
+    return [{"variant": name, **spread(s), "times_trl": times_trl(s, seconds["trl"])} for name, s in seconds.items()]
+
+
+def take_turns(rounds: int, names: list[Name], measure: Callable[[Name], Figure]) -> dict[Name, list[Figure]]:
+    """What is measured for each name, once a round, so that another load on the machine disturbs all alike."""
+    found: dict[Name, list[Figure]] = {name: [] for name in names}
+    for number in range(1, rounds + 1):
+        for name in found:
+            shown = name if isinstance(name, str) else " ".join(map(str, name))
+            print(f"  round {number} of {rounds}: {shown}", file=sys.stderr, flush=True)
+            found[name].append(measure(name))
+    return found
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """The median, the least and the most, in seconds."""
+    figures = {"seconds": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+    return {name: float(f"{figure:.4g}") for name, figure in figures.items()}
+
+
+def times_trl(seconds: list[float], trl: list[float]) -> float:
+    return round(statistics.median(trl) / statistics.median(seconds), 2)
 
 
 _STARTUP_RECIPE = """
@@ -163,7 +187,8 @@ trainer.save_model()
 """
 
 
-def _draw(table: list[dict[str, Any]], picture: Path) -> None:
+def draw(table: list[dict[str, Any]], picture: Path) -> None:
+    """The table of `scaling`, as two plots side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -172,7 +197,7 @@ def _draw(table: list[dict[str, Any]], picture: Path) -> None:
     for place, (axis, unit) in enumerate((("length", "tokens, batch 1"), ("batch", "rows of 512 tokens")), 1):
         some = [line for line in table if line["axis"] == axis]
         axes = figure.add_subplot(1, 2, place, xlabel=f"{axis} ({unit})", ylabel="seconds a step")
-        axes.loglog([p["size"] for p in some], [p["s_per_step"] for p in some], "o-")
+        axes.loglog([p["size"] for p in some], [p["seconds"] for p in some], "o-")
         if len(some) > 1:
             axes.set_title(f"{axis}: at the end ~ size^{some[-1]['exponent']}")
         axes.grid(True, which="both", alpha=0.3)
@@ -180,12 +205,16 @@ def _draw(table: list[dict[str, Any]], picture: Path) -> None:
 
 
 def _in_own_process(**measurement: Any) -> dict[str, Any]:
-    command = [sys.executable, __file__, json.dumps(measurement)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    if done.returncode:
-        raise SystemExit(f"{measurement}: {done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    shown = _run_python(measurement["variant"], __file__, json.dumps(measurement))
+    result: dict[str, Any] = json.loads(shown.splitlines()[-1])
     return result
+
+
+def _run_python(variant: str, *arguments: Any) -> str:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, encoding="utf-8", check=False, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{variant}: ended with exit code {done.returncode}: {done.stderr[-2000:].strip()}")
+    return done.stdout
 
 
 def _measure(
@@ -258,7 +287,7 @@ def _toy_rows(model: str, cutoff: int, full: bool, count: int) -> tuple[Any, lis
     from arpo_trl.recipe import Recipe
     from arpo_trl.template import load_tokenizer
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows: the rows are still mapped
         recipe = Recipe(
             model_name_or_path=model,
             dataset=["arpo_sft_toy"],
@@ -280,10 +309,22 @@ def _toy_rows(model: str, cutoff: int, full: bool, count: int) -> tuple[Any, lis
 def make_tiny_model(folder: str) -> Path:
     """A model folder whose tokenizer serves where no real one is given."""
     path = Path(folder) / "model"
-    subprocess.run([sys.executable, ROOT / "scripts/make_tiny_model.py", path], check=True, capture_output=True)
+    _run_python("the tiny model", ROOT / "scripts" / "make_tiny_model.py", path)
     return path
 
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    print(json.dumps(_measure(**json.loads(sys.argv[1]))))
+    if len(sys.argv) != 2 or not sys.argv[1].startswith("{"):
+        print("usage: python scripts/benchmark.py steps, which calls this file", file=sys.stderr)
+        sys.exit(2)
+    measurement = json.loads(sys.argv[1])
+    if Path(measurement["model"]).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from arpo_trl.console import silence_libraries
+    from arpo_trl.errors import RecipeError
+
+    silence_libraries()
+    try:
+        print(json.dumps(_measure(**measurement)))
+    except RecipeError as error:
+        sys.exit(str(error))

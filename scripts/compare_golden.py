@@ -1,66 +1,107 @@
 """Compare our tokens and labels with LLaMA-Factory's own, row by row.
 
-python scripts/compare_golden.py GOLDEN_DIR DATA_DIR TOKENIZER_DIR [yours]
+    python scripts/compare_golden.py GOLDEN DATA TOKENIZER
 
-GOLDEN_DIR holds one JSON list a data set, `[input_ids, trained]` a row. The template is the shipped `qwen`, or with
-`yours` the tokenizer's own. Exit code 1 if a row differs.
+GOLDEN holds NAME.json for each data set: a list with an entry for each row, in the file's order, `[input_ids, trained]`,
+where `trained[i]` is 1 if token i carries loss and 0 if its label is -100. NAME is a key of DATA/dataset_info.json
+(alpaca and glaive stand for LLaMA-Factory's alpaca_en_demo and glaive_toolcall_en_demo). tests/golden is an example.
+
+To make NAME.json where LLaMA-Factory is installed: train with `stage: sft`, `template: qwen`, `cutoff_len: 4096`,
+`dataset: NAME` and `tokenized_path: FOLDER`, which writes FOLDER before the first step; then
+
+    from datasets import load_from_disk
+    rows = load_from_disk("FOLDER")["train"]
+    json.dump([[row["input_ids"], [int(label != -100) for label in row["labels"]]] for row in rows], open("NAME.json", "w"))
+
+Exit code 0 if all rows are equal, 1 if one differs, 2 if they can't be compared.
 """
 
+import argparse
 import json
 import sys
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from arpo_trl.batches import encode_rows
 from arpo_trl.encoding import IGNORED
+from arpo_trl.errors import DatasetError, RecipeError
 from arpo_trl.recipe import Recipe
 from arpo_trl.registry import read_registry
 from arpo_trl.rows import read_rows
 from arpo_trl.template import load_tokenizer
 
-SETS = {"alpaca": "alpaca_en_demo", "identity": "identity", "glaive": "glaive_toolcall_en_demo"}
+SHORT_NAMES = {"alpaca": "alpaca_en_demo", "glaive": "glaive_toolcall_en_demo"}
 
 
 def compare(golden_dir: Path, data_dir: Path, recipe: Recipe) -> tuple[int, int]:
-    """Rows equal, rows in all; each row that differs is printed with its first differing token."""
+    """Rows equal, rows in all; each row that differs is printed with its first token or label that does.
+
+    Raises:
+        RecipeError: there is nothing to compare, or a file that can't be read.
+    """
     tokenizer = load_tokenizer(recipe)
     registry, equal, total = read_registry(data_dir), 0, 0
-    for golden_name, name in SETS.items():
-        golden = json.loads((golden_dir / f"{golden_name}.json").read_text(encoding="utf-8"))
-        info = registry[name]
-        assert info.path is not None
+    paths = sorted(golden_dir.glob("*.json"))
+    if not paths:
+        raise DatasetError(f"{golden_dir}: no .json file here; expected one a data set")
+    for path in paths:
+        golden = read_golden(path)
+        name = SHORT_NAMES.get(path.stem, path.stem)
+        info = registry.get(name)
+        if info is None or info.path is None:
+            raise DatasetError(f"{path}: no dataset {name!r} in {data_dir}/dataset_info.json with a file of its own")
         rows = list(islice(read_rows(info.path), len(golden)))
         ours: dict[str, Any] = {}
         for batch in encode_rows(rows, info, recipe, tokenizer):
             ours |= {row["source"]: row for row in batch.encoded.to_pylist()}
             for finding in batch.findings:
                 print(f"{finding['place']}: {finding['outcome']} ({finding['reason']})")
+        total += len(golden)
         for row, (input_ids, trained) in zip(rows, golden):
-            total += 1
-            found = ours.get(row.place, {"input_ids": [], "labels": []})
-            if found["input_ids"] == input_ids and [int(label != IGNORED) for label in found["labels"]] == trained:
+            encoded = ours.get(row.place, {"input_ids": [], "labels": []})
+            found = [(token, int(label != IGNORED)) for token, label in zip(encoded["input_ids"], encoded["labels"])]
+            expected = list(zip_longest(input_ids, trained))
+            if found == expected:
                 equal += 1
             else:
-                at = next((at for at, (a, b) in enumerate(zip(found["input_ids"], input_ids)) if a != b), "none")
-                print(
-                    f"{row.place}: {len(found['input_ids'])} tokens, {len(input_ids)} expected; first to differ: {at}"
-                )
+                at = next(at for at, (a, b) in enumerate(zip_longest(found, expected)) if a != b)
+                print(f"{row.place}: {len(found)} tokens, {len(expected)} expected; first to differ: {at}")
+        if len(rows) != len(golden):
+            print(f"{path}: {len(golden)} entries, {len(rows)} rows in {info.path}")
     return equal, total
 
 
-def main(golden_dir: str, data_dir: str, tokenizer_dir: str, whose: str = "qwen") -> int:
+def read_golden(path: Path) -> list[tuple[list[int], list[int]]]:
+    try:
+        return [(input_ids, trained) for input_ids, trained in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, TypeError, ValueError) as error:
+        raise DatasetError(f"{path}: expected a list of [input_ids, trained] ({error})") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("golden", type=Path, help="folder with LLaMA-Factory's tokens, NAME.json")
+    parser.add_argument("data", type=Path, help="folder with the rows and their dataset_info.json")
+    parser.add_argument("tokenizer", help="folder with the tokenizer that LLaMA-Factory used")
+    parser.add_argument(
+        "--own-template", action="store_true", help="the tokenizer's own chat template, not the shipped qwen"
+    )
+    options = parser.parse_args(argv)
     recipe = Recipe(
-        model_name_or_path=tokenizer_dir,
-        template=None if whose == "yours" else "qwen",
+        model_name_or_path=options.tokenizer,
+        template=None if options.own_template else "qwen",
         cutoff_len=4096,
         truncation_mode="llamafactory",
         output_dir="",
     )
-    equal, total = compare(Path(golden_dir), Path(data_dir), recipe)
+    try:
+        equal, total = compare(options.golden, options.data, recipe)
+    except RecipeError as error:
+        parser.error(str(error))
     print(f"{equal:,} of {total:,} rows equal")
     return int(equal != total)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]) if len(sys.argv) in (4, 5) else __doc__)
+    sys.exit(main())

@@ -1,8 +1,9 @@
-"""Write recipes/KEYS.md and recipes/schema.json from the code; `--check` only says whether they are up to date.
+"""Write recipes/KEYS.md and recipes/schema.json from the code.
 
 python scripts/make_keys.py
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -89,16 +90,19 @@ def _default(default: Any) -> str:
 
 
 def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if they are out of date")
+    check = parser.parse_args(argv).check
     stale = []
     for file, text in {"KEYS.md": keys_md(), "schema.json": schema_json()}.items():
         path = RECIPES / file
-        if "--check" not in argv:
+        if not check:
             path.write_text(text, encoding="utf-8", newline="\n")
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:
             stale.append(str(path))
     if stale:
         print(f"out of date: {', '.join(stale)}; run python scripts/make_keys.py")
-    elif "--check" not in argv:
+    elif not check:
         fields = len(sft_fields())
         print(f"{len(keys())} keys, {fields} fields of SFTConfig, nothing unknown")
     return 1 if stale else 0

@@ -4,7 +4,7 @@
 
 The folder has the files of a real Hugging Face model, and everything in it that code can trip over is Qwen2.5's: the
 pre-tokenizer, the 22 added tokens in their order, the chat template, tied embeddings, a padded vocabulary, bfloat16
-weights. Only the numbers are smaller. The byte-level BPE is trained on the toy data. One seed gives one model.
+weights. Only the numbers are smaller. The byte-level BPE is trained on the toy data. Every call makes the same model.
 """
 
 import argparse
@@ -103,17 +103,11 @@ def save(tokenizer: Tokenizer, model: Qwen2ForCausalLM, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--data", type=Path, default=TOY_DATA, help="jsonl that the tokenizer is trained on")
-    parser.add_argument("--rows", type=int, default=500, help="rows of it that are read")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="before the 22 added tokens")
-    parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", type=Path, help="where the model is written")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
-    tokenizer = train_tokenizer(args.data, args.rows, args.vocab_size)
-    model = make_model(tokenizer, args.hidden_size, args.layers, args.seed)
+    tokenizer = train_tokenizer(TOY_DATA, rows=500, vocab_size=2048)
+    model = make_model(tokenizer, hidden_size=128, layers=4, seed=0)
     save(tokenizer, model, args.folder)
     print(f"{args.folder}: {model.num_parameters():,} parameters, {tokenizer.get_vocab_size():,} tokens")
 

@@ -559,11 +559,16 @@ def first_rows(source: Path, rows: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, help="take the first rows of this .json or .jsonl file")
-    parser.add_argument("--out", type=Path, default=TOY_DATA, help="the .jsonl to write")
-    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--out", type=Path, default=TOY_DATA, help="the .jsonl to write (the shipped one)")
+    parser.add_argument("--rows", type=int, default=500, help="how many (500)")
     parser.add_argument("--seed", type=int, default=0, help="of generated rows")
     args = parser.parse_args()
-    rows = first_rows(args.source, args.rows) if args.source else list(generate(args.rows, args.seed))
+    if args.rows < 1:
+        parser.error(f"--rows: found {args.rows}, expected 1 or more")
+    try:
+        rows = first_rows(args.source, args.rows) if args.source else list(generate(args.rows, args.seed))
+    except (OSError, ValueError) as error:
+        parser.error(f"--source: {args.source}: {error}; expected a JSON list, or one JSON object a line")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_bytes(text.encode())

@@ -35,14 +35,21 @@ def merge(adapter: Path, out: Path) -> tuple[torch.dtype, float]:
         Its dtype, and how far rounding to that dtype moved the log-probability of a token at most, in nats.
 
     Raises:
-        SystemExit: the sum predicts something else than the adapter, or OUT does not hold the sum.
+        SystemExit: the base model isn't there, the sum predicts something else than the adapter, or OUT does not hold
+            the sum.
     """
     base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    dtype = AutoConfig.from_pretrained(base_name).dtype or torch.float32
+    try:
+        dtype = AutoConfig.from_pretrained(base_name).dtype or torch.float32
+        base = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.float32)
+    except (OSError, ValueError):
+        sys.exit(
+            f"{adapter / 'adapter_config.json'}: base_model_name_or_path: no model at {base_name!r}, looked for from "
+            f"{Path.cwd()} and on the hub; run this where the training was started, or write the base model's place there"
+        )
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     input_ids = tokenizer(TEXT, return_tensors="pt").input_ids
 
-    base = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter)
     expected = log_probs(model, input_ids)
     merged = model.merge_and_unload(safe_merge=True)
@@ -64,12 +71,13 @@ def merge(adapter: Path, out: Path) -> tuple[torch.dtype, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("adapter", type=Path, help="the output_dir of a LoRA run")
+    parser.add_argument("out", type=Path, help="a folder that is not there yet")
     args = parser.parse_args()
-    if not (args.adapter / "adapter_config.json").is_file():
-        sys.exit(f"{args.adapter}: no adapter_config.json here; give the output_dir of a LoRA run")
-    if args.out.exists() and any(args.out.iterdir()):
+    for name in ("adapter_config.json", "tokenizer_config.json"):
+        if not (args.adapter / name).is_file():
+            sys.exit(f"{args.adapter}: no {name} here; give the output_dir of a LoRA run")
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         sys.exit(f"{args.out}: not empty; give a folder that is not there yet")
     logging.disable_progress_bar()
 

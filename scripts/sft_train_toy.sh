@@ -6,7 +6,8 @@
 #   CUDA_VISIBLE_DEVICES=0,1 bash scripts/sft_train_toy.sh       # one process a card
 #   NNODES=2 NODE_RANK=0 PROC_PER_NODE=8 MASTER_ADDR=10.0.0.7 bash scripts/sft_train_toy.sh    # on each machine
 #
-# The run keeps its own training.log in its output folder; training.log here has the launcher's lines too.
+# The run keeps its own training.log in its output folder. The launcher's lines (a process that died, a port in use) are
+# only in the training.log here, which every launch appends to.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,15 +22,15 @@ if [ -z "${PROC_PER_NODE:-}" ]; then
 fi
 processes=$((NNODES * PROC_PER_NODE))
 
-if [ $# -gt 0 ] && [ "${1%=*}" = "$1" ]; then
-    recipe=$1
-    shift
-else
-    recipe=recipes/qwen_toy.yaml
-fi
-case "$(echo "${WANDB_DISABLED:-}" | tr '[:upper:]' '[:lower:]')" in
-    1 | true | yes | on) set -- "$@" report_to=none ;; # transformers 5 no longer reads the variable
+recipe=recipes/qwen_toy.yaml
+case "${1:-}" in
+    '' | -* | *=*) ;; # a flag or an override: the recipe is left out
+    *)
+        recipe=$1
+        shift
+        ;;
 esac
+command -v accelerate > /dev/null || PATH="$PWD/.venv/bin:$PWD/.venv/Scripts:$PATH" # quickstart.sh's
 
 launch=(--num_processes "$processes")
 if [ "$processes" -eq 1 ]; then
@@ -43,5 +44,6 @@ fi
 
 # The launcher imports torch before our code can say so: https://github.com/pytorch/pytorch/issues/139990 (Windows)
 export USE_LIBUV=0
-# -i: Ctrl-C is for the run, which saves a checkpoint and says so
-accelerate launch "${launch[@]}" -m arpo_trl "$recipe" "$@" 2>&1 | tee -i training.log
+# -i: Ctrl-C is for the run, which saves a checkpoint and says so. -a: machines that share this folder write it together.
+echo "# $(date '+%Y-%m-%d %H:%M:%S%z') $0 $recipe $*" >> training.log
+accelerate launch "${launch[@]}" -m arpo_trl "$recipe" "$@" 2>&1 | tee -ia training.log

@@ -20,7 +20,7 @@ set -uo pipefail
 
 config=accelerate_configs/multi_node.yaml # or fsdp2.yaml, zero3.yaml: the flags below make them span machines
 
-if [ $# -eq 0 ]; then
+if [ $# -eq 0 ] || [ -z "${SLURM_JOB_ID:-}" ]; then
     echo "usage: sbatch scripts/slurm_multi_node.sh RECIPE [key=value ...]" >&2
     exit 2
 fi

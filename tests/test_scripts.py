@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -11,18 +12,31 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import benchmark_preparation
 import chat
+import compare_golden
 import make_tiny_model
 import make_toy_dataset
 import merge_lora
 import pytest
 import torch
+from benchmark_steps import spread, take_turns, times_trl
 from peft import LoraConfig, LoraModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+
+from arpo_trl import batches, dataset
+from arpo_trl.batches import encode_rows
+from arpo_trl.encoding import IGNORED
+from arpo_trl.recipe import Recipe
+from arpo_trl.registry import read_registry
+from arpo_trl.rows import Row
+from arpo_trl.template import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 ROWS = [json.loads(line) for line in make_toy_dataset.TOY_DATA.read_text(encoding="utf-8").splitlines()]
@@ -31,7 +45,24 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 
 def run(*command: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     text = [str(part) for part in command]
-    return subprocess.run(text, capture_output=True, encoding="utf-8", timeout=120, **({"cwd": ROOT} | kwargs))
+    return subprocess.run(text, capture_output=True, encoding="utf-8", **({"cwd": ROOT, "timeout": 120} | kwargs))
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [
+        ("make_toy_dataset.py --rows 0", "--rows: found 0, expected 1 or more"),
+        ("make_toy_dataset.py --source not_there.json", "--source: not_there.json: [Errno 2]"),
+        ("benchmark_steps.py --help", "usage: python scripts/benchmark.py steps, which calls this file"),
+        ("benchmark_preparation.py", "usage: python scripts/benchmark.py preparation, which calls this file"),
+        ("make_keys.py --chek", "unrecognized arguments: --chek"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_says_what_is_wrong(command: str, wrong: str):
+    script, *arguments = command.split()
+    done = run(sys.executable, ROOT / "scripts" / script, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert wrong in done.stderr.splitlines()[-1]
 
 
 # The toy data
@@ -172,6 +203,49 @@ def test_chat_shows_the_call_and_takes_the_next_line_as_its_result(tiny_model: P
     assert seen[1][-1]["content"] == "<result>\nKasivik\n</result>"
 
 
+TOLD = json.loads((ROOT / "recipes" / "data" / "tool_calls_demo.json").read_text(encoding="utf-8"))[0]
+
+
+@pytest.mark.parametrize("text", [TOLD["tools"], json.dumps(TOLD["tools"])], ids=["a list", "a row's text"])
+def test_chat_tells_the_model_of_tools_as_training_does(tiny_model: Path, tmp_path: Path, monkeypatch, text: str):
+    prompts: list[list[int]] = []
+    generate = Qwen2ForCausalLM.generate
+
+    def recorded(self: Qwen2ForCausalLM, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        prompts.append(input_ids[0].tolist())
+        return generate(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "generate", recorded)
+    (tmp_path / "tools.json").write_text(text, encoding="utf-8")
+    question = TOLD["conversations"][0]["value"]
+    chat.main(
+        [str(tiny_model), "--tools", str(tmp_path / "tools.json"), "--prompt", question, "--max-new-tokens", "2"]
+    )
+    recipe = Recipe(model_name_or_path=str(tiny_model), output_dir="unused")
+    info = read_registry(ROOT / "recipes")["tool_calls_demo"]
+    [batch] = encode_rows([Row("told", TOLD)], info, recipe, load_tokenizer(recipe))
+    trained = batch.encoded.to_pylist()[0]
+    first_reply = next(at for at, label in enumerate(trained["labels"]) if label != IGNORED)
+    assert prompts == [trained["input_ids"][:first_reply]]
+
+
+@pytest.mark.parametrize("text", [None, "{", '[{"description": "no name"}]'], ids=["no file", "not JSON", "no name"])
+def test_chat_names_the_tools_that_it_cannot_read(tiny_model: Path, tmp_path: Path, text: str | None):
+    if text is not None:
+        (tmp_path / "tools.json").write_text(text, encoding="utf-8")
+    with pytest.raises(
+        SystemExit, match=r"^--tools: .*tools\.json: .*; expected a JSON file with what a row has in .*$"
+    ):
+        chat.main([str(tiny_model), "--tools", str(tmp_path / "tools.json")])
+
+
+def test_chat_says_in_one_line_that_a_folder_has_no_weights_yet(tiny_model: Path, tmp_path: Path):
+    shutil.copytree(tiny_model, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(SystemExit) as stopped:
+        chat.main([str(tmp_path / "run"), "--prompt", "hi"])
+    assert re.fullmatch(r".*run: can't be loaded \(.+\); give the output_dir of a finished run.*", str(stopped.value))
+
+
 def test_chat_names_the_folder_that_holds_no_model(tmp_path: Path):
     with pytest.raises(SystemExit, match="no model here; give the output_dir of a finished run"):
         chat.main([str(tmp_path)])
@@ -216,6 +290,195 @@ def test_merge_lora_stops_when_the_sum_is_not_the_adapter(adapter: Path, tmp_pat
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("base", ["elsewhere/tiny", "a/folder/of/three"])
+def test_merge_lora_names_the_base_model_that_is_not_there(adapter: Path, tmp_path: Path, monkeypatch, base: str):
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["merge_lora.py", str(adapter), "merged"])
+    with pytest.raises(SystemExit) as stopped:
+        merge_lora.main()
+    assert stopped.value.code == (
+        f"{adapter / 'adapter_config.json'}: base_model_name_or_path: no model at {base!r}, looked for from {tmp_path} "
+        "and on the hub; run this where the training was started, or write the base model's place there"
+    )
+    assert not (tmp_path / "merged").exists()
+
+
+# compare_golden.py
+
+GOLDEN = ROOT / "tests" / "golden"
+
+
+@pytest.fixture
+def golden(capsys) -> Callable[..., tuple[int, list[str]]]:
+    """`compare_golden.main`: its exit code, and the lines that it wrote."""
+
+    def main(golden_dir: Path, *options: str) -> tuple[int, list[str]]:
+        try:
+            code = compare_golden.main([*map(str, (golden_dir, GOLDEN / "data", GOLDEN / "tokenizer")), *options])
+        except SystemExit as stopped:
+            code = stopped.code
+        captured = capsys.readouterr()
+        return code, (captured.out + captured.err).splitlines()
+
+    return main
+
+
+def test_compare_golden_says_where_a_row_differs_and_ends_with_1(golden: Any, tmp_path: Path):
+    """One row each: another token, another label under the same token, a shorter row, an entry without a row."""
+    rows = json.loads((GOLDEN / "tokens" / "alpaca.json").read_text(encoding="utf-8"))
+    tokens, labels, short = json.loads(json.dumps(rows[:3]))
+    tokens[0][5] += 1
+    labels[1][-1] = 1 - labels[1][-1]
+    changed = [tokens, labels, [column[:-2] for column in short], *rows[3:], rows[0]]
+    (tmp_path / "alpaca.json").write_text(json.dumps(changed), encoding="utf-8")
+    code, lines = golden(tmp_path)
+    lengths = [len(row[0]) for row in rows[:3]]
+    data = GOLDEN / "data" / "alpaca_en_demo.json"
+    assert [re.sub(r"^\d+: ", "", line.removeprefix(f"{data}:")) for line in lines] == [
+        f"{lengths[0]} tokens, {lengths[0]} expected; first to differ: 5",
+        f"{lengths[1]} tokens, {lengths[1]} expected; first to differ: {lengths[1] - 1}",
+        f"{lengths[2]} tokens, {lengths[2] - 2} expected; first to differ: {lengths[2] - 2}",
+        f"{tmp_path / 'alpaca.json'}: {len(changed)} entries, {len(rows)} rows in {data}",
+        f"{len(rows) - 3} of {len(changed)} rows equal",
+    ]
+    assert code == 1
+
+
+def test_compare_golden_ends_with_0_when_all_rows_are_equal(golden: Any):
+    assert golden(GOLDEN / "tokens", "--own-template") == (0, ["9 of 9 rows equal"])
+
+
+def test_compare_golden_ends_with_2_where_there_is_nothing_to_compare(golden: Any, tmp_path: Path):
+    code, lines = golden(tmp_path)
+    assert (code, lines[-1].endswith(f"{tmp_path}: no .json file here; expected one a data set")) == (2, True)
+    (tmp_path / "poems.json").write_text("[]", encoding="utf-8")
+    code, lines = golden(tmp_path)
+    assert (code, "poems.json: no dataset 'poems' in " in lines[-1]) == (2, True)
+    code, lines = golden(GOLDEN / "tokens", "yours")
+    assert (code, lines[-1].endswith("unrecognized arguments: yours")) == (2, True)
+
+
+# benchmark.py
+
+
+@pytest.mark.parametrize("mode", [[], ["step"]], ids=["no mode", "another mode"])
+def test_benchmark_without_a_mode_says_what_the_modes_are(mode: list[str]):
+    done = run(sys.executable, ROOT / "scripts" / "benchmark.py", *mode)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "steps | startup | preparation | memory | scaling" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [
+        ("preparation --rows 10 20", "unrecognized arguments: 20"),
+        ("startup --rows 10", "unrecognized arguments: --rows 10"),
+        ("steps --count 0", "argument --count: expected a whole number of 1 or more, found '0'"),
+    ],
+)
+def test_benchmark_takes_no_option_that_its_mode_does_not_read(command: str, wrong: str):
+    done = run(sys.executable, ROOT / "scripts" / "benchmark.py", *command.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].endswith(wrong)
+
+
+def test_benchmark_measures_all_variants_in_a_round_before_the_next():
+    order: list[str] = []
+    found = take_turns(2, ["trl", "ours"], lambda name: order.append(name) or len(order))
+    assert order == ["trl", "ours", "trl", "ours"]
+    assert found == {"trl": [1, 3], "ours": [2, 4]}
+
+
+def test_benchmark_counts_how_many_times_as_fast_as_trl_we_are():
+    assert spread([3.0, 1.0, 8.0]) == {"seconds": 3.0, "min": 1.0, "max": 8.0}
+    assert times_trl([3.0, 1.0, 8.0], trl=[6.0, 5.0, 70.0]) == 2.0
+
+
+def benchmark(tmp_path: Path, mode: str, *options: object) -> list[dict[str, Any]]:
+    """The rows that a mode writes to --json, which are those that it shows."""
+    out = tmp_path / "new" / "figures.json"
+    done = run(sys.executable, ROOT / "scripts" / "benchmark.py", mode, *options, "--json", out, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    assert list(figures) == [mode]
+    names = done.stdout.splitlines()[-len(figures[mode]) - 1]
+    assert names.split() == list(figures[mode][0])
+    for row in figures[mode]:
+        assert row.get("min", 0) <= row["seconds"] <= row.get("max", row["seconds"])
+    return figures[mode]
+
+
+@pytest.mark.slow
+def test_benchmark_steps_trains_trls_losses(tmp_path: Path):
+    variants = ["trl", "ours", "ours, packed"]
+    small = ("--batch", 2, "--cutoff", 256, "--count", 1, "--repeats", 1, "--float32")
+    table = benchmark(tmp_path, "steps", *small, "--variants", *variants)
+    assert [row["variant"] for row in table] == variants
+    assert all(row["largest_loss_difference"] < 1e-4 and row["times_trl"] for row in table[:2])
+    assert table[0]["times_trl"] == 1
+    # a packed step has other tokens than a padded one
+    assert (table[2]["largest_loss_difference"], table[2]["times_trl"]) == (None, None)
+    assert all(row["tokens_per_s"] > 0 and row["peak_gb"] > 0 for row in table)
+
+
+@pytest.mark.slow
+def test_benchmark_startup_divides_trls_seconds_by_ours(tmp_path: Path):
+    trl, ours = benchmark(tmp_path, "startup", "--repeats", 1)
+    assert (trl["variant"], trl["times_trl"], ours["variant"]) == ("trl", 1, "ours")
+    assert ours["times_trl"] == pytest.approx(trl["seconds"] / ours["seconds"], abs=0.01)
+
+
+@pytest.mark.slow
+def test_benchmark_preparation_makes_trls_tokens_with_one_process_and_two(tmp_path: Path):
+    table = benchmark(tmp_path, "preparation", "--rows", 40, "--repeats", 1)
+    found = [(row["variant"], row["processes"]) for row in table]
+    assert found == [(variant, processes) for processes in (1, 2) for variant in ("ours", "trl")]
+    assert len({row["tokens"] for row in table}) == 1
+    assert [row["times_trl"] for row in table if row["variant"] == "trl"] == [1, 1]
+
+
+@pytest.mark.slow
+def test_benchmark_preparation_really_encodes_with_two_processes(tiny_model: Path, tmp_path: Path, monkeypatch):
+    pids: set[int] = set()
+
+    class Pool(ProcessPoolExecutor):
+        def shutdown(self, *args: Any, **kwargs: Any) -> None:
+            pids.update(self._processes or ())
+            super().shutdown(*args, **kwargs)
+
+    monkeypatch.setattr(batches, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(
+        dataset, "PROCESSES_PAY_FROM", dataset.PROCESSES_PAY_FROM
+    )  # the benchmark sets it: set it back
+    path = benchmark_preparation.make_rows(tmp_path, 2100)  # three batches: preprocessing_batch_size is 1000
+    prepare = benchmark_preparation.our_preparation(path, str(tiny_model))
+    assert prepare(1) > 0
+    assert pids == set()
+    assert prepare(2) > 0
+    assert len(pids) == 2
+
+
+@pytest.mark.slow
+def test_benchmark_memory_measures_each_size_beside_the_imports_alone(tiny_model: Path, tmp_path: Path):
+    table = benchmark(tmp_path, "memory", "--rows", 20, 40, "--model", tiny_model)
+    assert [row["rows"] for row in table] == [10, 20, 40]
+    assert all(100 < row["peak_mib"] < 4000 for row in table)
+
+
+@pytest.mark.slow
+def test_benchmark_scaling_gives_the_exponent_of_each_size_after_the_first(tiny_model: Path, tmp_path: Path):
+    small = ("--lengths", 64, 256, "--batches", 1, "--count", 1, "--repeats", 1, "--float32", "--model", tiny_model)
+    table = benchmark(tmp_path, "scaling", *small, "--plot", tmp_path / "plots" / "scaling.png")
+    assert [(row["axis"], row["size"]) for row in table] == [("length", 64), ("length", 256), ("batch", 1)]
+    expected = math.log(table[1]["seconds"] / table[0]["seconds"]) / math.log(256 / 64)
+    assert table[1]["exponent"] == pytest.approx(expected, abs=0.01)
+    assert (table[0]["exponent"], table[2]["exponent"]) == (None, None)
+    assert (tmp_path / "plots" / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
 # Shell scripts
 
 
@@ -257,7 +520,13 @@ def checkout(tmp_path: Path) -> Path:
             {"CUDA_VISIBLE_DEVICES": "0,1,3", "WANDB_DISABLED": "true"},
             ["seed=1"],
             "--num_processes 3 --config_file accelerate_configs/multi_gpu.yaml --main_process_port 29500 "
-            "-m arpo_trl recipes/qwen_toy.yaml seed=1 report_to=none",
+            "-m arpo_trl recipes/qwen_toy.yaml seed=1",
+        ),
+        (
+            {"CUDA_VISIBLE_DEVICES": ""},
+            ["--check", "a b=c d"],
+            "--num_processes 1 --config_file accelerate_configs/single_gpu.yaml -m arpo_trl recipes/qwen_toy.yaml "
+            "--check a b=c d",
         ),
         (
             {"NNODES": "2", "NODE_RANK": "1", "PROC_PER_NODE": "8", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"},
@@ -266,7 +535,7 @@ def checkout(tmp_path: Path) -> Path:
             "--main_process_ip node0 --main_process_port 1234 -m arpo_trl my.yaml",
         ),
     ],
-    ids=["plain", "three cards", "two machines"],
+    ids=["plain", "three cards", "a flag first", "two machines"],
 )
 def test_sft_train_toy_turns_the_environment_into_a_launch(
     checkout: Path, environment: dict[str, str], arguments: list[str], expected: str
@@ -274,8 +543,27 @@ def test_sft_train_toy_turns_the_environment_into_a_launch(
     fakes = fake_programs(checkout, accelerate='echo "$@" "libuv $USE_LIBUV"; exit 7')
     done = run("bash", (checkout / "scripts" / "sft_train_toy.sh").as_posix(), *arguments, env=fakes | environment)
     assert done.stdout == f"launch {expected} libuv 0\n"
-    assert (checkout / "training.log").read_text(encoding="utf-8") == done.stdout
+    date, *log = (checkout / "training.log").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert re.match(r"# \d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d{4} \S*/sft_train_toy\.sh \S*\.yaml", date)
+    assert "".join(log) == done.stdout
     assert done.returncode == 7
+
+
+@needs_bash
+def test_sft_train_toy_keeps_the_log_of_the_launch_before(checkout: Path):
+    fakes = fake_programs(checkout, accelerate='echo "${@: -1}"')
+    for seed in ("seed=1", "seed=2"):
+        run("bash", (checkout / "scripts" / "sft_train_toy.sh").as_posix(), seed, env=fakes)
+    log = (checkout / "training.log").read_text(encoding="utf-8")
+    assert [line for line in log.splitlines() if line[0] != "#"] == ["seed=1", "seed=2"]
+
+
+@needs_bash
+def test_sft_train_toy_finds_what_the_quickstart_installed(checkout: Path):
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    fakes = fake_programs(checkout / ".venv" / "bin", accelerate="echo found") | {"PATH": "/usr/bin:/bin"}
+    done = run("bash", (checkout / "scripts" / "sft_train_toy.sh").as_posix(), env=fakes)
+    assert (done.stdout, done.returncode) == ("found\n", 0)
 
 
 SLURM = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]"}
@@ -295,6 +583,13 @@ def test_slurm_launches_every_machine_with_its_rank(checkout: Path):
         "--main_process_ip n1 --main_process_port 20077 -m arpo_trl my.yaml seed=1 overwrite_output_dir=false\n"
     )
     assert done.returncode == 0
+
+
+@needs_bash
+def test_slurm_script_outside_slurm_says_how_it_is_started(checkout: Path):
+    script = (checkout / "scripts" / "slurm_multi_node.sh").as_posix()
+    done = run("bash", script, "my.yaml", env=fake_programs(checkout), cwd=checkout)
+    assert (done.returncode, done.stderr) == (2, "usage: sbatch scripts/slurm_multi_node.sh RECIPE [key=value ...]\n")
 
 
 @needs_bash
