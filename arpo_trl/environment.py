@@ -33,6 +33,12 @@ def check_environment(recipe: Recipe) -> None:
     for wanted, key, package, or_else in needs:
         if wanted and importlib.util.find_spec(package) is None:
             missing.append(f"{key}: needs {package}, which is not installed; pip install {package}, or {or_else}")
+    if not torch.accelerator.is_available():
+        for key in ("activation_offloading", "tf32"):
+            if recipe.trl.get(key):
+                missing.append(f"{key}: needs a GPU; remove the line")
+        if recipe.flash_attn == "flex" and recipe.do_train:
+            missing.append("flash_attn: flex attention trains on GPUs only; write sdpa")
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         missing.append("bf16: this GPU has no bfloat16; write bf16: false (fp16: true is faster)")
     if missing:

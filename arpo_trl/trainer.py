@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import shutil
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,8 +60,6 @@ class ArpoTrainer(SFTTrainer):
         if self.accelerator.device.type not in ("cuda", "xpu"):
             model = self.accelerator.unwrap_model(self.model)
             score_labelled_positions_only(model.get_base_model() if hasattr(model, "get_base_model") else model)
-        if self.accelerator.device.type == "cpu":
-            keep_freed_memory()
 
     # --- a step ---
 
@@ -284,24 +279,6 @@ def _split_rows(batch: dict[str, Tensor]) -> list[list[int]]:
         return [row[mask.bool()].tolist() for row, mask in zip(ids, batch["attention_mask"].cpu(), strict=True)]
     starts = (batch["position_ids"][0].cpu() == 0).nonzero().flatten().tolist()
     return [ids[0, a:b].tolist() for a, b in zip(starts, [*starts[1:], ids.size(1)], strict=True)]
-
-
-# --- the memory of a step on a CPU ---
-
-
-def keep_freed_memory() -> None:
-    """Keep what a step frees for the next one, where tensors lie in glibc's heap (Linux).
-
-    glibc maps each large tensor anew and gives it back at once, so that every step pays a page fault for each of its
-    4 KiB pages: a quarter of the time of a step of the 0.5B shape, whose peak stays the same (mallopt(3)).
-    """
-    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another libc, which has no such calls
-            libc = ctypes.CDLL(None)
-            libc.mallopt(m_mmap_max, 0)
-            libc.mallopt(m_trim_threshold, -1)
-            libc.mallopt(m_arena_max, 1)  # a thread's own arena holds no large tensor
 
 
 # --- what Trainer forgets when a run is resumed ---

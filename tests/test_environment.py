@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from arpo_trl.environment import check_environment
 from arpo_trl.errors import RecipeError
@@ -57,6 +58,15 @@ def test_a_missing_deepspeed_file_is_named(recipe_of: Any, installed: set[str], 
     assert line.startswith(f"deepspeed: there is no file z3.json; paths are relative to {Path.cwd()}")
     (tmp_path / "z3.json").write_text("{}", encoding="utf-8")
     check_environment(recipe_of(f"deepspeed={tmp_path / 'z3.json'}"))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
+def test_what_needs_a_gpu_is_refused_without_one(recipe_of: Any) -> None:
+    assert missing(recipe_of("activation_offloading=true", "tf32=true", "flash_attn=flex")) == [
+        "activation_offloading: needs a GPU; remove the line",
+        "tf32: needs a GPU; remove the line",
+        "flash_attn: flex attention trains on GPUs only; write sdpa",
+    ]
 
 
 def test_an_unknown_tracker_is_not_to_be_installed(recipe_of: Any) -> None:

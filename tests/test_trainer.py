@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,19 +155,3 @@ def test_a_nan_stops_the_run_at_its_step_and_names_the_rows(tmp_path: Path, tiny
     with pytest.raises(RunFailed, match=r"step 3: the loss is nan.*rows\.jsonl:5, rows\.jsonl:6\."):
         trainer.train()
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_on_a_cpu_a_step_faults_in_no_page_that_the_one_before_had(
-    tmp_path: Path, tiny_model: Path, rows: Dataset
-) -> None:
-    import resource
-
-    def page_faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(1 << 25)  # 128 MiB, or 32,768 pages
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    make(tmp_path, tiny_model, rows)
-    page_faults()
-    assert page_faults() < 1_000
