@@ -14,12 +14,13 @@ import torch
 
 from arpo_trl.environment import check_environment
 from arpo_trl.errors import RecipeError
-from arpo_trl.recipe import Recipe
+from arpo_trl.recipe import Recipe, keys
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The packages that are found; empty unless a test adds some."""
+    keys()  # reads transformers' sources, which would not be found either
     found: set[str] = set()
 
     def find_spec(name: str) -> ModuleSpec | None:
