@@ -9,7 +9,7 @@ from typing import Any
 
 from .encoding import IGNORED, Example
 from .errors import DatasetError, RowError
-from .rows import Row
+from .rows import Row, excerpt
 
 SHOWN_REASONS = 3
 EXCERPT = 160
@@ -70,8 +70,8 @@ def count_row(counts: Counts, row: Row, result: Example | RowError, cutoff_len: 
     setattr(counts, outcome, getattr(counts, outcome) + 1)
     if outcome == "kept":
         return None
-    excerpt = "" if isinstance(row.value, RowError) else json.dumps(row.value, ensure_ascii=False)[:EXCERPT]
-    return {"place": row.place, "outcome": outcome, "reason": reason, "excerpt": excerpt}
+    shown = "" if isinstance(row.value, RowError) else excerpt(row.value, EXCERPT)
+    return {"place": row.place, "outcome": outcome, "reason": reason, "excerpt": shown}
 
 
 def to_lines(findings: list[dict[str, str]]) -> list[str]:

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +123,11 @@ def test_a_folder_is_read_by_name_and_holds_nothing_else(bench: Bench) -> None:
     folder.mkdir()
     write(folder / "b.jsonl", numbered(1, start=1))
     write(folder / "a.parquet", numbered(1))
-    (folder / "README.md").write_text("about", encoding="utf-8")
+    write(folder / "license_qa.jsonl", numbered(1, start=2))
+    for about in ("README.md", "LICENSE", "_SUCCESS", "._b.jsonl"):
+        (folder / about).write_text("about", encoding="utf-8")
     bench.register("d", file_name="many")
-    assert bench.replies(bench.prepare().train) == answers(0, 1)
+    assert bench.replies(bench.prepare().train) == answers(0, 1, 2)
     (folder / "c.json.gz").write_bytes(b"")
     with pytest.raises(DatasetError, match=r"expected only files of kind .* in the folder, found c.json.gz"):
         bench.prepare()
@@ -178,6 +182,8 @@ BROKEN_LINES: dict[str, tuple[bytes, str]] = {
     "UTF-16": (GOOD.decode().encode("utf-16"), "not UTF-8 (byte 1 of the line)"),
     "half a surrogate pair": (GOOD.replace(b"Q", b"\\ud83d"), "not UTF-8: the text holds half a surrogate pair"),
     "nested too deeply": (b"[" * 100_000, "not JSON that can be read (nested too deeply)"),
+    "nested too deeply to walk": (b"[" * 900 + b"]" * 900, "not JSON that can be read (nested too deeply)"),
+    "a number without end": (b"9" * 5000, "not JSON that can be read (a number of 5,000 digits)"),
     "a number": (b"7", "not an object but a number"),
     "an unknown role": (
         GOOD.replace(b"human", b"person"),
@@ -315,6 +321,35 @@ def test_rows_on_one_line_have_their_column(tmp_path: Path) -> None:
     assert [one.place for one in read_rows(path)] == [f"{path}:1", f"{path}:1:12", f"{path}:2"]
 
 
+def test_an_element_that_python_does_not_read_is_dropped_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f'[{{"a": {"9" * 5000}}}, {"[" * 200 + "]" * 200}, {{"a": 1}}]', encoding="utf-8")
+    for chunk in (1 << 20, 50):
+        monkeypatch.setattr(rows, "CHUNK", chunk)
+        number, deep, good = (one.value for one in read_rows(path))
+        assert str(number) == "not JSON that can be read (a number of 5,000 digits)"
+        assert str(deep) == "not JSON that can be read (nested too deeply)"
+        assert good == {"a": 1}
+
+
+def test_an_excerpt_is_json_of_anything_and_reads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {"a": [1, None, True, "é"], "b": {}, "c": []}
+    assert rows.excerpt(value, 1000) == json.dumps(value, ensure_ascii=False)
+    assert rows.excerpt(value, 9) == json.dumps(value)[:9]
+    strange = [date(2026, 1, 2), b"\xff" * 999, Decimal("1.5"), {1: 2}, {(1, 2): 3}]
+    assert rows.excerpt(strange, 60) == """["datetime.date(2026, 1, 2)", "b'""" + "\\\\xff" * 5 + "\\\\"
+    deep: list[Any] = []
+    for _ in range(10**5):
+        deep = [deep]
+    assert rows.excerpt(deep, 50) == "[" * 50
+    lengths: list[int] = []
+    monkeypatch.setattr(rows.json, "dumps", lambda value, **_: lengths.append(len(value)) or '"')
+    rows.excerpt(["x" * (1 << 20)] * (1 << 20), 160)
+    assert max(lengths) <= 160 and len(lengths) <= 160
+
+
 def test_a_large_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the pieces: a number, a literal, an escape or a character cut in two is one thing all the same."""
     values = [{"n": 12345, "t": True, "s": 'a "quote" \\ \u1234 日本\n', "l": [1.5e10, None]}, 17, "text", [], -0.5]
@@ -348,6 +383,14 @@ def test_the_audit_counts_every_fate(bench: Bench) -> None:
     assert [finding["outcome"] for finding in bench.findings()] == ["shortened", "lost_answer", "dropped", "dropped"]
     assert bench.findings()[0]["reason"].endswith("tokens past the cutoff of 128")
     assert bench.findings()[3]["excerpt"] == "3"
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_row_with_a_date_can_be_dropped(suffix: str, bench: Bench) -> None:
+    strange = {"on": datetime(2026, 1, 2), "raw": b"\xff", "price": Decimal("1.5")}
+    bench.add("d", [row(**strange), row(**strange) | {"conversations": []}], suffix)
+    assert len(bench.prepare(max_dropped=0.5).train) == 1
+    assert bench.findings()[0]["excerpt"].startswith('{"conversations": [], "on": "datetime.datetime(2026, 1, 2, ')
 
 
 # Several datasets
