@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,6 +120,7 @@ def evaluate_only(recipe: Recipe) -> None:
     args.report_to = []
     tokenizer = load_tokenizer(recipe)
     data = prepare_datasets(recipe, tokenizer)
+    data.write_audit(Path(recipe.output_dir) / "row_audit.jsonl")
     model, _ = load_model(recipe)
     trainer = EvaluatingTrainer(
         model=model,

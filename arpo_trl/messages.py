@@ -22,11 +22,16 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Conversation:
-    """`silent` holds the positions of assistant messages that the row itself keeps from the loss."""
+    """`silent` holds the positions of messages that the row itself keeps from the loss."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     silent: frozenset[int] = frozenset()
+
+    @property
+    def replies(self) -> list[int]:
+        """The positions of the assistant's messages."""
+        return [position for position, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 
 def to_conversation(row: Any, info: DatasetInfo, default_system: str | None = None) -> Conversation:

@@ -7,10 +7,11 @@ A file of any size is read in a bounded amount of memory.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,22 +67,48 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise DatasetError(f"{path}: cannot be read ({error})") from None
 
 
-def read_hub(info: DatasetInfo, streaming: bool) -> tuple[str, Iterator[Row]]:
-    """A dataset of the Hugging Face hub (or a local folder in the hub's form): its fingerprint and its rows.
+def read_dataset(info: DatasetInfo, streaming: bool) -> tuple[int, Iterator[Row]]:
+    """A dataset's size in bytes (0: not known before it is read) and its rows, read as they are asked for.
 
     Raises:
-        DatasetError: with the hub's reason.
+        DatasetError: if it isn't there.
     """
+    if info.path is None:
+        dataset = _load_hub(info, streaming)
+        size = 0 if streaming else dataset.data.nbytes
+        return size, (Row(f"{info.hub}:{number}", _as_row(row)) for number, row in enumerate(dataset, 1))
+    files = find_files(info.path)
+    return sum(file.stat().st_size for file in files), chain.from_iterable(map(read_rows, files))
+
+
+def fingerprint(info: DatasetInfo, streaming: bool) -> str:
+    """The content's hash; of a stream, its files' names, sizes and times.
+
+    Raises:
+        DatasetError: if the dataset isn't there.
+    """
+    if info.path is None:
+        return str(getattr(_load_hub(info, streaming), "_fingerprint", "streamed"))
+    content = hashlib.sha256()
+    for path in find_files(info.path):
+        if streaming:
+            content.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+            continue
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                content.update(block)
+    return content.hexdigest()
+
+
+def _load_hub(info: DatasetInfo, streaming: bool) -> Any:
+    """A dataset of the Hugging Face hub, or a local folder in the hub's form."""
     from datasets import load_dataset
 
-    hub = str(info.hub)
     try:
-        dataset = load_dataset(hub, info.subset, data_dir=info.folder, split=info.split, streaming=streaming)
+        return load_dataset(info.hub, info.subset, data_dir=info.folder, split=info.split, streaming=streaming)
     except Exception as error:  # load_dataset raises what its many backends raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DatasetError(f"{info.place}: {info.name}: {hub} cannot be loaded ({reason[0][:200]})") from None
-    rows = (Row(f"{hub}:{number}", _without_nulls(row)) for number, row in enumerate(dataset, 1))
-    return str(getattr(dataset, "_fingerprint", "streamed")), rows
+        raise DatasetError(f"{info.place}: {info.name}: {info.hub} cannot be loaded ({reason[0][:200]})") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int | str, Any]]:
@@ -318,13 +345,17 @@ def _read_batches(path: Path, batches: Callable[[], Iterator[Any]]) -> Iterator[
         for batch in batches():
             for row in batch.to_pylist():
                 number += 1
-                yield number, _without_nulls(row)
+                yield number, _as_row(row)
     except pyarrow.ArrowException as error:
         raise DatasetError(f"{path}:{number + 1}: cannot be read ({str(error).splitlines()[0][:200]})") from None
 
 
+def _as_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Arrow gives an object a null for every key that only others have; they are no part of the row. Columns stay."""
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
 def _without_nulls(value: Any) -> Any:
-    """Arrow gives an object a null for every key that only others have; they are no part of the row."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -67,6 +67,7 @@ def train(recipe: Recipe) -> int:
         if checkpoint is not None:
             for line in on_main_process(lambda: require_same_course(earlier, manifest, recipe.allow_changed_recipe)):
                 say(line)
+        data.write_audit(output_dir / "row_audit.jsonl")
         on_main_process(lambda: start_trackers(recipe, args, manifest, earlier))
 
         model, saved_dtype = load_model(recipe)

@@ -12,19 +12,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.batches import encode_rows
+from arpo_trl.encoder import Encoder, encode_rows
 from arpo_trl.encoding import IGNORED
 from arpo_trl.recipe import Recipe
 from arpo_trl.registry import read_registry
 from arpo_trl.rows import read_rows
-from arpo_trl.template import load_tokenizer
+from arpo_trl.template import find_template, load_tokenizer
 
 SETS = {"alpaca": "alpaca_en_demo", "identity": "identity", "glaive": "glaive_toolcall_en_demo"}
 
 
 def compare(golden_dir: Path, data_dir: Path, recipe: Recipe) -> tuple[int, int]:
     """Rows equal, rows in all; each row that differs is printed with its first differing token."""
-    tokenizer = load_tokenizer(recipe)
+    template = find_template(load_tokenizer(recipe))
     registry, equal, total = read_registry(data_dir), 0, 0
     for golden_name, name in SETS.items():
         golden = json.loads((golden_dir / f"{golden_name}.json").read_text(encoding="utf-8"))
@@ -32,7 +32,7 @@ def compare(golden_dir: Path, data_dir: Path, recipe: Recipe) -> tuple[int, int]
         assert info.path is not None
         rows = list(islice(read_rows(info.path), len(golden)))
         ours: dict[str, Any] = {}
-        for batch in encode_rows(rows, info, recipe, tokenizer):
+        for batch in encode_rows(rows, Encoder(info, recipe, template)):
             ours |= {row["source"]: row for row in batch.encoded.to_pylist()}
             for finding in batch.findings:
                 print(f"{finding['place']}: {finding['outcome']} ({finding['reason']})")

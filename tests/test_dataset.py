@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from arpo_trl import dataset, rows
+from arpo_trl import cache, rows
 from arpo_trl.dataset import PreparedData, prepare_datasets
 from arpo_trl.encoding import IGNORED
 from arpo_trl.errors import DatasetError, RowError
@@ -76,7 +76,10 @@ class Bench:
         return Recipe(model_name_or_path="unused", **(given | keys))
 
     def prepare(self, **keys: Any) -> PreparedData:
-        return prepare_datasets(self.recipe(**keys), self.tokenizer)
+        """As a run does that gets as far as its model: `row_audit.jsonl` is written."""
+        data = prepare_datasets(self.recipe(**keys), self.tokenizer)
+        data.write_audit(self.folder / "out" / "row_audit.jsonl")
+        return data
 
     def findings(self) -> list[dict[str, str]]:
         text = (self.folder / "out" / "row_audit.jsonl").read_text(encoding="utf-8")
@@ -222,9 +225,10 @@ def test_more_dropped_than_allowed_stops_the_run_with_the_first_reasons(bench: B
     path = bench.add("d", (GOOD + b"\n") * 9 + b"{\n")
     with pytest.raises(DatasetError) as error:
         bench.prepare()
+    (listed,) = bench.folder.glob("cache/arpo_trl/d-*/audit.jsonl")
+    assert len(listed.read_text().splitlines()) == 1 and not (bench.folder / "out").exists()
     assert str(error.value).splitlines() == [
-        "d: 1 of 10 rows dropped, max_dropped allows a share of 0.05; all are in "
-        f"{bench.folder / 'out' / 'row_audit.jsonl'}, the first are",
+        f"d: 1 of 10 rows dropped, max_dropped allows a share of 0.05; all are in {listed}, the first are",
         f"  {path}:10: not JSON (Expecting property name enclosed in double quotes at column 2): '{{'",
     ]
     assert bench.prepare(max_dropped=0.1).audit.datasets["d"].dropped == 1
@@ -460,7 +464,7 @@ def test_rows_are_encoded_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     keys: dict[str, Any] = {"max_dropped": 0.5}
     first = bench.prepare(**keys)
     (bench.folder / "out" / "row_audit.jsonl").unlink()
-    monkeypatch.setattr(dataset, "encode_rows", None)
+    monkeypatch.setattr(cache, "encode_rows", None)
     second = bench.prepare(**keys)
     assert second.train[:] == first.train[:] and second.audit == first.audit
     assert len(bench.findings()) == 1
@@ -487,7 +491,7 @@ def test_tokenized_path_is_written_once_and_refused_when_what_is_behind_it_chang
     keys: dict[str, Any] = {"tokenized_path": str(path)}
     assert bench.replies(bench.prepare(**keys).train) == answers(0, 1)
     with monkeypatch.context() as context:
-        context.setattr(dataset, "encode_rows", None)
+        context.setattr(cache, "encode_rows", None)
         assert bench.replies(bench.prepare(**keys).train) == answers(0, 1)
     with pytest.raises(DatasetError) as error:
         bench.prepare(**keys, cutoff_len=100)
@@ -530,7 +534,7 @@ def test_a_folder_that_is_not_ours_is_no_tokenized_path(bench: Bench) -> None:
 def test_any_number_of_workers_gives_the_same_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.add("d", [*numbered(50), 3, *numbered(50, start=50)])
     one = bench.prepare()
-    monkeypatch.setattr(dataset, "PROCESSES_PAY_FROM", 0)
+    monkeypatch.setattr(cache, "PROCESSES_PAY_FROM", 0)
     two = bench.prepare(preprocessing_num_workers=2, preprocessing_batch_size=7, overwrite_cache=True)
     assert one.train[:] == two.train[:] and one.audit == two.audit
 
@@ -540,13 +544,13 @@ import json, sys
 from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoTokenizer
-from arpo_trl import dataset
+from arpo_trl import cache, dataset
 from arpo_trl.recipe import Recipe
 
 model, folder = sys.argv[1:]
 state = PartialState(cpu=True)
 if not state.is_main_process:
-    dataset.encode_rows = None  # only the main process may need it
+    cache.encode_rows = None  # only the main process may need it
 recipe = Recipe(model_name_or_path=model, dataset=["d"], dataset_dir=folder, output_dir=f"{folder}/out", overwrite_cache=True)
 data = dataset.prepare_datasets(recipe, AutoTokenizer.from_pretrained(model))
 Path(folder, f"rank{state.process_index}.json").write_text(json.dumps(data.train[:]))

@@ -10,22 +10,19 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from .audit import Counts, count_row
-from .encoding import IGNORED, EncodingConfig, Example, Segment, encode, to_segments
+from .encoding import IGNORED, EncodingConfig, Example, Segment, Template, encode, to_segments
 from .errors import RowError
-from .messages import to_conversation
+from .messages import Conversation, to_conversation
 from .recipe import Recipe
 from .registry import DatasetInfo
 from .rows import Row
-from .template import Template, check_parity, find_template, make_tokenize
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from .template import check_parity, make_tokenize
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("source", pa.string())])
 BATCH_CHARACTERS = 1 << 20
@@ -33,37 +30,53 @@ GATE_ROWS = 32
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """All that decides what a dataset's rows become. It can be pickled, for the processes that encode."""
+
+    info: DatasetInfo
+    recipe: Recipe
+    template: Template
+
+    @property
+    def config(self) -> EncodingConfig:
+        r = self.recipe
+        return EncodingConfig(r.cutoff_len, r.mask_history, r.train_on_prompt, r.truncation_mode)
+
+    def read(self, row: Row) -> Conversation:
+        """Raises RowError where the row could not be read, or is malformed."""
+        if isinstance(row.value, RowError):
+            raise row.value
+        return to_conversation(row.value, self.info, self.recipe.default_system)
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Encoded rows as SCHEMA has them, and what `row_audit.jsonl` says of the rows that were not simply kept."""
+    """Encoded rows as SCHEMA has them, and what `row_audit.jsonl` says of the rows that were not simply kept.
+
+    `fields`: the first row's, and those of the columns that the registry names which any row has.
+    """
 
     encoded: pa.RecordBatch
     counts: Counts
     findings: list[dict[str, str]]
+    fields: frozenset[str]
 
 
-def encode_rows(
-    rows: Iterable[Row],
-    info: DatasetInfo,
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    workers: int = 1,
-) -> Iterator[Batch]:
+def encode_rows(rows: Iterable[Row], encoder: Encoder, workers: int = 1) -> Iterator[Batch]:
     """Encode rows batch by batch, in their order, whatever the number of workers.
 
     One worker is two threads here: the tokenizer (Rust, on every core) takes one batch while the other is rendered.
     """
     if workers == 1:
         pool: Executor = ThreadPoolExecutor(2)
-        work: Callable[[list[Row]], Batch] = partial(
-            _encode_batch, info, recipe, find_template(tokenizer), make_tokenize(tokenizer)
-        )
+        work: Callable[[list[Row]], Batch] = partial(_encode_batch, encoder, make_tokenize(encoder.template.tokenizer))
     else:
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, spawn, _start_worker, (info, recipe, tokenizer))
+        pool = ProcessPoolExecutor(workers, spawn, _start_worker, (encoder,))
         work = _encode_in_worker
     running: deque[Future[Batch]] = deque()
     with pool:
-        for batch in _batches(rows, recipe.preprocessing_batch_size):
+        for batch in _batches(rows, encoder.recipe.preprocessing_batch_size):
             running.append(pool.submit(work, batch))
             if len(running) > workers + 1:
                 yield running.popleft().result()
@@ -71,33 +84,43 @@ def encode_rows(
             yield running.popleft().result()
 
 
-def _encode_batch(
-    info: DatasetInfo,
-    recipe: Recipe,
-    template: Template,
-    tokenize: Callable[[list[str]], Iterable[list[int]]],
-    rows: list[Row],
-) -> Batch:
-    config = encoding_config(recipe)
-    rendered: list[list[Segment] | RowError] = []
+def _encode_batch(encoder: Encoder, tokenize: Callable[[list[str]], Iterable[list[int]]], rows: list[Row]) -> Batch:
+    rendered: list[tuple[list[Segment], int] | RowError] = []
     for row in rows:
         try:
-            if isinstance(row.value, RowError):
-                raise row.value
-            conversation = to_conversation(row.value, info, recipe.default_system)
-            rendered.append(to_segments(conversation, template.render, config, template.generation_prompt))
+            conversation = encoder.read(row)
+            left_out = len(conversation.messages) - conversation.replies[-1] - 1
+            rendered.append((to_segments(conversation, encoder.template), left_out))
         except RowError as error:
             rendered.append(error)
-    examples = iter(encode([segments for segments in rendered if isinstance(segments, list)], tokenize, config))
+    segments = [found[0] for found in rendered if not isinstance(found, RowError)]
+    examples = iter(encode(segments, tokenize, encoder.config))
     kept: list[tuple[str, Example]] = []
     counts, findings = Counts(), []
-    for row, segments in zip(rows, rendered):
-        result = segments if isinstance(segments, RowError) else _with_labels(next(examples))
+    for row, found in zip(rows, rendered):
+        result = found if isinstance(found, RowError) else _checked(next(examples), found[1])
         if isinstance(result, Example):
             kept.append((row.place, result))
-        if finding := count_row(counts, row, result, recipe.cutoff_len):
-            findings.append({"dataset": info.name, **finding})
-    return Batch(_to_arrow(kept), counts, findings)
+        if finding := count_row(counts, row, result, encoder.recipe.cutoff_len):
+            findings.append({"dataset": encoder.info.name, **finding})
+    return Batch(_to_arrow(kept), counts, findings, _fields(encoder.info, rows))
+
+
+def _checked(example: Example, left_out: int) -> Example | RowError:
+    if all(label == IGNORED for label in example.labels):
+        return RowError(
+            "only labels past the cutoff" if example.cut else "no trained token: every reply is kept silent"
+        )
+    example.left_out = left_out
+    return example
+
+
+def _fields(info: DatasetInfo, rows: list[Row]) -> frozenset[str]:
+    values = [row.value for row in rows if isinstance(row.value, dict)]
+    named = (info.columns[key] for key in info.named)
+    return frozenset(
+        [*(values[0] if values else ()), *(name for name in named if any(name in value for value in values))]
+    )
 
 
 def _to_arrow(examples: list[tuple[str, Example]]) -> pa.RecordBatch:
@@ -111,10 +134,10 @@ def _to_arrow(examples: list[tuple[str, Example]]) -> pa.RecordBatch:
 _worker: Callable[[list[Row]], Batch]
 
 
-def _start_worker(info: DatasetInfo, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+def _start_worker(encoder: Encoder) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # The processes are the parallelism.
-    _worker = partial(_encode_batch, info, recipe, find_template(tokenizer), make_tokenize(tokenizer))
+    _worker = partial(_encode_batch, encoder, make_tokenize(encoder.template.tokenizer))
 
 
 def _encode_in_worker(rows: list[Row]) -> Batch:
@@ -139,27 +162,12 @@ def _characters(value: Any) -> int:
     return sum(map(_characters, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 1
 
 
-def _with_labels(example: Example) -> Example | RowError:
-    if all(label == IGNORED for label in example.labels):
-        return RowError(
-            "only labels past the cutoff" if example.cut else "no trained token: every reply is kept silent"
-        )
-    return example
-
-
-def through_the_gate(
-    rows: Iterator[Row], info: DatasetInfo, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Row]:
+def through_the_gate(rows: Iterator[Row], encoder: Encoder) -> Iterator[Row]:
     """The same rows, once the first of them have passed `check_parity`."""
-    sample, template = list(islice(rows, GATE_ROWS)), find_template(tokenizer)
+    sample = list(islice(rows, GATE_ROWS))
     for row in sample:
         try:
-            conversation = to_conversation(row.value, info, recipe.default_system)
-            check_parity(conversation, tokenizer, template, encoding_config(recipe), row.place)
+            check_parity(encoder.read(row), encoder.template, encoder.config, row.place)
         except RowError:
             continue  # The audit will say so.
     return chain(sample, rows)
-
-
-def encoding_config(recipe: Recipe) -> EncodingConfig:
-    return EncodingConfig(recipe.cutoff_len, recipe.mask_history, recipe.train_on_prompt, recipe.truncation_mode)
