@@ -75,7 +75,7 @@ def find_or_encode(encoder: Encoder, run: str) -> Encoded:
         key = hashlib.sha256(json.dumps([str(info.path), parts], sort_keys=True).encode()).hexdigest()[:16]
         folder = Path(config.HF_DATASETS_CACHE) / "arpo_trl" / f"{info.name}-{key}"
         prepared = _read_prepared(folder)
-    elif not prepared and folder.exists() and not _is_whole(folder):
+    elif not prepared and folder.exists() and _read_prepared(folder) is None:
         raise DatasetError(f"{folder}: not written by arpo_trl (no prepared.json); name another tokenized_path")
     replaces = prepared is not None and recipe.overwrite_cache and prepared.get("run") != run
     for _ in range(TRIES):
@@ -131,12 +131,12 @@ def _publish(unfinished: Path, folder: Path, replaces: bool) -> None:
     """Put the folder in its place; one that another run put there meanwhile holds the same rows, and stays."""
     aside = _beside(folder)
     try:
-        if replaces or (folder.exists() and not _is_whole(folder)):
+        if replaces or (folder.exists() and _read_prepared(folder) is None):
             with suppress(FileNotFoundError):
                 folder.rename(aside)
         unfinished.rename(folder)
     except OSError:  # It is there already, or (Windows) open
-        if not _is_whole(folder):
+        if _read_prepared(folder) is None:
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -156,16 +156,13 @@ def _remove_leftovers(parent: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_whole(folder: Path) -> bool:
-    return (folder / "prepared.json").exists()
-
-
 def _read_prepared(folder: Path) -> dict[str, Any] | None:
+    """What stands in the file that is written last; None: the folder is not there, not whole, or not ours."""
     try:
         prepared: dict[str, Any] = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return prepared if {"parts", "counts"} <= prepared.keys() else None
+    except (OSError, ValueError, AttributeError):
         return None
-    return prepared
 
 
 def _workers(size: int, wanted: int | None) -> int:

@@ -62,11 +62,8 @@ class PreparedData:
 
     def listed(self) -> list[str]:
         """For people: where the rows are listed that were not simply kept."""
-        return [
-            f"{name}: each row that was not simply kept is in {path}"
-            for name, path in self.lists.items()
-            if path.stat().st_size
-        ]
+        paths = [path for path in self.lists.values() if path.stat().st_size]
+        return [f"each row that was not simply kept is in {path}" for path in paths]
 
 
 def prepare_datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
