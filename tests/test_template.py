@@ -1,6 +1,8 @@
 """The chat template in training: right labels or a refusal, whatever template a tokenizer comes with."""
 
 import json
+import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,71 @@ def test_the_gate_refuses_a_tokenizer_that_writes_a_space_before_each_text() -> 
     tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])  # type: ignore[attr-defined]
     with pytest.raises(DatasetError, match="writes a reply after its context otherwise than alone"):
         check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "row")
+
+
+def test_the_gate_refuses_a_tokenizer_that_joins_segments_otherwise() -> None:
+    """The space before each text shows in the middle of a line where no special token parts it from the last."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\nBot:{% else %} {{ m.content }}<|im_end|>\n"
+        "{% endif %}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(template, eos="<|im_end|>")
+    check_parity(Conversation([Q, A, R, B]), find_template(tokenizer), CONFIG, "row")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[attr-defined]
+    check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "row")
+    with pytest.raises(
+        DatasetError, match="row: the gate .*: the encoded text is not what the chat template renders;"
+    ):
+        check_parity(Conversation([Q, A, R, B]), find_template(tokenizer), CONFIG, "row")
+
+
+def test_the_gate_refuses_an_end_of_turn_that_is_no_token_after_a_word() -> None:
+    tokenizer = make_tokenizer("qwen2_5", eos="<|im_end|>")
+    end = AddedToken("<|im_end|>", special=True, single_word=True)
+    tokenizer.backend_tokenizer.add_special_tokens([end])  # type: ignore[attr-defined]
+    template = find_template(tokenizer)
+    assert template.end_of_turn == "<|im_end|>"
+    with pytest.raises(DatasetError, match=r"a reply is trained without its end-of-turn token '<\|im_end\|>'"):
+        check_parity(Conversation([Q, A]), template, CONFIG, "row")
+
+
+def test_the_gate_refuses_a_message_that_it_does_not_find_among_the_masked_tokens() -> None:
+    spaced = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ ' ' if m.role == 'assistant' }}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_tokenizer(spaced, eos="<|im_end|>")
+    check_parity(Conversation([S, Q, A]), find_template(tokenizer), CONFIG, "row")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[attr-defined]
+    with pytest.raises(DatasetError, match="a message from system is not wholly masked"):
+        check_parity(Conversation([S, Q, A]), find_template(tokenizer), CONFIG, "row")
+    everything = replace(CONFIG, train_on_prompt=True)
+    check_parity(Conversation([S, Q, A]), find_template(tokenizer), everything, "row")
+
+
+def test_a_reply_that_ends_without_the_end_of_turn_is_refused_unless_it_is_silent() -> None:
+    calls = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template = find_template(make_tokenizer(calls))
+    messages = [Q, CALLS, FOUND, A]
+    with pytest.raises(RowError, match="the template ends message 2 without its end-of-turn token"):
+        to_segments(Conversation(messages), template)
+    assert [segment.silent for segment in to_segments(Conversation(messages, silent=frozenset({1})), template)] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_template_travels_to_another_process() -> None:
+    for family, (bos, eos, _) in FAMILIES.items():
+        template = find_template(make_tokenizer(family, bos, eos))
+        there = pickle.loads(pickle.dumps(template))
+        assert there.render([Q, A], None, False) == template.render([Q, A], None, False)
 
 
 # load_tokenizer
