@@ -19,6 +19,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import small_run
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl import cache, dataset, rows
@@ -26,7 +27,7 @@ from arpo_trl.check import check
 from arpo_trl.dataset import PreparedData, prepare_datasets
 from arpo_trl.encoder import encode_rows
 from arpo_trl.encoding import IGNORED
-from arpo_trl.errors import DatasetError, RowError
+from arpo_trl.errors import DatasetError, RecipeError, RowError
 from arpo_trl.evaluation import evaluate_only
 from arpo_trl.recipe import Recipe
 from arpo_trl.rows import read_rows
@@ -442,6 +443,17 @@ def test_nothing_is_written_into_output_dir_before_there_is_a_run(chat_recipe: R
         chat_recipe.model_copy(update={"do_train": False, "do_eval": True, "dataset": [], "eval_dataset": ["d"]})
     )
     assert json.loads(kept.read_text())["outcome"] == "dropped"
+
+
+def test_a_run_that_may_not_go_on_keeps_its_list_of_rows(tmp_path: Path, tiny_model: Path) -> None:
+    folder = small_run.run(tmp_path, tiny_model, cutoff_len=80)
+    before = (folder / "row_audit.jsonl").read_text()
+    assert "past the cutoff of 80" in before
+    manifest = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(manifest | {"status": "stopped"}))
+    with pytest.raises(RecipeError, match="cutoff_len: 80 -> 70"):
+        small_run.run(tmp_path, tiny_model, cutoff_len=70, overwrite_cache=True)
+    assert (folder / "row_audit.jsonl").read_text() == before
 
 
 def test_check_says_where_the_rows_lie_that_were_not_kept(
