@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from .audit import Counts, count_row
-from .encoding import IGNORED, EncodingConfig, Example, Segment, Template, encode, to_segments
+from .encoding import IGNORED, EncodingConfig, Example, Segment, Template, carry_loss, encode, to_segments
 from .errors import RowError
 from .messages import Conversation, to_conversation
 from .recipe import Recipe
@@ -88,9 +88,7 @@ def _encode_batch(encoder: Encoder, tokenize: Callable[[list[str]], Iterable[lis
     rendered: list[tuple[list[Segment], int] | RowError] = []
     for row in rows:
         try:
-            conversation = encoder.read(row)
-            left_out = len(conversation.messages) - conversation.replies[-1] - 1
-            rendered.append((to_segments(conversation, encoder.template), left_out))
+            rendered.append(_render(row, encoder))
         except RowError as error:
             rendered.append(error)
     segments = [found[0] for found in rendered if not isinstance(found, RowError)]
@@ -106,11 +104,18 @@ def _encode_batch(encoder: Encoder, tokenize: Callable[[list[str]], Iterable[lis
     return Batch(_to_arrow(kept), counts, findings, _fields(encoder.info, rows))
 
 
+def _render(row: Row, encoder: Encoder) -> tuple[list[Segment], int]:
+    """The row's segments, and how many messages follow them."""
+    conversation, config = encoder.read(row), encoder.config
+    segments = to_segments(conversation, encoder.template)
+    if not any(carry_loss(segments, config)):
+        raise RowError(f"no trained token: {'the last' if config.mask_history else 'every'} reply is kept silent")
+    return segments, len(conversation.messages) - conversation.replies[-1] - 1
+
+
 def _checked(example: Example, left_out: int) -> Example | RowError:
     if all(label == IGNORED for label in example.labels):
-        return RowError(
-            "only labels past the cutoff" if example.cut else "no trained token: every reply is kept silent"
-        )
+        return RowError("only labels past the cutoff")
     example.left_out = left_out
     return example
 

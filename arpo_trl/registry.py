@@ -106,6 +106,8 @@ def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
         entries = list(_members(text, 0))
     except json.JSONDecodeError as error:
         raise DatasetError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise DatasetError(f"{path}: cannot be read ({error})") from None
     for name, entry, start, line in entries:
         place = f"{path}:{line}"
         if name in infos:

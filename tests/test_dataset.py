@@ -412,6 +412,19 @@ def test_turns_after_the_last_reply_are_accounted_for(bench: Bench) -> None:
     )
 
 
+def test_a_row_that_keeps_all_its_replies_silent_is_dropped_for_that(bench: Bench) -> None:
+    """Also where it is cut, or only its last reply would be trained."""
+    long, two = row("word " * 400), row()
+    long["conversations"][1]["loss"] = False
+    two["conversations"] = [*two["conversations"], *row()["conversations"]]
+    two["conversations"][3]["loss"] = False
+    bench.add("d", [row(), long, two])
+    bench.prepare(max_dropped=0.7, mask_history=True, cutoff_len=128)
+    assert [one["reason"] for one in bench.findings()] == ["no trained token: the last reply is kept silent"] * 2
+    bench.prepare(max_dropped=0.7, cutoff_len=128)
+    assert [one["reason"] for one in bench.findings()] == ["no trained token: every reply is kept silent"]
+
+
 def test_a_reply_without_its_end_of_turn_is_dropped_in_whatever_row(bench: Bench) -> None:
     """Behind the rows that the gate looks at, too."""
     own = bench.tokenizer.chat_template
