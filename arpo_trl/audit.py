@@ -66,10 +66,8 @@ def count_row(counts: Counts, row: Row, result: Example | RowError, cutoff_len: 
             counts.first.append(f"{row.place}: {reason}")
     else:
         outcome = "lost_answer" if result.lost_answer else "shortened" if result.cut or result.left_out else "kept"
-        past, after = (
-            f"{result.cut} tokens past the cutoff of {cutoff_len}",
-            f"{result.left_out} turns after the last reply",
-        )
+        past = f"{result.cut} tokens past the cutoff of {cutoff_len}"
+        after = f"{result.left_out} turn{'s' * (result.left_out > 1)} after the last reply"
         reason = " and ".join(text for text, number in ((after, result.left_out), (past, result.cut)) if number)
         counts.tokens += len(result.input_ids)
         counts.trained_tokens += len(result.labels) - result.labels.count(IGNORED)
