@@ -8,8 +8,8 @@ import jsonschema
 import make_keys
 import pytest
 import yaml
-from arpo_trl.environment import check_environment
 
+from arpo_trl.environment import check_environment
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.trl_config import to_sft_config

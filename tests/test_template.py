@@ -201,7 +201,7 @@ def test_the_gate_refuses_a_tokenizer_that_joins_segments_otherwise() -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[attr-defined]
     check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "row")
     with pytest.raises(
-        DatasetError, match="row: the gate .*: the encoded text is not what the chat template renders;"
+        DatasetError, match=r"row: the gate .*: the encoded text is not what the chat template renders;"
     ):
         check_parity(Conversation([Q, A, R, B]), find_template(tokenizer), CONFIG, "row")
 
