@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .encoding import IGNORED, Example
-from .errors import DatasetError, RowError
-from .rows import Row
+from .errors import RowError
+from .registry import DatasetInfo
+from .rows import Row, excerpt
 
 SHOWN_REASONS = 3
+SHOWN_FIELDS = 12
 EXCERPT = 160
 
 
@@ -63,15 +65,17 @@ def count_row(counts: Counts, row: Row, result: Example | RowError, cutoff_len: 
         if len(counts.first) < SHOWN_REASONS:
             counts.first.append(f"{row.place}: {reason}")
     else:
-        outcome = "lost_answer" if result.lost_answer else "shortened" if result.cut else "kept"
-        reason = f"{result.cut} tokens past the cutoff of {cutoff_len}"
+        outcome = "lost_answer" if result.lost_answer else "shortened" if result.cut or result.left_out else "kept"
+        past = f"{result.cut} tokens past the cutoff of {cutoff_len}"
+        after = f"{result.left_out} turn{'s' * (result.left_out > 1)} after the last reply"
+        reason = " and ".join(text for text, number in ((after, result.left_out), (past, result.cut)) if number)
         counts.tokens += len(result.input_ids)
         counts.trained_tokens += len(result.labels) - result.labels.count(IGNORED)
     setattr(counts, outcome, getattr(counts, outcome) + 1)
     if outcome == "kept":
         return None
-    excerpt = "" if isinstance(row.value, RowError) else json.dumps(row.value, ensure_ascii=False)[:EXCERPT]
-    return {"place": row.place, "outcome": outcome, "reason": reason, "excerpt": excerpt}
+    shown = "" if isinstance(row.value, RowError) else excerpt(row.value, EXCERPT)
+    return {"place": row.place, "outcome": outcome, "reason": reason, "excerpt": shown}
 
 
 def to_lines(findings: list[dict[str, str]]) -> list[str]:
@@ -79,17 +83,40 @@ def to_lines(findings: list[dict[str, str]]) -> list[str]:
     return [json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings]
 
 
-def check_dropped(audit: Audit, max_dropped: float, path: Path) -> None:
-    """Raise DatasetError for datasets without rows, or with more dropped than allowed; `path` is where all are listed."""
-    problems = []
-    for name, counts in audit.datasets.items():
-        if counts.rows == 0:
-            problems.append(f"{name}: no rows")
-        elif counts.dropped > max_dropped * counts.rows or counts.dropped == counts.rows:
-            problems.append(
-                f"{name}: {counts.dropped:,} of {counts.rows:,} rows dropped, max_dropped allows a share of "
-                f"{max_dropped:g}; all are in {path}, the first are"
-            )
-            problems += [f"  {reason}" for reason in counts.first]
-    if problems:
-        raise DatasetError(problems)
+@dataclass
+class StreamedFindings:
+    """The lines of a stream's rows, kept until there is a run with a file for them."""
+
+    path: Path | None = None
+    waiting: list[str] = field(default_factory=list)
+
+    def add(self, lines: list[str]) -> None:
+        self.waiting += lines
+        if self.path:
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(self.waiting)
+            self.waiting.clear()
+
+
+def too_many_dropped(name: str, counts: Counts, max_dropped: float, path: Path | None) -> list[str]:
+    """The problem of a dataset without rows, or with more dropped than allowed; `path` is where all are listed."""
+    if counts.rows == 0:
+        return [f"{name}: no rows"]
+    if counts.dropped <= max_dropped * counts.rows and counts.dropped < counts.rows:
+        return []
+    problem = (
+        f"{name}: {counts.dropped:,} of {counts.rows:,} rows dropped, max_dropped allows a share of {max_dropped:g}"
+    )
+    problem += f"; all are in {path}, the first are" if path else "; the first are"
+    return [problem, *(f"  {reason}" for reason in counts.first)]
+
+
+def missing_columns(info: DatasetInfo, fields: set[str], rows: int) -> list[str]:
+    """The problem of each column that the registry names and none of the rows has: every row would train without it."""
+    found = ", ".join(sorted(fields)[:SHOWN_FIELDS])
+    return [
+        f"{place}: expected a column {info.columns[key]!r}, found none in {rows:,} rows; they have {found}; mend the name, "
+        "or take the key out of columns"
+        for key, place in info.named.items()
+        if fields and info.columns[key] not in fields
+    ]

@@ -51,6 +51,8 @@ def check(recipe: Recipe) -> None:
         console.print(notice, markup=False)
     data = prepare_datasets(recipe, load_tokenizer(recipe))
     console.rule("rows")
+    for line in data.listed():
+        console.print(line, markup=False)
     for line in [*data.audit.lines(), *(describe_tokens(data.train) if isinstance(data.train, Dataset) else [])]:
         console.print(line, markup=False)
     if not recipe.do_train:

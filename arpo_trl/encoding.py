@@ -1,4 +1,4 @@
-"""Messages -> input_ids and labels: the law of the loss. Pure functions over a `render` and a `tokenize`.
+"""Messages -> input_ids and labels: the law of the loss. Pure functions over a template and a `tokenize`.
 
 Loss falls on exactly what the model would have to generate: each assistant turn's text after the generation prompt, up
 to and including its end-of-turn token and the newline that the template writes after it. All else carries -100.
@@ -10,38 +10,74 @@ token, which the model never sees at inference.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import TemplateError
 
 from .errors import RowError
 from .messages import Conversation, Message
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 IGNORED = -100
 
 
-class Render(Protocol):
-    """The chat template's text for these messages. Raises RowError for what the template refuses."""
+@dataclass(frozen=True)
+class Template:
+    """How rows are rendered for training; `find_template` finds it. `jinja` may be TRL's training form.
 
-    def __call__(self, messages: list[Message], tools: list[Message] | None, prompt: bool) -> str: ...
+    `epilogue` is what the template writes after whatever does not go on, and no row needs.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    jinja: str
+    generation_prompt: str = ""
+    end_of_turn: str | None = None
+    epilogue: str = ""
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(self.jinja.encode()).hexdigest()
+
+    def render(self, messages: list[Message], tools: Any, prompt: bool) -> str:
+        """The template's text for these messages, with the generation prompt after it or not.
+
+        Raises:
+            RowError: if the template refuses them.
+        """
+        try:
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=tools, chat_template=self.jinja, add_generation_prompt=prompt, tokenize=False
+                )
+            )
+        except (TemplateError, TypeError, ValueError, RecursionError) as error:
+            raise RowError(f"the template refuses it: {error}") from None
+        return text if prompt else text.removesuffix(self.epilogue)
 
 
 class Segment(NamedTuple):
+    """A piece of a rendered conversation. `silent`: the row keeps a message in it from the loss."""
+
     text: str
-    reply: bool
-    trained: bool
+    silent: bool = False
 
 
 @dataclass
 class Example:
-    """`cut`: tokens lost to the cutoff. `lost_answer`: no token of the last reply is left."""
+    """`cut`: tokens lost to the cutoff. `lost_answer`: no token of the last reply is left. `left_out`: later messages."""
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     cut: int = 0
     lost_answer: bool = False
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,34 +90,36 @@ class EncodingConfig:
     truncation_mode: str = "keep_start"
 
 
-def to_segments(
-    conversation: Conversation, render: Render, config: EncodingConfig, generation_prompt: str
-) -> list[Segment]:
+def to_segments(conversation: Conversation, template: Template) -> list[Segment]:
     """The rendered conversation in pieces that alternate between context and reply, the last being a reply.
 
     Messages after the last reply are left out: nothing that follows could be learnt from them.
 
     Raises:
-        RowError: if the template refuses the conversation, rewrites what it rendered before, or leaves text out.
+        RowError: if the template refuses the conversation, rewrites what it rendered before, leaves text out, or does
+            not end a reply that may be trained.
     """
-    messages, tools = conversation.messages, conversation.tools
-    replies = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
+    messages, tools, replies = conversation.messages, conversation.tools, conversation.replies
     segments: list[Segment] = []
-    done = ""
+    done, start = "", 0
     for position in replies:
-        until_reply = render(messages[: position + 1], tools, False)
+        until_reply = template.render(messages[: position + 1], tools, False)
         if position:
-            until_prompt = render(messages[:position], tools, True)
+            until_prompt = template.render(messages[:position], tools, True)
         else:  # Most templates look at the first message, and there is none before this reply.
-            until_prompt = until_reply[: until_reply.find(generation_prompt)] + generation_prompt
+            before = until_reply[: until_reply.find(template.generation_prompt)]
+            until_prompt = before + template.generation_prompt
         if not until_prompt.startswith(done):
             raise RowError("the template rewrites an earlier turn once later ones follow")
         if not until_reply.startswith(until_prompt):
             raise RowError("the template writes the reply other than its generation prompt begins it")
-        trained = not (position in conversation.silent or (config.mask_history and position != replies[-1]))
-        segments.append(Segment(until_prompt[len(done) :], False, config.train_on_prompt))
-        segments.append(Segment(until_reply[len(until_prompt) :], True, trained or config.train_on_prompt))
-        done = until_reply
+        context, reply = until_prompt[len(done) :], until_reply[len(until_prompt) :]
+        silent = position in conversation.silent
+        if not silent and (template.end_of_turn or "") not in reply:
+            raise RowError(f"the template ends message {position + 1} without its end-of-turn token")
+        segments.append(Segment(context, not conversation.silent.isdisjoint(range(start, position))))
+        segments.append(Segment(reply, silent))
+        done, start = until_reply, position + 1
     _check_complete(messages[: replies[-1] + 1], tools or [], segments)
     try:
         done.encode("utf-8")
@@ -101,7 +139,7 @@ def _check_complete(messages: Sequence[Message], tools: Sequence[Message], segme
         text = context
         if message["role"] == "assistant":
             text = next(pairs).text
-            context = next(pairs, Segment("", False, False)).text
+            context = next(pairs, Segment("")).text
         content = message["content"] + "</think>" + message.get("reasoning_content", "")
         lost = [piece for piece in re.split("</?think>", content) if piece.strip() not in text]
         calls = Counter(call["function"]["name"] for call in message.get("tool_calls", ()))
@@ -112,10 +150,21 @@ def _check_complete(messages: Sequence[Message], tools: Sequence[Message], segme
             )
 
 
+def carry_loss(row: Sequence[Segment], config: EncodingConfig) -> list[bool]:
+    """The law of the loss: which of a row's segments carry it.
+
+    Replies do; with `mask_history` the last alone; with `train_on_prompt` contexts too. A silent one never does: a
+    context that holds a silent message stays silent whole.
+    """
+    first = len(row) - 1 if config.mask_history else 1
+    asked = [config.train_on_prompt or (at % 2 == 1 and at >= first) for at in range(len(row))]
+    return [wanted and not segment.silent for wanted, segment in zip(asked, row)]
+
+
 def encode(
     rows: Sequence[Sequence[Segment]], tokenize: Callable[[list[str]], Iterable[list[int]]], config: EncodingConfig
 ) -> list[Example]:
-    """Tokenise all segments of a batch of rows in one call, join each row's and cut it to the cutoff."""
+    """Tokenise all segments of a batch of rows in one call, join each row's, label them and cut them to the cutoff."""
     tokens = iter(tokenize([segment.text for row in rows for segment in row]))
     examples = []
     for row in rows:
@@ -126,10 +175,10 @@ def encode(
         else:
             kept = keep_start(lengths, config.cutoff_len)
         example = Example(cut=sum(lengths) - sum(kept), lost_answer=not kept[-1])
-        for segment, piece, length in zip(row, pieces, kept, strict=True):
+        for trained, piece, length in zip(carry_loss(row, config), pieces, kept, strict=True):
             piece = piece if length == len(piece) else piece[:length]
             example.input_ids += piece
-            example.labels += piece if segment.trained else [IGNORED] * length
+            example.labels += piece if trained else [IGNORED] * length
         examples.append(example)
     return examples
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from trl.trainer.sft_config import SFTConfig
@@ -27,6 +28,7 @@ def evaluate_only(recipe: Recipe, args: SFTConfig) -> None:
     args.report_to = []
     tokenizer = load_tokenizer(recipe)
     data = prepare_datasets(recipe, tokenizer)
+    data.write_audit(Path(recipe.output_dir) / "row_audit.jsonl")
     model, _ = load_model(recipe)
     trainer = ArpoTrainer(
         model=model,

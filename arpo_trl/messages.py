@@ -8,7 +8,6 @@ if not.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,17 +15,23 @@ from typing import Any
 
 from .errors import RowError
 from .registry import DatasetInfo
+from .rows import decode_json, excerpt, parse_json
 
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """`silent` holds the positions of assistant messages that the row itself keeps from the loss."""
+    """`silent` holds the positions of messages that the row itself keeps from the loss."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     silent: frozenset[int] = frozenset()
+
+    @property
+    def replies(self) -> list[int]:
+        """The positions of the assistant's messages."""
+        return [position for position, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 
 def to_conversation(row: Any, info: DatasetInfo, default_system: str | None = None) -> Conversation:
@@ -38,6 +43,8 @@ def to_conversation(row: Any, info: DatasetInfo, default_system: str | None = No
     if not isinstance(row, dict):
         raise RowError(f"not an object but {_kind(row)}")
     messages, silent = _from_alpaca(row, info) if info.formatting == "alpaca" else _from_turns(row, info)
+    if messages and messages[0]["role"] == "system" and not messages[0]["content"]:  # As an empty system column.
+        messages, silent = messages[1:], {position - 1 for position in silent if position}
     system = _text(row, info.columns.get("system", "system"), optional=True)
     has_system = bool(messages) and messages[0]["role"] == "system"
     if system and has_system:
@@ -46,7 +53,7 @@ def to_conversation(row: Any, info: DatasetInfo, default_system: str | None = No
         messages.insert(0, {"role": "system", "content": system or default_system})
         silent = {position + 1 for position in silent}
     _check_order(messages)
-    tools = _to_tools(row.get(info.columns.get("tools", "tools")))
+    tools = to_tools(row.get(info.columns.get("tools", "tools")))
     return Conversation(messages, tools, frozenset(silent))
 
 
@@ -58,7 +65,7 @@ def _from_alpaca(row: dict[str, Any], info: DatasetInfo) -> tuple[list[Message],
         raise RowError(f"wrong type: {name} is {_kind(history)}, expected a list of [prompt, reply] pairs")
     for pair in history:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise RowError(f"wrong type: {name} holds {json.dumps(pair)[:60]}, expected [prompt, reply]")
+            raise RowError(f"wrong type: {name} holds {excerpt(pair, 60)}, expected [prompt, reply]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     prompt = _text(row, info.columns["prompt"])
     query = _text(row, info.columns["query"], optional=True) if "query" in info.columns else ""
@@ -91,7 +98,7 @@ def _from_turns(row: dict[str, Any], info: DatasetInfo) -> tuple[list[Message], 
             raise RowError(f"wrong type: {where} is {_kind(turn)}, expected an object")
         tag = _text(turn, tags["role_tag"], where)
         if tag not in roles:
-            raise RowError(f"unknown role: {where} is from {tag!r}; the tags are {', '.join(roles)}")
+            raise RowError(f"unknown role: {where} is from {tag[:40]!r}; the tags are {', '.join(roles)}")
         if "function_call" in turn and tags["role_tag"] != "function_call":
             raise RowError(f"unknown field: {where}.function_call is OpenAI's old form; write it as tool_calls")
         calls = _parsed(turn.get("tool_calls"), f"{where}.tool_calls")
@@ -116,9 +123,9 @@ def _from_turns(row: dict[str, Any], info: DatasetInfo) -> tuple[list[Message], 
 def _is_silent(turn: dict[str, Any], where: str) -> bool:
     loss, weight = turn.get("loss"), turn.get("weight")
     if loss is not None and not isinstance(loss, bool):
-        raise RowError(f"wrong type: {where}.loss is {json.dumps(loss)[:40]}, expected true or false")
+        raise RowError(f"wrong type: {where}.loss is {excerpt(loss, 40)}, expected true or false")
     if weight is not None and weight not in (0, 1):
-        raise RowError(f"wrong type: {where}.weight is {json.dumps(weight)[:40]}, expected 0 or 1")
+        raise RowError(f"wrong type: {where}.weight is {excerpt(weight, 40)}, expected 0 or 1")
     return loss is False or weight == 0
 
 
@@ -136,12 +143,18 @@ def _check_order(messages: list[Message]) -> None:
 
 def _split_calls(content: str, where: str) -> tuple[str, Any]:
     """Text beside the call (LLaMA-Factory: `<think>..</think>` before it) is the message's content."""
+    length = len(content.rstrip())
     for bracket in re.finditer(r"[{\[]", content):
         try:
-            calls = json.loads(content[bracket.start() :])
+            calls, end = decode_json(content, bracket.start())
         except ValueError:
             continue
-        return content[: bracket.start()].rstrip("\n"), calls
+        except RowError as error:
+            raise RowError(f"wrong type: {where} is a function call but {error}") from None
+        if end == length:
+            if not calls:
+                raise RowError(f"missing field: {where} is a function call that holds no call")
+            return content[: bracket.start()].rstrip("\n"), calls
     raise RowError(f"wrong type: {where} is a function call but does not end in its JSON")
 
 
@@ -162,7 +175,8 @@ def _to_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     return found
 
 
-def _to_tools(tools: Any) -> list[dict[str, Any]] | None:
+def to_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """A row's tools, as JSON text or parsed, in the form that chat templates take. Raises RowError."""
     tools = _parsed(tools, "tools") or None
     if tools is None:
         return None
@@ -172,7 +186,7 @@ def _to_tools(tools: Any) -> list[dict[str, Any]] | None:
             raise RowError(f"wrong type: tools holds {_kind(tool)}, expected objects")
         function = tool.get("function", tool) if tool.get("type", "function") == "function" else tool
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowError(f"missing field: a tool has no name: {json.dumps(tool)[:60]}")
+            raise RowError(f"missing field: a tool has no name: {excerpt(tool, 60)}")
         found.append({"type": "function", "function": function})
     return found
 
@@ -185,7 +199,7 @@ def _content(turn: dict[str, Any], key: str, where: str, optional: bool) -> str:
     texts = []
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise RowError(f"wrong type: {where}.{key} holds a part that is not text: {json.dumps(part)[:60]}")
+            raise RowError(f"wrong type: {where}.{key} holds a part that is not text: {excerpt(part, 60)}")
         texts.append(_text(part, "text", f"{where}.{key}"))
     return "".join(texts)
 
@@ -209,9 +223,9 @@ def _parsed(value: Any, where: str) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value)
-    except ValueError as error:
-        raise RowError(f"wrong type: {where} is text but not JSON ({error})") from None
+        return parse_json(value)
+    except RowError as error:
+        raise RowError(f"wrong type: {where} is text but {error}") from None
 
 
 def _kind(value: Any) -> str:

@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from .batches import encode_rows
-from .dataset import read_dataset, select_datasets
+from .dataset import select_datasets
+from .encoder import Encoder, encode_rows
 from .encoding import IGNORED
 from .recipe import Recipe
-from .template import load_tokenizer
+from .rows import read_dataset
+from .template import find_template, load_tokenizer
 
 TRAINED, MASKED = ("bold green", "green"), ("default", "dim")
 
@@ -24,9 +25,10 @@ def preview(recipe: Recipe, rows: int) -> None:
     console = Console(highlight=False, soft_wrap=True)
     tokenizer = load_tokenizer(recipe)
     console.print("+ (green) is trained, the rest is context; each token is shaded other than its neighbours")
+    template = find_template(tokenizer)
     for info in select_datasets(recipe):
-        read = islice(read_dataset(info, recipe), rows)
-        for batch in encode_rows(read, info, recipe, tokenizer):
+        read = islice(read_dataset(info, recipe.streaming)[1], rows)
+        for batch in encode_rows(read, Encoder(info, recipe, template)):
             for finding in batch.findings:
                 console.print(f"{finding['place']}: {finding['outcome']} ({finding['reason']})", markup=False)
             for row in batch.encoded.to_pylist():

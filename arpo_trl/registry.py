@@ -67,6 +67,7 @@ class DatasetInfo:
 
     What the entry leaves out of `columns` and `tags` has its default. The columns `system`, `history` and `tools` are
     read under these names unless the entry gives others (LLaMA-Factory passes over them unless it names them).
+    `named`: where the entry names each column that it gives, "file:line: dataset: columns.key".
     """
 
     name: str
@@ -79,6 +80,7 @@ class DatasetInfo:
     folder: str | None = None
     num_samples: int | None = None
     columns: dict[str, str] = field(default_factory=lambda: dict(COLUMNS["alpaca"]))
+    named: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     refused: str | None = None
 
@@ -104,6 +106,8 @@ def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
         entries = list(_members(text, 0))
     except json.JSONDecodeError as error:
         raise DatasetError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise DatasetError(f"{path}: cannot be read ({error})") from None
     for name, entry, start, line in entries:
         place = f"{path}:{line}"
         if name in infos:
@@ -136,6 +140,7 @@ def _read_entry(
         formatting = "alpaca"
     known = ("file_name", "hf_hub_url", "formatting", "subset", "split", "folder", "num_samples", "columns", "tags")
     columns, tags = dict(COLUMNS[formatting]), dict(TAGS[formatting])
+    named_columns: dict[str, str] = {}
     known_columns = (*columns, *OPTIONAL_COLUMNS[formatting])
     refused = None
     seen: set[str] = set()
@@ -164,6 +169,7 @@ def _read_entry(
                     problem(inner_at, f"{key}.{inner}: expected a name, found {json.dumps(named)[:40]}")
                 elif key == "columns":
                     columns[inner] = named
+                    named_columns[inner] = f"{path}:{inner_at}: {name}: columns.{inner}"
                 else:
                     tags[inner] = named
         elif key == "num_samples":
@@ -194,6 +200,7 @@ def _read_entry(
         folder=entry.get("folder"),
         num_samples=entry.get("num_samples"),
         columns=columns,
+        named=named_columns,
         tags=tags,
         refused=refused,
     )

@@ -7,10 +7,11 @@ A file of any size is read in a bounded amount of memory.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from .registry import DatasetInfo
 
 CHUNK = 1 << 20
 LONGEST_ROW = 64 << 20
+DEEPEST = 100  # No row needs more, and what walks, pickles or renders rows by recursion can take it.
 EXCERPT = 60
 
 
@@ -37,8 +39,9 @@ def find_files(path: Path) -> list[Path]:
     """
     kinds = ", ".join(READERS)
     if path.is_dir():
-        about = re.compile(r"[._]|(?i:readme|license)|dataset_info\.json$")
-        inside = sorted(file for file in path.iterdir() if not about.match(file.name))
+        ours, about = re.compile(r"\.|dataset_info\.json$"), re.compile(r"_|(?i:readme|license)")
+        inside = sorted(file for file in path.iterdir() if not ours.match(file.name))
+        inside = [file for file in inside if file.suffix.lower() in READERS or not about.match(file.name)]
         strange = [file.name for file in inside if file.is_dir() or file.suffix.lower() not in READERS]
         if strange or not inside:
             found = f"found {', '.join(strange[:5])}" if strange else "found none"
@@ -64,22 +67,48 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise DatasetError(f"{path}: cannot be read ({error})") from None
 
 
-def read_hub(info: DatasetInfo, streaming: bool) -> tuple[str, Iterator[Row]]:
-    """A dataset of the Hugging Face hub (or a local folder in the hub's form): its fingerprint and its rows.
+def read_dataset(info: DatasetInfo, streaming: bool) -> tuple[int, Iterator[Row]]:
+    """A dataset's size in bytes (0: not known before it is read) and its rows, read as they are asked for.
 
     Raises:
-        DatasetError: with the hub's reason.
+        DatasetError: if it isn't there.
     """
+    if info.path is None:
+        dataset = _load_hub(info, streaming)
+        size = 0 if streaming else dataset.data.nbytes
+        return size, (Row(f"{info.hub}:{number}", _as_row(row)) for number, row in enumerate(dataset, 1))
+    files = find_files(info.path)
+    return sum(file.stat().st_size for file in files), chain.from_iterable(map(read_rows, files))
+
+
+def fingerprint(info: DatasetInfo, streaming: bool) -> str:
+    """The content's hash; of a stream, its files' names, sizes and times.
+
+    Raises:
+        DatasetError: if the dataset isn't there.
+    """
+    if info.path is None:
+        return str(getattr(_load_hub(info, streaming), "_fingerprint", "streamed"))
+    content = hashlib.sha256()
+    for path in find_files(info.path):
+        if streaming:
+            content.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+            continue
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                content.update(block)
+    return content.hexdigest()
+
+
+def _load_hub(info: DatasetInfo, streaming: bool) -> Any:
+    """A dataset of the Hugging Face hub, or a local folder in the hub's form."""
     from datasets import load_dataset
 
-    hub = str(info.hub)
     try:
-        dataset = load_dataset(hub, info.subset, data_dir=info.folder, split=info.split, streaming=streaming)
+        return load_dataset(info.hub, info.subset, data_dir=info.folder, split=info.split, streaming=streaming)
     except Exception as error:  # load_dataset raises what its many backends raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DatasetError(f"{info.place}: {info.name}: {hub} cannot be loaded ({reason[0][:200]})") from None
-    rows = (Row(f"{hub}:{number}", _without_nulls(row)) for number, row in enumerate(dataset, 1))
-    return str(getattr(dataset, "_fingerprint", "streamed")), rows
+        raise DatasetError(f"{info.place}: {info.name}: {info.hub} cannot be loaded ({reason[0][:200]})") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int | str, Any]]:
@@ -98,14 +127,90 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int | str, Any]]:
 
 def _parse_line(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8").rstrip())
+        return parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         return RowError(f"not UTF-8 (byte {error.start + 1} of the line)")
+    except RowError as error:
+        return error
+
+
+def parse_json(text: str) -> Any:
+    """A whole text's value. Every text of a data file that should be JSON, in whatever column, is read here.
+
+    Raises:
+        RowError: if it is not JSON, or JSON that `decode_json` does not read.
+    """
+    text = text.rstrip(SPACE)
+    try:
+        value, at = decode_json(text, len(text) - len(text.lstrip(SPACE)))
+        if at < len(text):
+            raise json.JSONDecodeError("Extra data", text, at)
+        return value
     except json.JSONDecodeError as error:
-        excerpt = raw[:EXCERPT].decode("utf-8", "replace").strip()
-        return RowError(f"not JSON ({error.msg} at column {error.colno}): {excerpt!r}")
+        place = f"line {error.lineno}, " * (error.lineno > 1) + f"column {error.colno}"
+        raise RowError(f"not JSON ({error.msg} at {place}): {text[:EXCERPT].strip()!r}") from None
+
+
+def decode_json(text: str, at: int) -> tuple[Any, int]:
+    """The value that begins at `at`, and where it ends.
+
+    Raises:
+        json.JSONDecodeError: if there is none.
+        RowError: if it is nested too deeply, or holds a number that Python does not read.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, at)
     except RecursionError:
-        return RowError("not JSON that can be read (nested too deeply)")
+        raise RowError(TOO_DEEP) from None
+    if text.count("[", at, end) + text.count("{", at, end) > DEEPEST:
+        layer = [value]
+        for _ in range(DEEPEST):
+            layer = [inner for outer in layer for inner in _inside(outer)]
+        if layer:
+            raise RowError(TOO_DEEP)
+    return value, end
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _to_int(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:  # sys.get_int_max_str_digits()
+        raise RowError(f"not JSON that can be read (a number of {len(digits):,} digits)") from None
+
+
+SPACE, TOO_DEEP = " \t\n\r", "not JSON that can be read (nested too deeply)"
+_DECODER = json.JSONDecoder(parse_int=_to_int)
+
+
+def excerpt(value: Any, most: int) -> str:
+    """The first `most` characters of a value as JSON, whatever it holds (a date, bytes) and however large it is."""
+    text = ""
+    for piece in _to_json(value, most):
+        text += piece
+        if len(text) >= most:
+            break
+    return text[:most]
+
+
+def _to_json(value: Any, most: int) -> Iterator[str]:
+    if isinstance(value, dict):
+        for number, (key, inner) in enumerate(value.items()):
+            yield ", " if number else "{"
+            yield from _to_json(str(key), most)
+            yield ": "
+            yield from _to_json(inner, most)
+        yield "}" if value else "{}"
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield ", " if number else "["
+            yield from _to_json(inner, most)
+        yield "]" if value else "[]"
+    else:
+        yield json.dumps(value[:most] if isinstance(value, str | bytes) else value, ensure_ascii=False, default=repr)
 
 
 def _read_json(path: Path) -> Iterator[tuple[int | str, Any]]:
@@ -115,7 +220,7 @@ def _read_json(path: Path) -> Iterator[tuple[int | str, Any]]:
 
     Past a broken element nobody can say where the next one begins, so the file is refused there.
     """
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    space = re.compile(r"\s*")
     text, at, line, column, last = "", 0, 1, 1, 0
 
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -157,11 +262,16 @@ def _read_json(path: Path) -> Iterator[tuple[int | str, Any]]:
                 break
             while True:
                 try:
-                    value, end = decoder.raw_decode(text, at)
+                    try:
+                        value, end = decode_json(text, at)
+                    except RowError as reason:  # Most often its end can be found all the same.
+                        value, end = reason, json.JSONDecoder(parse_int=float).raw_decode(text, at)[1]
                     if end < len(text) or not fill():  # a number at the buffer's end may go on
                         break
                 except RecursionError:
-                    raise DatasetError(f"{path}:{line}: not JSON that can be read (nested too deeply)") from None
+                    raise DatasetError(
+                        f"{path}:{line}: {TOO_DEEP}; nothing after it can be read: mend it, or store one row a line as .jsonl"
+                    ) from None
                 except json.JSONDecodeError as error:
                     unfinished = error.pos > len(text) - 32 or error.msg.startswith("Unterminated string")
                     if unfinished and len(text) - at < LONGEST_ROW and fill():
@@ -235,13 +345,17 @@ def _read_batches(path: Path, batches: Callable[[], Iterator[Any]]) -> Iterator[
         for batch in batches():
             for row in batch.to_pylist():
                 number += 1
-                yield number, _without_nulls(row)
+                yield number, _as_row(row)
     except pyarrow.ArrowException as error:
         raise DatasetError(f"{path}:{number + 1}: cannot be read ({str(error).splitlines()[0][:200]})") from None
 
 
+def _as_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Arrow gives an object a null for every key that only others have; they are no part of the row. Columns stay."""
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
 def _without_nulls(value: Any) -> Any:
-    """Arrow gives an object a null for every key that only others have; they are no part of the row."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

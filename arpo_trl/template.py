@@ -7,20 +7,17 @@ its thinking) can't be learnt from as it stands; TRL has a training form of the 
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
-from .encoding import IGNORED, EncodingConfig, Render, encode, to_segments
+from .encoding import IGNORED, EncodingConfig, Template, encode, to_segments
 from .errors import DatasetError, RecipeError, RowError
 from .messages import Conversation, Message
 from .recipe import Recipe
@@ -36,21 +33,6 @@ PROBES = (
     [ASK, {**REPLY, "content": "<think>\na thought\n</think>\n\nan answer"}, ASK, REPLY],
     [ASK, {**REPLY, "tool_calls": [CALL]}, {"role": "tool", "content": "found"}, REPLY, ASK, REPLY],
 )
-
-
-@dataclass(frozen=True)
-class Template:
-    """How rows are rendered for training. `end_of_turn` is a token's id; `jinja` may be TRL's training form."""
-
-    jinja: str
-    render: Render
-    generation_prompt: str
-    end_of_turn: int | None
-    is_training_form: bool
-
-    @property
-    def hash(self) -> str:
-        return hashlib.sha256(self.jinja.encode()).hexdigest()
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -85,20 +67,20 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             "no tokenizer could be loaded from it" if Path(name).is_dir() else "no such folder, nor given by the hub"
         )
         raise RecipeError(f"model_name_or_path: {name}: {where} ({reason})") from None
-    tokenizer.chat_template = _find_template(recipe.template, tokenizer)
+    tokenizer.chat_template = _read_template(recipe.template, tokenizer)
     end_of_turn = find_template(tokenizer).end_of_turn
     if end_of_turn is None:
         raise RecipeError(
             f"template: {recipe.template or 'the one of the tokenizer'} ends no reply with a special token, so the model "
             "could not learn to stop; use another template"
         )
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_of_turn)
+    tokenizer.eos_token = end_of_turn
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _find_template(template: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
+def _read_template(template: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
     shipped = {file.name.removesuffix(".jinja"): file for file in files("arpo_trl").joinpath("templates").iterdir()}
     ways_out = f"omit it for the tokenizer's own, name a shipped one ({', '.join(sorted(shipped))}) or a .jinja file"
     if template is None:
@@ -120,8 +102,12 @@ def _find_template(template: str | None, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def find_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template to render with in training: the tokenizer's own, or TRL's training form if that one rewrites turns."""
-    own = _describe(tokenizer, str(tokenizer.chat_template), is_training_form=False)
+    """The template to render with in training: the tokenizer's own, or TRL's training form if that one rewrites turns.
+
+    Raises:
+        RecipeError: if it can't be rendered at all.
+    """
+    own = _describe(Template(tokenizer, str(tokenizer.chat_template)))
     if not _faults(own):
         return own
     from trl.chat_template_utils import get_training_chat_template
@@ -130,42 +116,29 @@ def find_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         jinja = get_training_chat_template(tokenizer)
     except ValueError:  # TRL knows no training form of it
         return own
-    form = _describe(tokenizer, jinja or own.jinja, is_training_form=True)
+    form = _describe(replace(own, jinja=jinja or own.jinja, epilogue=""))
     return form if _faults(form) < _faults(own) else own
 
 
-def _describe(tokenizer: PreTrainedTokenizerBase, jinja: str, is_training_form: bool) -> Template:
-    epilogue = ""
-
-    def render(messages: list[Message], tools: Any, prompt: bool) -> str:
-        try:
-            text = str(
-                tokenizer.apply_chat_template(
-                    messages, tools=tools, chat_template=jinja, add_generation_prompt=prompt, tokenize=False
-                )
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise RowError(f"the template refuses it: {error}") from None
-        return text if prompt else text.removesuffix(epilogue)
-
+def _describe(template: Template) -> Template:
+    """What it writes around a reply, found by rendering."""
+    tokenizer = template.tokenizer
+    eos = str(tokenizer.eos_token or "\0")
     try:
-        with_prompt, without = render([ASK], None, True), render([ASK], None, False)
-        end_of_turn = _end_of_turn(tokenizer, render)
+        with_prompt, without = template.render([ASK], None, True), template.render([ASK], None, False)
+        answered = template.render([ASK, REPLY], None, False)
     except RowError as error:
         raise RecipeError(f"template: cannot be rendered ({error})") from None
-    if not with_prompt.startswith(without) and without.endswith(tokenizer.eos_token or "\0"):
-        # Phi-3 ends whatever does not go on with the eos token. No reply ends in it, so no row needs it.
-        epilogue = str(tokenizer.eos_token)
-        without = without.removesuffix(epilogue)
-    return Template(jinja, render, with_prompt[len(without) :], end_of_turn, is_training_form)
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, render: Render) -> int | None:
-    """The first special token after a reply's text."""
-    after = render([ASK, REPLY], None, False).rpartition(REPLY["content"])[2]
-    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return next((token for token in ids if token in special), None)
+    # Phi-3 ends whatever does not go on with the eos token. No reply ends in it, so no row needs it.
+    epilogue = eos if not with_prompt.startswith(without) and without.endswith(eos) else ""
+    special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    after: list[int] = tokenizer(answered.rpartition(REPLY["content"])[2], add_special_tokens=False)["input_ids"]
+    return replace(
+        template,
+        generation_prompt=with_prompt[len(without.removesuffix(epilogue)) :],
+        end_of_turn=next((special[token] for token in after if token in special), None),
+        epilogue=epilogue,
+    )
 
 
 def _faults(template: Template) -> int:
@@ -177,28 +150,23 @@ def _faults(template: Template) -> int:
         except RowError:
             continue
         try:
-            to_segments(Conversation(messages), template.render, EncodingConfig(0), template.generation_prompt)
+            to_segments(Conversation(messages), template)
         except RowError:
             faults += 1
     return faults
 
 
-def check_parity(
-    conversation: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    config: EncodingConfig,
-    place: str,
-) -> None:
-    """The gate before the first step: what this row trains is what the model will have to generate.
+def check_parity(conversation: Conversation, template: Template, config: EncodingConfig, place: str) -> None:
+    """The gate before the first step, for one row: segments joined are the conversation, and the labels are its replies.
 
-    Checked by other means than those that encode: the text against the whole conversation as rendered at once, the
-    labels against what they decode to.
+    Checked on what the tokens decode to: all of them against the conversation rendered and tokenised at once, each
+    trained run for its end-of-turn token, and the rest for the text of every message that is not to be learnt.
 
     Raises:
         DatasetError: naming the row and what differs.
         RowError: if the row can't be rendered.
     """
+    tokenizer = template.tokenizer
 
     def refuse(reason: str) -> DatasetError:
         return DatasetError(f"{place}: the gate before training stopped here: {reason}; use another template")
@@ -207,21 +175,22 @@ def check_parity(
         return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     config, tokenize = replace(config, cutoff_len=sys.maxsize), make_tokenize(tokenizer)
-    segments = to_segments(conversation, template.render, config, template.generation_prompt)
-    replies = [position for position, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-    messages = conversation.messages[: replies[-1] + 1]
-    if "".join(segment.text for segment in segments) != template.render(messages, conversation.tools, False):
-        raise refuse("the encoded text is not what the chat template renders")
-    context, reply = tokenize([segments[0].text, segments[1].text])
+    segments = to_segments(conversation, template)
+    messages = conversation.messages[: conversation.replies[-1] + 1]
+    context, reply, whole = tokenize(
+        [segments[0].text, segments[1].text, template.render(messages, conversation.tools, False)]
+    )
     if decode(context + reply) != decode(context) + decode(reply):
         raise refuse("the tokenizer writes a reply after its context otherwise than alone, as with a space before it")
-    if tokenizer.eos_token_id != template.end_of_turn:
+    if tokenizer.eos_token != template.end_of_turn:
         raise refuse(f"a turn does not end in the eos token {tokenizer.eos_token!r}")
+    (example,) = encode([segments], tokenize, config)
+    if decode(example.input_ids) != decode(whole):
+        raise refuse("the encoded text is not what the chat template renders")
     if config.train_on_prompt:
         return
-    (example,) = encode([segments], tokenize, config)
     runs = [list(run) for trained, run in groupby(example.labels, lambda label: label != IGNORED) if trained]
-    if any(template.end_of_turn not in run for run in runs):
+    if any(tokenizer.eos_token_id not in run for run in runs):
         raise refuse(f"a reply is trained without its end-of-turn token {tokenizer.eos_token!r}")
     masked = decode([token for token, label in zip(example.input_ids, example.labels) if label == IGNORED])
     for message in messages:

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 
 from .checkpoints import match_umask, write_json
 from .console import logged_to, say
@@ -64,6 +65,7 @@ def train(recipe: Recipe) -> int:
         if checkpoint is not None:
             for line in on_main_process(lambda: require_same_run(earlier, manifest, recipe.allow_changed_recipe)):
                 say(line)
+        data.write_audit(output_dir / "row_audit.jsonl")
         on_main_process(lambda: start_trackers(recipe, args, manifest, earlier))
 
         model, saved_dtype = load_model(recipe)
@@ -74,7 +76,7 @@ def train(recipe: Recipe) -> int:
             eval_dataset=eval_datasets(recipe, data),
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=to_optimizer(recipe, args),
-            rows=data.train,
+            rows=data.train if isinstance(data.train, Dataset) else None,  # naming a stream's rows would read it anew
             on_save_error=recipe.on_save_error,
         )
         keep_adapter_in_float32(model)

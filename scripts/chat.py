@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from arpo_trl.errors import RowError
-from arpo_trl.messages import _to_tools
+from arpo_trl.messages import to_tools
 
 CALL = re.compile(r"<(python|search|tool_call)>(.*?)</\1>", re.DOTALL)
 
@@ -43,7 +43,7 @@ def as_result(tag: str, text: str) -> dict[str, str]:
 def read_tools(path: Path) -> list[dict[str, Any]] | None:
     """As training reads a row's `tools`: a list, or the JSON text of one; the template is given the same."""
     try:
-        return _to_tools(json.loads(path.read_text(encoding="utf-8")))
+        return to_tools(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RowError) as error:
         raise SystemExit(f"--tools: {path}: {error}; expected a JSON file with what a row has in `tools`") from None
 

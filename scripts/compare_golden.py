@@ -23,13 +23,13 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.batches import encode_rows
+from arpo_trl.encoder import Encoder, encode_rows
 from arpo_trl.encoding import IGNORED
 from arpo_trl.errors import DatasetError, RecipeError
 from arpo_trl.recipe import Recipe
 from arpo_trl.registry import read_registry
 from arpo_trl.rows import read_rows
-from arpo_trl.template import load_tokenizer
+from arpo_trl.template import find_template, load_tokenizer
 
 SHORT_NAMES = {"alpaca": "alpaca_en_demo", "glaive": "glaive_toolcall_en_demo"}
 
@@ -40,7 +40,7 @@ def compare(golden_dir: Path, data_dir: Path, recipe: Recipe) -> tuple[int, int]
     Raises:
         RecipeError: there is nothing to compare, or a file that can't be read.
     """
-    tokenizer = load_tokenizer(recipe)
+    template = find_template(load_tokenizer(recipe))
     registry, equal, total = read_registry(data_dir), 0, 0
     paths = sorted(golden_dir.glob("*.json"))
     if not paths:
@@ -53,7 +53,7 @@ def compare(golden_dir: Path, data_dir: Path, recipe: Recipe) -> tuple[int, int]
             raise DatasetError(f"{path}: no dataset {name!r} in {data_dir}/dataset_info.json with a file of its own")
         rows = list(islice(read_rows(info.path), len(golden)))
         ours: dict[str, Any] = {}
-        for batch in encode_rows(rows, info, recipe, tokenizer):
+        for batch in encode_rows(rows, Encoder(info, recipe, template)):
             ours |= {row["source"]: row for row in batch.encoded.to_pylist()}
             for finding in batch.findings:
                 print(f"{finding['place']}: {finding['outcome']} ({finding['reason']})")

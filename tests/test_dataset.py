@@ -2,9 +2,16 @@
 
 import csv
 import json
+import multiprocessing
 import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
+import time
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +19,18 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import small_run
 from transformers import PreTrainedTokenizerBase
 
-from arpo_trl import dataset, rows
+from arpo_trl import cache, dataset, rows
+from arpo_trl.check import check
 from arpo_trl.dataset import PreparedData, prepare_datasets
+from arpo_trl.encoder import encode_rows
 from arpo_trl.encoding import IGNORED
-from arpo_trl.errors import DatasetError, RowError
+from arpo_trl.errors import DatasetError, RecipeError, RowError
 from arpo_trl.recipe import Recipe
 from arpo_trl.rows import read_rows
+from arpo_trl.train import train
 
 
 def row(question: str = "Q", reply: str = "A", **more: Any) -> dict[str, Any]:
@@ -74,7 +85,10 @@ class Bench:
         return Recipe(model_name_or_path="unused", **(given | keys))
 
     def prepare(self, **keys: Any) -> PreparedData:
-        return prepare_datasets(self.recipe(**keys), self.tokenizer)
+        """As a run does that gets as far as its model: `row_audit.jsonl` is written."""
+        data = prepare_datasets(self.recipe(**keys), self.tokenizer)
+        data.write_audit(self.folder / "out" / "row_audit.jsonl")
+        return data
 
     def findings(self) -> list[dict[str, str]]:
         text = (self.folder / "out" / "row_audit.jsonl").read_text(encoding="utf-8")
@@ -121,9 +135,11 @@ def test_a_folder_is_read_by_name_and_holds_nothing_else(bench: Bench) -> None:
     folder.mkdir()
     write(folder / "b.jsonl", numbered(1, start=1))
     write(folder / "a.parquet", numbered(1))
-    (folder / "README.md").write_text("about", encoding="utf-8")
+    write(folder / "license_qa.jsonl", numbered(1, start=2))
+    for about in ("README.md", "LICENSE", "_SUCCESS", "._b.jsonl"):
+        (folder / about).write_text("about", encoding="utf-8")
     bench.register("d", file_name="many")
-    assert bench.replies(bench.prepare().train) == answers(0, 1)
+    assert bench.replies(bench.prepare().train) == answers(0, 1, 2)
     (folder / "c.json.gz").write_bytes(b"")
     with pytest.raises(DatasetError, match=r"expected only files of kind .* in the folder, found c.json.gz"):
         bench.prepare()
@@ -178,6 +194,8 @@ BROKEN_LINES: dict[str, tuple[bytes, str]] = {
     "UTF-16": (GOOD.decode().encode("utf-16"), "not UTF-8 (byte 1 of the line)"),
     "half a surrogate pair": (GOOD.replace(b"Q", b"\\ud83d"), "not UTF-8: the text holds half a surrogate pair"),
     "nested too deeply": (b"[" * 100_000, "not JSON that can be read (nested too deeply)"),
+    "nested too deeply to walk": (b"[" * 900 + b"]" * 900, "not JSON that can be read (nested too deeply)"),
+    "a number without end": (b"9" * 5000, "not JSON that can be read (a number of 5,000 digits)"),
     "a number": (b"7", "not an object but a number"),
     "an unknown role": (
         GOOD.replace(b"human", b"person"),
@@ -216,9 +234,10 @@ def test_more_dropped_than_allowed_stops_the_run_with_the_first_reasons(bench: B
     path = bench.add("d", (GOOD + b"\n") * 9 + b"{\n")
     with pytest.raises(DatasetError) as error:
         bench.prepare()
+    (listed,) = bench.folder.glob("cache/arpo_trl/d-*/audit.jsonl")
+    assert len(listed.read_text().splitlines()) == 1 and not (bench.folder / "out").exists()
     assert str(error.value).splitlines() == [
-        "d: 1 of 10 rows dropped, max_dropped allows a share of 0.05; all are in "
-        f"{bench.folder / 'out' / 'row_audit.jsonl'}, the first are",
+        f"d: 1 of 10 rows dropped, max_dropped allows a share of 0.05; all are in {listed}, the first are",
         f"  {path}:10: not JSON (Expecting property name enclosed in double quotes at column 2): '{{'",
     ]
     assert bench.prepare(max_dropped=0.1).audit.datasets["d"].dropped == 1
@@ -315,6 +334,35 @@ def test_rows_on_one_line_have_their_column(tmp_path: Path) -> None:
     assert [one.place for one in read_rows(path)] == [f"{path}:1", f"{path}:1:12", f"{path}:2"]
 
 
+def test_an_element_that_python_does_not_read_is_dropped_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f'[{{"a": {"9" * 5000}}}, {"[" * 200 + "]" * 200}, {{"a": 1}}]', encoding="utf-8")
+    for chunk in (1 << 20, 50):
+        monkeypatch.setattr(rows, "CHUNK", chunk)
+        number, deep, good = (one.value for one in read_rows(path))
+        assert str(number) == "not JSON that can be read (a number of 5,000 digits)"
+        assert str(deep) == "not JSON that can be read (nested too deeply)"
+        assert good == {"a": 1}
+
+
+def test_an_excerpt_is_json_of_anything_and_reads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {"a": [1, None, True, "é"], "b": {}, "c": []}
+    assert rows.excerpt(value, 1000) == json.dumps(value, ensure_ascii=False)
+    assert rows.excerpt(value, 9) == json.dumps(value)[:9]
+    strange = [date(2026, 1, 2), b"\xff" * 999, Decimal("1.5"), {1: 2}, {(1, 2): 3}]
+    assert rows.excerpt(strange, 60) == """["datetime.date(2026, 1, 2)", "b'""" + "\\\\xff" * 5 + "\\\\"
+    deep: list[Any] = []
+    for _ in range(10**5):
+        deep = [deep]
+    assert rows.excerpt(deep, 50) == "[" * 50
+    lengths: list[int] = []
+    monkeypatch.setattr(rows.json, "dumps", lambda value, **_: lengths.append(len(value)) or '"')
+    rows.excerpt(["x" * (1 << 20)] * (1 << 20), 160)
+    assert max(lengths) <= 160 and len(lengths) <= 160
+
+
 def test_a_large_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the pieces: a number, a literal, an escape or a character cut in two is one thing all the same."""
     values = [{"n": 12345, "t": True, "s": 'a "quote" \\ \u1234 日本\n', "l": [1.5e10, None]}, 17, "text", [], -0.5]
@@ -348,6 +396,140 @@ def test_the_audit_counts_every_fate(bench: Bench) -> None:
     assert [finding["outcome"] for finding in bench.findings()] == ["shortened", "lost_answer", "dropped", "dropped"]
     assert bench.findings()[0]["reason"].endswith("tokens past the cutoff of 128")
     assert bench.findings()[3]["excerpt"] == "3"
+
+
+def test_turns_after_the_last_reply_are_accounted_for(bench: Bench) -> None:
+    more = [{"from": "human", "value": "R"}, {"from": "human", "value": "S"}]
+    short, long = row(), row(reply="word " * 400)
+    bench.add("d", [{"conversations": one["conversations"] + more} for one in (short, long)])
+    data = bench.prepare(cutoff_len=128)
+    counts = data.audit.datasets["d"]
+    assert (counts.kept, counts.shortened) == (0, 2)
+    assert bench.findings()[0]["reason"] == "2 turns after the last reply"
+    assert re.fullmatch(
+        r"2 turns after the last reply and \d+ tokens past the cutoff of 128", bench.findings()[1]["reason"]
+    )
+
+
+def test_a_row_that_keeps_all_its_replies_silent_is_dropped_for_that(bench: Bench) -> None:
+    """Also where it is cut, or only its last reply would be trained."""
+    long, two = row("word " * 400), row()
+    long["conversations"][1]["loss"] = False
+    two["conversations"] = [*two["conversations"], *row()["conversations"]]
+    two["conversations"][3]["loss"] = False
+    bench.add("d", [row(), long, two])
+    bench.prepare(max_dropped=0.7, mask_history=True, cutoff_len=128)
+    assert [one["reason"] for one in bench.findings()] == ["no trained token: the last reply is kept silent"] * 2
+    bench.prepare(max_dropped=0.7, cutoff_len=128)
+    assert [one["reason"] for one in bench.findings()] == ["no trained token: every reply is kept silent"]
+
+
+def test_a_reply_without_its_end_of_turn_is_dropped_in_whatever_row(bench: Bench) -> None:
+    """Behind the rows that the gate looks at, too."""
+    own = bench.tokenizer.chat_template
+    try:
+        bench.tokenizer.chat_template = str(own).replace(
+            "message.content + '<|im_end|>'",
+            "message.content + ('' if message.content == 'endless' else '<|im_end|>')",
+        )
+        assert bench.tokenizer.chat_template != own
+        path = bench.add("d", [*numbered(40), row(reply="endless")])
+        assert len(bench.prepare().train) == 40
+    finally:
+        bench.tokenizer.chat_template = own
+    (finding,) = bench.findings()
+    assert finding["place"] == f"{path}:41"
+    assert finding["reason"] == "the template ends message 2 without its end-of-turn token"
+
+
+def test_nothing_is_written_into_output_dir_before_there_is_a_run(chat_recipe: Recipe) -> None:
+    """Not by --check, and not by a start that is refused."""
+    kept = Path(chat_recipe.output_dir) / "row_audit.jsonl"
+    kept.parent.mkdir()
+    kept.write_text("of an earlier run")
+    check(chat_recipe)
+    with pytest.raises(DatasetError, match="1 of 11 rows dropped"):
+        train(chat_recipe.model_copy(update={"max_dropped": 0.0}))
+    assert kept.read_text() == "of an earlier run"
+    evaluated = {"do_train": False, "do_eval": True, "dataset": [], "eval_dataset": ["d"]}
+    assert train(chat_recipe.model_copy(update=evaluated)) == 0
+    assert json.loads(kept.read_text())["outcome"] == "dropped"
+
+
+def test_a_run_that_may_not_go_on_keeps_its_list_of_rows(tmp_path: Path, tiny_model: Path) -> None:
+    folder = small_run.run(tmp_path, tiny_model, cutoff_len=80)
+    before = (folder / "row_audit.jsonl").read_text()
+    assert "past the cutoff of 80" in before
+    manifest = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(manifest | {"status": "stopped"}))
+    with pytest.raises(RecipeError, match="cutoff_len: 80 -> 70"):
+        small_run.run(tmp_path, tiny_model, cutoff_len=70, overwrite_cache=True)
+    assert (folder / "row_audit.jsonl").read_text() == before
+
+
+def test_check_says_where_the_rows_lie_that_were_not_kept(
+    chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(chat_recipe)
+    start = "each row that was not simply kept is in "
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(start))
+    assert json.loads(Path(line.removeprefix(start)).read_text())["place"].endswith("d.jsonl:11")
+    check(chat_recipe.model_copy(update={"max_samples": 10}))
+    assert start not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_row_with_a_date_can_be_dropped(suffix: str, bench: Bench) -> None:
+    strange = {"on": datetime(2026, 1, 2), "raw": b"\xff", "price": Decimal("1.5")}
+    bench.add("d", [row(**strange), row(**strange) | {"conversations": []}], suffix)
+    assert len(bench.prepare(max_dropped=0.5).train) == 1
+    assert bench.findings()[0]["excerpt"].startswith('{"conversations": [], "on": "datetime.datetime(2026, 1, 2, ')
+
+
+# Columns that the registry names
+
+ALPACA = {"instruction": "Q", "input": "I", "output": "A"}
+
+
+def test_a_named_column_that_no_row_has_is_refused(bench: Bench) -> None:
+    bench.add("d", [ALPACA] * 3, formatting="alpaca", columns={"query": "inputt", "system": "sys_promt"})
+    with pytest.raises(DatasetError) as error:
+        bench.prepare()
+    assert str(error.value).splitlines() == [
+        f"{bench.folder / 'dataset_info.json'}:1: d: columns.{key}: expected a column {column!r}, found none in 3 rows; "
+        "they have input, instruction, output; mend the name, or take the key out of columns"
+        for key, column in (("query", "inputt"), ("system", "sys_promt"))
+    ]
+    assert not list(bench.folder.glob("cache/arpo_trl/*"))
+
+
+def test_a_named_column_may_be_in_some_rows_alone(bench: Bench) -> None:
+    """An Arrow file's column is there even if it is null in every row."""
+    bench.add("d", [*numbered(2), row(sys="S"), row()], columns={"system": "sys"})
+    assert len(bench.prepare(preprocessing_batch_size=1).train) == 4
+    bench.add("e", [row(sys=None)] * 2, ".parquet", columns={"system": "sys"})
+    assert len(bench.prepare(dataset=["e"]).train) == 2
+
+
+def test_the_first_rows_of_a_dataset_are_not_judged_for_all_of_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.add("d", [*numbered(5), row(sys="S")], columns={"system": "sys"})
+    assert len(bench.prepare(max_samples=3).train) == 3
+    monkeypatch.setattr(cache, "ROWS_BEFORE_JUDGED", 4)
+    with pytest.raises(DatasetError, match=r"columns.system: expected a column 'sys', found none in 4 rows"):
+        bench.prepare(max_samples=4)
+
+
+def test_a_stream_is_refused_for_a_named_column_once_it_is_judged(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.add("d", [*numbered(6), row(sys="S")], columns={"system": "sys"})
+    keys: dict[str, Any] = {"streaming": True, "disable_shuffling": True, "preprocessing_batch_size": 1}
+    assert len(list(bench.prepare(**keys).train)) == 7
+    monkeypatch.setattr(dataset, "ROWS_BEFORE_JUDGED", 3)
+    with pytest.raises(DatasetError, match=r"columns.system: expected a column 'sys', found none in 3 rows"):
+        list(bench.prepare(**keys).train)
 
 
 # Several datasets
@@ -417,7 +599,7 @@ def test_rows_are_encoded_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     keys: dict[str, Any] = {"max_dropped": 0.5}
     first = bench.prepare(**keys)
     (bench.folder / "out" / "row_audit.jsonl").unlink()
-    monkeypatch.setattr(dataset, "encode_rows", None)
+    monkeypatch.setattr(cache, "encode_rows", None)
     second = bench.prepare(**keys)
     assert second.train[:] == first.train[:] and second.audit == first.audit
     assert len(bench.findings()) == 1
@@ -444,7 +626,7 @@ def test_tokenized_path_is_written_once_and_refused_when_what_is_behind_it_chang
     keys: dict[str, Any] = {"tokenized_path": str(path)}
     assert bench.replies(bench.prepare(**keys).train) == answers(0, 1)
     with monkeypatch.context() as context:
-        context.setattr(dataset, "encode_rows", None)
+        context.setattr(cache, "encode_rows", None)
         assert bench.replies(bench.prepare(**keys).train) == answers(0, 1)
     with pytest.raises(DatasetError) as error:
         bench.prepare(**keys, cutoff_len=100)
@@ -481,15 +663,109 @@ def test_a_folder_that_is_not_ours_is_no_tokenized_path(bench: Bench) -> None:
         bench.prepare(tokenized_path=str(bench.folder / "theirs"))
 
 
+def test_a_folder_that_is_not_ours_is_never_replaced(bench: Bench) -> None:
+    bench.add("d", numbered(2))
+    (bench.folder / "theirs" / "d").mkdir(parents=True)
+    (bench.folder / "theirs" / "d" / "precious.txt").touch()
+    with pytest.raises(DatasetError, match=r"not written by arpo_trl \(no prepared.json\)"):
+        bench.prepare(tokenized_path=str(bench.folder / "theirs"), overwrite_cache=True)
+    assert (bench.folder / "theirs" / "d" / "precious.txt").exists()
+
+
+@pytest.mark.parametrize("left", [None, "", "{}"])
+def test_half_a_folder_in_the_cache_counts_as_none(left: str | None, bench: Bench) -> None:
+    """As a kill within a removal leaves it: rows.arrow may be there or not."""
+    bench.add("d", numbered(2))
+    bench.prepare()
+    (prepared,) = bench.folder.glob("cache/arpo_trl/*/prepared.json")
+    prepared.unlink()
+    if left is not None:
+        prepared.write_text(left)
+    assert bench.replies(bench.prepare().train) == answers(0, 1)
+    assert [path.name for path in prepared.parent.parent.iterdir()] == [prepared.parent.name]
+
+
+def test_what_dead_runs_left_is_removed_after_a_day(bench: Bench) -> None:
+    beside = bench.folder / "tokenized"
+    for name in ("d.unfinished-dead", "d.unfinished-alive", "d.unfinished-busy", "d.123", "notes"):
+        (beside / name).mkdir(parents=True)
+        (beside / name / "rows.arrow").touch()
+    yesterday = time.time() - 25 * 3600
+    for path in [*beside.glob("*/rows.arrow"), *beside.iterdir()]:
+        if path.parent.name != "d.unfinished-busy" and path.name != "d.unfinished-alive":
+            os.utime(path, (yesterday, yesterday))
+    bench.add("d", numbered(2))
+    bench.prepare(tokenized_path=str(beside))
+    assert sorted(path.name for path in beside.iterdir()) == [
+        "d",
+        "d.123",
+        "d.unfinished-alive",
+        "d.unfinished-busy",
+        "notes",
+    ]
+
+
+def test_other_code_encodes_again(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edit changes no version."""
+    bench.add("d", numbered(2))
+    keys = {"tokenized_path": str(bench.folder / "tokenized")}
+    first = bench.prepare()
+    bench.prepare(**keys)
+    source = tmp_path / "source"
+    shutil.copytree(Path(cache.__file__).parent, source)
+    hashes = {cache.hash_of_sources()}
+    monkeypatch.setattr(cache, "files", lambda _: source)
+    for name in ("rows", "messages", "template", "encoding", "encoder"):
+        with (source / f"{name}.py").open("a") as file:
+            file.write("# an edit")
+        hashes.add(cache.hash_of_sources.__wrapped__())
+    assert len(hashes) == 6
+    monkeypatch.setattr(cache, "hash_of_sources", lambda: "another")
+    with pytest.raises(DatasetError, match="was made with another arpo_trl; set overwrite_cache: true"):
+        bench.prepare(**keys)
+    assert bench.prepare().train[:] == first.train[:]
+    assert len(list(bench.folder.glob("cache/arpo_trl/d-*"))) == 2
+
+
 # Workers, processes, streams
 
 
 def test_any_number_of_workers_gives_the_same_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.add("d", [*numbered(50), 3, *numbered(50, start=50)])
     one = bench.prepare()
-    monkeypatch.setattr(dataset, "PROCESSES_PAY_FROM", 0)
+    monkeypatch.setattr(cache, "PROCESSES_PAY_FROM", 0)
+    pids: set[int] = set()
+
+    def watched(*args: Any) -> Any:
+        for batch in encode_rows(*args):
+            pids.update(child.pid for child in multiprocessing.active_children() if child.pid)
+            yield batch
+
+    monkeypatch.setattr(cache, "encode_rows", watched)
     two = bench.prepare(preprocessing_num_workers=2, preprocessing_batch_size=7, overwrite_cache=True)
     assert one.train[:] == two.train[:] and one.audit == two.audit
+    assert len(pids) == 2
+
+
+def test_several_processes_encode_also_a_dataset_of_the_hub(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bench.folder / "repo").mkdir()
+    write(bench.folder / "repo" / "train.jsonl", numbered(20))
+    bench.register("d", hf_hub_url=str(bench.folder / "repo"))
+    seen = []
+
+    def watched(*args: Any) -> Any:
+        for batch in encode_rows(*args):
+            seen.append(len(multiprocessing.active_children()))
+            yield batch
+
+    monkeypatch.setattr(cache, "encode_rows", watched)
+    monkeypatch.setattr(cache, "PROCESSES_PAY_FROM", 500)
+    data = bench.prepare(preprocessing_num_workers=2, preprocessing_batch_size=3)
+    assert bench.replies(data.train) == answers(*range(20)) and seen[0] == 2
+    seen.clear()
+    monkeypatch.setattr(cache, "PROCESSES_PAY_FROM", 50_000)
+    bench.prepare(preprocessing_num_workers=2, overwrite_cache=True)
+    assert seen == [0]
 
 
 RANK = """
@@ -497,13 +773,13 @@ import json, sys
 from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoTokenizer
-from arpo_trl import dataset
+from arpo_trl import cache, dataset
 from arpo_trl.recipe import Recipe
 
 model, folder = sys.argv[1:]
 state = PartialState(cpu=True)
 if not state.is_main_process:
-    dataset.encode_rows = None  # only the main process may need it
+    cache.encode_rows = None  # only the main process may need it
 recipe = Recipe(model_name_or_path=model, dataset=["d"], dataset_dir=folder, output_dir=f"{folder}/out", overwrite_cache=True)
 data = dataset.prepare_datasets(recipe, AutoTokenizer.from_pretrained(model))
 Path(folder, f"rank{state.process_index}.json").write_text(json.dumps(data.train[:]))
@@ -511,19 +787,96 @@ state.destroy_process_group()
 """
 
 
+def run_ranks(bench: Bench, script: str, *args: str, **per_rank: tuple[str, str]) -> None:
+    """Two processes of one run; `per_rank` are environment variables."""
+    (bench.folder / "rank.py").write_text(script, encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(bench.folder / "rank.py"), *args]
+    own = [{name: values[rank] for name, values in per_rank.items()} for rank in (0, 1)]
+    ranks = [subprocess.Popen(command, env={**os.environ, **world, **env}) for env in own]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+
+
 def test_on_two_processes_the_main_one_prepares_and_the_other_reads(bench: Bench, tiny_model: Path) -> None:
     bench.add("d", numbered(5))
-    (bench.folder / "rank.py").write_text(RANK, encoding="utf-8")
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29871", "OMP_NUM_THREADS": "1"}
-    cache = {"HF_DATASETS_CACHE": str(bench.folder / "cache")}
-    command = [sys.executable, str(bench.folder / "rank.py"), str(tiny_model), str(bench.folder)]
-    ranks = [
-        subprocess.Popen(command, env={**os.environ, **world, **cache, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in "01"
-    ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    cached = (str(bench.folder / "cache"),) * 2
+    ranks = ("0", "1")
+    run_ranks(bench, RANK, str(tiny_model), str(bench.folder), RANK=ranks, LOCAL_RANK=ranks, HF_DATASETS_CACHE=cached)
     first, second = (json.loads((bench.folder / f"rank{rank}.json").read_text()) for rank in "01")
     assert first == second and len(first["labels"]) == 5
+
+
+NODE = """
+import json, os, sys
+from pathlib import Path
+from accelerate import PartialState
+from transformers import AutoTokenizer
+from arpo_trl.dataset import prepare_datasets
+from arpo_trl.recipe import Recipe
+
+model, folder = sys.argv[1:]
+state = PartialState(cpu=True)
+os.chdir(os.environ["DISK"])
+recipe = Recipe(model_name_or_path=model, dataset=["d"], dataset_dir=folder, output_dir="out", overwrite_cache=True,
+                tokenized_path="tokenized", cutoff_len=200)
+prepare_datasets(recipe, AutoTokenizer.from_pretrained(model))
+state.destroy_process_group()
+"""
+
+
+def test_each_node_without_a_shared_disk_encodes_again(bench: Bench, tiny_model: Path) -> None:
+    """Also where the second one's tokenized_path is stale, which only the first one's is not."""
+    bench.add("d", numbered(5))
+    disks = [bench.folder / "first", bench.folder / "second"]
+    bench.prepare(tokenized_path=str(disks[0] / "tokenized"), cutoff_len=200)
+    bench.prepare(tokenized_path=str(disks[1] / "tokenized"), cutoff_len=100)
+    first, second = (disk / "tokenized" / "d" / "prepared.json" for disk in disks)
+    before = first.read_text()
+    run_ranks(
+        bench,
+        NODE,
+        str(tiny_model),
+        str(bench.folder),
+        RANK=("0", "1"),
+        LOCAL_RANK=("0", "0"),
+        DISK=(str(disks[0]), str(disks[1])),
+    )
+    assert first.read_text() == second.read_text() != before
+
+
+RACE = """
+import json, sys, time
+from pathlib import Path
+from transformers import AutoTokenizer
+from arpo_trl.dataset import prepare_datasets
+from arpo_trl.recipe import Recipe
+
+model, folder, me, other = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(model)
+for number in range(1, 21):
+    Path(folder, f"{me}.{number}").touch()
+    end = time.monotonic() + 60
+    while not Path(folder, f"{other}.{number}").exists():
+        assert time.monotonic() < end, "the other one has died"
+    # Odd turns: a name that neither has encoded. Even turns: one that both encode again.
+    keys = {"max_samples": number} if number % 2 else {"tokenized_path": f"{folder}/tokenized", "overwrite_cache": True}
+    recipe = Recipe(model_name_or_path=model, dataset=["d"], dataset_dir=folder, output_dir="out", **keys)
+    rows = prepare_datasets(recipe, tokenizer).train[:]
+    assert len(rows["labels"]) == keys.get("max_samples", 40), number
+"""
+
+
+def test_two_runs_may_encode_the_same_data_at_once(bench: Bench, tiny_model: Path) -> None:
+    bench.add("d", numbered(40))
+    (bench.folder / "race.py").write_text(RACE, encoding="utf-8")
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(bench.folder / "cache")}
+    command = [sys.executable, str(bench.folder / "race.py"), str(tiny_model), str(bench.folder)]
+    runs = [subprocess.Popen([*command, *names], env=environment) for names in ("ab", "ba")]
+    assert [run.wait(timeout=300) for run in runs] == [0, 0]
+    assert not [*bench.folder.glob("cache/arpo_trl/*.unfinished-*"), *bench.folder.glob("tokenized/*.unfinished-*")]
 
 
 def test_a_stream_gives_the_same_rows_and_counts_them_once(bench: Bench) -> None:
@@ -545,6 +898,36 @@ def test_a_stream_stops_when_too_many_rows_are_dropped(bench: Bench) -> None:
     data = bench.prepare(streaming=True, disable_shuffling=True)
     with pytest.raises(DatasetError, match="1 of 5 rows dropped"):
         list(data.train)
+
+
+def test_a_stream_lists_its_rows_once_there_is_a_run(bench: Bench) -> None:
+    """Also those that were read before it, to hold rows out."""
+    bench.add("a", [3, *numbered(3), "text"])
+    data = prepare_datasets(
+        bench.recipe(streaming=True, disable_shuffling=True, max_dropped=0.5, val_size=2), bench.tokenizer
+    )
+    assert not (bench.folder / "out").exists()
+    data.write_audit(bench.folder / "out" / "row_audit.jsonl")
+    assert [one["excerpt"] for one in bench.findings()] == ["3", '"text"']
+    assert bench.replies(data.train) == answers(2) and len(bench.findings()) == 2
+
+
+def test_a_stream_is_not_evaluated_on(bench: Bench) -> None:
+    bench.add("a", numbered(2))
+    with pytest.raises(DatasetError) as error:
+        bench.prepare(streaming=True, eval_dataset=["a"])
+    assert str(error.value) == (
+        "eval_dataset: a: is streamed, since dataset names it too; hold rows out with val_size"
+    )
+    assert len(bench.prepare(eval_dataset=["a"]).eval["a"]) == 2
+
+
+def test_an_unknown_name_is_told_with_its_key(bench: Bench) -> None:
+    bench.add("a", numbered(2))
+    with pytest.raises(DatasetError) as error:
+        bench.prepare(dataset=["x"], eval_dataset=["a", "y"])
+    there = f"no such dataset in {bench.folder}/dataset_info.json; there are a"
+    assert str(error.value).splitlines() == [f"dataset: x: {there}", f"eval_dataset: y: {there}"]
 
 
 def test_the_gate_stands_before_every_dataset(bench: Bench) -> None:

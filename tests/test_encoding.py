@@ -12,12 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from arpo_trl.encoding import IGNORED, EncodingConfig, Example, encode, keep_start, proportional_cut, to_segments
+from arpo_trl.encoding import (
+    IGNORED,
+    EncodingConfig,
+    Example,
+    Template,
+    carry_loss,
+    encode,
+    keep_start,
+    proportional_cut,
+    to_segments,
+)
 from arpo_trl.errors import RowError
 from arpo_trl.messages import Conversation, Message, to_conversation
 from arpo_trl.recipe import Recipe
 from arpo_trl.registry import COLUMNS, TAGS, DatasetInfo
-from arpo_trl.template import Template, find_template, load_tokenizer, make_tokenize
+from arpo_trl.template import find_template, load_tokenizer, make_tokenize
 
 GOLDEN = Path(__file__).parent / "golden"
 WHOLE = EncodingConfig(sys.maxsize)
@@ -42,8 +52,8 @@ def chat(*texts: str, **changes: Any) -> Conversation:
 
 
 def trained_texts(conversation: Conversation, template: Template, config: EncodingConfig = WHOLE) -> list[str]:
-    segments = to_segments(conversation, template.render, config, template.generation_prompt)
-    return [segment.text for segment in segments if segment.trained]
+    segments = to_segments(conversation, template)
+    return [segment.text for segment, trained in zip(segments, carry_loss(segments, config), strict=True) if trained]
 
 
 # What LLaMA-Factory does
@@ -69,7 +79,7 @@ def test_one_short_conversation_token_by_token() -> None:
             {"role": "assistant", "content": "e"},
         ]
     )
-    segments = to_segments(conversation, template.render, WHOLE, template.generation_prompt)
+    segments = to_segments(conversation, template)
     (example,) = encode([segments], make_tokenize(tokenizer), WHOLE)
     system = [151644, 8948, 198, 64, 151645, 198]
     first, reply = [151644, 872, 198, 65, 151645, 198, 151644, 77091, 198], [198, 66, 151645, 198]
@@ -100,8 +110,32 @@ def test_a_silent_reply_is_context(template: Template) -> None:
     assert trained_texts(chat("Q", "A", "R", "B", silent=frozenset({2})), template) == ["B<|im_end|>\n"]
 
 
+def test_mask_history_does_not_fall_back_on_an_earlier_reply(template: Template) -> None:
+    config = EncodingConfig(99, mask_history=True)
+    assert trained_texts(chat("Q", "A", "R", "B", silent=frozenset({4})), template, config) == []
+    assert trained_texts(chat("Q", "A", "R", "B", silent=frozenset({2})), template, config) == ["B<|im_end|>\n"]
+
+
+def test_train_on_prompt_trains_nothing_that_is_silent(template: Template, tokenize: Any) -> None:
+    """A silent message takes the context that it stands in with it."""
+    config = EncodingConfig(999, train_on_prompt=True)
+    first, second = (f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in "QR")
+    a, b = "A<|im_end|>\n", "B<|im_end|>\n"
+    for silent, trained in [
+        ({2}, [HEADER + first, second, b]),
+        ({3}, [HEADER + first, a, b]),
+        ({0, 4}, [a, second]),
+        ({1, 2, 3, 4}, []),
+    ]:
+        conversation = chat("Q", "A", "R", "B", silent=frozenset(silent))
+        assert trained_texts(conversation, template, config) == trained
+        (example,) = encode([to_segments(conversation, template)], tokenize, config)
+        expected = [token for text in trained for token in next(iter(tokenize([text])))]
+        assert [label for label in example.labels if label != IGNORED] == expected
+
+
 def test_what_follows_the_last_reply_is_left_out(template: Template) -> None:
-    segments = to_segments(chat("Q", "A", "R"), template.render, WHOLE, template.generation_prompt)
+    segments = to_segments(chat("Q", "A", "R"), template)
     assert segments[-1].text == "A<|im_end|>\n"
 
 
@@ -180,13 +214,13 @@ def test_any_conversation_trains_its_replies_and_nothing_else(
     tokenize: Callable[[list[str]], Iterable[list[int]]],
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    segments = to_segments(conversation, template.render, WHOLE, template.generation_prompt)
+    segments = to_segments(conversation, template)
     places = [place for place, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     replies = [conversation.messages[place] for place in places]
     answered = conversation.messages[: places[-1] + 1]
     whole = tiny_tokenizer.apply_chat_template(answered, tools=conversation.tools, tokenize=False)
     assert "".join(segment.text for segment in segments) == whole
-    assert [segment.text for segment in segments if segment.trained] == [reply_text(reply) for reply in replies]
+    assert trained_texts(conversation, template) == [reply_text(reply) for reply in replies]
 
     (example,) = encode([segments], tokenize, WHOLE)
     assert all(label in (IGNORED, token) for token, label in zip(example.input_ids, example.labels))
@@ -241,7 +275,7 @@ def test_the_proportional_cut_is_llama_factorys(
 
 
 def cut(cutoff_len: int, template: Template, tokenize: Any, mode: str = "keep_start") -> Example:
-    segments = to_segments(chat("Q", "A", "R", "B"), template.render, WHOLE, template.generation_prompt)
+    segments = to_segments(chat("Q", "A", "R", "B"), template)
     return encode([segments], tokenize, EncodingConfig(cutoff_len, truncation_mode=mode))[0]
 
 
@@ -260,7 +294,7 @@ def test_a_cut_says_what_it_cost(template: Template, tokenize: Any) -> None:
 
 def test_llama_factorys_cut_keeps_replies_that_a_plain_cut_loses(template: Template, tokenize: Any) -> None:
     conversation = chat("long " * 50, "A")
-    segments = to_segments(conversation, template.render, WHOLE, template.generation_prompt)
+    segments = to_segments(conversation, template)
     plain, proportional = (
         encode([segments], tokenize, EncodingConfig(20, truncation_mode=mode))[0]
         for mode in ("keep_start", "llamafactory")
@@ -280,6 +314,6 @@ def test_objects_of_any_shape_reach_the_prompt_without_nulls(template: Template)
     tools: list[Any] = [{"name": "f", "parameters": {"x": {"enum": [1, "a", None]}}}, {"name": "g", "strict": True}]
     for given_tools in (tools, json.dumps(tools)):
         conversation = to_conversation({"conversations": turns, "tools": given_tools}, info)
-        segments = to_segments(conversation, template.render, WHOLE, template.generation_prompt)
+        segments = to_segments(conversation, template)
         assert '{"name": "f", "parameters": {"x": {"enum": [1, "a", null]}}}' in segments[0].text
         assert '{"name": "g", "strict": true}' in segments[0].text

@@ -1,5 +1,6 @@
 """One literal row in, one literal conversation out; one bad row in, its reason out."""
 
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -107,6 +108,27 @@ def test_an_empty_system_column_is_no_system_message(system: str | None) -> None
     assert sharegpt(turn("human", "Q"), turn("gpt", "A"), system=system).messages[0] == user("Q")
 
 
+def test_an_empty_system_message_is_none() -> None:
+    """The default system message stands in for it, a system column is not in its way, and no position shifts."""
+    turns = [
+        turn("system", ""),
+        turn("human", "Q"),
+        turn("gpt", "A", loss=False),
+        turn("human", "R"),
+        turn("gpt", "B"),
+    ]
+    bare = sharegpt(*turns)
+    assert (bare.messages[0], bare.silent) == (user("Q"), {1})
+    given = to_conversation({"conversations": turns}, info("sharegpt"), default_system="D")
+    assert (given.messages[0], given.silent) == ({"role": "system", "content": "D"}, {2})
+    assert sharegpt(*turns, system="S").messages[0] == {"role": "system", "content": "S"}
+
+
+def test_a_call_is_found_behind_any_number_of_brackets() -> None:
+    value = "[1], " * 100_000 + '{"name": "add", "arguments": {"a": 1}}'
+    assert sharegpt(turn("human", "Q"), turn("function_call", value)).messages[1]["tool_calls"] == [TOOL_CALL]
+
+
 def test_the_default_system_is_for_rows_without_one() -> None:
     row = {"conversations": [turn("gpt", "A", loss=False), turn("human", "Q"), turn("gpt", "B")]}
     found = to_conversation(row, info("sharegpt"), default_system="D")
@@ -161,7 +183,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "a conversation that is prose": (
         "sharegpt",
         {"conversations": "Q: A:"},
-        "wrong type: conversations is text but not JSON (Expecting value: line 1 column 1 (char 0))",
+        "wrong type: conversations is text but not JSON (Expecting value at column 1): 'Q: A:'",
     ),
     "a turn that is text": ("sharegpt", chat("Q"), "wrong type: conversations[0] is text, expected an object"),
     "a turn without a role": ("sharegpt", chat({"value": "Q"}), "missing field: conversations[0].from"),
@@ -212,6 +234,36 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
         chat(Q, turn("function_call", "add(1)")),
         "wrong type: conversations[1] is a function call but does not end in its JSON",
     ),
+    "a call that is an empty list": (
+        "sharegpt",
+        chat(Q, turn("function_call", "[]")),
+        "missing field: conversations[1] is a function call that holds no call",
+    ),
+    "a call that is an empty object": (
+        "sharegpt",
+        chat(Q, turn("function_call", "<think>hm</think>\n{}")),
+        "missing field: conversations[1] is a function call that holds no call",
+    ),
+    "a call nested too deeply": (
+        "sharegpt",
+        chat(Q, turn("function_call", '{"name": "f", "arguments": {"a": ' + "[" * 100_000 + "]" * 100_000 + "}}")),
+        "wrong type: conversations[1] is a function call but not JSON that can be read (nested too deeply)",
+    ),
+    "tools nested too deeply to render": (
+        "sharegpt",
+        chat(Q, A, tools='[{"name": "f", "parameters": ' + "[" * 200 + "]" * 200 + "}]"),
+        "wrong type: tools is text but not JSON that can be read (nested too deeply)",
+    ),
+    "tools with a number that Python does not read": (
+        "sharegpt",
+        chat(Q, A, tools='[{"name": "f", "maximum": ' + "9" * 5000 + "}]"),
+        "wrong type: tools is text but not JSON that can be read (a number of 5,000 digits)",
+    ),
+    "a date in a history": (
+        "alpaca",
+        {"instruction": "Q", "output": "A", "history": [datetime(2026, 1, 2)]},
+        'wrong type: history holds "datetime.datetime(2026, 1, 2, 0, 0)", expected [prompt, reply]',
+    ),
     "a call without a name": (
         "sharegpt",
         chat(Q, turn("function_call", '{"arguments": {}}')),
@@ -235,7 +287,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
                 {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]},
             ]
         },
-        "wrong type: the arguments of 'f' in messages[1] is text but not JSON (Expecting value: line 1 column 1 (char 0))",
+        "wrong type: the arguments of 'f' in messages[1] is text but not JSON (Expecting value at column 1): 'x'",
     ),
     "a call by the user": (
         "openai",
@@ -255,7 +307,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "tools that are prose": (
         "sharegpt",
         chat(Q, A, tools="a calculator"),
-        "wrong type: tools is text but not JSON (Expecting value: line 1 column 1 (char 0))",
+        "wrong type: tools is text but not JSON (Expecting value at column 1): 'a calculator'",
     ),
     "a tool without a name": (
         "sharegpt",

@@ -1,5 +1,6 @@
 """`--preview` shows rows as the tokens that a run would train on."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,20 @@ from arpo_trl.preview import preview
 from arpo_trl.recipe import Recipe
 
 
-def test_preview_marks_what_is_trained_without_colour(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preview_marks_what_is_trained_without_colour(
+    chat_recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal with colours, and the same text without."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
     preview(chat_recipe, 2)
-    lines = capsys.readouterr().out.splitlines()
-    assert "\x1b" not in "".join(lines)
+    coloured = capsys.readouterr().out
+    assert re.search("\x1b\\[[0-9;]*32m👍", coloured)  # green
+    monkeypatch.delenv("FORCE_COLOR")
+    preview(chat_recipe, 2)
+    plain = capsys.readouterr().out
+    assert re.sub("\x1b\\[[0-9;]*m", "", coloured) == plain
+    lines = plain.splitlines()
+    assert "\x1b" not in plain
     assert [line for line in lines if line.startswith("+ ") and "^" not in line][1:] == [
         "+ 👍🏽",
         "+ Answer 0<|im_end|>",

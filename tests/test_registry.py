@@ -140,6 +140,19 @@ def test_a_missing_registry_is_one_line(tmp_path: Path) -> None:
         read_registry(tmp_path)
 
 
+@pytest.mark.parametrize("value", ["[" * 10_000 + "]" * 10_000, "9" * 5000])
+def test_json_that_python_does_not_read_is_one_line(value: str, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"dataset_info.json: cannot be read \(.+\)$"):
+        read_registry(write(tmp_path, f'{{"d": {{"file_name": "d.json", "num_samples": {value}}}}}'))
+
+
+def test_the_place_of_each_named_column_is_kept(tmp_path: Path) -> None:
+    entry = '{"a": {"file_name": "a.json",\n"columns": {"prompt": "q",\n"system": "s"}}}'
+    info = read_registry(write(tmp_path, entry))["a"]
+    place = tmp_path / "dataset_info.json"
+    assert info.named == {"prompt": f"{place}:2: a: columns.prompt", "system": f"{place}:3: a: columns.system"}
+
+
 def test_a_list_is_no_registry(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="expected an object of datasets"):
         read_registry(write(tmp_path, "[]"))

@@ -30,13 +30,13 @@ from peft import LoraConfig, LoraModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
-from arpo_trl import batches, dataset
-from arpo_trl.batches import encode_rows
+from arpo_trl import dataset, encoder
+from arpo_trl.encoder import Encoder, encode_rows
 from arpo_trl.encoding import IGNORED
 from arpo_trl.recipe import Recipe
 from arpo_trl.registry import read_registry
 from arpo_trl.rows import Row
-from arpo_trl.template import load_tokenizer
+from arpo_trl.template import find_template, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 ROWS = [json.loads(line) for line in make_toy_dataset.TOY_DATA.read_text(encoding="utf-8").splitlines()]
@@ -223,7 +223,7 @@ def test_chat_tells_the_model_of_tools_as_training_does(tiny_model: Path, tmp_pa
     )
     recipe = Recipe(model_name_or_path=str(tiny_model), output_dir="unused")
     info = read_registry(ROOT / "recipes")["tool_calls_demo"]
-    [batch] = encode_rows([Row("told", TOLD)], info, recipe, load_tokenizer(recipe))
+    [batch] = encode_rows([Row("told", TOLD)], Encoder(info, recipe, find_template(load_tokenizer(recipe))))
     trained = batch.encoded.to_pylist()[0]
     first_reply = next(at for at, label in enumerate(trained["labels"]) if label != IGNORED)
     assert prompts == [trained["input_ids"][:first_reply]]
@@ -449,7 +449,7 @@ def test_benchmark_preparation_really_encodes_with_two_processes(tiny_model: Pat
             pids.update(self._processes or ())
             super().shutdown(*args, **kwargs)
 
-    monkeypatch.setattr(batches, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(encoder, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(
         dataset, "PROCESSES_PAY_FROM", dataset.PROCESSES_PAY_FROM
     )  # the benchmark sets it: set it back

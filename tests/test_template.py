@@ -1,6 +1,8 @@
 """The chat template in training: right labels or a refusal, whatever template a tokenizer comes with."""
 
 import json
+import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from arpo_trl.encoding import EncodingConfig, to_segments
+from arpo_trl.encoding import EncodingConfig, carry_loss, to_segments
 from arpo_trl.errors import DatasetError, RecipeError, RowError
 from arpo_trl.messages import Conversation
 from arpo_trl.recipe import Recipe
@@ -119,27 +121,29 @@ def test_labels_are_right_or_the_row_is_refused(family: str, kind: str) -> None:
     messages, tools, expected = EXPECTED[kind]
     tokenizer = make_tokenizer(family, bos, eos)
     template = find_template(tokenizer)
-    assert template.end_of_turn == tokenizer.convert_tokens_to_ids(end.strip())
+    assert template.end_of_turn == end.strip()
     conversation = Conversation(messages, tools)
     wanted = expected[family]
     if isinstance(wanted, str):
         with pytest.raises(RowError) as error:
-            to_segments(conversation, template.render, CONFIG, template.generation_prompt)
+            to_segments(conversation, template)
         assert str(error.value).startswith(wanted)
         return
-    segments = to_segments(conversation, template.render, CONFIG, template.generation_prompt)
-    assert [segment.text for segment in segments if segment.trained] == [text + end for text in wanted]
+    segments = to_segments(conversation, template)
+    trained = [segment.text for segment, carries in zip(segments, carry_loss(segments, CONFIG)) if carries]
+    assert trained == [text + end for text in wanted]
     tokenizer.eos_token = end.strip()
-    check_parity(conversation, tokenizer, find_template(tokenizer), CONFIG, "row")
+    check_parity(conversation, find_template(tokenizer), CONFIG, "row")
 
 
 def test_a_template_that_rewrites_turns_is_rendered_in_its_training_form() -> None:
     """The tokenizer keeps the form that inference needs."""
     tokenizer = make_tokenizer("qwen3")
     own = tokenizer.chat_template
-    assert find_template(tokenizer).is_training_form
+    assert find_template(tokenizer).jinja != own
     assert tokenizer.chat_template == own
-    assert not find_template(make_tokenizer("qwen2_5")).is_training_form
+    other = make_tokenizer("qwen2_5")
+    assert find_template(other).jinja == other.chat_template
 
 
 def test_a_rewriting_template_without_a_training_form_is_refused_row_by_row() -> None:
@@ -150,7 +154,7 @@ def test_a_rewriting_template_without_a_training_form_is_refused_row_by_row() ->
     template = find_template(make_tokenizer(strips))
     small = {"role": "assistant", "content": "small"}
     with pytest.raises(RowError, match="the template rewrites an earlier turn once later ones follow"):
-        to_segments(Conversation([Q, small, R, B]), template.render, CONFIG, template.generation_prompt)
+        to_segments(Conversation([Q, small, R, B]), template)
 
 
 def test_a_generation_prompt_that_no_reply_begins_with_is_refused() -> None:
@@ -160,8 +164,8 @@ def test_a_generation_prompt_that_no_reply_begins_with_is_refused() -> None:
     )
     template = find_template(make_tokenizer(thinks))
     with pytest.raises(RowError, match="the template writes the reply other than its generation prompt begins it"):
-        to_segments(Conversation([Q, A]), template.render, CONFIG, template.generation_prompt)
-    segments = to_segments(Conversation([Q, THOUGHT]), template.render, CONFIG, template.generation_prompt)
+        to_segments(Conversation([Q, A]), template)
+    segments = to_segments(Conversation([Q, THOUGHT]), template)
     assert segments[-1].text == "T\n</think>\n\nA<|im_end|>\n"
 
 
@@ -171,7 +175,7 @@ def test_a_generation_prompt_that_no_reply_begins_with_is_refused() -> None:
 def test_the_gate_refuses_another_eos_than_the_end_of_turn() -> None:
     tokenizer = make_tokenizer("qwen2_5", eos="<|endoftext|>")
     with pytest.raises(DatasetError) as error:
-        check_parity(Conversation([Q, A]), tokenizer, find_template(tokenizer), CONFIG, "a.json:7")
+        check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "a.json:7")
     assert str(error.value) == (
         "a.json:7: the gate before training stopped here: a turn does not end in the eos token '<|endoftext|>'; "
         "use another template"
@@ -183,7 +187,72 @@ def test_the_gate_refuses_a_tokenizer_that_writes_a_space_before_each_text() -> 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[attr-defined]
     tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])  # type: ignore[attr-defined]
     with pytest.raises(DatasetError, match="writes a reply after its context otherwise than alone"):
-        check_parity(Conversation([Q, A]), tokenizer, find_template(tokenizer), CONFIG, "row")
+        check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "row")
+
+
+def test_the_gate_refuses_a_tokenizer_that_joins_segments_otherwise() -> None:
+    """The space before each text shows in the middle of a line where no special token parts it from the last."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\nBot:{% else %} {{ m.content }}<|im_end|>\n"
+        "{% endif %}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(template, eos="<|im_end|>")
+    check_parity(Conversation([Q, A, R, B]), find_template(tokenizer), CONFIG, "row")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[attr-defined]
+    check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "row")
+    with pytest.raises(
+        DatasetError, match=r"row: the gate .*: the encoded text is not what the chat template renders;"
+    ):
+        check_parity(Conversation([Q, A, R, B]), find_template(tokenizer), CONFIG, "row")
+
+
+def test_the_gate_refuses_an_end_of_turn_that_is_no_token_after_a_word() -> None:
+    tokenizer = make_tokenizer("qwen2_5", eos="<|im_end|>")
+    end = AddedToken("<|im_end|>", special=True, single_word=True)
+    tokenizer.backend_tokenizer.add_special_tokens([end])  # type: ignore[attr-defined]
+    template = find_template(tokenizer)
+    assert template.end_of_turn == "<|im_end|>"
+    with pytest.raises(DatasetError, match=r"a reply is trained without its end-of-turn token '<\|im_end\|>'"):
+        check_parity(Conversation([Q, A]), template, CONFIG, "row")
+
+
+def test_the_gate_refuses_a_message_that_it_does_not_find_among_the_masked_tokens() -> None:
+    spaced = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ ' ' if m.role == 'assistant' }}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_tokenizer(spaced, eos="<|im_end|>")
+    check_parity(Conversation([S, Q, A]), find_template(tokenizer), CONFIG, "row")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[attr-defined]
+    with pytest.raises(DatasetError, match="a message from system is not wholly masked"):
+        check_parity(Conversation([S, Q, A]), find_template(tokenizer), CONFIG, "row")
+    everything = replace(CONFIG, train_on_prompt=True)
+    check_parity(Conversation([S, Q, A]), find_template(tokenizer), everything, "row")
+
+
+def test_a_reply_that_ends_without_the_end_of_turn_is_refused_unless_it_is_silent() -> None:
+    calls = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template = find_template(make_tokenizer(calls))
+    messages = [Q, CALLS, FOUND, A]
+    with pytest.raises(RowError, match="the template ends message 2 without its end-of-turn token"):
+        to_segments(Conversation(messages), template)
+    assert [segment.silent for segment in to_segments(Conversation(messages, silent=frozenset({1})), template)] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_template_travels_to_another_process() -> None:
+    for family, (bos, eos, _) in FAMILIES.items():
+        template = find_template(make_tokenizer(family, bos, eos))
+        there = pickle.loads(pickle.dumps(template))
+        assert there.render([Q, A], None, False) == template.render([Q, A], None, False)
 
 
 # load_tokenizer

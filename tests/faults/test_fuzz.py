@@ -21,7 +21,7 @@ from arpo_trl.manifest import read_manifest
 from arpo_trl.messages import to_conversation
 from arpo_trl.recipe import keys, read_recipe
 from arpo_trl.registry import DatasetInfo, read_registry
-from arpo_trl.rows import READERS, read_rows
+from arpo_trl.rows import READERS, excerpt, read_rows
 
 NAMES = sorted(keys())
 TEXT = st.text(max_size=12)
@@ -33,6 +33,15 @@ BYTES = st.binary(max_size=200)
 YAMLISH = st.text(
     alphabet=string.ascii_letters + string.digits + " \n\t:-{}[],&*!|>'\"%@#?.\x00\x85\ufeff", max_size=120
 )
+
+# JSON that Python does not read, or that takes recursion too far.
+STRANGE = [
+    "[" * 100_000,
+    "[" * 900 + "]" * 900,
+    '{"a":' * 200 + "1" + "}" * 200,
+    "9" * 5000,
+    '{"a": -' + "9" * 5000 + "}",
+]
 
 
 def always(test: Callable[..., None]) -> Callable[..., None]:
@@ -177,6 +186,9 @@ def test_any_row(folder: Path, data: Any) -> None:
         '{"name": "f", "arguments": {}}',
         "[",
         "[1]",
+        "[]",
+        "{}",
+        *STRANGE,
     ]
     word = st.sampled_from(words)
     leaf = SCALARS | word
@@ -204,11 +216,29 @@ def test_any_row(folder: Path, data: Any) -> None:
 
 
 @always
+def test_any_value_has_an_excerpt(folder: Path, data: Any) -> None:
+    """As JSON where it is JSON, and of no more than is asked for."""
+    value = data.draw(JSON)
+    assert excerpt(value, 10**6) == json.dumps(value, ensure_ascii=False)
+    others = st.dates() | st.datetimes() | st.binary() | st.decimals() | st.complex_numbers() | st.timedeltas()
+    keys = st.tuples(st.integers()) | st.binary() | st.none() | st.dates()
+    deep = st.recursive(others | SCALARS, lambda i: st.lists(i) | st.dictionaries(keys, i) | st.sets(st.integers()))
+    most = data.draw(st.integers(1, 300))
+    assert 0 < len(excerpt(data.draw(deep), most)) <= most
+
+
+@always
 def test_any_data_file(folder: Path, data: Any) -> None:
     """Rows, RowErrors, or a RecipeError that names the place."""
     suffix = data.draw(st.sampled_from(sorted(READERS)))
     text = data.draw(
-        BYTES | YAMLISH.map(str.encode) | st.lists(JSON, max_size=3).map(lambda rows: json.dumps(rows).encode())
+        BYTES
+        | YAMLISH.map(str.encode)
+        | st.lists(JSON, max_size=3).map(lambda rows: json.dumps(rows).encode())
+        | st.lists(st.sampled_from(STRANGE) | JSON.map(json.dumps), max_size=3).map(
+            lambda rows: "\n".join(rows).encode()
+        )
+        | st.lists(st.sampled_from(STRANGE) | JSON.map(json.dumps)).map(lambda rows: f"[{','.join(rows)}]".encode())
     )
     (folder / f"rows{suffix}").write_bytes(text)
     try:

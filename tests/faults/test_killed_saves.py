@@ -22,7 +22,7 @@ def test_a_save_killed_at_any_point_loses_no_earlier_checkpoint(kills: int, tmp_
     is of its step, the half-written one is named, and a run goes on from there.
     """
     script = Path(__file__).with_name("killed_saves.py")
-    env = os.environ | {"PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(tiny_model), str(tmp_path), str(kills)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60 + 6 * kills, check=False)
     assert done.returncode == 0, done.stderr
