@@ -51,7 +51,7 @@ def _deepspeed(recipe: Recipe) -> str | None:
         return None
     if importlib.util.find_spec("deepspeed") is None:
         return (
-            "deepspeed: not installed; pip install 'arpo_trl[deepspeed]', or remove the line, "
+            "deepspeed: not installed; pip install deepspeed, or remove the line, "
             "or launch with accelerate_configs/zero2.yaml"
         )
     if isinstance(recipe.deepspeed, str) and not Path(recipe.deepspeed).is_file():

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from .console import say
 from .dataset import token_lengths
 from .trainer import ArpoTrainer, is_out_of_memory
 from .trainer_log import format_seconds, peak_memory
@@ -57,16 +58,13 @@ class Preflight(TrainerCallback):
                 inputs = trainer.data_collator(longest_batch(dataset, args.per_device_eval_batch_size)[0])
                 trainer.model.eval()  # type: ignore[union-attr]
                 trainer.prediction_step(trainer.model_wrapped, inputs, prediction_loss_only=True)
-        if not state.is_world_process_zero:
-            return
         tokens = sum(len(row["input_ids"]) for row in batch)
         steps = state.max_steps - state.global_step
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         expected = seconds / tokens * tokens_a_row * rows * steps
-        print(
+        say(
             f"checked  the longest batch ({tokens:,} tokens) fits: {peak / 1e9:.2f} GB at its peak; "
-            f"{steps:,} steps take about {format_seconds(expected)}",
-            flush=True,
+            f"{steps:,} steps take about {format_seconds(expected)}"
         )
 
     def _try_step(self, batch: list[dict[str, Any]]) -> tuple[float, int]:
@@ -99,9 +97,8 @@ class Preflight(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        if trainer.is_world_process_zero():
-            what = "keeps activations" if fits else "recomputes activations: they do not fit"
-            print(f"memory   gradient_checkpointing: auto {what}", flush=True)
+        what = "keeps activations" if fits else "recomputes activations: they do not fit"
+        say(f"memory   gradient_checkpointing: auto {what}")
 
 
 def gpu_memory() -> int | None:
