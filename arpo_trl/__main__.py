@@ -16,9 +16,6 @@ from pathlib import Path
 
 # Windows wheels of torch have no libuv, which its store asks for by default since 2.4 (pytorch/pytorch#139990).
 os.environ.setdefault("USE_LIBUV", "0")
-# Large CPU tensors in pages of 2 MiB, not 4 KiB, each of which a step pays for anew: about a tenth of its time (Linux;
-# https://github.com/pytorch/pytorch/blob/v2.13.0/c10/core/impl/alloc_cpu.cpp).
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from .console import silence_libraries
 from .errors import RecipeError, RunFailed

@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         step = {"model": model, "shape": options.shape, "count": options.count, "bf16": not options.float32}
         if options.mode == "scaling":
             return benchmark_steps.scaling(options.lengths, options.batches, options.repeats, **step)
-        step |= {"batch": options.batch, "cutoff": options.cutoff}
+        step |= {"batch": options.batch, "cutoff": options.cutoff, "full": options.full}
         return benchmark_steps.steps(options.variants, options.repeats, **step)
 
 
@@ -88,6 +88,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parsers["steps"].add_argument("--batch", type=positive, default=2, help="rows a step (2)")
     parsers["steps"].add_argument("--cutoff", type=positive, default=4096, help="tokens of a row at most (4096)")
+    parsers["steps"].add_argument(
+        "--full", action="store_true", help="every row of --cutoff tokens, cut from all toy rows laid end to end"
+    )
     parsers["preparation"].add_argument("--rows", type=positive, default=4000, help="how many (4000)")
     parsers["memory"].add_argument("--rows", type=positive, nargs="+", default=[5000, 50000], help="(5000 50000)")
     scaling = parsers["scaling"]

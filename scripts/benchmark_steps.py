@@ -221,8 +221,6 @@ def _measure(
     model: str, variant: str, shape: str, count: int, batch: int, cutoff: int, bf16: bool, full: bool = False
 ) -> dict[str, Any]:
     """`count` steps after one that warms up, in this process. `full`: every row is cut from one long text."""
-    if variant != "trl":
-        import arpo_trl.__main__  # noqa: F401  (it sets what a run of ours sets before torch is imported)
     import torch
     from datasets import Dataset
     from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
