@@ -191,6 +191,7 @@ def draw(table: list[dict[str, Any]], picture: Path) -> None:
     """The table of `scaling`, as two plots side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -198,8 +199,8 @@ def draw(table: list[dict[str, Any]], picture: Path) -> None:
         some = [line for line in table if line["axis"] == axis]
         axes = figure.add_subplot(1, 2, place, xlabel=f"{axis} ({unit})", ylabel="seconds a step")
         axes.loglog([p["size"] for p in some], [p["seconds"] for p in some], "o-")
-        if len(some) > 1:
-            axes.set_title(f"{axis}: at the end ~ size^{some[-1]['exponent']}")
+        axes.set_xticks([p["size"] for p in some], [f"{p['size']:,}" for p in some])
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(True, which="both", alpha=0.3)
     figure.savefig(picture)
 
