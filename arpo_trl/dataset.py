@@ -21,6 +21,7 @@ from .audit import Audit, Counts, StreamedFindings, missing_columns, to_lines, t
 from .cache import ROWS_BEFORE_JUDGED, Encoded, find_or_encode
 from .encoder import SCHEMA, Encoder, encode_rows, through_the_gate
 from .errors import DatasetError
+from .processes import on_main_process
 from .recipe import Recipe
 from .registry import DatasetInfo, read_registry
 from .rows import fingerprint, read_dataset
@@ -80,7 +81,7 @@ def prepare_datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prep
     encoders = {info.name: Encoder(info, recipe, template) for info in select_datasets(recipe)}
     streamed = set(recipe.dataset) if recipe.streaming else set()
     state = PartialState()
-    run = _same_everywhere(uuid4().hex)
+    run = on_main_process(lambda: uuid4().hex)
     with state.main_process_first(), state.local_main_process_first():
         encoded = [find_or_encode(encoder, run) for name, encoder in encoders.items() if name not in streamed]
     dropped = (too_many_dropped(one.info.name, one.counts, recipe.max_dropped, one.audit) for one in encoded)
@@ -136,14 +137,6 @@ def token_lengths(rows: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
     batches = rows.select_columns("input_ids").with_format("arrow").iter(1000)
     lengths = [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]
     return np.concatenate([np.empty(0, np.int64), *lengths])
-
-
-def _same_everywhere(name: str) -> str:
-    """The main process's name on every process."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    return str(broadcast_object_list([name])[0]) if PartialState().num_processes > 1 else name
 
 
 def _draw(encoded: Encoded, recipe: Recipe) -> Dataset:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from .checkpoints import match_umask, write_json
@@ -25,6 +23,7 @@ from .model import keep_adapter_in_float32, load_model, to_optimizer, turn_pissa
 from .model_card import NOT_FOR_THE_HUB, write_model_card
 from .output_dir import clear_earlier_run, find_resume_point
 from .preflight import Preflight
+from .processes import leave_together, on_main_process
 from .recipe import Recipe
 from .report import StartReport, end_report, recipe_text, resume_command
 from .stop import StopEarly, StopOnSignal
@@ -128,27 +127,6 @@ def train(recipe: Recipe) -> int:
             say(line)
         leave_together()
     return 0
-
-
-def leave_together() -> None:
-    """Let no process go before the main one has written its last file: launchers kill the rest when one has left."""
-    PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()
-
-
-def on_main_process(decide: Callable[[], Any]) -> Any:
-    """The main process's answer on every process, its `RecipeError` too: only one may touch the run's folder."""
-    answer: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            answer[0] = decide()
-        except RecipeError as error:
-            answer[1] = error
-    if PartialState().num_processes > 1:
-        answer = broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
 
 
 def push(trainer: ArpoTrainer) -> None:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.compute as pc
+import numpy as np
 import torch
 from datasets import Dataset
 from tqdm import tqdm
@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl.trainer.utils import compute_flops_per_token, compute_mfu, get_peak_flops
 
 from .console import log_only, start_bar
+from .dataset import token_lengths
 from .loss_plot import plot_loss
 
 if TYPE_CHECKING:
@@ -194,14 +195,11 @@ def mfu_per_token(trainer: ArpoTrainer) -> float | None:
 
 def mean_context(dataset: Dataset) -> int:
     """Tokens in the row of the average token, which is what attention costs: sum(n * n) / sum(n)."""
-    name = "seq_lengths" if "seq_lengths" in dataset.column_names else "input_ids"
-    total = squares = 0
-    for batch in dataset.select_columns(name).with_format("arrow").iter(1000):
-        column = batch[name]
-        lengths = pc.list_flatten(column) if name == "seq_lengths" else pc.list_value_length(column)
-        n = lengths.to_numpy().astype("int64")
-        total, squares = total + int(n.sum()), squares + int((n * n).sum())
-    return max(round(squares / max(total, 1)), 1)
+    if "seq_lengths" in dataset.column_names:  # packed: several conversations a row
+        n = np.concatenate([np.empty(0, np.int64), *(np.asarray(row, np.int64) for row in dataset["seq_lengths"])])
+    else:
+        n = token_lengths(dataset)
+    return max(round(int((n * n).sum()) / max(int(n.sum()), 1)), 1)
 
 
 # --- the log as data ---
