@@ -17,10 +17,10 @@ from pathlib import Path
 # Windows wheels of torch have no libuv, which its store asks for by default since 2.4 (pytorch/pytorch#139990).
 os.environ.setdefault("USE_LIBUV", "0")
 
-from .console import silence_libraries
 from .errors import RecipeError, RunFailed
-from .help import explain_key, list_text, usage
 from .recipe import read_recipe
+from .recipe.help import explain_key, list_text, usage
+from .report.console import silence_libraries
 
 HERE = Path(__file__).parent
 
@@ -70,17 +70,17 @@ def _run(argv: Sequence[str]) -> int:
     recipe = read_recipe(words[0], overrides)
     silence_libraries()
     if "--check" in flags:
-        from .check import check
+        from .run.check import check
 
         check(recipe)
         return 0
     if "--preview" in flags:
-        from .preview import preview
+        from .report.preview import preview
 
         preview(recipe, rows)
         return 0
     _stop_with_launcher()
-    from .train import train
+    from .run.train import train
 
     return train(recipe)
 

@@ -48,12 +48,12 @@ def preparation(model: str, rows: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def our_preparation(path: Path, model: str) -> Callable[[int], int]:
-    import arpo_trl.dataset
+    import arpo_trl.data.prepare
+    from arpo_trl.data.tokenizer import load_tokenizer
     from arpo_trl.recipe import Recipe
-    from arpo_trl.template import load_tokenizer
 
     # A file this small would be encoded by one process, however many are asked for: two shall be two.
-    arpo_trl.dataset.PROCESSES_PAY_FROM = 0
+    arpo_trl.data.prepare.PROCESSES_PAY_FROM = 0
 
     def recipe(workers: int) -> Recipe:
         return Recipe(
@@ -68,7 +68,9 @@ def our_preparation(path: Path, model: str) -> Callable[[int], int]:
         )
 
     tokenizer = load_tokenizer(recipe(1))
-    return lambda workers: arpo_trl.dataset.prepare_datasets(recipe(workers), tokenizer).audit.datasets["rows"].tokens
+    return lambda workers: (
+        arpo_trl.data.prepare.prepare_datasets(recipe(workers), tokenizer).audit.datasets["rows"].tokens
+    )
 
 
 def trl_preparation(path: Path, model: str) -> Callable[[int], int]:

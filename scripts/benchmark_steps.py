@@ -228,8 +228,8 @@ def _measure(
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from arpo_trl.trainer import ArpoTrainer
-    from arpo_trl.trainer_log import peak_memory
+    from arpo_trl.report.trainer_log import peak_memory
+    from arpo_trl.run.trainer import ArpoTrainer
 
     class Stopwatch(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -284,9 +284,9 @@ def _measure(
 
 def _toy_rows(model: str, cutoff: int, full: bool, count: int) -> tuple[Any, list[dict[str, Any]]]:
     """The first `count` toy rows, cut at `cutoff`; `full`: cut from all of them laid end to end, each of `cutoff`."""
-    from arpo_trl.dataset import prepare_datasets
+    from arpo_trl.data.prepare import prepare_datasets
+    from arpo_trl.data.tokenizer import load_tokenizer
     from arpo_trl.recipe import Recipe
-    from arpo_trl.template import load_tokenizer
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows: the rows are still mapped
         recipe = Recipe(
@@ -321,8 +321,8 @@ if __name__ == "__main__":
     measurement = json.loads(sys.argv[1])
     if Path(measurement["model"]).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
-    from arpo_trl.console import silence_libraries
     from arpo_trl.errors import RecipeError
+    from arpo_trl.report.console import silence_libraries
 
     silence_libraries()
     try:

@@ -19,8 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
+from arpo_trl.data.messages import to_tools
 from arpo_trl.errors import RowError
-from arpo_trl.messages import to_tools
 
 CALL = re.compile(r"<(python|search|tool_call)>(.*?)</\1>", re.DOTALL)
 

@@ -23,13 +23,13 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.encoder import Encoder, encode_rows
-from arpo_trl.encoding import IGNORED
+from arpo_trl.data.encode import Encoder, encode_rows
+from arpo_trl.data.files import read_rows
+from arpo_trl.data.labels import IGNORED
+from arpo_trl.data.registry import read_registry
+from arpo_trl.data.tokenizer import find_template, load_tokenizer
 from arpo_trl.errors import DatasetError, RecipeError
 from arpo_trl.recipe import Recipe
-from arpo_trl.registry import read_registry
-from arpo_trl.rows import read_rows
-from arpo_trl.template import find_template, load_tokenizer
 
 SHORT_NAMES = {"alpaca": "alpaca_en_demo", "glaive": "glaive_toolcall_en_demo"}
 

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.recipe import in_words, keys
-from arpo_trl.vocabulary import NO_EFFECT, REFUSED, RENAMED, sft_fields
+from arpo_trl.recipe.keys import in_words, keys
+from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
+from arpo_trl.recipe.sft_fields import sft_fields
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 TITLES = {"trl": "TRL's and transformers' own (every other field of SFTConfig)"}

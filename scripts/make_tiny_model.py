@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY_DATA = ROOT / "recipes" / "data" / "arpo_sft_toy.jsonl"
-CHAT_TEMPLATE = ROOT / "arpo_trl" / "templates" / "qwen.jinja"
+CHAT_TEMPLATE = ROOT / "arpo_trl" / "data" / "templates" / "qwen.jinja"
 
 # The three facts below are those of https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct/blob/main/tokenizer.json
 WORDS = (

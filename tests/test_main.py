@@ -42,7 +42,7 @@ def test_two_recipes_are_one_too_many(recipe: Path, capsys: pytest.CaptureFixtur
 def test_what_nobody_expected_shows_its_traceback_where_no_log_has_it(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arpo_trl.check.describe_tokens", lambda rows: 1 / 0)
+    monkeypatch.setattr("arpo_trl.run.check.describe_tokens", lambda rows: 1 / 0)
     assert main([str(recipe), "--check"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("Traceback") and err.rstrip().endswith("ZeroDivisionError: division by zero")

@@ -30,13 +30,14 @@ from peft import LoraConfig, LoraModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
-from arpo_trl import dataset, encoder
-from arpo_trl.encoder import Encoder, encode_rows
-from arpo_trl.encoding import IGNORED
+from arpo_trl.data import encode as encoder
+from arpo_trl.data import prepare as dataset
+from arpo_trl.data.encode import Encoder, encode_rows
+from arpo_trl.data.files import Row
+from arpo_trl.data.labels import IGNORED
+from arpo_trl.data.registry import read_registry
+from arpo_trl.data.tokenizer import find_template, load_tokenizer
 from arpo_trl.recipe import Recipe
-from arpo_trl.registry import read_registry
-from arpo_trl.rows import Row
-from arpo_trl.template import find_template, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 ROWS = [json.loads(line) for line in make_toy_dataset.TOY_DATA.read_text(encoding="utf-8").splitlines()]

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from trl import SFTConfig
 
-from arpo_trl.checkpoints import newest_whole_checkpoint
-from arpo_trl.preflight import Preflight
-from arpo_trl.trainer import ArpoTrainer
-from arpo_trl.trainer_log import TrainerLog, read_log
+from arpo_trl.report.trainer_log import TrainerLog, read_log
+from arpo_trl.run.checkpoints import newest_whole_checkpoint
+from arpo_trl.run.preflight import Preflight
+from arpo_trl.run.trainer import ArpoTrainer
 
 TIMES = {"elapsed_time", "remaining_time", "elapsed_seconds", "tokens_per_second", "trained_tokens_per_second"}
 MEASURED = TIMES | {"peak_memory_gb"}

@@ -11,8 +11,9 @@ from conftest import MakeRecipe
 
 from arpo_trl.__main__ import main
 from arpo_trl.errors import RecipeError
-from arpo_trl.manifest import MAY_CHANGE, list_changes, read_manifest, require_same_run
-from arpo_trl.recipe import keys, read_recipe
+from arpo_trl.recipe import read_recipe
+from arpo_trl.recipe.keys import keys
+from arpo_trl.report.manifest import MAY_CHANGE, list_changes, read_manifest, require_same_run
 
 
 def manifest(path: Path, **more: Any) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def test_a_changed_run_is_refused_from_end_to_end(
     make_recipe: MakeRecipe, output_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Edited data and another learning rate: exit code 2, nothing is lost; allowed, the run ends."""
-    from arpo_trl import trainer as trainer_module
+    from arpo_trl.run import trainer as trainer_module
 
     with pytest.MonkeyPatch.context() as patch:
 

@@ -14,14 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from arpo_trl.__main__ import main
-from arpo_trl.checkpoints import find_damage, read_json
-from arpo_trl.dataset import prepare_datasets
+from arpo_trl.data.files import READERS, excerpt, read_rows
+from arpo_trl.data.messages import to_conversation
+from arpo_trl.data.prepare import prepare_datasets
+from arpo_trl.data.registry import DatasetInfo, read_registry
 from arpo_trl.errors import RecipeError, RowError
-from arpo_trl.manifest import read_manifest
-from arpo_trl.messages import to_conversation
-from arpo_trl.recipe import keys, read_recipe
-from arpo_trl.registry import DatasetInfo, read_registry
-from arpo_trl.rows import READERS, excerpt, read_rows
+from arpo_trl.recipe import read_recipe
+from arpo_trl.recipe.keys import keys
+from arpo_trl.report.manifest import read_manifest
+from arpo_trl.run.checkpoints import find_damage
+from arpo_trl.run_folder import read_json
 
 NAMES = sorted(keys())
 TEXT = st.text(max_size=12)

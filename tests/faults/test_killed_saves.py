@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from runs import train
 
-from arpo_trl.checkpoints import list_checkpoints, newest_whole_checkpoint
+from arpo_trl.run.checkpoints import newest_whole_checkpoint
+from arpo_trl.run_folder import list_checkpoints
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL, which Windows has not")
 

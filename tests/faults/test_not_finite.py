@@ -10,11 +10,11 @@ import torch
 from conftest import MakeRecipe
 from runs import make_rows, make_trainer, train
 
-from arpo_trl import trainer as trainer_module
 from arpo_trl.__main__ import main
-from arpo_trl.checkpoints import list_checkpoints
 from arpo_trl.errors import RunFailed
-from arpo_trl.trainer import is_out_of_memory
+from arpo_trl.run import trainer as trainer_module
+from arpo_trl.run.trainer import is_out_of_memory
+from arpo_trl.run_folder import list_checkpoints
 
 
 class _Times(torch.autograd.Function):

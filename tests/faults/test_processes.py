@@ -10,7 +10,8 @@ from conftest import MakeRecipe
 from test_full_disk import small_disk  # noqa: F401  (a fixture)
 from test_signals import COMMANDS, start
 
-from arpo_trl.checkpoints import find_damage, list_checkpoints
+from arpo_trl.run.checkpoints import find_damage
+from arpo_trl.run_folder import list_checkpoints
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,1 @@
+"""dataset_info.json + files -> input_ids, labels."""

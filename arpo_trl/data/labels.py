@@ -1,0 +1,218 @@
+"""Messages -> input_ids and labels: the law of the loss. Pure functions over a template and a `tokenize`.
+
+Loss falls on exactly what the model would have to generate: each assistant turn's text after the generation prompt, up
+to and including its end-of-turn token and the newline that the template writes after it. All else carries -100.
+
+The chat template is rendered up to each generation prompt and up to each reply's end; the pieces between are the
+segments. Each segment is tokenised alone: as one string, "assistant\\n" + "\\nhello" would merge into a single "\\n\\n"
+token, which the model never sees at inference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from ..errors import RowError
+from .messages import Conversation, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Template:
+    """How rows are rendered for training; `find_template` finds it. `jinja` may be TRL's training form.
+
+    `epilogue` is what the template writes after whatever does not go on, and no row needs.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    jinja: str
+    generation_prompt: str = ""
+    end_of_turn: str | None = None
+    epilogue: str = ""
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(self.jinja.encode()).hexdigest()
+
+    def render(self, messages: list[Message], tools: Any, prompt: bool) -> str:
+        """The template's text for these messages, with the generation prompt after it or not.
+
+        Raises:
+            RowError: if the template refuses them.
+        """
+        try:
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=tools, chat_template=self.jinja, add_generation_prompt=prompt, tokenize=False
+                )
+            )
+        except (TemplateError, TypeError, ValueError, RecursionError) as error:
+            raise RowError(f"the template refuses it: {error}") from None
+        return text if prompt else text.removesuffix(self.epilogue)
+
+
+class Segment(NamedTuple):
+    """A piece of a rendered conversation. `silent`: the row keeps a message in it from the loss."""
+
+    text: str
+    silent: bool = False
+
+
+@dataclass
+class Example:
+    """`cut`: tokens lost to the cutoff. `lost_answer`: no token of the last reply is left. `left_out`: later messages."""
+
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    cut: int = 0
+    lost_answer: bool = False
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class EncodingConfig:
+    """What carries loss, and where a row ends: the recipe's keys of the same names."""
+
+    cutoff_len: int
+    mask_history: bool = False
+    train_on_prompt: bool = False
+    truncation_mode: str = "keep_start"
+
+
+def to_segments(conversation: Conversation, template: Template) -> list[Segment]:
+    """The rendered conversation in pieces that alternate between context and reply, the last being a reply.
+
+    Messages after the last reply are left out: nothing that follows could be learnt from them.
+
+    Raises:
+        RowError: if the template refuses the conversation, rewrites what it rendered before, leaves text out, or does
+            not end a reply that may be trained.
+    """
+    messages, tools, replies = conversation.messages, conversation.tools, conversation.replies
+    segments: list[Segment] = []
+    done, start = "", 0
+    for position in replies:
+        until_reply = template.render(messages[: position + 1], tools, False)
+        if position:
+            until_prompt = template.render(messages[:position], tools, True)
+        else:  # Most templates look at the first message, and there is none before this reply.
+            before = until_reply[: until_reply.find(template.generation_prompt)]
+            until_prompt = before + template.generation_prompt
+        if not until_prompt.startswith(done):
+            raise RowError("the template rewrites an earlier turn once later ones follow")
+        if not until_reply.startswith(until_prompt):
+            raise RowError("the template writes the reply other than its generation prompt begins it")
+        context, reply = until_prompt[len(done) :], until_reply[len(until_prompt) :]
+        silent = position in conversation.silent
+        if not silent and (template.end_of_turn or "") not in reply:
+            raise RowError(f"the template ends message {position + 1} without its end-of-turn token")
+        segments.append(Segment(context, not conversation.silent.isdisjoint(range(start, position))))
+        segments.append(Segment(reply, silent))
+        done, start = until_reply, position + 1
+    _check_complete(messages[: replies[-1] + 1], tools or [], segments)
+    try:
+        done.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError("not UTF-8: the text holds half a surrogate pair or a byte that is no character") from None
+    return segments
+
+
+def _check_complete(messages: Sequence[Message], tools: Sequence[Message], segments: Sequence[Segment]) -> None:
+    """Templates made for chat alone pass over tools and reasoning without a word; such a row would teach nonsense."""
+    pairs = iter(segments)
+    context = next(pairs).text
+    for tool in tools:
+        if tool["function"]["name"] not in context:
+            raise RowError(f"the template leaves out the tool {tool['function']['name']!r}")
+    for message in messages:
+        text = context
+        if message["role"] == "assistant":
+            text = next(pairs).text
+            context = next(pairs, Segment("")).text
+        content = message["content"] + "</think>" + message.get("reasoning_content", "")
+        lost = [piece for piece in re.split("</?think>", content) if piece.strip() not in text]
+        calls = Counter(call["function"]["name"] for call in message.get("tool_calls", ()))
+        lost += [name for name, times in calls.items() if text.count(name) < content.count(name) + times]
+        if lost:
+            raise RowError(
+                f"the template leaves out part of a message from {message['role']}: {lost[0].strip()[:40]!r}"
+            )
+
+
+def carry_loss(row: Sequence[Segment], config: EncodingConfig) -> list[bool]:
+    """The law of the loss: which of a row's segments carry it.
+
+    Replies do; with `mask_history` the last alone; with `train_on_prompt` contexts too. A silent one never does: a
+    context that holds a silent message stays silent whole.
+    """
+    first = len(row) - 1 if config.mask_history else 1
+    asked = [config.train_on_prompt or (at % 2 == 1 and at >= first) for at in range(len(row))]
+    return [wanted and not segment.silent for wanted, segment in zip(asked, row)]
+
+
+def encode(
+    rows: Sequence[Sequence[Segment]], tokenize: Callable[[list[str]], Iterable[list[int]]], config: EncodingConfig
+) -> list[Example]:
+    """Tokenise all segments of a batch of rows in one call, join each row's, label them and cut them to the cutoff."""
+    tokens = iter(tokenize([segment.text for row in rows for segment in row]))
+    examples = []
+    for row in rows:
+        pieces = [next(tokens) for _ in row]
+        lengths = [len(piece) for piece in pieces]
+        if config.truncation_mode == "llamafactory":
+            kept = proportional_cut(lengths, config.cutoff_len, from_the_end=config.mask_history)
+        else:
+            kept = keep_start(lengths, config.cutoff_len)
+        example = Example(cut=sum(lengths) - sum(kept), lost_answer=not kept[-1])
+        for trained, piece, length in zip(carry_loss(row, config), pieces, kept, strict=True):
+            piece = piece if length == len(piece) else piece[:length]
+            example.input_ids += piece
+            example.labels += piece if trained else [IGNORED] * length
+        examples.append(example)
+    return examples
+
+
+def keep_start(lengths: Sequence[int], cutoff_len: int) -> list[int]:
+    """A plain cut: what is kept is always a true prefix of the conversation."""
+    kept = []
+    for length in lengths:
+        kept.append(min(length, cutoff_len))
+        cutoff_len -= kept[-1]
+    return kept
+
+
+def proportional_cut(lengths: Sequence[int], cutoff_len: int, from_the_end: bool = False) -> list[int]:
+    """LLaMA-Factory's cut, pair by pair (context, reply), as version 0.9.5 behaves.
+
+    Each pair is offered what the pairs before it left over. A reply shorter than half of that is kept whole; a longer
+    one may fill what a context shorter than half leaves; if both are long they share in proportion. The context has the
+    rest. Both are cut at their ends. When nothing is left, later pairs are dropped. With mask_history the pairs are
+    taken from the last to the first.
+    """
+    kept = [0] * len(lengths)
+    starts = range(0, len(lengths), 2)
+    for at in reversed(starts) if from_the_end else starts:
+        if cutoff_len <= 0:
+            break
+        context, reply = lengths[at], lengths[at + 1]
+        if reply * 2 < cutoff_len:
+            most = cutoff_len
+        elif context * 2 < cutoff_len:
+            most = cutoff_len - context
+        else:
+            most = int(cutoff_len * reply / (context + reply))
+        kept[at + 1] = min(most, reply)
+        kept[at] = min(max(cutoff_len - kept[at + 1], 0), context)
+        cutoff_len -= kept[at] + kept[at + 1]
+    return kept

@@ -1,0 +1,71 @@
+"""What this machine has: room on the disk, memory, and what a run takes of them."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def saved_bytes(model: Any) -> int:
+    """Bytes of the weights as a checkpoint holds them: all of them, or an adapter's."""
+    return sum(size for size, is_trained in _sizes(model) if is_trained or not hasattr(model, "peft_config"))
+
+
+def checkpoint_bytes(model: Any, save_only_model: bool) -> int:
+    """Bytes of a checkpoint: the weights, and AdamW's two moments of those that are trained."""
+    moments = 0 if save_only_model else 2 * sum(size for size, is_trained in _sizes(model) if is_trained)
+    return saved_bytes(model) + moments
+
+
+def _sizes(model: Any) -> list[tuple[int, bool]]:
+    # ZeRO-3 leaves parameters empty, with their size beside them.
+    return [(getattr(p, "ds_numel", p.numel()) * p.element_size(), p.requires_grad) for p in model.parameters()]
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free on the disk of `folder`, which need not be there yet."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return shutil.disk_usage(folder).free
+
+
+def missing_space(folder: Path, needed: int, what: str) -> str | None:
+    """What to say when the disk of `folder` has less than `needed` bytes free for `what`, else None."""
+    free = free_space(folder)
+    if free >= needed:
+        return None
+    return (
+        f"disk full: {what} needs {needed / 1e9:.3f} GB and {folder} has {free / 1e9:.3f} GB free; free some space, keep "
+        "fewer checkpoints (save_total_limit) or point output_dir elsewhere"
+    )
+
+
+def peak_memory() -> int:
+    """Bytes at the peak so far: of the GPU's allocator, or of the process where there is no GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def gpu_memory() -> int | None:
+    """Bytes of this process's GPU, or None where there is none."""
+    import torch
+
+    return (
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        if torch.cuda.is_available()
+        else None
+    )

@@ -1,0 +1,88 @@
+"""What `--help`, `--help KEY` and `--list` print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError
+from .keys import in_words, keys
+from .llamafactory import NO_EFFECT, REFUSED, RENAMED
+from .read import nearest
+from .sft_fields import sft_fields
+from .yaml_file import find_recipes
+
+_MAIN_KEYS = """model_name_or_path finetuning_type dataset dataset_dir template cutoff_len max_samples output_dir
+    overwrite_output_dir resume_from_checkpoint per_device_train_batch_size gradient_accumulation_steps learning_rate
+    num_train_epochs lr_scheduler_type warmup_ratio bf16 save_steps logging_steps report_to"""
+
+
+def usage() -> str:
+    """One screen: how to call it, the main keys, the exit codes."""
+    lines = [
+        "python -m arpo_trl RECIPE.yaml [key=value ...]              train",
+        "python -m arpo_trl --check RECIPE.yaml [key=value ...]      check recipe, data and template; train nothing",
+        "python -m arpo_trl --preview RECIPE.yaml [N]                show N rows as tokens, with what is trained",
+        "python -m arpo_trl --help KEY                               explain one key (recipes/KEYS.md has them all)",
+        "python -m arpo_trl --list                                   list recipes and datasets found",
+        "On GPUs: accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m arpo_trl RECIPE.yaml",
+        "",
+        "The main keys (LLaMA-Factory's; every field of TRL's SFTConfig is a key too):",
+    ]
+    for name in _MAIN_KEYS.split():
+        default = "required" if keys()[name].default is ... else _plain(keys()[name].default)
+        lines.append(f"  {name:<28} {default:<9} {keys()[name].help.split('. ')[0].rstrip('.')}"[:119])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Exit codes: 0 done, 1 the run failed, 2 you can mend it before training, 130 Ctrl-C, 143 SIGTERM",
+        ]
+    )
+
+
+def explain_key(key: str) -> str:
+    """Type, default, fate and help of one key. Raises RecipeError naming the nearest if there is no such key."""
+    if key in RENAMED:
+        return f"{key}: another name for {RENAMED[key]}\n\n{explain_key(RENAMED[key])}"
+    if key in NO_EFFECT:
+        return f"{key}: accepted, no effect; {NO_EFFECT[key]}"
+    if key in REFUSED:
+        return f"{key}: refused; {REFUSED[key]}"
+    if key not in keys():
+        raise RecipeError(f"{key}: {nearest(key)}")
+    group, schema, default, fate, help = keys()[key]
+    fate = {"same": "the field of that name in TRL's SFTConfig", "ours": "arpo_trl's own"}.get(fate, fate)
+    lines = [
+        f"{key}  ({group})",
+        f"  type     {in_words(schema, bounds=True)}",
+        f"  default  {'required' if default is ... else _plain(default)}",
+        f"  fate     {fate}",
+        f"  {help}",
+    ]
+    if group != "trl" and key in sft_fields():
+        lines.append(f"  TRL: {sft_fields()[key].help}")
+    return "\n".join(lines)
+
+
+def list_text(folder: Path = Path()) -> str:
+    """The recipes under `folder` and `folder/recipes`, and the datasets that dataset_info.json files there name."""
+    lines = []
+    for recipe in dict.fromkeys([*find_recipes(folder / "recipes"), *find_recipes(folder)]):
+        title = (line[1:].strip() for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+        lines.append(f"{recipe}  {next((line for line in title if line and '$schema' not in line), '')}".rstrip())
+    for info in (folder / place / "dataset_info.json" for place in ("recipes", "data", ".")):
+        try:
+            lines.append(f"{info}  {', '.join(json.loads(info.read_text(encoding='utf-8')))}")
+        except (OSError, ValueError):
+            continue  # --check says what is wrong with it
+    return "\n".join(lines) or f"no recipe and no dataset_info.json in {folder.resolve()}"
+
+
+def _plain(default: Any) -> str:
+    if default is None or default == []:
+        return "none"
+    if isinstance(default, list):
+        return ", ".join(default)
+    return str(default).lower() if isinstance(default, bool) else str(default)

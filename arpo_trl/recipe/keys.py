@@ -1,0 +1,329 @@
+"""The keys of a recipe: LLaMA-Factory's names, their types, defaults and help.
+
+Every key has exactly one mapping. A field of `Recipe` is read by our code; any other field of TRL's `SFTConfig` goes
+through in `recipe.trl`; `llamafactory` says what becomes of the rest, and a key that is nowhere is a typo. The defaults
+are LLaMA-Factory's (release 0.9) where it has the key, and are written here only.
+"""
+
+import functools
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, TypeAdapter
+
+from ..errors import RecipeError
+from .llamafactory import NO_EFFECT, REFUSED, RENAMED
+from .sft_fields import sft_fields
+
+# --------------------------------------------------------------------------------------------------------------------
+# Types. pydantic takes true for 1 and text for a list of characters; a person would not.
+
+
+def _not_a_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _split(value: Any) -> Any:
+    """`a, b` is LLaMA-Factory's way to write a list."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _nothing_to_report(value: Any) -> Any:
+    return [] if value in ("none", ["none"]) else _split(value)
+
+
+def _sft_only(value: Any) -> Any:
+    if value != "sft":
+        raise ValueError(f"expected sft, found {value!r}; the other stages have trainers of their own in TRL")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_not_a_bool)]
+Number = Annotated[float, BeforeValidator(_not_a_bool), Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0), BeforeValidator(_not_a_bool)]
+Names = Annotated[list[str], BeforeValidator(_split, json_schema_input_type=str | list[str])]
+Numbers = Annotated[list[Number], BeforeValidator(_split, json_schema_input_type=float | str | list[float])]
+Trackers = Annotated[list[str], BeforeValidator(_nothing_to_report, json_schema_input_type=str | list[str])]
+Stage = Annotated[Literal["sft"], BeforeValidator(_sft_only, json_schema_input_type=Literal["sft"])]
+
+_CONFIG = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
+
+
+def _key(default: Any, help: str, to: str = "", unit: str = "", **limits: Any) -> Any:
+    """A key of the recipe. `to`: what it is called on TRL's side, if it has another name there."""
+    return Field(default, description=help, json_schema_extra={"to": to, "unit": unit}, **limits)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The keys, in the groups of LLaMA-Factory's own recipes.
+
+
+class ModelKeys(BaseModel):
+    model_config = _CONFIG
+
+    model_name_or_path: str = _key(..., "The base model: a hub id or a local folder.")
+    model_revision: str = _key("main", "Branch, tag or commit of the model on the hub.", "from_pretrained(revision)")
+    trust_remote_code: bool = _key(False, "Run code that comes with the model.")
+    cache_dir: str | None = _key(None, "Where downloaded models are kept.", "from_pretrained(cache_dir)")
+    use_fast_tokenizer: bool = _key(True, "Use the Rust tokenizer.", "from_pretrained(use_fast)")
+    adapter_name_or_path: Names = _key([], "LoRA adapters to start from, with commas between them.")
+    flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3", "flex"] = _key(
+        "auto", "Attention kernel; fa2 without flash-attn falls back to sdpa.", "from_pretrained(attn_implementation)"
+    )
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = _key(
+        None, "Stretch the position embeddings to cutoff_len.", "config.rope_parameters"
+    )
+    enable_liger_kernel: bool = _key(False, "Patch the model with Liger's Triton kernels.", "use_liger_kernel")
+    moe_aux_loss_coef: Number | None = _key(None, "Weight of a mixture's balancing loss.", "router_aux_loss_coef")
+    quantization_bit: Literal[4, 8] | None = _key(None, "Quantize the base model (LoRA only).", "load_in_4bit/8bit")
+    quantization_method: Literal["bnb", "bitsandbytes"] = _key("bnb", "Who quantizes: bitsandbytes.")
+    quantization_type: Literal["nf4", "fp4"] = _key("nf4", "4-bit data type.", "bnb_4bit_quant_type")
+    double_quantization: bool = _key(True, "Quantize the 4-bit scales too.", "bnb_4bit_use_double_quant")
+
+
+class MethodKeys(BaseModel):
+    model_config = _CONFIG
+
+    stage: Stage = _key("sft", "The stage of training; sft is the one that runs here.")
+    do_train: bool = _key(False, "Train.")
+    finetuning_type: Literal["full", "freeze", "lora"] = _key(
+        "full", "Train every weight (full), those of some layers (freeze) or an adapter (lora)."
+    )
+    pure_bf16: bool = _key(
+        False, "Keep the master weights in bfloat16: half the memory, and small updates are lost.", "dtype"
+    )
+    lora_rank: Count = _key(8, "Rank of the adapter.", "LoraConfig(r)")
+    lora_alpha: Count | None = _key(None, "Scale of the adapter; twice the rank if omitted.", "LoraConfig")
+    lora_dropout: Number = _key(0.0, "Dropout before the adapter.", "LoraConfig", ge=0, lt=1)
+    lora_target: Names = _key(["all"], "Modules to adapt; all is every linear layer but the head.", "target_modules")
+    additional_target: Names = _key([], "Modules to train whole and save beside the adapter.", "modules_to_save")
+    use_rslora: bool = _key(False, "Scale by alpha/sqrt(rank).", "LoraConfig")
+    use_dora: bool = _key(False, "Weight-decomposed LoRA.", "LoraConfig")
+    loraplus_lr_ratio: Number | None = _key(None, "LoRA+: learning rate of B over that of A.", "the optimizer")
+    loraplus_lr_embedding: Number = _key(1e-6, "LoRA+: learning rate of adapted embeddings.", "the optimizer", ge=0)
+    pissa_init: bool = _key(False, "Start the adapter from the weight's principal directions.", "init_lora_weights")
+    pissa_iter: Whole = _key(16, "Iterations of PiSSA's fast SVD; -1 is an exact SVD.", "init_lora_weights", ge=-1)
+    create_new_adapter: bool = _key(False, "Merge adapter_name_or_path into the base and train a new adapter.")
+    freeze_trainable_layers: Whole = _key(2, "Train the last so many layers; the first, if negative.", unit="layers")
+    freeze_trainable_modules: Names = _key(["all"], "Modules of those layers that are trained (self_attn, mlp, ...).")
+    freeze_extra_modules: Names = _key(
+        [], "Modules outside the layers that are trained too (embed_tokens, norm, ...)."
+    )
+    use_galore: bool = _key(False, "GaLore's optimizer (full only).", "optim, optim_args, optim_target_modules")
+    galore_target: Names = _key(["all"], "Modules that GaLore projects.", "optim_target_modules")
+    galore_rank: Count = _key(16, "Rank of GaLore's gradients.", "optim_args")
+    galore_update_interval: Count = _key(200, "Steps between two projections.", "optim_args", unit="steps")
+    galore_scale: Number = _key(2.0, "GaLore's scale.", "optim_args", gt=0)
+    galore_proj_type: Literal["std", "reverse_std", "right", "left", "full"] = _key("std", "Projection.", "optim_args")
+    galore_layerwise: bool = _key(False, "Update layer by layer.", "optim")
+    use_apollo: bool = _key(False, "APOLLO's optimizer (full only).", "optim, optim_args, optim_target_modules")
+    apollo_target: Names = _key(["all"], "Modules that APOLLO projects.", "optim_target_modules")
+    apollo_rank: Count = _key(16, "Rank of APOLLO's gradients.", "optim_args")
+    apollo_update_interval: Count = _key(200, "Steps between two projections.", "optim_args", unit="steps")
+    apollo_scale: Number = _key(32.0, "APOLLO's scale.", "optim_args", gt=0)
+    apollo_proj: Literal["svd", "random"] = _key("random", "How APOLLO finds its projection.", "optim_args")
+    apollo_proj_type: Literal["std", "right", "left"] = _key("std", "Projection.", "optim_args")
+    apollo_scale_type: Literal["channel", "tensor"] = _key("channel", "What shares a scale.", "optim_args")
+    apollo_layerwise: bool = _key(False, "Update layer by layer.", "optim")
+
+
+class DatasetKeys(BaseModel):
+    model_config = _CONFIG
+
+    dataset: Names = _key([], "Names in dataset_info.json to train on, with commas between them.")
+    dataset_dir: str = _key("data", "Folder of dataset_info.json; file names in it are relative to this folder.")
+    template: str | None = _key(
+        None, "A shipped name (qwen), a path to a .jinja file, or omitted: the tokenizer's own."
+    )
+    default_system: str | None = _key(None, "System message for rows that have none.")
+    cutoff_len: Count = _key(2048, "Longest row; what is beyond is cut.", "max_length with packing", "tokens")
+    truncation_mode: Literal["keep_start", "llamafactory"] = _key(
+        "keep_start", "keep_start: a plain cut. llamafactory: its proportional cut, for exact comparison."
+    )
+    max_dropped: Number = _key(0.05, "Share of rows that may be dropped before the run stops.", ge=0, le=1)
+    max_samples: Count | None = _key(None, "Take at most this many rows of each dataset.", unit="rows")
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = _key("concat", "How datasets are joined.")
+    interleave_probs: Numbers | None = _key(None, "Share of each dataset when interleaving.")
+    streaming: bool = _key(False, "Read rows as they are needed; needs max_steps.")
+    buffer_size: Count = _key(16384, "Rows shuffled together when streaming.", unit="rows")
+    tokenized_path: str | None = _key(None, "Keep the encoded datasets here, or read them from here.")
+    overwrite_cache: bool = _key(False, "Encode again even if an earlier run's encoding is at hand.")
+    preprocessing_num_workers: Count | None = _key(
+        None, "Processes that encode a dataset of 200 MiB or more; a smaller one is faster in one.", "dataset_num_proc"
+    )
+    preprocessing_batch_size: Count = _key(1000, "Rows encoded at a time.", "Dataset.map(batch_size)", "rows")
+    train_on_prompt: bool = _key(False, "Put loss on the whole row, prompts included.")
+    mask_history: bool = _key(False, "Put loss on the last reply only.")
+    packing: bool = _key(False, "Fill rows up to cutoff_len with several conversations, which do not see each other.")
+    neat_packing: bool = _key(False, "The same as packing here.", "packing")
+    padding_free: bool = _key(False, "Lay a batch's rows end to end instead of padding them; none sees another.")
+
+
+class OutputKeys(BaseModel):
+    model_config = _CONFIG
+
+    output_dir: str = _key(..., "The run's folder: checkpoints, logs and the final model.")
+    overwrite_output_dir: bool = _key(
+        False, "true: start over. false: go on with an unfinished run, refuse a finished one."
+    )
+    resume_from_checkpoint: bool | str | None = _key(None, "true: the newest whole checkpoint; or a path to one.")
+    allow_changed_recipe: bool = _key(False, "Resume although keys that change the result differ.")
+    logging_steps: Number = _key(500, "Steps between two log lines; below 1 a share of the run.", gt=0)
+    save_strategy: Literal["no", "steps", "epoch", "best"] = _key("steps", "When to save a checkpoint.")
+    save_steps: Number = _key(500, "Steps between two checkpoints; below 1 a share of the run.", gt=0)
+    plot_loss: bool = _key(False, "Write training_loss.png.")
+    report_to: Trackers = _key([], "Trackers (wandb, tensorboard, trackio, ..., all), or none.")
+    run_name: str | None = _key(None, "Name of the run in a tracker.")
+    project: str | None = _key(None, "Project of the run in W&B and Trackio; WANDB_PROJECT or huggingface if omitted.")
+    on_save_error: Literal["stop", "continue"] = _key("stop", "What a failed checkpoint does to the run.")
+
+
+class TrainKeys(BaseModel):
+    model_config = _CONFIG
+
+    per_device_train_batch_size: Count = _key(8, "Rows per device and step.", unit="rows")
+    gradient_accumulation_steps: Count = _key(1, "Batches per update.", unit="batches")
+    global_batch_size: Count | None = _key(
+        None, "Rows per update over all devices; gradient_accumulation_steps follows.", unit="rows"
+    )
+    num_train_epochs: Number = _key(3.0, "Times that every row is seen; max_steps beats it.", gt=0)
+    learning_rate: Number = _key(5e-5, "Peak learning rate.", ge=0)
+    warmup_ratio: Number = _key(0.0, "Share of the run that warms up.", "warmup_steps", ge=0, lt=1)
+    warmup_steps: Number = _key(0, "Steps that warm up (below 1: a share); beats warmup_ratio.", ge=0)
+    bf16: bool = _key(False, "Compute in bfloat16; master weights stay in float32.")
+    fp16: bool = _key(False, "Compute in float16 with loss scaling.")
+    gradient_checkpointing: bool | Literal["auto"] = _key(
+        True,
+        "Recompute activations to save memory; auto: where the longest batch would not fit the GPU.",
+        "activation_checkpointing",
+    )
+    disable_gradient_checkpointing: bool = _key(
+        False, "Keep activations: faster, more memory.", "activation_checkpointing"
+    )
+    use_reentrant_gc: bool | None = _key(None, "Use torch's older checkpointing.", "activation_checkpointing_kwargs")
+    disable_shuffling: bool = _key(False, "Take rows in their order.", "train_sampling_strategy: sequential")
+    group_by_length: bool = _key(False, "Batch rows of like length.", "train_sampling_strategy: group_by_length")
+    use_dft_loss: bool = _key(False, "Dynamic fine-tuning loss.", "loss_type: dft")
+    deepspeed: str | dict[str, Any] | None = _key(
+        None, "DeepSpeed's JSON config; or use accelerate_configs/zero3.yaml."
+    )
+    seed: Whole = _key(42, "Seed of everything random.", ge=0)
+    preflight: bool = _key(True, "Try the longest batch before the first step.")
+
+
+class EvalKeys(BaseModel):
+    model_config = _CONFIG
+
+    do_eval: bool = _key(False, "Evaluate after training.")
+    eval_dataset: Names = _key([], "Names in dataset_info.json to evaluate on.")
+    eval_on_each_dataset: bool = _key(False, "Evaluate each of eval_dataset by itself.")
+    val_size: Number = _key(0.0, "Part of the training rows held out: a share below 1, or a number of rows.", ge=0)
+    per_device_eval_batch_size: Count | None = _key(
+        None, "Rows per device and step of an evaluation; those of training if omitted.", unit="rows"
+    )
+    eval_strategy: Literal["no", "steps", "epoch"] = _key("no", "When to evaluate during training.")
+    load_best_model_at_end: bool = _key(False, "End with the checkpoint that evaluated best.")
+    early_stopping_steps: Count | None = _key(None, "Evaluations without progress before stopping.")
+    compute_accuracy: bool = _key(False, "Token accuracy; it is always logged.")
+
+
+class Recipe(EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKeys, ModelKeys):
+    """One run, as resolved. `trl` holds the other fields of SFTConfig that the recipe gave, by TRL's names."""
+
+    model_config = _CONFIG
+
+    _path: Path = PrivateAttr(default=Path())
+    _notices: list[str] = PrivateAttr(default_factory=list)
+    _trl: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _lines: dict[str, int] = PrivateAttr(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def notices(self) -> list[str]:
+        """Lines to print once: keys without effect, fallbacks."""
+        return self._notices
+
+    @property
+    def trl(self) -> dict[str, Any]:
+        return self._trl
+
+    def error(self, key: str, what: str) -> RecipeError:
+        """What is wrong with a key, at its place: `recipes/x.yaml:12: lora_target: no such module`."""
+        place = f"{self._path}:{self._lines[key]}" if key in self._lines else str(self._path)
+        return RecipeError(f"{place}: {key}: {what}")
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key as resolved, in plain YAML values; `read_recipe` reads it back to an equal recipe."""
+        values = self.model_dump(mode="json") | self._trl
+        short = {key: int(value) for key, value in values.items() if isinstance(value, float) and value.is_integer()}
+        return values | short
+
+
+@functools.cache
+def sft_type(name: str) -> TypeAdapter[Any]:
+    field = sft_fields()[name]
+    names = {"int": Whole, "float": Number, "Any": Any, "Literal": Literal, "DebugOption": str}
+    if field.choices:
+        kind: Any = Literal[field.choices]
+        kind = kind | None if "None" in field.annotation else kind
+    else:
+        kind = eval(field.annotation, names)  # the annotation is installed code, and names nothing else
+    return TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One table of all keys: for messages, --help, KEYS.md and schema.json.
+
+
+class Key(NamedTuple):
+    group: str
+    schema: dict[str, Any]
+    default: Any
+    fate: str
+    help: str
+
+
+@functools.cache
+def keys() -> dict[str, Key]:
+    """Every key that a recipe can have with effect, in the order of the groups."""
+    table = {}
+    schemas = Recipe.model_json_schema()["properties"]
+    for group in (ModelKeys, MethodKeys, DatasetKeys, OutputKeys, TrainKeys, EvalKeys):
+        for name, field in group.model_fields.items():
+            schema = schemas[name]
+            same = "same" if name in sft_fields() else "ours"
+            fate = f"becomes {schema['to']}" if schema["to"] else same
+            default = ... if field.is_required() else field.default
+            table[name] = Key(group.__name__[:-4].lower(), schema, default, fate, field.description or "")
+    for name, sft in sft_fields().items():
+        if name not in table and not {name} & (RENAMED.keys() | NO_EFFECT.keys() | REFUSED.keys()):
+            table[name] = Key("trl", sft_type(name).json_schema(), sft.default, "same", sft.help)
+    return table
+
+
+_KINDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+_KINDS |= {"array": "a list", "object": "a mapping"}
+_BOUNDS = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "of at most"}
+
+
+def in_words(schema: dict[str, Any], bounds: bool = False) -> str:
+    """A JSON Schema as a person would say it: `a whole number of tokens`, and with bounds, ` above 0`."""
+    if "anyOf" in schema:
+        parts = [part | {"unit": schema.get("unit")} for part in schema["anyOf"] if part != {"type": "null"}]
+        return " or ".join(dict.fromkeys(in_words(part, bounds) for part in parts))
+    if "enum" in schema:
+        return "one of " + ", ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return str(schema["const"]).lower()
+    words = _KINDS.get(schema.get("type", ""), "anything")
+    if schema.get("unit"):
+        words += f" of {schema['unit']}"
+    limits = [f" {said} {schema[limit]:g}" for limit, said in _BOUNDS.items() if limit in schema]
+    return words + " and".join(limits) if bounds else words

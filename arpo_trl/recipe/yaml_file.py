@@ -1,0 +1,127 @@
+"""A recipe's file and overrides -> each key's value and place. YAML only: what a key means is recipe.py's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ..errors import RecipeError
+
+
+class Given(NamedTuple):
+    value: Any
+    place: str  # "line 14" or "override"
+
+
+Problems = list[tuple[str, str]]  # where, and what
+
+
+def read_file(path: Path, problems: Problems) -> dict[str, Given]:
+    """The keys of a recipe file with their lines; duplicates, tags and odd keys become problems."""
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{path}:{line}: not YAML ({error.problem or error.context})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: not YAML text in UTF-8 ({str(error).splitlines()[0]})") from None
+    except OSError as error:
+        folders = dict.fromkeys((path if path.is_dir() else path.parent, Path("recipes"), Path()))
+        found = dict.fromkeys(str(recipe) for folder in folders for recipe in find_recipes(folder))
+        there = f"there are {', '.join(found)}" if found else "no recipe is near; recipes are .yaml files"
+        raise RecipeError(f"{path}: {error.strerror}; {there}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise RecipeError(f"{path}: expected lines of key: value, found {'nothing' if root is None else 'no key'}")
+    given: dict[str, Given] = {}
+    first_lines: dict[str, str] = {}
+    for key_node, value_node in root.value:
+        place = f"line {key_node.start_mark.line + 1}"
+        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+        if key in first_lines:
+            problems.append((place, f"{key}: already on {first_lines[key]}; keep one"))
+            continue
+        first_lines[key] = place
+        value, odd = _construct(loader, value_node)
+        if odd:
+            problems.append((place, f"{key}: {odd}"))
+        else:
+            given[key] = Given(value, place)
+    return given
+
+
+def _construct(loader: _Loader, node: yaml.Node) -> tuple[Any, str | None]:
+    """The value of a node, or what is odd in it: a tag, which could run code, or a key twice."""
+    seen: set[int] = set()
+    waiting = [node]
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if part.tag not in _TAGS:
+            return (
+                None,
+                f"the tag {part.tag.replace('tag:yaml.org,2002:', '!!')} is not read here; write a plain value",
+            )
+        if isinstance(part, yaml.SequenceNode):
+            waiting += part.value
+        elif isinstance(part, yaml.MappingNode):
+            names = [str(name.value) for name, _ in part.value]
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                return None, f"{twice[0]} is there twice; keep one"
+            waiting += [value for _, value in part.value]
+    try:
+        return loader.construct_object(node, deep=True), None
+    except (yaml.YAMLError, ValueError, KeyError):
+        return None, "expected a plain value"
+
+
+def read_overrides(overrides: Sequence[str], problems: Problems) -> dict[str, Given]:
+    given = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            problems.append(("override", f"{override}: expected key=value"))
+            continue
+        try:
+            loader = _Loader(text)
+            node = loader.get_single_node()
+        except yaml.YAMLError:
+            problems.append(("override", f"{key}: {text!r} is not YAML; quote it"))
+            continue
+        value, odd = _construct(loader, node) if node else (None, None)
+        if odd:
+            problems.append(("override", f"{key}: {odd}"))
+        else:
+            given[key] = Given(value, "override")
+    return given
+
+
+def find_recipes(folder: Path) -> list[Path]:
+    """The YAML files in a folder that name a model."""
+    files = sorted(folder.glob("*.yaml")) if folder.is_dir() else []
+    names_a_model = re.compile(r"^model_name_or_path:", re.MULTILINE)
+    return [file for file in files if names_a_model.search(file.read_text(encoding="utf-8", errors="replace"))]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: 7e-6 is a number; no, on and 2024-01-01 are text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (a class variable that PyYAML annotates so)
+
+
+for _tag, _pattern in {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9][0-9_]*",
+    "float": r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
+_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in "null bool int float str seq map".split()}

@@ -1,0 +1,79 @@
+"""The loss of a trainer_log.jsonl as a picture."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..run_folder import checkpoint_step, list_checkpoints
+
+
+def plot_loss(lines: list[dict[str, Any]], picture: Path) -> None:
+    """Draw the loss, raw and smoothed, with eval points, learning rate and checkpoints; nothing if there is no loss.
+
+    Args:
+        lines: Those of trainer_log.jsonl.
+        picture: A .png in the run's folder, which names the run and holds its checkpoints.
+    """
+    train = [(line["current_steps"], line["loss"], line["lr"]) for line in lines if "loss" in line]
+    if not train:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only a run that plots needs it
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    steps, losses, rates = zip(*train, strict=True)
+    few = len(steps) < 30  # points that smoothing would only cover
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss", title=picture.resolve().parent.name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    rate_axes = axes.twinx()
+    rate_axes.plot(steps, rates, color="tab:green", linewidth=1, alpha=0.6, label="learning rate")
+    rate_axes.set_ylabel("learning rate", color="tab:green")
+    rate_axes.set_ylim(bottom=0)
+    rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.plot(
+        steps, losses, color="tab:blue", linewidth=1, alpha=1 if few else 0.4, label="loss", marker="." if few else ""
+    )
+    if not few:
+        axes.plot(steps, smooth(losses), color="tab:blue", linewidth=2, label="loss, smoothed")
+    names = sorted({k for line in lines for k in line if k.startswith("eval_") and k.endswith("_loss")})
+    colors = itertools.cycle(("tab:orange", "tab:purple", "tab:brown", "tab:olive"))
+    for name in names:
+        evals = [(line["current_steps"], line[name]) for line in lines if name in line]
+        color = "tab:red" if name == "eval_loss" else next(colors)
+        axes.plot(*zip(*evals, strict=True), "o-", color=color, markersize=4, label=name.replace("_", " "))
+    for i, folder in enumerate(list_checkpoints(picture.parent)):
+        axes.axvline(
+            checkpoint_step(folder), color="grey", linewidth=0.8, linestyle=":", label="checkpoint" if i == 0 else None
+        )
+    handles, labels = axes.get_legend_handles_labels()
+    more_handles, more_labels = rate_axes.get_legend_handles_labels()
+    figure.legend(handles + more_handles, labels + more_labels, loc="outside lower center", ncols=4, frameon=False)
+    axes.set_zorder(rate_axes.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    unfinished = picture.with_name(picture.name + ".tmp")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a folder named in Chinese
+        figure.savefig(unfinished, format="png")
+    unfinished.replace(picture)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """The mean of two moving averages, one from each end: one alone lags behind a falling loss."""
+    backwards = _moving_average(values[::-1])[::-1]
+    return [(a + b) / 2 for a, b in zip(_moving_average(values), backwards, strict=True)]
+
+
+def _moving_average(values: Sequence[float]) -> list[float]:
+    """Exponential, over about a twentieth of the values, corrected for its start as Adam's is."""
+    weight = 1 - 1 / max(len(values) / 20, 1)
+    average, result = 0.0, []
+    for i, value in enumerate(values, 1):
+        average = weight * average + (1 - weight) * value
+        result.append(average / (1 - weight**i))
+    return result

@@ -1,0 +1,135 @@
+"""What a run says of itself before its first step, and writes beside its weights: run.json and recipe.yaml."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from transformers import TrainerCallback
+
+from ..data.prepare import PreparedData
+from ..machine import free_space
+from ..recipe.keys import Recipe
+from .console import say
+from .trainer_log import describe_evaluation, format_seconds, read_log, run_seconds
+
+if TYPE_CHECKING:
+    from ..run.trainer import ArpoTrainer
+
+
+class StartReport(TrainerCallback):
+    """Prints what is about to happen, a line for each thing that a user may have meant otherwise."""
+
+    def __init__(self, recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, checkpoint: Path | None) -> None:
+        self.recipe, self.data, self.trainer, self.checkpoint = recipe, data, trainer, checkpoint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model, data, going_on = self.trainer.accelerator.unwrap_model(self.trainer.model), self.data, self.checkpoint
+        for line in [
+            f"model    {self.recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}",
+            f"device   {describe_device(args)}",
+            *(f"data     {line}" for line in data.audit.lines()),
+            *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
+            f"steps    {describe_steps(args, state, data, self.recipe.dataset)}",
+            f"disk     {describe_disk(args, self.trainer.checkpoint_bytes)}",
+            f"output   {args.output_dir}{f', going on from {going_on.name}' if going_on else ''}",
+        ]:
+            say(line)
+
+
+def end_report(recipe: Recipe, state: Any, trained: dict[str, Any], evaluated: dict[str, float]) -> list[str]:
+    """What came out, and where it lies."""
+    lines = []
+    if state.global_step < state.max_steps:
+        lines.append(f"stopped early at step {state.global_step}: {recipe.early_stopping_steps} evaluations no better")
+    if recipe.load_best_model_at_end and state.best_global_step:
+        lines.append(f"best     step {state.best_global_step}, whose weights are the final model")
+    figures = [f"train loss {trained['train_loss']:.4f}", *describe_evaluation(evaluated)]
+    output_dir = Path(recipe.output_dir)
+    log = read_log(output_dir / "trainer_log.jsonl")
+    seconds = max(trained["train_runtime"], run_seconds(log))
+    lines.append(f"done     in {format_seconds(seconds)}: {', '.join(figures)}")
+    seen = [name for name in ("README.md", "trainer_log.jsonl", "training_loss.png") if (output_dir / name).exists()]
+    return [*lines, f"model    {recipe.output_dir} (see {', '.join(seen)})"]
+
+
+def describe_model(model: Any) -> str:
+    """How many parameters there are, and how many are trained (an adapter's)."""
+    total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    if any(hasattr(p, "ds_numel") for p in model.parameters()):  # ZeRO-3 leaves parameters empty, their size beside
+        sizes = [(p.ds_numel, p.requires_grad) for p in model.parameters()]
+        total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    if total == trained:
+        return f"{total:,} parameters, all trained"
+    return f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.2g} %)"
+
+
+def precision(model: Any, args: Any) -> str:
+    """The dtype of the trained weights, and what is computed in."""
+    trained = next((p.dtype for p in model.parameters() if p.requires_grad), model.dtype)
+    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    held = str(trained).removeprefix("torch.")
+    return f"{held}, computed in {computed}" if computed and computed != held else held
+
+
+def describe_device(args: Any) -> str:
+    """The kind of device, and how many share the work."""
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
+    if args.device.type == "cpu":
+        name += f", {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    visible = torch.cuda.device_count() if args.device.type == "cuda" else 1
+    if args.world_size == 1 and visible > 1:
+        return f"{name}, 1 of {visible} (accelerate launch --config_file accelerate_configs/multi_gpu.yaml takes all)"
+    return name if args.world_size == 1 else f"{args.world_size} x {name}"
+
+
+def describe_steps(args: Any, state: Any, data: PreparedData, trained_on: list[str]) -> str:
+    """Steps, epochs and the effective batch. Packed rows are not the rows of the audit: their tokens are left out."""
+    steps = f"{state.max_steps:,}"
+    if args.max_steps <= 0:
+        steps += f": {args.num_train_epochs:g} epoch{'s' * (args.num_train_epochs != 1)}"
+    parts = [
+        (args.per_device_train_batch_size, "a device"),
+        (args.world_size, "devices"),
+        (args.gradient_accumulation_steps, "accumulated"),
+    ]
+    rows = math.prod(n for n, _ in parts)
+    batch = f"{rows:,} row{'s' * (rows > 1)} a step"
+    if sum(n > 1 for n, _ in parts) > 1:
+        batch += f" ({' x '.join(f'{n} {what}' for n, what in parts if n > 1)})"
+    counts = [data.audit.datasets[name] for name in dict.fromkeys(trained_on)]
+    kept = sum(c.rows - c.dropped for c in counts)
+    if kept and not args.packing:
+        batch += f", about {rows * sum(c.tokens for c in counts) / kept:,.0f} tokens"
+    return f"{steps}, {batch}"
+
+
+def describe_disk(args: Any, checkpoint_bytes: int) -> str:
+    """The bytes of a checkpoint, how many are kept, and the bytes free."""
+    if args.save_strategy == "no":
+        saved = "no checkpoints"
+    else:
+        kept = f"{args.save_total_limit} kept" if args.save_total_limit else "all kept"
+        saved = f"{checkpoint_bytes / 1e9:.2f} GB a checkpoint, {kept}"
+    return f"{saved}; {free_space(Path(args.output_dir)) / 1e9:,.1f} GB free"
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as resolved, in YAML, so that the output folder alone tells how the model was made."""
+    return yaml.safe_dump(json.loads(json.dumps(recipe.resolved())), sort_keys=False, allow_unicode=True)
+
+
+def resume_command(recipe: Recipe) -> str:
+    """The command that goes on with this run. A launcher's own flags are not known here."""
+    more = ["resume_from_checkpoint=true"] if recipe.overwrite_output_dir or recipe.resume_from_checkpoint else []
+    if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return " ".join(["the same command", *(f"with {override}" for override in more)])
+    given = [a for a in sys.argv[1:] if a != str(recipe.path) and not a.startswith("resume_from_checkpoint=")]
+    return shlex.join(["python", "-m", "arpo_trl", str(recipe.path), *given, *more])

@@ -1,0 +1,118 @@
+"""Trackers, by their names in `report_to`: where they write, and what Weights & Biases is told beside the metrics.
+
+TRL's trainer sends the metrics. Here each tracker is kept inside output_dir, unless the user's own variable names
+another place, and a resumed run goes on in the tracker's run: its id is kept in run.json.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+if TYPE_CHECKING:
+    from trl.trainer.sft_config import SFTConfig
+
+    from ..recipe.keys import Recipe
+
+RUN_ID = "tracker_run"
+WANDB_WAYS_OUT = "run `wandb login`, or set WANDB_MODE=offline, or write report_to: none"
+TOLD_TO_WANDB = ("recipe", "audit", "versions", "git_commit", "world_size")
+
+
+def missing_trackers(recipe: Recipe) -> list[str]:
+    """A line for each tracker of `report_to` that is unknown, not installed, or lets nobody in, with the way out."""
+    lines = []
+    for tracker in recipe.report_to:
+        if tracker == "all":
+            continue
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            lines.append(
+                f"report_to: expected none, all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}; found {tracker!r}"
+            )
+            continue
+        package = {"azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
+        if importlib.util.find_spec(package) is None:
+            lines.append(f"report_to: {tracker} is not installed; pip install {package}, or write report_to: none")
+        elif tracker == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+            import wandb
+
+            try:
+                if not wandb.login(prompt=False):
+                    lines.append(f"report_to: wandb has no login; {WANDB_WAYS_OUT}")
+            except wandb.Error as error:  # a key that the server refuses, or no server
+                lines.append(
+                    f"report_to: wandb did not let you in ({' '.join(str(error).split())[:200]}); {WANDB_WAYS_OUT}"
+                )
+    return lines
+
+
+def start_trackers(recipe: Recipe, args: SFTConfig, manifest: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Prepare the trackers of `args.report_to`, on the main process, before the model is loaded.
+
+    Args:
+        recipe: The recipe.
+        args: What the trainer will be told; its run name may be set.
+        manifest: What run.json will hold; the run's id is added.
+        earlier: The manifest of the run that is resumed, or an empty one.
+
+    Raises:
+        RecipeError: Weights & Biases cannot begin a run.
+    """
+    trackers = set(args.report_to or []) & {"wandb", "tensorboard", "trackio"}
+    if not trackers:
+        return
+    run_id = manifest[RUN_ID] = earlier.get(RUN_ID) or secrets.token_hex(4)
+    output_dir = Path(recipe.output_dir).resolve()
+    name = recipe.run_name or output_dir.name
+    if "tensorboard" in trackers:
+        # Without a folder of its own, a resumed run would be a second curve, and one begun anew the same.
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs" / f"{name}-{run_id}"))
+    if "trackio" in trackers:
+        folder = os.environ.setdefault("TRACKIO_DIR", str(output_dir / "trackio"))
+        args.run_name = f"{name}-{run_id}"  # Trackio resumes by name
+        print(f"trackio  TRACKIO_DIR={folder} trackio show --project {args.project}", flush=True)
+    if "wandb" in trackers:
+        _start_wandb(recipe, args, output_dir, name, manifest)
+
+
+def _start_wandb(recipe: Recipe, args: SFTConfig, output_dir: Path, name: str, manifest: dict[str, Any]) -> None:
+    """Begin the run, or go on with it; transformers' callback then finds it begun."""
+    for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
+        os.environ.setdefault(variable, str(output_dir / "wandb"))
+    import wandb
+
+    try:
+        wandb.init(
+            project=recipe.project or os.environ.get("WANDB_PROJECT", args.project),
+            name=name,
+            id=manifest[RUN_ID],
+            resume="allow",
+            dir=os.environ.get("WANDB_DIR", output_dir),
+            config={key: manifest[key] for key in TOLD_TO_WANDB},
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise recipe.error("report_to", f"wandb could not begin a run ({reason}); {WANDB_WAYS_OUT}") from error
+
+
+def finish_trackers(args: SFTConfig, output_dir: Path) -> None:
+    """Hand the plot and the model card to Weights & Biases and end its run."""
+    if "wandb" not in (args.report_to or []):
+        return
+    import wandb
+
+    if wandb.run is None:  # not the main process
+        return
+    plot, card = output_dir / "training_loss.png", output_dir / "README.md"
+    if plot.exists():
+        wandb.run.log({"training_loss": wandb.Image(str(plot))})
+    if card.exists():
+        copy = shutil.copy(card, wandb.run.dir)  # `save` would leave a link, which breaks when the folder moves
+        wandb.run.save(copy, base_path=wandb.run.dir, policy="now")
+    wandb.finish()

@@ -1,0 +1,239 @@
+"""trainer_log.jsonl, the loss plot and the progress lines: what is seen of a run while it goes, and read after it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl.trainer.utils import compute_flops_per_token, compute_mfu, get_peak_flops
+
+from ..data.prepare import token_lengths
+from ..machine import peak_memory
+from .console import log_only, start_bar
+from .loss_plot import plot_loss
+
+if TYPE_CHECKING:
+    from ..run.trainer import ArpoTrainer
+
+
+def show_progress(trainer: ArpoTrainer, plot: bool) -> None:
+    """Put our log and bar in the place of the progress bar that prints dictionaries."""
+    say_nothing_of_steps(trainer)
+    trainer.add_callback(TrainerLog(trainer, Path(str(trainer.args.output_dir)) / "trainer_log.jsonl", plot))
+    # Trainer adds a tracker's callback before any of ours: this one comes first, so that they send its figures too.
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, callbacks.pop())
+
+
+def say_nothing_of_steps(trainer: ArpoTrainer) -> None:
+    """Remove transformers' progress bar."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+
+
+class TrainerLog(TrainerCallback):
+    """Appends a line to trainer_log.jsonl at each log, under LLaMA-Factory's names, and shows it.
+
+    Times are in seconds of this run over all its sessions; `*_per_second` is of the steps since the last line, with
+    whatever evaluation and saving came between. Figures that are ours are handed on to the trackers.
+    """
+
+    def __init__(self, trainer: ArpoTrainer, path: Path, plot: bool) -> None:
+        self.trainer, self.path, self.plot = trainer, path, plot
+        self.bar: tqdm[Any] | None = None
+        self._evaluated, self._shown = 0, ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        earlier = [line for line in read_log(self.path) if line["current_steps"] <= state.global_step]
+        self._elapsed_before = run_seconds(earlier)
+        self._began, self._first_step = time.monotonic(), state.global_step
+        self._last_time = 0.0
+        self._mfu_per_token = mfu_per_token(self.trainer)
+        if state.is_world_process_zero:
+            # Lines after the checkpoint belong to steps that are about to be taken again.
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._last_time:
+            return
+        # Not in on_train_begin: the other callbacks restore the counts there, and print lines.
+        self._last_time = time.monotonic()
+        self._last_seen, self._last_trained = self.trainer._total_train_tokens, self.trainer.trained_tokens
+        if state.is_world_process_zero:
+            self.bar = start_bar(total=state.max_steps, initial=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self._evaluated += 1
+            self.bar.set_postfix_str(f"evaluating, batch {self._evaluated}", refresh=False)
+            self.bar.update(0)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._evaluated = 0
+        if self.bar:
+            self.bar.set_postfix_str(self._shown, refresh=False)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        evaluated = {k: v for k, v in (logs or {}).items() if k.startswith("eval_")}
+        if not state.is_world_process_zero or not logs or not ("loss" in logs or evaluated):
+            return
+        now = time.monotonic()
+        elapsed = self._elapsed_before + now - self._began
+        steps = max(state.global_step - self._first_step, 1)
+        remaining = (now - self._began) / steps * (state.max_steps - state.global_step)
+        line: dict[str, Any] = {
+            "current_steps": state.global_step,
+            "total_steps": state.max_steps,
+            "epoch": round(state.epoch, 4),
+            "percentage": round(100 * state.global_step / max(state.max_steps, 1), 2),
+            "elapsed_time": format_seconds(elapsed),
+            "remaining_time": format_seconds(remaining),
+            "elapsed_seconds": round(elapsed, 3),
+        }
+        if "loss" in logs:
+            line |= {"loss": logs["loss"], "lr": logs["learning_rate"]}
+            line |= {key: logs.get(key) for key in ("grad_norm", "mean_token_accuracy", "entropy")}
+            figures = self._figures(now)
+            logs |= figures  # the trackers' callbacks come after this one
+            line |= figures
+        line |= evaluated
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            print(f"{self.path} could not be written ({error}); the run goes on", flush=True)
+        self._show(line)
+
+    def _figures(self, now: float) -> dict[str, Any]:
+        seen, trained = self.trainer._total_train_tokens, self.trainer.trained_tokens
+        took = max(now - self._last_time, 1e-9)
+        speed = (seen - self._last_seen) / took
+        figures = {
+            "seen_tokens": int(seen),
+            "trained_tokens": trained,
+            "tokens_per_second": round(speed, 1),
+            "trained_tokens_per_second": round((trained - self._last_trained) / took, 1),
+            "peak_memory_gb": round(peak_memory() / 1e9, 3),
+        }
+        if self._mfu_per_token:
+            figures["mfu"] = round(speed * self._mfu_per_token, 2)
+        self._last_time, self._last_seen, self._last_trained = now, seen, trained
+        return figures
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if "loss" in line:
+            figures = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
+            if "mfu" in line:
+                figures += f"  MFU {line['mfu']:.0f} %"
+        else:
+            figures = "  ".join(describe_evaluation(line))
+        text = f"step {line['current_steps']}/{line['total_steps']}  {figures}  "
+        text += f"{line['elapsed_time']} < {line['remaining_time']}"
+        if self.bar and not self.bar.disable and "loss" in line:
+            self._shown = figures
+            self.bar.set_postfix_str(figures, refresh=False)
+            log_only(text)
+        else:
+            print(text, flush=True)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.plot and state.is_world_process_zero:
+            with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report
+                plot_loss(read_log(self.path), self.path.with_name("training_loss.png"))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.bar.close()
+
+
+# --- figures ---
+
+
+def mfu_per_token(trainer: ArpoTrainer) -> float | None:
+    """Model FLOPs utilisation, in percent, of one token per second; None where the device's peak is not known.
+
+    As in PaLM (https://arxiv.org/abs/2204.02311, appendix B): recomputed activations do not count, attention counts in
+    full. Frozen weights under an adapter have no gradient of their own, a third of the work.
+    """
+    dtype = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else None
+    if trainer.args.device.type != "cuda" or dtype is None or not isinstance(trainer.train_dataset, Dataset):
+        return None
+    peak = get_peak_flops(torch.cuda.get_device_name(trainer.args.device), dtype)
+    if peak is None:
+        return None
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    flops = compute_flops_per_token(model.config.get_text_config(), mean_context(trainer.train_dataset))
+    if any(not p.requires_grad for p in model.parameters()):
+        flops = flops * 2 // 3
+    return float(compute_mfu(flops, 1.0, trainer.args.world_size, peak))
+
+
+def mean_context(dataset: Dataset) -> int:
+    """Tokens in the row of the average token, which is what attention costs: sum(n * n) / sum(n)."""
+    if "seq_lengths" in dataset.column_names:  # packed: several conversations a row
+        n = np.concatenate([np.empty(0, np.int64), *(np.asarray(row, np.int64) for row in dataset["seq_lengths"])])
+    else:
+        n = token_lengths(dataset)
+    return max(round(int((n * n).sum()) / max(int(n.sum()), 1)), 1)
+
+
+# --- the log as data ---
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a trainer_log.jsonl; a last line that a kill cut off is left out."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            lines += [line] if isinstance(line, dict) else []
+    return lines
+
+
+def run_seconds(lines: list[dict[str, Any]]) -> float:
+    """Seconds of a run over all its sessions, as far as its log reaches; LLaMA-Factory's log has none."""
+    return max((line.get("elapsed_seconds", 0.0) for line in lines), default=0.0)
+
+
+def mean_loss(lines: list[dict[str, Any]], steps: int) -> float | None:
+    """The mean over all steps of a run; None when the log does not reach the last one. A line's loss is the mean since
+    the line before."""
+    total, last = 0.0, 0
+    for line in lines:
+        if "loss" in line:
+            total += line["loss"] * (line["current_steps"] - last)
+            last = line["current_steps"]
+    return total / steps if last == steps else None
+
+
+def describe_evaluation(metrics: dict[str, Any]) -> list[str]:
+    """The loss and perplexity of each dataset, among metrics or in a line of the log."""
+    words = []
+    for name, value in metrics.items():
+        if name.startswith("eval_") and name.endswith(("_loss", "_perplexity")):
+            words.append(
+                f"{name.replace('_', ' ')} {value:.4f}" if name.endswith("_loss") else f"perplexity {value:.2f}"
+            )
+    return words
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"

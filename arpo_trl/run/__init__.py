@@ -1,0 +1,1 @@
+"""A recipe's run, from the first check to the final model."""

@@ -1,0 +1,129 @@
+"""Which checkpoint is whole, what a run's folder holds, and what may change when a run is resumed.
+
+`Trainer` writes a checkpoint in place and resumes from the highest number unchecked. Here a checkpoint being written
+carries a mark; once it is whole the mark becomes `files.json`, the list of its files and their sizes. A folder that
+still has the mark, or whose files differ from the list, is never used and never deleted: it is set aside by name.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ..run_folder import checkpoint_step, list_checkpoints, match_umask, read_json, write_json
+
+IN_PROGRESS = ".in_progress"
+FILES = "files.json"
+
+# What a resume reads. FSDP and DeepSpeed keep all but the first in folders of their own.
+NEEDED = {"rng_state.pth": "rng_state*.pth", "optimizer.pt": "optimizer.*", "scheduler.pt": "scheduler.pt"}
+
+
+def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be resumed from, and a line for each newer one that cannot.
+
+    A damaged checkpoint is renamed to `damaged-checkpoint-<step>`, so that neither a resume nor the rotation of old
+    checkpoints can meet it again, and nothing is deleted.
+    """
+    lines: list[str] = []
+    for folder in reversed(list_checkpoints(output_dir)):
+        reason = find_damage(folder)
+        if reason is None:
+            return folder, lines
+        aside = set_aside(folder, "damaged")
+        lines.append(f"{folder} is not whole ({reason}); skipped and kept as {aside.name}")
+    return None, lines
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename `checkpoint-<step>` to `<why>-checkpoint-<step>`, with a number if that is taken."""
+    aside, count = folder.with_name(f"{why}-{folder.name}"), 1
+    while aside.exists():
+        count += 1
+        aside = folder.with_name(f"{why}-{folder.name}-{count}")
+    return folder.rename(aside)
+
+
+def find_damage(folder: Path) -> str | None:
+    """Why `folder` cannot be resumed from, or None when it is whole.
+
+    Runs no pickle and reads no weight: it compares sizes, JSON, safetensors headers and zip checksums. So a bit that
+    flipped on the disk is seen in the optimizer's state and not in the weights.
+    """
+    if (folder / IN_PROGRESS).exists():
+        return "its save was interrupted"
+    state = read_json(folder / "trainer_state.json")
+    if not isinstance(state, dict):
+        return "trainer_state.json is missing or not JSON"
+    if state.get("global_step") != checkpoint_step(folder):
+        return f"trainer_state.json names step {state.get('global_step')}"
+    sizes = read_json(folder / FILES) if (folder / FILES).exists() else {}
+    if not isinstance(sizes, dict):
+        return f"{FILES} is not JSON"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+    if not any(path.is_dir() for kind in ("optimizer_*", "global_step*") for path in folder.glob(kind)):
+        if not any(folder.glob("*model.*")):
+            return "it has no weights"
+        for name, pattern in NEEDED.items():
+            if not any(folder.glob(pattern)):
+                return f"{name} is missing"
+    for path in sorted(folder.iterdir()):
+        reason = _file_damage(path)
+        if reason:
+            return f"{path.name} {reason}"
+    return None
+
+
+def _file_damage(path: Path) -> str | None:
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="numpy"):
+                return None
+        except (SafetensorError, OSError) as error:
+            return f"is cut off or not safetensors ({error})"
+    if path.suffix in (".pt", ".pth", ".bin"):  # torch.save writes a zip with a checksum for each part
+        try:
+            with zipfile.ZipFile(path) as parts:
+                return "is corrupt" if parts.testzip() else None
+        except Exception:  # zipfile raises a dozen kinds, from struct.error to NotImplementedError
+            return "is cut off or not written by torch.save"
+    if path.name.endswith(".index.json"):
+        index = read_json(path)
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(shards, dict):
+            return "is not JSON with a weight_map"
+        missing = sorted({str(name) for name in shards.values() if not (path.parent / str(name)).is_file()})
+        return f"names {missing[0]}, which is missing" if missing else None
+    return None
+
+
+def begin_checkpoint(folder: Path) -> None:
+    """Mark `folder` as being written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / IN_PROGRESS).touch()
+
+
+def finish_checkpoint(folder: Path, durable: bool) -> int:
+    """Turn the mark into the list of files, and return their bytes.
+
+    Args:
+        durable: Wait until the disk has them, as older checkpoints are about to be deleted: a machine that loses
+            power may otherwise lose both.
+    """
+    match_umask(folder)
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (IN_PROGRESS, FILES))
+    for path in paths if durable else []:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    write_json(folder / FILES, sizes)
+    (folder / IN_PROGRESS).unlink()
+    return sum(sizes.values())

@@ -1,0 +1,229 @@
+"""Recipe -> SFTConfig, LoraConfig, BitsAndBytesConfig: the only file that knows both vocabularies."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from trl.trainer.sft_config import SFTConfig
+
+from ..errors import RecipeError
+from ..recipe.keys import Recipe
+from ..recipe.rules import wandb_is_disabled
+
+# The output layer stays as it is in LLaMA-Factory, whose `all` means the linear layers before it.
+_ALL_BUT_THE_HEAD = r"(?!.*(lm_head|output_layer)).*"
+_KERNELS = {"disabled": "eager", "sdpa": "sdpa", "flex": "flex_attention"}
+_KERNELS |= {"fa2": "flash_attention_2", "fa3": "flash_attention_3"}
+
+
+def to_sft_config(recipe: Recipe) -> SFTConfig:
+    """What SFTTrainer is told. Rows arrive cut and encoded: TRL prepares nothing, unless it packs.
+
+    Raises:
+        RecipeError: what transformers says against a combination of keys.
+    """
+    gpu = torch.accelerator.is_available()
+    checkpointing = dict(recipe.trl.get("activation_checkpointing_kwargs") or {})
+    if recipe.use_reentrant_gc is not None:
+        checkpointing["use_reentrant"] = recipe.use_reentrant_gc
+    settings: dict[str, Any] = {
+        # the same names
+        "output_dir": recipe.output_dir,
+        "trust_remote_code": recipe.trust_remote_code,
+        "do_train": recipe.do_train,
+        "do_eval": recipe.do_eval,
+        "eval_strategy": recipe.eval_strategy,
+        "load_best_model_at_end": recipe.load_best_model_at_end,
+        "per_device_train_batch_size": recipe.per_device_train_batch_size,
+        # evaluation needs no more memory than training did
+        "per_device_eval_batch_size": recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size,
+        "num_train_epochs": recipe.num_train_epochs,
+        "learning_rate": recipe.learning_rate,
+        "logging_steps": recipe.logging_steps,
+        "save_strategy": recipe.save_strategy,
+        "save_steps": recipe.save_steps,
+        "report_to": recipe.report_to or "none",
+        "run_name": recipe.run_name,
+        "seed": recipe.seed,
+        "fp16": recipe.fp16,
+        "packing": recipe.packing,
+        "padding_free": recipe.padding_free,
+        "deepspeed": recipe.deepspeed,
+        # other names, or another meaning
+        "bf16": recipe.bf16 and not recipe.pure_bf16,
+        "gradient_accumulation_steps": _accumulation(recipe),
+        "warmup_steps": recipe.warmup_steps or recipe.warmup_ratio,  # below 1 it is a share, since transformers 5
+        "activation_checkpointing": bool(recipe.gradient_checkpointing),
+        "gradient_checkpointing": None,  # TRL's default, True, would be answered with a FutureWarning
+        "use_liger_kernel": recipe.enable_liger_kernel,
+        "router_aux_loss_coef": recipe.moe_aux_loss_coef,
+        "dataset_num_proc": recipe.preprocessing_num_workers,
+        "loss_type": "dft" if recipe.use_dft_loss else "nll",
+        "train_sampling_strategy": (
+            "sequential" if recipe.disable_shuffling else "group_by_length" if recipe.group_by_length else "random"
+        ),
+        "max_length": recipe.cutoff_len if recipe.packing else None,
+        "dataset_kwargs": None if recipe.packing else {"skip_prepare_dataset": True},
+        "use_cpu": not gpu,
+    }
+    if recipe.project:
+        settings["project"] = recipe.project
+    settings |= _low_rank_optimizer(recipe) | recipe.trl
+    settings["activation_checkpointing_kwargs"] = checkpointing or None
+    try:
+        config = SFTConfig(**settings)
+    except (ValueError, OSError, ImportError) as error:
+        raise RecipeError(f"{recipe.path}: transformers refuses these keys: {str(error).splitlines()[0]}") from error
+    # Of several visible GPUs a process without a launcher takes one: TRL refuses nn.DataParallel, Trainer's way to use
+    # them all (https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L1118).
+    config._n_gpu = min(config.n_gpu, 1)
+    if wandb_is_disabled():
+        config.report_to = [tracker for tracker in config.report_to or [] if tracker != "wandb"]  # left by `all`
+    if config.mixed_precision in ("bf16", "fp16") and not (config.bf16 or config.fp16):
+        config.mixed_precision = "no"  # the recipe decides what is computed, the launcher only where
+    return config
+
+
+def to_lora_config(recipe: Recipe, tied: bool) -> LoraConfig:
+    """The adapter. `tied`: whether the model's head is its embeddings."""
+    start: Any = True
+    if recipe.pissa_init:
+        start = "pissa" if recipe.pissa_iter == -1 else f"pissa_niter_{recipe.pissa_iter}"
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha or 2 * recipe.lora_rank,
+        lora_dropout=recipe.lora_dropout,
+        target_modules="all-linear" if "all" in recipe.lora_target else recipe.lora_target,
+        modules_to_save=recipe.additional_target or None,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+        init_lora_weights=start,
+        ensure_weight_tying=tied
+        and not {"embed_tokens", "lm_head"}.isdisjoint([*recipe.additional_target, *recipe.lora_target]),
+    )
+
+
+def to_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
+    if recipe.quantization_bit is None:
+        return None
+    if recipe.quantization_bit == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = _compute_dtype(recipe) or torch.float32
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.quantization_type,
+        bnb_4bit_use_double_quant=recipe.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # FSDP shards only what has one dtype
+    )
+
+
+def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
+    """What `from_pretrained` is told.
+
+    Weights that are trained are float32, also under bf16 autocast: in bfloat16, steps below 1/256 of a weight round to
+    nothing. A frozen base is in the dtype of the computation, or in its file's, unless parts of it are trained whole or
+    a CPU, slow in bfloat16, computes.
+    """
+    dtype: torch.dtype | str = _compute_dtype(recipe) or "auto"
+    whole = recipe.additional_target or recipe.finetuning_type == "freeze"
+    if recipe.pure_bf16:
+        dtype = torch.bfloat16
+    elif recipe.finetuning_type == "full" or (dtype == "auto" and (whole or not torch.accelerator.is_available())):
+        dtype = torch.float32
+    kwargs: dict[str, Any] = {"dtype": dtype, **hub_kwargs(recipe)}
+    if recipe.flash_attn != "auto":
+        kwargs["attn_implementation"] = _KERNELS[recipe.flash_attn]
+    return kwargs | _rope(recipe)
+
+
+def load_model_config(recipe: Recipe) -> PreTrainedConfig:
+    """The model's own config, as its file has it."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(recipe.model_name_or_path, **hub_kwargs(recipe))
+    return config
+
+
+def hub_kwargs(recipe: Recipe) -> dict[str, Any]:
+    """Where the model comes from, and whether its own code may run: only if transformers has none for it."""
+    return {
+        "revision": recipe.model_revision,
+        "cache_dir": recipe.cache_dir,
+        "trust_remote_code": recipe.trust_remote_code and not _is_built_in(recipe),
+    }
+
+
+def _is_built_in(recipe: Recipe) -> bool:
+    """Whether transformers has the architecture, so that no code from the model's folder is needed. Runs none."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(
+            recipe.model_name_or_path, revision=recipe.model_revision, cache_dir=recipe.cache_dir
+        )
+    except (OSError, ValueError):
+        return False  # loading the model says what is wrong
+    return config.get("model_type") in CONFIG_MAPPING
+
+
+def _compute_dtype(recipe: Recipe) -> torch.dtype | None:
+    if recipe.bf16 or recipe.pure_bf16:
+        return torch.bfloat16
+    return torch.float16 if recipe.fp16 else None
+
+
+def _accumulation(recipe: Recipe) -> int:
+    """Batches per update, so that all devices together see `global_batch_size` rows."""
+    if recipe.global_batch_size is None:
+        return recipe.gradient_accumulation_steps
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    at_once = recipe.per_device_train_batch_size * world
+    if recipe.global_batch_size % at_once:
+        raise recipe.error(
+            "global_batch_size",
+            f"expected a multiple of {at_once} (per_device_train_batch_size "
+            f"{recipe.per_device_train_batch_size} x {world} processes), found {recipe.global_batch_size}",
+        )
+    return recipe.global_batch_size // at_once
+
+
+def _low_rank_optimizer(recipe: Recipe) -> dict[str, Any]:
+    """GaLore and APOLLO, as transformers takes them. (Its GaLore keeps galore_torch's epsilon, 1e-6.)"""
+    args: dict[str, Any]
+    if recipe.use_galore:
+        name, target, layerwise = "galore_adamw", recipe.galore_target, recipe.galore_layerwise
+        args = {"rank": recipe.galore_rank, "update_proj_gap": recipe.galore_update_interval}
+        args |= {"scale": recipe.galore_scale, "proj_type": recipe.galore_proj_type}
+    elif recipe.use_apollo:
+        name, target, layerwise = "apollo_adamw", recipe.apollo_target, recipe.apollo_layerwise
+        args = {"rank": recipe.apollo_rank, "update_proj_gap": recipe.apollo_update_interval}
+        args |= {"scale": recipe.apollo_scale, "proj": recipe.apollo_proj}
+        args |= {"proj_type": recipe.apollo_proj_type, "scale_type": recipe.apollo_scale_type}
+    else:
+        return {}
+    return {
+        "optim": name + "_layerwise" * layerwise,
+        "optim_args": ",".join(f"{key}={value}" for key, value in args.items()),
+        "optim_target_modules": _ALL_BUT_THE_HEAD if "all" in target else target,
+    }
+
+
+def _rope(recipe: Recipe) -> dict[str, Any]:
+    """Stretch the position embeddings by the whole factor that covers cutoff_len, as LLaMA-Factory does."""
+    if recipe.rope_scaling is None:
+        return {}
+    config = load_model_config(recipe)
+    length = config.max_position_embeddings
+    if recipe.cutoff_len <= length:
+        return {}
+    factor = math.ceil(recipe.cutoff_len / length)
+    rope = {**config.rope_parameters, "rope_type": recipe.rope_scaling, "factor": float(factor)}
+    if recipe.rope_scaling != "linear":
+        rope["original_max_position_embeddings"] = length
+    if recipe.rope_scaling == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return {"rope_parameters": rope, "max_position_embeddings": length * factor}

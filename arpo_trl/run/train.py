@@ -1,0 +1,161 @@
+"""The whole run, top to bottom."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+
+from ..data.prepare import prepare_datasets
+from ..data.tokenizer import load_tokenizer
+from ..errors import RecipeError, RunFailed
+from ..machine import missing_space
+from ..processes import leave_together, on_main_process
+from ..recipe.keys import Recipe
+from ..report.console import logged_to, say
+from ..report.loss_plot import plot_loss
+from ..report.manifest import MANIFEST, describe_run, read_manifest, require_same_run
+from ..report.model_card import NOT_FOR_THE_HUB, write_model_card
+from ..report.summary import StartReport, end_report, recipe_text, resume_command
+from ..report.trackers import finish_trackers, start_trackers
+from ..report.trainer_log import mean_loss, read_log, show_progress
+from ..run_folder import match_umask, write_json
+from .evaluate import eval_datasets, evaluate_only
+from .model import keep_adapter_in_float32, load_model, to_optimizer, turn_pissa_into_lora
+from .preflight import Preflight
+from .requirements import check_environment
+from .resume import clear_earlier_run, find_resume_point
+from .sft_config import to_sft_config
+from .stop import StopEarly, StopOnSignal
+from .trainer import ArpoTrainer
+
+
+def train(recipe: Recipe) -> int:
+    """Run a recipe: data, model, training, final model.
+
+    Returns:
+        The exit code: 0 when the run is finished, 128 + the signal's number when a signal stopped it.
+
+    Raises:
+        RecipeError: something that the user can mend, before the first step.
+        RunFailed: the run began and cannot go on.
+    """
+    check_environment(recipe)
+    args = to_sft_config(recipe)
+    main_process = PartialState().is_main_process
+    output_dir = Path(recipe.output_dir)
+
+    checkpoint, lines = on_main_process(lambda: find_resume_point(recipe)) if recipe.do_train else (None, [])
+    with logged_to(output_dir / "training.log", enabled=main_process) as forget_earlier_sessions:
+        for line in [*recipe.notices, *lines]:
+            say(line)
+        if not recipe.do_train:
+            evaluate_only(recipe, args)
+            leave_together()
+            return 0
+        tokenizer = load_tokenizer(recipe)
+        data = prepare_datasets(recipe, tokenizer)
+        manifest = describe_run(recipe, data)
+        earlier = read_manifest(checkpoint.parent) if checkpoint else {}
+        if checkpoint is not None:
+            for line in on_main_process(lambda: require_same_run(earlier, manifest, recipe.allow_changed_recipe)):
+                say(line)
+        data.write_audit(output_dir / "row_audit.jsonl")
+        on_main_process(lambda: start_trackers(recipe, args, manifest, earlier))
+
+        model, saved_dtype = load_model(recipe)
+        trainer = ArpoTrainer(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=eval_datasets(recipe, data),
+            processing_class=tokenizer,
+            optimizer_cls_and_kwargs=to_optimizer(recipe, args),
+            rows=data.train if isinstance(data.train, Dataset) else None,  # naming a stream's rows would read it anew
+            on_save_error=recipe.on_save_error,
+        )
+        keep_adapter_in_float32(model)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+            say("FSDP needs GPUs (accelerate 1.15): each process holds the whole model, as with multi_gpu.yaml")
+        if recipe.early_stopping_steps:
+            trainer.add_callback(StopEarly(recipe.early_stopping_steps))
+        stop = StopOnSignal()
+        trainer.add_callback(stop)
+        trainer.add_callback(StartReport(recipe, data, trainer, checkpoint))
+        show_progress(trainer, recipe.plot_loss)
+        if recipe.preflight:
+            trainer.add_callback(Preflight(trainer, choose_checkpointing=recipe.gradient_checkpointing == "auto"))
+
+        def begin() -> list[str]:
+            lines = []
+            if checkpoint is None:
+                forget_earlier_sessions()
+                lines = clear_earlier_run(output_dir)
+            if full := missing_space(output_dir, trainer.checkpoint_bytes, "a checkpoint"):
+                raise RecipeError(full)
+            write_json(output_dir / MANIFEST, manifest)
+            (output_dir / "recipe.yaml").write_text(recipe_text(recipe), encoding="utf-8")
+            if args.push_to_hub:
+                (output_dir / ".gitignore").write_text(NOT_FOR_THE_HUB, encoding="utf-8")
+            return lines
+
+        for line in on_main_process(begin):
+            say(line)
+
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+        if stop.signum is not None and trainer.state.global_step < trainer.state.max_steps:
+            if main_process:
+                write_json(output_dir / MANIFEST, manifest | {"status": "stopped"})
+            say(f"stopped by {signal.Signals(stop.signum).name} at step {trainer.state.global_step}, checkpoint saved")
+            say(f"to go on: {resume_command(recipe)}")
+            leave_together()
+            return 128 + stop.signum
+        metrics = trainer.evaluate_final_weights() if args.do_eval else {}
+        trainer.save_final_model(saved_dtype)
+        if main_process:
+            turn_pissa_into_lora(model, output_dir)
+        write_results(recipe, trainer, manifest, result.metrics, metrics)
+        finish_trackers(args, output_dir)
+        if args.push_to_hub:
+            push(trainer)
+        for line in end_report(recipe, trainer.state, result.metrics, metrics):
+            say(line)
+        leave_together()
+    return 0
+
+
+def push(trainer: ArpoTrainer) -> None:
+    """Upload the final model; what the Hub answers does not undo a run that is saved."""
+    try:
+        trainer.push_to_hub()
+    except Exception as error:  # the Hub's client raises what its many backends raise
+        reason = " ".join(str(error).split())[:300]
+        folder, hub_id = trainer.args.output_dir, trainer.hub_model_id
+        raise RunFailed(
+            f"push_to_hub: the model is saved in {folder} and was not uploaded ({reason}); hf upload {hub_id} {folder}"
+        ) from error
+
+
+def write_results(
+    recipe: Recipe, trainer: ArpoTrainer, manifest: dict[str, Any], trained: Any, evaluated: Any
+) -> None:
+    """Leave the run's figures, plot and model card beside the final model."""
+    output_dir = Path(recipe.output_dir)
+    log = read_log(output_dir / "trainer_log.jsonl")
+    trained["train_loss"] = mean_loss(log, trainer.state.global_step) or trained["train_loss"]  # since the resume
+    trainer.save_metrics("train", trained)
+    if evaluated:
+        trainer.save_metrics("eval", evaluated)
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    if recipe.plot_loss:
+        plot_loss(log, output_dir / "training_loss.png")
+    write_model_card(output_dir, recipe_text(recipe))
+    match_umask(output_dir)
+    write_json(output_dir / MANIFEST, manifest | {"status": "finished"})

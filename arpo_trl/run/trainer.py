@@ -1,0 +1,321 @@
+"""The places in which TRL's `SFTTrainer` is changed, each with its reason."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers.trainer_callback import ExportableState, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from trl.trainer.sft_trainer import SFTTrainer
+
+from ..errors import RunFailed
+from ..machine import checkpoint_bytes, missing_space
+from .checkpoints import IN_PROGRESS, begin_checkpoint, finish_checkpoint
+from .loss import score_labelled_positions_only, token_means
+
+
+class ArpoTrainer(SFTTrainer):
+    """`SFTTrainer` whose checkpoints are whole or marked, whose runs resume exactly, and which stops at a NaN.
+
+    Its evaluation means over tokens, and keeps no logits. transformers means over batches: a batch of two short replies
+    weighs as much as one of two long ones, and the same model has another loss at another batch size. Here `eval_loss`
+    is the mean of -log p over all labelled tokens of a dataset, whatever the training loss adds to that (DFT, label
+    smoothing, the routers' loss), and `eval_perplexity` is its exponential; `eval_entropy` and
+    `eval_mean_token_accuracy` are over the same tokens. Several datasets have a loss each, as `eval_<name>_loss`, and
+    `eval_loss` is that of all of them together.
+
+    Args:
+        rows: The rows behind the training batches, with columns `input_ids` and `source` ("file:line"), to name the
+            rows of a batch that fails. With packing these are the rows before packing.
+        on_save_error: "stop" ends the run when a checkpoint cannot be written, "continue" goes on without it.
+        **kwargs: As `trl.SFTTrainer`.
+    """
+
+    def __init__(self, *, rows: Dataset | None = None, on_save_error: str = "stop", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rows = rows
+        self.on_save_error = on_save_error
+        self.trained_tokens = 0
+        self._window: list[dict[str, Tensor]] = []  # the batches of the update in progress
+        self._last_batch = ""
+        self._eval_sums = torch.zeros(4, dtype=torch.float64)
+        self.checkpoint_bytes = checkpoint_bytes(self.model, self.args.save_only_model)  # until one is measured
+        # Trainer would replace a NaN loss by the running average and log 0: the step below raises instead.
+        self.args.logging_nan_inf_filter = False
+        self.add_callback(_LogState(self))
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # Accelerate 1.15 rounds what leaves the model, each token's log-probability, to bfloat16 (7.68 to 7.6875),
+            # and sums gradients in it. https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/dataclasses.py
+            policy = plugin.mixed_precision_policy
+            plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
+        if self.accelerator.device.type not in ("cuda", "xpu"):
+            model = self.accelerator.unwrap_model(self.model)
+            score_labelled_positions_only(model.get_base_model() if hasattr(model, "get_base_model") else model)
+
+    # --- a step ---
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; a device without memory ends the run with what to change."""
+        try:
+            return super().train(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise RunFailed(self._out_of_memory()) from error
+            raise
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One forward and backward; a loss that is not finite ends the run by name."""
+        self._window.append(inputs)
+        self._last_batch = f"training batch of {_shape(inputs)} tokens"
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        if not torch.isfinite(loss):
+            raise RunFailed(self._not_finite("loss", float(loss)))
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        # Under float16 the scaler meets infinite gradients by design: it skips the step and lowers its scale.
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+            raise RunFailed(self._not_finite("gradient", float(norm)))
+        labels = [batch["labels"][..., 1:] for batch in self._window if "labels" in batch]
+        counted = sum((label != -100).sum() for label in labels)
+        if isinstance(counted, Tensor):
+            self.trained_tokens += int(self.accelerator.reduce(counted.to(self.accelerator.device)))
+        self._window.clear()
+        return norm
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self._last_batch = f"evaluation batch of {_shape(inputs)} tokens"
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _not_finite(self, what: str, value: float) -> str:
+        model: Any = self.model
+        weight = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+        cause = (
+            f"The model itself is broken: its weight {weight} is not finite"
+            if weight
+            else "Lower learning_rate, use bf16 instead of fp16, or look at these rows"
+        )
+        return (
+            f"step {self.state.global_step + 1}: the {what} is {value}; nothing of this step was saved. "
+            f"Rows in its batch: {', '.join(self._sources_in_window()) or 'unknown'}. {cause}"
+        )
+
+    def _out_of_memory(self) -> str:
+        args, ways = self.args, []
+        if self._last_batch.startswith("evaluation"):
+            ways += ["per_device_eval_batch_size (same run)"]
+        else:
+            if args.per_device_train_batch_size > 1:
+                ways += [
+                    "per_device_train_batch_size (raise gradient_accumulation_steps, or keep global_batch_size: same run)"
+                ]
+            if not args.activation_checkpointing:
+                ways += ["gradient_checkpointing: true (slower, same run)"]
+        ways += ["cutoff_len (rows are cut)"]
+        ways += [] if hasattr(self.model, "peft_config") else ["finetuning_type: lora"]
+        return (
+            f"step {self.state.global_step + 1}: out of memory on {self.accelerator.device} with a "
+            f"{self._last_batch or 'model of this size'}. In order of what it costs, change: {'; '.join(ways)}"
+        )
+
+    def _sources_in_window(self) -> list[str]:
+        """`file:line` of each row in the batches of this step, found by its tokens: columns do not reach the model."""
+        if self.rows is None or "source" not in self.rows.column_names:
+            return []
+        wanted = {tuple(row) for batch in self._window for row in _split_rows(batch)}
+        rows = self.rows.select_columns(["input_ids", "source"])
+        return [row["source"] for row in rows if tuple(row["input_ids"]) in wanted]
+
+    # --- an evaluation ---
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(datasets, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics: dict[str, float] = {}
+        sums = torch.zeros(4, dtype=torch.float64)
+        for name, dataset in datasets.items():
+            metrics |= super().evaluate(
+                name if eval_dataset is None else dataset, ignore_keys, f"{metric_key_prefix}_{name}"
+            )
+            sums += self._eval_sums
+        overall = token_means(sums, metric_key_prefix)
+        self.log(dict(overall))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, overall)
+        return metrics | overall
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._eval_sums = torch.zeros(4, dtype=torch.float64)
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output: EvalLoopOutput = super().evaluation_loop(*args, **kwargs)
+        assert output.metrics is not None
+        output.metrics.update(token_means(self._eval_sums, metric_key_prefix))
+        return output
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        assert self.model is not None
+        if self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        scores = model(**inputs, use_cache=False, fused_lm_head=True)
+        parts = (-scores.log_probs, scores.entropy, scores.is_top1, scores.label_mask)
+        # A row per conversation, so that those which fill up the last batch of several processes are dropped again.
+        # (Laid end to end a batch is one row: of several processes, the rows that fill up count twice.)
+        rows = torch.stack([part.float().sum(-1) for part in parts], dim=-1)
+        self._eval_sums += self.accelerator.gather_for_metrics(rows).sum(0).double().cpu()
+        nll, _, _, tokens = rows.sum(0)
+        return nll / tokens.clamp(min=1)
+
+    def evaluate_final_weights(self) -> dict[str, float]:
+        """The metrics of the weights that the run ends with: those in its log, or else of one more evaluation."""
+        step = self.state.global_step
+        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
+            step = self.state.best_global_step
+        logged = [entry for entry in self.state.log_history if entry["step"] == step]
+        known = {k: v for entry in logged for k, v in entry.items() if k.startswith("eval_")}
+        return known if "eval_loss" in known else self.evaluate()
+
+    # --- a checkpoint ---
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint that is marked until it is whole, and only then rotate the older ones away."""
+        output_dir = Path(str(self.args.output_dir))
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+
+        def begin() -> None:
+            if full := missing_space(output_dir, self.checkpoint_bytes, "a checkpoint"):
+                raise RunFailed(full)
+            begin_checkpoint(folder)
+
+        def finish() -> None:
+            self.checkpoint_bytes = finish_checkpoint(folder, durable=bool(keep))
+
+        error = self._try_on_all(begin, main_only=True)
+        error = error or self._try_on_all(lambda: super(ArpoTrainer, self)._save_checkpoint(model, trial))  # type: ignore[no-untyped-call]
+        error = error or self._try_on_all(finish, main_only=True)  # its list waits for every process's rng_state
+        self.args.save_total_limit = keep
+        if error:
+            self._save_failed(folder, error)
+        elif self.is_world_process_zero():
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(output_dir=str(output_dir), save_total_limit=keep, best_model_checkpoint=best)
+
+    def _try_on_all(self, act: Callable[[], None], main_only: bool = False) -> Exception | None:
+        """Do it; the error of one process is an error for all, so that none waits for another in a collective."""
+        error: Exception | None = None
+        try:
+            if not main_only or self.is_world_process_zero():
+                act()
+        except Exception as failure:  # safetensors, torch and the file system each raise their own for a full disk
+            error = failure
+        failed = self.accelerator.reduce(torch.tensor(int(error is not None), device=self.args.device))
+        return error or (RunFailed("another process could not write its part") if failed else None)
+
+    def _save_failed(self, folder: Path, error: Exception) -> None:
+        """Remove what was written, so that the disk has room for the logs, and stop or go on as the recipe says."""
+        if self.is_world_process_zero() and (folder / IN_PROGRESS).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        # torch.save reports a short write as "unexpected pos 11840 vs 11732"
+        signs = ("No space left", "os error 28", "quota exceeded", "PytorchStreamWriter", "unexpected pos")
+        full = any(sign in str(error) for sign in signs)
+        reason = f"disk full ({error})" if full else str(error)
+        message = f"{folder} could not be saved, what was written of it is removed: {reason}"
+        if self.on_save_error == "stop":
+            raise RunFailed(
+                f"{message}. Older checkpoints are untouched; resume_from_checkpoint=true goes on from the last"
+            )
+        print(f"{message}; the run goes on without it (on_save_error: continue)", flush=True)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL writes one into every checkpoint, with base model None for a local path; `train` writes one at the end."""
+
+    def save_final_model(self, dtype: torch.dtype | None) -> None:
+        """Save the model and tokenizer at the root of `output_dir`, the weights in `dtype` (None: as trained)."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if dtype is None:
+            self.save_model()
+        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:  # every process takes part in gathering the weights
+            weights = self.accelerator.get_state_dict(self.model_wrapped)
+            if self.args.should_save:
+                tied = getattr(model, "all_tied_weights_keys", {})  # gathered, a tied head is a tensor of its own
+                self._save(state_dict={name: w.to(dtype) for name, w in weights.items() if name not in tied})
+        else:
+            model.to(dtype)
+            self.save_model()
+        if self.args.should_save:  # beside an adapter of an earlier run, from_pretrained would load that one
+            others = ("model*.safetensors*", "config.json") if hasattr(model, "peft_config") else ("adapter_*",)
+            for path in [path for other in others for path in Path(str(self.args.output_dir)).glob(other)]:
+                path.unlink()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is a device's, or the CPU allocator's, refusal of memory."""
+    signs = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
+
+
+def _shape(inputs: dict[str, Any]) -> str:
+    return " x ".join(str(n) for n in inputs["input_ids"].shape)
+
+
+def _split_rows(batch: dict[str, Tensor]) -> list[list[int]]:
+    """The token ids of each row in a batch: padded (with an attention mask) or laid end to end (position_ids)."""
+    ids = batch["input_ids"].cpu()
+    if "attention_mask" in batch:
+        return [row[mask.bool()].tolist() for row, mask in zip(ids, batch["attention_mask"].cpu(), strict=True)]
+    starts = (batch["position_ids"][0].cpu() == 0).nonzero().flatten().tolist()
+    return [ids[0, a:b].tolist() for a, b in zip(starts, [*starts[1:], ids.size(1)], strict=True)]
+
+
+# --- what Trainer forgets when a run is resumed ---
+
+
+class _LogState(TrainerCallback, ExportableState):
+    """Carries the half-finished log line and the token counts through a checkpoint.
+
+    Trainer starts its loss average, and TRL its token count, at zero on resume; a log line that spans a checkpoint
+    would then differ from that of a run that never stopped.
+    """
+
+    def __init__(self, trainer: ArpoTrainer) -> None:
+        self.trainer = trainer
+
+    def state(self) -> dict[str, Any]:
+        trainer = self.trainer
+        if not hasattr(trainer, "_tr_loss"):  # Trainer asks once before training begins
+            return {}
+        return {
+            "loss_sum": float(trainer._tr_loss),
+            "last_logged": trainer._globalstep_last_logged,
+            "metrics": dict(trainer._metrics["train"]),
+            "seen_tokens": trainer._total_train_tokens,
+            "trained_tokens": trainer.trained_tokens,
+        }
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Trainer goes on with the checkpoint's save_steps, eval_steps and logging_steps, whatever the recipe says.
+        state.compute_steps(args, state.max_steps)
+        # A checkpoint that LLaMA-Factory or TRL wrote has no entry; Trainer's next save needs one to write into.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
+        if not saved:
+            return
+        trainer = self.trainer
+        trainer._tr_loss += saved["loss_sum"]
+        trainer._globalstep_last_logged = saved["last_logged"]
+        trainer._metrics["train"].update({key: list(values) for key, values in saved["metrics"].items()})
+        trainer._total_train_tokens = saved["seen_tokens"]
+        trainer.trained_tokens = saved["trained_tokens"]

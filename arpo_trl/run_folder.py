@@ -1,0 +1,45 @@
+"""The files of a run's folder: its checkpoints by name, and JSON that is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step in the name of a folder `checkpoint-<step>`."""
+    return int(folder.name.rsplit("-", 1)[1])
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-<step>` in `output_dir`, by step, whole or not."""
+    if not output_dir.is_dir():
+        return []
+    found = [p for p in output_dir.iterdir() if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def match_umask(folder: Path) -> None:
+    """Give weights the mode that the umask asks for: safetensors 0.8 writes 0600, which locks a group out."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that `path` holds the old text or the new, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file, or None when there is no file, no JSON, or no end to its brackets."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

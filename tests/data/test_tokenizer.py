@@ -1,0 +1,349 @@
+"""The chat template in training: right labels or a refusal, whatever template a tokenizer comes with."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from arpo_trl.data.labels import EncodingConfig, carry_loss, to_segments
+from arpo_trl.data.messages import Conversation
+from arpo_trl.data.tokenizer import check_parity, find_template, load_tokenizer
+from arpo_trl.errors import DatasetError, RecipeError, RowError
+from arpo_trl.recipe import Recipe
+
+CONFIG = EncodingConfig(1 << 20)
+SPECIAL = (
+    "<|im_start|> <|im_end|> <|endoftext|> <bos> <eos> <start_of_turn> <end_of_turn> <|begin_of_text|> <|eot_id|> "
+    "<|start_header_id|> <|end_header_id|> <|end|> <|user|> <|assistant|> <|system|> <s> </s>"
+).split()
+S = {"role": "system", "content": "S"}
+Q, A = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+R, B = {"role": "user", "content": "R"}, {"role": "assistant", "content": "B"}
+THOUGHT = {"role": "assistant", "content": "<think>\nT\n</think>\n\nA"}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+SPEAKS_AND_CALLS = {**CALLS, "content": "I add."}
+FOUND = {"role": "tool", "content": "1"}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def make_tokenizer(template: str, bos: str | None = None, eos: str = "<|endoftext|>") -> PreTrainedTokenizerBase:
+    """Every byte is a token; TRL's file of that name is the chat template (or `template` is one)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    file = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
+    made.chat_template = file.read_text(encoding="utf-8") if "{" not in template else template
+    return made
+
+
+FAMILIES: dict[str, tuple[str | None, str, str]] = {  # bos, eos, the end of turn that we expect
+    "qwen2_5": (None, "<|im_end|>", "<|im_end|>\n"),
+    "qwen3": (None, "<|im_end|>", "<|im_end|>\n"),
+    "llama3_1": ("<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>"),
+    "gemma": ("<bos>", "<eos>", "<end_of_turn>\n"),
+    "phi3": ("<s>", "<|endoftext|>", "<|end|>\n"),
+}
+NO_THOUGHT = (
+    "<think>\n\n</think>\n\n"  # Qwen3 writes it before a reply without one, so it is generated, so it is trained
+)
+QWEN_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+LLAMA_CALL = '{"name": "add", "parameters": {"a": 1}}'
+
+# conversation -> family -> what is trained before each end of turn, or the start of the reason it is refused for
+EXPECTED: dict[str, tuple[list[Any], Any, dict[str, list[str] | str]]] = {
+    "two exchanges": (
+        [Q, A, R, B],
+        None,
+        {name: ["A", "B"] for name in FAMILIES} | {"qwen3": [NO_THOUGHT + "A", NO_THOUGHT + "B"]},
+    ),
+    "a system message": (
+        [S, Q, A],
+        None,
+        {name: ["A"] for name in FAMILIES}
+        | {"qwen3": [NO_THOUGHT + "A"], "gemma": "the template refuses it: System role not supported"},
+    ),
+    "thoughts in every turn": (
+        [Q, THOUGHT, R, THOUGHT],
+        None,
+        {name: [THOUGHT["content"]] * 2 for name in FAMILIES},
+    ),
+    "the assistant begins": (
+        [A, Q, B],
+        None,
+        {name: ["A", "B"] for name in FAMILIES}
+        | {"qwen3": [NO_THOUGHT + "A", NO_THOUGHT + "B"], "gemma": "the template refuses it: Conversation roles must"},
+    ),
+    "a call": (
+        [Q, CALLS, FOUND, A],
+        TOOLS,
+        {
+            "qwen2_5": [QWEN_CALL, "A"],
+            "qwen3": [NO_THOUGHT + QWEN_CALL, NO_THOUGHT + "A"],
+            "llama3_1": [LLAMA_CALL, "A"],
+            "gemma": "the template refuses it: Conversation roles must",
+            "phi3": "the template leaves out the tool 'add'",
+        },
+    ),
+    "text beside a call": (
+        [Q, SPEAKS_AND_CALLS, FOUND, A],
+        None,
+        {
+            "qwen2_5": ["I add.\n" + QWEN_CALL, "A"],
+            "qwen3": [NO_THOUGHT + "I add.\n" + QWEN_CALL, NO_THOUGHT + "A"],
+            "llama3_1": "the template leaves out part of a message from assistant: 'I add.'",
+            "gemma": "the template refuses it: Conversation roles must",
+            "phi3": "the template leaves out part of a message from assistant: 'add'",
+        },
+    ),
+    "two users in a row": (
+        [Q, R, A],
+        None,
+        {name: ["A"] for name in FAMILIES}
+        | {"qwen3": [NO_THOUGHT + "A"], "gemma": "the template refuses it: Conversation roles must"},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_labels_are_right_or_the_row_is_refused(family: str, kind: str) -> None:
+    bos, eos, end = FAMILIES[family]
+    messages, tools, expected = EXPECTED[kind]
+    tokenizer = make_tokenizer(family, bos, eos)
+    template = find_template(tokenizer)
+    assert template.end_of_turn == end.strip()
+    conversation = Conversation(messages, tools)
+    wanted = expected[family]
+    if isinstance(wanted, str):
+        with pytest.raises(RowError) as error:
+            to_segments(conversation, template)
+        assert str(error.value).startswith(wanted)
+        return
+    segments = to_segments(conversation, template)
+    trained = [segment.text for segment, carries in zip(segments, carry_loss(segments, CONFIG)) if carries]
+    assert trained == [text + end for text in wanted]
+    tokenizer.eos_token = end.strip()
+    check_parity(conversation, find_template(tokenizer), CONFIG, "row")
+
+
+def test_a_template_that_rewrites_turns_is_rendered_in_its_training_form() -> None:
+    """The tokenizer keeps the form that inference needs."""
+    tokenizer = make_tokenizer("qwen3")
+    own = tokenizer.chat_template
+    assert find_template(tokenizer).jinja != own
+    assert tokenizer.chat_template == own
+    other = make_tokenizer("qwen2_5")
+    assert find_template(other).jinja == other.chat_template
+
+
+def test_a_rewriting_template_without_a_training_form_is_refused_row_by_row() -> None:
+    strips = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last else m.content | upper }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template = find_template(make_tokenizer(strips))
+    small = {"role": "assistant", "content": "small"}
+    with pytest.raises(RowError, match="the template rewrites an earlier turn once later ones follow"):
+        to_segments(Conversation([Q, small, R, B]), template)
+
+
+def test_a_generation_prompt_that_no_reply_begins_with_is_refused() -> None:
+    thinks = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    template = find_template(make_tokenizer(thinks))
+    with pytest.raises(RowError, match="the template writes the reply other than its generation prompt begins it"):
+        to_segments(Conversation([Q, A]), template)
+    segments = to_segments(Conversation([Q, THOUGHT]), template)
+    assert segments[-1].text == "T\n</think>\n\nA<|im_end|>\n"
+
+
+# The gate
+
+
+def test_the_gate_refuses_another_eos_than_the_end_of_turn() -> None:
+    tokenizer = make_tokenizer("qwen2_5", eos="<|endoftext|>")
+    with pytest.raises(DatasetError) as error:
+        check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "a.json:7")
+    assert str(error.value) == (
+        "a.json:7: the gate before training stopped here: a turn does not end in the eos token '<|endoftext|>'; "
+        "use another template"
+    )
+
+
+def test_the_gate_refuses_a_tokenizer_that_writes_a_space_before_each_text() -> None:
+    tokenizer = make_tokenizer("qwen2_5", eos="<|im_end|>")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[attr-defined]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])  # type: ignore[attr-defined]
+    with pytest.raises(DatasetError, match="writes a reply after its context otherwise than alone"):
+        check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "row")
+
+
+def test_the_gate_refuses_a_tokenizer_that_joins_segments_otherwise() -> None:
+    """The space before each text shows in the middle of a line where no special token parts it from the last."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\nBot:{% else %} {{ m.content }}<|im_end|>\n"
+        "{% endif %}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(template, eos="<|im_end|>")
+    check_parity(Conversation([Q, A, R, B]), find_template(tokenizer), CONFIG, "row")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[attr-defined]
+    check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "row")
+    with pytest.raises(
+        DatasetError, match=r"row: the gate .*: the encoded text is not what the chat template renders;"
+    ):
+        check_parity(Conversation([Q, A, R, B]), find_template(tokenizer), CONFIG, "row")
+
+
+def test_the_gate_refuses_an_end_of_turn_that_is_no_token_after_a_word() -> None:
+    tokenizer = make_tokenizer("qwen2_5", eos="<|im_end|>")
+    end = AddedToken("<|im_end|>", special=True, single_word=True)
+    tokenizer.backend_tokenizer.add_special_tokens([end])  # type: ignore[attr-defined]
+    template = find_template(tokenizer)
+    assert template.end_of_turn == "<|im_end|>"
+    with pytest.raises(DatasetError, match=r"a reply is trained without its end-of-turn token '<\|im_end\|>'"):
+        check_parity(Conversation([Q, A]), template, CONFIG, "row")
+
+
+def test_the_gate_refuses_a_message_that_it_does_not_find_among_the_masked_tokens() -> None:
+    spaced = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ ' ' if m.role == 'assistant' }}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_tokenizer(spaced, eos="<|im_end|>")
+    check_parity(Conversation([S, Q, A]), find_template(tokenizer), CONFIG, "row")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[attr-defined]
+    with pytest.raises(DatasetError, match="a message from system is not wholly masked"):
+        check_parity(Conversation([S, Q, A]), find_template(tokenizer), CONFIG, "row")
+    everything = replace(CONFIG, train_on_prompt=True)
+    check_parity(Conversation([S, Q, A]), find_template(tokenizer), everything, "row")
+
+
+def test_a_reply_that_ends_without_the_end_of_turn_is_refused_unless_it_is_silent() -> None:
+    calls = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template = find_template(make_tokenizer(calls))
+    messages = [Q, CALLS, FOUND, A]
+    with pytest.raises(RowError, match="the template ends message 2 without its end-of-turn token"):
+        to_segments(Conversation(messages), template)
+    assert [segment.silent for segment in to_segments(Conversation(messages, silent=frozenset({1})), template)] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_template_travels_to_another_process() -> None:
+    for family, (bos, eos, _) in FAMILIES.items():
+        template = find_template(make_tokenizer(family, bos, eos))
+        there = pickle.loads(pickle.dumps(template))
+        assert there.render([Q, A], None, False) == template.render([Q, A], None, False)
+
+
+# load_tokenizer
+
+
+def recipe(model: Path, **keys: Any) -> Recipe:
+    return Recipe(model_name_or_path=str(model), output_dir="unused", **keys)
+
+
+def test_the_end_of_turn_becomes_the_eos_token_and_padding_is_set(tmp_path: Path) -> None:
+    make_tokenizer("gemma", "<bos>", "<eos>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(recipe(tmp_path))
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<end_of_turn>", "<end_of_turn>")
+
+
+def test_a_shipped_template_and_a_file_replace_the_tokenizers_own(tmp_path: Path) -> None:
+    make_tokenizer("gemma", "<bos>", "<eos>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(recipe(tmp_path, template="qwen"))
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert "You are Qwen" in str(tokenizer.apply_chat_template([Q], tokenize=False))
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}é{{ m.content }}</s>{% endfor %}", encoding="utf-8")
+    assert load_tokenizer(recipe(tmp_path, template=str(file))).eos_token == "</s>"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"template": "llama3"},
+            "template: llama3: no such template; omit it for the tokenizer's own, name a shipped one (qwen) or a "
+            ".jinja file",
+        ),
+        (
+            {"template": "no.jinja"},
+            "template: no.jinja: cannot be read ([Errno 2] No such file or directory: 'no.jinja')",
+        ),
+        (
+            {},
+            "template: omitted, and the tokenizer has no chat template; omit it for the tokenizer's own, name a shipped "
+            "one (qwen) or a .jinja file",
+        ),
+    ],
+)
+def test_a_missing_template_is_one_line(keys: dict[str, str], message: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("gemma")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError) as error:
+        load_tokenizer(recipe(tmp_path, **keys))
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "ends no reply with a special token"),
+        ("{{ raise_exception('no') }}", "template: cannot be rendered (the template refuses it: no)"),
+        ("{% for %}", "template: cannot be rendered (the template refuses it: "),
+    ],
+)
+def test_a_template_that_cannot_teach_is_one_line(text: str, message: str, tmp_path: Path) -> None:
+    make_tokenizer("gemma").save_pretrained(tmp_path)
+    (tmp_path / "t.jinja").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as error:
+        load_tokenizer(recipe(tmp_path, template=str(tmp_path / "t.jinja")))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tokenizers_code_does_not_run_where_transformers_has_its_own(tmp_path: Path) -> None:
+    make_tokenizer("qwen2_5").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config |= {"tokenizer_class": "Qwen2Tokenizer", "auto_map": {"AutoTokenizer": [None, "code.Tokenizer"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass", encoding="utf-8")
+    load_tokenizer(recipe(tmp_path, trust_remote_code=True))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_tokenizer(recipe(tmp_path / "none"))
+    assert str(error.value) == f"model_name_or_path: {tmp_path / 'none'}: no such folder"
+    with pytest.raises(RecipeError, match="model_name_or_path: a/b: no such folder, nor given by the hub") as error:
+        load_tokenizer(recipe(Path("a/b")))
+    assert "\n" not in str(error.value)
+    for content in (None, "{", "{}"):
+        if content:
+            (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+            (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
+        with pytest.raises(RecipeError, match="no tokenizer could be loaded from it") as error:
+            load_tokenizer(recipe(tmp_path))
+        assert "\n" not in str(error.value)

@@ -1,0 +1,424 @@
+"""The recipe: what is read, what it means, and what is answered when it is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arpo_trl.errors import RecipeError
+from arpo_trl.recipe import read_recipe
+from arpo_trl.recipe.help import explain_key, list_text, usage
+from arpo_trl.recipe.keys import keys
+from arpo_trl.recipe.llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED
+from arpo_trl.recipe.sft_fields import sft_fields
+
+LLAMA_FACTORY = json.loads(
+    (Path(__file__).parent / "fixtures" / "llama_factory_keys.json").read_text(encoding="utf-8")
+)
+GOOD = "model_name_or_path: m\noutput_dir: o\ndo_train: true\ndataset: a\n"  # 4 lines
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(folder: Path, text: str, *overrides: str) -> list[str]:
+    """The lines of the error, without its header."""
+    path = write(folder, text)
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path, overrides)
+    header, *lines = str(caught.value).split("\n")
+    assert header == f"{path}: {len(lines)} problem{'s' * (len(lines) > 1)}"
+    return [line.strip() for line in lines]
+
+
+# --- wrong recipes: the fifth line of an otherwise good one ---
+
+WRONG = [
+    # types
+    ("cutoff_len: 4k", "cutoff_len: expected a whole number of tokens, found '4k'"),
+    ("cutoff_len: true", "cutoff_len: expected a whole number of tokens, found true"),
+    ("cutoff_len: 0", "cutoff_len: expected a whole number of tokens above 0, found 0"),
+    ("cutoff_len: null", "cutoff_len: expected a whole number of tokens, found null"),
+    ("per_device_train_batch_size: 2.5", "per_device_train_batch_size: expected a whole number of rows above 0, found 2.5"),
+    ("learning_rate: [1, 2]", "learning_rate: expected a number, found [1, 2]"),
+    ("learning_rate: -1", "learning_rate: expected a number of at least 0, found -1"),
+    ("learning_rate: .inf", "learning_rate: expected a number of at least 0, found inf"),
+    ("learning_rate: fast", "learning_rate: expected a number, found 'fast'"),
+    ("bf16: maybe", "bf16: expected true or false, found 'maybe'"),
+    ("bf16: 2", "bf16: expected true or false, found 2"),
+    ("warmup_ratio: 1", "warmup_ratio: expected a number of at least 0 and below 1, found 1"),
+    ("lora_dropout: 1.5", "lora_dropout: expected a number of at least 0 and below 1, found 1.5"),
+    ("lora_target: {q: 1}", "lora_target: expected text or a list, found {'q': 1}"),
+    ("interleave_probs: 0.5,half", "interleave_probs: expected a number or text or a list, found '0.5,half'"),
+    ("run_name: [a]", "run_name: expected text, found ['a']"),
+    ("finetuning_type: oft", "finetuning_type: expected one of full, freeze, lora, found 'oft'"),
+    ("quantization_bit: 3", "quantization_bit: expected one of 4, 8, found 3"),
+    ("quantization_method: hqq", "quantization_method: expected one of bnb, bitsandbytes, found 'hqq'"),
+    ("flash_attn: fa4", "flash_attn: expected one of auto, disabled, sdpa, fa2, fa3, flex, found 'fa4'"),
+    ("stage: ppo", "stage: expected sft, found 'ppo'; the other stages have trainers of their own in TRL"),
+    # types of SFTConfig's own fields
+    ("save_steps: true", "save_steps: expected a number, found true"),
+    ("save_steps: 0", "save_steps: expected a number above 0, found 0"),
+    ("num_train_epochs: -1", "num_train_epochs: expected a number above 0, found -1"),
+    ("eval_steps: true", "eval_steps: expected a number, found true"),
+    ("max_steps: 1.5", "max_steps: expected a whole number, found 1.5"),
+    ("hub_strategy: never", "hub_strategy: expected one of end, every_save, checkpoint, all_checkpoints, found 'never'"),
+    ("weight_decay: none", "weight_decay: expected a number, found 'none'"),
+    ("lr_scheduler_kwargs: [3]", "lr_scheduler_kwargs: expected a mapping or text, found [3]"),
+    # names
+    ("warmup_ration: 0.1", "warmup_ration: no such key; the nearest is warmup_ratio"),
+    ("Learning_rate: 1", "Learning_rate: no such key; the nearest is learning_rate"),
+    ("qwertz: 1", "qwertz: no such key; recipes/KEYS.md lists them"),
+    ("env: {A: b}", "env: no such key; recipes/KEYS.md lists them"),
+    ("use_liger_kernel: true\nenable_liger_kernel: true", "use_liger_kernel: means enable_liger_kernel, which is there too; keep one"),
+    # YAML
+    ("dataset: b", "dataset: already on line 4; keep one"),
+    ("seed: !!python/object/apply:os.getpid []", "seed: the tag !!python/object/apply:os.getpid is not read here; write a plain value"),
+    ("lr_scheduler_kwargs: {a: !!python/name:os.system ''}", "lr_scheduler_kwargs: the tag !!python/name:os.system is not read here; write a plain value"),
+    ("lr_scheduler_kwargs: {a: 1, a: 2}", "lr_scheduler_kwargs: a is there twice; keep one"),
+    ("eval_dataset: &x [*x]", "eval_dataset: expected a plain value"),
+    ("run_name: ${oc.env:HOME}", "run_name: ${...} is not filled in here; write the value, or give run_name=... after the path"),
+    # refused
+    ("use_badam: true", "use_badam: this optimizer is not offered; `optim` takes any of transformers' (adamw_8bit, adafactor, galore, apollo)"),
+    ("hf_hub_token: hf_x", "hf_hub_token: it would be stored beside the model; run `hf auth login` instead"),
+    ("max_length: 1024", "max_length: it is a length of generation in LLaMA-Factory and of a row in TRL; write cutoff_len"),
+    ("predict_with_generate: true", "predict_with_generate: replies are not generated during training; set do_eval: true for the loss, generate with the saved model"),
+    ("image_max_pixels: 262144", "image_max_pixels: only text is trained here"),
+    ("use_swanlab: true", "use_swanlab: write report_to: swanlab; SwanLab reads the rest from its environment variables"),
+    ("vllm_maxlen: 4096", "vllm_maxlen: it belongs to an inference server; start that with the saved model"),
+    # together
+    ("val_size: 0.1\neval_dataset: b", "val_size: eval_dataset is there too; keep one"),
+    ("val_size: 1.5", "val_size: expected a share or whole rows, found 1.5"),
+    ("do_eval: true", "do_eval: nothing to evaluate on; set eval_dataset or val_size"),
+    ("eval_strategy: steps", "eval_strategy: nothing to evaluate on; set eval_dataset or val_size"),
+    ("load_best_model_at_end: true", "load_best_model_at_end: needs eval_strategy: steps or epoch"),
+    ("early_stopping_steps: 3", "early_stopping_steps: needs eval_strategy, and load_best_model_at_end or metric_for_best_model"),
+    ("interleave_probs: 1", "interleave_probs: mix_strategy is concat; write interleave_under or interleave_over"),
+    ("interleave_probs: 0.5,0.5\nmix_strategy: interleave_over", "interleave_probs: expected one share for each of 1 datasets, found 2"),
+    ("streaming: true", "streaming: its length is unknown; set max_steps"),
+    ("mask_history: true\ntrain_on_prompt: true", "mask_history: train_on_prompt asks for the opposite; keep one"),
+    ("bf16: true\nfp16: true", "bf16: fp16 is on too; keep one"),
+    ("disable_gradient_checkpointing: true\ngradient_checkpointing: true", "disable_gradient_checkpointing: gradient_checkpointing asks for the opposite; keep one"),
+    ("global_batch_size: 8\ngradient_accumulation_steps: 2", "global_batch_size: gradient_accumulation_steps follows from it; remove that line"),
+    ("group_by_length: true\ndisable_shuffling: true", "group_by_length: disable_shuffling is on too; keep one"),
+    ("finetuning_type: full\nquantization_bit: 4", "quantization_bit: a quantized model can't be trained whole; use lora"),
+    ("lora_rank: 16", "lora_rank: needs finetuning_type: lora, which is not the default here"),
+    ("finetuning_type: full\nuse_dora: true", "use_dora: needs finetuning_type: lora"),
+    ("finetuning_type: lora\nuse_galore: true", "use_galore: needs finetuning_type: full"),
+    ("finetuning_type: lora\nquantization_bit: 4\npissa_init: true", "pissa_init: needs a model that is not quantized; remove one"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lines", "message"), WRONG, ids=[lines.replace("\n", " ") for lines, _ in WRONG])
+def test_a_wrong_recipe_gets_one_line_that_says_what_to_do(tmp_path: Path, lines: str, message: str) -> None:
+    (found,) = problems(tmp_path, GOOD + lines + "\n")
+    place, text = found.split("  ", 1)
+    assert text == message
+    line = int(place.removeprefix("line "))
+    assert (GOOD + lines).split("\n")[line - 1].startswith(message.split(":")[0])
+
+
+def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = "cutoff_len: 4k\nwarmup_ration: 0.1\nuse_unsloth: true\noutput_dir: o\nsave_steps: x\n"
+    assert problems(tmp_path, text, "lora_rank=a", "seed") == [
+        "line 1    cutoff_len: expected a whole number of tokens, found '4k'",
+        "line 2    warmup_ration: no such key; the nearest is warmup_ratio",
+        "line 3    use_unsloth: Unsloth is not used here; gradient_checkpointing and enable_liger_kernel save memory too",
+        "line 5    save_steps: expected a number, found 'x'",
+        "missing   model_name_or_path: every recipe needs it. The base model: a hub id or a local folder.",
+        "override  seed: expected key=value",
+        "override  lora_rank: expected a whole number, found 'a'",
+    ]
+
+
+def test_a_recipe_that_trains_nothing_says_so(tmp_path: Path) -> None:
+    assert problems(tmp_path, "model_name_or_path: m\noutput_dir: o\n") == [
+        "missing  do_train: nothing to do; set do_train: true"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "r.yaml:1: not YAML (expected ',' or ']', but got '<stream end>')"),
+        ("a: 1\nb: c: d", "r.yaml:2: not YAML (mapping values are not allowed here)"),
+        ("a: 1\n\tb: 2", "r.yaml:2: not YAML (found character '\\t' that cannot start any token)"),
+        ("a: 1\n---\na: 2", "r.yaml:2: not YAML (but found another document)"),
+        ("", "r.yaml: expected lines of key: value, found nothing"),
+        ("- a", "r.yaml: expected lines of key: value, found no key"),
+        ("\0", "r.yaml: not YAML text in UTF-8 (unacceptable character #x0000: special characters are not allowed)"),
+    ],
+)
+def test_a_file_that_is_no_recipe_gets_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(write(tmp_path, text))
+    assert str(caught.value) == f"{tmp_path}/{message}"
+
+
+def test_a_missing_recipe_names_those_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"^nope.yaml: No such file or directory; no recipe is near"):
+        read_recipe("nope.yaml")
+    write(tmp_path, GOOD)
+    with pytest.raises(RecipeError, match=r"^nope.yaml: No such file or directory; there are r.yaml$"):
+        read_recipe("nope.yaml")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from([*keys(), *RENAMED, *NO_EFFECT, *REFUSED, "x"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+            lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+            max_leaves=3,
+        ),
+        max_size=4,
+    ),
+    st.text(max_size=12),
+)
+def test_whatever_is_written_the_answer_is_a_recipe_or_a_recipe_error(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, object], noise: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(yaml.safe_dump(values) + noise, encoding="utf-8", errors="replace")
+    try:
+        read_recipe(path, [f"run_name={noise}"])
+    except RecipeError as error:
+        assert str(error).startswith(str(path))
+
+
+# --- right recipes ---
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("learning_rate: 7e-6", 7e-6),
+        ("learning_rate: 7.0e-6", 7e-6),
+        ("learning_rate: '7e-6'", 7e-6),
+        ("learning_rate: 1", 1.0),
+        ("cutoff_len: 4_096", 4096),
+        ("cutoff_len: '4096'", 4096),
+        ("cutoff_len: 4096.0", 4096),
+        ("bf16: 'false'", False),
+        ("bf16: True", True),
+        ("bf16: yes", True),
+        ("bf16: 0", False),
+        ("eval_strategy: no", "no"),
+        ("run_name: 2024-01-01", "2024-01-01"),
+        ("run_name: 7", "7"),
+        ("resume_from_checkpoint: null", None),
+        ("resume_from_checkpoint: 'true'", True),
+        ("resume_from_checkpoint: a/checkpoint-5", "a/checkpoint-5"),
+        ("gradient_checkpointing: auto", "auto"),
+        ("dataset_dir: 数据", "数据"),
+        ("eval_dataset: null", []),
+        ("lora_target: q_proj, v_proj", ["q_proj", "v_proj"]),
+        ("lora_target: [q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("report_to: none", []),
+        ("report_to: [none]", []),
+        ("report_to: tensorboard", ["tensorboard"]),
+        ("stage: sft", "sft"),
+    ],
+)
+def test_values_are_read_as_a_person_would(tmp_path: Path, line: str, value: object) -> None:
+    recipe = read_recipe(write(tmp_path, GOOD + "finetuning_type: lora\n" + line))
+    found = getattr(recipe, line.split(":")[0])
+    assert found == value and type(found) is type(value)
+
+
+def test_sft_config_fields_without_a_meaning_of_their_own_go_through_by_name(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, GOOD + "eval_steps: 50\nevaluation_strategy: 'no'\nno_cuda: true\n"))
+    assert recipe.trl == {"eval_steps": 50, "use_cpu": True}
+    assert recipe.eval_strategy == "no"
+
+
+def test_overrides_follow_the_rules_of_the_file_and_win(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "learning_rate: 1\nmax_samples: 5\n")
+    recipe = read_recipe(path, ["learning_rate=2e-5", "dataset=[b, c]", "max_samples=", "eval_steps=3"])
+    assert (recipe.learning_rate, recipe.dataset, recipe.max_samples, recipe.trl) == (
+        2e-5,
+        ["b", "c"],
+        None,
+        {"eval_steps": 3},
+    )
+
+
+def test_windows_files_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    assert read_recipe(path).dataset == ["a"]
+
+
+def test_keys_without_effect_are_said_once_by_reason(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "top_p: 0.4\ntemperature: 1\nsave_safetensors: true\n")
+    assert read_recipe(path).notices == [
+        f"{path}: top_p, temperature: no effect; generation happens after training, in the program that serves the model",
+        f"{path}: save_safetensors: no effect; weights are always saved as safetensors",
+    ]
+
+
+def test_refused_keys_that_ask_for_nothing_pass(tmp_path: Path) -> None:
+    lines = [f"{key}: {json.dumps(value)}" for key, value in HARMLESS.items()]
+    lines += [f"{key}: {('null', 'false')[len(key) % 2]}" for key in REFUSED if key not in HARMLESS]
+    assert read_recipe(write(tmp_path, GOOD + "\n".join(lines))).notices == []
+
+
+def test_resolved_reads_back_to_the_same_recipe(tmp_path: Path) -> None:
+    text = (
+        GOOD
+        + "neat_packing: true\nwarmup_ratio: 0.1\nwarmup_steps: 3\nsave_steps: 50\neval_steps: 2.0\nlr_scheduler_kwargs: {a: 1}\n"
+    )
+    recipe = read_recipe(write(tmp_path, text))
+    again = read_recipe(write(tmp_path, yaml.safe_dump(recipe.resolved())))
+    assert again.resolved() == recipe.resolved() == json.loads(json.dumps(recipe.resolved()))
+    assert again.model_dump() == recipe.model_dump() and again.trl == recipe.trl
+    assert (recipe.packing, recipe.lora_alpha, recipe.warmup_ratio) == (True, 16, 0)
+    assert again.notices == []
+
+
+def test_fa2_without_flash_attn_falls_back_to_sdpa_and_says_so(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, GOOD + "flash_attn: fa2"))
+    assert recipe.flash_attn == "sdpa"
+    assert recipe.notices[0].endswith("flash_attn: sdpa; fa2 needs the package flash_attn, which is not installed")
+
+
+def test_wandb_disabled_is_honoured_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    recipe = read_recipe(write(tmp_path, GOOD + "report_to: wandb,tensorboard"))
+    assert recipe.report_to == ["tensorboard"]
+    assert recipe.notices[0].endswith("report_to: wandb is left out, since WANDB_DISABLED is set")
+
+
+# --- the vocabulary ---
+
+# Ours, and why, where LLaMA-Factory 0.9 with transformers 4.57 has another default.
+OTHER_DEFAULTS = {
+    "project": None,  # WANDB_PROJECT, or else theirs
+    "use_reentrant_gc": None,  # transformers 5 recomputes without re-entering; the gradients are the same
+    "per_device_eval_batch_size": None,  # the training batch: an evaluation needs no more memory
+    "finetuning_type": "full",  # adapters are asked for; a recipe with LoRA's keys and without this one is refused
+    "gradient_checkpointing": True,  # LLaMA-Factory switches it on after reading the arguments
+    "include_num_input_tokens_seen": "no",  # transformers 5's word for false
+}
+
+
+@pytest.mark.parametrize("key", LLAMA_FACTORY["defaults"])
+def test_an_omitted_key_means_what_it_means_in_llama_factory(key: str) -> None:
+    default = LLAMA_FACTORY["defaults"][key]
+    ours = keys()[RENAMED.get(key, key)].default
+    if key in OTHER_DEFAULTS:
+        assert ours == OTHER_DEFAULTS[key] != default
+    elif isinstance(ours, list):
+        assert ours == ([] if default is None else [default])
+    elif key == "report_to":
+        assert ours == "none" and default is None
+    else:
+        assert (ours or None) == (default or None) and (ours is None) <= (default is None)
+
+
+def test_every_key_of_llama_factory_and_every_field_of_sft_config_has_exactly_one_fate() -> None:
+    tables = [set(keys()), set(RENAMED), set(NO_EFFECT), set(REFUSED)]
+    for key in [*LLAMA_FACTORY["defaults"], *LLAMA_FACTORY["other_keys"], *sft_fields()]:
+        assert sum(key in table for table in tables) == 1, key
+    assert set(RENAMED.values()) <= set(keys())
+    assert set(HARMLESS) <= set(REFUSED)
+
+
+def test_sft_config_is_read_from_source_as_python_reads_it() -> None:
+    import dataclasses
+
+    from trl.trainer.sft_config import SFTConfig
+
+    real = {field.name: field for field in dataclasses.fields(SFTConfig)}
+    assert set(sft_fields()) == set(real)
+    for name, field in sft_fields().items():
+        if name != "optim" and real[name].default is not dataclasses.MISSING:
+            assert field.default == real[name].default, name
+
+
+# --- help, and speed ---
+
+
+def run(*arguments: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """`python -m arpo_trl ...` and the CPU seconds that it took, torch being forbidden."""
+    code = (
+        "import runpy, sys, time\n"
+        "sys.modules['torch'] = None\n"
+        f"sys.argv = ['arpo_trl', *{list(arguments)!r}]\n"
+        "try: runpy.run_module('arpo_trl', run_name='__main__')\n"
+        "finally:\n"
+        "    assert not {'transformers', 'trl', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "    print('\\nCPU', time.process_time())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, encoding="utf-8")
+    done.stdout, cpu = done.stdout.rsplit("\nCPU ", 1)
+    return done, float(cpu)
+
+
+def test_a_typo_is_answered_in_under_a_second_without_torch(tmp_path: Path) -> None:
+    write(tmp_path, GOOD + "lerning_rate: 1\n")
+    done, seconds = run("r.yaml", cwd=tmp_path)
+    assert done.stderr == "r.yaml: 1 problem\n  line 5  lerning_rate: no such key; the nearest is learning_rate\n"
+    assert (done.returncode, done.stdout.strip()) == (2, "")
+    assert seconds < 1
+
+
+def test_help_is_one_screen_in_under_a_second_without_torch(tmp_path: Path) -> None:
+    done, seconds = run("--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == usage()
+    assert len(usage().splitlines()) <= 40 and max(map(len, usage().splitlines())) <= 120
+    assert seconds < 1
+
+
+@pytest.mark.parametrize("key", [*keys(), *RENAMED, *NO_EFFECT, *REFUSED])
+def test_every_key_can_be_explained(key: str) -> None:
+    assert explain_key(key).startswith(key)
+
+
+def test_explaining_a_key_gives_type_default_fate_and_trls_own_help() -> None:
+    assert explain_key("cutoff_len") == (
+        "cutoff_len  (dataset)\n"
+        "  type     a whole number of tokens above 0\n"
+        "  default  2048\n"
+        "  fate     becomes max_length with packing\n"
+        "  Longest row; what is beyond is cut."
+    )
+    assert "TRL: The initial learning rate for AdamW." in explain_key("learning_rate")
+    with pytest.raises(RecipeError, match=r"^lerning_rate: no such key; the nearest is learning_rate$"):
+        explain_key("lerning_rate")
+
+
+def test_the_list_names_recipes_and_datasets(tmp_path: Path) -> None:
+    assert list_text(tmp_path).startswith("no recipe")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text('{"a": {}, "b": {}}', encoding="utf-8")
+    write(tmp_path, "# yaml-language-server: $schema=schema.json\n#\n# What it trains.\n" + GOOD)
+    assert list_text(tmp_path).splitlines() == [
+        f"{tmp_path / 'r.yaml'}  What it trains.",
+        f"{tmp_path / 'data' / 'dataset_info.json'}  a, b",
+    ]
+
+
+def test_no_key_is_accepted_that_no_code_reads() -> None:
+    package = Path(__file__).parents[2] / "arpo_trl"
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for path in package.rglob("*.py")
+        if path.stem not in ("keys", "rules", "llamafactory")
+    )
+    unread = {name for name, key in keys().items() if key.group != "trl" and f".{name}" not in code}
+    # one value only, or settled while the recipe is read, or so in any case
+    assert unread <= {"stage", "quantization_method"} | {"neat_packing", "disable_gradient_checkpointing"} | {
+        "compute_accuracy"
+    }

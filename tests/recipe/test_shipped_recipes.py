@@ -1,0 +1,91 @@
+"""The recipes that are shipped, and recipes that were written for LLaMA-Factory."""
+
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import make_keys
+import pytest
+import yaml
+
+from arpo_trl.errors import RecipeError
+from arpo_trl.recipe import read_recipe
+from arpo_trl.run.requirements import check_environment
+from arpo_trl.run.sft_config import to_sft_config
+
+REPOSITORY = Path(__file__).parents[2]
+SHIPPED = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
+FOREIGN = sorted((Path(__file__).parent / "fixtures").rglob("*.yaml"))
+SCHEMA = json.loads((REPOSITORY / "recipes" / "schema.json").read_text(encoding="utf-8"))
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.stem for path in paths]
+
+
+@pytest.fixture(autouse=True)
+def output_goes_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=names(SHIPPED))
+def test_a_shipped_recipe_becomes_an_sft_config(path: Path) -> None:
+    recipe = read_recipe(path)
+    config = to_sft_config(recipe)
+    assert [line for line in recipe.notices if "trust_remote_code" not in line] == []
+    assert config.output_dir.startswith("checkpoints/")
+    assert config.learning_rate == recipe.learning_rate
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=names(SHIPPED))
+def test_a_shipped_recipe_fits_the_schema_and_says_so_to_editors(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    jsonschema.validate(yaml.safe_load(text), SCHEMA)
+    first = re.match(r"# yaml-language-server: \$schema=(\S+)\n", text)
+    assert first and (path.parent / first[1]).resolve() == REPOSITORY / "recipes" / "schema.json"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=names(SHIPPED))
+def test_a_shipped_recipes_header_gives_its_command_and_its_data_is_registered(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    header = text.split("### model")[0]
+    assert f"-m arpo_trl recipes/{path.name}" in header
+    for config in re.findall(r"accelerate_configs/\w+\.yaml", text):
+        assert (REPOSITORY / config).is_file()
+    recipe = read_recipe(path)
+    known = json.loads((REPOSITORY / recipe.dataset_dir / "dataset_info.json").read_text(encoding="utf-8"))
+    assert set(recipe.dataset) <= set(known)
+
+
+def test_the_schema_refuses_a_typo_and_a_wrong_type() -> None:
+    good = yaml.safe_load((REPOSITORY / "recipes" / "qwen_toy.yaml").read_text(encoding="utf-8"))
+    for wrong in ({"warmup_ration": 0.1}, {"cutoff_len": "4k"}, {"learning_rate": -1}, {"optim": "adam"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(good | wrong, SCHEMA)
+
+
+def test_keys_md_and_the_schema_are_up_to_date() -> None:
+    assert make_keys.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize("path", FOREIGN, ids=names(FOREIGN))
+def test_a_recipe_written_for_llama_factory_is_read_unchanged(path: Path) -> None:
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe = read_recipe(path)
+    config = to_sft_config(read_recipe(path, ["deepspeed=null"]))
+    assert all("no effect" not in notice for notice in recipe.notices)
+    assert recipe.dataset == given["dataset"].split(",")
+    assert config.learning_rate == float(given["learning_rate"])
+    assert config.warmup_steps == given.get("warmup_ratio", given.get("warmup_steps"))
+    assert (config.bf16, config.fp16) == (given.get("bf16", False), given.get("fp16", False))
+
+
+def test_arpos_recipe_means_what_it_meant() -> None:
+    path = next(path for path in FOREIGN if path.parent.name == "arpo")
+    recipe = read_recipe(path)
+    assert recipe.deepspeed == "../examples/deepspeed/ds_z3_config.json"
+    assert (recipe.cutoff_len, recipe.gradient_accumulation_steps, recipe.learning_rate) == (15000, 2, 7e-6)
+    assert (recipe.finetuning_type, recipe.template, recipe.overwrite_output_dir) == ("full", "qwen", True)
+    with pytest.raises(RecipeError, match="deepspeed: "):
+        check_environment(recipe)

@@ -1,0 +1,130 @@
+"""Lines reach the terminal and training.log; progress bars only the terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers.utils import logging as library_logging
+
+from arpo_trl.errors import RunFailed
+from arpo_trl.report.console import log_only, logged_to, start_bar
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class GoneTerminal(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError("the reader died")
+
+
+def log_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()[1:]
+
+
+def test_a_line_reaches_both_and_a_progress_bar_only_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with logged_to(tmp_path / "log"):
+        print("one", flush=True)
+        print("warned", file=sys.stderr)
+        sys.stderr.write("\rLoading: 0%\rLoading: 100%\n")
+        log_only("for the log")
+    assert log_of(tmp_path / "log") == ["one", "warned", "for the log"]
+    shown = capsys.readouterr()
+    assert shown.out == "one\n" and "100%" in shown.err
+
+
+def test_each_session_begins_with_its_date_and_command_and_is_appended_until_a_run_is_replaced(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for _ in range(2):
+        with logged_to(log):
+            print("step")
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert [line[:3] for line in lines] == ["# 2", "ste", "# 2", "ste"]
+    with logged_to(log) as forget_earlier_sessions:
+        print("before")
+        forget_earlier_sessions()
+        print("after")
+    assert [line[:6] for line in log.read_text(encoding="utf-8").splitlines()[1:]] == ["before", "after"]
+
+
+def test_the_traceback_of_what_nobody_expected_is_in_the_log_and_the_error_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError) as caught, logged_to(tmp_path / "log"):
+        1 / 0  # noqa: B018
+    lines = log_of(tmp_path / "log")
+    assert lines[0] == "Traceback (most recent call last):" and lines[-1] == "ZeroDivisionError: division by zero"
+    assert caught.value.__notes__ == [f"the traceback is in {tmp_path / 'log'}"]
+
+
+def test_the_error_that_ends_a_run_is_in_its_log(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed), logged_to(tmp_path / "log"):
+        raise RunFailed("step 7: the loss is nan")
+    assert log_of(tmp_path / "log") == ["step 7: the loss is nan"]
+
+
+def test_a_terminal_that_went_away_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", GoneTerminal())
+    with logged_to(tmp_path / "log"):
+        print("still here", flush=True)
+    assert log_of(tmp_path / "log") == ["still here"]
+
+
+def test_only_the_main_process_writes(tmp_path: Path) -> None:
+    with logged_to(tmp_path / "log", enabled=False):
+        print("from another process")
+    assert not (tmp_path / "log").exists()
+
+
+def test_lines_printed_beside_a_bar_stand_above_it_and_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with logged_to(tmp_path / "log"):
+        bar = start_bar(total=10, initial=4)
+        assert bar is not None
+        bar.update(1)
+        print("step 5  eval_loss 1.0")
+        bar.close()
+        print("after")
+    library_logging.enable_progress_bar()
+    assert log_of(tmp_path / "log") == ["step 5  eval_loss 1.0", "after"]
+    drawn = terminal.getvalue()
+    assert "4/10" in drawn and "5/10" in drawn
+    line = next(part for part in drawn.split("\n") if part.endswith("step 5  eval_loss 1.0"))
+    assert line.split("\r")[-1] == "step 5  eval_loss 1.0" and line.split("\r")[-2].strip() == ""  # bar wiped first
+
+
+def test_there_is_no_bar_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert start_bar(total=10, initial=0) is None
+    assert capsys.readouterr() == ("", "")
+
+
+def test_warnings_that_a_user_can_act_on_stay_and_libraries_bars_go_from_a_pipe() -> None:
+    code = """
+import warnings
+from arpo_trl.report.console import silence_libraries
+silence_libraries()
+warnings.warn_explicit("use another kernel", UserWarning, "model.py", 1, module="somewhere")
+warnings.warn_explicit("renamed in v6", FutureWarning, "args.py", 1, module="transformers.training_args")
+warnings.warn_explicit("'pin_memory' argument is set as true", UserWarning, "loader.py", 1, module="torch.utils.data")
+from transformers.utils import logging
+print(logging.is_progress_bar_enabled())
+trainer = logging.get_logger("transformers.trainer")
+for keys in (["lm_head.weight"], ["model.norm.weight"]):
+    trainer.warning(f"There were missing keys in the checkpoint model loaded: {keys}.")
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_HUB_DISABLE", "PYTHONWARNINGS"))}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert found.stdout == "False\n"
+    assert "use another kernel" in found.stderr
+    assert "['model.norm.weight']" in found.stderr and "lm_head" not in found.stderr
+    assert "renamed" not in found.stderr and "pin_memory" not in found.stderr

@@ -1,0 +1,341 @@
+"""What `load_model` makes of a recipe, and that what is saved is what was trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from merge_lora import merge
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from arpo_trl.errors import RecipeError
+from arpo_trl.recipe import Recipe, read_recipe
+from arpo_trl.run.checkpoints import find_damage, newest_whole_checkpoint
+from arpo_trl.run.model import keep_adapter_in_float32, load_model, to_optimizer, turn_pissa_into_lora
+from arpo_trl.run.sft_config import to_sft_config
+from arpo_trl.run.trainer import ArpoTrainer
+
+INPUT_IDS = torch.arange(300, 332).unsqueeze(0)
+ROWS = [
+    {
+        "input_ids": [300 + (7 * i + j) % 90 for j in range(12)],
+        "labels": [-100] * 4 + [300 + (i * j) % 90 for j in range(8)],
+    }
+    for i in range(16)
+]
+
+
+def recipe(folder: Path, model: Path, **keys: Any) -> Recipe:
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = {
+        "model_name_or_path": str(model),
+        "output_dir": str(folder),
+        "do_train": True,
+        "finetuning_type": "lora",
+        "dataset": "none",
+        "learning_rate": 5e-3,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    } | keys
+    path = folder / "given.yaml"
+    path.write_text(json.dumps(keys), encoding="utf-8")
+    return read_recipe(path)
+
+
+def run(given: Recipe, resume: bool = False) -> Any:
+    """As `train` goes, without its data and its reports."""
+    args = to_sft_config(given)
+    model, dtype = load_model(given)
+    trainer = ArpoTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=AutoTokenizer.from_pretrained(given.model_name_or_path),
+        optimizer_cls_and_kwargs=to_optimizer(given, args),
+    )
+    keep_adapter_in_float32(model)
+    checkpoint = newest_whole_checkpoint(Path(given.output_dir))[0] if resume else None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_final_model(dtype)
+    turn_pissa_into_lora(model, Path(given.output_dir))
+    return trainer
+
+
+def predict(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model.eval()(input_ids=INPUT_IDS).logits.float()
+    return logits
+
+
+def on_its_base(adapter: Path) -> PeftModel:
+    """The adapter as a stranger loads it: on the base that its own config names, in float32."""
+    name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), str(adapter))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> list[Path]:
+    """Two trained adapters of the tiny model."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
+    for seed, folder in enumerate(folders):
+        run(recipe(folder, tiny_model, seed=seed))
+    return folders
+
+
+# --- what is saved is what was trained ---
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param({}, id="lora"),
+        pytest.param({"use_dora": True}, id="dora"),
+        pytest.param({"use_rslora": True, "lora_rank": 4}, id="rslora"),
+        pytest.param({"loraplus_lr_ratio": 16.0}, id="loraplus"),
+        pytest.param({"pissa_init": True, "pissa_iter": -1}, id="pissa"),
+        pytest.param({"pissa_init": True, "use_rslora": True}, id="pissa_fast_svd_rslora"),
+        pytest.param({"lora_target": "q_proj,v_proj", "additional_target": "embed_tokens"}, id="embedding_whole"),
+    ],
+)
+def test_an_adapter_on_the_original_base_predicts_what_was_trained(
+    keys: dict[str, Any], tmp_path: Path, tiny_model: Path
+) -> None:
+    before = predict(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
+    trained = predict(run(recipe(tmp_path / "run", tiny_model, **keys)).model)
+    assert float((trained - before).abs().max()) > 0.01
+    torch.testing.assert_close(predict(on_its_base(tmp_path / "run")), trained, atol=2e-5, rtol=1e-4)
+    assert not (tmp_path / "run" / "pissa_start").exists()
+
+    dtype, moved = merge(tmp_path / "run", tmp_path / "merged")  # exits when the sum predicts otherwise
+    assert dtype == torch.bfloat16
+    assert moved < 0.05
+
+
+@pytest.mark.parametrize("keys", [{"pissa_init": True}, {"use_dora": True, "loraplus_lr_ratio": 4.0}], ids=str)
+def test_an_adapter_that_was_resumed_is_the_adapter_that_never_stopped(
+    keys: dict[str, Any], tmp_path: Path, tiny_model: Path
+) -> None:
+    keys |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.2}
+    run(recipe(tmp_path / "whole", tiny_model, **keys))
+    parts = recipe(tmp_path / "parts", tiny_model, **keys)
+    run(parts)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    run(parts, resume=True)
+    for name in ("checkpoint-4/adapter_model.safetensors", "adapter_model.safetensors"):
+        whole, found = (load_file(tmp_path / folder / name) for folder in ("whole", "parts"))
+        assert [key for key in whole if not torch.equal(whole[key], found[key])] == []
+
+
+def test_a_run_in_the_folder_of_an_earlier_one_leaves_one_model(tmp_path: Path, tiny_model: Path) -> None:
+    for kind, there, gone in (("lora", "adapter_model", "model"), ("full", "model", "adapter_model")) * 2:
+        trained = predict(run(recipe(tmp_path / "run", tiny_model, finetuning_type=kind)).model)
+        assert (tmp_path / "run" / f"{there}.safetensors").exists()
+        assert not (tmp_path / "run" / f"{gone}.safetensors").exists()
+    found = predict(AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.bfloat16))
+    torch.testing.assert_close(found, trained, atol=0.02, rtol=0.0)  # both compute in bfloat16
+
+
+# --- where an adapter starts ---
+
+
+def test_the_base_is_bfloat16_under_bf16_and_what_is_trained_is_float32(tmp_path: Path, tiny_model: Path) -> None:
+    trainer = run(recipe(tmp_path, tiny_model, bf16=True, additional_target="embed_tokens"))
+    parameters = list(trainer.model.parameters())
+    assert {p.dtype for p in parameters if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in parameters if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_full_keeps_float32_master_weights_and_saves_the_dtype_of_the_file(tmp_path: Path, tiny_model: Path) -> None:
+    model, saved_dtype = load_model(recipe(tmp_path, tiny_model, finetuning_type="full", bf16=True))
+    assert (model.dtype, saved_dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_all_is_every_linear_layer_but_the_head(tmp_path: Path, tiny_model: Path) -> None:
+    model, _ = load_model(recipe(tmp_path, tiny_model))
+    adapted = {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith(".lora_A")}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_the_seed_decides_where_an_adapter_starts(tmp_path: Path, tiny_model: Path) -> None:
+    def start(seed: int) -> torch.Tensor:
+        model, _ = load_model(recipe(tmp_path, tiny_model, seed=seed))
+        weight: torch.Tensor = next(p for name, p in model.named_parameters() if "lora_A" in name)
+        return weight
+
+    assert torch.equal(start(1), start(1))
+    assert not torch.equal(start(1), start(2))
+
+
+def test_one_adapter_is_trained_on(tmp_path: Path, tiny_model: Path, adapters: list[Path]) -> None:
+    model, _ = load_model(recipe(tmp_path, tiny_model, adapter_name_or_path=str(adapters[0])))
+    torch.testing.assert_close(predict(model), predict(on_its_base(adapters[0])))
+    assert sum(p.requires_grad for p in model.parameters()) == 2 * 14  # A and B of 7 layers in 2 blocks
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["the_last_is_trained_on", "create_new_adapter"])
+def test_of_several_adapters_the_earlier_are_merged_into_a_base_that_is_saved(
+    new: bool, tmp_path: Path, tiny_model: Path, adapters: list[Path]
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    for adapter in adapters:
+        base = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    both = ",".join(map(str, adapters))
+    given = recipe(tmp_path / "run", tiny_model, adapter_name_or_path=both, create_new_adapter=new, lora_rank=2)
+    model: Any = load_model(given)[0]
+    torch.testing.assert_close(predict(model), predict(base), atol=1e-5, rtol=1e-4)
+    assert model.peft_config["default"].r == (2 if new else 8)
+
+    trained = predict(run(given).model)
+    torch.testing.assert_close(predict(on_its_base(tmp_path / "run")), trained, atol=1e-5, rtol=1e-4)
+
+
+def test_loraplus_gives_b_its_own_learning_rate(tmp_path: Path, tiny_model: Path) -> None:
+    given = recipe(tmp_path, tiny_model, loraplus_lr_ratio=16.0, learning_rate=1e-3, weight_decay=0.1)
+    model, _ = load_model(given)
+    factory, kwargs = to_optimizer(given, to_sft_config(given)) or (None, {})
+    assert factory is not None
+    groups = [group for group in factory()(model, **kwargs).param_groups if group["params"]]
+    assert [(group["lr"], len(group["params"]), group["weight_decay"]) for group in groups] == [
+        (1e-3, 14, 0.1),
+        (1.6e-2, 14, 0.1),
+    ]
+
+
+# --- freeze ---
+
+
+@pytest.mark.parametrize(
+    ("keys", "trained"),
+    [
+        ({"freeze_trainable_layers": 1}, {"1.self_attn", "1.mlp", "1.input_layernorm", "1.post_attention_layernorm"}),
+        ({"freeze_trainable_layers": -1, "freeze_trainable_modules": "mlp"}, {"0.mlp"}),
+        ({"freeze_trainable_modules": "self_attn,mlp"}, {"0.self_attn", "0.mlp", "1.self_attn", "1.mlp"}),
+        ({"freeze_trainable_layers": 0, "freeze_extra_modules": "norm"}, {"norm.weight"}),
+    ],
+    ids=str,
+)
+def test_freeze_trains_the_layers_and_modules_that_it_names(
+    keys: dict[str, Any], trained: set[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    model, saved_dtype = load_model(recipe(tmp_path, tiny_model, finetuning_type="freeze", bf16=True, **keys))
+    names = [
+        name.removeprefix("model.layers.").removeprefix("model.")
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    assert {".".join(name.split(".")[:2]) for name in names} == trained
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert saved_dtype == torch.bfloat16
+
+
+def test_freeze_changes_what_it_names_alone_and_resumes(tmp_path: Path, tiny_model: Path) -> None:
+    keys = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "bf16": True, "use_reentrant_gc": True}
+    keys |= {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_trainable_modules": "mlp"}
+    run(recipe(tmp_path / "whole", tiny_model, **keys))
+    parts = recipe(tmp_path / "parts", tiny_model, **keys)
+    run(parts)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    run(parts, resume=True)
+    base, whole, found = (
+        load_file(folder / "model.safetensors") for folder in (tiny_model, tmp_path / "whole", tmp_path / "parts")
+    )
+    assert {name for name in base if not torch.equal(base[name], whole[name])} == {
+        f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")
+    }
+    assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
+
+
+# --- quantized ---
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_carries_a_float32_adapter(bits: int, tmp_path: Path, tiny_model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    trainer = run(recipe(tmp_path, tiny_model, quantization_bit=bits))
+    kinds = {type(module).__name__ for module in trainer.model.modules()}
+    assert {4: "Linear4bit", 8: "Linear8bitLt"}[bits] in kinds
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(bool(tensor.any()) for name, tensor in saved.items() if "lora_B" in name)
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"model_name_or_path": "/nowhere/model"}, "model_name_or_path: /nowhere/model could not be loaded"),
+        ({"adapter_name_or_path": "/nowhere/a"}, "adapter_name_or_path: /nowhere/a could not be loaded"),
+        ({"lora_target": "q_projj"}, "lora_target: Target modules {'q_projj'} not found in the base model"),
+        ({"quantization_bit": 4, "adapter_name_or_path": "/a,/b"}, "/a can't be merged into a quantized base"),
+        (
+            {"finetuning_type": "freeze", "freeze_trainable_modules": "mlpp"},
+            "no module mlpp; there are all, input_layernorm, mlp",
+        ),
+        (
+            {"finetuning_type": "freeze", "freeze_extra_modules": "head"},
+            "no module head; there are embed_tokens, norm",
+        ),
+        (
+            {"finetuning_type": "freeze", "freeze_trainable_layers": 0},
+            "freeze_trainable_layers: 0 leaves nothing to train",
+        ),
+        ({"pissa_init": True, "use_dora": True}, "pissa_init: can't become plain LoRA at the end with use_dora"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told_in_one_line(
+    keys: dict[str, Any], words: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_model(recipe(tmp_path, **{"model": tiny_model, **keys}))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- large models ---
+
+
+def test_a_model_in_several_files_is_whole_resumed_and_noticed_when_one_is_gone(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = AutoModelForCausalLM.from_pretrained(tiny_model).__class__.save_pretrained
+    monkeypatch.setattr(
+        "transformers.PreTrainedModel.save_pretrained",
+        lambda self, *args, **kwargs: save(self, *args, **{**kwargs, "max_shard_size": "200KB"}),
+    )
+    keys = {"finetuning_type": "full", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    run(recipe(tmp_path / "whole", tiny_model, **keys))
+    parts = recipe(tmp_path / "parts", tiny_model, **keys)
+    run(parts)
+    last, first = (tmp_path / "parts" / f"checkpoint-{step}" for step in (4, 2))
+    assert len(list(last.glob("model-*.safetensors"))) > 2
+    assert find_damage(last) is None
+    next(iter(sorted(last.glob("model-*.safetensors")))).unlink()
+    assert "is missing" in str(find_damage(last))
+    assert find_damage(first) is None
+
+    run(parts, resume=True)
+    whole, found = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
+    assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
+
+
+def test_an_adapter_of_a_model_in_several_files_is_trained_and_merged(tmp_path: Path, tiny_model: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path / "base", max_shard_size="200KB")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors.index.json").is_file()
+    trained = predict(run(recipe(tmp_path / "run", tmp_path / "base")).model)
+    merge(tmp_path / "run", tmp_path / "merged")
+    merged = predict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    torch.testing.assert_close(merged, trained, atol=0.05, rtol=0.05)  # the merged weights are bfloat16

@@ -1,0 +1,157 @@
+"""The loss is the loss: ours, plain PyTorch's and TRL's are the same numbers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from trl import SFTConfig, SFTTrainer
+
+from arpo_trl.errors import RunFailed
+from arpo_trl.run import loss
+from arpo_trl.run.loss import score_tokens
+from arpo_trl.run.trainer import ArpoTrainer
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def rows() -> Dataset:
+    """Rows of 5 to 60 tokens, two spans of which carry loss."""
+    rng = random.Random(0)
+    made = []
+    for number in range(100):
+        length = rng.randrange(5, 60)
+        ids = [rng.randrange(300, 330) for _ in range(length)]
+        labels = [token if 3 <= i < length // 2 or i > length - 3 else -100 for i, token in enumerate(ids)]
+        made.append({"input_ids": ids, "labels": labels, "source": f"rows.jsonl:{number + 1}"})
+    return Dataset.from_list(made)
+
+
+def config(folder: Path, **changes: Any) -> SFTConfig:
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "max_length": None,
+        "train_sampling_strategy": "sequential",
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "disable_tqdm": True,
+        "activation_checkpointing": True,
+    }
+    return SFTConfig(**values | changes)
+
+
+def make(folder: Path, tiny_model: Path, rows: Dataset, cls: type[SFTTrainer] = ArpoTrainer, **changes: Any) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    extra = {"rows": rows} if cls is ArpoTrainer else {}
+    return cls(
+        model=model,
+        args=config(folder, **changes),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        **extra,
+    )
+
+
+def losses(trainer: Any) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def hand_written_losses(tiny_model: Path, rows: Dataset, accumulation: int) -> Iterator[float]:
+    """AdamW, cosine with warm-up, clipping at 1.0, cross-entropy over all labelled tokens of a step."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=2, num_training_steps=STEPS)
+    size, position = 2 * accumulation, 0
+    for _ in range(STEPS):
+        batch = [rows[i] for i in range(position, min(position + size, len(rows)))]
+        position = position + size if position + size < len(rows) else 0
+        total = sum(label != -100 for row in batch for label in row["labels"][1:])
+        loss = torch.zeros(())
+        for row in batch:
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+            targets = torch.tensor(row["labels"][1:])
+            loss = loss + functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / total
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield loss.item()
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_every_loss_is_that_of_a_hand_written_loop(
+    accumulation: int, tmp_path: Path, tiny_model: Path, rows: Dataset
+) -> None:
+    expected = list(hand_written_losses(tiny_model, rows, accumulation))
+    found = losses(make(tmp_path, tiny_model, rows, gradient_accumulation_steps=accumulation))
+    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert sum(expected[10:]) < sum(expected[:10]) - 0.1  # it trains
+
+
+def test_losses_accuracy_and_entropy_are_those_of_trl(tmp_path: Path, tiny_model: Path, rows: Dataset) -> None:
+    ours, theirs = (make(tmp_path, tiny_model, rows, cls) for cls in (ArpoTrainer, SFTTrainer))
+    losses(ours), losses(theirs)
+    for a, b in zip(ours.state.log_history[:STEPS], theirs.state.log_history[:STEPS], strict=True):
+        for name in ("loss", "entropy", "mean_token_accuracy", "grad_norm", "num_tokens"):
+            assert a[name] == pytest.approx(b[name], abs=1e-4, rel=1e-4), (name, a["step"])
+
+
+def test_tiles_change_neither_the_loss_nor_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(37, 16), torch.randint(0, 50, (37,))
+    results = []
+    for size in (64, 8):
+        monkeypatch.setattr(loss, "TILE_POSITIONS", size)
+        head = torch.nn.Linear(16, 50, bias=False)
+        torch.nn.init.constant_(head.weight, 0.0)
+        head.weight.data += torch.linspace(-1, 1, 50 * 16).view(50, 16)
+        states = hidden.clone().requires_grad_()
+        log_probs, entropy, top1 = score_tokens(states, labels, head)
+        log_probs.sum().backward()
+        results.append([log_probs, entropy, top1, states.grad, head.weight.grad])
+    for whole, tiled in zip(*results, strict=True):
+        torch.testing.assert_close(whole, tiled)
+
+
+def test_a_batch_without_labels_trains_to_a_finite_zero(tmp_path: Path, tiny_model: Path) -> None:
+    rows = Dataset.from_list([{"input_ids": [300, 301, 302], "labels": [-100] * 3, "source": "a:1"}] * 4)
+    assert losses(make(tmp_path, tiny_model, rows, max_steps=2)) == [0.0, 0.0]
+
+
+def test_a_nan_stops_the_run_at_its_step_and_names_the_rows(tmp_path: Path, tiny_model: Path, rows: Dataset) -> None:
+    trainer = make(tmp_path, tiny_model, rows, save_strategy="steps", save_steps=1)
+    forward, calls = trainer.model.forward, 0
+
+    def forward_with_nan(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        output = forward(*args, **kwargs)
+        if calls == 3:
+            output.log_probs = output.log_probs * float("nan")
+        return output
+
+    trainer.model.forward = forward_with_nan
+    with pytest.raises(RunFailed, match=r"step 3: the loss is nan.*rows\.jsonl:5, rows\.jsonl:6\."):
+        trainer.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
