@@ -36,7 +36,8 @@ from arpo_trl.data.encode import Encoder, encode_rows
 from arpo_trl.data.files import Row
 from arpo_trl.data.labels import IGNORED
 from arpo_trl.data.registry import read_registry
-from arpo_trl.data.tokenizer import find_template, load_tokenizer
+from arpo_trl.data.template import find_template
+from arpo_trl.data.tokenizer import load_tokenizer
 from arpo_trl.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]

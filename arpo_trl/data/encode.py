@@ -19,9 +19,10 @@ from ..errors import RowError
 from ..recipe.keys import Recipe
 from .audit import Counts, count_row
 from .files import Row
-from .labels import IGNORED, EncodingConfig, Example, Segment, Template, carry_loss, encode, to_segments
+from .labels import IGNORED, EncodingConfig, Example, Segment, carry_loss, encode, to_segments
 from .messages import Conversation, to_conversation
 from .registry import DatasetInfo
+from .template import Template
 from .tokenizer import check_parity, make_tokenize
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("source", pa.string())])

@@ -10,56 +10,19 @@ token, which the model never sees at inference.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from jinja2 import TemplateError
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import RowError
 from .messages import Conversation, Message
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from .template import Template
 
 IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Template:
-    """How rows are rendered for training; `find_template` finds it. `jinja` may be TRL's training form.
-
-    `epilogue` is what the template writes after whatever does not go on, and no row needs.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    jinja: str
-    generation_prompt: str = ""
-    end_of_turn: str | None = None
-    epilogue: str = ""
-
-    @property
-    def hash(self) -> str:
-        return hashlib.sha256(self.jinja.encode()).hexdigest()
-
-    def render(self, messages: list[Message], tools: Any, prompt: bool) -> str:
-        """The template's text for these messages, with the generation prompt after it or not.
-
-        Raises:
-            RowError: if the template refuses them.
-        """
-        try:
-            text = str(
-                self.tokenizer.apply_chat_template(
-                    messages, tools=tools, chat_template=self.jinja, add_generation_prompt=prompt, tokenize=False
-                )
-            )
-        except (TemplateError, TypeError, ValueError, RecursionError) as error:
-            raise RowError(f"the template refuses it: {error}") from None
-        return text if prompt else text.removesuffix(self.epilogue)
 
 
 class Segment(NamedTuple):

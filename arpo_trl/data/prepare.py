@@ -25,7 +25,7 @@ from .cache import ROWS_BEFORE_JUDGED, Encoded, find_or_encode
 from .encode import SCHEMA, Encoder, encode_rows, through_the_gate
 from .files import fingerprint, read_dataset
 from .registry import DatasetInfo, read_registry
-from .tokenizer import find_template
+from .template import find_template
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -1,8 +1,6 @@
-"""The tokenizer and its chat template: which one renders, where a turn ends, and the gate before the first step.
+"""The tokenizer that is saved with the model, and the gate before the first step.
 
-`load_tokenizer` gives the tokenizer that is saved with the model: its chat template is the one inference needs. Training
-may have to render with another: a template that writes earlier turns differently once later ones follow (Qwen3 strips
-its thinking) can't be learnt from as it stands; TRL has a training form of the common ones.
+Its chat template is the one inference needs; `template.py` finds the one to train with.
 """
 
 from __future__ import annotations
@@ -17,22 +15,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import DatasetError, RecipeError, RowError
+from ..errors import DatasetError, RecipeError
 from ..recipe.keys import Recipe
-from .labels import IGNORED, EncodingConfig, Template, encode, to_segments
-from .messages import Conversation, Message
+from .labels import IGNORED, EncodingConfig, encode, to_segments
+from .messages import Conversation
+from .template import Template, find_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-ASK: Message = {"role": "user", "content": "a question"}
-REPLY: Message = {"role": "assistant", "content": "an answer"}
-CALL = {"type": "function", "function": {"name": "search", "arguments": {"query": "a word"}}}
-PROBES = (
-    [ASK, REPLY, ASK, REPLY],
-    [ASK, {**REPLY, "content": "<think>\na thought\n</think>\n\nan answer"}, ASK, REPLY],
-    [ASK, {**REPLY, "tool_calls": [CALL]}, {"role": "tool", "content": "found"}, REPLY, ASK, REPLY],
-)
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -101,61 +91,6 @@ def _read_template(template: str | None, tokenizer: PreTrainedTokenizerBase) -> 
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"template: {template}: cannot be read ({error})") from None
-
-
-def find_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template to render with in training: the tokenizer's own, or TRL's training form if that one rewrites turns.
-
-    Raises:
-        RecipeError: if it can't be rendered at all.
-    """
-    own = _describe(Template(tokenizer, str(tokenizer.chat_template)))
-    if not _faults(own):
-        return own
-    from trl.chat_template_utils import get_training_chat_template
-
-    try:
-        jinja = get_training_chat_template(tokenizer)
-    except ValueError:  # TRL knows no training form of it
-        return own
-    form = _describe(replace(own, jinja=jinja or own.jinja, epilogue=""))
-    return form if _faults(form) < _faults(own) else own
-
-
-def _describe(template: Template) -> Template:
-    """What it writes around a reply, found by rendering."""
-    tokenizer = template.tokenizer
-    eos = str(tokenizer.eos_token or "\0")
-    try:
-        with_prompt, without = template.render([ASK], None, True), template.render([ASK], None, False)
-        answered = template.render([ASK, REPLY], None, False)
-    except RowError as error:
-        raise RecipeError(f"template: cannot be rendered ({error})") from None
-    # Phi-3 ends whatever does not go on with the eos token. No reply ends in it, so no row needs it.
-    epilogue = eos if not with_prompt.startswith(without) and without.endswith(eos) else ""
-    special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    after: list[int] = tokenizer(answered.rpartition(REPLY["content"])[2], add_special_tokens=False)["input_ids"]
-    return replace(
-        template,
-        generation_prompt=with_prompt[len(without.removesuffix(epilogue)) :],
-        end_of_turn=next((special[token] for token in after if token in special), None),
-        epilogue=epilogue,
-    )
-
-
-def _faults(template: Template) -> int:
-    """How many probes can be rendered but not cut into segments."""
-    faults = 0
-    for messages in PROBES:
-        try:
-            template.render(messages, None, False)
-        except RowError:
-            continue
-        try:
-            to_segments(Conversation(messages), template)
-        except RowError:
-            faults += 1
-    return faults
 
 
 def check_parity(conversation: Conversation, template: Template, config: EncodingConfig, place: str) -> None:

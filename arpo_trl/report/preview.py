@@ -14,7 +14,8 @@ from ..data.encode import Encoder, encode_rows
 from ..data.files import read_dataset
 from ..data.labels import IGNORED
 from ..data.prepare import select_datasets
-from ..data.tokenizer import find_template, load_tokenizer
+from ..data.template import find_template
+from ..data.tokenizer import load_tokenizer
 from ..recipe.keys import Recipe
 
 TRAINED, MASKED = ("bold green", "green"), ("default", "dim")

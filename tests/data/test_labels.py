@@ -16,7 +16,6 @@ from arpo_trl.data.labels import (
     IGNORED,
     EncodingConfig,
     Example,
-    Template,
     carry_loss,
     encode,
     keep_start,
@@ -25,7 +24,8 @@ from arpo_trl.data.labels import (
 )
 from arpo_trl.data.messages import Conversation, Message, to_conversation
 from arpo_trl.data.registry import COLUMNS, TAGS, DatasetInfo
-from arpo_trl.data.tokenizer import find_template, load_tokenizer, make_tokenize
+from arpo_trl.data.template import Template, find_template
+from arpo_trl.data.tokenizer import load_tokenizer, make_tokenize
 from arpo_trl.errors import RowError
 from arpo_trl.recipe import Recipe
 

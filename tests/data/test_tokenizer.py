@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from arpo_trl.data.labels import EncodingConfig, carry_loss, to_segments
 from arpo_trl.data.messages import Conversation
-from arpo_trl.data.tokenizer import check_parity, find_template, load_tokenizer
+from arpo_trl.data.template import find_template
+from arpo_trl.data.tokenizer import check_parity, load_tokenizer
 from arpo_trl.errors import DatasetError, RecipeError, RowError
 from arpo_trl.recipe import Recipe
 
