@@ -43,7 +43,7 @@ def usage() -> str:
 
 
 def explain_key(key: str) -> str:
-    """Type, default, fate and help of one key. Raises RecipeError naming the nearest if there is no such key."""
+    """Type, default, mapping and help of one key. Raises RecipeError naming the nearest if there is no such key."""
     if key in RENAMED:
         return f"{key}: another name for {RENAMED[key]}\n\n{explain_key(RENAMED[key])}"
     if key in NO_EFFECT:
@@ -52,17 +52,17 @@ def explain_key(key: str) -> str:
         return f"{key}: refused; {REFUSED[key]}"
     if key not in keys():
         raise RecipeError(f"{key}: {nearest(key)}")
-    group, schema, default, fate, help = keys()[key]
-    fate = {"same": "the field of that name in TRL's SFTConfig", "ours": "arpo_trl's own"}.get(fate, fate)
+    group, schema, default, mapping, help = keys()[key]
+    mapping = {"same": "the field of that name in TRL's SFTConfig", "ours": "arpo_trl's own"}.get(mapping, mapping)
     lines = [
         f"{key}  ({group})",
         f"  type     {in_words(schema, bounds=True)}",
         f"  default  {'required' if default is ... else _plain(default)}",
-        f"  fate     {fate}",
+        f"  mapping  {mapping}",
         f"  {help}",
     ]
-    if group != "trl" and key in sft_fields():
-        lines.append(f"  TRL: {sft_fields()[key].help}")
+    if group != "trl" and key in sft_fields:
+        lines.append(f"  TRL: {sft_fields[key].help}")
     return "\n".join(lines)
 
 

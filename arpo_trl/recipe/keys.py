@@ -6,49 +6,16 @@ are LLaMA-Factory's (release 0.9) where it has the key, and are written here onl
 """
 
 import functools
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from ..errors import RecipeError
 from .llamafactory import NO_EFFECT, REFUSED, RENAMED
 from .sft_fields import sft_fields
-
-# --------------------------------------------------------------------------------------------------------------------
-# Types. pydantic takes true for 1 and text for a list of characters; a person would not.
-
-
-def _not_a_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError
-    return value
-
-
-def _split(value: Any) -> Any:
-    """`a, b` is LLaMA-Factory's way to write a list."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-def _nothing_to_report(value: Any) -> Any:
-    return [] if value in ("none", ["none"]) else _split(value)
-
-
-def _sft_only(value: Any) -> Any:
-    if value != "sft":
-        raise ValueError(f"expected sft, found {value!r}; the other stages have trainers of their own in TRL")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_not_a_bool)]
-Number = Annotated[float, BeforeValidator(_not_a_bool), Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(gt=0), BeforeValidator(_not_a_bool)]
-Names = Annotated[list[str], BeforeValidator(_split, json_schema_input_type=str | list[str])]
-Numbers = Annotated[list[Number], BeforeValidator(_split, json_schema_input_type=float | str | list[float])]
-Trackers = Annotated[list[str], BeforeValidator(_nothing_to_report, json_schema_input_type=str | list[str])]
-Stage = Annotated[Literal["sft"], BeforeValidator(_sft_only, json_schema_input_type=Literal["sft"])]
+from .types import Count, Names, Number, Numbers, Seed, Stage, Trackers, Whole
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
 
@@ -190,7 +157,7 @@ class TrainKeys(BaseModel):
     global_batch_size: Count | None = _key(
         None, "Rows per update over all devices; gradient_accumulation_steps follows.", unit="rows"
     )
-    num_train_epochs: Number = _key(3.0, "Times that every row is seen; max_steps beats it.", gt=0)
+    num_train_epochs: Number = _key(3.0, "Times that every row is seen; max_steps beats it.", gt=0, le=1_000_000)
     learning_rate: Number = _key(5e-5, "Peak learning rate.", ge=0)
     warmup_ratio: Number = _key(0.0, "Share of the run that warms up.", "warmup_steps", ge=0, lt=1)
     warmup_steps: Number = _key(0, "Steps that warm up (below 1: a share); beats warmup_ratio.", ge=0)
@@ -211,7 +178,7 @@ class TrainKeys(BaseModel):
     deepspeed: str | dict[str, Any] | None = _key(
         None, "DeepSpeed's JSON config; or use accelerate_configs/zero3.yaml."
     )
-    seed: Whole = _key(42, "Seed of everything random.", ge=0)
+    seed: Seed = _key(42, "Seed of everything random.")
     preflight: bool = _key(True, "Try the longest batch before the first step.")
 
 
@@ -231,51 +198,54 @@ class EvalKeys(BaseModel):
     compute_accuracy: bool = _key(False, "Token accuracy; it is always logged.")
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a recipe comes from, and what its file holds beside the keys that are fields of `Recipe`.
+
+    `path`: the file, or `COMMAND_LINE`. `lines`: the line of each key that the file gives. `notices`: lines to print
+    once, such as keys without effect. `trl`: the other fields of SFTConfig that the recipe gives, by TRL's names.
+    """
+
+    path: Path = Path()
+    lines: dict[str, int] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+    trl: dict[str, Any] = field(default_factory=dict)
+
+
 class Recipe(EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKeys, ModelKeys):
-    """One run, as resolved. `trl` holds the other fields of SFTConfig that the recipe gave, by TRL's names."""
+    """One run, as resolved."""
 
     model_config = _CONFIG
 
-    _path: Path = PrivateAttr(default=Path())
-    _notices: list[str] = PrivateAttr(default_factory=list)
-    _trl: dict[str, Any] = PrivateAttr(default_factory=dict)
-    _lines: dict[str, int] = PrivateAttr(default_factory=dict)
+    source: Source = Field(default_factory=Source, exclude=True)
 
     @property
     def path(self) -> Path:
-        return self._path
+        return self.source.path
 
     @property
     def notices(self) -> list[str]:
-        """Lines to print once: keys without effect, fallbacks."""
-        return self._notices
+        return list(self.source.notices)
 
     @property
     def trl(self) -> dict[str, Any]:
-        return self._trl
+        return self.source.trl
 
     def error(self, key: str, what: str) -> RecipeError:
         """What is wrong with a key, at its place: `recipes/x.yaml:12: lora_target: no such module`."""
-        place = f"{self._path}:{self._lines[key]}" if key in self._lines else str(self._path)
+        place = f"{self.path}:{self.source.lines[key]}" if key in self.source.lines else str(self.path)
         return RecipeError(f"{place}: {key}: {what}")
 
     def resolved(self) -> dict[str, Any]:
         """Every key as resolved, in plain YAML values; `read_recipe` reads it back to an equal recipe."""
-        values = self.model_dump(mode="json") | self._trl
+        values = self.model_dump(mode="json") | self.trl
         short = {key: int(value) for key, value in values.items() if isinstance(value, float) and value.is_integer()}
         return values | short
 
 
 @functools.cache
 def sft_type(name: str) -> TypeAdapter[Any]:
-    field = sft_fields()[name]
-    names = {"int": Whole, "float": Number, "Any": Any, "Literal": Literal, "DebugOption": str}
-    if field.choices:
-        kind: Any = Literal[field.choices]
-        kind = kind | None if "None" in field.annotation else kind
-    else:
-        kind = eval(field.annotation, names)  # the annotation is installed code, and names nothing else
-    return TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True))
+    return TypeAdapter(sft_fields[name].type, config=ConfigDict(coerce_numbers_to_str=True))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -286,7 +256,7 @@ class Key(NamedTuple):
     group: str
     schema: dict[str, Any]
     default: Any
-    fate: str
+    mapping: str
     help: str
 
 
@@ -296,13 +266,13 @@ def keys() -> dict[str, Key]:
     table = {}
     schemas = Recipe.model_json_schema()["properties"]
     for group in (ModelKeys, MethodKeys, DatasetKeys, OutputKeys, TrainKeys, EvalKeys):
-        for name, field in group.model_fields.items():
+        for name, known in group.model_fields.items():
             schema = schemas[name]
-            same = "same" if name in sft_fields() else "ours"
-            fate = f"becomes {schema['to']}" if schema["to"] else same
-            default = ... if field.is_required() else field.default
-            table[name] = Key(group.__name__[:-4].lower(), schema, default, fate, field.description or "")
-    for name, sft in sft_fields().items():
+            same = "same" if name in sft_fields else "ours"
+            mapping = f"becomes {schema['to']}" if schema["to"] else same
+            default = ... if known.is_required() else known.default
+            table[name] = Key(group.__name__[:-4].lower(), schema, default, mapping, known.description or "")
+    for name, sft in sft_fields.items():
         if name not in table and not {name} & (RENAMED.keys() | NO_EFFECT.keys() | REFUSED.keys()):
             table[name] = Key("trl", sft_type(name).json_schema(), sft.default, "same", sft.help)
     return table
@@ -325,5 +295,5 @@ def in_words(schema: dict[str, Any], bounds: bool = False) -> str:
     words = _KINDS.get(schema.get("type", ""), "anything")
     if schema.get("unit"):
         words += f" of {schema['unit']}"
-    limits = [f" {said} {schema[limit]:g}" for limit, said in _BOUNDS.items() if limit in schema]
+    limits = [f" {said} {schema[limit]:.15g}" for limit, said in _BOUNDS.items() if limit in schema]
     return words + " and".join(limits) if bounds else words

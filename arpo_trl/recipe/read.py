@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from ..errors import RecipeError
-from .keys import Recipe, in_words, keys, sft_type
+from .keys import Recipe, Source, in_words, keys, sft_type
 from .llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED
 from .rules import conflicts, resolve
 from .yaml_file import Given, Problems, read_file, read_overrides
@@ -33,9 +35,10 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     no_effect = _take_out_no_effect(given, problems)
     recipe = _typed(given, problems)
     if recipe:
-        recipe._path = path
-        recipe._lines = {key: int(place[5:]) for key, (_, place) in given.items() if place.startswith("line ")}
-        recipe._notices += [f"{path}: {', '.join(names)}: no effect; {why}" for why, names in no_effect.items()]
+        lines = {key: int(place[5:]) for key, (_, place) in given.items() if place.startswith("line ")}
+        notices = tuple(f"{path}: {', '.join(names)}: no effect; {why}" for why, names in no_effect.items())
+        source = replace(recipe.source, path=path, lines=lines, notices=notices)
+        recipe = recipe.model_copy(update={"source": source})
         problems += [(_place(key, given), f"{key}: {why}") for key, why in conflicts(recipe)]
     if problems or not recipe:
         # by line ("line 9" before "line 10"), and after them what no line holds: "missing", "override"
@@ -82,21 +85,17 @@ def _typed(given: dict[str, Given], problems: Problems) -> Recipe | None:
         else:
             try:
                 trl[key] = sft_type(key).validate_python(value)
-            except ValidationError:
-                problems.append((place, _expected(key, value)))
+            except ValidationError as error:
+                problems.append((place, _what_is_wrong(key, value, error.errors()[0])))
     try:
-        recipe = Recipe(**own)
+        return Recipe(**own, source=Source(trl=trl))
     except ValidationError as error:
-        for key, message in {str(e["loc"][0]): e.get("ctx", {}).get("error") for e in error.errors()}.items():
+        for key, wrong in {str(wrong["loc"][0]): wrong for wrong in error.errors()}.items():
             if key in own:
-                problems.append(
-                    (_place(key, given), f"{key}: {message}" if str(message or "") else _expected(key, own[key]))
-                )
+                problems.append((_place(key, given), _what_is_wrong(key, own[key], wrong)))
             elif key not in given or given[key].value is None:
                 problems.append(("missing", f"{key}: every recipe needs it. {keys()[key].help}"))
         return None
-    recipe._trl = trl
-    return recipe
 
 
 def _place(key: str, given: dict[str, Given]) -> str:
@@ -108,6 +107,11 @@ def _as_bool(key: str, value: Any) -> Any:
     if isinstance(value, str) and value.lower() in ("true", "false") and "boolean" in str(keys()[key].schema):
         return value.lower() == "true"
     return value
+
+
+def _what_is_wrong(key: str, value: Any, wrong: ErrorDetails) -> str:
+    ours = str(wrong.get("ctx", {}).get("error", ""))  # what a validator of `types` says
+    return f"{key}: {ours}" if ours else _expected(key, value)
 
 
 def _expected(key: str, value: Any) -> str:

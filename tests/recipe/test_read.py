@@ -63,11 +63,21 @@ WRONG = [
     ("quantization_bit: 3", "quantization_bit: expected one of 4, 8, found 3"),
     ("quantization_method: hqq", "quantization_method: expected one of bnb, bitsandbytes, found 'hqq'"),
     ("flash_attn: fa4", "flash_attn: expected one of auto, disabled, sdpa, fa2, fa3, flex, found 'fa4'"),
-    ("stage: ppo", "stage: expected sft, found 'ppo'; the other stages have trainers of their own in TRL"),
+    ("stage: ppo", "stage: expected sft, found 'ppo'; TRL has PPO only among its experiments (trl.experimental.ppo); its GRPOTrainer is for reinforcement learning"),
+    ("stage: dpo", "stage: expected sft, found 'dpo'; TRL's DPOTrainer trains on preference pairs"),
+    ("stage: grpo", "stage: expected sft, found 'grpo'"),
+    # beyond what torch and numpy count
+    ("seed: 4294967296", "seed: expected a whole number of at least 0 and below 4294967296, found 4294967296"),
+    ("data_seed: -1", "data_seed: expected a whole number of at least 0 and below 4294967296, found -1"),
+    ("per_device_train_batch_size: 1180591620717411303424", "per_device_train_batch_size: expected a whole number of at most 2147483647, found 1180591620717411303424"),
+    ("max_steps: 1180591620717411303424", "max_steps: expected a whole number of at most 2147483647, found 1180591620717411303424"),
+    ("num_train_epochs: 1e300", "num_train_epochs: expected a number of at most 1e15, found 1e+300"),
+    ("num_train_epochs: 1e7", "num_train_epochs: expected a number above 0 and of at most 1000000, found 10000000.0"),
+    ("dataloader_num_workers: -1", "dataloader_num_workers: expected a whole number of at least 0, found -1"),
     # types of SFTConfig's own fields
     ("save_steps: true", "save_steps: expected a number, found true"),
     ("save_steps: 0", "save_steps: expected a number above 0, found 0"),
-    ("num_train_epochs: -1", "num_train_epochs: expected a number above 0, found -1"),
+    ("num_train_epochs: -1", "num_train_epochs: expected a number above 0 and of at most 1000000, found -1"),
     ("eval_steps: true", "eval_steps: expected a number, found true"),
     ("max_steps: 1.5", "max_steps: expected a whole number, found 1.5"),
     ("hub_strategy: never", "hub_strategy: expected one of end, every_save, checkpoint, all_checkpoints, found 'never'"),
@@ -326,23 +336,23 @@ def test_an_omitted_key_means_what_it_means_in_llama_factory(key: str) -> None:
         assert (ours or None) == (default or None) and (ours is None) <= (default is None)
 
 
-def test_every_key_of_llama_factory_and_every_field_of_sft_config_has_exactly_one_fate() -> None:
+def test_every_key_of_llama_factory_and_every_field_of_sft_config_has_exactly_one_mapping() -> None:
     tables = [set(keys()), set(RENAMED), set(NO_EFFECT), set(REFUSED)]
-    for key in [*LLAMA_FACTORY["defaults"], *LLAMA_FACTORY["other_keys"], *sft_fields()]:
+    for key in [*LLAMA_FACTORY["defaults"], *LLAMA_FACTORY["other_keys"], *sft_fields]:
         assert sum(key in table for table in tables) == 1, key
     assert set(RENAMED.values()) <= set(keys())
     assert set(HARMLESS) <= set(REFUSED)
 
 
-def test_sft_config_is_read_from_source_as_python_reads_it() -> None:
+def test_the_table_of_sft_config_has_its_fields_and_defaults() -> None:
     import dataclasses
 
     from trl.trainer.sft_config import SFTConfig
 
     real = {field.name: field for field in dataclasses.fields(SFTConfig)}
-    assert set(sft_fields()) == set(real)
-    for name, field in sft_fields().items():
-        if name != "optim" and real[name].default is not dataclasses.MISSING:
+    assert list(sft_fields) == list(real)
+    for name, field in sft_fields.items():
+        if real[name].default is not dataclasses.MISSING:
             assert field.default == real[name].default, name
 
 
@@ -386,12 +396,12 @@ def test_every_key_can_be_explained(key: str) -> None:
     assert explain_key(key).startswith(key)
 
 
-def test_explaining_a_key_gives_type_default_fate_and_trls_own_help() -> None:
+def test_explaining_a_key_gives_type_default_mapping_and_trls_own_help() -> None:
     assert explain_key("cutoff_len") == (
         "cutoff_len  (dataset)\n"
         "  type     a whole number of tokens above 0\n"
         "  default  2048\n"
-        "  fate     becomes max_length with packing\n"
+        "  mapping  becomes max_length with packing\n"
         "  Longest row; what is beyond is cut."
     )
     assert "TRL: The initial learning rate for AdamW." in explain_key("learning_rate")

@@ -125,7 +125,7 @@ def test_a_key_reaches_sft_config(recipe_of: Any, line: str) -> None:
 
 def test_every_key_that_stands_in_sft_config_is_tried_above() -> None:
     tried = {line.split("=")[0] for line in MOVED}
-    same = {name for name, key in keys().items() if key.group != "trl" and key.fate == "same"}
+    same = {name for name, key in keys().items() if key.group != "trl" and key.mapping == "same"}
     # tried by the other tests of this file
     assert same - tried <= {"bf16", "deepspeed", "do_train", "output_dir", "packing"}
 

@@ -1,0 +1,63 @@
+"""The types of a recipe's values. pydantic takes true for 1 and text for a list of characters; a person would not."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+LARGEST = 2**31 - 1  # of a whole number: torch and numpy count rows, tokens and steps in 64 bits, and multiply them
+
+
+def _not_a_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, int | float) and abs(value) > LARGEST:
+        raise ValueError(f"expected a whole number of at most {LARGEST}, found {value}")
+    return _not_a_bool(value)
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, int | float) and 1e15 < abs(value) < float("inf"):
+        raise ValueError(f"expected a number of at most 1e15, found {value}")
+    return _not_a_bool(value)
+
+
+def _split(value: Any) -> Any:
+    """`a, b` is LLaMA-Factory's way to write a list."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _nothing_to_report(value: Any) -> Any:
+    return [] if value in ("none", ["none"]) else _split(value)
+
+
+_OTHER_STAGES = {
+    "pt": "pretraining on plain text is not offered; write the texts as replies, with train_on_prompt",
+    "rm": "TRL's RewardTrainer trains reward models",
+    "dpo": "TRL's DPOTrainer trains on preference pairs",
+    "kto": "TRL's KTOTrainer (trl.experimental) trains on judged replies",
+    "ppo": "TRL has PPO only among its experiments (trl.experimental.ppo); its GRPOTrainer is for reinforcement learning",
+}
+
+
+def _sft_only(value: Any) -> Any:
+    if value != "sft":
+        other = f"; {_OTHER_STAGES[value]}" if value in list(_OTHER_STAGES) else ""
+        raise ValueError(f"expected sft, found {value!r}{other}")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_not_a_bool)]  # numpy's range
+Workers = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Names = Annotated[list[str], BeforeValidator(_split, json_schema_input_type=str | list[str])]
+Numbers = Annotated[list[Number], BeforeValidator(_split, json_schema_input_type=float | str | list[float])]
+Trackers = Annotated[list[str], BeforeValidator(_nothing_to_report, json_schema_input_type=str | list[str])]
+Stage = Annotated[Literal["sft"], BeforeValidator(_sft_only, json_schema_input_type=Literal["sft"])]
