@@ -1,4 +1,4 @@
-"""The command line: `python -m arpo_trl RECIPE [key=value ...] [--check | --preview N]`.
+"""The command line: `arpo-trl [RECIPE] [key=value ...] [--key value ...] [--check | --preview N]`.
 
 Turns errors into exit codes: 0 done, 1 the run failed, 2 the user can mend it before training, 130 and 143 stopped by
 Ctrl-C and SIGTERM.
@@ -17,8 +17,10 @@ from pathlib import Path
 # Windows wheels of torch have no libuv, which its store asks for by default since 2.4 (pytorch/pytorch#139990).
 os.environ.setdefault("USE_LIBUV", "0")
 
+from . import __version__
 from .errors import RecipeError, RunFailed
 from .recipe import read_recipe
+from .recipe.command_line import is_file, read_command_line
 from .recipe.help import explain_key, list_text, usage
 from .report.console import silence_libraries
 
@@ -49,32 +51,37 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    flags = [a for a in argv if a.startswith("-")]
-    words = [a for a in argv if not a.startswith("-") and ("=" not in a or Path(a).is_file())]
-    overrides = [a for a in argv if not a.startswith("-") and a not in words]
-    if not argv or {"--help", "-h"} & {*flags}:
-        print(explain_key(words[0]) if words else usage())
+    line = read_command_line(argv)
+    if not argv or "help" in line.options:
+        print("\n\n".join(map(explain_key, line.words)) or usage())
         return 0 if argv else 2
-    if "--list" in flags:
+    if "version" in line.options:
+        print(f"arpo_trl {__version__}")
+        return 0
+    if "env" in line.options:
+        from .report.environment import environment
+
+        print(environment())
+        return 0
+    if "list" in line.options:
         print(list_text())
         return 0
-    for flag in flags:
-        if flag not in ("--check", "--preview"):
-            way_out = f"write {flag[2:]}" if "=" in flag else "options are --check, --preview N, --list, --help [KEY]"
-            raise RecipeError(f"{flag}: no such option; {way_out}")
     rows = 1
-    if "--preview" in flags and len(words) == 2:
-        rows = next((int(words.pop(i)) for i, word in enumerate(words) if word.isdecimal()), rows)
-    if len(words) != 1:
-        raise RecipeError(f"expected one recipe, found {len(words)}: {' '.join(words)}\n{usage()}")
-    recipe = read_recipe(words[0], overrides)
+    if "preview" in line.options:
+        numbers = [word for word in line.words if word.isdecimal() and not is_file(word)]
+        for word in numbers[:1]:
+            rows = int(word)
+            line.words.remove(word)
+    if len(line.words) > 1 or not (line.words or line.overrides):
+        raise RecipeError(f"expected one recipe, found {len(line.words)}: {' '.join(line.words)}\n{usage()}")
+    recipe = read_recipe(line.words[0] if line.words else None, line.overrides)
     silence_libraries()
-    if "--check" in flags:
+    if "check" in line.options:
         from .run.check import check
 
         check(recipe)
         return 0
-    if "--preview" in flags:
+    if "preview" in line.options:
         from .report.preview import preview
 
         preview(recipe, rows)

@@ -3,12 +3,22 @@
 `RecipeError` and its kind end in exit code 2, `RunFailed` in 1; a `RowError` ends a row, and the audit says which.
 """
 
+import re
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: control characters and marks of writing direction are escaped."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class RecipeError(Exception):
     """What a user can mend before training starts."""
 
     def __init__(self, problems: str | list[str]):
-        super().__init__(problems if isinstance(problems, str) else "\n".join(problems))
+        super().__init__(printable(problems if isinstance(problems, str) else "\n".join(problems)))
 
 
 class DatasetError(RecipeError):

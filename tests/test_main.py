@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import getpass
+import platform
+import shlex
 from pathlib import Path
 
 import pytest
 import small_run
 
+import arpo_trl
 from arpo_trl.__main__ import main
+from arpo_trl.recipe import Recipe, read_recipe
+from arpo_trl.recipe.command_line import OPTIONS, read_command_line
+from arpo_trl.recipe.keys import keys
+from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
 
 
 @pytest.fixture
@@ -27,11 +35,99 @@ def test_the_number_of_rows_may_stand_anywhere(recipe: Path, capsys: pytest.Capt
     assert "greet Bob" in shown[0] and "greet Cy" not in shown[0] and "count to" not in shown[0]
 
 
-def test_a_key_written_as_an_option_is_told_how_to_write_it(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(recipe), "--learning_rate=1e-5"]) == 2
-    assert capsys.readouterr().err == "--learning_rate=1e-5: no such option; write learning_rate=1e-5\n"
-    assert main([str(recipe), "--chek"]) == 2
-    assert capsys.readouterr().err.startswith("--chek: no such option; options are --check, ")
+FLAGS = [
+    ("--learning_rate 1e-5", "learning_rate: 1e-5"),
+    ("--learning_rate=1e-5", "learning_rate: 1e-5"),
+    ("--learning-rate 1e-5", "learning_rate: 1e-5"),
+    ("--bf16", "bf16: true"),
+    ("--bf16 False", "bf16: false"),
+    ("--bf16 true --seed 7", "bf16: true\nseed: 7"),
+    ("--bf16 --seed 7", "bf16: true\nseed: 7"),
+    ("--bf16 seed=7", "bf16: true\nseed: 7"),
+    ("seed=7 --bf16", "bf16: true\nseed: 7"),
+    ("--no_gradient_checkpointing", "gradient_checkpointing: false"),
+    ("--no_cuda", "no_cuda: true"),
+    ("--resume_from_checkpoint out/checkpoint-3", "resume_from_checkpoint: out/checkpoint-3"),
+    ("--lora_target q_proj,v_proj --finetuning_type lora", "lora_target: q_proj,v_proj\nfinetuning_type: lora"),
+    ("--lora_target q_proj v_proj --finetuning_type lora", "lora_target: q_proj,v_proj\nfinetuning_type: lora"),
+    ("--report_to none", "report_to: none"),
+    ("--deepspeed ds.json", "deepspeed: ds.json"),
+    ("--max_steps -1", "max_steps: -1"),
+    ("--evaluation_strategy no", "eval_strategy: no"),
+    ("--warmup_ratio 0.1 --warmup_ratio 0.2", "warmup_ratio: 0.2"),
+    ("--top_p 0.4", "top_p: 0.4"),
+    ("--default_system 'You are: a # helper [of] --all'", "default_system: 'You are: a # helper [of] --all'"),
+    ("--default_system a=b", "default_system: a=b"),
+    ("--lr_scheduler_kwargs '{\"num_cycles\": 2}'", "lr_scheduler_kwargs: {num_cycles: 2}"),
+    ("--run_name 007", "run_name: '007'"),
+]
+BASE = "model_name_or_path: m\noutput_dir: o\nstage: sft\ndo_train: true\ndataset: a\n"
+BASE_FLAGS = ["--stage", "sft", "--do_train", "--model_name_or_path", "m", "--output_dir", "o", "--dataset", "a"]
+
+
+def read(argv: list[str]) -> Recipe:
+    line = read_command_line(argv)
+    assert len(line.words) <= 1 and not line.options
+    return read_recipe(line.words[0] if line.words else None, line.overrides)
+
+
+@pytest.mark.parametrize(("flags", "lines"), FLAGS)
+def test_llama_factorys_flags_mean_what_the_lines_of_a_recipe_mean(tmp_path: Path, flags: str, lines: str) -> None:
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "whole.yaml").write_text(BASE + lines)
+    base, whole = str(tmp_path / "base.yaml"), read_recipe(tmp_path / "whole.yaml")
+    words = shlex.split(flags)
+    for argv in ([*BASE_FLAGS, *words], [*words, *BASE_FLAGS], [base, *words], ["train", base, *words]):
+        assert read(argv).resolved() == whole.resolved(), argv
+    if words[-1] != "v_proj":
+        assert read([*words, base]).resolved() == whole.resolved()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_no_key_has_the_name_of_an_option(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not any(option in table for table in (keys(), RENAMED, NO_EFFECT, REFUSED))
+    assert main([f"--{option}=1"]) == 2
+    assert (
+        capsys.readouterr().err == f"--{option}: is an option of arpo_trl and takes no value; no key has that name\n"
+    )
+
+
+def test_a_flag_that_is_no_key_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*BASE_FLAGS, "--lerning_rate", "1"]) == 2
+    assert capsys.readouterr().err == (
+        "command line: 1 problem\n  override  lerning_rate: no such key; the nearest is learning_rate\n"
+    )
+
+
+def test_flags_alone_check_and_preview_as_a_recipe_does(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = []
+    for key, value in read_recipe(recipe).resolved().items():
+        if value is not None and value != []:
+            flags += [f"--{key}", ",".join(value) if isinstance(value, list) else str(value)]
+    shown = []
+    for argv in ([str(recipe), "--preview"], [*flags, "--preview"]):
+        assert main(argv) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != ""
+    assert main([*flags, "--check", "--dataset", "nope"]) == 2
+    assert "nope" in capsys.readouterr().err
+
+
+def test_a_long_text_on_the_command_line_is_read(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "You are a careful assistant who thinks step by step. " * 6
+    assert main([str(recipe), "--preview", f"default_system={text}"]) == 0
+    assert text.strip() in capsys.readouterr().out.replace("\n", "")
+    assert main(["x" * 300]) == 2
+    assert "File name too long" in capsys.readouterr().err
+
+
+def test_the_version_and_the_environment_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"arpo_trl {arpo_trl.__version__}\n"
+    assert main(["--env"]) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert {"arpo_trl", "python", "system", "device", "torch", "transformers", "trl", "text"} <= set(told)
+    assert not any(secret in str(told) for secret in (platform.node(), str(Path.home()), getpass.getuser() + "@"))
 
 
 def test_two_recipes_are_one_too_many(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from ..errors import RecipeError
 from .llamafactory import NO_EFFECT, REFUSED, RENAMED
 from .sft_fields import sft_fields
-from .types import Count, Names, Number, Numbers, Seed, Stage, Trackers, Whole
+from .types import Count, Location, Locations, Names, Number, Numbers, Seed, Stage, Trackers, Whole
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
 
@@ -32,12 +32,12 @@ def _key(default: Any, help: str, to: str = "", unit: str = "", **limits: Any) -
 class ModelKeys(BaseModel):
     model_config = _CONFIG
 
-    model_name_or_path: str = _key(..., "The base model: a hub id or a local folder.")
+    model_name_or_path: Location = _key(..., "The base model: a hub id or a local folder.")
     model_revision: str = _key("main", "Branch, tag or commit of the model on the hub.", "from_pretrained(revision)")
     trust_remote_code: bool = _key(False, "Run code that comes with the model.")
-    cache_dir: str | None = _key(None, "Where downloaded models are kept.", "from_pretrained(cache_dir)")
+    cache_dir: Location | None = _key(None, "Where downloaded models are kept.", "from_pretrained(cache_dir)")
     use_fast_tokenizer: bool = _key(True, "Use the Rust tokenizer.", "from_pretrained(use_fast)")
-    adapter_name_or_path: Names = _key([], "LoRA adapters to start from, with commas between them.")
+    adapter_name_or_path: Locations = _key([], "LoRA adapters to start from, with commas between them.")
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3", "flex"] = _key(
         "auto", "Attention kernel; fa2 without flash-attn falls back to sdpa.", "from_pretrained(attn_implementation)"
     )
@@ -102,8 +102,8 @@ class DatasetKeys(BaseModel):
     model_config = _CONFIG
 
     dataset: Names = _key([], "Names in dataset_info.json to train on, with commas between them.")
-    dataset_dir: str = _key("data", "Folder of dataset_info.json; file names in it are relative to this folder.")
-    template: str | None = _key(
+    dataset_dir: Location = _key("data", "Folder of dataset_info.json; file names in it are relative to this folder.")
+    template: Location | None = _key(
         None, "A shipped name (qwen), a path to a .jinja file, or omitted: the tokenizer's own."
     )
     default_system: str | None = _key(None, "System message for rows that have none.")
@@ -117,7 +117,7 @@ class DatasetKeys(BaseModel):
     interleave_probs: Numbers | None = _key(None, "Share of each dataset when interleaving.")
     streaming: bool = _key(False, "Read rows as they are needed; needs max_steps.")
     buffer_size: Count = _key(16384, "Rows shuffled together when streaming.", unit="rows")
-    tokenized_path: str | None = _key(None, "Keep the encoded datasets here, or read them from here.")
+    tokenized_path: Location | None = _key(None, "Keep the encoded datasets here, or read them from here.")
     overwrite_cache: bool = _key(False, "Encode again even if an earlier run's encoding is at hand.")
     preprocessing_num_workers: Count | None = _key(
         None, "Processes that encode a dataset of 200 MiB or more; a smaller one is faster in one.", "dataset_num_proc"
@@ -133,11 +133,11 @@ class DatasetKeys(BaseModel):
 class OutputKeys(BaseModel):
     model_config = _CONFIG
 
-    output_dir: str = _key(..., "The run's folder: checkpoints, logs and the final model.")
+    output_dir: Location = _key(..., "The run's folder: checkpoints, logs and the final model.")
     overwrite_output_dir: bool = _key(
         False, "true: start over. false: go on with an unfinished run, refuse a finished one."
     )
-    resume_from_checkpoint: bool | str | None = _key(None, "true: the newest whole checkpoint; or a path to one.")
+    resume_from_checkpoint: bool | Location | None = _key(None, "true: the newest whole checkpoint; or a path to one.")
     allow_changed_recipe: bool = _key(False, "Resume although keys that change the result differ.")
     logging_steps: Number = _key(500, "Steps between two log lines; below 1 a share of the run.", gt=0)
     save_strategy: Literal["no", "steps", "epoch", "best"] = _key("steps", "When to save a checkpoint.")
@@ -175,7 +175,7 @@ class TrainKeys(BaseModel):
     disable_shuffling: bool = _key(False, "Take rows in their order.", "train_sampling_strategy: sequential")
     group_by_length: bool = _key(False, "Batch rows of like length.", "train_sampling_strategy: group_by_length")
     use_dft_loss: bool = _key(False, "Dynamic fine-tuning loss.", "loss_type: dft")
-    deepspeed: str | dict[str, Any] | None = _key(
+    deepspeed: Location | dict[str, Any] | None = _key(
         None, "DeepSpeed's JSON config; or use accelerate_configs/zero3.yaml."
     )
     seed: Seed = _key(42, "Seed of everything random.")
@@ -196,6 +196,9 @@ class EvalKeys(BaseModel):
     load_best_model_at_end: bool = _key(False, "End with the checkpoint that evaluated best.")
     early_stopping_steps: Count | None = _key(None, "Evaluations without progress before stopping.")
     compute_accuracy: bool = _key(False, "Token accuracy; it is always logged.")
+
+
+COMMAND_LINE = Path("command line")  # the path of a recipe that no file holds
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,9 @@
 """LLaMA-Factory's keys that are no field of Recipe: other names, keys without effect, refused keys."""
 
+from collections.abc import Mapping
+
+from .yaml_file import Given
+
 # Another name for a key: older names, and TRL's names for what LLaMA-Factory calls otherwise.
 RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
@@ -109,3 +113,40 @@ HARMLESS = {
 
 NO_EFFECT = {key: reason for reason, keys in _NO_EFFECT.items() for key in keys.split()}
 REFUSED = {key: reason for reason, keys in _REFUSED.items() for key in keys.split()}
+
+_V1_KEYS = {"model", "train_dataset", "peft_config", "kernel_config", "quant_config", "dist_config", "model_class"}
+_TRAINING_KEYS = {"output_dir", "do_train", "do_eval", "do_predict", "dataset", "stage"}
+
+
+def recognise(given: Mapping[str, Given]) -> str | None:
+    """What to write instead, where the keys are those of LLaMA-Factory's v1 form or of another command of its."""
+
+    def value(key: str, or_else: str) -> str:
+        return str(given[key].value) if key in given and given[key].value else or_else
+
+    if _V1_KEYS & given.keys() and "model_name_or_path" not in given:
+        found = ", ".join(f"{key}:" for key in given if key in _V1_KEYS)
+        return (
+            f"this is LLaMA-Factory's v1 form ({found}), which is not read here; write its usual keys, recipes/KEYS.md"
+        )
+    model, adapter = value("model_name_or_path", "MODEL"), value("adapter_name_or_path", "")
+    trains = {"output_dir", "do_train", "dataset"} & given.keys()
+    if "export_dir" in given and not trains:
+        if not adapter:
+            return "this is an export recipe of LLaMA-Factory without an adapter; a trained model needs no export here"
+        command = f"python scripts/merge_lora.py {adapter} {value('export_dir', 'OUT')}"
+        return f"this is an export recipe of LLaMA-Factory; merge the adapter with: {command}"
+    if {"task", "task_dir", "n_shot"} & given.keys() and "do_train" not in given:
+        return "this is a benchmark recipe of LLaMA-Factory; benchmarks are not run here (lm-evaluation-harness runs them)"
+    if given and "model_name_or_path" in given and not _TRAINING_KEYS & given.keys():
+        command = f"python scripts/chat.py {adapter or model}"
+        if {
+            "infer_backend",
+            "do_sample",
+            "infer_dtype",
+            "vllm_maxlen",
+            "vllm_enforce_eager",
+            "template",
+        } & given.keys():
+            return f"this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: {command}"
+    return None

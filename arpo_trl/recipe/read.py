@@ -17,25 +17,28 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ..errors import RecipeError
-from .keys import Recipe, Source, in_words, keys, sft_type
-from .llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED
+from .keys import COMMAND_LINE, Recipe, Source, in_words, keys, sft_type
+from .llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED, recognise
 from .rules import conflicts, resolve
-from .yaml_file import Given, Problems, read_file, read_overrides
+from .yaml_file import Given, Problems, read_file, read_overrides, shorten
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, and `key=value` overrides by the same rules.
+def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, and `key=value` overrides by the same rules; without a file, the overrides are the recipe.
 
     Raises:
         RecipeError: all problems at once, each with its line.
     """
-    path = Path(path)
     problems: Problems = []
-    given = read_file(path, problems) | read_overrides(overrides, problems)
+    given = read_file(Path(path), problems) if path is not None else {}
+    given |= read_overrides(overrides, takes_text, problems)
+    path = COMMAND_LINE if path is None else Path(path)
+    if other_form := recognise(given):
+        raise RecipeError(f"{path}: {other_form}")
     no_effect = _take_out_no_effect(given, problems)
     recipe = _typed(given, problems)
     if recipe:
-        lines = {key: int(place[5:]) for key, (_, place) in given.items() if place.startswith("line ")}
+        lines = {key: int(place[5:]) for key, (_, place, _) in given.items() if place.startswith("line ")}
         notices = tuple(f"{path}: {', '.join(names)}: no effect; {why}" for why, names in no_effect.items())
         source = replace(recipe.source, path=path, lines=lines, notices=notices)
         recipe = recipe.model_copy(update={"source": source})
@@ -52,14 +55,14 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _take_out_no_effect(given: dict[str, Given], problems: Problems) -> dict[str, list[str]]:
     """Take out of `given` what is no key of ours, other names put right; return the keys without effect by reason."""
     no_effect: dict[str, list[str]] = {}
-    for key, (value, place) in list(given.items()):
+    for key, (value, place, text) in list(given.items()):
         if key in keys():
             continue
         del given[key]
         if key in RENAMED:
             if RENAMED[key] in given:
                 problems.append((place, f"{key}: means {RENAMED[key]}, which is there too; keep one"))
-            given.setdefault(RENAMED[key], Given(value, place))
+            given.setdefault(RENAMED[key], Given(value, place, text))
         elif key in NO_EFFECT:
             no_effect.setdefault(NO_EFFECT[key], []).append(key)
         elif key not in REFUSED:
@@ -73,7 +76,9 @@ def _typed(given: dict[str, Given], problems: Problems) -> Recipe | None:
     """The recipe of these values, if each has its type."""
     own: dict[str, Any] = {}
     trl: dict[str, Any] = {}
-    for key, (value, place) in given.items():
+    for key, (value, place, text) in given.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and text and takes_text(key):
+            value = text
         if value is None and keys()[key].default in (None, []):
             continue  # null is how LLaMA-Factory's recipes say nothing
         value = _as_bool(key, value)
@@ -93,9 +98,19 @@ def _typed(given: dict[str, Given], problems: Problems) -> Recipe | None:
         for key, wrong in {str(wrong["loc"][0]): wrong for wrong in error.errors()}.items():
             if key in own:
                 problems.append((_place(key, given), _what_is_wrong(key, own[key], wrong)))
-            elif key not in given or given[key].value is None:
+            elif (key not in given or given[key].value is None) and not any(
+                f"{key}:" == text.split(" ")[0] for _, text in problems
+            ):
                 problems.append(("missing", f"{key}: every recipe needs it. {keys()[key].help}"))
         return None
+
+
+def takes_text(key: str) -> bool:
+    """Whether the key's value is text and nothing else, so that 007 keeps its zeros."""
+    key = RENAMED.get(key, key)
+    schema = keys()[key].schema if key in keys() else {}
+    kinds = [part.get("type") for part in schema.get("anyOf", [schema]) if "enum" not in part]
+    return "string" in kinds and set(kinds) <= {"string", "null"}
 
 
 def _place(key: str, given: dict[str, Given]) -> str:
@@ -116,7 +131,7 @@ def _what_is_wrong(key: str, value: Any, wrong: ErrorDetails) -> str:
 
 def _expected(key: str, value: Any) -> str:
     bounds = isinstance(value, int | float) and not isinstance(value, bool)
-    found = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    found = "null" if value is None else str(value).lower() if isinstance(value, bool) else shorten(value)
     return f"{key}: expected {in_words(keys()[key].schema, bounds)}, found {found}"
 
 

@@ -1,8 +1,11 @@
 """The types of a recipe's values. pydantic takes true for 1 and text for a list of characters; a person would not."""
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from .yaml_file import shorten
 
 LARGEST = 2**31 - 1  # of a whole number: torch and numpy count rows, tokens and steps in 64 bits, and multiply them
 
@@ -15,7 +18,7 @@ def _not_a_bool(value: Any) -> Any:
 
 def _whole(value: Any) -> Any:
     if isinstance(value, int | float) and abs(value) > LARGEST:
-        raise ValueError(f"expected a whole number of at most {LARGEST}, found {value}")
+        raise ValueError(f"expected a whole number of at most {LARGEST}, found {shorten(value)}")
     return _not_a_bool(value)
 
 
@@ -48,7 +51,7 @@ _OTHER_STAGES = {
 def _sft_only(value: Any) -> Any:
     if value != "sft":
         other = f"; {_OTHER_STAGES[value]}" if value in list(_OTHER_STAGES) else ""
-        raise ValueError(f"expected sft, found {value!r}{other}")
+        raise ValueError(f"expected sft, found {shorten(value)}{other}")
     return value
 
 
@@ -59,5 +62,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_not_a_bool)]  # nu
 Workers = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Names = Annotated[list[str], BeforeValidator(_split, json_schema_input_type=str | list[str])]
 Numbers = Annotated[list[Number], BeforeValidator(_split, json_schema_input_type=float | str | list[float])]
+# A path, or a name on the hub. ~ is expanded here, once, because libraries disagree about it.
+Location = Annotated[str, AfterValidator(os.path.expanduser)]
+Locations = Annotated[list[Location], BeforeValidator(_split, json_schema_input_type=str | list[str])]
 Trackers = Annotated[list[str], BeforeValidator(_nothing_to_report, json_schema_input_type=str | list[str])]
 Stage = Annotated[Literal["sft"], BeforeValidator(_sft_only, json_schema_input_type=Literal["sft"])]

@@ -1,9 +1,9 @@
-"""A recipe's file and overrides -> each key's value and place. YAML only: what a key means is recipe.py's."""
+"""A recipe's file and overrides -> each key's value and place. YAML only: what a key means is `keys`'s."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +11,14 @@ import yaml
 
 from ..errors import RecipeError
 
+LARGEST_FILE = 1_000_000  # bytes
+MOST_VALUES = 10_000  # in one key, aliases expanded
+
 
 class Given(NamedTuple):
     value: Any
     place: str  # "line 14" or "override"
+    text: str | None = None  # a number as it is written: run_name: 007
 
 
 Problems = list[tuple[str, str]]  # where, and what
@@ -23,15 +27,23 @@ Problems = list[tuple[str, str]]  # where, and what
 def read_file(path: Path, problems: Problems) -> dict[str, Given]:
     """The keys of a recipe file with their lines; duplicates, tags and odd keys become problems."""
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:  # no more than a recipe can be: a device or a pipe has no end
+            text = file.read(LARGEST_FILE + 1)
+        if len(text) > LARGEST_FILE:
+            raise RecipeError(f"{path}: expected a recipe, found more than {LARGEST_FILE:,} bytes")
+        loader = _Loader(text.decode("utf-8"))
         root = loader.get_single_node()
+    except RecursionError:
+        raise RecipeError(f"{path}: not read (its values are nested too deeply)") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: not YAML ({error.problem or error.context})") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: not YAML text in UTF-8 ({str(error).splitlines()[0]})") from None
+    except ValueError as error:  # a NUL in the path
+        raise RecipeError(f"{path}: no path ({error})") from None
     except OSError as error:
-        folders = dict.fromkeys((path if path.is_dir() else path.parent, Path("recipes"), Path()))
+        folders = dict.fromkeys((path if is_dir(path) else path.parent, Path("recipes"), Path()))
         found = dict.fromkeys(str(recipe) for folder in folders for recipe in find_recipes(folder))
         there = f"there are {', '.join(found)}" if found else "no recipe is near; recipes are .yaml files"
         raise RecipeError(f"{path}: {error.strerror}; {there}") from None
@@ -50,12 +62,20 @@ def read_file(path: Path, problems: Problems) -> dict[str, Given]:
         if odd:
             problems.append((place, f"{key}: {odd}"))
         else:
-            given[key] = Given(value, place)
+            number = value_node.tag.endswith((":int", ":float")) and isinstance(value_node, yaml.ScalarNode)
+            given[key] = Given(value, place, value_node.value if number else None)
     return given
 
 
+def is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # longer than a path can be
+        return False
+
+
 def _construct(loader: _Loader, node: yaml.Node) -> tuple[Any, str | None]:
-    """The value of a node, or what is odd in it: a tag, which could run code, or a key twice."""
+    """The value of a node, or what is odd in it: a tag, which could run code; a key twice; aliases that multiply."""
     seen: set[int] = set()
     waiting = [node]
     while waiting:
@@ -68,6 +88,8 @@ def _construct(loader: _Loader, node: yaml.Node) -> tuple[Any, str | None]:
                 None,
                 f"the tag {part.tag.replace('tag:yaml.org,2002:', '!!')} is not read here; write a plain value",
             )
+        if isinstance(part, yaml.ScalarNode) and (found := _NO_TEXT.search(part.value)):
+            return None, f"holds {found[0]!r}, which is no character of a text"
         if isinstance(part, yaml.SequenceNode):
             waiting += part.value
         elif isinstance(part, yaml.MappingNode):
@@ -77,30 +99,70 @@ def _construct(loader: _Loader, node: yaml.Node) -> tuple[Any, str | None]:
                 return None, f"{twice[0]} is there twice; keep one"
             waiting += [value for _, value in part.value]
     try:
+        if _count(node, {}) > MOST_VALUES:
+            return None, f"expected a plain value, found more than {MOST_VALUES:,} (its aliases multiply)"
         return loader.construct_object(node, deep=True), None
+    except RecursionError:  # a value that holds itself is one too
+        return None, "expected a plain value"
     except (yaml.YAMLError, ValueError, KeyError):
         return None, "expected a plain value"
 
 
-def read_overrides(overrides: Sequence[str], problems: Problems) -> dict[str, Given]:
+def _count(node: yaml.Node, counted: dict[int, int]) -> int:
+    """The values in a node, each alias counted as often as it is used."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in counted:
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        counted[id(node)] = 1 + sum(_count(part, counted) for part in parts)
+    return counted[id(node)]
+
+
+def read_overrides(overrides: Sequence[str], is_text: Callable[[str], bool], problems: Problems) -> dict[str, Given]:
+    """The values of `key=value`, of which the last one of a key wins.
+
+    Args:
+        overrides: As they stand on the command line.
+        is_text: Whether a key takes text alone; such a value is not YAML unless it is quoted.
+        problems: What is wrong is added here.
+    """
     given = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             problems.append(("override", f"{override}: expected key=value"))
             continue
-        try:
-            loader = _Loader(text)
-            node = loader.get_single_node()
-        except yaml.YAMLError:
-            problems.append(("override", f"{key}: {text!r} is not YAML; quote it"))
-            continue
-        value, odd = _construct(loader, node) if node else (None, None)
+        value, odd = _read_text(text) if is_text(key) else _read_yaml(text)
         if odd:
             problems.append(("override", f"{key}: {odd}"))
         else:
-            given[key] = Given(value, "override")
+            given[key] = Given(value, "override", text.strip())
     return given
+
+
+def _read_text(text: str) -> tuple[Any, str | None]:
+    if text.strip() in ("", "~", "null") or text.strip()[0] in "'\"":
+        value, odd = _read_yaml(text)
+        if not odd:
+            return value, None
+    if found := _NO_TEXT.search(text):
+        return None, f"holds {found[0]!r}, which is no character of a text"
+    return text, None
+
+
+def _read_yaml(text: str) -> tuple[Any, str | None]:
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except (yaml.YAMLError, RecursionError):
+        return None, f"{shorten(text)} is not YAML; quote it"
+    return _construct(loader, node) if node else (None, None)
+
+
+def shorten(value: Any) -> str:
+    """A value as Python writes it, in at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def find_recipes(folder: Path) -> list[Path]:
@@ -124,4 +186,5 @@ for _tag, _pattern in {
 }.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in "null bool int float str seq map".split()}

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from ..data.prepare import PreparedData
 from ..machine import free_space
-from ..recipe.keys import Recipe
+from ..recipe.keys import COMMAND_LINE, Recipe
 from .console import say
 from .trainer_log import describe_evaluation, format_seconds, read_log, run_seconds
 
@@ -131,5 +131,7 @@ def resume_command(recipe: Recipe) -> str:
     more = ["resume_from_checkpoint=true"] if recipe.overwrite_output_dir or recipe.resume_from_checkpoint else []
     if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
         return " ".join(["the same command", *(f"with {override}" for override in more)])
-    given = [a for a in sys.argv[1:] if a != str(recipe.path) and not a.startswith("resume_from_checkpoint=")]
-    return shlex.join(["python", "-m", "arpo_trl", str(recipe.path), *given, *more])
+    given = [a for a in sys.argv[1:] if not a.startswith(("resume_from_checkpoint=", "--resume_from_checkpoint="))]
+    if recipe.path != COMMAND_LINE:
+        given = [str(recipe.path), *(a for a in given if a != str(recipe.path))]
+    return shlex.join(["python", "-m", "arpo_trl", *given, *more])  # of two values of a key, the last one wins

@@ -15,6 +15,7 @@ from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.help import explain_key, list_text, usage
 from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED
+from arpo_trl.recipe.read import takes_text
 from arpo_trl.recipe.sft_fields import sft_fields
 
 LLAMA_FACTORY = json.loads(
@@ -206,6 +207,66 @@ def test_whatever_is_written_the_answer_is_a_recipe_or_a_recipe_error(
         assert str(error).startswith(str(path))
 
 
+def test_aliases_that_multiply_are_refused_at_once_in_little_memory(tmp_path: Path) -> None:
+    bomb = "&b0 [" + ",".join(["lol"] * 10) + "]"
+    for level in range(1, 9):
+        bomb = f"&b{level} [{bomb}, {','.join([f'*b{level - 1}'] * 9)}]"
+    for line in (f"learning_rate: {bomb}", f"deepspeed: {{a: {bomb}}}"):
+        (found,) = problems(tmp_path, GOOD + line)
+        assert found.endswith(": expected a plain value, found more than 10,000 (its aliases multiply)")
+    with pytest.raises(RecipeError, match="its values are nested too deeply"):
+        read_recipe(write(tmp_path, GOOD + "report_to: " + "[" * 1000 + "]" * 1000))
+
+
+@pytest.mark.parametrize("file", ["/dev/zero", "/dev/urandom"])
+def test_a_file_without_an_end_is_no_recipe(file: str) -> None:
+    with pytest.raises(RecipeError, match="found more than 1,000,000 bytes"):
+        read_recipe(file)
+
+
+@pytest.mark.parametrize("key", [key for key in keys() if takes_text(key)])
+@pytest.mark.parametrize("text", ['"\\ud800"', '"a\\0b"'])
+def test_what_is_no_character_is_answered_in_a_line(tmp_path: Path, key: str, text: str) -> None:
+    good = "".join(line for line in GOOD.splitlines(keepends=True) if not line.startswith(key))
+    (found,) = problems(tmp_path, f"{good}{key}: {text}\n")
+    assert found.endswith("which is no character of a text")
+
+
+def test_a_message_holds_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
+    found = problems(tmp_path, GOOD + '"\\e]0;title\\a": 1\nrun_name: ["\\u202egnp", "\\e[2J"]\n')
+    assert all(line.isprintable() for line in found) and len(found) == 2
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "output_dir", "dataset_dir", "cache_dir", "tokenized_path",
+    "template", "resume_from_checkpoint", "deepspeed", "adapter_name_or_path"])  # fmt: skip
+def test_the_tilde_is_expanded_once_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    good = "".join(line for line in GOOD.splitlines(keepends=True) if not line.startswith(key))
+    for recipe in (
+        read_recipe(write(tmp_path, f"{good}finetuning_type: lora\n{key}: ~/x\n")),
+        read_recipe(write(tmp_path, good), ["finetuning_type=lora", f"{key}=~/x"]),
+    ):
+        assert getattr(recipe, key) == (["/home/me/x"] if key == "adapter_name_or_path" else "/home/me/x")
+
+
+OTHER_FORMS = [
+    ("model: m\ntrain_dataset: d\npeft_config: {name: lora}\noutput_dir: o\n", "this is LLaMA-Factory's v1 form (model:, train_dataset:, peft_config:), which is not read here; write its usual keys, recipes/KEYS.md"),
+    ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\nexport_dir: out\nexport_size: 5\n", "this is an export recipe of LLaMA-Factory; merge the adapter with: python scripts/merge_lora.py a out"),
+    ("model_name_or_path: m\nexport_dir: out\n", "this is an export recipe of LLaMA-Factory without an adapter; a trained model needs no export here"),
+    ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\ninfer_backend: huggingface\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python scripts/chat.py a"),
+    ("model_name_or_path: m\ntemplate: qwen\ninfer_backend: vllm\nvllm_enforce_eager: true\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python scripts/chat.py m"),
+    ("model_name_or_path: m\ntask: mmlu_test\ntemplate: qwen\nlang: en\nn_shot: 5\nsave_dir: s\n", "this is a benchmark recipe of LLaMA-Factory; benchmarks are not run here (lm-evaluation-harness runs them)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), OTHER_FORMS)
+def test_a_recipe_of_another_command_of_llama_factory_gets_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path)
+    assert str(caught.value) == f"{path}: {message}"
+
+
 # --- right recipes ---
 
 
@@ -226,6 +287,9 @@ def test_whatever_is_written_the_answer_is_a_recipe_or_a_recipe_error(
         ("eval_strategy: no", "no"),
         ("run_name: 2024-01-01", "2024-01-01"),
         ("run_name: 7", "7"),
+        ("run_name: 007", "007"),
+        ("run_name: 1e5", "1e5"),
+        ("model_revision: 0123", "0123"),
         ("resume_from_checkpoint: null", None),
         ("resume_from_checkpoint: 'true'", True),
         ("resume_from_checkpoint: a/checkpoint-5", "a/checkpoint-5"),
