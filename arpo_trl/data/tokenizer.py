@@ -10,16 +10,16 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError, RecipeError
 from ..recipe.keys import Recipe
+from ..recipe.template_names import SHIPPED, THE_TOKENIZERS_OWN, check_template_name
 from .labels import IGNORED, EncodingConfig, encode, to_segments
 from .messages import Conversation
-from .template import Template, find_template
+from .template import Template, find_template, shipped_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +58,14 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         )
         raise RecipeError(f"model_name_or_path: {name}: {where} ({reason})") from None
     tokenizer.chat_template = _read_template(recipe.template, tokenizer)
-    end_of_turn = find_template(tokenizer).end_of_turn
+    template = find_template(tokenizer)
+    end_of_turn = template.end_of_turn
+    if end_of_turn is None and recipe.template in SHIPPED:
+        raise RecipeError(
+            f"template: {recipe.template} ends a reply with {template.after_reply.strip()!r}, which is no special token of "
+            "this tokenizer; write one that ends it with the tokenizer's own eos token (template: default), or add the "
+            "token to the tokenizer and the model, save both and name that folder in model_name_or_path"
+        )
     if end_of_turn is None:
         raise RecipeError(
             f"template: {recipe.template or 'the one of the tokenizer'} ends no reply with a special token, so the model "
@@ -70,23 +77,21 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _read_template(template: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    shipped = {
-        file.name.removesuffix(".jinja"): file for file in files("arpo_trl.data").joinpath("templates").iterdir()
-    }
-    ways_out = f"omit it for the tokenizer's own, name a shipped one ({', '.join(sorted(shipped))}) or a .jinja file"
-    if template is None:
-        own = tokenizer.chat_template
-        if isinstance(own, dict):
-            own = own.get("default")
+def _read_template(template: str | None, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str]:
+    if template in SHIPPED:
+        return shipped_template(template)
+    if template is None or template in THE_TOKENIZERS_OWN:
+        own: str | dict[str, str] | None = tokenizer.chat_template
         if not own:
-            raise RecipeError(f"template: omitted, and the tokenizer has no chat template; {ways_out}")
-        return str(own)
-    if template in shipped:
-        return shipped[template].read_text(encoding="utf-8")
+            found = "omitted" if template is None else f"{template} means the tokenizer's own"
+            raise RecipeError(
+                f"template: {found}, and the tokenizer has no chat template; write template: default or another of "
+                "those that docs/templates.md calls shipped, or the path of a .jinja file"
+            )
+        return own
     path = Path(template)
-    if path.suffix != ".jinja":
-        raise RecipeError(f"template: {template}: no such template; {ways_out}")
+    if problem := check_template_name(template):
+        raise RecipeError(f"template: {problem}")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from ..errors import RecipeError
 from .llamafactory import NO_EFFECT, REFUSED, RENAMED
 from .sft_fields import sft_fields
-from .types import Count, Location, Locations, Names, Number, Numbers, Seed, Stage, Trackers, Whole
+from .types import Count, Location, Locations, Names, Number, Numbers, Seed, Stage, TemplateName, Trackers, Whole
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
 
@@ -103,8 +103,9 @@ class DatasetKeys(BaseModel):
 
     dataset: Names = _key([], "Names in dataset_info.json to train on, with commas between them.")
     dataset_dir: Location = _key("data", "Folder of dataset_info.json; file names in it are relative to this folder.")
-    template: Location | None = _key(
-        None, "A shipped name (qwen), a path to a .jinja file, or omitted: the tokenizer's own."
+    template: TemplateName | None = _key(
+        None,
+        "One of LLaMA-Factory's names (docs/templates.md), a path to a .jinja file, or omitted: the tokenizer's own.",
     )
     default_system: str | None = _key(None, "System message for rows that have none.")
     cutoff_len: Count = _key(2048, "Longest row; what is beyond is cut.", "max_length with packing", "tokens")

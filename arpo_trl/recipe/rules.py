@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from .keys import Recipe
+from .template_names import describe_template_name
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -30,6 +31,8 @@ def resolve(recipe: Recipe) -> Recipe:
     if "wandb" in recipe.report_to and wandb_is_disabled():
         settled["report_to"] = [tracker for tracker in recipe.report_to if tracker != "wandb"]
         lines.append("report_to: wandb is left out, since WANDB_DISABLED is set")
+    if line := describe_template_name(recipe.template):
+        lines.append(line)
     if recipe.trust_remote_code:
         lines.append("trust_remote_code: the model's own code runs if transformers has none for its architecture")
     if recipe.pure_bf16:

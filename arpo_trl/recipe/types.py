@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from .template_names import check_template_name
 from .yaml_file import shorten
 
 LARGEST = 2**31 - 1  # of a whole number: torch and numpy count rows, tokens and steps in 64 bits, and multiply them
@@ -55,6 +56,12 @@ def _sft_only(value: Any) -> Any:
     return value
 
 
+def _known_template(value: str) -> str:
+    if problem := check_template_name(value):
+        raise ValueError(problem)
+    return value
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
@@ -67,3 +74,4 @@ Location = Annotated[str, AfterValidator(os.path.expanduser)]
 Locations = Annotated[list[Location], BeforeValidator(_split, json_schema_input_type=str | list[str])]
 Trackers = Annotated[list[str], BeforeValidator(_nothing_to_report, json_schema_input_type=str | list[str])]
 Stage = Annotated[Literal["sft"], BeforeValidator(_sft_only, json_schema_input_type=Literal["sft"])]
+TemplateName = Annotated[Location, AfterValidator(_known_template)]

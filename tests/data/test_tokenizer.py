@@ -283,18 +283,24 @@ def test_a_shipped_template_and_a_file_replace_the_tokenizers_own(tmp_path: Path
     ("keys", "message"),
     [
         (
-            {"template": "llama3"},
-            "template: llama3: no such template; omit it for the tokenizer's own, name a shipped one (qwen) or a "
-            ".jinja file",
-        ),
-        (
             {"template": "no.jinja"},
             "template: no.jinja: cannot be read ([Errno 2] No such file or directory: 'no.jinja')",
         ),
         (
             {},
-            "template: omitted, and the tokenizer has no chat template; omit it for the tokenizer's own, name a shipped "
-            "one (qwen) or a .jinja file",
+            "template: omitted, and the tokenizer has no chat template; write template: default or another of those that "
+            "docs/templates.md calls shipped, or the path of a .jinja file",
+        ),
+        (
+            {"template": "glm4"},
+            "template: glm4 means the tokenizer's own, and the tokenizer has no chat template; write template: default or "
+            "another of those that docs/templates.md calls shipped, or the path of a .jinja file",
+        ),
+        (
+            {"template": "granite3"},
+            "template: granite3 ends a reply with '<|end_of_text|>', which is no special token of this tokenizer; write one that "
+            "ends it with the tokenizer's own eos token (template: default), or add the token to the tokenizer and the "
+            "model, save both and name that folder in model_name_or_path",
         ),
     ],
 )

@@ -1,0 +1,53 @@
+"""LLaMA-Factory's names of templates, and what each means here. docs/templates.md has them in a table."""
+
+import difflib
+
+SHIPPED = frozenset(
+    """
+    alpaca chatml chatml_de cohere cpm4 dbrx deepseek deepseek3 deepseekcoder deepseekr1 default ernie
+    ernie_nothink exaone falcon_h1 gemma granite3 hunyuan hunyuan_small hy3 intern2 llama2 llama2_zh llama3 mimo
+    mimo_v2 mistral moonlight olmo openchat openchat-3.6 opencoder phi phi4 phi_small qwen qwen3 qwen3_nothink
+    sailor seed_coder smollm smollm2 starchat telechat2 vicuna xuanyuan yi yuan zephyr
+    """.split()
+)
+"""Written by arpo_trl/data/templates as LLaMA-Factory writes them."""
+
+THE_TOKENIZERS_OWN = frozenset(
+    """
+    aeva aquila atom baichuan baichuan2 bailing bailing_v2 belle bluelm breeze chatglm2 chatglm3 codegeex2
+    codegeex4 empty falcon fewshot gemma2 glm4 glm4_7 glm4_moe glmz1 gpt_oss granite4 index intern lfm2 marco
+    minimax1 minimax2 ministral orion phi4_mini seed_oss skywork_o1 solar xverse youtu
+    """.split()
+)
+"""Names of text templates that are not shipped: the tokenizer's own template is used."""
+
+MULTIMODAL = frozenset(
+    """
+    dots_ocr ernie_vl gemma3 gemma3n gemma4 glm4_5v glm4v hunyuan_vl intern_s1 intern_vl keye_vl kimi_vl lfm2_vl
+    llama4 llava llava_next llava_next_llama3 llava_next_mistral llava_next_qwen llava_next_video
+    llava_next_video_mistral llava_next_video_yi llava_next_yi mimo_vl mimo_vl_nothink minicpm_o minicpm_v
+    ministral3 mllama paligemma paligemma_chat pixtral qwen2_audio qwen2_omni qwen2_vl qwen3_5 qwen3_5_nothink
+    qwen3_omni qwen3_omni_nothink qwen3_vl qwen3_vl_nothink video_llava yi_vl youtu_vl
+    """.split()
+)
+
+
+def check_template_name(template: str) -> str | None:
+    """What is wrong with the value of `template`, or None. A path ends in .jinja and is not looked at here."""
+    if template.endswith(".jinja") or template in SHIPPED | THE_TOKENIZERS_OWN:
+        return None
+    if template in MULTIMODAL:
+        return f"{template} is a template for images, sound or video, which are not trained here; for text rows leave template out"
+    near = difflib.get_close_matches(template, sorted(SHIPPED | THE_TOKENIZERS_OWN), n=1)
+    return (
+        f"there is no template {template!r}{f'; the nearest is {near[0]}' if near else ''}; "
+        "expected one of LLaMA-Factory's names (docs/templates.md), a path that ends in .jinja, or no template at all "
+        "for the tokenizer's own"
+    )
+
+
+def describe_template_name(template: str | None) -> str | None:
+    """The line for a name that means the tokenizer's own template."""
+    if template not in THE_TOKENIZERS_OWN:
+        return None
+    return f"template: {template} is not shipped; the tokenizer's own template is used instead"
