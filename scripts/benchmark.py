@@ -4,6 +4,7 @@ python scripts/benchmark.py steps             seconds a training step, ours besi
 python scripts/benchmark.py startup           seconds from launch to a finished one-step run, beside a TRL script's
 python scripts/benchmark.py preparation       seconds to prepare rows, beside TRL's, with 1 and 2 processes
 python scripts/benchmark.py memory            peak memory of preparation as rows grow
+python scripts/benchmark.py llamafactory      whole runs of one recipe file, beside LLaMA-Factory's (--llamafactory PYTHON)
 python scripts/benchmark.py scaling           seconds a step as length and batch grow, with the exponents
 
 The variants take turns, round by round. `seconds` is the median, beside the least and the most; `times_trl` is TRL's
@@ -17,12 +18,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import benchmark_llamafactory
 import benchmark_preparation
 import benchmark_steps
 
 from arpo_trl.errors import RecipeError
 
-MODES = ("steps", "startup", "preparation", "memory", "scaling")
+MODES = ("steps", "startup", "llamafactory", "preparation", "memory", "scaling")
 
 
 def main() -> None:
@@ -53,6 +55,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             return benchmark_preparation.preparation(model, options.rows, options.repeats)
         if options.mode == "memory":
             return benchmark_preparation.memory(model, options.rows)
+        if options.mode == "llamafactory":
+            given = {"shape": options.shape, "count": options.count, "batch": options.batch, "cutoff": options.cutoff}
+            python = options.llamafactory
+            return benchmark_llamafactory.compare(python, model, options.repeats, bf16=not options.float32, **given)
         step = {"model": model, "shape": options.shape, "count": options.count, "bf16": not options.float32}
         if options.mode == "scaling":
             return benchmark_steps.scaling(options.lengths, options.batches, options.repeats, **step)
@@ -74,8 +80,9 @@ def make_parser() -> argparse.ArgumentParser:
             options.add_argument("--model", help="folder or hub name with a tokenizer (a tiny one is made if omitted)")
         if mode != "memory":
             options.add_argument("--repeats", type=positive, default=3, help="rounds (3)")
-        if mode in ("steps", "scaling"):
-            options.add_argument("--shape", choices=sorted(benchmark_steps.SHAPES), default="tiny")
+        if mode in ("steps", "scaling", "llamafactory"):
+            default = None if mode == "llamafactory" else "tiny"  # None: the weights of --model
+            options.add_argument("--shape", choices=sorted(benchmark_steps.SHAPES), default=default)
             options.add_argument("--count", type=positive, default=4, help="steps a process, after one to warm up (4)")
             options.add_argument("--float32", action="store_true", help="no bf16 autocast")
     parsers["steps"].add_argument(
@@ -86,8 +93,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="VARIANT",
         help=f"some of: {'; '.join(benchmark_steps.VARIANTS)}",
     )
-    parsers["steps"].add_argument("--batch", type=positive, default=2, help="rows a step (2)")
-    parsers["steps"].add_argument("--cutoff", type=positive, default=4096, help="tokens of a row at most (4096)")
+    for mode in ("steps", "llamafactory"):
+        parsers[mode].add_argument("--batch", type=positive, default=2, help="rows a step (2)")
+        parsers[mode].add_argument("--cutoff", type=positive, default=4096, help="tokens of a row at most (4096)")
+    parsers["llamafactory"].add_argument(
+        "--llamafactory", type=Path, required=True, metavar="PYTHON", help="of the venv that holds LLaMA-Factory"
+    )
     parsers["steps"].add_argument(
         "--full", action="store_true", help="every row of --cutoff tokens, cut from all toy rows laid end to end"
     )
