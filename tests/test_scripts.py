@@ -25,6 +25,7 @@ import make_toy_dataset
 import merge_lora
 import pytest
 import torch
+from benchmark import MODES
 from benchmark_steps import spread, take_turns, times_trl
 from peft import LoraConfig, LoraModel, get_peft_model
 from safetensors import safe_open
@@ -370,7 +371,7 @@ def test_compare_golden_ends_with_2_where_there_is_nothing_to_compare(golden: An
 def test_benchmark_without_a_mode_says_what_the_modes_are(mode: list[str]):
     done = run(sys.executable, ROOT / "scripts" / "benchmark.py", *mode)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "steps | startup | preparation | memory | scaling" in done.stderr.splitlines()[-1]
+    assert " | ".join(MODES) in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

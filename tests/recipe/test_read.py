@@ -242,11 +242,12 @@ def test_a_message_holds_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
 def test_the_tilde_is_expanded_once_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     good = "".join(line for line in GOOD.splitlines(keepends=True) if not line.startswith(key))
+    name = "x.jinja" if key == "template" else "x"
     for recipe in (
-        read_recipe(write(tmp_path, f"{good}finetuning_type: lora\n{key}: ~/x\n")),
-        read_recipe(write(tmp_path, good), ["finetuning_type=lora", f"{key}=~/x"]),
+        read_recipe(write(tmp_path, f"{good}finetuning_type: lora\n{key}: ~/{name}\n")),
+        read_recipe(write(tmp_path, good), ["finetuning_type=lora", f"{key}=~/{name}"]),
     ):
-        assert getattr(recipe, key) == (["/home/me/x"] if key == "adapter_name_or_path" else "/home/me/x")
+        assert getattr(recipe, key) == ([f"/home/me/{name}"] if key == "adapter_name_or_path" else f"/home/me/{name}")
 
 
 OTHER_FORMS = [
