@@ -1,0 +1,187 @@
+"""Each row is counted with what became of it, and listed unless it was kept."""
+
+import json
+import re
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_run
+from bench import GOOD, Bench, numbered, row
+
+from arpo_trl.data import cache
+from arpo_trl.data import prepare as dataset
+from arpo_trl.errors import DatasetError, RecipeError
+from arpo_trl.recipe import Recipe
+from arpo_trl.run.check import check
+from arpo_trl.run.train import train
+
+
+def test_more_dropped_than_allowed_stops_the_run_with_the_first_reasons(bench: Bench) -> None:
+    path = bench.add("d", (GOOD + b"\n") * 9 + b"{\n")
+    with pytest.raises(DatasetError) as error:
+        bench.prepare()
+    (listed,) = bench.folder.glob("cache/arpo_trl/d-*/audit.jsonl")
+    assert len(listed.read_text().splitlines()) == 1 and not (bench.folder / "out").exists()
+    assert str(error.value).splitlines() == [
+        f"d: 1 of 10 rows dropped, max_dropped allows a share of 0.05; all are in {listed}, the first are",
+        f"  {path}:10: not JSON (Expecting property name enclosed in double quotes at column 2): '{{'",
+    ]
+    assert bench.prepare(max_dropped=0.1).audit.datasets["d"].dropped == 1
+    with pytest.raises(DatasetError):
+        bench.prepare(max_dropped=0)
+
+
+def test_a_dataset_of_broken_rows_alone_stops_the_run_whatever_is_allowed(bench: Bench) -> None:
+    bench.add("d", b"{\n")
+    with pytest.raises(DatasetError, match="1 of 1 rows dropped"):
+        bench.prepare(max_dropped=1)
+
+
+def test_the_audit_counts_every_fate(bench: Bench) -> None:
+    long = " ".join(["word"] * 400)
+    two = row(reply="A")["conversations"]
+    bench.add("d", [row(), row(reply=long), {"conversations": [*two, *row(long, "B")["conversations"]]}, row(long), 3])
+    data = bench.prepare(max_dropped=0.5, cutoff_len=128)
+    counts = data.audit.datasets["d"]
+    assert (counts.kept, counts.shortened, counts.lost_answer, counts.dropped, counts.rows) == (1, 1, 1, 2, 5)
+    assert counts.tokens == sum(len(ids) for ids in data.train["input_ids"])
+    assert [finding["outcome"] for finding in bench.findings()] == ["shortened", "lost_answer", "dropped", "dropped"]
+    assert bench.findings()[0]["reason"].endswith("tokens past the cutoff of 128")
+    assert bench.findings()[3]["excerpt"] == "3"
+
+
+def test_turns_after_the_last_reply_are_accounted_for(bench: Bench) -> None:
+    more = [{"from": "human", "value": "R"}, {"from": "human", "value": "S"}]
+    short, long = row(), row(reply="word " * 400)
+    bench.add("d", [{"conversations": one["conversations"] + more} for one in (short, long)])
+    data = bench.prepare(cutoff_len=128)
+    counts = data.audit.datasets["d"]
+    assert (counts.kept, counts.shortened) == (0, 2)
+    assert bench.findings()[0]["reason"] == "2 turns after the last reply"
+    assert re.fullmatch(
+        r"2 turns after the last reply and \d+ tokens past the cutoff of 128", bench.findings()[1]["reason"]
+    )
+
+
+def test_a_row_that_keeps_all_its_replies_silent_is_dropped_for_that(bench: Bench) -> None:
+    """Also where it is cut, or only its last reply would be trained."""
+    long, two = row("word " * 400), row()
+    long["conversations"][1]["loss"] = False
+    two["conversations"] = [*two["conversations"], *row()["conversations"]]
+    two["conversations"][3]["loss"] = False
+    bench.add("d", [row(), long, two])
+    bench.prepare(max_dropped=0.7, mask_history=True, cutoff_len=128)
+    assert [one["reason"] for one in bench.findings()] == ["no trained token: the last reply is kept silent"] * 2
+    bench.prepare(max_dropped=0.7, cutoff_len=128)
+    assert [one["reason"] for one in bench.findings()] == ["no trained token: every reply is kept silent"]
+
+
+def test_a_reply_without_its_end_of_turn_is_dropped_in_whatever_row(bench: Bench) -> None:
+    """Behind the rows that the gate looks at, too."""
+    own = bench.tokenizer.chat_template
+    try:
+        bench.tokenizer.chat_template = str(own).replace(
+            "message.content + '<|im_end|>'",
+            "message.content + ('' if message.content == 'endless' else '<|im_end|>')",
+        )
+        assert bench.tokenizer.chat_template != own
+        path = bench.add("d", [*numbered(40), row(reply="endless")])
+        assert len(bench.prepare().train) == 40
+    finally:
+        bench.tokenizer.chat_template = own
+    (finding,) = bench.findings()
+    assert finding["place"] == f"{path}:41"
+    assert finding["reason"] == "the template ends message 2 without its end-of-turn token"
+
+
+def test_nothing_is_written_into_output_dir_before_there_is_a_run(chat_recipe: Recipe) -> None:
+    """Not by --check, and not by a start that is refused."""
+    kept = Path(chat_recipe.output_dir) / "row_audit.jsonl"
+    kept.parent.mkdir()
+    kept.write_text("of an earlier run")
+    check(chat_recipe)
+    with pytest.raises(DatasetError, match="1 of 11 rows dropped"):
+        train(chat_recipe.model_copy(update={"max_dropped": 0.0}))
+    assert kept.read_text() == "of an earlier run"
+    evaluated = {"do_train": False, "do_eval": True, "dataset": [], "eval_dataset": ["d"]}
+    assert train(chat_recipe.model_copy(update=evaluated)) == 0
+    assert json.loads(kept.read_text())["outcome"] == "dropped"
+
+
+def test_a_run_that_may_not_go_on_keeps_its_list_of_rows(tmp_path: Path, tiny_model: Path) -> None:
+    folder = small_run.run(tmp_path, tiny_model, cutoff_len=80)
+    before = (folder / "row_audit.jsonl").read_text()
+    assert "past the cutoff of 80" in before
+    manifest = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(manifest | {"status": "stopped"}))
+    with pytest.raises(RecipeError, match="cutoff_len: 80 -> 70"):
+        small_run.run(tmp_path, tiny_model, cutoff_len=70, overwrite_cache=True)
+    assert (folder / "row_audit.jsonl").read_text() == before
+
+
+def test_check_says_where_the_rows_lie_that_were_not_kept(
+    chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(chat_recipe)
+    start = "each row that was not simply kept is in "
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(start))
+    assert json.loads(Path(line.removeprefix(start)).read_text())["place"].endswith("d.jsonl:11")
+    check(chat_recipe.model_copy(update={"max_samples": 10}))
+    assert start not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_row_with_a_date_can_be_dropped(suffix: str, bench: Bench) -> None:
+    strange = {"on": datetime(2026, 1, 2), "raw": b"\xff", "price": Decimal("1.5")}
+    bench.add("d", [row(**strange), row(**strange) | {"conversations": []}], suffix)
+    assert len(bench.prepare(max_dropped=0.5).train) == 1
+    assert bench.findings()[0]["excerpt"].startswith('{"conversations": [], "on": "datetime.datetime(2026, 1, 2, ')
+
+
+# Columns that the registry names
+
+ALPACA = {"instruction": "Q", "input": "I", "output": "A"}
+
+
+def test_a_named_column_that_no_row_has_is_refused(bench: Bench) -> None:
+    bench.add("d", [ALPACA] * 3, formatting="alpaca", columns={"query": "inputt", "system": "sys_promt"})
+    with pytest.raises(DatasetError) as error:
+        bench.prepare()
+    assert str(error.value).splitlines() == [
+        f"{bench.folder / 'dataset_info.json'}:1: d: columns.{key}: expected a column {column!r}, found none in 3 rows; "
+        "they have input, instruction, output; mend the name, or take the key out of columns"
+        for key, column in (("query", "inputt"), ("system", "sys_promt"))
+    ]
+    assert not list(bench.folder.glob("cache/arpo_trl/*"))
+
+
+def test_a_named_column_may_be_in_some_rows_alone(bench: Bench) -> None:
+    """An Arrow file's column is there even if it is null in every row."""
+    bench.add("d", [*numbered(2), row(sys="S"), row()], columns={"system": "sys"})
+    assert len(bench.prepare(preprocessing_batch_size=1).train) == 4
+    bench.add("e", [row(sys=None)] * 2, ".parquet", columns={"system": "sys"})
+    assert len(bench.prepare(dataset=["e"]).train) == 2
+
+
+def test_the_first_rows_of_a_dataset_are_not_judged_for_all_of_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.add("d", [*numbered(5), row(sys="S")], columns={"system": "sys"})
+    assert len(bench.prepare(max_samples=3).train) == 3
+    monkeypatch.setattr(cache, "ROWS_BEFORE_JUDGED", 4)
+    with pytest.raises(DatasetError, match=r"columns.system: expected a column 'sys', found none in 4 rows"):
+        bench.prepare(max_samples=4)
+
+
+def test_a_stream_is_refused_for_a_named_column_once_it_is_judged(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.add("d", [*numbered(6), row(sys="S")], columns={"system": "sys"})
+    keys: dict[str, Any] = {"streaming": True, "disable_shuffling": True, "preprocessing_batch_size": 1}
+    assert len(list(bench.prepare(**keys).train)) == 7
+    monkeypatch.setattr(dataset, "ROWS_BEFORE_JUDGED", 3)
+    with pytest.raises(DatasetError, match=r"columns.system: expected a column 'sys', found none in 3 rows"):
+        list(bench.prepare(**keys).train)

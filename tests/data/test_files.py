@@ -1,0 +1,263 @@
+"""From files to rows: every row is accounted for, whatever its file and its neighbours."""
+
+import csv
+import json
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench import GOOD, Bench, answers, numbered, row, write
+
+from arpo_trl.data import files as rows
+from arpo_trl.data.files import read_rows
+from arpo_trl.errors import DatasetError, RowError
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".arrow"])
+def test_a_file_of_any_kind_gives_the_same_rows(suffix: str, bench: Bench) -> None:
+    path = bench.add("d", numbered(3), suffix)
+    data = bench.prepare()
+    assert bench.replies(data.train) == answers(0, 1, 2)
+    assert [one.rpartition(":")[0] for one in data.train["source"]] == [str(path)] * 3
+
+
+def test_a_csv_holds_alpaca_rows(bench: Bench) -> None:
+    path = bench.add("d", b"", ".csv", formatting="alpaca")
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["instruction", "output"], ['two\n"lines"', "Answer 0"], ["é", "Answer 1"]])
+    data = bench.prepare()
+    assert bench.replies(data.train) == answers(0, 1)
+    assert data.train["source"][:] == [f"{path}:2", f"{path}:4"]
+
+
+def test_a_folder_is_read_by_name_and_holds_nothing_else(bench: Bench) -> None:
+    folder = bench.folder / "many"
+    folder.mkdir()
+    write(folder / "b.jsonl", numbered(1, start=1))
+    write(folder / "a.parquet", numbered(1))
+    write(folder / "license_qa.jsonl", numbered(1, start=2))
+    for about in ("README.md", "LICENSE", "_SUCCESS", "._b.jsonl"):
+        (folder / about).write_text("about", encoding="utf-8")
+    bench.register("d", file_name="many")
+    assert bench.replies(bench.prepare().train) == answers(0, 1, 2)
+    (folder / "c.json.gz").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"expected only files of kind .* in the folder, found c.json.gz"):
+        bench.prepare()
+
+
+def test_a_json_file_may_hold_a_row_a_line(bench: Bench) -> None:
+    bench.add("d", write(bench.folder / "x.jsonl", numbered(2)).read_bytes(), ".json")
+    assert bench.replies(bench.prepare().train) == answers(0, 1)
+
+
+def test_glob_characters_are_a_name_and_dots_may_leave_the_folder(bench: Bench) -> None:
+    inner = bench.folder / "inner"
+    inner.mkdir()
+    write(bench.folder / "a[1]*.jsonl", numbered(1))
+    (inner / "dataset_info.json").write_text(
+        '{"d": {"file_name": "../a[1]*.jsonl", "formatting": "sharegpt"}}', encoding="utf-8"
+    )
+    assert bench.replies(bench.prepare(dataset=["d"], dataset_dir=str(inner)).train) == answers(0)
+
+
+def test_a_dataset_of_the_hub(bench: Bench) -> None:
+    """A local folder stands for the hub: load_dataset takes both."""
+    (bench.folder / "repo").mkdir()
+    write(bench.folder / "repo" / "train.jsonl", [row(tools='[{"name": "f"}]'), row("Q", "B")])
+    bench.register("d", hf_hub_url=str(bench.folder / "repo"))
+    data = bench.prepare(cutoff_len=4096)
+    assert bench.replies(data.train) == ["A<|im_end|>\n", "B<|im_end|>\n"]
+    assert data.train["source"][1] == f"{bench.folder / 'repo'}:2"
+    bench.register("d", hf_hub_url=str(bench.folder / "repo"), split="test")
+    with pytest.raises(DatasetError, match=r"dataset_info.json:1: d: .* cannot be loaded"):
+        bench.prepare()
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_nulls_that_arrow_filled_in_reach_no_prompt(suffix: str, bench: Bench) -> None:
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": "x"}}]
+    turns = [{"role": "user", "content": "Q"}]
+    turns += [{"role": "assistant", "content": "", "tool_calls": [{"function": call} for call in calls]}]  # type: ignore[dict-item]
+    bench.add("d", [{"messages": turns}], suffix, formatting="openai")
+    (text,) = bench.replies(bench.prepare().train)
+    assert '{"name": "f", "arguments": {"a": 1}}' in text and '{"name": "g", "arguments": {"b": "x"}}' in text
+
+
+# Broken files and rows
+
+BROKEN_LINES: dict[str, tuple[bytes, str]] = {
+    "not JSON": (b'{"conversations": [}', "not JSON (Expecting value at column 20): '{\"conversations\": [}'"),
+    "cut off": (GOOD[:30], "not JSON ("),
+    "two rows on a line": (GOOD + b" " + GOOD, "not JSON (Extra data at column"),
+    "not UTF-8": (GOOD.replace(b"Q", b"\xff"), "not UTF-8 (byte 48 of the line)"),
+    "UTF-16": (GOOD.decode().encode("utf-16"), "not UTF-8 (byte 1 of the line)"),
+    "half a surrogate pair": (GOOD.replace(b"Q", b"\\ud83d"), "not UTF-8: the text holds half a surrogate pair"),
+    "nested too deeply": (b"[" * 100_000, "not JSON that can be read (nested too deeply)"),
+    "nested too deeply to walk": (b"[" * 900 + b"]" * 900, "not JSON that can be read (nested too deeply)"),
+    "a number without end": (b"9" * 5000, "not JSON that can be read (a number of 5,000 digits)"),
+    "a number": (b"7", "not an object but a number"),
+    "an unknown role": (
+        GOOD.replace(b"human", b"person"),
+        "unknown role: conversations[0] is from 'person'; the tags",
+    ),
+    "no reply that trains": (
+        GOOD.replace(b'"A"', b'"A", "loss": false'),
+        "no trained token: every reply is kept silent",
+    ),
+    "only labels past the cutoff": (GOOD.replace(b'"Q"', b'"' + b"Q " * 999 + b'"'), "only labels past the cutoff"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_LINES)
+def test_a_broken_line_is_dropped_and_named(kind: str, bench: Bench) -> None:
+    line, reason = BROKEN_LINES[kind]
+    path = bench.add("d", GOOD + b"\n\n" + line + b"\n" + GOOD)
+    data = bench.prepare(max_dropped=0.5)
+    assert data.train["source"][:] == [f"{path}:1", f"{path}:4"]
+    (finding,) = bench.findings()
+    assert (finding["dataset"], finding["place"], finding["outcome"]) == ("d", f"{path}:3", "dropped")
+    assert finding["reason"].startswith(reason)
+
+
+def test_line_3501_is_called_3501(bench: Bench) -> None:
+    path = bench.add("d", b"".join(GOOD + b"\n" if line != 3501 else b"{\n" for line in range(1, 4001)))
+    data = bench.prepare()
+    assert bench.findings()[0]["place"] == f"{path}:3501"
+    assert data.audit.lines() == [
+        "d: 4,000 rows: 3,999 kept, 0 shortened, 0 lost their final answer, 1 dropped; "
+        f"{data.audit.datasets['d'].tokens:,} tokens, {data.audit.datasets['d'].trained_tokens:,} trained"
+    ]
+
+
+BROKEN_FILES: dict[str, tuple[str, bytes, str]] = {
+    "a broken element": (
+        ".json",
+        b'[\n {"a": 1},\n {"a": 2,\n  "b" 3},\n {"a": 4, "c": "a long text, so that the end is far away"}]',
+        "4: not JSON (Expecting ':' delimiter near ",
+    ),
+    "a comma missing": (".json", b"[{}\n{}]", "2: not JSON (expected a comma or the end of the array, found '{}]')"),
+    "an end missing": (
+        ".json",
+        b"[{},",
+        "1: not JSON (Expecting value near 'the end of the file'); the row begins at",
+    ),
+    "something after": (".json", b"[{}]\n[{}]", "2: not JSON (expected nothing after the array, found '[{}]')"),
+    "no array": (".json", b'"x"', "1: not JSON (expected an array of rows, found '\"x\"')"),
+    "a quote never closed": (
+        ".csv",
+        b'a,b\n"1,2\n3,4\n',
+        "3: not CSV (unexpected end of data); the rows before it",
+    ),
+    "no parquet": (".parquet", b"PAR1 or so", "1: cannot be read ("),
+    "no arrow": (".arrow", b"ARROW1 or so", "1: cannot be read ("),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_FILES)
+def test_a_file_that_cannot_be_read_on_is_refused_at_its_line(kind: str, bench: Bench) -> None:
+    suffix, content, message = BROKEN_FILES[kind]
+    path = bench.add("d", content, suffix)
+    with pytest.raises(DatasetError) as error:
+        bench.prepare(max_dropped=1)
+    assert str(error.value).startswith(f"{path}:{message}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_csv_row_with_too_many_fields_is_dropped(bench: Bench) -> None:
+    path = bench.add("d", b"instruction,output\nQ,A\nQ,A,B\n", ".csv", formatting="alpaca")
+    bench.prepare(max_dropped=0.5)
+    assert [bench.findings()[0][key] for key in ("place", "reason")] == [
+        f"{path}:3",
+        "not CSV (more fields than the header's 2)",
+    ]
+
+
+MISSING: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown name": ({"dataset": ["nope"]}, "dataset: nope: no such dataset in {0}/dataset_info.json; there are d"),
+    "an empty file": ({"file_name": "empty.jsonl"}, "d: no rows"),
+    "a missing file": ({"file_name": "none.jsonl"}, "{0}/none.jsonl: no such file"),
+    "a file of another kind": (
+        {"file_name": "d.txt"},
+        "{0}/d.txt: expected a file of kind .json, .jsonl, .csv, .parquet, .arrow, found .txt",
+    ),
+    "an empty folder": (
+        {"file_name": "folder"},
+        "{0}/folder: expected only files of kind .json, .jsonl, .csv, .parquet, .arrow in the folder, found none",
+    ),
+    "a loading script": (
+        {"script_url": "s.py"},
+        "{0}/dataset_info.json:1: d: script_url: the dataset is a loading script, which datasets >= 4 no longer runs; "
+        "set hf_hub_url or file_name",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_what_is_missing_is_one_line(kind: str, bench: Bench) -> None:
+    keys, message = MISSING[kind]
+    (bench.folder / "empty.jsonl").touch()
+    (bench.folder / "d.txt").touch()
+    (bench.folder / "folder").mkdir()
+    bench.add("d", numbered(1))
+    if "dataset" not in keys:
+        bench.register("d", **keys)
+    with pytest.raises(DatasetError) as error:
+        bench.prepare(dataset=keys.get("dataset", ["d"]))
+    assert str(error.value) == message.format(bench.folder)
+
+
+def test_rows_on_one_line_have_their_column(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": 1}, {"a": 2},\n{"a": 3}]', encoding="utf-8")
+    assert [one.place for one in read_rows(path)] == [f"{path}:1", f"{path}:1:12", f"{path}:2"]
+
+
+def test_an_element_that_python_does_not_read_is_dropped_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f'[{{"a": {"9" * 5000}}}, {"[" * 200 + "]" * 200}, {{"a": 1}}]', encoding="utf-8")
+    for chunk in (1 << 20, 50):
+        monkeypatch.setattr(rows, "CHUNK", chunk)
+        number, deep, good = (one.value for one in read_rows(path))
+        assert str(number) == "not JSON that can be read (a number of 5,000 digits)"
+        assert str(deep) == "not JSON that can be read (nested too deeply)"
+        assert good == {"a": 1}
+
+
+def test_an_excerpt_is_json_of_anything_and_reads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {"a": [1, None, True, "é"], "b": {}, "c": []}
+    assert rows.excerpt(value, 1000) == json.dumps(value, ensure_ascii=False)
+    assert rows.excerpt(value, 9) == json.dumps(value)[:9]
+    strange = [date(2026, 1, 2), b"\xff" * 999, Decimal("1.5"), {1: 2}, {(1, 2): 3}]
+    assert rows.excerpt(strange, 60) == """["datetime.date(2026, 1, 2)", "b'""" + "\\\\xff" * 5 + "\\\\"
+    deep: list[Any] = []
+    for _ in range(10**5):
+        deep = [deep]
+    assert rows.excerpt(deep, 50) == "[" * 50
+    lengths: list[int] = []
+    monkeypatch.setattr(rows.json, "dumps", lambda value, **_: lengths.append(len(value)) or '"')
+    rows.excerpt(["x" * (1 << 20)] * (1 << 20), 160)
+    assert max(lengths) <= 160 and len(lengths) <= 160
+
+
+def test_a_large_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the pieces: a number, a literal, an escape or a character cut in two is one thing all the same."""
+    values = [{"n": 12345, "t": True, "s": 'a "quote" \\ \u1234 日本\n', "l": [1.5e10, None]}, 17, "text", [], -0.5]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    for chunk in (1, 2, 3, 7, 50):
+        monkeypatch.setattr(rows, "CHUNK", chunk)
+        assert [one.value for one in read_rows(path)] == values
+
+
+def test_a_line_beyond_all_measure_is_dropped_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "LONGEST_ROW", 100)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"a": "x" * 500}) + '\n{"a": 1}\n', encoding="utf-8")
+    first, second = read_rows(path)
+    assert isinstance(first.value, RowError) and first.place == f"{path}:1"
+    assert (second.value, second.place) == ({"a": 1}, f"{path}:2")
