@@ -31,3 +31,6 @@ class RowError(Exception):
 
 class RunFailed(Exception):
     """A run that began and cannot go on."""
+
+    def __init__(self, problem: str):
+        super().__init__(printable(problem))

@@ -1,4 +1,4 @@
-"""What the terminal and `training.log` show: lines to both, progress bars to the terminal only."""
+"""What the terminal and `training.log` show: lines to both, the progress bar to the terminal only."""
 
 from __future__ import annotations
 
@@ -12,60 +12,27 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..errors import RecipeError, RunFailed
+from ..errors import RecipeError, RunFailed, printable
 
 TIED_HEAD_IS_MISSING = "missing keys in the checkpoint model loaded: ['lm_head.weight']"
+LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "transformers", "trl", "py.warnings")
 
-
-class _Tee:
-    """A text stream that writes to the terminal and, line by line, to the log.
-
-    A line that a carriage return rewrote (a progress bar) stays out of the log. What cannot be written is dropped: a
-    terminal that went away (the reader of a pipe died, by Ctrl-C too) or a full disk must not end a run that is about
-    to save.
-    """
-
-    bar: tqdm[Any] | None = None
-
-    def __init__(self, terminal: TextIO, log: TextIO) -> None:
-        self.terminal, self._log, self._line = terminal, log, ""
-
-    def write(self, text: str) -> int:
-        *lines, self._line = (self._line + text).split("\n")
-        with contextlib.suppress(OSError, ValueError):
-            if self.bar is None or self.bar.disable:
-                self.terminal.write(text)
-            elif lines:
-                self.bar.clear()
-                self.terminal.write("\n".join(lines) + "\n")
-                self.bar.refresh()
-        self.write_log([line for line in lines if "\r" not in line and "\x1b[A" not in line])
-        return len(text)
-
-    def write_log(self, lines: list[str]) -> bool:
-        """Write lines to the log alone; whether that could be done."""
-        with contextlib.suppress(OSError, ValueError):
-            self._log.writelines(line + "\n" for line in lines)
-            if lines:
-                self._log.flush()
-            return True
-        return False
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.terminal.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.terminal, name)
+_LOG = logging.getLogger("arpo_trl")
+_LOG.setLevel(logging.INFO)
+_LOG.propagate = False  # `say` shows the line
 
 
 @contextlib.contextmanager
 def logged_to(path: Path, enabled: bool = True) -> Iterator[Callable[[], None]]:
-    """Append what is printed inside the block, and the error that ends it, to `path`.
+    """Append what `say` and the libraries tell inside the block, and the error that ends it, to `path`.
+
+    Meanwhile warnings and the libraries' log lines appear above the progress bar. What cannot be written is dropped: a
+    full disk must not end a run that is about to save.
 
     Args:
         path: The log; each session begins with the date and its command.
@@ -78,29 +45,53 @@ def logged_to(path: Path, enabled: bool = True) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    stdout, stderr = sys.stdout, sys.stderr
-    with path.open("a", encoding="utf-8") as log:
-        start = path.stat().st_size
-        log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S%z')} {shlex.join(sys.argv)}\n")
-        log.flush()
-        tee = sys.stdout = _Tee(stdout, log)
-        sys.stderr = _Tee(stderr, log)
-        handlers = [(handler, handler.stream) for handler in _stream_handlers()]
-        for handler, _ in handlers:
-            handler.stream = sys.stderr  # not setStream: it flushes the old one, which may be closed
+    log = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    start = path.stat().st_size
+    with _handlers(log):
+        _LOG.info("# %s %s", time.strftime("%Y-%m-%d %H:%M:%S%z"), shlex.join(sys.argv))
         try:
             yield lambda: _forget_before(path, start)
         except (RecipeError, RunFailed) as error:
-            tee.write_log([str(error)])  # the caller prints it
+            _LOG.info("%s", error)  # the caller prints it
             raise
         except Exception as error:
-            written = tee.write_log([traceback.format_exc().rstrip()])
-            error.add_note(f"the traceback is in {path}" if written else f"{path} can't be written")
+            _LOG.info("%s", traceback.format_exc().rstrip())
+            error.add_note(f"{path} can't be written" if log.failed else f"the traceback is in {path}")
             raise
-        finally:
-            sys.stdout, sys.stderr = stdout, stderr
-            for handler, stream in handlers:
-                handler.stream = stream
+
+
+class _LogFile(logging.FileHandler):
+    """training.log. `failed`: whether a line could not be written; logging would print that to stderr each time."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.failed = True
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what a full disk left in the buffer
+            super().close()
+
+
+@contextlib.contextmanager
+def _handlers(log: logging.Handler) -> Iterator[None]:
+    """Add `log` to our logger and the libraries', and a terminal to those that have none."""
+    libraries = [logging.getLogger(name) for name in LIBRARIES]
+    before = [(logger, logger.handlers) for logger in (_LOG, *libraries)]
+    raises, logging.raiseExceptions = logging.raiseExceptions, False  # a terminal that went away
+    for logger, handlers in before:
+        has_terminal = logger is _LOG or any(isinstance(handler, logging.StreamHandler) for handler in handlers)
+        logger.handlers = [*handlers, log, *([] if has_terminal else [logging.StreamHandler(sys.stderr)])]
+    logging.captureWarnings(True)
+    try:
+        with logging_redirect_tqdm(libraries):
+            yield
+    finally:
+        logging.captureWarnings(False)
+        for logger, handlers in before:
+            logger.handlers = handlers
+        logging.raiseExceptions = raises
+        log.close()
 
 
 def _forget_before(path: Path, start: int) -> None:
@@ -111,43 +102,35 @@ def _forget_before(path: Path, start: int) -> None:
 
 
 def start_bar(total: int, initial: int) -> tqdm[Any] | None:
-    """The run's progress bar, or None where output is not a terminal. Lines printed meanwhile appear above it."""
+    """The run's progress bar, or None where output is not a terminal. Lines said meanwhile appear above it."""
     if not sys.stdout.isatty():
         return None
     from transformers.utils.logging import disable_progress_bar  # not above: this module is imported before torch
 
     disable_progress_bar()  # "Writing model shards" would be drawn across ours
-    _Tee.bar = tqdm(
+    return tqdm(
         total=total,
         initial=initial,
-        file=getattr(sys.stdout, "terminal", sys.stdout),
+        file=sys.stdout,
         dynamic_ncols=True,
         bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed} < {remaining}{postfix}",
     )
-    return _Tee.bar
 
 
 def say(line: str) -> None:
-    """Print a line on the main process."""
+    """On the main process, show a line and write it to training.log. A terminal that went away ends no run."""
     from accelerate import PartialState  # not above: this module is imported before torch
 
     if PartialState().is_main_process:
-        print(line, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(printable(line))
+            sys.stdout.flush()
+        log_only(line)
 
 
 def log_only(line: str) -> None:
     """Write a line to training.log that the terminal shows otherwise, in the progress bar."""
-    if isinstance(sys.stdout, _Tee):
-        sys.stdout.write_log([line])
-
-
-def _stream_handlers() -> list[logging.StreamHandler[Any]]:
-    """The libraries' log handlers, which hold the stderr of the moment they were made."""
-    loggers = [
-        logging.getLogger(),
-        *(logging.getLogger(name) for name in ("transformers", "datasets", "trl", "accelerate")),
-    ]
-    return [h for logger in loggers for h in logger.handlers if type(h) is logging.StreamHandler]
+    _LOG.info("%s", printable(line))
 
 
 def silence_libraries() -> None:

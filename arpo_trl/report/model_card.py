@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .trainer_log import format_seconds, read_log, run_seconds
+from .figures import format_seconds
+from .log_file import read_log, run_seconds
 
 NOT_FOR_THE_HUB = """\
 # push_to_hub leaves these out: excerpts of rows, the trackers' own files, what a crash left

@@ -18,7 +18,8 @@ from ..data.prepare import PreparedData
 from ..machine import free_space
 from ..recipe.keys import COMMAND_LINE, Recipe
 from .console import say
-from .trainer_log import describe_evaluation, format_seconds, read_log, run_seconds
+from .figures import describe_evaluation, describe_model, format_seconds, precision
+from .log_file import read_log, run_seconds
 
 if TYPE_CHECKING:
     from ..run.trainer import ArpoTrainer
@@ -58,25 +59,6 @@ def end_report(recipe: Recipe, state: Any, trained: dict[str, Any], evaluated: d
     lines.append(f"done     in {format_seconds(seconds)}: {', '.join(figures)}")
     seen = [name for name in ("README.md", "trainer_log.jsonl", "training_loss.png") if (output_dir / name).exists()]
     return [*lines, f"model    {recipe.output_dir} (see {', '.join(seen)})"]
-
-
-def describe_model(model: Any) -> str:
-    """How many parameters there are, and how many are trained (an adapter's)."""
-    total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
-    if any(hasattr(p, "ds_numel") for p in model.parameters()):  # ZeRO-3 leaves parameters empty, their size beside
-        sizes = [(p.ds_numel, p.requires_grad) for p in model.parameters()]
-        total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-    if total == trained:
-        return f"{total:,} parameters, all trained"
-    return f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.2g} %)"
-
-
-def precision(model: Any, args: Any) -> str:
-    """The dtype of the trained weights, and what is computed in."""
-    trained = next((p.dtype for p in model.parameters() if p.requires_grad), model.dtype)
-    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    held = str(trained).removeprefix("torch.")
-    return f"{held}, computed in {computed}" if computed and computed != held else held
 
 
 def describe_device(args: Any) -> str:

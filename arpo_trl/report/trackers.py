@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from .console import say
+
 if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
 
@@ -76,7 +78,7 @@ def start_trackers(recipe: Recipe, args: SFTConfig, manifest: dict[str, Any], ea
     if "trackio" in trackers:
         folder = os.environ.setdefault("TRACKIO_DIR", str(output_dir / "trackio"))
         args.run_name = f"{name}-{run_id}"  # Trackio resumes by name
-        print(f"trackio  TRACKIO_DIR={folder} trackio show --project {args.project}", flush=True)
+        say(f"trackio  TRACKIO_DIR={folder} trackio show --project {args.project}")
     if "wandb" in trackers:
         _start_wandb(recipe, args, output_dir, name, manifest)
 

@@ -18,7 +18,9 @@ from trl.trainer.utils import compute_flops_per_token, compute_mfu, get_peak_flo
 
 from ..data.prepare import token_lengths
 from ..machine import peak_memory
-from .console import log_only, start_bar
+from .console import log_only, say, start_bar
+from .figures import describe_evaluation, format_seconds
+from .log_file import read_log, run_seconds
 from .loss_plot import plot_loss
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ class TrainerLog(TrainerCallback):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            print(f"{self.path} could not be written ({error}); the run goes on", flush=True)
+            say(f"{self.path} could not be written ({error}); the run goes on")
         self._show(line)
 
     def _figures(self, now: float) -> dict[str, Any]:
@@ -147,7 +149,7 @@ class TrainerLog(TrainerCallback):
             self.bar.set_postfix_str(figures, refresh=False)
             log_only(text)
         else:
-            print(text, flush=True)
+            say(text)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.plot and state.is_world_process_zero:
@@ -188,52 +190,3 @@ def mean_context(dataset: Dataset) -> int:
     else:
         n = token_lengths(dataset)
     return max(round(int((n * n).sum()) / max(int(n.sum()), 1)), 1)
-
-
-# --- the log as data ---
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a trainer_log.jsonl; a last line that a kill cut off is left out."""
-    lines = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            lines += [line] if isinstance(line, dict) else []
-    return lines
-
-
-def run_seconds(lines: list[dict[str, Any]]) -> float:
-    """Seconds of a run over all its sessions, as far as its log reaches; LLaMA-Factory's log has none."""
-    return max((line.get("elapsed_seconds", 0.0) for line in lines), default=0.0)
-
-
-def mean_loss(lines: list[dict[str, Any]], steps: int) -> float | None:
-    """The mean over all steps of a run; None when the log does not reach the last one. A line's loss is the mean since
-    the line before."""
-    total, last = 0.0, 0
-    for line in lines:
-        if "loss" in line:
-            total += line["loss"] * (line["current_steps"] - last)
-            last = line["current_steps"]
-    return total / steps if last == steps else None
-
-
-def describe_evaluation(metrics: dict[str, Any]) -> list[str]:
-    """The loss and perplexity of each dataset, among metrics or in a line of the log."""
-    words = []
-    for name, value in metrics.items():
-        if name.startswith("eval_") and name.endswith(("_loss", "_perplexity")):
-            words.append(
-                f"{name.replace('_', ' ')} {value:.4f}" if name.endswith("_loss") else f"perplexity {value:.2f}"
-            )
-    return words
-
-
-def format_seconds(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, s = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"

@@ -22,7 +22,7 @@ from ..data.prepare import PreparedData, prepare_datasets, token_lengths
 from ..data.tokenizer import load_tokenizer
 from ..machine import checkpoint_bytes, folder_bytes, free_space, missing_space, saved_bytes
 from ..recipe.keys import Recipe
-from ..report.summary import describe_model
+from ..report.figures import describe_model
 from ..run_folder import list_checkpoints
 from .model import freeze, new_adapter
 from .requirements import check_environment

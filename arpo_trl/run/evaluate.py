@@ -11,7 +11,8 @@ from ..data.prepare import PreparedData, prepare_datasets
 from ..data.tokenizer import load_tokenizer
 from ..recipe.keys import Recipe
 from ..report.console import say
-from ..report.trainer_log import describe_evaluation, say_nothing_of_steps
+from ..report.figures import describe_evaluation
+from ..report.trainer_log import say_nothing_of_steps
 from .model import load_model
 from .trainer import ArpoTrainer
 

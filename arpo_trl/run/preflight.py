@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from ..data.prepare import token_lengths
 from ..machine import gpu_memory, peak_memory
 from ..report.console import say
-from ..report.trainer_log import format_seconds
+from ..report.figures import format_seconds
 from .trainer import ArpoTrainer, is_out_of_memory
 
 ROOM = 0.9

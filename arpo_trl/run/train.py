@@ -17,12 +17,13 @@ from ..machine import missing_space
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
 from ..report.console import logged_to, say
+from ..report.log_file import mean_loss, read_log
 from ..report.loss_plot import plot_loss
 from ..report.manifest import MANIFEST, describe_run, read_manifest, require_same_run
 from ..report.model_card import NOT_FOR_THE_HUB, write_model_card
 from ..report.summary import StartReport, end_report, recipe_text, resume_command
 from ..report.trackers import finish_trackers, start_trackers
-from ..report.trainer_log import mean_loss, read_log, show_progress
+from ..report.trainer_log import show_progress
 from ..run_folder import match_umask, write_json
 from .evaluate import eval_datasets, evaluate_only
 from .model import keep_adapter_in_float32, load_model, to_optimizer, turn_pissa_into_lora

@@ -18,6 +18,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import RunFailed
 from ..machine import checkpoint_bytes, missing_space
+from ..report.console import say
 from .checkpoints import IN_PROGRESS, begin_checkpoint, finish_checkpoint
 from .loss import score_labelled_positions_only, token_means
 
@@ -238,7 +239,7 @@ class ArpoTrainer(SFTTrainer):
             raise RunFailed(
                 f"{message}. Older checkpoints are untouched; resume_from_checkpoint=true goes on from the last"
             )
-        print(f"{message}; the run goes on without it (on_save_error: continue)", flush=True)
+        say(f"{message}; the run goes on without it (on_save_error: continue)")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL writes one into every checkpoint, with base model None for a local path; `train` writes one at the end."""

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from trl import SFTConfig
 
-from arpo_trl.report.trainer_log import TrainerLog, read_log
+from arpo_trl.report.log_file import read_log
+from arpo_trl.report.trainer_log import TrainerLog
 from arpo_trl.run.checkpoints import newest_whole_checkpoint
 from arpo_trl.run.preflight import Preflight
 from arpo_trl.run.trainer import ArpoTrainer

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 from transformers.utils import logging as library_logging
 
 from arpo_trl.errors import RunFailed
-from arpo_trl.report.console import log_only, logged_to, start_bar
+from arpo_trl.report import console
+from arpo_trl.report.console import log_only, logged_to, say, start_bar
 
 
 class Terminal(io.StringIO):
@@ -33,26 +38,61 @@ def test_a_line_reaches_both_and_a_progress_bar_only_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with logged_to(tmp_path / "log"):
-        print("one", flush=True)
-        print("warned", file=sys.stderr)
-        sys.stderr.write("\rLoading: 0%\rLoading: 100%\n")
+        say("one")
         log_only("for the log")
-    assert log_of(tmp_path / "log") == ["one", "warned", "for the log"]
+        for _ in tqdm(range(2), desc="Loading"):
+            pass
+    say("after")
+    assert log_of(tmp_path / "log") == ["one", "for the log"]
     shown = capsys.readouterr()
-    assert shown.out == "one\n" and "100%" in shown.err
+    assert shown.out == "one\nafter\n" and "100%" in shown.err
+
+
+@pytest.mark.parametrize("library", ["transformers.trainer", "datasets.builder", "accelerate.utils", "trl.trainer"])
+def test_a_librarys_warning_is_shown_once_and_is_in_the_log(
+    library: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger(library)
+    for handler in logging.getLogger(library.split(".")[0]).handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(sys.stderr)  # pytest has another one for each test
+    with logged_to(tmp_path / "log"):
+        logger.warning("rope_scaling is ignored")
+        logger.info("not shown")
+    logger.handlers.clear()
+    assert log_of(tmp_path / "log") == ["rope_scaling is ignored"]
+    assert re.fullmatch(r"(\[\w+\] )?rope_scaling is ignored\n", capsys.readouterr().err)
+
+
+def test_a_python_warning_is_shown_and_in_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with logged_to(tmp_path / "log"), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("use another kernel", stacklevel=1)
+    assert "use another kernel" in "".join(log_of(tmp_path / "log"))
+    assert capsys.readouterr().err.count("UserWarning: use another kernel") == 1
+
+
+def test_what_a_terminal_would_obey_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with logged_to(tmp_path / "log"):
+        say("run \x1b]0;title\x07 \u202egpj.exe \r 100 %")
+    escaped = r"run \x1b]0;title\x07 \u202egpj.exe \r 100 %"
+    assert capsys.readouterr().out == escaped + "\n"
+    assert log_of(tmp_path / "log") == [escaped]
 
 
 def test_each_session_begins_with_its_date_and_command_and_is_appended_until_a_run_is_replaced(tmp_path: Path) -> None:
     log = tmp_path / "log"
     for _ in range(2):
         with logged_to(log):
-            print("step")
+            say("step")
     lines = log.read_text(encoding="utf-8").splitlines()
     assert [line[:3] for line in lines] == ["# 2", "ste", "# 2", "ste"]
     with logged_to(log) as forget_earlier_sessions:
-        print("before")
+        say("before")
         forget_earlier_sessions()
-        print("after")
+        say("after")
     assert [line[:6] for line in log.read_text(encoding="utf-8").splitlines()[1:]] == ["before", "after"]
 
 
@@ -73,13 +113,13 @@ def test_the_error_that_ends_a_run_is_in_its_log(tmp_path: Path) -> None:
 def test_a_terminal_that_went_away_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", GoneTerminal())
     with logged_to(tmp_path / "log"):
-        print("still here", flush=True)
+        say("still here")
     assert log_of(tmp_path / "log") == ["still here"]
 
 
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     with logged_to(tmp_path / "log", enabled=False):
-        print("from another process")
+        log_only("from another process")
     assert not (tmp_path / "log").exists()
 
 
@@ -92,9 +132,9 @@ def test_lines_printed_beside_a_bar_stand_above_it_and_in_the_log(
         bar = start_bar(total=10, initial=4)
         assert bar is not None
         bar.update(1)
-        print("step 5  eval_loss 1.0")
+        say("step 5  eval_loss 1.0")
         bar.close()
-        print("after")
+        say("after")
     library_logging.enable_progress_bar()
     assert log_of(tmp_path / "log") == ["step 5  eval_loss 1.0", "after"]
     drawn = terminal.getvalue()
@@ -111,6 +151,7 @@ def test_there_is_no_bar_where_there_is_no_terminal(capsys: pytest.CaptureFixtur
 def test_warnings_that_a_user_can_act_on_stay_and_libraries_bars_go_from_a_pipe() -> None:
     code = """
 import warnings
+from arpo_trl.report import console
 from arpo_trl.report.console import silence_libraries
 silence_libraries()
 warnings.warn_explicit("use another kernel", UserWarning, "model.py", 1, module="somewhere")
@@ -128,3 +169,12 @@ for keys in (["lm_head.weight"], ["model.norm.weight"]):
     assert "use another kernel" in found.stderr
     assert "['model.norm.weight']" in found.stderr and "lm_head" not in found.stderr
     assert "renamed" not in found.stderr and "pin_memory" not in found.stderr
+
+
+def test_nothing_in_the_package_prints_past_the_log() -> None:
+    """But the command line's answers, and the two reports that no log keeps."""
+    package = Path(console.__file__).parents[1]
+    printing = {
+        path.stem for path in package.rglob("*.py") if re.search(r"(?<![.\w])print\(", path.read_text("utf-8"))
+    }
+    assert printing <= {"__main__"}

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
-from arpo_trl.report.trainer_log import read_log
+from arpo_trl.report.log_file import read_log
 from arpo_trl.run.train import train
 
 ROOT = Path(__file__).parents[2]

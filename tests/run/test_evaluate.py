@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_config import SFTConfig
 
-from arpo_trl.report.trainer_log import read_log
+from arpo_trl.report.log_file import read_log
 from arpo_trl.run.train import train
 from arpo_trl.run.trainer import ArpoTrainer
 

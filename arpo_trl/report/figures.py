@@ -1,0 +1,41 @@
+"""Figures in words: a time, a model's size and precision, an evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
+
+
+def describe_model(model: Any) -> str:
+    """How many parameters there are, and how many are trained (an adapter's)."""
+    total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    if any(hasattr(p, "ds_numel") for p in model.parameters()):  # ZeRO-3 leaves parameters empty, their size beside
+        sizes = [(p.ds_numel, p.requires_grad) for p in model.parameters()]
+        total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    if total == trained:
+        return f"{total:,} parameters, all trained"
+    return f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.2g} %)"
+
+
+def precision(model: Any, args: Any) -> str:
+    """The dtype of the trained weights, and what is computed in."""
+    trained = next((p.dtype for p in model.parameters() if p.requires_grad), model.dtype)
+    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    held = str(trained).removeprefix("torch.")
+    return f"{held}, computed in {computed}" if computed and computed != held else held
+
+
+def describe_evaluation(metrics: dict[str, Any]) -> list[str]:
+    """The loss and perplexity of each dataset, among metrics or in a line of the log."""
+    words = []
+    for name, value in metrics.items():
+        if name.startswith("eval_") and name.endswith(("_loss", "_perplexity")):
+            words.append(
+                f"{name.replace('_', ' ')} {value:.4f}" if name.endswith("_loss") else f"perplexity {value:.2f}"
+            )
+    return words
