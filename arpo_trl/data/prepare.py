@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import date
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from .cache import ROWS_BEFORE_JUDGED, Encoded, find_or_encode
 from .encode import SCHEMA, Encoder, encode_rows, through_the_gate
 from .files import fingerprint, read_dataset
 from .registry import DatasetInfo, read_registry
-from .template import find_template
+from .template import template_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 class PreparedData:
     """Columns: input_ids, labels (-100: no loss), source ("file:line"). `fingerprints`: content hash per dataset.
 
+    `day`: the date that a dated chat template wrote.
     `lists`: per dataset that is not a stream, the file that lists its rows that were not simply kept.
     """
 
@@ -44,6 +46,7 @@ class PreparedData:
     audit: Audit
     fingerprints: dict[str, str]
     template_hash: str
+    day: date
     lists: dict[str, Path] = field(default_factory=dict)
     streamed: StreamedFindings = field(default_factory=StreamedFindings)
 
@@ -77,7 +80,7 @@ def prepare_datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prep
     """
     from accelerate import PartialState
 
-    template = find_template(tokenizer)
+    template = template_of(recipe, tokenizer)
     encoders = {info.name: Encoder(info, recipe, template) for info in select_datasets(recipe)}
     streamed = set(recipe.dataset) if recipe.streaming else set()
     state = PartialState()
@@ -101,7 +104,7 @@ def prepare_datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prep
     if recipe.val_size:
         train, evals["validation"] = _split(train, recipe)
     lists = {one.info.name: one.audit for one in encoded}
-    return PreparedData(train, evals, audit, fingerprints, template.hash, lists, findings)
+    return PreparedData(train, evals, audit, fingerprints, template.hash, template.day, lists, findings)
 
 
 def select_datasets(recipe: Recipe) -> list[DatasetInfo]:

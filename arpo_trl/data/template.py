@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from dataclasses import dataclass, replace
+from datetime import date
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from ..errors import RecipeError, RowError
+from ..recipe.keys import Recipe
+from ..run_folder import read_json
 from .labels import to_segments
 from .messages import Conversation, Message
 
@@ -38,12 +43,14 @@ class Template:
 
     `tool_jinja` renders rows with tools where the tokenizer has a template for them (`tool_use`), as transformers does.
 
+    `day` is the date that it writes where it asks for today's (`strftime_now`).
     `generation_prompt` opens a reply; `after_reply` is what follows its text, and `end_of_turn` the first special token there.
     `epilogue` is what the template writes after whatever does not go on, and no row needs.
     """
 
     tokenizer: PreTrainedTokenizerBase
     jinja: str
+    day: date
     tool_jinja: str | None = None
     generation_prompt: str = ""
     after_reply: str = ""
@@ -52,7 +59,9 @@ class Template:
 
     @property
     def hash(self) -> str:
-        return hashlib.sha256((self.jinja + (self.tool_jinja or "")).encode()).hexdigest()
+        """Of all that decides its text beside the rows: the Jinja, its date in it, and the special tokens it may write."""
+        parts = [self.jinja, self.tool_jinja, self.tokenizer.special_tokens_map]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def render(self, messages: list[Message], tools: Any, prompt: bool) -> str:
         """The template's text for these messages, with the generation prompt after it or not.
@@ -72,8 +81,11 @@ class Template:
         return text if prompt else text.removesuffix(self.epilogue)
 
 
-def find_template(tokenizer: PreTrainedTokenizerBase) -> Template:
+def find_template(tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> Template:
     """The template to render with in training: the tokenizer's own, or TRL's training form if that one rewrites turns.
+
+    Args:
+        day: The date that a dated template writes; today's if omitted.
 
     Raises:
         RecipeError: if it can't be rendered at all.
@@ -82,7 +94,9 @@ def find_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     named = given if isinstance(given, dict) else {"default": given}
     if "default" not in named:
         raise RecipeError(f"template: the tokenizer has templates named {', '.join(named)} and none named default")
-    own = _describe(Template(tokenizer, named["default"], named.get("tool_use")))
+    day = day or date.today()
+    tool_jinja = named.get("tool_use")
+    own = _describe(Template(tokenizer, _dated(named["default"], day), day, tool_jinja and _dated(tool_jinja, day)))
     if not _faults(own):
         return own
     from trl.chat_template_utils import get_training_chat_template
@@ -91,8 +105,36 @@ def find_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         jinja = get_training_chat_template(tokenizer)
     except ValueError:  # TRL knows no training form of it
         return own
-    form = _describe(replace(own, jinja=jinja or own.jinja, epilogue=""))
+    form = _describe(replace(own, jinja=_dated(jinja, day) if jinja else own.jinja, epilogue=""))
     return form if _faults(form) < _faults(own) else own
+
+
+def template_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """`find_template` for a recipe: what it writes is the same for a run and its resume, on all processes.
+
+    Raises:
+        RecipeError: as `find_template`.
+    """
+    from ..processes import on_main_process
+
+    return find_template(tokenizer, on_main_process(lambda: _day(recipe)))
+
+
+def _day(recipe: Recipe) -> date:
+    """The day on which the run in `output_dir` began, if it goes on; else today."""
+    resumed, folder = recipe.resume_from_checkpoint, Path(recipe.output_dir)
+    if recipe.overwrite_output_dir and not resumed:
+        return date.today()
+    manifest = read_json((Path(resumed).parent if isinstance(resumed, str) else folder) / "run.json")
+    try:
+        return date.fromisoformat(manifest["day"])
+    except (KeyError, TypeError, ValueError):
+        return date.today()
+
+
+def _dated(jinja: str, day: date) -> str:
+    """The template with this day in place of today. transformers 5 hands a template data alone, and no clock of ours."""
+    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: json.dumps(day.strftime(call[2])), jinja)
 
 
 def _describe(template: Template) -> Template:

@@ -45,6 +45,7 @@ def describe_run(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
         "recipe": recipe.resolved(),
         "data": data.fingerprints,
         "template_hash": data.template_hash,
+        "day": data.day.isoformat(),
         "audit": data.audit.to_dict(),
         "world_size": PartialState().num_processes,
         "versions": installed_versions(),

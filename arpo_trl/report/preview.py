@@ -14,7 +14,7 @@ from ..data.encode import Encoder, encode_rows
 from ..data.files import read_dataset
 from ..data.labels import IGNORED
 from ..data.prepare import select_datasets
-from ..data.template import find_template
+from ..data.template import template_of
 from ..data.tokenizer import load_tokenizer
 from ..recipe.keys import Recipe
 
@@ -26,7 +26,7 @@ def preview(recipe: Recipe, rows: int) -> None:
     console = Console(highlight=False, soft_wrap=True)
     tokenizer = load_tokenizer(recipe)
     console.print("+ (green) is trained, the rest is context; each token is shaded other than its neighbours")
-    template = find_template(tokenizer)
+    template = template_of(recipe, tokenizer)
     for info in select_datasets(recipe):
         read = islice(read_dataset(info, recipe.streaming)[1], rows)
         for batch in encode_rows(read, Encoder(info, recipe, template)):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from arpo_trl.data.labels import EncodingConfig, carry_loss, to_segments
 from arpo_trl.data.messages import Conversation
-from arpo_trl.data.template import find_template, shipped_template
+from arpo_trl.data.template import find_template, shipped_template, template_of
 from arpo_trl.data.tokenizer import check_parity, load_tokenizer
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe, read_recipe
@@ -43,7 +43,7 @@ def make_tokenizer(*special: str, chat_template: Any = OWN) -> PreTrainedTokeniz
 
 
 def recipe(model: Path, **keys: Any) -> Recipe:
-    return Recipe(model_name_or_path=str(model), output_dir="unused", **keys)
+    return Recipe(model_name_or_path=str(model), **({"output_dir": "unused"} | keys))
 
 
 def conversation(name: str) -> Conversation:
@@ -161,3 +161,31 @@ def test_rows_with_tools_are_rendered_with_the_template_for_them_and_all_are_sav
     tokenizer.save_pretrained(tmp_path / "out")
     saved = load_tokenizer(recipe(tmp_path / "out")).chat_template
     assert saved == {"default": OWN, "tool_use": tool_use, "rag": OWN}
+
+
+DATED = "<own>Today is {{ strftime_now('%d %b %Y') }}.</own>" + OWN
+
+
+def test_a_dated_template_writes_the_day_of_the_run_when_it_is_resumed(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat_template=DATED)
+    going_on = recipe(tmp_path, output_dir=str(tmp_path))
+    ask = [{"role": "user", "content": "Q"}]
+    assert f"{date.today():%d %b %Y}" in template_of(going_on, tokenizer).render(ask, None, True)
+    (tmp_path / "run.json").write_text('{"day": "2026-02-03"}', encoding="utf-8")
+    earlier = template_of(going_on, tokenizer)
+    assert "<own>Today is 03 Feb 2026.</own>" in earlier.render(ask, None, True)
+    by_name = recipe(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert template_of(by_name, tokenizer).hash == earlier.hash
+    over = recipe(tmp_path, output_dir=str(tmp_path), overwrite_output_dir=True)
+    assert template_of(over, tokenizer).day == date.today()
+
+
+def test_the_hash_holds_what_the_template_writes_beside_the_row() -> None:
+    """The cache's key: another bos token or another day gives other tokens, where the template writes them."""
+    first, second = date(2026, 2, 3), date(2026, 2, 4)
+    dated, plain = make_tokenizer(chat_template=DATED), make_tokenizer()
+    assert find_template(dated, first).hash != find_template(dated, second).hash
+    assert find_template(plain, first).hash == find_template(plain, second).hash
+    before = find_template(plain, first).hash
+    plain.bos_token = "<own>"
+    assert find_template(plain, first).hash != before
