@@ -6,17 +6,19 @@ import json
 import platform
 import subprocess
 import time
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from accelerate import PartialState
+from pydantic import BaseModel, BeforeValidator
 
 from .. import __version__
 from ..data.prepare import PreparedData
 from ..errors import RecipeError
 from ..recipe.keys import Recipe, keys
-from ..run_folder import read_json
+from ..run_folder import write_json
 
 MANIFEST = "run.json"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
@@ -37,20 +39,45 @@ MAY_CHANGE = frozenset(
 )
 
 
-def describe_run(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
-    """The manifest run.json: all that decides the weights, and what made them."""
-    return {
-        "status": "running",
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "recipe": recipe.resolved(),
-        "data": data.fingerprints,
-        "template_hash": data.template_hash,
-        "day": data.day.isoformat(),
-        "audit": data.audit.to_dict(),
-        "world_size": PartialState().num_processes,
-        "versions": installed_versions(),
-        "git_commit": git_commit(),
-    }
+class Manifest(BaseModel):
+    """What run.json holds: all that decides the weights, and what made them.
+
+    `data`: a hash of each dataset's content. `day`: the date that the template writes. `tracker_run`: the run's id at
+    its trackers. A field that an earlier version did not write has its default; one of another kind makes the file one
+    that is not ours.
+    """
+
+    status: Annotated[str, BeforeValidator(str)] = ""
+    started: str = ""
+    recipe: dict[str, Any]
+    data: dict[str, str]
+    template_hash: str = ""
+    day: date | None = None
+    audit: dict[str, dict[str, Any]] = {}
+    world_size: int = 1
+    versions: dict[str, str]
+    git_commit: str | None = None
+    tracker_run: str | None = None
+
+    def write(self, output_dir: Path, status: Literal["running", "stopped", "finished"]) -> None:
+        """Write run.json with the run's status."""
+        self.status = status
+        write_json(output_dir / MANIFEST, self.model_dump(mode="json"))
+
+
+def describe_run(recipe: Recipe, data: PreparedData) -> Manifest:
+    """The manifest of a run that begins now."""
+    return Manifest(
+        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        recipe=json.loads(json.dumps(recipe.resolved())),
+        data=data.fingerprints,
+        template_hash=data.template_hash,
+        day=data.day,
+        audit=data.audit.to_dict(),
+        world_size=PartialState().num_processes,
+        versions=installed_versions(),
+        git_commit=git_commit(),
+    )
 
 
 def installed_versions() -> dict[str, str]:
@@ -73,55 +100,55 @@ def git_commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def read_manifest(output_dir: Path) -> dict[str, Any]:
-    """`run.json` of the run in `output_dir`; empty when there is none."""
-    manifest = read_json(output_dir / MANIFEST)
-    parts = ("recipe", "data", "versions")
-    is_ours = isinstance(manifest, dict) and all(isinstance(manifest.get(part), dict) for part in parts)
-    return manifest if is_ours else {}
+def read_manifest(output_dir: Path) -> Manifest | None:
+    """`run.json` of the run in `output_dir`, or None when there is none that this version can read."""
+    try:
+        return Manifest.model_validate_json((output_dir / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
-def list_changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
     """What differs between two manifests and would change the course of the run, a line each.
 
     A key that one of them lacks, because it was left out or came with a later version, has its default there.
     """
-    now = json.loads(json.dumps(now))
     changes = []
-    for key in sorted(earlier["recipe"].keys() | now["recipe"].keys()):
+    for key in sorted(earlier.recipe.keys() | now.recipe.keys()):
         default = keys()[key].default if key in keys() else None
-        before, after = earlier["recipe"].get(key, default), now["recipe"].get(key, default)
+        before, after = earlier.recipe.get(key, default), now.recipe.get(key, default)
         if before != after and key not in MAY_CHANGE:
             changes.append(f"{key}: {before!r} -> {after!r}")
-    for name in sorted(earlier["data"].keys() | now["data"].keys()):
-        if earlier["data"].get(name) != now["data"].get(name):
-            changes.append(f"data of {name}: {earlier['data'].get(name)} -> {now['data'].get(name)}")
-    for name in ("template_hash", "world_size"):
-        if earlier.get(name) != now.get(name):
-            changes.append(f"{name}: {earlier.get(name)} -> {now.get(name)}")
+    for name in sorted(earlier.data.keys() | now.data.keys()):
+        if earlier.data.get(name) != now.data.get(name):
+            changes.append(f"data of {name}: {earlier.data.get(name)} -> {now.data.get(name)}")
+    if earlier.template_hash != now.template_hash:
+        changes.append(f"template_hash: {earlier.template_hash} -> {now.template_hash}")
+    if earlier.world_size != now.world_size:
+        changes.append(f"world_size: {earlier.world_size} -> {now.world_size}")
     return changes
 
 
-def require_same_run(earlier: dict[str, Any], now: dict[str, Any], allow_changed_recipe: bool) -> list[str]:
+def require_same_run(earlier: Manifest | None, now: Manifest, allow_changed_recipe: bool) -> list[str]:
     """Refuse to resume a run under another recipe, other data or another number of processes.
 
     Returns:
         A line for each change when `allow_changed_recipe` lets them pass, and for each library of another version.
     """
-    if not earlier:
-        return [f"no {MANIFEST} tells how the run was begun: not checked whether recipe and data are the same"]
+    if earlier is None:
+        return [f"no {MANIFEST} tells how the run was started: not checked whether recipe and data are the same"]
     changes = list_changes(earlier, now)
     if changes and not allow_changed_recipe:
         raise RecipeError(
-            "the run in this folder was begun otherwise:\n  "
+            "the run in this folder was started with different settings:\n  "
             + "\n  ".join(changes)
             + "\n  change these back, or set allow_changed_recipe: true to go on all the same, or "
             "overwrite_output_dir: true to start over"
         )
     versions = [
-        f"{name} {before} -> {now['versions'].get(name)}"
-        for name, before in earlier["versions"].items()
-        if before != now["versions"].get(name)
+        f"{name} {before} -> {now.versions.get(name)}"
+        for name, before in earlier.versions.items()
+        if before != now.versions.get(name)
     ]
     return [
         *(f"resumed although changed: {change}" for change in changes),

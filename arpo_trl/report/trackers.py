@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig
 
     from ..recipe.keys import Recipe
+    from .manifest import Manifest
 
-RUN_ID = "tracker_run"
 WANDB_WAYS_OUT = "run `wandb login`, or set WANDB_MODE=offline, or write report_to: none"
-TOLD_TO_WANDB = ("recipe", "audit", "versions", "git_commit", "world_size")
+TOLD_TO_WANDB = {"recipe", "audit", "versions", "git_commit", "world_size"}
 
 
 def missing_trackers(recipe: Recipe) -> list[str]:
@@ -54,14 +54,14 @@ def missing_trackers(recipe: Recipe) -> list[str]:
     return lines
 
 
-def start_trackers(recipe: Recipe, args: SFTConfig, manifest: dict[str, Any], earlier: dict[str, Any]) -> None:
+def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier: Manifest | None) -> None:
     """Prepare the trackers of `args.report_to`, on the main process, before the model is loaded.
 
     Args:
         recipe: The recipe.
         args: What the trainer will be told; its run name may be set.
         manifest: What run.json will hold; the run's id is added.
-        earlier: The manifest of the run that is resumed, or an empty one.
+        earlier: The manifest of the run that is resumed, or None.
 
     Raises:
         RecipeError: Weights & Biases cannot begin a run.
@@ -69,7 +69,7 @@ def start_trackers(recipe: Recipe, args: SFTConfig, manifest: dict[str, Any], ea
     trackers = set(args.report_to or []) & {"wandb", "tensorboard", "trackio"}
     if not trackers:
         return
-    run_id = manifest[RUN_ID] = earlier.get(RUN_ID) or secrets.token_hex(4)
+    run_id = manifest.tracker_run = (earlier and earlier.tracker_run) or secrets.token_hex(4)
     output_dir = Path(recipe.output_dir).resolve()
     name = recipe.run_name or output_dir.name
     if "tensorboard" in trackers:
@@ -83,7 +83,7 @@ def start_trackers(recipe: Recipe, args: SFTConfig, manifest: dict[str, Any], ea
         _start_wandb(recipe, args, output_dir, name, manifest)
 
 
-def _start_wandb(recipe: Recipe, args: SFTConfig, output_dir: Path, name: str, manifest: dict[str, Any]) -> None:
+def _start_wandb(recipe: Recipe, args: SFTConfig, output_dir: Path, name: str, manifest: Manifest) -> None:
     """Begin the run, or go on with it; transformers' callback then finds it begun."""
     for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ.setdefault(variable, str(output_dir / "wandb"))
@@ -93,10 +93,10 @@ def _start_wandb(recipe: Recipe, args: SFTConfig, output_dir: Path, name: str, m
         wandb.init(
             project=recipe.project or os.environ.get("WANDB_PROJECT", args.project),
             name=name,
-            id=manifest[RUN_ID],
+            id=manifest.tracker_run,
             resume="allow",
             dir=os.environ.get("WANDB_DIR", output_dir),
-            config={key: manifest[key] for key in TOLD_TO_WANDB},
+            config=manifest.model_dump(include=TOLD_TO_WANDB),
         )
     except wandb.Error as error:
         reason = " ".join(str(error).split())

@@ -66,7 +66,7 @@ def refuse_output_dir(recipe: Recipe) -> None:
     if recipe.resume_from_checkpoint or recipe.overwrite_output_dir:
         return
     manifest = read_manifest(output_dir)
-    if manifest.get("status") == "finished":
+    if manifest and manifest.status == "finished":
         raise recipe.error(
             "output_dir",
             f"{output_dir} holds a finished run; name another folder, or set overwrite_output_dir: true to start over",

@@ -19,12 +19,12 @@ from ..recipe.keys import Recipe
 from ..report.console import logged_to, say
 from ..report.log_file import mean_loss, read_log
 from ..report.loss_plot import plot_loss
-from ..report.manifest import MANIFEST, describe_run, read_manifest, require_same_run
+from ..report.manifest import Manifest, describe_run, read_manifest, require_same_run
 from ..report.model_card import NOT_FOR_THE_HUB, write_model_card
 from ..report.summary import StartReport, end_report, recipe_text, resume_command
 from ..report.trackers import finish_trackers, start_trackers
 from ..report.trainer_log import show_progress
-from ..run_folder import match_umask, write_json
+from ..run_folder import match_umask
 from .evaluate import eval_datasets, evaluate_only
 from .model import keep_adapter_in_float32, load_model, to_optimizer, turn_pissa_into_lora
 from .preflight import Preflight
@@ -61,7 +61,7 @@ def train(recipe: Recipe) -> int:
         tokenizer = load_tokenizer(recipe)
         data = prepare_datasets(recipe, tokenizer)
         manifest = describe_run(recipe, data)
-        earlier = read_manifest(checkpoint.parent) if checkpoint else {}
+        earlier = read_manifest(checkpoint.parent) if checkpoint else None
         if checkpoint is not None:
             for line in on_main_process(lambda: require_same_run(earlier, manifest, recipe.allow_changed_recipe)):
                 say(line)
@@ -98,7 +98,7 @@ def train(recipe: Recipe) -> int:
                 lines = clear_earlier_run(output_dir)
             if full := missing_space(output_dir, trainer.checkpoint_bytes, "a checkpoint"):
                 raise RecipeError(full)
-            write_json(output_dir / MANIFEST, manifest)
+            manifest.write(output_dir, "running")
             (output_dir / "recipe.yaml").write_text(recipe_text(recipe), encoding="utf-8")
             if args.push_to_hub:
                 (output_dir / ".gitignore").write_text(NOT_FOR_THE_HUB, encoding="utf-8")
@@ -111,7 +111,7 @@ def train(recipe: Recipe) -> int:
 
         if stop.signum is not None and trainer.state.global_step < trainer.state.max_steps:
             if main_process:
-                write_json(output_dir / MANIFEST, manifest | {"status": "stopped"})
+                manifest.write(output_dir, "stopped")
             say(f"stopped by {signal.Signals(stop.signum).name} at step {trainer.state.global_step}, checkpoint saved")
             say(f"to go on: {resume_command(recipe)}")
             leave_together()
@@ -142,9 +142,7 @@ def push(trainer: ArpoTrainer) -> None:
         ) from error
 
 
-def write_results(
-    recipe: Recipe, trainer: ArpoTrainer, manifest: dict[str, Any], trained: Any, evaluated: Any
-) -> None:
+def write_results(recipe: Recipe, trainer: ArpoTrainer, manifest: Manifest, trained: Any, evaluated: Any) -> None:
     """Leave the run's figures, plot and model card beside the final model."""
     output_dir = Path(recipe.output_dir)
     log = read_log(output_dir / "trainer_log.jsonl")
@@ -157,6 +155,6 @@ def write_results(
         return
     if recipe.plot_loss:
         plot_loss(log, output_dir / "training_loss.png")
-    write_model_card(output_dir, recipe_text(recipe))
+    write_model_card(output_dir, manifest, recipe_text(recipe))
     match_umask(output_dir)
-    write_json(output_dir / MANIFEST, manifest | {"status": "finished"})
+    manifest.write(output_dir, "finished")

