@@ -98,7 +98,7 @@ def sft_fields_py() -> str:
         "",
         "from typing import Any, Literal, NamedTuple",
         "",
-        "from .types import Number, Seed, Whole, Workers",
+        "from .types import Number, Seed, Whole, Words, Workers",
         "",
         "",
         "class SftField(NamedTuple):",
@@ -122,8 +122,9 @@ def _type_of(found: dataclasses.Field[Any]) -> str:
     or_none = " | None" * (type(None) in parts)
     if found.name.endswith("seed"):
         return "Seed" + or_none
-    if found.name == "dataloader_num_workers":
-        return "Workers"
+    own = {"dataloader_num_workers": "Workers", "fsdp": "Words"}
+    if found.name in own:
+        return own[found.name]
     enums = [part for part in parts if isinstance(part, type) and issubclass(part, ExplicitEnum)]
     choices = found.metadata.get("choices") or [choice.value for enum in enums for choice in enum]
     if choices:

@@ -197,6 +197,13 @@ def _split(dataset: Dataset | IterableDataset, recipe: Recipe) -> tuple[Dataset 
     return dataset.select(order[size:]), dataset.select(order[:size])
 
 
+_STOP: dict[str, Any] = {
+    "interleave_under": "first_exhausted",
+    "interleave_over": "all_exhausted",
+    "interleave_once": "all_exhausted_without_replacement",
+}
+
+
 def _mix(datasets: list[Dataset | IterableDataset], recipe: Recipe) -> Any:
     from datasets import Dataset, concatenate_datasets, interleave_datasets
 
@@ -208,5 +215,5 @@ def _mix(datasets: list[Dataset | IterableDataset], recipe: Recipe) -> Any:
         datasets,
         probabilities=recipe.interleave_probs,
         seed=recipe.seed,
-        stopping_strategy="first_exhausted" if recipe.mix_strategy == "interleave_under" else "all_exhausted",
+        stopping_strategy=_STOP[recipe.mix_strategy],
     )

@@ -114,7 +114,11 @@ class DatasetKeys(BaseModel):
     )
     max_dropped: Number = _key(0.05, "Share of rows that may be dropped before the run stops.", ge=0, le=1)
     max_samples: Count | None = _key(None, "Take at most this many rows of each dataset.", unit="rows")
-    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = _key("concat", "How datasets are joined.")
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = _key(
+        "concat",
+        "One after another, or in turns until the first ends (under), the last ends (over: the others begin again) or "
+        "every row was taken once (once).",
+    )
     interleave_probs: Numbers | None = _key(None, "Share of each dataset when interleaving.")
     streaming: bool = _key(False, "Read rows as they are needed; needs max_steps.")
     buffer_size: Count = _key(16384, "Rows shuffled together when streaming.", unit="rows")
@@ -145,6 +149,13 @@ class OutputKeys(BaseModel):
     save_steps: Number = _key(500, "Steps between two checkpoints; below 1 a share of the run.", gt=0)
     plot_loss: bool = _key(False, "Write training_loss.png.")
     report_to: Trackers = _key([], "Trackers (wandb, tensorboard, trackio, ..., all), or none.")
+    use_swanlab: bool = _key(False, "The same as report_to: swanlab.", "report_to")
+    swanlab_project: str = _key("llamafactory", "With use_swanlab: the run's project.", "SWANLAB_PROJECT")
+    swanlab_workspace: str | None = _key(None, "With use_swanlab: the run's workspace.", "SWANLAB_WORKSPACE")
+    swanlab_mode: Literal["cloud", "local"] = _key("cloud", "With use_swanlab: upload the run or not.", "SWANLAB_MODE")
+    swanlab_logdir: Location | None = _key(
+        None, "With use_swanlab: the folder of its files; output_dir/swanlog if omitted.", "SWANLAB_LOG_DIR"
+    )
     run_name: str | None = _key(None, "Name of the run in a tracker.")
     project: str | None = _key(None, "Project of the run in W&B and Trackio; WANDB_PROJECT or huggingface if omitted.")
     on_save_error: Literal["stop", "continue"] = _key("stop", "What a failed checkpoint does to the run.")

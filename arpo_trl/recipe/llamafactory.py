@@ -1,12 +1,15 @@
 """LLaMA-Factory's keys that are no field of Recipe: other names, keys without effect, refused keys."""
 
+import shlex
 from collections.abc import Mapping
+from typing import Any
 
 from .yaml_file import Given
 
 # Another name for a key: older names, and TRL's names for what LLaMA-Factory calls otherwise.
 RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
+    "cache_path": "tokenized_path",
     "chat_template_path": "template",
     "dataset_num_proc": "preprocessing_num_workers",
     "evaluation_strategy": "eval_strategy",
@@ -16,6 +19,8 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "push_to_hub_model_id": "hub_model_id",
     "router_aux_loss_coef": "moe_aux_loss_coef",
+    "sft_packing": "packing",
+    "swanlab_run_name": "run_name",
     "use_liger_kernel": "enable_liger_kernel",
 }
 
@@ -33,6 +38,17 @@ _NO_EFFECT = {
     "output_dir has to be on a file system that every node sees": "data_shared_file_system",
     "transformers 5 always loads this way": "low_cpu_mem_usage",
     "padding never carries loss": "ignore_pad_token_for_loss",
+    "activations are recomputed here without Unsloth (gradient_checkpointing), and enable_liger_kernel saves memory": """
+        use_unsloth use_unsloth_gc""",
+    "it asks for faster kernels; enable_liger_kernel has some": "use_v1_kernels",
+    "transformers computes norms and the loss in float32 in any case": "upcast_layernorm upcast_lmhead_output",
+    "accelerate launch starts the processes here; see accelerate_configs/": """
+        use_ray ray_run_name ray_storage_path ray_storage_filesystem ray_num_workers ray_init_kwargs
+        resources_per_worker placement_strategy master_addr master_port""",
+    "the run is not profiled; trainer_log.jsonl has the tokens per second of each log line": """
+        enable_torch_profiler profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_active_steps
+        profiler_repeat profiler_record_shapes profiler_profile_memory profiler_with_stack profile_modules""",
+    "a stream is read in one piece": "dataset_shards",
     "a PiSSA adapter always becomes plain LoRA when the run ends": "pissa_convert",
     "the report at the start says what is trained": "print_param_status",
     "transformers 5 has dropped it": """
@@ -46,49 +62,60 @@ _REFUSED = {
         hf_hub_token hub_token push_to_hub_token""",
     "it would be stored beside the model; log in with the hub's own tool": "ms_hub_token om_hub_token",
     "the launcher decides this; see accelerate_configs/": """
-        local_rank parallelism_config tpu_num_cores tpu_metrics_debug fsdp_min_num_params use_ray
-        fsdp_transformer_layer_cls_to_wrap ray_run_name ray_storage_path ray_storage_filesystem ray_num_workers
-        ray_init_kwargs resources_per_worker placement_strategy""",
+        local_rank parallelism_config tpu_num_cores tpu_metrics_debug fsdp_min_num_params
+        fsdp_transformer_layer_cls_to_wrap""",
+    "it belongs in the accelerate config (mixed_precision: bf16); in a recipe write bf16: true": "mixed_precision",
+    "one row is not split over devices here; accelerate_configs/zero3.yaml and enable_liger_kernel save memory": """
+        sequence_parallel_size""",
     "only text is trained here": """
         media_dir image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels
         video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate freeze_vision_tower
         freeze_multi_modal_projector freeze_language_model train_mm_proj_only image_resolution video_resolution""",
-    "it belongs to another stage than sft; TRL has trainers of its own for those": """
+    "it belongs to stage dpo, which TRL's DPOTrainer trains": """
         pref_beta pref_ftx pref_bco_weight pref_loss dpo_beta dpo_loss dpo_ftx dpo_label_smoothing simpo_gamma
-        kto_beta kto_chosen_weight kto_rejected_weight ppo_buffer_size ppo_epochs ppo_score_norm ppo_target
-        ppo_whiten_rewards ref_model ref_model_adapters ref_model_quantization_bit reward_model
-        reward_model_adapters reward_model_quantization_bit reward_model_type ld_alpha""",
+        ref_model ref_model_adapters ref_model_quantization_bit ld_alpha""",
+    "it belongs to stage kto, which TRL's KTOTrainer trains": "kto_beta kto_chosen_weight kto_rejected_weight",
+    "it belongs to stage ppo, which TRL no longer has; its GRPOTrainer and RLOOTrainer are for reinforcement learning": """
+        ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards reward_model reward_model_adapters
+        reward_model_quantization_bit reward_model_type""",
     "replies are not generated during training; set do_eval: true for the loss, generate with the saved model": """
         do_predict predict_with_generate""",
     "it belongs to an inference server; start that with the saved model": """
         vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen
         sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend""",
     "KTransformers is not used here; accelerate_configs/zero3_offload.yaml trains large models in CPU memory": """
-        use_kt kt_optimize_rule kt_maxlen kt_use_cuda_graph kt_mode kt_force_think cpu_infer chunk_size mode""",
-    "Megatron is not used here; see accelerate_configs/fsdp2.yaml": "use_mca",
-    "Unsloth is not used here; gradient_checkpointing and enable_liger_kernel save memory too": """
-        use_unsloth use_unsloth_gc""",
+        use_kt kt_optimize_rule kt_maxlen kt_use_cuda_graph kt_mode kt_force_think cpu_infer chunk_size mode
+        kt_weight_path kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num
+        kt_lora_expert_intermediate_size""",
+    "Megatron is not used here; accelerate_configs/fsdp2.yaml splits a model over GPUs": """
+        use_mca use_megatron_bridge tensor_model_parallel_size pipeline_model_parallel_size
+        expert_model_parallel_size context_parallel_size virtual_pipeline_model_parallel_size sequence_parallel
+        recompute_granularity recompute_method recompute_num_layers account_for_embedding_in_pipeline_split
+        account_for_loss_in_pipeline_split bias_activation_fusion apply_rope_fusion masked_softmax_fusion
+        cross_entropy_loss_fusion moe_grouped_gemm moe_token_dispatcher_type calculate_per_token_loss
+        use_distributed_optimizer overlap_param_gather overlap_grad_reduce use_packed_sequences
+        megatron_pretrained_checkpoint export_hf_on_finish extra_config""",
+    "HyperParallel is not used here; accelerate_configs/fsdp2.yaml splits a model over GPUs": """
+        use_hyper_parallel hyper_parallel_args""",
     "this optimizer is not offered; `optim` takes any of transformers' (adamw_8bit, adafactor, galore, apollo)": """
         use_badam badam_mode badam_start_block badam_switch_mode badam_switch_interval badam_update_ratio
         badam_mask_mode badam_verbose use_adam_mini use_muon""",
     "write optim: adafactor": "adafactor",
     "transformers does not hand it to APOLLO": "apollo_scale_front",
-    "write report_to: swanlab; SwanLab reads the rest from its environment variables": """
-        use_swanlab swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key
-        swanlab_logdir swanlab_lark_webhook_url swanlab_lark_secret""",
+    "it would be stored beside the model; set the environment variable SWANLAB_API_KEY": "swanlab_api_key",
+    "no message is sent to Lark; SwanLab's own settings send one": "swanlab_lark_webhook_url swanlab_lark_secret",
     "finetuning_type is full, freeze or lora here": "use_llama_pro module_dropout oft_rank oft_block_size oft_target",
     "this loss is not offered; there are the usual one and use_dft_loss": """
         use_asft_loss asft_alpha use_eaft_loss eaft_alpha""",
     "this change of the model is not made here; save a changed model and name it in model_name_or_path": """
-        shift_attn mixture_of_depths train_from_scratch new_special_tokens_config init_special_tokens
-        use_v1_kernels upcast_layernorm upcast_lmhead_output""",
+        shift_attn mixture_of_depths train_from_scratch new_special_tokens_config init_special_tokens""",
     "add the tokens to the tokenizer and the model once, save both, and name that folder in model_name_or_path": """
-        add_tokens add_special_tokens resize_vocab""",
+        add_tokens add_special_tokens new_special_tokens new_normal_tokens resize_vocab""",
     "FP8 is the launcher's: mixed_precision: fp8 in the accelerate config": """
         fp8 fp8_backend fp8_enable_fsdp_float8_all_gather""",
     "a quantized model is trained where accelerate puts it": "quantization_device_map",
     "give the adapter's whole path in adapter_name_or_path": "adapter_folder",
-    "the chat template decides this; give another with template": "tool_format enable_thinking eos_token pad_token",
+    "the chat template decides this; give another with template": "tool_format enable_thinking preserve_thinking eos_token pad_token",
     "rows are tokenized with their special tokens whole": "split_special_tokens",
     "it is a length of generation in LLaMA-Factory and of a row in TRL; write cutoff_len": "max_length",
     "the dataset's columns are named in dataset_info.json": "dataset_text_field",
@@ -100,53 +127,60 @@ _REFUSED = {
     "each of its settings has a key of its own (model_revision, flash_attn, cache_dir, ...)": "model_init_kwargs",
 }
 
-HARMLESS = {
-    "assistant_only_loss": True,
-    "enable_thinking": True,
-    "fp8_backend": "auto",
-    "freeze_multi_modal_projector": True,
-    "freeze_vision_tower": True,
-    "init_special_tokens": "noise_init",
-    "local_rank": -1,
-    "packing_strategy": "bfd",
+# Their defaults in LLaMA-Factory (or in TRL), where these are neither null nor false.
+# fmt: off
+HARMLESS: dict[str, Any] = {
+    "asft_alpha": 0.1, "assistant_only_loss": True, "audio_sampling_rate": 16000, "badam_mask_mode": "adjacent",
+    "badam_mode": "layer", "badam_switch_interval": 50, "badam_switch_mode": "ascending", "badam_update_ratio": 0.05,
+    "badam_verbose": 0, "context_parallel_size": 1, "dpo_label_smoothing": 0.0, "eaft_alpha": 1.0,
+    "enable_thinking": True, "expert_model_parallel_size": 1, "fp8_backend": "auto",
+    "freeze_multi_modal_projector": True, "freeze_vision_tower": True, "image_max_pixels": 768 * 768,
+    "image_min_pixels": 32 * 32, "init_special_tokens": "noise_init", "kto_chosen_weight": 1.0,
+    "kto_rejected_weight": 1.0, "local_rank": -1, "max_length": 1024, "mixed_precision": "bf16_mixed",
+    "module_dropout": 0.0, "oft_block_size": 32, "oft_rank": 0, "oft_target": "all", "overlap_grad_reduce": True,
+    "overlap_param_gather": True, "packing_strategy": "bfd", "pipeline_model_parallel_size": 1, "ppo_buffer_size": 1,
+    "ppo_epochs": 4, "ppo_target": 6.0, "pref_bco_weight": 0.0, "pref_beta": 0.1, "pref_ftx": 0.0,
+    "pref_loss": "sigmoid", "reward_model_type": "lora", "sequence_parallel_size": 1,
+    "sglang_lora_backend": "triton", "sglang_maxlen": 4096, "sglang_mem_fraction": 0.7, "sglang_tp_size": -1,
+    "simpo_gamma": 0.5, "tensor_model_parallel_size": 1, "use_distributed_optimizer": True, "video_fps": 2.0,
+    "video_max_pixels": 256 * 256, "video_maxlen": 128, "video_min_pixels": 16 * 16, "vllm_gpu_util": 0.7,
+    "vllm_max_lora_rank": 32, "vllm_maxlen": 4096,
 }
+# fmt: on
 
 NO_EFFECT = {key: reason for reason, keys in _NO_EFFECT.items() for key in keys.split()}
 REFUSED = {key: reason for reason, keys in _REFUSED.items() for key in keys.split()}
 
+MERGE = ["python", "scripts/merge_lora.py"]
+CHAT = ["python", "scripts/chat.py"]
 _V1_KEYS = {"model", "train_dataset", "peft_config", "kernel_config", "quant_config", "dist_config", "model_class"}
-_TRAINING_KEYS = {"output_dir", "do_train", "do_eval", "do_predict", "dataset", "stage"}
+_INFERENCE_KEYS = {"infer_backend", "infer_dtype", "do_sample", "vllm_maxlen", "vllm_enforce_eager", "sglang_maxlen"}
 
 
 def recognise(given: Mapping[str, Given]) -> str | None:
     """What to write instead, where the keys are those of LLaMA-Factory's v1 form or of another command of its."""
 
-    def value(key: str, or_else: str) -> str:
+    def value(key: str, or_else: str = "") -> str:
         return str(given[key].value) if key in given and given[key].value else or_else
 
-    if _V1_KEYS & given.keys() and "model_name_or_path" not in given:
+    model, adapter = value("model_name_or_path"), value("adapter_name_or_path")
+    if _V1_KEYS & given.keys() and not model:
         found = ", ".join(f"{key}:" for key in given if key in _V1_KEYS)
         return (
             f"this is LLaMA-Factory's v1 form ({found}), which is not read here; write its usual keys, recipes/KEYS.md"
         )
-    model, adapter = value("model_name_or_path", "MODEL"), value("adapter_name_or_path", "")
-    trains = {"output_dir", "do_train", "dataset"} & given.keys()
-    if "export_dir" in given and not trains:
-        if not adapter:
-            return "this is an export recipe of LLaMA-Factory without an adapter; a trained model needs no export here"
-        command = f"python scripts/merge_lora.py {adapter} {value('export_dir', 'OUT')}"
-        return f"this is an export recipe of LLaMA-Factory; merge the adapter with: {command}"
     if {"task", "task_dir", "n_shot"} & given.keys() and "do_train" not in given:
         return "this is a benchmark recipe of LLaMA-Factory; benchmarks are not run here (lm-evaluation-harness runs them)"
-    if given and "model_name_or_path" in given and not _TRAINING_KEYS & given.keys():
-        command = f"python scripts/chat.py {adapter or model}"
-        if {
-            "infer_backend",
-            "do_sample",
-            "infer_dtype",
-            "vllm_maxlen",
-            "vllm_enforce_eager",
-            "template",
-        } & given.keys():
-            return f"this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: {command}"
+    if not model or {"output_dir", "do_train", "dataset"} & given.keys():
+        return None
+    if "export_dir" in given:
+        if not adapter:
+            return "this is an export recipe of LLaMA-Factory without an adapter; a trained model needs no export here"
+        command = shlex.join([*MERGE, adapter, value("export_dir", "OUT")])
+        return f"this is an export recipe of LLaMA-Factory; merge the adapter with: {command}"
+    if _INFERENCE_KEYS & given.keys() or ("template" in given and "stage" not in given):
+        command = shlex.join([*CHAT, adapter or model])
+        return (
+            f"this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: {command}"
+        )
     return None

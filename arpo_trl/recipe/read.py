@@ -60,7 +60,9 @@ def _take_out_no_effect(given: dict[str, Given], problems: Problems) -> dict[str
             continue
         del given[key]
         if key in RENAMED:
-            if RENAMED[key] in given:
+            if value is None:
+                continue
+            if RENAMED[key] in given and given[RENAMED[key]].value != value:
                 problems.append((place, f"{key}: means {RENAMED[key]}, which is there too; keep one"))
             given.setdefault(RENAMED[key], Given(value, place, text))
         elif key in NO_EFFECT:
@@ -69,6 +71,8 @@ def _take_out_no_effect(given: dict[str, Given], problems: Problems) -> dict[str
             problems.append((place, f"{key}: {nearest(key)}"))
         elif value is not None and value is not False and value != HARMLESS.get(key):
             problems.append((place, f"{key}: {REFUSED[key]}"))
+        elif key == "max_length" and value:  # its default in LLaMA-Factory, where it asks for nothing, and in TRL
+            no_effect[f"{REFUSED[key]} for rows"] = [key]
     return no_effect
 
 
@@ -79,7 +83,8 @@ def _typed(given: dict[str, Given], problems: Problems) -> Recipe | None:
     for key, (value, place, text) in given.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and text and takes_text(key):
             value = text
-        if value is None and keys()[key].default in (None, []):
+        default = keys()[key].default
+        if value is None and (default in (None, []) or default is False):
             continue  # null is how LLaMA-Factory's recipes say nothing
         value = _as_bool(key, value)
         if isinstance(value, str) and "${" in value:

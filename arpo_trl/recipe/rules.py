@@ -24,12 +24,14 @@ def resolve(recipe: Recipe) -> Recipe:
     if recipe.packing and not recipe.neat_packing:
         lines.append("packing: conversations in a packed row do not see each other (neat_packing: true)")
     settled["packing"] = settled["neat_packing"] = recipe.packing or recipe.neat_packing
+    if recipe.use_swanlab and not {"swanlab", "all"} & {*recipe.report_to}:
+        settled["report_to"] = [*recipe.report_to, "swanlab"]
     kernel = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}.get(recipe.flash_attn)
     if kernel and importlib.util.find_spec(kernel) is None:
         settled["flash_attn"] = "sdpa"
         lines.append(f"flash_attn: sdpa; {recipe.flash_attn} needs the package {kernel}, which is not installed")
     if "wandb" in recipe.report_to and wandb_is_disabled():
-        settled["report_to"] = [tracker for tracker in recipe.report_to if tracker != "wandb"]
+        settled["report_to"] = [name for name in settled.get("report_to", recipe.report_to) if name != "wandb"]
         lines.append("report_to: wandb is left out, since WANDB_DISABLED is set")
     if line := describe_template_name(recipe.template):
         lines.append(line)

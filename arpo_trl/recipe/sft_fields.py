@@ -5,7 +5,7 @@ Written by scripts/make_keys.py; importing TRL for them would take seconds.
 
 from typing import Any, Literal, NamedTuple
 
-from .types import Number, Seed, Whole, Workers
+from .types import Number, Seed, Whole, Words, Workers
 
 
 class SftField(NamedTuple):
@@ -119,7 +119,7 @@ sft_fields: dict[str, SftField] = {
     'ddp_static_graph': SftField(bool | None, None, 'When using distributed training, the value of the flag `static_graph` passed to `DistributedDataParallel`.'),
     'ddp_backend': SftField(Literal['nccl', 'gloo', 'mpi', 'xccl', 'hccl', 'cncl', 'mccl'] | None, None, "The backend to use for distributed training. Must be one of 'nccl', 'mpi', 'xccl', 'gloo', 'hccl'."),
     'ddp_timeout': SftField(Whole, 1800, 'The timeout for `torch.distributed.init_process_group` calls (in seconds).'),
-    'fsdp': SftField(str | None, None, 'Enable PyTorch Fully Sharded Data Parallel (FSDP) for distributed training. Pass `--fsdp` (or `fsdp=True`) to turn FSDP on.'),
+    'fsdp': SftField(Words, None, 'Enable PyTorch Fully Sharded Data Parallel (FSDP) for distributed training. Pass `--fsdp` (or `fsdp=True`) to turn FSDP on.'),
     'fsdp_config': SftField(dict[str, Any] | str | None, None, 'Tuning for FSDP (used only when `fsdp` is enabled). Either a path to a JSON config file (e.g., `fsdp_config.json`) or an already loaded dict.'),
     'deepspeed': SftField(dict[str, Any] | str | None, None, 'Enable DeepSpeed integration. Value is a path to a JSON config file or a dict.'),
     'debug': SftField(str | list[str], '', "Enable one or more debug features. Options: 'underflow_overflow' (detect overflow in model I/O), 'tpu_metrics_debug' (print TPU metrics)."),

@@ -41,12 +41,19 @@ def _nothing_to_report(value: Any) -> Any:
 
 
 _OTHER_STAGES = {
-    "pt": "pretraining on plain text is not offered; write the texts as replies, with train_on_prompt",
+    "pt": "plain text is not trained on here; TRL's SFTTrainer does it with rows of a column `text`",
     "rm": "TRL's RewardTrainer trains reward models",
     "dpo": "TRL's DPOTrainer trains on preference pairs",
-    "kto": "TRL's KTOTrainer (trl.experimental) trains on judged replies",
-    "ppo": "TRL has PPO only among its experiments (trl.experimental.ppo); its GRPOTrainer is for reinforcement learning",
+    "kto": "TRL's KTOTrainer trains on replies that were judged good or bad",
+    "ppo": "TRL no longer has PPO; its GRPOTrainer and RLOOTrainer are for reinforcement learning",
 }
+
+
+def _in_words(value: Any) -> Any:
+    """`[full_shard, auto_wrap]` is another way to write `full_shard auto_wrap`."""
+    if value is True or value is False:
+        return "full_shard" if value else None
+    return " ".join(value) if isinstance(value, list) and all(isinstance(part, str) for part in value) else value
 
 
 def _sft_only(value: Any) -> Any:
@@ -72,6 +79,7 @@ Numbers = Annotated[list[Number], BeforeValidator(_split, json_schema_input_type
 # A path, or a name on the hub. ~ is expanded here, once, because libraries disagree about it.
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 Locations = Annotated[list[Location], BeforeValidator(_split, json_schema_input_type=str | list[str])]
+Words = Annotated[str | None, BeforeValidator(_in_words, json_schema_input_type=bool | str | list[str] | None)]
 Trackers = Annotated[list[str], BeforeValidator(_nothing_to_report, json_schema_input_type=str | list[str])]
 Stage = Annotated[Literal["sft"], BeforeValidator(_sft_only, json_schema_input_type=Literal["sft"])]
 TemplateName = Annotated[Location, AfterValidator(_known_template)]

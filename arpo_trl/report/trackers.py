@@ -66,6 +66,12 @@ def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier:
     Raises:
         RecipeError: Weights & Biases cannot begin a run.
     """
+    if recipe.use_swanlab:
+        os.environ.setdefault("SWANLAB_PROJECT", recipe.swanlab_project)
+        os.environ.setdefault("SWANLAB_MODE", recipe.swanlab_mode)
+        os.environ.setdefault("SWANLAB_LOG_DIR", recipe.swanlab_logdir or str(Path(recipe.output_dir) / "swanlog"))
+        if recipe.swanlab_workspace:
+            os.environ.setdefault("SWANLAB_WORKSPACE", recipe.swanlab_workspace)
     trackers = set(args.report_to or []) & {"wandb", "tensorboard", "trackio"}
     if not trackers:
         return

@@ -51,8 +51,8 @@ def _deepspeed(recipe: Recipe) -> str | None:
         return None
     if importlib.util.find_spec("deepspeed") is None:
         return (
-            "deepspeed: not installed; pip install deepspeed, or remove the line, "
-            "or launch with accelerate_configs/zero2.yaml"
+            "deepspeed: not installed; pip install deepspeed, or remove the line and launch with "
+            "accelerate_configs/fsdp2.yaml (multi_gpu.yaml where the whole model fits one GPU)"
         )
     if isinstance(recipe.deepspeed, str) and not Path(recipe.deepspeed).is_file():
         return (

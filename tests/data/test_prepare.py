@@ -16,13 +16,15 @@ def test_datasets_are_joined_in_their_order_and_cut_to_max_samples(bench: Bench)
     assert bench.replies(bench.prepare(dataset=["b", "a"], max_samples=1).train) == answers(10, 0)
 
 
-def test_interleaving_stops_with_the_shortest_or_with_the_longest(bench: Bench) -> None:
+def test_interleaving_stops_with_the_shortest_or_with_the_longest_or_takes_each_row_once(bench: Bench) -> None:
     bench.add("a", numbered(4))
     bench.add("b", numbered(2, start=10))
     under = bench.replies(bench.prepare(mix_strategy="interleave_under").train)
     assert under == answers(0, 10, 1, 11)
     over = bench.replies(bench.prepare(mix_strategy="interleave_over").train)
     assert set(over) == set(answers(0, 1, 2, 3, 10, 11)) and len(over) == 8
+    once = bench.replies(bench.prepare(mix_strategy="interleave_once").train)
+    assert once == answers(0, 10, 1, 11, 2, 3)
     keys: dict[str, Any] = {"mix_strategy": "interleave_over", "interleave_probs": [0.9, 0.1]}
     shares = bench.replies(bench.prepare(**keys).train)
     assert shares == bench.replies(bench.prepare(**keys).train)

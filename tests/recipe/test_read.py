@@ -64,8 +64,11 @@ WRONG = [
     ("quantization_bit: 3", "quantization_bit: expected one of 4, 8, found 3"),
     ("quantization_method: hqq", "quantization_method: expected one of bnb, bitsandbytes, found 'hqq'"),
     ("flash_attn: fa4", "flash_attn: expected one of auto, disabled, sdpa, fa2, fa3, flex, found 'fa4'"),
-    ("stage: ppo", "stage: expected sft, found 'ppo'; TRL has PPO only among its experiments (trl.experimental.ppo); its GRPOTrainer is for reinforcement learning"),
+    ("stage: ppo", "stage: expected sft, found 'ppo'; TRL no longer has PPO; its GRPOTrainer and RLOOTrainer are for reinforcement learning"),
     ("stage: dpo", "stage: expected sft, found 'dpo'; TRL's DPOTrainer trains on preference pairs"),
+    ("stage: pt", "stage: expected sft, found 'pt'; plain text is not trained on here; TRL's SFTTrainer does it with rows of a column `text`"),
+    ("stage: rm", "stage: expected sft, found 'rm'; TRL's RewardTrainer trains reward models"),
+    ("stage: kto", "stage: expected sft, found 'kto'; TRL's KTOTrainer trains on replies that were judged good or bad"),
     ("stage: grpo", "stage: expected sft, found 'grpo'"),
     # beyond what torch and numpy count
     ("seed: 4294967296", "seed: expected a whole number of at least 0 and below 4294967296, found 4294967296"),
@@ -89,7 +92,7 @@ WRONG = [
     ("Learning_rate: 1", "Learning_rate: no such key; the nearest is learning_rate"),
     ("qwertz: 1", "qwertz: no such key; recipes/KEYS.md lists them"),
     ("env: {A: b}", "env: no such key; recipes/KEYS.md lists them"),
-    ("use_liger_kernel: true\nenable_liger_kernel: true", "use_liger_kernel: means enable_liger_kernel, which is there too; keep one"),
+    ("use_liger_kernel: true\nenable_liger_kernel: false", "use_liger_kernel: means enable_liger_kernel, which is there too; keep one"),
     # YAML
     ("dataset: b", "dataset: already on line 4; keep one"),
     ("seed: !!python/object/apply:os.getpid []", "seed: the tag !!python/object/apply:os.getpid is not read here; write a plain value"),
@@ -100,11 +103,15 @@ WRONG = [
     # refused
     ("use_badam: true", "use_badam: this optimizer is not offered; `optim` takes any of transformers' (adamw_8bit, adafactor, galore, apollo)"),
     ("hf_hub_token: hf_x", "hf_hub_token: it would be stored beside the model; run `hf auth login` instead"),
-    ("max_length: 1024", "max_length: it is a length of generation in LLaMA-Factory and of a row in TRL; write cutoff_len"),
+    ("max_length: 512", "max_length: it is a length of generation in LLaMA-Factory and of a row in TRL; write cutoff_len"),
     ("predict_with_generate: true", "predict_with_generate: replies are not generated during training; set do_eval: true for the loss, generate with the saved model"),
     ("image_max_pixels: 262144", "image_max_pixels: only text is trained here"),
-    ("use_swanlab: true", "use_swanlab: write report_to: swanlab; SwanLab reads the rest from its environment variables"),
-    ("vllm_maxlen: 4096", "vllm_maxlen: it belongs to an inference server; start that with the saved model"),
+    ("mixed_precision: bf16", "mixed_precision: it belongs in the accelerate config (mixed_precision: bf16); in a recipe write bf16: true"),
+    ("swanlab_api_key: k", "swanlab_api_key: it would be stored beside the model; set the environment variable SWANLAB_API_KEY"),
+    ("use_megatron_bridge: true", "use_megatron_bridge: Megatron is not used here; accelerate_configs/fsdp2.yaml splits a model over GPUs"),
+    ("sequence_parallel_size: 4", "sequence_parallel_size: one row is not split over devices here; accelerate_configs/zero3.yaml and enable_liger_kernel save memory"),
+    ("ppo_epochs: 2", "ppo_epochs: it belongs to stage ppo, which TRL no longer has; its GRPOTrainer and RLOOTrainer are for reinforcement learning"),
+    ("vllm_maxlen: 8192", "vllm_maxlen: it belongs to an inference server; start that with the saved model"),
     # together
     ("val_size: 0.1\neval_dataset: b", "val_size: eval_dataset is there too; keep one"),
     ("val_size: 1.5", "val_size: expected a share or whole rows, found 1.5"),
@@ -138,11 +145,11 @@ def test_a_wrong_recipe_gets_one_line_that_says_what_to_do(tmp_path: Path, lines
 
 
 def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
-    text = "cutoff_len: 4k\nwarmup_ration: 0.1\nuse_unsloth: true\noutput_dir: o\nsave_steps: x\n"
+    text = "cutoff_len: 4k\nwarmup_ration: 0.1\nshift_attn: true\noutput_dir: o\nsave_steps: x\n"
     assert problems(tmp_path, text, "lora_rank=a", "seed") == [
         "line 1    cutoff_len: expected a whole number of tokens, found '4k'",
         "line 2    warmup_ration: no such key; the nearest is warmup_ratio",
-        "line 3    use_unsloth: Unsloth is not used here; gradient_checkpointing and enable_liger_kernel save memory too",
+        "line 3    shift_attn: this change of the model is not made here; save a changed model and name it in model_name_or_path",
         "line 5    save_steps: expected a number, found 'x'",
         "missing   model_name_or_path: every recipe needs it. The base model: a hub id or a local folder.",
         "override  seed: expected key=value",
@@ -256,6 +263,8 @@ OTHER_FORMS = [
     ("model_name_or_path: m\nexport_dir: out\n", "this is an export recipe of LLaMA-Factory without an adapter; a trained model needs no export here"),
     ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\ninfer_backend: huggingface\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python scripts/chat.py a"),
     ("model_name_or_path: m\ntemplate: qwen\ninfer_backend: vllm\nvllm_enforce_eager: true\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python scripts/chat.py m"),
+    ("model_name_or_path: m\nstage: sft\ntemplate: qwen\ndo_sample: false\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python scripts/chat.py m"),
+    ("model_name_or_path: 'my model'\nadapter_name_or_path: a b\nexport_dir: the out\n", "this is an export recipe of LLaMA-Factory; merge the adapter with: python scripts/merge_lora.py 'a b' 'the out'"),
     ("model_name_or_path: m\ntask: mmlu_test\ntemplate: qwen\nlang: en\nn_shot: 5\nsave_dir: s\n", "this is a benchmark recipe of LLaMA-Factory; benchmarks are not run here (lm-evaluation-harness runs them)"),
 ]  # fmt: skip
 
@@ -283,6 +292,7 @@ def test_a_recipe_of_another_command_of_llama_factory_gets_one_line(tmp_path: Pa
         ("cutoff_len: 4096.0", 4096),
         ("bf16: 'false'", False),
         ("bf16: True", True),
+        ("packing: null", False),
         ("bf16: yes", True),
         ("bf16: 0", False),
         ("eval_strategy: no", "no"),
@@ -302,6 +312,7 @@ def test_a_recipe_of_another_command_of_llama_factory_gets_one_line(tmp_path: Pa
         ("report_to: none", []),
         ("report_to: [none]", []),
         ("report_to: tensorboard", ["tensorboard"]),
+        ("mix_strategy: interleave_once", "interleave_once"),
         ("stage: sft", "sft"),
     ],
 )
@@ -312,8 +323,9 @@ def test_values_are_read_as_a_person_would(tmp_path: Path, line: str, value: obj
 
 
 def test_sft_config_fields_without_a_meaning_of_their_own_go_through_by_name(tmp_path: Path) -> None:
-    recipe = read_recipe(write(tmp_path, GOOD + "eval_steps: 50\nevaluation_strategy: 'no'\nno_cuda: true\n"))
-    assert recipe.trl == {"eval_steps": 50, "use_cpu": True}
+    lines = "eval_steps: 50\nevaluation_strategy: 'no'\nno_cuda: true\nfsdp: [full_shard, auto_wrap]\n"
+    recipe = read_recipe(write(tmp_path, GOOD + lines))
+    assert recipe.trl == {"eval_steps": 50, "use_cpu": True, "fsdp": "full_shard auto_wrap"}
     assert recipe.eval_strategy == "no"
 
 
@@ -343,9 +355,37 @@ def test_keys_without_effect_are_said_once_by_reason(tmp_path: Path) -> None:
 
 
 def test_refused_keys_that_ask_for_nothing_pass(tmp_path: Path) -> None:
-    lines = [f"{key}: {json.dumps(value)}" for key, value in HARMLESS.items()]
+    lines = [f"{key}: {json.dumps(value)}" for key, value in HARMLESS.items() if key != "max_length"]
     lines += [f"{key}: {('null', 'false')[len(key) % 2]}" for key in REFUSED if key not in HARMLESS]
     assert read_recipe(write(tmp_path, GOOD + "\n".join(lines))).notices == []
+
+
+def test_every_key_passes_with_the_default_that_llama_factory_gives_it(tmp_path: Path) -> None:
+    given = LLAMA_FACTORY["defaults"] | LLAMA_FACTORY["other_defaults"]
+    given |= {"model_name_or_path": "m", "output_dir": "o", "do_train": True, "dataset": "a"}
+    recipe = read_recipe(write(tmp_path, yaml.safe_dump(given)))
+    plain = read_recipe(write(tmp_path, GOOD + "finetuning_type: lora\n"))
+    same_here = {"per_device_eval_batch_size", "use_reentrant_gc", "gradient_checkpointing", "project"}
+    own, plain_own = recipe.model_dump(exclude=same_here), plain.model_dump(exclude=same_here)
+    assert own == plain_own
+    (max_length,) = [line for line in recipe.notices if "max_length" in line]
+    assert max_length.endswith(
+        "it is a length of generation in LLaMA-Factory and of a row in TRL; write cutoff_len for rows"
+    )
+
+
+def test_keys_that_ask_only_for_speed_pass_with_a_line(tmp_path: Path) -> None:
+    keys = "use_unsloth use_unsloth_gc use_v1_kernels use_ray upcast_layernorm enable_torch_profiler".split()
+    path = write(tmp_path, GOOD + "".join(f"{key}: true\n" for key in keys))
+    notices = read_recipe(path).notices
+    assert all(any(key in line.split(": no effect; ")[0] for line in notices) for key in keys) and len(notices) == 5
+
+
+def test_swanlab_of_llama_factory_becomes_a_tracker(tmp_path: Path) -> None:
+    lines = "use_swanlab: true\nreport_to: tensorboard\nswanlab_run_name: first\nswanlab_mode: local\n"
+    recipe = read_recipe(write(tmp_path, GOOD + lines))
+    assert (recipe.report_to, recipe.run_name) == (["tensorboard", "swanlab"], "first")
+    assert read_recipe(write(tmp_path, yaml.safe_dump(recipe.resolved()))).report_to == recipe.report_to
 
 
 def test_resolved_reads_back_to_the_same_recipe(tmp_path: Path) -> None:
@@ -403,7 +443,7 @@ def test_an_omitted_key_means_what_it_means_in_llama_factory(key: str) -> None:
 
 def test_every_key_of_llama_factory_and_every_field_of_sft_config_has_exactly_one_mapping() -> None:
     tables = [set(keys()), set(RENAMED), set(NO_EFFECT), set(REFUSED)]
-    for key in [*LLAMA_FACTORY["defaults"], *LLAMA_FACTORY["other_keys"], *sft_fields]:
+    for key in [*(key for part in LLAMA_FACTORY if part != "source" for key in LLAMA_FACTORY[part]), *sft_fields]:
         assert sum(key in table for table in tables) == 1, key
     assert set(RENAMED.values()) <= set(keys())
     assert set(HARMLESS) <= set(REFUSED)
@@ -495,5 +535,6 @@ def test_no_key_is_accepted_that_no_code_reads() -> None:
     unread = {name for name, key in keys().items() if key.group != "trl" and f".{name}" not in code}
     # one value only, or settled while the recipe is read, or so in any case
     assert unread <= {"stage", "quantization_method"} | {"neat_packing", "disable_gradient_checkpointing"} | {
-        "compute_accuracy"
+        "compute_accuracy",
+        "use_swanlab",
     }

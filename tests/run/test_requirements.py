@@ -42,8 +42,8 @@ def missing(recipe: Recipe) -> list[str]:
 def test_all_that_is_missing_is_said_at_once_with_the_way_out(recipe_of: Any, installed: set[str]) -> None:
     recipe = recipe_of("deepspeed=z3.json", "quantization_bit=4", "report_to=wandb", "enable_liger_kernel=true")
     assert missing(recipe) == [
-        "deepspeed: not installed; pip install deepspeed, or remove the line, "
-        "or launch with accelerate_configs/zero2.yaml",
+        "deepspeed: not installed; pip install deepspeed, or remove the line and launch with "
+        "accelerate_configs/fsdp2.yaml (multi_gpu.yaml where the whole model fits one GPU)",
         "report_to: wandb is not installed; pip install wandb, or write report_to: none",
         "quantization_bit: needs bitsandbytes, which is not installed; pip install bitsandbytes, or remove the line",
         "enable_liger_kernel: needs liger_kernel, which is not installed; pip install liger_kernel, or remove the line",
