@@ -79,7 +79,7 @@ def _run(argv: Sequence[str]) -> int:
     if "check" in line.options:
         from .run.check import check
 
-        check(recipe)
+        check(recipe, verbose="verbose" in line.options)
         return 0
     if "preview" in line.options:
         from .report.preview import preview

@@ -15,7 +15,7 @@ from ..errors import RecipeError
 from .keys import keys
 from .llamafactory import NO_EFFECT, REFUSED, RENAMED
 
-OPTIONS = ("check", "preview", "help", "list", "env", "version")
+OPTIONS = ("check", "verbose", "preview", "help", "list", "env", "version")
 
 
 @dataclass
@@ -37,6 +37,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     for option in OPTIONS:
         parser.add_argument(f"--{option}", action="store_true")
     parser.add_argument("-h", dest="help", action="store_true")
+    parser.add_argument("-v", dest="verbose", action="store_true")
     own, rest = parser.parse_known_args(argv)
     found = CommandLine({option for option in OPTIONS if getattr(own, option)})
     if rest[:1] == ["train"] and not is_file("train"):  # as in `llamafactory-cli train RECIPE`

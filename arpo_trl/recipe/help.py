@@ -22,7 +22,7 @@ def usage() -> str:
     """One screen: how to call it, the main keys, the exit codes."""
     lines = [
         "python -m arpo_trl RECIPE.yaml [key=value ...]              train",
-        "python -m arpo_trl --check RECIPE.yaml [key=value ...]      check recipe, data and template; train nothing",
+        "python -m arpo_trl --check RECIPE.yaml [key=value ...]      rows, steps, memory and disk; trains nothing (-v: all)",
         "python -m arpo_trl --preview RECIPE.yaml [N]                show N rows as tokens, with what is trained",
         "python -m arpo_trl --help KEY                               explain one key (recipes/KEYS.md has them all)",
         "python -m arpo_trl --list                                   list recipes and datasets found",

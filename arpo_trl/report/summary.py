@@ -38,7 +38,7 @@ class StartReport(TrainerCallback):
             f"device   {describe_device(args)}",
             *(f"data     {line}" for line in data.audit.lines()),
             *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
-            f"steps    {describe_steps(args, state, data, self.recipe.dataset)}",
+            f"steps    {describe_steps(args, state.max_steps, data, self.recipe.dataset)}",
             f"disk     {describe_disk(args, self.trainer.checkpoint_bytes)}",
             f"output   {args.output_dir}{f', going on from {going_on.name}' if going_on else ''}",
         ]:
@@ -72,9 +72,9 @@ def describe_device(args: Any) -> str:
     return name if args.world_size == 1 else f"{args.world_size} x {name}"
 
 
-def describe_steps(args: Any, state: Any, data: PreparedData, trained_on: list[str]) -> str:
+def describe_steps(args: Any, total: int, data: PreparedData, trained_on: list[str]) -> str:
     """Steps, epochs and the effective batch. Packed rows are not the rows of the audit: their tokens are left out."""
-    steps = f"{state.max_steps:,}"
+    steps = f"{total:,}"
     if args.max_steps <= 0:
         steps += f": {args.num_train_epochs:g} epoch{'s' * (args.num_train_epochs != 1)}"
     parts = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,20 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 import yaml
-from accelerate import PartialState
 from datasets import Dataset
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.labels import IGNORED
 from ..data.prepare import PreparedData, prepare_datasets, token_lengths
 from ..data.tokenizer import load_tokenizer
+from ..errors import RecipeError
 from ..machine import checkpoint_bytes, folder_bytes, free_space, missing_space, saved_bytes
 from ..recipe.keys import Recipe
-from ..report.figures import describe_model
+from ..report.console import say
+from ..report.figures import describe_model, format_seconds, precision
+from ..report.log_file import read_log
+from ..report.summary import describe_device, describe_steps
 from ..run_folder import list_checkpoints
 from .model import freeze, new_adapter
 from .requirements import check_environment
@@ -33,8 +36,12 @@ BINS = 10
 BAR = 40
 
 
-def check(recipe: Recipe) -> None:
-    """Everything but training; printed to stdout.
+def check(recipe: Recipe, verbose: bool = False) -> None:
+    """Everything but training; printed to stdout: first what the run would do and cost, then the recipe.
+
+    Args:
+        recipe: The recipe.
+        verbose: Print every key and a histogram of the rows' lengths, not only what differs from the defaults.
 
     Raises:
         RecipeError: what would stop the run before its first step: keys, packages, the output folder, rows, the
@@ -44,32 +51,69 @@ def check(recipe: Recipe) -> None:
     args = to_sft_config(recipe)
     if recipe.do_train:
         refuse_output_dir(recipe)
-    console = Console(highlight=False, soft_wrap=True, quiet=not PartialState().is_main_process)
-    console.rule("recipe")
-    console.print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True).rstrip(), markup=False)
-    for notice in recipe.notices:
-        console.print(notice, markup=False)
     data = prepare_datasets(recipe, load_tokenizer(recipe))
-    console.rule("rows")
-    for line in data.listed():
-        console.print(line, markup=False)
-    for line in [*data.audit.lines(), *(describe_tokens(data.train) if isinstance(data.train, Dataset) else [])]:
-        console.print(line, markup=False)
+    lines, problem = _describe_run(recipe, args, data, verbose)
+    keys = recipe.resolved() if verbose else recipe.not_default()
+    shown = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True).splitlines()
+    title = "every key" if verbose else "keys that differ from their defaults (all: --check -v)"
+    for line in [*lines, "", f"recipe   {title}", *(f"  {line}" for line in shown), *recipe.notices]:
+        say(line)
+    if problem:
+        raise problem
+
+
+def _describe_run(
+    recipe: Recipe, args: SFTConfig, data: PreparedData, verbose: bool
+) -> tuple[list[str], RecipeError | None]:
+    """A line for each thing that a user may have meant otherwise, and what the disk lacks."""
+    rows, listed = describe_rows(data, verbose), data.listed()
     if not recipe.do_train:
-        return
-    console.rule("run")
+        return [*rows, *(f"         {line}" for line in listed)], None
     an_epoch, total = count_steps(args, count_rows(recipe, data))
-    if recipe.streaming:
-        console.print(f"{total:,} steps in total; the rows are read and counted as the run goes")
-    else:
-        console.print(f"{'about ' * recipe.packing}{an_epoch:,} steps an epoch, {total:,} in total")
-    needed, lines = describe_checkpoints(recipe, args, checkpoint_steps(args, an_epoch, total))
-    for line in lines:
-        console.print(line, markup=False)
+    model = _shape(recipe)
+    saved = checkpoint_steps(args, an_epoch, total)
+    needed, disk = describe_checkpoints(recipe, args, model, saved)
+    steps = f"{'about ' * recipe.packing}{describe_steps(args, total, data, recipe.dataset)}"
+    lines = [
+        f"model    {recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}",
+        f"device   {describe_device(args)}",
+        *rows,
+        *(f"         {line}" for line in listed),
+        f"steps    {steps}{'; the rows are read and counted as the run goes' * recipe.streaming}",
+        f"time     {describe_time(recipe, args, data, total)}",
+        f"disk     {disk}",
+    ]
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
         needed -= sum(folder_bytes(folder) for folder in list_checkpoints(Path(recipe.output_dir)))
-    if full := missing_space(Path(recipe.output_dir), needed, "the whole run"):
-        raise recipe.error("output_dir", full)
+    full = missing_space(Path(recipe.output_dir), needed, "the whole run")
+    return lines, recipe.error("output_dir", full) if full else None
+
+
+def describe_rows(data: PreparedData, verbose: bool) -> list[str]:
+    """What became of the rows of each dataset, and the lengths of those that are trained on."""
+    lines = [f"data     {line}" for line in data.audit.lines()]
+    held_out = data.eval.get("validation")
+    if held_out is not None and isinstance(data.train, Dataset):
+        lines.append(
+            f"         {len(held_out):,} of these rows are held out (val_size), {len(data.train):,} trained on"
+        )
+    if isinstance(data.train, Dataset) and len(data.train):
+        which = f"of the {len(data.train):,} rows trained on" if held_out is not None else "a row"
+        first, *histogram = describe_tokens(data.train)
+        lines += [f"tokens   {which}: {first}", *(histogram if verbose else [])]
+    return lines
+
+
+def describe_time(recipe: Recipe, args: SFTConfig, data: PreparedData, steps: int) -> str:
+    """How long all steps take at the speed of an earlier run in output_dir, if there was one."""
+    log = read_log(Path(recipe.output_dir) / "trainer_log.jsonl")
+    speeds = [line["tokens_per_second"] for line in log if line.get("tokens_per_second")]
+    if not speeds or not isinstance(data.train, Dataset):
+        return "not known yet; before its first step the run tries its longest batch and says how long all steps take"
+    a_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    tokens = steps * a_step * (recipe.cutoff_len if recipe.packing else float(token_lengths(data.train).mean()))
+    speed = statistics.median(speeds)
+    return f"about {format_seconds(tokens / speed)}, at the {speed:,.0f} tokens/s of the earlier run in {recipe.output_dir}"
 
 
 def count_rows(recipe: Recipe, data: PreparedData) -> int:
@@ -82,24 +126,22 @@ def count_rows(recipe: Recipe, data: PreparedData) -> int:
 
 
 def describe_tokens(rows: Dataset) -> list[str]:
-    """Tokens a row: mean, percentiles and a histogram; and the share that carries loss."""
+    """Tokens a row: mean, percentiles and the share that carries loss; then a histogram, a line a bar."""
     lengths = token_lengths(rows)
-    if not len(lengths):
-        return []
     labels = (batch["labels"] for batch in rows.with_format("arrow").iter(1000))
     trained = sum(int((pc.list_flatten(column).to_numpy() != IGNORED).sum()) for column in labels)
     tokens = int(lengths.sum())
     p50, p95 = np.percentile(lengths, (50, 95))
     lines = [
-        f"tokens a row: mean {lengths.mean():,.0f}, p50 {p50:,.0f}, p95 {p95:,.0f}, max {lengths.max():,}",
-        f"trained: {trained:,} of {tokens:,} tokens ({trained / tokens:.1%})",
+        f"mean {lengths.mean():,.0f}, p50 {p50:,.0f}, p95 {p95:,.0f}, max {lengths.max():,}; "
+        f"{trained:,} of {tokens:,} carry loss ({trained / tokens:.1%})"
     ]
     bars, edges = np.histogram(lengths, bins=min(BINS, int(np.ptp(lengths)) + 1))
     width = len(f"{lengths.max():,}")
     for rows, low, high in zip(bars, edges, edges[1:]):
         bar = "#" * math.ceil(BAR * rows / bars.max())
         last = int(high) if high == edges[-1] else math.ceil(high) - 1
-        lines.append(f"  {math.ceil(low):>{width},} to {last:>{width},}  {bar} {rows:,}")
+        lines.append(f"         {math.ceil(low):>{width},} to {last:>{width},}  {bar} {rows:,}")
     return lines
 
 
@@ -119,19 +161,18 @@ def checkpoint_steps(args: SFTConfig, an_epoch: int, total: int) -> list[int]:
     return sorted({*range(every, total + 1, every), total})
 
 
-def describe_checkpoints(recipe: Recipe, args: SFTConfig, saved: Sequence[int]) -> tuple[int, list[str]]:
-    """Bytes that the run will leave on disk, from the model's shape alone, and the lines that say so."""
-    model = _shape(recipe)
+def describe_checkpoints(recipe: Recipe, args: SFTConfig, model: Any, saved: Sequence[int]) -> tuple[int, str]:
+    """Bytes that the run will leave on disk, from the model's shape alone, and the words that say so."""
     checkpoint = checkpoint_bytes(model, args.save_only_model)
     kept = min(len(saved), args.save_total_limit or len(saved))
     at_once = min(len(saved), kept + 1)  # the oldest goes once the newest is whole
     needed = at_once * checkpoint + saved_bytes(model)
     steps = ", ".join(f"{step:,}" for step in (saved if len(saved) < 9 else [*saved[:4], *saved[-1:]]))
-    return needed, [
-        describe_model(model),
-        f"{len(saved)} checkpoints at steps {steps or 'none'} of {checkpoint / 1e9:.2f} GB each, {kept} kept; "
-        f"{needed / 1e9:.2f} GB in all, {free_space(Path(recipe.output_dir)) / 1e9:.2f} GB free",
-    ]
+    written = f"{len(saved)} checkpoint{'s' * (len(saved) != 1)} of {checkpoint / 1e9:.2f} GB"
+    return needed, (
+        f"{written}{f' (after step {steps})' if saved else ''}, {kept} kept; "
+        f"{needed / 1e9:.2f} GB in all, {free_space(Path(recipe.output_dir)) / 1e9:.2f} GB free"
+    )
 
 
 def _shape(recipe: Recipe) -> Any:

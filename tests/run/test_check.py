@@ -1,5 +1,6 @@
 """`--check` says what a run would do and cost, and loads no weights to say it."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,30 +19,50 @@ def test_check_says_what_the_run_would_do(
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**9))
     check(chat_recipe)
     lines = capsys.readouterr().out.splitlines()
-    assert "cutoff_len: 2048" in lines
     assert any(
-        line.startswith("d: 11 rows: 10 kept, 0 shortened, 0 lost their final answer, 1 dropped; ") for line in lines
+        line.startswith("data     d: 11 rows: 10 kept, 0 shortened, 0 lost their final answer, 1 dropped; ")
+        for line in lines
     )
-    assert any(line.startswith("tokens a row: mean ") and "p95" in line for line in lines)
-    assert any(line.startswith("trained: ") and line.endswith("%)") for line in lines)
-    assert "3 steps an epoch, 6 in total" in lines
-    assert any(re.fullmatch(r"[\d,]+ parameters, all trained", line) for line in lines)
-    assert lines[-1].startswith("3 checkpoints at steps 2, 4, 6 of 0.00 GB each, 3 kept; ")
-    assert lines[-1].endswith("1.00 GB free")
+    said = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line and not line.startswith(" ")}
+    assert list(said) == "model device data tokens steps time disk recipe".split()
+    assert re.search(r": [\d,]+ parameters, all trained, float32$", said["model"])
+    assert re.fullmatch(r"a row: mean .*p95.*; .* carry loss \(.*%\)", said["tokens"])
+    assert said["steps"].startswith("6: 2 epochs, 4 rows a step (2 a device x 2 accumulated), about ")
+    assert said["time"].startswith("not known yet; ")
+    assert said["disk"].startswith("3 checkpoints of 0.00 GB (after step 2, 4, 6), 3 kept; ")
+    assert said["disk"].endswith("1.00 GB free")
+    assert "  save_steps: 2" in lines and not any("cutoff_len" in line for line in lines)
+
+
+def test_check_tells_every_key_when_asked(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    check(chat_recipe, verbose=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert "  cutoff_len: 2048" in lines and any("##" in line for line in lines)
+
+
+def test_check_tells_the_time_at_the_speed_of_an_earlier_run(
+    chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = Path(chat_recipe.output_dir) / "trainer_log.jsonl"
+    log.parent.mkdir()
+    log.write_text("".join(json.dumps({"tokens_per_second": speed}) + "\n" for speed in (1, 2, 500)), encoding="utf-8")
+    check(chat_recipe)
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("time"))
+    assert re.match(r"time     about 0:\d\d:\d\d, at the 2 tokens/s of the earlier run in ", said)
 
 
 def test_check_of_a_stream_says_what_is_unknown(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     stream = chat_recipe.model_copy(update={"streaming": True})
     stream.trl["max_steps"] = 4
     check(stream)
-    assert "4 steps in total; the rows are read and counted as the run goes" in capsys.readouterr().out.splitlines()
+    assert "; the rows are read and counted as the run goes\n" in capsys.readouterr().out
 
 
 def test_check_of_an_evaluation_says_what_is_evaluated(
     chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check(chat_recipe.model_copy(update={"do_train": False, "do_eval": True, "dataset": [], "eval_dataset": ["d"]}))
-    assert capsys.readouterr().out.splitlines()[-1].startswith("d: 11 rows: 10 kept, ")
+    assert capsys.readouterr().out.startswith("data     d: 11 rows: 10 kept, ")
 
 
 def test_check_counts_what_is_trained_on_not_what_is_held_out(
@@ -49,17 +70,19 @@ def test_check_counts_what_is_trained_on_not_what_is_held_out(
 ) -> None:
     check(chat_recipe.model_copy(update={"val_size": 0.4}))
     lines = capsys.readouterr().out.splitlines()
-    assert "2 steps an epoch, 4 in total" in lines
-    whole = int(next(line for line in lines if line.startswith("d: ")).split("; ")[1].split()[0].replace(",", ""))
-    seen = int(
-        next(line for line in lines if line.startswith("trained: ")).split(" of ")[1].split()[0].replace(",", "")
+    assert any(line.startswith("steps    4: 2 epochs") for line in lines)
+    assert "         4 of these rows are held out (val_size), 6 trained on" in lines
+    whole = int(
+        next(line for line in lines if line.startswith("data     d: ")).split("; ")[1].split()[0].replace(",", "")
     )
+    tokens = next(line for line in lines if line.startswith("tokens   of the 6 rows trained on: "))
+    seen = int(tokens.split(" carry loss")[0].split(" of ")[-1].replace(",", ""))
     assert 0 < seen < whole
 
 
 def test_check_counts_an_adapter_alone(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     check(chat_recipe.model_copy(update={"finetuning_type": "lora"}))
-    parameters = next(line for line in capsys.readouterr().out.splitlines() if " trained (" in line)
+    parameters = next(line for line in capsys.readouterr().out.splitlines() if " trained (" in line).split(": ", 1)[1]
     whole, trained = (int(part.split()[0].replace(",", "")) for part in parameters.split(" parameters, "))
     assert 0 < trained < whole / 2
 
