@@ -47,7 +47,7 @@ class Encoder:
         """Raises RowError where the row could not be read, or is malformed."""
         if isinstance(row.value, RowError):
             raise row.value
-        return to_conversation(row.value, self.info, self.recipe.default_system)
+        return self.template.fit(to_conversation(row.value, self.info, self.recipe.default_system))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import RowError
 from .messages import Conversation, Message
@@ -72,13 +73,15 @@ def to_segments(conversation: Conversation, template: Template) -> list[Segment]
         else:  # Most templates look at the first message, and there is none before this reply.
             before = until_reply[: until_reply.find(template.generation_prompt)]
             until_prompt = before + template.generation_prompt
-        if not until_prompt.startswith(done):
-            raise RowError("the template rewrites an earlier turn once later ones follow")
         if not until_reply.startswith(until_prompt):
-            raise RowError("the template writes the reply other than its generation prompt begins it")
+            until_prompt = _open_reply(messages[:position], tools, template, until_prompt, until_reply)
+        if not until_prompt.startswith(done):
+            done = _join_turns(done, until_prompt, template, segments)
         context, reply = until_prompt[len(done) :], until_reply[len(until_prompt) :]
+        if not template.enable_thinking and template.empty_thought and reply.startswith(template.empty_thought):
+            context, reply = context + template.empty_thought, reply.removeprefix(template.empty_thought)
         silent = position in conversation.silent
-        if not silent and (template.end_of_turn or "") not in reply:
+        if not silent and not template.ends(reply):
             raise RowError(f"the template ends message {position + 1} without its end-of-turn token")
         segments.append(Segment(context, not conversation.silent.isdisjoint(range(start, position))))
         segments.append(Segment(reply, silent))
@@ -91,6 +94,46 @@ def to_segments(conversation: Conversation, template: Template) -> list[Segment]
     return segments
 
 
+def shared_start(one: str, other: str) -> str:
+    """What two texts begin with alike, never with the first half of a tag."""
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+    return one[:alike] if alike in (len(one), len(other)) else re.sub(r"<[^<>]*$", "", one[:alike])
+
+
+def _open_reply(messages: list[Message], tools: Any, template: Template, prompt: str, until_reply: str) -> str:
+    """The context of a reply that does not begin as the generation prompt does: what both share.
+
+    DeepSeek-R1's prompt opens a thought. A reply without one begins before it, since the model has to write otherwise.
+    """
+    shared = shared_start(prompt, until_reply)
+    if len(shared) <= len(template.render(messages, tools, False)):
+        raise RowError("the template writes the reply other than its generation prompt begins it")
+    return shared
+
+
+def _join_turns(done: str, until_prompt: str, template: Template, segments: list[Segment]) -> str:
+    """Where the next context begins, if the template writes what is done in another way once a turn follows.
+
+    The end of a reply may change: gpt-oss ends the last one with <|return|>, as the model does, and an earlier one with
+    <|end|>, which the model does not write there, so it is context. If only the last reply is trained, all is context.
+
+    Raises:
+        RowError: if more than that changes.
+    """
+    shared = shared_start(done, until_prompt)
+    changed = done[len(shared) :]
+    if template.after_reply.endswith(changed):
+        segments[-1] = segments[-1]._replace(text=segments[-1].text.removesuffix(changed))
+        return shared
+    if template.last_thought_only:
+        segments.clear()
+        return ""
+    raise RowError(
+        "the template rewrites an earlier turn once later ones follow; set mask_history: true to train on the last "
+        "reply alone"
+    )
+
+
 def _check_complete(messages: Sequence[Message], tools: Sequence[Message], segments: Sequence[Segment]) -> None:
     """Templates made for chat alone pass over tools and reasoning without a word; such a row would teach nonsense."""
     pairs = iter(segments)
@@ -98,9 +141,12 @@ def _check_complete(messages: Sequence[Message], tools: Sequence[Message], segme
     for tool in tools:
         if tool["function"]["name"] not in context:
             raise RowError(f"the template leaves out the tool {tool['function']['name']!r}")
+    in_context = sum(message["role"] == "assistant" for message in messages) - len(segments) // 2
     for message in messages:
         text = context
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and in_context:
+            in_context -= 1
+        elif message["role"] == "assistant":
             text = next(pairs).text
             context = next(pairs, Segment("")).text
         content = message["content"] + "</think>" + message.get("reasoning_content", "")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.resources import files
@@ -21,7 +22,7 @@ from jinja2 import TemplateError
 from ..errors import RecipeError, RowError
 from ..recipe.keys import Recipe
 from ..run_folder import read_json
-from .labels import to_segments
+from .labels import shared_start, to_segments
 from .messages import Conversation, Message
 
 if TYPE_CHECKING:
@@ -30,11 +31,17 @@ if TYPE_CHECKING:
 ASK: Message = {"role": "user", "content": "a question"}
 REPLY: Message = {"role": "assistant", "content": "an answer"}
 CALL = {"type": "function", "function": {"name": "search", "arguments": {"query": "a word"}}}
+THINKING: Message = {"role": "assistant", "content": "<think>\na thought\n</think>\n\nan answer"}
 PROBES = (
     [ASK, REPLY, ASK, REPLY],
-    [ASK, {**REPLY, "content": "<think>\na thought\n</think>\n\nan answer"}, ASK, REPLY],
+    [ASK, THINKING],
+    [ASK, THINKING, ASK, REPLY],
     [ASK, {**REPLY, "tool_calls": [CALL]}, {"role": "tool", "content": "found"}, REPLY, ASK, REPLY],
 )
+THOUGHT = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*", re.DOTALL)
+# What templates call their switch for the thoughts of earlier turns (Nemotron 3, GLM-4.7, Qwen3.6 and LFM2.5). A row of
+# several turns teaches each of its replies, so none may lose its thought once another follows.
+KEEP_THOUGHTS = {"truncate_history_thinking": False, "clear_thinking": False, "preserve_thinking": True}
 
 
 @dataclass(frozen=True)
@@ -42,26 +49,62 @@ class Template:
     """How rows are rendered for training; `find_template` finds it. `jinja` may be TRL's training form.
 
     `tool_jinja` renders rows with tools where the tokenizer has a template for them (`tool_use`), as transformers does.
-
     `day` is the date that it writes where it asks for today's (`strftime_now`).
+
     `generation_prompt` opens a reply; `after_reply` is what follows its text, and `end_of_turn` the first special token there.
-    `epilogue` is what the template writes after whatever does not go on, and no row needs.
+    `call_end` is the token that ends a reply with calls, where it is another one (gpt-oss, GLM).
+    `empty_thought` stands before a reply that has no thought. `epilogue` is written after whatever does not go on; no row
+    needs it.
+
+    Attributes:
+        thinks: Whether it knows thoughts; if not, `enable_thinking` and `last_thought_only` have no effect.
+        enable_thinking: LLaMA-Factory's. True: an empty thought carries loss. None: it is context. False: context, and the
+            thoughts of the rows are left out.
+        last_thought_only: Only the last reply is trained (mask_history), so earlier ones come without their thoughts, as
+            they do when the model is used.
+        split_thoughts: Whether a `<think>` in a reply's text has to be moved into `reasoning_content`.
     """
 
     tokenizer: PreTrainedTokenizerBase
     jinja: str
     day: date
     tool_jinja: str | None = None
+    enable_thinking: bool | None = True
+    last_thought_only: bool = False
     generation_prompt: str = ""
     after_reply: str = ""
     end_of_turn: str | None = None
+    call_end: str | None = None
+    empty_thought: str = ""
     epilogue: str = ""
+    thinks: bool = False
+    split_thoughts: bool = False
 
     @property
     def hash(self) -> str:
         """Of all that decides its text beside the rows: the Jinja, its date in it, and the special tokens it may write."""
-        parts = [self.jinja, self.tool_jinja, self.tokenizer.special_tokens_map]
+        parts: list[Any] = [self.jinja, self.tool_jinja, self.tokenizer.special_tokens_map]
+        parts += [self.enable_thinking, self.last_thought_only] if self.thinks else []
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def ends(self, reply: str) -> bool:
+        """Whether a token that ends a turn is in the reply."""
+        return any(end in reply for end in (self.end_of_turn or "", self.call_end) if end is not None)
+
+    def fit(self, conversation: Conversation) -> Conversation:
+        """The conversation with its thoughts as the template is to write them: kept, moved or left out."""
+        if not self.thinks:
+            return conversation
+        messages, last = list(conversation.messages), conversation.replies[-1]
+        for position in conversation.replies:
+            if self.last_thought_only and position < last:
+                messages[position] = {**_without_thought(messages[position]), "reasoning_content": ""}
+            elif self.enable_thinking is False:
+                messages[position] = _without_thought(messages[position])
+            elif self.split_thoughts and (thought := THOUGHT.match(messages[position]["content"])):
+                content = messages[position]["content"][thought.end() :]
+                messages[position] = {**messages[position], "content": content, "reasoning_content": thought[1]}
+        return replace(conversation, messages=messages)
 
     def render(self, messages: list[Message], tools: Any, prompt: bool) -> str:
         """The template's text for these messages, with the generation prompt after it or not.
@@ -70,10 +113,18 @@ class Template:
             RowError: if the template refuses them.
         """
         jinja = self.tool_jinja if tools and self.tool_jinja else self.jinja
+        variables: dict[str, Any] = {} if self.last_thought_only else KEEP_THOUGHTS
+        if self.enable_thinking is False:
+            variables = {**variables, "enable_thinking": False}
         try:
             text = str(
                 self.tokenizer.apply_chat_template(
-                    messages, tools=tools, chat_template=jinja, add_generation_prompt=prompt, tokenize=False
+                    messages,
+                    tools=tools,
+                    chat_template=jinja,
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                    **variables,
                 )
             )
         except (TemplateError, TypeError, ValueError, RecursionError) as error:
@@ -81,11 +132,24 @@ class Template:
         return text if prompt else text.removesuffix(self.epilogue)
 
 
-def find_template(tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> Template:
+def _without_thought(reply: Message) -> Message:
+    """As LLaMA-Factory removes it: the newlines at the beginning of what is left go, too."""
+    content = re.sub(r"<think>.*?</think>(?:\n\n)?", "", reply["content"], flags=re.DOTALL).lstrip("\n")
+    return {key: value for key, value in reply.items() if key != "reasoning_content"} | {"content": content}
+
+
+def find_template(
+    tokenizer: PreTrainedTokenizerBase,
+    day: date | None = None,
+    enable_thinking: bool | None = True,
+    last_thought_only: bool = False,
+) -> Template:
     """The template to render with in training: the tokenizer's own, or TRL's training form if that one rewrites turns.
 
     Args:
         day: The date that a dated template writes; today's if omitted.
+        enable_thinking: As the attribute of `Template`.
+        last_thought_only: As the attribute of `Template`.
 
     Raises:
         RecipeError: if it can't be rendered at all.
@@ -96,7 +160,16 @@ def find_template(tokenizer: PreTrainedTokenizerBase, day: date | None = None) -
         raise RecipeError(f"template: the tokenizer has templates named {', '.join(named)} and none named default")
     day = day or date.today()
     tool_jinja = named.get("tool_use")
-    own = _describe(Template(tokenizer, _dated(named["default"], day), day, tool_jinja and _dated(tool_jinja, day)))
+    own = _describe(
+        Template(
+            tokenizer,
+            _dated(named["default"], day),
+            day,
+            tool_jinja and _dated(tool_jinja, day),
+            enable_thinking,
+            last_thought_only,
+        )
+    )
     if not _faults(own):
         return own
     from trl.chat_template_utils import get_training_chat_template
@@ -117,7 +190,8 @@ def template_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Template:
     """
     from ..processes import on_main_process
 
-    return find_template(tokenizer, on_main_process(lambda: _day(recipe)))
+    last_thought_only = recipe.mask_history and not recipe.preserve_thinking
+    return find_template(tokenizer, on_main_process(lambda: _day(recipe)), recipe.enable_thinking, last_thought_only)
 
 
 def _day(recipe: Recipe) -> date:
@@ -149,27 +223,65 @@ def _describe(template: Template) -> Template:
     # Phi-3 ends whatever does not go on with the eos token. No reply ends in it, so no row needs it.
     epilogue = eos if not with_prompt.startswith(without) and without.endswith(eos) else ""
     special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    after_reply = answered.rpartition(REPLY["content"])[2]
-    after: list[int] = tokenizer(after_reply, add_special_tokens=False)["input_ids"]
+
+    def special_tokens(text: str) -> list[str]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [special[token] for token in ids if token in special]
+
+    header = shared_start(with_prompt, answered)
+    before_reply, _, after_reply = answered[len(header) :].rpartition(REPLY["content"])
+    after = special_tokens(after_reply)
+    end_of_turn = after[0] if after else None
+    template = replace(
+        template,
+        generation_prompt=header[len(without.removesuffix(epilogue)) :],
+        after_reply=after_reply,
+        end_of_turn=end_of_turn,
+        empty_thought=before_reply if "think>" in before_reply else "",
+        epilogue=epilogue,
+    )
+    asks_to_think = {replace(template, enable_thinking=wanted).render([ASK], None, True) for wanted in (True, False)}
+    thinks = "think>" in with_prompt[len(header) :] + header[-len(template.generation_prompt) :] + before_reply
+    split_thoughts = _splits_thoughts(template)
     return replace(
         template,
-        generation_prompt=with_prompt[len(without.removesuffix(epilogue)) :],
-        after_reply=after_reply,
-        end_of_turn=next((special[token] for token in after if token in special), None),
-        epilogue=epilogue,
+        call_end=_call_end(template, special_tokens),
+        thinks=thinks or len(asks_to_think) > 1 or split_thoughts,
+        split_thoughts=split_thoughts,
     )
 
 
+def _call_end(template: Template, special_tokens: Callable[[str], list[str]]) -> str | None:
+    """The token that ends a reply with calls, if that is not the one that ends an answer."""
+    try:
+        called = template.render([ASK, {**REPLY, "content": "", "tool_calls": [CALL]}], None, False)
+    except RowError:
+        return None
+    found = special_tokens(called.rpartition("a word")[2])
+    ends = found and called.rstrip().endswith(found[-1]) and template.end_of_turn not in found
+    return found[-1] if ends else None
+
+
+def _splits_thoughts(template: Template) -> bool:
+    """Whether it writes thoughts in a way of its own, and not where the text of a reply has them (gpt-oss, Qwen3.8)."""
+    try:
+        inside = template.render([ASK, THINKING], None, False)
+        beside = template.render([ASK, {**REPLY, "reasoning_content": "a thought"}], None, False)
+    except RowError:
+        return False
+    return "a thought" in beside and inside.count("</think>") != beside.count("</think>")
+
+
 def _faults(template: Template) -> int:
-    """How many probes can be rendered but not cut into segments."""
-    faults = 0
+    """How many probes can be rendered but not cut into segments; a reply without an end is one too."""
+    faults = int(template.end_of_turn is None)
     for messages in PROBES:
         try:
             template.render(messages, None, False)
         except RowError:
             continue
         try:
-            to_segments(Conversation(messages), template)
+            to_segments(template.fit(Conversation(messages)), template)
         except RowError:
             faults += 1
     return faults

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ..errors import DatasetError, RecipeError
 from ..recipe.keys import Recipe
 from ..recipe.template_names import SHIPPED, THE_TOKENIZERS_OWN, check_template_name
-from .labels import IGNORED, EncodingConfig, encode, to_segments
+from .labels import IGNORED, EncodingConfig, carry_loss, encode, to_segments
 from .messages import Conversation
 from .template import Template, find_template, shipped_template
 
@@ -132,7 +132,9 @@ def check_parity(conversation: Conversation, template: Template, config: Encodin
     if config.train_on_prompt:
         return
     runs = [list(run) for trained, run in groupby(example.labels, lambda label: label != IGNORED) if trained]
-    if any(tokenizer.eos_token_id not in run for run in runs):
+    ends = {tokenizer.convert_tokens_to_ids(end) for end in (template.end_of_turn, template.call_end) if end}
+    trained = [segment for segment, carries in zip(segments, carry_loss(segments, config)) if carries]
+    if sum(not ends.isdisjoint(run) for run in runs) < sum(template.ends(segment.text) for segment in trained):
         raise refuse(f"a reply is trained without its end-of-turn token {tokenizer.eos_token!r}")
     masked = decode([token for token, label in zip(example.input_ids, example.labels) if label == IGNORED])
     for message in messages:

@@ -107,6 +107,12 @@ class DatasetKeys(BaseModel):
         None,
         "One of LLaMA-Factory's names (docs/templates.md), a path to a .jinja file, or omitted: the tokenizer's own.",
     )
+    enable_thinking: bool | None = _key(
+        True,
+        "For templates that know thoughts. true: a reply without a thought gets an empty one, with loss. null: without "
+        "loss. false: without loss, and the thoughts of the rows are left out.",
+    )
+    preserve_thinking: bool = _key(False, "With mask_history, keep the thoughts of the replies before the last.")
     default_system: str | None = _key(None, "System message for rows that have none.")
     cutoff_len: Count = _key(2048, "Longest row; what is beyond is cut.", "max_length with packing", "tokens")
     truncation_mode: Literal["keep_start", "llamafactory"] = _key(

@@ -18,7 +18,7 @@ from arpo_trl.data.labels import EncodingConfig, carry_loss, to_segments
 from arpo_trl.data.messages import Conversation
 from arpo_trl.data.template import find_template, shipped_template, template_of
 from arpo_trl.data.tokenizer import check_parity, load_tokenizer
-from arpo_trl.errors import RecipeError
+from arpo_trl.errors import RecipeError, RowError
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.recipe.template_names import MULTIMODAL, SHIPPED, THE_TOKENIZERS_OWN, check_template_name
 
@@ -189,3 +189,143 @@ def test_the_hash_holds_what_the_template_writes_beside_the_row() -> None:
     before = find_template(plain, first).hash
     plain.bos_token = "<own>"
     assert find_template(plain, first).hash != before
+
+
+@pytest.mark.parametrize("wanted", [True, False, None])
+def test_enable_thinking_writes_and_trains_what_llama_factory_does(wanted: bool | None, tmp_path: Path) -> None:
+    make_tokenizer("<|im_start|>", "<|im_end|>").save_pretrained(tmp_path)
+    asked = recipe(tmp_path, template="qwen3", enable_thinking=wanted)
+    template = template_of(asked, load_tokenizer(asked))
+    for kind, expected in GOLDEN["enable_thinking"][str(wanted).lower()].items():
+        fitted = template.fit(conversation(kind))
+        assert [segment.text for segment in to_segments(fitted, template)] == pairs(kind, expected), kind
+        check_parity(fitted, template, EncodingConfig(1 << 20), kind)
+
+
+def test_mask_history_leaves_out_the_thoughts_of_earlier_replies_as_llama_factory_does(tmp_path: Path) -> None:
+    make_tokenizer("<|im_start|>", "<|im_end|>").save_pretrained(tmp_path)
+    earlier = {False: "4.<|im_end|>\n", True: "<think>\nTwo and two.\n</think>\n\n4.<|im_end|>\n"}
+    for keep, first in earlier.items():
+        asked = recipe(tmp_path, template="qwen3", mask_history=True, preserve_thinking=keep)
+        template = template_of(asked, load_tokenizer(asked))
+        segments = to_segments(template.fit(conversation("thinking")), template)
+        assert segments[1].text == first
+        assert segments[3].text == "<think>\nThree and three.\n</think>\n\n6.<|im_end|>\n"
+        call = to_segments(template.fit(conversation("a tool call and its result")), template)
+        assert call[1].text.startswith("<tool_call>") is not keep
+        assert call[3].text == "<think>\n\n</think>\n\nGoethe wrote it.<|im_end|>\n"
+
+
+Q, A = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+R, B = {"role": "user", "content": "R"}, {"role": "assistant", "content": "B"}
+THOUGHT = {"role": "assistant", "content": "<think>\nT\n</think>\n\nA"}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLS, FOUND = {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "found"}
+ONE_TURN, TURNS, THINKS, THINKS_TWICE = [Q, A], [Q, A, R, B], [Q, THOUGHT], [Q, THOUGHT, R, THOUGHT]
+R1_END, GLM_CALL = (
+    "<｜end▁of▁sentence｜>",
+    "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+)
+XML_CALL = "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>\n"
+TO_FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>"
+
+# TRL's file, its tokens, the messages -> the end of each context and what is trained after it, reply by reply
+HARD: list[tuple[str, list[dict[str, Any]], list[tuple[str, str]]]] = [
+    ("deepseek_r1_distill", TURNS, [("Q<｜Assistant｜>", f"A{R1_END}"), ("<｜User｜>R<｜Assistant｜>", f"B{R1_END}")]),
+    ("deepseek_r1_distill", THINKS_TWICE, [("<｜Assistant｜><think>\n", f"T\n</think>\n\nA{R1_END}")] * 2),
+    ("deepseekv3", TURNS, [("Q<｜Assistant｜>", f"A{R1_END}"), ("<｜User｜>R<｜Assistant｜>", f"B{R1_END}")]),
+    (
+        "glm4moe",
+        TURNS,
+        [("Q<|assistant|>", "\n<think></think>\nA<|user|>"), ("\nR<|assistant|>", "\n<think></think>\nB<|user|>")],
+    ),
+    (
+        "glm4moe",
+        [Q, CALLS, FOUND, A],
+        [
+            ("Q<|assistant|>", f"\n<think></think>\n{GLM_CALL}<|observation|>"),
+            ("found\n</tool_response><|assistant|>", "\n<think></think>\nA<|user|>"),
+        ],
+    ),
+    ("nemotron_3_nano", TURNS, [("assistant\n<think>", f"</think>{text}<|im_end|>\n") for text in "AB"]),
+    ("nemotron_3_ultra", THINKS_TWICE, [("assistant\n<think>\n", "T\n</think>\n\nA<|im_end|>\n")] * 2),
+    (
+        "nemotron_3_super",
+        [Q, CALLS, FOUND, A],
+        [("<think>", f"</think>\n{XML_CALL}<|im_end|>\n"), ("<think>", "</think>A<|im_end|>\n")],
+    ),
+    (
+        "gptoss",
+        TURNS,
+        [
+            ("Q<|end|><|start|>assistant", "<|channel|>final<|message|>A"),  # <|end|> follows, which it does not write
+            ("<|end|><|start|>user<|message|>R<|end|><|start|>assistant", "<|channel|>final<|message|>B<|return|>"),
+        ],
+    ),
+    ("gptoss", THINKS, [("<|start|>assistant", f"<|channel|>analysis<|message|>T{TO_FINAL}A<|return|>")]),
+    (
+        "gptoss",
+        [Q, CALLS, FOUND, A],
+        [
+            ("<|start|>assistant", ' to=functions.add<|channel|>commentary json<|message|>{"a": 1}<|call|>'),
+            ('"found"<|end|><|start|>assistant', "<|channel|>final<|message|>A<|return|>"),
+        ],
+    ),
+    ("qwen3_8", THINKS_TWICE, [("assistant\n<think>\n", "T\n</think>\n\nA<|im_end|>\n")] * 2),
+    ("qwen3_5_nothink", THINKS, [("assistant\n<think>\n", "T\n</think>\n\nA<|im_end|>\n")]),
+    (
+        "gemma4_v5",
+        [Q, CALLS, FOUND, A],
+        [
+            ("<|turn>model\n", "<|tool_call>call:add{a:1}<tool_call|><|tool_response>"),
+            ("<tool_response|>", "A<turn|>\n"),
+        ],
+    ),
+]
+
+
+def trl_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer with TRL's template of that name and all tokens that it writes."""
+    jinja = files("trl").joinpath("chat_templates", f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer = make_tokenizer(
+        *sorted(set(re.findall(r"<[|｜][^<>\s]+?[|｜]?>|<[a-z_]+\|>", jinja))), chat_template=jinja
+    )
+    if R1_END in jinja:
+        tokenizer.eos_token = R1_END
+    return tokenizer
+
+
+@pytest.mark.parametrize(("name", "messages", "expected"), HARD)
+def test_what_the_model_would_write_is_trained_whatever_the_generation_prompt_is(
+    name: str, messages: list[dict[str, Any]], expected: list[tuple[str, str]]
+) -> None:
+    tokenizer = trl_tokenizer(name)
+    template = find_template(tokenizer)
+    tokenizer.eos_token = template.end_of_turn
+    tools = [{"type": "function", "function": {"name": "add", "description": "", "parameters": {"properties": {}}}}]
+    row = template.fit(Conversation(messages, tools if CALLS in messages else None))
+    segments = to_segments(row, template)
+    assert [reply.text for reply in segments[1::2]] == [reply for _, reply in expected]
+    for context, (end, _) in zip(segments[::2], expected, strict=True):
+        assert context.text.endswith(end)
+    check_parity(row, template, EncodingConfig(1 << 20), "row")
+
+
+MUSES = {"role": "assistant", "content": "<think>\nmusing\n</think>\n\nA"}
+MUSES_TWICE = [Q, MUSES, R, MUSES]
+
+
+@pytest.mark.parametrize("name", ["gptoss", "glm4moe", "gemma4_v5", "qwen3", "deepseek_r1_distill"])
+def test_where_a_template_rewrites_earlier_turns_mask_history_is_the_way_out(name: str) -> None:
+    """What the refusal says was tried: the last reply is trained after its history as the template writes that."""
+    tokenizer = trl_tokenizer(name)
+    if name not in ("qwen3", "deepseek_r1_distill"):  # TRL's training forms of these keep the thoughts
+        every = find_template(tokenizer)
+        with pytest.raises(RowError, match="rewrites an earlier turn once later ones follow; set mask_history: true"):
+            to_segments(every.fit(Conversation(MUSES_TWICE)), every)
+    template = find_template(tokenizer, last_thought_only=True)
+    tokenizer.eos_token = template.end_of_turn
+    row = template.fit(Conversation(MUSES_TWICE))
+    *context, reply = [segment.text for segment in to_segments(row, template)]
+    assert "musing" not in "".join(context) and "musing" in reply and template.ends(reply)
+    check_parity(row, template, EncodingConfig(1 << 20, mask_history=True), "row")

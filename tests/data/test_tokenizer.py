@@ -158,16 +158,25 @@ def test_a_rewriting_template_without_a_training_form_is_refused_row_by_row() ->
         to_segments(Conversation([Q, small, R, B]), template)
 
 
-def test_a_generation_prompt_that_no_reply_begins_with_is_refused() -> None:
+def test_a_reply_that_begins_otherwise_than_the_generation_prompt_has_for_context_what_both_share() -> None:
     thinks = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     template = find_template(make_tokenizer(thinks))
+    asked = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    plain, thought = (to_segments(Conversation([Q, reply]), template) for reply in (A, THOUGHT))
+    assert [segment.text for segment in plain] == [asked, "A<|im_end|>\n"]
+    assert [segment.text for segment in thought] == [asked + "<think>\n", "T\n</think>\n\nA<|im_end|>\n"]
+
+
+def test_a_generation_prompt_that_shares_nothing_with_the_reply_is_refused() -> None:
+    other = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>{% endif %}"
+    )
     with pytest.raises(RowError, match="the template writes the reply other than its generation prompt begins it"):
-        to_segments(Conversation([Q, A]), template)
-    segments = to_segments(Conversation([Q, THOUGHT]), template)
-    assert segments[-1].text == "T\n</think>\n\nA<|im_end|>\n"
+        to_segments(Conversation([Q, A]), find_template(make_tokenizer(other)))
 
 
 # The gate
