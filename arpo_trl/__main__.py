@@ -18,12 +18,13 @@ from pathlib import Path
 os.environ.setdefault("USE_LIBUV", "0")
 
 from . import __version__
-from .data.files import check_datasets
 from .errors import RecipeError, RunFailed
 from .recipe import read_recipe
-from .recipe.command_line import is_file, read_command_line
+from .recipe.command_line import read_command_line
 from .recipe.help import explain_key, list_text, usage
+from .recipe.yaml_file import is_file
 from .report.console import silence_libraries
+from .run.requirements import check_inputs, check_packages
 
 HERE = Path(__file__).parent
 
@@ -75,7 +76,10 @@ def _run(argv: Sequence[str]) -> int:
             line.words.remove(word)
     if len(line.words) > 1 or not (line.words or line.overrides):
         raise RecipeError(f"expected one recipe, found {len(line.words)}: {' '.join(line.words)}\n{usage()}")
-    recipe = check_datasets(read_recipe(line.words[0] if line.words else None, line.overrides))
+    recipe = read_recipe(line.words[0] if line.words else None, line.overrides)
+    check_inputs(recipe)
+    if "preview" not in line.options:
+        check_packages(recipe)
     silence_libraries()
     if "check" in line.options:
         from .run.check import check

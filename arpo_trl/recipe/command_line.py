@@ -9,11 +9,11 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ..errors import RecipeError
 from .keys import keys
 from .llamafactory import NO_EFFECT, REFUSED, RENAMED
+from .yaml_file import is_file
 
 OPTIONS = ("check", "verbose", "preview", "help", "list", "env", "version")
 
@@ -51,13 +51,6 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
         else:
             found.words.append(word)
     return found
-
-
-def is_file(word: str) -> bool:
-    try:
-        return Path(word).is_file()
-    except (OSError, ValueError):  # longer than a path can be, or no text
-        return False
 
 
 class _Parser(argparse.ArgumentParser):

@@ -36,8 +36,20 @@ def _split(value: Any) -> Any:
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+TRACKERS = frozenset(
+    "azure_ml clearml codecarbon comet_ml dagshub dvclive flyte kubeflow mlflow neptune swanlab tensorboard trackio wandb".split()
+)
+"""The names in transformers 5.23; a test compares them."""
+
+
 def _nothing_to_report(value: Any) -> Any:
     return [] if value in ("none", ["none"]) else _split(value)
+
+
+def _known_trackers(value: list[str]) -> list[str]:
+    if unknown := [tracker for tracker in value if tracker not in TRACKERS | {"all"}]:
+        raise ValueError(f"expected none, all, or some of {', '.join(sorted(TRACKERS))}; found {shorten(unknown[0])}")
+    return value
 
 
 _OTHER_STAGES = {
@@ -80,6 +92,10 @@ Numbers = Annotated[list[Number], BeforeValidator(_split, json_schema_input_type
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 Locations = Annotated[list[Location], BeforeValidator(_split, json_schema_input_type=str | list[str])]
 Words = Annotated[str | None, BeforeValidator(_in_words, json_schema_input_type=bool | str | list[str] | None)]
-Trackers = Annotated[list[str], BeforeValidator(_nothing_to_report, json_schema_input_type=str | list[str])]
+Trackers = Annotated[
+    list[str],
+    BeforeValidator(_nothing_to_report, json_schema_input_type=str | list[str]),
+    AfterValidator(_known_trackers),
+]
 Stage = Annotated[Literal["sft"], BeforeValidator(_sft_only, json_schema_input_type=Literal["sft"])]
 TemplateName = Annotated[Location, AfterValidator(_known_template)]

@@ -67,10 +67,17 @@ def read_file(path: Path, problems: Problems) -> dict[str, Given]:
     return given
 
 
-def is_dir(path: Path) -> bool:
+def is_dir(path: str | Path) -> bool:
     try:
-        return path.is_dir()
-    except OSError:  # longer than a path can be
+        return Path(path).is_dir()
+    except (OSError, ValueError):  # longer than a path can be, or no text
+        return False
+
+
+def is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
         return False
 
 

@@ -10,10 +10,9 @@ import importlib.util
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .console import say
 
@@ -27,31 +26,25 @@ WANDB_WAYS_OUT = "run `wandb login`, or set WANDB_MODE=offline, or write report_
 TOLD_TO_WANDB = {"recipe", "audit", "versions", "git_commit", "world_size"}
 
 
-def missing_trackers(recipe: Recipe) -> list[str]:
-    """A line for each tracker of `report_to` that is unknown, not installed, or lets nobody in, with the way out."""
-    lines = []
+def missing_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The trackers of `report_to` that are not installed: the key, and what to do."""
     for tracker in recipe.report_to:
-        if tracker == "all":
-            continue
-        if tracker not in INTEGRATION_TO_CALLBACK:
-            lines.append(
-                f"report_to: expected none, all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}; found {tracker!r}"
-            )
-            continue
         package = {"azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
-        if importlib.util.find_spec(package) is None:
-            lines.append(f"report_to: {tracker} is not installed; pip install {package}, or write report_to: none")
-        elif tracker == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-            import wandb
+        if tracker != "all" and importlib.util.find_spec(package) is None:
+            yield "report_to", f"{tracker} is not installed; pip install {package}, or write report_to: none"
 
-            try:
-                if not wandb.login(prompt=False):
-                    lines.append(f"report_to: wandb has no login; {WANDB_WAYS_OUT}")
-            except wandb.Error as error:  # a key that the server refuses, or no server
-                lines.append(
-                    f"report_to: wandb did not let you in ({' '.join(str(error).split())[:200]}); {WANDB_WAYS_OUT}"
-                )
-    return lines
+
+def wandb_login(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What is wrong with the login to Weights & Biases, where the recipe uses it: the key, and what to do."""
+    if "wandb" not in recipe.report_to or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return
+    import wandb
+
+    try:
+        if not wandb.login(prompt=False):
+            yield "report_to", f"wandb has no login; {WANDB_WAYS_OUT}"
+    except wandb.Error as error:  # a key that the server refuses, or no server
+        yield "report_to", f"wandb login failed ({' '.join(str(error).split())[:200]}); {WANDB_WAYS_OUT}"
 
 
 def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier: Manifest | None) -> None:

@@ -1,25 +1,133 @@
-"""What a recipe needs of this machine: packages, DeepSpeed's file, a tracker's login."""
+"""What a recipe needs beside itself: files, models, packages, a device, a tracker's login.
+
+What can be known without torch is asked for first, so that it is answered in under a second.
+"""
 
 from __future__ import annotations
 
+import functools
+import http.client
 import importlib.util
+import os
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-
-import torch
 
 from ..errors import RecipeError
 from ..recipe.keys import Recipe
-from ..report.trackers import missing_trackers
+from ..recipe.yaml_file import is_dir, is_file
+from ..report.trackers import missing_trackers, wandb_login
+
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+HUB_TIMEOUT = 5.0  # seconds; huggingface_hub itself tries for more than a minute
 
 
-def check_environment(recipe: Recipe) -> None:
-    """Ask for what the recipe needs and this machine lacks, before the model is loaded.
+def check_inputs(recipe: Recipe) -> None:
+    """Ask for the files, datasets and models that the recipe names. Imports no torch.
+
+    Raises:
+        RecipeError: all that is not there, each with the line of its key.
+    """
+    lines = [str(recipe.error(key, what)) for key, what in [*_template(recipe), *_models(recipe)]]
+    if lines:
+        raise RecipeError(lines)
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Ask for the packages that the recipe needs, and DeepSpeed's file. Imports no torch.
 
     Raises:
         RecipeError: all that is missing, each with the way out.
     """
-    trackers = missing_trackers(recipe) if recipe.do_train else []  # an evaluation tells none
-    missing = [line for line in (_deepspeed(recipe), *trackers) if line]
+    if missing := [*_packages(recipe), *(missing_trackers(recipe) if recipe.do_train else [])]:
+        raise RecipeError([str(recipe.error(key, what)) for key, what in missing])
+
+
+def check_device(recipe: Recipe) -> None:
+    """Ask for what the recipe needs of this machine's device, and for a tracker's login.
+
+    Raises:
+        RecipeError: all that is missing, each with the way out.
+    """
+    import torch
+
+    missing = list(wandb_login(recipe)) if recipe.do_train else []  # an evaluation is not tracked
+    if not torch.accelerator.is_available():
+        for key in ("activation_offloading", "tf32"):
+            if recipe.trl.get(key):
+                missing.append((key, "needs a GPU; remove the line"))
+        if recipe.flash_attn == "flex" and recipe.do_train:
+            missing.append(("flash_attn", "flex attention trains on GPUs only; write sdpa"))
+    if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        missing.append(("bf16", "this GPU has no bfloat16; write bf16: false (fp16: true is faster)"))
+    if missing:
+        raise RecipeError([str(recipe.error(key, what)) for key, what in missing])
+
+
+def check_environment(recipe: Recipe) -> None:
+    """All of the above.
+
+    Raises:
+        RecipeError: what is missing, each with the way out.
+    """
+    check_inputs(recipe)
+    check_packages(recipe)
+    check_device(recipe)
+
+
+def _template(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.template and recipe.template.endswith(".jinja") and not is_file(recipe.template):
+        yield "template", f"there is no file {recipe.template}; paths are relative to {Path.cwd()}"
+
+
+def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    adapters = [("adapter_name_or_path", name, "adapter_config.json") for name in recipe.adapter_name_or_path]
+    for key, name, config in [("model_name_or_path", recipe.model_name_or_path, "config.json"), *adapters]:
+        folder = Path(name)
+        if is_dir(folder):
+            if not (folder / config).is_file():
+                yield key, f"{name}: the folder has no {config}; expected a folder that save_pretrained wrote"
+        elif folder.is_absolute() or name.startswith(".") or "\\" in name or name.count("/") > 1:
+            yield key, f"{name}: no such folder; paths are relative to {Path.cwd()}"
+        elif (why := why_no_hub()) and not _is_cached(name, config, recipe):
+            yield (
+                key,
+                f"{name}: no such folder, not in the hub's cache on this machine, and {why}; give a folder's path, or "
+                f"run `hf download {name}` where the hub can be reached",
+            )
+
+
+@functools.cache
+def why_no_hub() -> str | None:
+    """Why the hub can't be asked, or None if it answers. Then HF_HUB_OFFLINE is set: its cache answers at once."""
+    if any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE):
+        return "HF_HUB_OFFLINE is set"
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=HUB_TIMEOUT).close()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(error, urllib.error.HTTPError) or isinstance(reason, ssl.SSLError):
+            return None  # it answers; whether this client may ask is for huggingface_hub to say
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        return f"{hub} can't be reached ({reason})"
+    return None
+
+
+def _is_cached(name: str, config: str, recipe: Recipe) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, config, recipe.cache_dir, recipe.model_revision)
+    except ValueError:  # no name that the hub could give
+        return False
+    return isinstance(found, str)
+
+
+def _packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield from _deepspeed(recipe)
     optim = str(recipe.trl.get("optim", ""))
     needs = [
         (recipe.quantization_bit is not None, "quantization_bit", "bitsandbytes", "remove the line"),
@@ -32,31 +140,21 @@ def check_environment(recipe: Recipe) -> None:
     ]
     for wanted, key, package, or_else in needs:
         if wanted and importlib.util.find_spec(package) is None:
-            missing.append(f"{key}: needs {package}, which is not installed; pip install {package}, or {or_else}")
-    if not torch.accelerator.is_available():
-        for key in ("activation_offloading", "tf32"):
-            if recipe.trl.get(key):
-                missing.append(f"{key}: needs a GPU; remove the line")
-        if recipe.flash_attn == "flex" and recipe.do_train:
-            missing.append("flash_attn: flex attention trains on GPUs only; write sdpa")
-    if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        missing.append("bf16: this GPU has no bfloat16; write bf16: false (fp16: true is faster)")
-    if missing:
-        header = f"{recipe.path}: {len(missing)} thing{'s' * (len(missing) > 1)} missing on this machine"
-        raise RecipeError([header, *(f"  {line}" for line in missing)])
+            yield key, f"needs {package}, which is not installed; pip install {package}, or {or_else}"
 
 
-def _deepspeed(recipe: Recipe) -> str | None:
+def _deepspeed(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.deepspeed is None:
-        return None
+        return
     if importlib.util.find_spec("deepspeed") is None:
-        return (
-            "deepspeed: not installed; pip install deepspeed, or remove the line and launch with "
-            "accelerate_configs/fsdp2.yaml (multi_gpu.yaml where the whole model fits one GPU)"
+        yield (
+            "deepspeed",
+            "not installed; pip install deepspeed, or remove the line and launch with accelerate_configs/fsdp2.yaml "
+            "(multi_gpu.yaml where the whole model fits one GPU)",
         )
-    if isinstance(recipe.deepspeed, str) and not Path(recipe.deepspeed).is_file():
-        return (
-            f"deepspeed: there is no file {recipe.deepspeed}; paths are relative to {Path.cwd()}. "
-            "accelerate_configs/zero3.yaml needs no such file"
+    elif isinstance(recipe.deepspeed, str) and not is_file(recipe.deepspeed):
+        yield (
+            "deepspeed",
+            f"there is no file {recipe.deepspeed}; paths are relative to {Path.cwd()}. "
+            "accelerate_configs/zero3.yaml needs no such file",
         )
-    return None

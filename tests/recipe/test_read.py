@@ -87,6 +87,7 @@ WRONG = [
     ("hub_strategy: never", "hub_strategy: expected one of end, every_save, checkpoint, all_checkpoints, found 'never'"),
     ("weight_decay: none", "weight_decay: expected a number, found 'none'"),
     ("lr_scheduler_kwargs: [3]", "lr_scheduler_kwargs: expected a mapping or text, found [3]"),
+    ("report_to: wandbb", "report_to: expected none, all, or some of azure_ml, clearml, codecarbon, comet_ml, dagshub, dvclive, flyte, kubeflow, mlflow, neptune, swanlab, tensorboard, trackio, wandb; found 'wandbb'"),
     # names
     ("warmup_ration: 0.1", "warmup_ration: no such key; the nearest is warmup_ratio"),
     ("Learning_rate: 1", "Learning_rate: no such key; the nearest is learning_rate"),

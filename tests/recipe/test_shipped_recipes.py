@@ -11,7 +11,7 @@ import yaml
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
-from arpo_trl.run.requirements import check_environment
+from arpo_trl.run.requirements import check_packages
 from arpo_trl.run.sft_config import to_sft_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -88,4 +88,4 @@ def test_arpos_recipe_means_what_it_meant() -> None:
     assert (recipe.cutoff_len, recipe.gradient_accumulation_steps, recipe.learning_rate) == (15000, 2, 7e-6)
     assert (recipe.finetuning_type, recipe.template, recipe.overwrite_output_dir) == ("full", "qwen", True)
     with pytest.raises(RecipeError, match="deepspeed: "):
-        check_environment(recipe)
+        check_packages(recipe)

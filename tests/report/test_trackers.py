@@ -215,7 +215,9 @@ def test_without_a_login_the_run_ends_before_the_model_is_loaded(
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    recipe = small_run.make_recipe(tmp_path, tmp_path / "no model here", report_to="wandb")
+    (tmp_path / "no model").mkdir()
+    (tmp_path / "no model" / "config.json").write_text("{}", encoding="utf-8")
+    recipe = small_run.make_recipe(tmp_path, tmp_path / "no model", report_to="wandb")
     with pytest.raises(RecipeError, match="wandb login"):
         train_module.train(recipe)
     assert not (tmp_path / "run").exists()

@@ -98,7 +98,7 @@ def test_check_refuses_a_disk_that_is_too_small(chat_recipe: Recipe, monkeypatch
 
 def test_check_needs_a_model_not_only_a_tokenizer(chat_recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any) -> None:
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(RecipeError, match=r"model_name_or_path: .*: no model there") as error:
+    with pytest.raises(RecipeError, match=r"model_name_or_path: .*: the folder has no config.json") as error:
         check(chat_recipe.model_copy(update={"model_name_or_path": str(tmp_path / "tokenizer")}))
     assert "\n" not in str(error.value)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import importlib.util
 import os
+import socket
 import sys
+import threading
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,8 @@ import torch
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe
 from arpo_trl.recipe.keys import keys
-from arpo_trl.run.requirements import check_environment
+from arpo_trl.recipe.types import TRACKERS
+from arpo_trl.run.requirements import check_device, check_inputs, check_packages, why_no_hub
 
 
 @pytest.fixture
@@ -31,12 +35,17 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return found
 
 
+def check_machine(recipe: Recipe) -> None:
+    check_packages(recipe)
+    check_device(recipe)
+
+
 def missing(recipe: Recipe) -> list[str]:
     with pytest.raises(RecipeError) as caught:
-        check_environment(recipe)
-    header, *lines = str(caught.value).split("\n")
-    assert header == f"{recipe.path}: {len(lines)} thing{'s' * (len(lines) > 1)} missing on this machine"
-    return [line.strip() for line in lines]
+        check_machine(recipe)
+    lines = str(caught.value).split("\n")
+    assert all(line.startswith(f"{recipe.path}") for line in lines)
+    return [line.partition(f"{recipe.path}")[2].partition(": ")[2] for line in lines]
 
 
 def test_all_that_is_missing_is_said_at_once_with_the_way_out(recipe_of: Any, installed: set[str]) -> None:
@@ -44,14 +53,14 @@ def test_all_that_is_missing_is_said_at_once_with_the_way_out(recipe_of: Any, in
     assert missing(recipe) == [
         "deepspeed: not installed; pip install deepspeed, or remove the line and launch with "
         "accelerate_configs/fsdp2.yaml (multi_gpu.yaml where the whole model fits one GPU)",
-        "report_to: wandb is not installed; pip install wandb, or write report_to: none",
         "quantization_bit: needs bitsandbytes, which is not installed; pip install bitsandbytes, or remove the line",
         "enable_liger_kernel: needs liger_kernel, which is not installed; pip install liger_kernel, or remove the line",
+        "report_to: wandb is not installed; pip install wandb, or write report_to: none",
     ]
 
 
 def test_a_recipe_that_needs_nothing_more_passes(recipe_of: Any, installed: set[str]) -> None:
-    check_environment(recipe_of("bf16=true", "report_to=none"))
+    check_machine(recipe_of("bf16=true", "report_to=none"))
 
 
 def test_a_missing_deepspeed_file_is_named(recipe_of: Any, installed: set[str], tmp_path: Path) -> None:
@@ -59,7 +68,7 @@ def test_a_missing_deepspeed_file_is_named(recipe_of: Any, installed: set[str], 
     (line,) = missing(recipe_of("deepspeed=z3.json"))
     assert line.startswith(f"deepspeed: there is no file z3.json; paths are relative to {Path.cwd()}")
     (tmp_path / "z3.json").write_text("{}", encoding="utf-8")
-    check_environment(recipe_of(f"deepspeed={tmp_path / 'z3.json'}"))
+    check_machine(recipe_of(f"deepspeed={tmp_path / 'z3.json'}"))
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
@@ -71,9 +80,10 @@ def test_what_needs_a_gpu_is_refused_without_one(recipe_of: Any) -> None:
     ]
 
 
-def test_an_unknown_tracker_is_not_to_be_installed(recipe_of: Any) -> None:
-    (line,) = missing(recipe_of("report_to=wandbb"))
-    assert line.startswith("report_to: expected none, all, or some of azure_ml, ") and line.endswith("found 'wandbb'")
+def test_the_trackers_that_a_recipe_may_name_are_those_of_transformers() -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(INTEGRATION_TO_CALLBACK) == TRACKERS
 
 
 @pytest.mark.parametrize(
@@ -89,7 +99,7 @@ def test_an_optimizers_package_is_asked_for(recipe_of: Any, installed: set[str],
     recipe = recipe_of("finetuning_type=full", line)
     assert f"needs {package}, which is not installed" in missing(recipe)[0]
     installed.add(package)
-    check_environment(recipe)
+    check_machine(recipe)
 
 
 class Wandb:
@@ -111,7 +121,51 @@ def test_wandb_needs_a_login_unless_it_is_offline(
         "report_to: wandb has no login; run `wandb login`, or set WANDB_MODE=offline, or write report_to: none"
     ]
     monkeypatch.setitem(os.environ, "WANDB_MODE", "offline")
-    check_environment(recipe_of("report_to=wandb"))
+    check_machine(recipe_of("report_to=wandb"))
     monkeypatch.delitem(os.environ, "WANDB_MODE")
     monkeypatch.setitem(sys.modules, "wandb", Wandb(logged_in=True))
-    check_environment(recipe_of("report_to=wandb"))
+    check_machine(recipe_of("report_to=wandb"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model_name_or_path", "/nowhere/m", "/nowhere/m: no such folder; paths are relative to "),
+        ("model_name_or_path", "./m", "./m: no such folder; paths are relative to "),
+        ("model_name_or_path", "a/b/c", "a/b/c: no such folder; paths are relative to "),
+        ("model_name_or_path", "x" * 300, f"{'x' * 300}: no such folder, not in the hub's cache"),
+        ("model_name_or_path", "{empty}", "{empty}: the folder has no config.json"),
+        ("adapter_name_or_path", "{empty}", "{empty}: the folder has no adapter_config.json"),
+        ("adapter_name_or_path", "/nowhere/a", "/nowhere/a: no such folder"),
+        ("template", "my.jinja", "there is no file my.jinja; paths are relative to "),
+    ],
+)
+def test_what_is_not_there_is_said_with_the_line_of_its_key(
+    recipe_of: Any, tmp_path: Path, tiny_model: Path, key: str, value: str, message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    keys = {"model_name_or_path": str(tiny_model), key: value.replace("{empty}", str(tmp_path / "empty"))}
+    with pytest.raises(RecipeError) as caught:
+        check_inputs(recipe_of(*(f"{key}={value}" for key, value in keys.items())))
+    assert f": {key}: {message.replace('{empty}', str(tmp_path / 'empty'))}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")  # where nobody listens any more
+    why_no_hub.cache_clear()
+    with pytest.raises(RecipeError, match=rf"m: no such folder, .*, and http://127.0.0.1:{port} can't be reached"):
+        check_inputs(recipe_of())
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        why_no_hub.cache_clear()
+        check_inputs(recipe_of())  # it answers, though with an error: huggingface_hub will say what is wrong
+        hub.shutdown()
+    why_no_hub.cache_clear()
