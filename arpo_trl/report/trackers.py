@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,7 +78,7 @@ def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier:
     if "trackio" in trackers:
         folder = os.environ.setdefault("TRACKIO_DIR", str(output_dir / "trackio"))
         args.run_name = f"{name}-{run_id}"  # Trackio resumes by name
-        say(f"trackio  TRACKIO_DIR={folder} trackio show --project {args.project}")
+        say(f"trackio  TRACKIO_DIR={shlex.quote(folder)} trackio show --project {shlex.quote(args.project)}")
     if "wandb" in trackers:
         _start_wandb(recipe, args, output_dir, name, manifest)
 

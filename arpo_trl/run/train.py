@@ -22,6 +22,7 @@ from ..report.loss_plot import plot_loss
 from ..report.manifest import Manifest, describe_run, read_manifest, require_same_run
 from ..report.model_card import NOT_FOR_THE_HUB, write_model_card
 from ..report.summary import StartReport, end_report, recipe_text, resume_command
+from ..report.tracker_steps import log_by_step
 from ..report.trackers import finish_trackers, start_trackers
 from ..report.trainer_log import show_progress
 from ..run_folder import match_umask
@@ -88,6 +89,7 @@ def train(recipe: Recipe) -> int:
         trainer.add_callback(stop)
         trainer.add_callback(StartReport(recipe, data, trainer, checkpoint))
         show_progress(trainer, recipe.plot_loss)
+        log_by_step(trainer)
         if recipe.preflight:
             trainer.add_callback(Preflight(trainer, choose_checkpointing=recipe.gradient_checkpointing == "auto"))
 

@@ -85,10 +85,17 @@ def wandb_run(folder: Path) -> tuple[Any, dict[str, Any], list[dict[str, Any]], 
         elif kind == "history":
             history.append(
                 {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                | {"_step": record.history.step.num}
             )
         elif kind == "files":
             files += [file.path for file in record.files.files]
     return run, config, history, files
+
+
+class StopAtTwo(StopOnSignal):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.signum = signal.SIGTERM if state.global_step == 2 else None
+        super().on_step_end(args, state, control, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +110,6 @@ def tracked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "eval_strategy": "steps",
         "eval_steps": 2,
     }
-
-    class StopAtTwo(StopOnSignal):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.signum = signal.SIGTERM if state.global_step == 2 else None
-            super().on_step_end(args, state, control, **kwargs)
 
     variables = "WANDB_MODE WANDB_CACHE_DIR WANDB_DATA_DIR WANDB_ARTIFACT_DIR TENSORBOARD_LOGGING_DIR".split()
     with pytest.MonkeyPatch.context() as patch:
@@ -144,8 +146,10 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tracked: Path) -> None:
     runs = [wandb_run(folder) for folder in folders]
     manifest = json.loads((tracked / "run" / "run.json").read_text(encoding="utf-8"))
     assert [run.run_id for run, *_ in runs] == [manifest["tracker_run"]] * 2
-    steps = [[line["train/global_step"] for line in history if "train/loss" in line] for _, _, history, _ in runs]
-    assert steps == [[1, 2], [3, 4]]
+    for name, expected in (("train/loss", [[1, 2], [3, 4]]), ("eval/loss", [[2], [4]])):
+        lines = [[line for line in history if name in line] for _, _, history, _ in runs]
+        for step in ("_step", "train/global_step"):  # as `wandb sync` sends them: one curve
+            assert [[line[step] for line in session] for session in lines] == expected
 
 
 def test_figures_after_a_resume_are_those_of_the_whole_run(tracked: Path) -> None:
@@ -221,6 +225,25 @@ def test_without_a_login_the_run_ends_before_the_model_is_loaded(
     with pytest.raises(RecipeError, match="wandb login"):
         train_module.train(recipe)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow  # 8 s, and needs trackio
+def test_trackio_has_one_curve_by_step_for_a_resumed_run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "a place"))  # before the import, which reads it
+    storage = pytest.importorskip("trackio.sqlite_storage")
+    changes = {"report_to": "trackio", "project": "arpo", "val_size": 2, "eval_strategy": "steps", "eval_steps": 2}
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):  # exit code 143
+        patch.setattr(train_module, "StopOnSignal", StopAtTwo)
+        small_run.run(tmp_path, tiny_model, **changes)
+    small_run.run(tmp_path, tiny_model, **changes)
+    said = [line for line in capsys.readouterr().out.splitlines() if "trackio show" in line]
+    assert said == [f"trackio  TRACKIO_DIR='{tmp_path / 'a place'}' trackio show --project arpo"] * 2
+    (run,) = storage.SQLiteStorage.get_runs("arpo")
+    logs = storage.SQLiteStorage.get_logs("arpo", run)
+    assert [line["step"] for line in logs if "train/loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in logs if "eval/loss" in line] == [2, 4]
 
 
 @pytest.mark.slow
