@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RowError
-from .files import Row, excerpt
+from .files import Row
 from .labels import IGNORED, Example
 from .registry import DatasetInfo
+from .strict_json import excerpt
 
 SHOWN_REASONS = 3
 SHOWN_FIELDS = 12

@@ -26,7 +26,7 @@ import pyarrow as pa
 from ..errors import DatasetError
 from .audit import Counts, missing_columns, to_lines
 from .encode import SCHEMA, Encoder, encode_rows, through_the_gate
-from .files import fingerprint, read_dataset
+from .files import fingerprint, read_dataset, require_unchanged
 from .registry import DatasetInfo
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ PROCESSES_PAY_FROM = 200 << 20
 ROWS_BEFORE_JUDGED = 1000
 LEFT_FOR_DEAD = 24 * 3600
 TRIES = 5
-MAKERS_OF_TOKENS = ("files", "messages", "tokenizer", "labels", "encode")
+MAKERS_OF_TOKENS = ("files", "strict_json", "messages", "tokenizer", "labels", "encode")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def find_or_encode(encoder: Encoder, run: str) -> Encoded:
     from datasets import Dataset, config
 
     info, recipe = encoder.info, encoder.recipe
-    folder = Path(recipe.tokenized_path) / info.name if recipe.tokenized_path else None
+    folder = Path(recipe.tokenized_path) / info.folder_name if recipe.tokenized_path else None
     prepared = _read_prepared(folder) if folder else None
     if prepared and info.path and not info.path.exists():
         data = prepared["parts"]["data"]  # Encoded elsewhere: these rows are all there is.
@@ -73,7 +73,7 @@ def find_or_encode(encoder: Encoder, run: str) -> Encoded:
     parts = _parts(encoder, data)
     if folder is None:
         key = hashlib.sha256(json.dumps([str(info.path), parts], sort_keys=True).encode()).hexdigest()[:16]
-        folder = Path(config.HF_DATASETS_CACHE) / "arpo_trl" / f"{info.name}-{key}"
+        folder = Path(config.HF_DATASETS_CACHE) / "arpo_trl" / f"{info.folder_name}-{key}"
         prepared = _read_prepared(folder)
     elif not prepared and folder.exists() and _read_prepared(folder) is None:
         raise DatasetError(f"{folder}: not written by arpo_trl (no prepared.json); name another tokenized_path")
@@ -120,6 +120,7 @@ def _encode_to(folder: Path, encoder: Encoder, parts: dict[str, Any], run: str, 
         is_whole = most is None or counts.rows < most
         if (is_whole or counts.rows >= ROWS_BEFORE_JUDGED) and (missing := missing_columns(info, fields, counts.rows)):
             raise DatasetError(missing)
+        require_unchanged(info, parts["data"])
         prepared = {"run": run, "parts": parts, "counts": asdict(counts)}
         (unfinished / "prepared.json").write_text(json.dumps(prepared, indent=1), encoding="utf-8")
         _publish(unfinished, folder, replaces)

@@ -1,7 +1,7 @@
 """Files -> rows, one at a time, each with the line it stands on. No row passes through Arrow unless its file is Arrow.
 
 Arrow would give every object the keys of all others, filled with nulls, and would name a broken line by its own count.
-A file of any size is read in a bounded amount of memory.
+A file of any size is read in a bounded amount of memory, but for .json, whose text is held whole.
 """
 
 from __future__ import annotations
@@ -10,18 +10,25 @@ import csv
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, count
+from dataclasses import replace
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import DatasetError, RowError
-from .registry import DatasetInfo
+from ..errors import DatasetError, RowError, printable
+from ..recipe.keys import Recipe
+from .registry import DatasetInfo, read_registry, select_datasets
+from .strict_json import TOO_DEEP, decode_json, find_end, parse_json
 
-CHUNK = 1 << 20
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset, IterableDataset
+
 LONGEST_ROW = 64 << 20
-DEEPEST = 100  # No row needs more, and what walks, pickles or renders rows by recursion can take it.
-EXCERPT = 60
+ROWS_AT_ONCE = 256
+Lines = Iterator[tuple[int | str, Any]]
 
 
 class Row(NamedTuple):
@@ -29,6 +36,28 @@ class Row(NamedTuple):
 
     place: str
     value: Any | RowError
+
+
+def check_datasets(recipe: Recipe) -> Recipe:
+    """Look at the datasets that a recipe names, before anything heavy is imported: their entries and their files.
+
+    Returns:
+        The recipe, with what the registry says of its datasets among its notices.
+
+    Raises:
+        DatasetError: with every name that can't be used, or the file that is not there.
+    """
+    infos = select_datasets(recipe)
+    if not recipe.tokenized_path:  # What is encoded already needs no raw data.
+        for info in infos:
+            if info.path:
+                find_files(info.path)
+    lines = [line for info in infos for line in info.notices]
+    if infos:
+        others = [info for info in read_registry(Path(recipe.dataset_dir)).values() if info not in infos]
+        lines += [f"{line}; no effect here: the recipe does not use it" for info in others for line in info.mistakes]
+    source = replace(recipe.source, notices=(*recipe.source.notices, *map(printable, lines)))
+    return recipe.model_copy(update={"source": source})
 
 
 def find_files(path: Path) -> list[Path]:
@@ -58,13 +87,26 @@ def read_rows(path: Path) -> Iterator[Row]:
     """The rows of one file, in its order.
 
     Raises:
-        DatasetError: if the file can't be read past some place.
+        DatasetError: if the file can't be read past some place, or is another one at the end than at the beginning.
     """
     try:
+        before = _stamp(path)
         for line, value in READERS[path.suffix.lower()](path):
             yield Row(f"{path}:{line}", value)
+        after = _stamp(path)
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error})") from None
+    if after != before:
+        raise _changed(path)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _changed(what: Path | str) -> DatasetError:
+    return DatasetError(f"{what}: was replaced or written to while it was read; start again when nothing writes to it")
 
 
 def read_dataset(info: DatasetInfo, streaming: bool) -> tuple[int, Iterator[Row]]:
@@ -76,9 +118,28 @@ def read_dataset(info: DatasetInfo, streaming: bool) -> tuple[int, Iterator[Row]
     if info.path is None:
         dataset = _load_hub(info, streaming)
         size = 0 if streaming else dataset.data.nbytes
-        return size, (Row(f"{info.hub}:{number}", _as_row(row)) for number, row in enumerate(dataset, 1))
+        tables = dataset.with_format("arrow").iter(ROWS_AT_ONCE)
+        values = chain.from_iterable(map(_to_values, tables))
+        return size, (Row(f"{info.hub}:{number}", value) for number, value in enumerate(values, 1))
     files = find_files(info.path)
-    return sum(file.stat().st_size for file in files), chain.from_iterable(map(read_rows, files))
+    size = sum(file.stat().st_size for file in files)
+    return size, _read_files(files) if info.split == "train" else _read_part(files, info)
+
+
+def _read_files(files: list[Path]) -> Iterator[Row]:
+    return chain.from_iterable(map(read_rows, files))
+
+
+def _read_part(files: list[Path], info: DatasetInfo) -> Iterator[Row]:
+    """The rows of `split: train[10:20]`, as `datasets` counts them. The files are read once more, to count them."""
+    from datasets import ReadInstruction
+
+    try:
+        parts = ReadInstruction.from_spec(info.split).to_absolute({"train": sum(1 for _ in _read_files(files))})
+    except (ValueError, AssertionError) as error:
+        raise DatasetError(f"{info.place}.split: {error}") from None
+    for part in parts:
+        yield from islice(_read_files(files), part.from_, part.to)
 
 
 def fingerprint(info: DatasetInfo, streaming: bool) -> str:
@@ -89,7 +150,7 @@ def fingerprint(info: DatasetInfo, streaming: bool) -> str:
     """
     if info.path is None:
         return str(getattr(_load_hub(info, streaming), "_fingerprint", "streamed"))
-    content = hashlib.sha256()
+    content = hashlib.sha256(b"" if info.split == "train" else info.split.encode())
     for path in find_files(info.path):
         if streaming:
             content.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
@@ -100,7 +161,13 @@ def fingerprint(info: DatasetInfo, streaming: bool) -> str:
     return content.hexdigest()
 
 
-def _load_hub(info: DatasetInfo, streaming: bool) -> Any:
+def require_unchanged(info: DatasetInfo, before: str) -> None:
+    """Raises DatasetError if the dataset's fingerprint is no longer the one of `before` its rows were read."""
+    if fingerprint(info, streaming=False) != before:
+        raise _changed(info.path or info.name)
+
+
+def _load_hub(info: DatasetInfo, streaming: bool) -> Dataset | IterableDataset:
     """A dataset of the Hugging Face hub, or a local folder in the hub's form."""
     from datasets import load_dataset
 
@@ -108,10 +175,10 @@ def _load_hub(info: DatasetInfo, streaming: bool) -> Any:
         return load_dataset(info.hub, info.subset, data_dir=info.folder, split=info.split, streaming=streaming)
     except Exception as error:  # load_dataset raises what its many backends raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DatasetError(f"{info.place}: {info.name}: {info.hub} cannot be loaded ({reason[0][:200]})") from None
+        raise DatasetError(f"{info.place}: {info.hub} cannot be loaded ({reason[0][:200]})") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int | str, Any]]:
+def _read_jsonl(path: Path) -> Lines:
     with path.open("rb") as file:
         for line in count(1):
             raw = file.readline(LONGEST_ROW)
@@ -122,7 +189,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int | str, Any]]:
                     pass
                 yield line, RowError(f"longer than {LONGEST_ROW >> 20} MiB")
             elif raw.strip():
-                yield line, _parse_line(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw)
+                yield line, _parse_line(raw.removeprefix(b"\xef\xbb\xbf"))  # Files joined have one in the middle, too.
 
 
 def _parse_line(raw: bytes) -> Any:
@@ -134,175 +201,76 @@ def _parse_line(raw: bytes) -> Any:
         return error
 
 
-def parse_json(text: str) -> Any:
-    """A whole text's value. Every text of a data file that should be JSON, in whatever column, is read here.
-
-    Raises:
-        RowError: if it is not JSON, or JSON that `decode_json` does not read.
-    """
-    text = text.rstrip(SPACE)
-    try:
-        value, at = decode_json(text, len(text) - len(text.lstrip(SPACE)))
-        if at < len(text):
-            raise json.JSONDecodeError("Extra data", text, at)
-        return value
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, " * (error.lineno > 1) + f"column {error.colno}"
-        raise RowError(f"not JSON ({error.msg} at {place}): {text[:EXCERPT].strip()!r}") from None
-
-
-def decode_json(text: str, at: int) -> tuple[Any, int]:
-    """The value that begins at `at`, and where it ends.
-
-    Raises:
-        json.JSONDecodeError: if there is none.
-        RowError: if it is nested too deeply, or holds a number that Python does not read.
-    """
-    try:
-        value, end = _DECODER.raw_decode(text, at)
-    except RecursionError:
-        raise RowError(TOO_DEEP) from None
-    if text.count("[", at, end) + text.count("{", at, end) > DEEPEST:
-        layer = [value]
-        for _ in range(DEEPEST):
-            layer = [inner for outer in layer for inner in _inside(outer)]
-        if layer:
-            raise RowError(TOO_DEEP)
-    return value, end
-
-
-def _inside(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _to_int(digits: str) -> int:
-    try:
-        return int(digits)
-    except ValueError:  # sys.get_int_max_str_digits()
-        raise RowError(f"not JSON that can be read (a number of {len(digits):,} digits)") from None
-
-
-SPACE, TOO_DEEP = " \t\n\r", "not JSON that can be read (nested too deeply)"
-_DECODER = json.JSONDecoder(parse_int=_to_int)
-
-
-def excerpt(value: Any, most: int) -> str:
-    """The first `most` characters of a value as JSON, whatever it holds (a date, bytes) and however large it is."""
-    text = ""
-    for piece in _to_json(value, most):
-        text += piece
-        if len(text) >= most:
-            break
-    return text[:most]
-
-
-def _to_json(value: Any, most: int) -> Iterator[str]:
-    if isinstance(value, dict):
-        for number, (key, inner) in enumerate(value.items()):
-            yield ", " if number else "{"
-            yield from _to_json(str(key), most)
-            yield ": "
-            yield from _to_json(inner, most)
-        yield "}" if value else "{}"
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield ", " if number else "["
-            yield from _to_json(inner, most)
-        yield "]" if value else "[]"
-    else:
-        yield json.dumps(value[:most] if isinstance(value, str | bytes) else value, ensure_ascii=False, default=repr)
-
-
-def _read_json(path: Path) -> Iterator[tuple[int | str, Any]]:
+def _read_json(path: Path) -> Lines:
     """An array, element by element; a file that begins with an object is read as JSON lines.
 
     The place of a row is its line, and its column too where an earlier row stands on the same line.
-
     Past a broken element nobody can say where the next one begins, so the file is refused there.
     """
-    space = re.compile(r"\s*")
-    text, at, line, column, last = "", 0, 1, 1, 0
-
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        text = file.read()
+    space = re.compile(r"\s*")
 
-        def fill() -> bool:
-            nonlocal text, at
-            more = file.read(max(CHUNK, len(text) - at))
-            text, at = text[at:] + more, 0
-            return bool(more)
+    def skip(at: int) -> int:
+        return space.match(text, at).end()  # type: ignore[union-attr]
 
-        def advance(end: int) -> None:
-            nonlocal at, line, column
-            newlines = text.count("\n", at, end)
-            line, column = line + newlines, end - text.rfind("\n", at, end) if newlines else column + end - at
-            at = end
+    def expected(what: str, at: int) -> DatasetError:
+        found = repr(text[at : at + 30]) if at < len(text) else "the end of the file"
+        return DatasetError(f"{path}:{text.count(chr(10), 0, at) + 1}: not JSON (expected {what}, found {found})")
 
-        def peek() -> str:
-            while True:
-                advance(space.match(text, at).end())  # type: ignore[union-attr]
-                if at < len(text) or not fill():
-                    return text[at : at + 1]
-
-        def expected(what: str) -> DatasetError:
-            found = repr(text[at : at + 30]) if text[at:] else "the end of the file"
-            return DatasetError(f"{path}:{line}: not JSON (expected {what}, found {found})")
-
-        first = peek()
-        if first == "{":
-            yield from _read_jsonl(path)
-            return
-        if first not in ("[", ""):
-            raise expected("an array of rows")
-        opening = "["
-        while first:
-            if text[at : at + 1] != opening:
-                raise expected("a comma or the end of the array")
-            advance(at + 1)
-            if peek() == "]" and opening == "[":
-                break
-            while True:
-                try:
-                    try:
-                        value, end = decode_json(text, at)
-                    except RowError as reason:  # Most often its end can be found all the same.
-                        value, end = reason, json.JSONDecoder(parse_int=float).raw_decode(text, at)[1]
-                    if end < len(text) or not fill():  # a number at the buffer's end may go on
-                        break
-                except RecursionError:
-                    raise DatasetError(
-                        f"{path}:{line}: {TOO_DEEP}; nothing after it can be read: mend it, or store one row a line as .jsonl"
-                    ) from None
-                except json.JSONDecodeError as error:
-                    unfinished = error.pos > len(text) - 32 or error.msg.startswith("Unterminated string")
-                    if unfinished and len(text) - at < LONGEST_ROW and fill():
-                        continue
-                    broken = line + text.count("\n", at, error.pos)
-                    near = text[max(error.pos - 30, at) : error.pos + 30] or "the end of the file"
-                    raise DatasetError(
-                        f"{path}:{broken}: not JSON ({error.msg} near {near!r}); the row begins at line {line}, and "
-                        "nothing after it can be read: mend it, or store one row a line as .jsonl"
-                    ) from None
-            try:
-                text[at:end].encode("utf-8")
-            except UnicodeEncodeError:
-                value = RowError("not UTF-8")
-            yield line if line != last else f"{line}:{column}", value
-            last = line
-            advance(end)
-            if peek() == "]":
-                break
-            opening = ","
-        if first:
-            advance(at + 1)
-            if peek():
-                raise expected("nothing after the array")
+    at = skip(0)
+    if at == len(text):
+        return
+    if text[at] == "{":
+        yield from _read_jsonl(path)
+        return
+    if text[at] != "[":
+        raise expected("an array of rows", at)
+    line, line_start, counted, last = 1, 0, 0, 0
+    before = "["
+    while text.startswith(before, at):
+        at = skip(at + 1)
+        if before == "[" and text.startswith("]", at):
+            break
+        if newlines := text.count("\n", counted, at):
+            line, line_start = line + newlines, text.rindex("\n", counted, at) + 1
+        value, end = _read_element(path, text, at, line)
+        yield line if line != last else f"{line}:{at - line_start + 1}", value
+        at, counted, last, before = skip(end), at, line, ","
+    if not text.startswith("]", at):
+        raise expected("a comma or the end of the array", at)
+    if (at := skip(at + 1)) < len(text):
+        raise expected("nothing after the array", at)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int | str, Any]]:
+def _read_element(path: Path, text: str, at: int, line: int) -> tuple[Any, int]:
+    """The element that begins at `at`, in that line, and where it ends."""
+    mend = "nothing after it can be read: mend it, or store one row a line as .jsonl"
+    try:
+        try:
+            value, end = decode_json(text, at)
+        except RowError as reason:
+            value, end = reason, find_end(text, at)
+        text[at:end].encode("utf-8")
+        return value, end
+    except UnicodeEncodeError:
+        return RowError("not UTF-8"), end
+    except RecursionError:
+        raise DatasetError(f"{path}:{line}: {TOO_DEEP}; {mend}") from None
+    except json.JSONDecodeError as error:
+        broken = line + text.count("\n", at, error.pos)
+        near = text[max(error.pos - 30, at) : error.pos + 30] or "the end of the file"
+        raise DatasetError(
+            f"{path}:{broken}: not JSON ({error.msg} near {near!r}); the row begins at line {line}, and {mend}"
+        ) from None
+
+
+def _read_csv(path: Path) -> Lines:
     csv.field_size_limit(LONGEST_ROW)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            _require_distinct(path, reader.fieldnames or ())
             for row in reader:
                 fields = [field for field in row.values() if isinstance(field, str)]
                 line = reader.line_num - sum(field.count("\n") for field in fields)
@@ -316,17 +284,22 @@ def _read_csv(path: Path) -> Iterator[tuple[int | str, Any]]:
             ) from None
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int | str, Any]]:
+def _require_distinct(path: Path, columns: Iterable[str]) -> None:
+    if twice := [column for column, times in Counter(columns).items() if times > 1]:
+        raise DatasetError(f"{path}: has the column {twice[0]!r} twice; rename or remove one")
+
+
+def _read_parquet(path: Path) -> Lines:
     import pyarrow.parquet
 
-    yield from _read_batches(path, lambda: pyarrow.parquet.ParquetFile(path).iter_batches(256))
+    yield from _read_batches(path, lambda: pyarrow.parquet.ParquetFile(path).iter_batches(ROWS_AT_ONCE))
 
 
-def _read_arrow(path: Path) -> Iterator[tuple[int | str, Any]]:
+def _read_arrow(path: Path) -> Lines:
     import pyarrow
 
-    def batches() -> Iterator[Any]:
-        with pyarrow.memory_map(str(path)) as source:
+    def batches() -> Iterator[pyarrow.RecordBatch]:
+        with pyarrow.OSFile(str(path)) as source:  # A memory map ends the process if the file becomes shorter.
             try:
                 reader = pyarrow.ipc.open_file(source)
                 yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
@@ -337,31 +310,50 @@ def _read_arrow(path: Path) -> Iterator[tuple[int | str, Any]]:
     yield from _read_batches(path, batches)
 
 
-def _read_batches(path: Path, batches: Callable[[], Iterator[Any]]) -> Iterator[tuple[int | str, Any]]:
+def _read_batches(path: Path, batches: Callable[[], Iterator[pyarrow.RecordBatch]]) -> Lines:
     import pyarrow
 
     number = 0
     try:
         for batch in batches():
-            for row in batch.to_pylist():
+            batch.validate(full=True)  # Reading a value of a damaged batch can end the process.
+            _require_distinct(path, batch.schema.names)
+            for value in _to_values(batch):
                 number += 1
-                yield number, _as_row(row)
-    except pyarrow.ArrowException as error:
-        raise DatasetError(f"{path}:{number + 1}: cannot be read ({str(error).splitlines()[0][:200]})") from None
+                yield number, value
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise DatasetError(f"{path}:{number + 1}: cannot be read ({reason[:200]})") from None
 
 
-def _as_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Arrow gives an object a null for every key that only others have; they are no part of the row. Columns stay."""
-    return {column: _without_nulls(value) for column, value in row.items()}
+def _to_values(batch: pyarrow.RecordBatch | pyarrow.Table) -> Iterator[Any]:
+    types = {field.name: field.type for field in batch.schema}
+    for row in batch.to_pylist():
+        try:
+            yield {column: _to_value(value, types[column]) for column, value in row.items()}
+        except RowError as error:
+            yield error
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+def _to_value(value: Any, kind: pyarrow.DataType) -> Any:
+    """Arrow gives a struct a null for every key that only others have; they are no part of the row.
+
+    Columns stay, and so do the nulls of a JSON value, which `datasets` >= 5 stores as its text.
+    """
+    import pyarrow
+
+    if value is None:
+        return None
+    if isinstance(kind, pyarrow.JsonType):
+        return parse_json(value)
+    if pyarrow.types.is_struct(kind):
+        return {key.name: _to_value(value[key.name], key.type) for key in kind if value[key.name] is not None}
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_to_value(inner, kind.value_type) for inner in value]
+    return value
 
 
-READERS: dict[str, Callable[[Path], Iterator[tuple[int | str, Any]]]] = {
+READERS: dict[str, Callable[[Path], Lines]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RowError
-from .files import decode_json, excerpt, parse_json
 from .registry import DatasetInfo
+from .strict_json import decode_json, excerpt, parse_json
 
 Message = dict[str, Any]
 
@@ -42,10 +42,13 @@ def to_conversation(row: Any, info: DatasetInfo, default_system: str | None = No
     """
     if not isinstance(row, dict):
         raise RowError(f"not an object but {_kind(row)}")
+    for column in info.media:
+        if row.get(column):
+            raise RowError(f"multimodal: {column} holds {excerpt(row[column], 60)}; arpo_trl trains on text")
     messages, silent = _from_alpaca(row, info) if info.formatting == "alpaca" else _from_turns(row, info)
     if messages and messages[0]["role"] == "system" and not messages[0]["content"]:  # As an empty system column.
         messages, silent = messages[1:], {position - 1 for position in silent if position}
-    system = _text(row, info.columns.get("system", "system"), optional=True)
+    system = _text(row, info.columns["system"], optional=True) if "system" in info.columns else ""
     has_system = bool(messages) and messages[0]["role"] == "system"
     if system and has_system:
         raise RowError("wrong order: a system column and a system message")
@@ -53,13 +56,13 @@ def to_conversation(row: Any, info: DatasetInfo, default_system: str | None = No
         messages.insert(0, {"role": "system", "content": system or default_system})
         silent = {position + 1 for position in silent}
     _check_order(messages)
-    tools = to_tools(row.get(info.columns.get("tools", "tools")))
+    tools = to_tools(row.get(info.columns.get("tools")))
     return Conversation(messages, tools, frozenset(silent))
 
 
 def _from_alpaca(row: dict[str, Any], info: DatasetInfo) -> tuple[list[Message], set[int]]:
     messages: list[Message] = []
-    name = info.columns.get("history", "history")
+    name = info.columns.get("history", "")
     history = _parsed(row.get(name), name) or []
     if not isinstance(history, list):
         raise RowError(f"wrong type: {name} is {_kind(history)}, expected a list of [prompt, reply] pairs")
@@ -67,7 +70,7 @@ def _from_alpaca(row: dict[str, Any], info: DatasetInfo) -> tuple[list[Message],
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise RowError(f"wrong type: {name} holds {excerpt(pair, 60)}, expected [prompt, reply]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    prompt = _text(row, info.columns["prompt"])
+    prompt = _text(row, info.columns["prompt"]) if "prompt" in info.columns else ""
     query = _text(row, info.columns["query"], optional=True) if "query" in info.columns else ""
     messages.append({"role": "user", "content": "\n".join(text for text in (prompt, query) if text)})
     messages.append({"role": "assistant", "content": _text(row, info.columns["response"])})

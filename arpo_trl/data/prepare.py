@@ -25,7 +25,7 @@ from .audit import Audit, Counts, StreamedFindings, missing_columns, to_lines, t
 from .cache import ROWS_BEFORE_JUDGED, Encoded, find_or_encode
 from .encode import SCHEMA, Encoder, encode_rows, through_the_gate
 from .files import fingerprint, read_dataset
-from .registry import DatasetInfo, read_registry
+from .registry import select_datasets
 from .template import template_of
 
 if TYPE_CHECKING:
@@ -105,34 +105,6 @@ def prepare_datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prep
         train, evals["validation"] = _split(train, recipe)
     lists = {one.info.name: one.audit for one in encoded}
     return PreparedData(train, evals, audit, fingerprints, template.hash, template.day, lists, findings)
-
-
-def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
-    """What the recipe names, each once.
-
-    Raises:
-        DatasetError: with every name that can't be used.
-    """
-    registry = read_registry(Path(recipe.dataset_dir))
-    problems = []
-    infos: dict[str, DatasetInfo] = {}
-    for key, names in (("dataset", recipe.dataset), ("eval_dataset", recipe.eval_dataset)):
-        for name in names:
-            info = registry.get(name)
-            if info is None:
-                there = ", ".join(registry) or "none"
-                problems.append(
-                    f"{key}: {name}: no such dataset in {recipe.dataset_dir}/dataset_info.json; there are {there}"
-                )
-            elif info.refused:
-                problems.append(info.refused)
-            elif key == "eval_dataset" and recipe.streaming and name in recipe.dataset:
-                problems.append(f"{key}: {name}: is streamed, since dataset names it too; hold rows out with val_size")
-            else:
-                infos[name] = info
-    if problems:
-        raise DatasetError(list(dict.fromkeys(problems)))
-    return list(infos.values())
 
 
 def token_lengths(rows: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -1,32 +1,40 @@
-"""dataset_info.json -> DatasetInfo: LLaMA-Factory's registry of datasets, read strictly.
+"""dataset_info.json -> DatasetInfo: LLaMA-Factory's registry of datasets, with its keys and their meanings.
 
-Every entry is checked, used or not, because a key that nobody reads is how a dataset ends up with the wrong columns.
-What LLaMA-Factory knows and this package does not do (preference pairs, images, other hubs) is refused only when the
-dataset is used, so that LLaMA-Factory's own registry can be pointed at.
+What is wrong with an entry ends a recipe that uses the dataset, and is a notice for every other recipe, so that
+LLaMA-Factory's own registry can be pointed at. Nothing heavy is imported: a wrong name is answered at once.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ..errors import DatasetError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-COLUMNS = {
-    "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
-    "sharegpt": {"messages": "conversations"},
-    "openai": {"messages": "messages"},
+from ..errors import DatasetError, RowError
+from ..recipe.keys import Recipe, in_words
+from .strict_json import EXCERPT, excerpt, parse_json
+
+# Each format's columns, by key, with the name of those that have a default.
+COLUMNS: dict[str, dict[str, str | None]] = {
+    "alpaca": {
+        "prompt": "instruction",
+        "query": "input",
+        "response": "output",
+        "history": None,
+        "system": None,
+        "tools": None,
+    },
+    "sharegpt": {"messages": "conversations", "system": None, "tools": None},
+    "openai": {"messages": "messages", "system": None, "tools": None},
 }
-OPTIONAL_COLUMNS = {
-    "alpaca": ("history", "system", "tools"),
-    "sharegpt": ("system", "tools"),
-    "openai": ("system", "tools"),
-}
+NEEDED = ("messages", "response")
 TAGS = {
     "alpaca": {},
     "sharegpt": {
@@ -55,19 +63,52 @@ REFUSED = {
     "script_url": "is a loading script, which datasets >= 4 no longer runs; set hf_hub_url or file_name",
     "cloud_file_name": "lies in cloud storage; download it and set file_name",
 }
-REFUSED_COLUMNS = {
-    **dict.fromkeys(("images", "videos", "audios"), "is multimodal; arpo_trl trains on text"),
-    **dict.fromkeys(("chosen", "rejected", "kto_tag"), "holds preference data, which SFT does not read"),
-}
+MEDIA = ("images", "videos", "audios")
+SHOWN = 12
+
+
+def _without_nulls(value: Any) -> Any:
+    return {key: inner for key, inner in value.items() if inner is not None} if isinstance(value, dict) else value
+
+
+Names = Annotated[dict[str, str], BeforeValidator(_without_nulls)]
+
+
+class Entry(BaseModel):
+    """One dataset as the registry has it. As in LLaMA-Factory, null means not given."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    file_name: str | None = None
+    hf_hub_url: str | None = None
+    formatting: Literal["alpaca", "sharegpt", "openai"] = "alpaca"
+    subset: str | None = None
+    split: str = "train"
+    folder: str | None = None
+    num_samples: Annotated[int, Field(gt=0)] | None = None
+    columns: Names = Field(default_factory=dict)
+    tags: Names = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, value: Any) -> Any:
+        return _without_nulls(value)
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """The entry's other keys."""
+        return self.model_extra or {}
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """One dataset of the registry.
+    """One dataset of the registry. A location reads "file: dataset.columns.key".
 
-    What the entry leaves out of `columns` and `tags` has its default. The columns `system`, `history` and `tools` are
-    read under these names unless the entry gives others (LLaMA-Factory passes over them unless it names them).
-    `named`: where the entry names each column that it gives, "file:line: dataset: columns.key".
+    `columns`: by key; a key that is not there has no column. As in LLaMA-Factory, an entry without `columns` has the
+    format's defaults, and where it has `columns`, none for what they leave out, but for the column of the messages or
+    of the response, without which there are no rows. `tags` that are left out keep their defaults.
+    `named`: the location of each column that the entry names. `media`: its columns of images, videos and audios.
+    `mistakes`: what is wrong with the entry. `refused`: why SFT can't read the dataset. `notices`: what has no effect.
     """
 
     name: str
@@ -79,150 +120,166 @@ class DatasetInfo:
     split: str = "train"
     folder: str | None = None
     num_samples: int | None = None
-    columns: dict[str, str] = field(default_factory=lambda: dict(COLUMNS["alpaca"]))
+    columns: dict[str, str] = field(default_factory=lambda: _defaults("alpaca"))
     named: dict[str, str] = field(default_factory=dict)
+    media: tuple[str, ...] = ()
     tags: dict[str, str] = field(default_factory=dict)
-    refused: str | None = None
+    mistakes: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
+
+    @property
+    def folder_name(self) -> str:
+        """The name for a folder: a dataset's name is text and never a path."""
+        if re.fullmatch(r"\w[\w.-]{0,39}", self.name):
+            return self.name
+        digest = hashlib.sha256(self.name.encode(errors="surrogatepass")).hexdigest()[:8]
+        return re.sub(r"[^\w-]", "_", self.name)[:40] + f"-{digest}"
+
+
+def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
+    """What the recipe names, each once.
+
+    Raises:
+        DatasetError: with every name that can't be used.
+    """
+    if not (recipe.dataset or recipe.eval_dataset):
+        return []
+    registry = read_registry(Path(recipe.dataset_dir))
+    problems: list[str] = []
+    infos: dict[str, DatasetInfo] = {}
+    for key, names in (("dataset", recipe.dataset), ("eval_dataset", recipe.eval_dataset)):
+        for name in names:
+            if name not in registry:
+                there = _nearest(name, registry)
+                what = f"{name}: no such dataset in {recipe.dataset_dir}/dataset_info.json{there}"
+                problems.append(str(recipe.error(key, what)))
+                continue
+            info = infos[name] = registry[name]
+            problems += [*info.mistakes, *info.refused]
+            if key == "eval_dataset" and recipe.streaming and name in recipe.dataset:
+                what = f"{name}: is streamed, since dataset names it too; hold rows out with val_size"
+                problems.append(str(recipe.error(key, what)))
+    if problems:
+        raise DatasetError(list(dict.fromkeys(problems)))
+    return list(infos.values())
 
 
 def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
     """Read `dataset_dir/dataset_info.json`.
 
     Raises:
-        DatasetError: with every problem found, each with its line.
+        DatasetError: if it is not there, or no object of datasets.
     """
     path = Path(dataset_dir) / "dataset_info.json"
+    if not path.is_file():
+        found = "not a file" if path.exists() else "no such file"
+        raise DatasetError(f"{path}: {found}; dataset_dir must be a folder with a dataset_info.json")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: no such file; dataset_dir must be a folder with a dataset_info.json") from None
+        entries = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: cannot be read ({error})") from None
-    problems: list[str] = []
-    infos: dict[str, DatasetInfo] = {}
+    except RowError as error:
+        raise DatasetError(f"{path}: {error}") from None
+    if not isinstance(entries, dict):
+        raise DatasetError(f"{path}: expected an object of datasets, found {excerpt(entries, EXCERPT)}")
+    return {name: _to_info(path, name, entry) for name, entry in entries.items()}
+
+
+def _to_info(path: Path, name: str, value: Any) -> DatasetInfo:
+    place = f"{path}: {name}"
     try:
-        if not isinstance(json.loads(text), dict):
-            raise DatasetError(f"{path}:1: expected an object of datasets, found {text.lstrip()[:1]!r}")
-        entries = list(_members(text, 0))
-    except json.JSONDecodeError as error:
-        raise DatasetError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-        raise DatasetError(f"{path}: cannot be read ({error})") from None
-    for name, entry, start, line in entries:
-        place = f"{path}:{line}"
-        if name in infos:
-            problems.append(f"{place}: dataset {name!r} is there twice")
-        elif not isinstance(entry, dict):
-            problems.append(f"{place}: {name}: expected an object, found {json.dumps(entry)[:40]}")
-        else:
-            infos[name] = _read_entry(path, name, line, entry, list(_members(text, start)), text, problems)
-    if problems:
-        raise DatasetError(problems)
-    return infos
-
-
-def _read_entry(
-    path: Path,
-    name: str,
-    line: int,
-    entry: dict[str, Any],
-    members: list[tuple[str, Any, int, int]],
-    text: str,
-    problems: list[str],
-) -> DatasetInfo:
-    def problem(at: int, message: str) -> None:
-        problems.append(f"{path}:{at}: {name}: {message}")
-
-    lines = {key: at for key, _, _, at in members}
-    formatting = entry.get("formatting", "alpaca")
-    if formatting not in list(COLUMNS):
-        problem(lines["formatting"], f"formatting: expected {', '.join(COLUMNS)}, found {formatting!r}")
-        formatting = "alpaca"
-    known = ("file_name", "hf_hub_url", "formatting", "subset", "split", "folder", "num_samples", "columns", "tags")
-    columns, tags = dict(COLUMNS[formatting]), dict(TAGS[formatting])
-    named_columns: dict[str, str] = {}
-    known_columns = (*columns, *OPTIONAL_COLUMNS[formatting])
-    refused = None
-    seen: set[str] = set()
-    for key, value, start, at in members:
-        if key in seen:
-            problem(at, f"{key}: is there twice")
-        seen.add(key)
-        if key in REFUSED:
-            if value and not (key.endswith("hub_url") and "hf_hub_url" in entry):
-                refused = f"{path}:{at}: {name}: {key}: the dataset {REFUSED[key]}"
-        elif key not in known:
-            problem(at, f"{key}: no such key{_nearest(key, (*known, *REFUSED))}")
-        elif key in ("columns", "tags"):
-            if not isinstance(value, dict):
-                problem(at, f"{key}: expected an object, found {json.dumps(value)[:40]}")
-                continue
-            allowed = known_columns if key == "columns" else tuple(TAGS["sharegpt"])
-            for inner, named, _, inner_at in _members(text, start):
-                if key == "columns" and inner in REFUSED_COLUMNS:
-                    refused = f"{path}:{inner_at}: {name}: columns.{inner}: the dataset {REFUSED_COLUMNS[inner]}"
-                elif inner not in allowed:
-                    other = next((form for form in COLUMNS if inner in (*COLUMNS[form], *OPTIONAL_COLUMNS[form])), "")
-                    hint = f"; it belongs to formatting {other}" if other else _nearest(inner, allowed)
-                    problem(inner_at, f"{key}.{inner}: no such key for formatting {formatting}{hint}")
-                elif not isinstance(named, str):
-                    problem(inner_at, f"{key}.{inner}: expected a name, found {json.dumps(named)[:40]}")
-                elif key == "columns":
-                    columns[inner] = named
-                    named_columns[inner] = f"{path}:{inner_at}: {name}: columns.{inner}"
-                else:
-                    tags[inner] = named
-        elif key == "num_samples":
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                problem(at, f"num_samples: expected a whole number above 0, found {json.dumps(value)[:40]}")
-        elif key != "formatting" and not isinstance(value, str):
-            problem(at, f"{key}: expected text, found {json.dumps(value)[:40]}")
-    given = entry.get("columns")
-    if isinstance(given, dict) and "prompt" in given and "query" not in given:
-        columns.pop("query", None)  # As in LLaMA-Factory: {"prompt": "input"} must not have the input twice.
-    file_name = entry.get("file_name")
-    if isinstance(file_name, str) and re.search(r"^[a-zA-Z][\w+.-]+:/|://|::", file_name):
-        problem(lines["file_name"], f"file_name: expected a path, found the address {file_name!r}; download it first")
-    hub = entry.get("hf_hub_url")
-    if not (file_name or hub or refused):
-        problem(line, "expected file_name or hf_hub_url, found neither")
-    ours = [key for key in tags if list(tags.values()).count(tags[key]) > 1]
-    if ours:
-        problem(lines.get("tags", line), f"tags: {' and '.join(ours)} are both {tags[ours[0]]!r}")
+        entry = Entry.model_validate(value)
+    except ValidationError as error:
+        return DatasetInfo(name, place, mistakes=tuple(_what_is_wrong(place, wrong) for wrong in error.errors()))
+    named = {key: column for key, column in entry.columns.items() if key in COLUMNS[entry.formatting]}
+    defaults = _defaults(entry.formatting)
+    if entry.columns:
+        defaults = {key: column for key, column in defaults.items() if key in NEEDED}
+    unknown = list(_unknown_names(place, entry))
     return DatasetInfo(
         name=name,
-        place=f"{path}:{line}",
-        formatting=formatting,
-        path=path.parent / file_name if isinstance(file_name, str) and not hub else None,
-        hub=hub,
-        subset=entry.get("subset"),
-        split=entry.get("split", "train"),
-        folder=entry.get("folder"),
-        num_samples=entry.get("num_samples"),
-        columns=columns,
-        named=named_columns,
-        tags=tags,
-        refused=refused,
+        place=place,
+        formatting=entry.formatting,
+        path=path.parent / entry.file_name if entry.file_name and not entry.hf_hub_url else None,
+        hub=entry.hf_hub_url,
+        subset=entry.subset,
+        split=entry.split,
+        folder=entry.folder,
+        num_samples=entry.num_samples,
+        columns=defaults | named,
+        named={key: f"{place}.columns.{key}" for key in named},
+        media=tuple(column for key, column in entry.columns.items() if key in MEDIA),
+        tags=TAGS[entry.formatting] | entry.tags,
+        mistakes=(*_mistakes(place, entry), *(text for text, is_mistake in unknown if is_mistake)),
+        refused=tuple(_refused(place, entry)),
+        notices=(*_notices(place, entry), *(f"{text}; no effect" for text, is_mistake in unknown if not is_mistake)),
     )
 
 
-def _members(text: str, start: int) -> Iterator[tuple[str, Any, int, int]]:
-    """The members of the JSON object at `start`: (key, value, where the value starts, the key's line).
+def _defaults(formatting: str) -> dict[str, str]:
+    return {key: column for key, column in COLUMNS[formatting].items() if column}
 
-    json.loads keeps neither the lines nor a key that is there twice.
+
+def _what_is_wrong(place: str, wrong: ErrorDetails) -> str:
+    keys = wrong["loc"]
+    schema = Entry.model_json_schema()["properties"][keys[0]] if keys else {"type": "object"}
+    expected = in_words(schema, bounds=True) if len(keys) < 2 else "text"
+    return f"{'.'.join([place, *map(str, keys)])}: expected {expected}, found {excerpt(wrong['input'], EXCERPT)}"
+
+
+def _mistakes(place: str, entry: Entry) -> Iterator[str]:
+    if entry.file_name and re.search(r"^[a-zA-Z][\w+.-]+:/|://|::", entry.file_name):
+        yield f"{place}.file_name: expected a path, found the address {entry.file_name!r}; download it first"
+    if not (entry.file_name or entry.hf_hub_url or REFUSED.keys() & entry.others.keys()):
+        yield f"{place}: expected file_name or hf_hub_url, found neither"
+    if not entry.hf_hub_url and {part.strip().partition("[")[0] for part in entry.split.split("+")} != {"train"}:
+        yield f"{place}.split: expected train or a part of it, such as train[:100], found {entry.split!r}"
+    tags = TAGS[entry.formatting] | entry.tags
+    if same := [tag for tag in tags if list(tags.values()).count(tags[tag]) > 1]:
+        yield f"{place}.tags: {' and '.join(same)} are both {tags[same[0]]!r}"
+
+
+def _refused(place: str, entry: Entry) -> Iterator[str]:
+    for key, given in entry.others.items():
+        if given and key in REFUSED and not (key.endswith("hub_url") and entry.hf_hub_url):
+            yield f"{place}.{key}: the dataset {REFUSED[key]}"
+    if "kto_tag" in entry.columns:
+        yield f"{place}.columns.kto_tag: the dataset holds preference data, which SFT does not read"
+
+
+def _notices(place: str, entry: Entry) -> Iterator[str]:
+    for key in entry.others:
+        if key not in REFUSED:
+            yield f"{place}.{key}: no such key{_nearest(key, [*Entry.model_fields, *REFUSED])}; no effect"
+    if entry.formatting == "alpaca" and entry.columns and not {"prompt", "query"} & entry.columns.keys():
+        yield f"{place}.columns: names neither prompt nor query, so every prompt is empty, as in LLaMA-Factory"
+
+
+def _unknown_names(place: str, entry: Entry) -> Iterator[tuple[str, bool]]:
+    """What `columns` and `tags` hold that the format has not, and whether it looks like a mistake.
+
+    It does if it resembles a key that is not given, and in `columns` if no other key is one of the format's.
+    LLaMA-Factory passes over all of them.
     """
-    decoder = json.JSONDecoder()
-    space = re.compile(r"[\s,:]*")
-    at = text.index("{", start) + 1
-    while text[(at := space.match(text, at).end())] != "}":  # type: ignore[union-attr]
-        line = text.count("\n", 0, at) + 1
-        key, at = decoder.raw_decode(text, at)
-        at = space.match(text, at).end()  # type: ignore[union-attr]
-        value, end = decoder.raw_decode(text, at)
-        yield key, value, at, line
-        at = end
+    for kind, given, table in (("columns", entry.columns, COLUMNS), ("tags", entry.tags, TAGS)):
+        known = table[entry.formatting] or given
+        for key in given:
+            if key in known or key in (*MEDIA, "kto_tag"):
+                continue
+            near = get_close_matches(key, known, n=1)
+            alone = kind == "columns" and not given.keys() & known.keys()
+            other = next((form for form in table if key in table[form]), None)
+            hint = f"; it belongs to formatting {other}" if other else _nearest(key, known)
+            yield (
+                f"{place}.{kind}.{key}: no such key for formatting {entry.formatting}{hint}",
+                alone or (bool(near) and near[0] not in given),
+            )
 
 
-def _nearest(key: str, known: tuple[str, ...]) -> str:
-    nearest = get_close_matches(key, known, n=1)
-    return f"; the nearest is {nearest[0]}" if nearest else f"; there are {', '.join(known)}"
+def _nearest(key: str, known: Iterable[str]) -> str:
+    known = list(known)
+    if nearest := get_close_matches(key, known, n=1):
+        return f"; the nearest is {nearest[0]}"
+    shown = ", ".join(known[:SHOWN]) or "none"
+    return f"; there are {shown}" + (f" and {len(known) - SHOWN:,} more" if len(known) > SHOWN else "")

@@ -254,8 +254,9 @@ class Recipe(EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKeys, ModelKeys
 
     def error(self, key: str, what: str) -> RecipeError:
         """What is wrong with a key, at its place: `recipes/x.yaml:12: lora_target: no such module`."""
-        place = f"{self.path}:{self.source.lines[key]}" if key in self.source.lines else str(self.path)
-        return RecipeError(f"{place}: {key}: {what}")
+        line = f":{self.source.lines[key]}" if key in self.source.lines else ""
+        place = "" if self.path == Path() else f"{self.path}{line}: "
+        return RecipeError(f"{place}{key}: {what}")
 
     def resolved(self) -> dict[str, Any]:
         """Every key as resolved, in plain YAML values; `read_recipe` reads it back to an equal recipe."""

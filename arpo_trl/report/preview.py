@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.encode import Encoder, encode_rows
 from ..data.files import read_dataset
 from ..data.labels import IGNORED
-from ..data.prepare import select_datasets
+from ..data.registry import select_datasets
 from ..data.template import template_of
 from ..data.tokenizer import load_tokenizer
 from ..recipe.keys import Recipe
@@ -24,6 +24,8 @@ TRAINED, MASKED = ("bold green", "green"), ("default", "dim")
 def preview(recipe: Recipe, rows: int) -> None:
     """The first rows token by token, turn by turn: `+` and green are trained, the rest is context."""
     console = Console(highlight=False, soft_wrap=True)
+    for notice in recipe.notices:
+        console.print(notice, markup=False)
     tokenizer = load_tokenizer(recipe)
     console.print("+ (green) is trained, the rest is context; each token is shaded other than its neighbours")
     template = template_of(recipe, tokenizer)

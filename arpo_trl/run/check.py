@@ -27,7 +27,8 @@ from ..report.figures import describe_model, format_seconds, precision
 from ..report.log_file import read_log
 from ..report.summary import describe_device, describe_steps
 from ..run_folder import list_checkpoints
-from .model import freeze, new_adapter
+from .adapters import new_adapter
+from .model import freeze
 from .requirements import check_environment
 from .resume import refuse_output_dir
 from .sft_config import load_model_config, model_init_kwargs, to_sft_config

@@ -14,6 +14,7 @@ from ..report.console import say
 from ..report.figures import describe_evaluation
 from ..report.trainer_log import say_nothing_of_steps
 from .model import load_model
+from .preflight import require_rows_apart
 from .trainer import ArpoTrainer
 
 
@@ -39,6 +40,7 @@ def evaluate_only(recipe: Recipe, args: SFTConfig) -> None:
         processing_class=tokenizer,
     )
     say_nothing_of_steps(trainer)
+    require_rows_apart(recipe, trainer)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     for line in describe_evaluation(metrics):

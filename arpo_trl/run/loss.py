@@ -26,11 +26,11 @@ def score_labelled_positions_only(model: PreTrainedModel) -> None:
     passes (trl 1.16, trl/trainer/utils.py: `compact = _use_triton(...)`). The loss is the same to float rounding. To
     be dropped when TRL scores labelled positions everywhere.
 
-    The forward of a model with scaled or soft-capped logits, or with experts, is left to TRL.
+    The forward of a model with scaled or soft-capped logits, or with a balancing loss, is left to TRL.
     """
     config = model.config.get_text_config()
     scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    if any(getattr(config, name, None) for name in scales) or hasattr(config, "output_router_logits"):
+    if any(getattr(config, name, None) for name in scales) or getattr(config, "output_router_logits", False):
         return
     trl_forward = model.forward
 

@@ -1,32 +1,17 @@
-"""The model as the recipe wants it: its dtype, what of it is trained, its adapters, and LoRA+'s optimizer.
-
-An adapter is worth nothing without the base that it was trained on. Two kinds of recipe change that base in memory, so
-each leaves the run's folder with what makes its adapter usable: earlier adapters merged into the base (the merged base
-is saved beside the new adapter, which names it), and PiSSA (the adapter is turned into plain LoRA when the run ends).
-"""
+"""The model as the recipe wants it: its dtype, and what of it is trained. Adapters are adapters.py's."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from peft import PeftModel, get_peft_model
-from peft.optimizers import create_loraplus_optimizer
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments, set_seed
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 
 from ..recipe.keys import Recipe
-from .sft_config import load_model_config, model_init_kwargs, to_lora_config, to_quantization_config
-
-MERGED_BASE = "merged_base"
-PISSA_START = "pissa_start"
+from .adapters import with_adapter
+from .sft_config import load_model_config, model_init_kwargs, rope_is_ignored, to_quantization_config
 
 
 def load_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, torch.dtype | None]:
@@ -38,7 +23,7 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, torch.dtype
     set_seed(recipe.seed)  # Trainer's own comes after the adapter has been drawn
     model, file_dtype = _load_base(recipe)
     if recipe.finetuning_type == "lora":
-        return _with_adapter(recipe, model), None
+        return with_adapter(recipe, model), None
     if recipe.finetuning_type == "freeze":
         freeze(recipe, model)
     return model, file_dtype
@@ -49,14 +34,43 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
     kwargs = model_init_kwargs(recipe)
     name = recipe.model_name_or_path
     try:
-        file_dtype = getattr(load_model_config(recipe), "dtype", None)
+        config = load_model_config(recipe)
         quantization = to_quantization_config(recipe)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **kwargs)
-    except (OSError, ValueError) as error:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            name, quantization_config=quantization, output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise recipe.error(
-            "model_name_or_path", f"{name} could not be loaded: {str(error).splitlines()[0]}"
+            "model_name_or_path", f"{name} could not be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
-    return model, file_dtype
+    model: PreTrainedModel
+    model, loaded = found
+    for keys in ("missing_keys", "unexpected_keys"):
+        if loaded[keys]:
+            raise recipe.error(
+                "model_name_or_path",
+                f"{name}: its weights do not fit its config.json: {len(loaded[keys])} {keys.replace('_', ' ')}, "
+                f"{min(loaded[keys])} first; expected the files of one {model.config.model_type} model",
+            )
+    types = [getattr(module, "rope_type", None) for module in model.modules()]
+    if "rope_parameters" in kwargs and recipe.rope_scaling not in types:
+        raise rope_is_ignored(recipe, model.config)
+    _settle_balancing_loss(recipe, model.config.get_text_config())
+    return model, getattr(config, "dtype", None)
+
+
+def _settle_balancing_loss(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Refuse a mixture's balancing loss where there is no mixture; else name its experts as TRL asks for them."""
+    if not recipe.moe_aux_loss_coef:
+        return
+    if not hasattr(config, "output_router_logits"):
+        raise recipe.error(
+            "moe_aux_loss_coef", f"{config.model_type} has no router whose loss could be added; remove the line"
+        )
+    if not hasattr(config, "num_experts"):  # Granite's and Phi's mixtures: trl 1.16, add_fused_lm_head
+        config.num_experts = config.num_local_experts
 
 
 # --- some layers ---
@@ -97,125 +111,3 @@ def freeze(recipe: Recipe, model: PreTrainedModel) -> None:
         )
     if recipe.use_reentrant_gc:
         model.enable_input_require_grads()  # a reentrant checkpoint has no gradient where its input has none
-
-
-# --- adapters ---
-
-
-def _with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
-    """The model under the adapter that is trained.
-
-    As in LLaMA-Factory: of `adapter_name_or_path` the last is trained on, those before it are merged into the base;
-    `create_new_adapter` merges them all.
-    """
-    adapters = recipe.adapter_name_or_path
-    to_merge = adapters if recipe.create_new_adapter else adapters[:-1]
-    _check_adapters(recipe, to_merge)
-    base_name = recipe.model_name_or_path
-    for adapter in to_merge:
-        model = _load_adapter(recipe, model, adapter, is_trainable=False).merge_and_unload(safe_merge=True)
-    if to_merge and recipe.do_train:
-        base_name = str(Path(recipe.output_dir) / MERGED_BASE)
-        if PartialState().is_main_process:
-            model.save_pretrained(base_name)
-    goes_on = adapters != to_merge  # with the last one
-    if goes_on:
-        peft_model = _load_adapter(recipe, model, adapters[-1], is_trainable=True)
-    else:
-        peft_model = new_adapter(recipe, model)
-    peft_model.peft_config["default"].base_model_name_or_path = base_name
-    if _starts_from_pissa(peft_model) and recipe.do_train and PartialState().is_main_process:
-        _save_pissa_start(peft_model, Path(recipe.output_dir) / PISSA_START)
-    return peft_model
-
-
-def new_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
-    """The model under an untrained adapter. Raises RecipeError for modules that it does not have."""
-    try:
-        return get_peft_model(model, to_lora_config(recipe, tied=model.config.tie_word_embeddings))
-    except ValueError as error:
-        raise recipe.error("lora_target", str(error).splitlines()[0]) from error
-
-
-def _check_adapters(recipe: Recipe, to_merge: list[str]) -> None:
-    split = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
-    base = "a base that FSDP or DeepSpeed splits" if split else "a quantized base" if recipe.quantization_bit else ""
-    if to_merge and base:
-        raise recipe.error(
-            "adapter_name_or_path",
-            f"{to_merge[0]} can't be merged into {base}; merge it first "
-            f"(python scripts/merge_lora.py {to_merge[0]} OUT) and name OUT in model_name_or_path",
-        )
-    beside = {"use_dora": recipe.use_dora, "additional_target": recipe.additional_target, "FSDP or DeepSpeed": split}
-    if recipe.pissa_init and any(beside.values()):
-        names = ", ".join(name for name, given in beside.items() if given)
-        raise recipe.error("pissa_init", f"can't become plain LoRA at the end with {names}; remove one")
-
-
-def _load_adapter(recipe: Recipe, model: PreTrainedModel, adapter: str, is_trainable: bool) -> PeftModel:
-    try:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise recipe.error("adapter_name_or_path", f"{adapter} could not be loaded: {reason}") from error
-
-
-def keep_adapter_in_float32(model: PreTrainedModel | PeftModel) -> None:
-    """Undo TRL's cast of a quantized model's adapter to bfloat16 and PEFT's copies of whole modules in the base's dtype.
-
-    In bfloat16 a step below 1/256 of a weight rounds to nothing, also in an adapter. ZeRO-3 alone needs one dtype
-    (https://github.com/huggingface/trl/issues/6089).
-    """
-    if not isinstance(model, PeftModel) or is_deepspeed_zero3_enabled():
-        return
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-# --- PiSSA (https://arxiv.org/abs/2404.02948) ---
-# It moves the weight's principal part W0 = B0 A0 into the adapter and leaves W - W0 as the base. What was learnt is
-# B A - B0 A0: plain LoRA of twice the rank, for the base as it was. Checkpoints keep B and A, so that a resume is exact.
-
-
-def _starts_from_pissa(model: PeftModel) -> bool:
-    return str(getattr(model.peft_config["default"], "init_lora_weights", None)).startswith("pissa")
-
-
-def _save_pissa_start(model: PeftModel, folder: Path) -> None:
-    """Keep B0 and A0, as an adapter that PEFT can subtract: one that says nothing of PiSSA."""
-    config: Any = model.peft_config["default"]
-    start, config.init_lora_weights = config.init_lora_weights, True
-    model.save_pretrained(str(folder))
-    config.init_lora_weights = start
-
-
-def turn_pissa_into_lora(model: Any, output_dir: Path) -> None:
-    """Replace the saved PiSSA adapter in `output_dir` by its plain LoRA; leave any other as it is."""
-    if isinstance(model, PeftModel) and _starts_from_pissa(model):
-        start = output_dir / PISSA_START
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # PEFT's advice is to do just this
-            model.save_pretrained(str(output_dir), path_initial_model_for_weight_conversion=str(start))
-        shutil.rmtree(start)
-
-
-# --- LoRA+ (https://arxiv.org/abs/2402.12354) ---
-
-
-def to_optimizer(recipe: Recipe, args: TrainingArguments) -> tuple[Callable[[], Any], dict[str, Any]] | None:
-    """LoRA+, in the form that Trainer takes a factory of optimizers; None where `optim` alone decides."""
-    if recipe.loraplus_lr_ratio is None:
-        return None
-
-    def create(model: PeftModel) -> torch.optim.Optimizer:
-        optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-        kwargs |= {
-            "loraplus_lr_ratio": recipe.loraplus_lr_ratio,
-            "loraplus_lr_embedding": recipe.loraplus_lr_embedding,
-            "loraplus_weight_decay": args.weight_decay,
-        }
-        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(model, optimizer_cls, **kwargs)
-        return optimizer
-
-    return lambda: create, {}

@@ -62,7 +62,8 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
         "activation_checkpointing": bool(recipe.gradient_checkpointing),
         "gradient_checkpointing": None,  # TRL's default, True, would be answered with a FutureWarning
         "use_liger_kernel": recipe.enable_liger_kernel,
-        "router_aux_loss_coef": recipe.moe_aux_loss_coef,
+        # without the key TRL would add the loss of the model's own config
+        "router_aux_loss_coef": recipe.moe_aux_loss_coef or 0.0,
         "dataset_num_proc": recipe.preprocessing_num_workers,
         "loss_type": "dft" if recipe.use_dft_loss else "nll",
         "train_sampling_strategy": (
@@ -229,13 +230,29 @@ def _rope(recipe: Recipe) -> dict[str, Any]:
     if recipe.rope_scaling is None:
         return {}
     config = load_model_config(recipe)
-    length = config.max_position_embeddings
+    given = getattr(config, "rope_parameters", None)
+    length = getattr(config, "max_position_embeddings", None)
+    if not given or not length or any(isinstance(value, dict) for value in given.values()):
+        raise rope_is_ignored(recipe, config)
     if recipe.cutoff_len <= length:
         return {}
     factor = math.ceil(recipe.cutoff_len / length)
-    rope = {**config.rope_parameters, "rope_type": recipe.rope_scaling, "factor": float(factor)}
+    rope = {**given, "rope_type": recipe.rope_scaling, "factor": float(factor)}
     if recipe.rope_scaling != "linear":
         rope["original_max_position_embeddings"] = length
     if recipe.rope_scaling == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     return {"rope_parameters": rope, "max_position_embeddings": length * factor}
+
+
+def rope_is_ignored(recipe: Recipe, config: PreTrainedConfig) -> RecipeError:
+    """For models without rotary positions, and for those with a set of them for each type of layer (Gemma 3)."""
+    return recipe.error(
+        "rope_scaling",
+        f"{config.model_type} does not read one rope_type for all its layers; remove the line"
+        + (
+            f" and write cutoff_len: {limit} or less"
+            if (limit := getattr(config, "max_position_embeddings", 0))
+            else ""
+        ),
+    )

@@ -26,9 +26,10 @@ from ..report.tracker_steps import log_by_step
 from ..report.trackers import finish_trackers, start_trackers
 from ..report.trainer_log import show_progress
 from ..run_folder import match_umask
+from .adapters import keep_adapter_in_float32, to_optimizer, turn_pissa_into_lora
 from .evaluate import eval_datasets, evaluate_only
-from .model import keep_adapter_in_float32, load_model, to_optimizer, turn_pissa_into_lora
-from .preflight import Preflight
+from .model import load_model
+from .preflight import PackingCheck, Preflight
 from .requirements import check_environment
 from .resume import clear_earlier_run, find_resume_point
 from .sft_config import to_sft_config
@@ -90,6 +91,7 @@ def train(recipe: Recipe) -> int:
         trainer.add_callback(StartReport(recipe, data, trainer, checkpoint))
         show_progress(trainer, recipe.plot_loss)
         log_by_step(trainer)
+        trainer.add_callback(PackingCheck(recipe, trainer))
         if recipe.preflight:
             trainer.add_callback(Preflight(trainer, choose_checkpointing=recipe.gradient_checkpointing == "auto"))
 

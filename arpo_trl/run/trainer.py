@@ -41,7 +41,11 @@ class ArpoTrainer(SFTTrainer):
     """
 
     def __init__(self, *, rows: Dataset | None = None, on_save_error: str = "stop", **kwargs: Any) -> None:
+        text_config = kwargs["model"].config.get_text_config()
+        coefficient = getattr(text_config, "router_aux_loss_coef", None)
         super().__init__(**kwargs)
+        if coefficient is not None and not self.aux_loss_enabled:
+            text_config.router_aux_loss_coef = coefficient  # TRL writes 0 where the recipe asks for no such loss
         self.rows = rows
         self.on_save_error = on_save_error
         self.trained_tokens = 0

@@ -309,7 +309,8 @@ def test_half_a_surrogate_pair_is_refused(template: Template) -> None:
 
 
 def test_objects_of_any_shape_reach_the_prompt_without_nulls(template: Template) -> None:
-    info = DatasetInfo("d", "", "sharegpt", columns=COLUMNS["sharegpt"], tags=TAGS["sharegpt"])
+    columns = {key: column or key for key, column in COLUMNS["sharegpt"].items()}
+    info = DatasetInfo("d", "", "sharegpt", columns=columns, tags=TAGS["sharegpt"])
     turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
     tools: list[Any] = [{"name": "f", "parameters": {"x": {"enum": [1, "a", None]}}}, {"name": "g", "strict": True}]
     for given_tools in (tools, json.dumps(tools)):

@@ -14,9 +14,9 @@ TOOL_CALL = {"type": "function", "function": CALL}
 
 
 def info(formatting: str, **changes: Any) -> DatasetInfo:
-    return DatasetInfo(
-        "d", "dataset_info.json:1", formatting, columns=COLUMNS[formatting], tags=TAGS[formatting], **changes
-    )
+    """A dataset that names every column of its format."""
+    columns = {key: column or key for key, column in COLUMNS[formatting].items()}
+    return DatasetInfo("d", "dataset_info.json:1", formatting, columns=columns, tags=TAGS[formatting], **changes)
 
 
 def sharegpt(*turns: dict[str, Any], **row: Any) -> Conversation:

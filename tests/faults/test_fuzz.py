@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from arpo_trl.__main__ import main
-from arpo_trl.data.files import READERS, excerpt, read_rows
+from arpo_trl.data.files import READERS, read_rows
 from arpo_trl.data.messages import to_conversation
 from arpo_trl.data.prepare import prepare_datasets
 from arpo_trl.data.registry import DatasetInfo, read_registry
+from arpo_trl.data.strict_json import excerpt
 from arpo_trl.errors import RecipeError, RowError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import keys

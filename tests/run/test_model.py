@@ -12,13 +12,14 @@ import torch
 from datasets import Dataset
 from merge_lora import merge
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe, read_recipe
+from arpo_trl.run.adapters import keep_adapter_in_float32, to_optimizer, turn_pissa_into_lora
 from arpo_trl.run.checkpoints import find_damage, newest_whole_checkpoint
-from arpo_trl.run.model import keep_adapter_in_float32, load_model, to_optimizer, turn_pissa_into_lora
+from arpo_trl.run.model import load_model
 from arpo_trl.run.sft_config import to_sft_config
 from arpo_trl.run.trainer import ArpoTrainer
 
@@ -278,7 +279,15 @@ def test_a_quantized_base_carries_a_float32_adapter(bits: int, tmp_path: Path, t
     [
         ({"model_name_or_path": "/nowhere/model"}, "model_name_or_path: /nowhere/model could not be loaded"),
         ({"adapter_name_or_path": "/nowhere/a"}, "adapter_name_or_path: /nowhere/a could not be loaded"),
-        ({"lora_target": "q_projj"}, "lora_target: Target modules {'q_projj'} not found in the base model"),
+        (
+            {"lora_target": "q_proj,v_porj"},
+            "lora_target: no module v_porj; there are down_proj, embed_tokens, gate_proj, k_proj, o_proj, q_proj,",
+        ),
+        (
+            {"additional_target": "norm,embed_tokn"},
+            "additional_target: no module embed_tokn; there are down_proj, emb",
+        ),
+        ({"moe_aux_loss_coef": 0.1}, "moe_aux_loss_coef: qwen2 has no router whose loss could be added; remove"),
         ({"quantization_bit": 4, "adapter_name_or_path": "/a,/b"}, "/a can't be merged into a quantized base"),
         (
             {"finetuning_type": "freeze", "freeze_trainable_modules": "mlpp"},
@@ -312,6 +321,55 @@ def test_a_base_that_another_program_quantized_is_refused(method: str, tmp_path:
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(RecipeError, match=f"model_name_or_path: .* is quantized with {method.upper()}, which is not"):
         load_model(recipe(tmp_path / "run", model))
+
+
+def rename(file: Path, kept: str, prefix: str = "") -> None:
+    """Keep the tensors whose name contains `kept`, under their names with `prefix` before."""
+    save_file({prefix + name: t for name, t in load_file(file).items() if kept in name}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("kept", "prefix", "layers", "words"),
+    [
+        ("", "base_model.model.", 2, "27 missing keys, lm_head.weight first"),  # of a merge gone wrong
+        ("layers.0", "", 2, "15 missing keys, lm_head.weight first"),
+        ("", "", 1, "12 unexpected keys, model.layers.1.input_layernorm.weight first"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(
+    kept: str, prefix: str, layers: int, words: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    """They would be drawn anew, or left out, with a line of transformers' that nobody reads."""
+    shutil.copytree(tiny_model, tmp_path / "base")
+    rename(tmp_path / "base" / "model.safetensors", kept, prefix)
+    config = tmp_path / "base" / "config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
+    config.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(RecipeError, match=f"weights do not fit its config.json: {words}; expected the files of one"):
+        load_model(recipe(tmp_path / "run", tmp_path / "base"))
+
+
+@pytest.mark.parametrize(
+    ("kept", "prefix", "words"),
+    [("layers.1", "", "Found missing adapter keys"), ("", "model.", "Found missing adapter keys")],
+)
+def test_an_adapter_that_lacks_modules_is_refused(
+    kept: str, prefix: str, words: str, tmp_path: Path, tiny_model: Path, adapters: list[Path]
+) -> None:
+    shutil.copytree(adapters[0], tmp_path / "adapter")
+    rename(tmp_path / "adapter" / "adapter_model.safetensors", kept, prefix)
+    with pytest.raises(RecipeError, match=rf"adapter_name_or_path: \S+ could not be loaded: {words}"):
+        load_model(recipe(tmp_path / "run", tiny_model, adapter_name_or_path=str(tmp_path / "adapter")))
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(tmp_path: Path, tiny_model: Path, adapters: list[Path]) -> None:
+    shutil.copytree(adapters[0], tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    deeper = {name.replace("layers.1", "layers.2"): tensor for name, tensor in load_file(file).items()}
+    save_file(load_file(file) | deeper, file, {"format": "pt"})
+    with pytest.raises(RecipeError, match=r"does not fit the model, which has no module for \S+layers\.2\."):
+        load_model(recipe(tmp_path / "run", tiny_model, adapter_name_or_path=str(tmp_path / "adapter")))
 
 
 # --- large models ---

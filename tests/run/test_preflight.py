@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).with_name("faults")))
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from runs import differing, log_without_times, make_rows, make_trainer, train
 
 from arpo_trl.run import preflight

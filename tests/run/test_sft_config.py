@@ -14,7 +14,7 @@ from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe
 from arpo_trl.recipe.keys import keys
 from arpo_trl.run import sft_config as trl_config
-from arpo_trl.run.model import new_adapter
+from arpo_trl.run.adapters import new_adapter
 from arpo_trl.run.sft_config import model_init_kwargs, to_lora_config, to_quantization_config, to_sft_config
 
 

@@ -1,0 +1,167 @@
+"""What belongs to LoRA: the adapter that is trained, the earlier ones under it, PiSSA, and LoRA+'s optimizer.
+
+An adapter is worth nothing without the base that it was trained on. Two kinds of recipe change that base in memory, so
+each leaves the run's folder with what makes its adapter usable: earlier adapters merged into the base (the merged base
+is saved beside the new adapter, which names it), and PiSSA (the adapter is turned into plain LoRA when the run ends).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
+from peft.utils import load_peft_weights
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from ..recipe.keys import Recipe
+from .sft_config import to_lora_config
+
+MERGED_BASE = "merged_base"
+PISSA_START = "pissa_start"
+
+
+def with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
+    """The model under the adapter that is trained.
+
+    As in LLaMA-Factory: of `adapter_name_or_path` the last is trained on, those before it are merged into the base;
+    `create_new_adapter` merges them all.
+    """
+    adapters = recipe.adapter_name_or_path
+    to_merge = adapters if recipe.create_new_adapter else adapters[:-1]
+    _check_adapters(recipe, to_merge)
+    base_name = recipe.model_name_or_path
+    for adapter in to_merge:
+        model = _load_adapter(recipe, model, adapter, is_trainable=False).merge_and_unload(safe_merge=True)
+    if to_merge and recipe.do_train:
+        base_name = str(Path(recipe.output_dir) / MERGED_BASE)
+        if PartialState().is_main_process:
+            model.save_pretrained(base_name)
+    goes_on = adapters != to_merge  # with the last one
+    if goes_on:
+        peft_model = _load_adapter(recipe, model, adapters[-1], is_trainable=True)
+    else:
+        peft_model = new_adapter(recipe, model)
+    peft_model.peft_config["default"].base_model_name_or_path = base_name
+    if _starts_from_pissa(peft_model) and recipe.do_train and PartialState().is_main_process:
+        _save_pissa_start(peft_model, Path(recipe.output_dir) / PISSA_START)
+    return peft_model
+
+
+def new_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
+    """The model under an untrained adapter. Raises RecipeError for modules that it does not have."""
+    names = [f".{name}" for name, _ in model.named_modules()]
+    for key, wanted in (("lora_target", recipe.lora_target), ("additional_target", recipe.additional_target)):
+        if unknown := [one for one in wanted if one != "all" and not any(name.endswith(f".{one}") for name in names)]:
+            weights = model.named_parameters()
+            there = {name.split(".")[-2] for name, weight in weights if weight.ndim > 1 or key == "additional_target"}
+            raise recipe.error(key, f"no module {unknown[0]}; there are {', '.join(sorted(there))}")
+    try:
+        return get_peft_model(model, to_lora_config(recipe, tied=model.config.tie_word_embeddings))
+    except ValueError as error:
+        raise recipe.error("lora_target", str(error).splitlines()[0]) from error
+
+
+def _check_adapters(recipe: Recipe, to_merge: list[str]) -> None:
+    split = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    base = "a base that FSDP or DeepSpeed splits" if split else "a quantized base" if recipe.quantization_bit else ""
+    if to_merge and base:
+        raise recipe.error(
+            "adapter_name_or_path",
+            f"{to_merge[0]} can't be merged into {base}; merge it first "
+            f"(python scripts/merge_lora.py {to_merge[0]} OUT) and name OUT in model_name_or_path",
+        )
+    beside = {"use_dora": recipe.use_dora, "additional_target": recipe.additional_target, "FSDP or DeepSpeed": split}
+    if recipe.pissa_init and any(beside.values()):
+        names = ", ".join(name for name, given in beside.items() if given)
+        raise recipe.error("pissa_init", f"can't become plain LoRA at the end with {names}; remove one")
+
+
+def _load_adapter(recipe: Recipe, model: PreTrainedModel, adapter: str, is_trainable: bool) -> PeftModel:
+    """The model under an adapter of an earlier run.
+
+    PEFT 0.21 warns of what the adapter lacks and trains that anew; of what the model lacks it says nothing
+    (https://github.com/huggingface/peft/issues/2699).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*missing adapter keys")
+            peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+            saved = {name for name in load_peft_weights(adapter, device="cpu") if ".lora_" in name}
+    except (OSError, ValueError, RuntimeError, UserWarning) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise recipe.error("adapter_name_or_path", f"{adapter} could not be loaded: {reason}") from error
+    if extra := saved - get_peft_model_state_dict(peft_model).keys():
+        raise recipe.error(
+            "adapter_name_or_path", f"{adapter} does not fit the model, which has no module for {min(extra)}"
+        )
+    return peft_model
+
+
+def keep_adapter_in_float32(model: PreTrainedModel | PeftModel) -> None:
+    """Undo TRL's cast of a quantized model's adapter to bfloat16 and PEFT's copies of whole modules in the base's dtype.
+
+    In bfloat16 a step below 1/256 of a weight rounds to nothing, also in an adapter. ZeRO-3 alone needs one dtype
+    (https://github.com/huggingface/trl/issues/6089).
+    """
+    if not isinstance(model, PeftModel) or is_deepspeed_zero3_enabled():
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+# --- PiSSA (https://arxiv.org/abs/2404.02948) ---
+# It moves the weight's principal part W0 = B0 A0 into the adapter and leaves W - W0 as the base. What was learnt is
+# B A - B0 A0: plain LoRA of twice the rank, for the base as it was. Checkpoints keep B and A, so that a resume is exact.
+
+
+def _starts_from_pissa(model: PeftModel) -> bool:
+    return str(getattr(model.peft_config["default"], "init_lora_weights", None)).startswith("pissa")
+
+
+def _save_pissa_start(model: PeftModel, folder: Path) -> None:
+    """Keep B0 and A0, as an adapter that PEFT can subtract: one that says nothing of PiSSA."""
+    config: Any = model.peft_config["default"]
+    start, config.init_lora_weights = config.init_lora_weights, True
+    model.save_pretrained(str(folder))
+    config.init_lora_weights = start
+
+
+def turn_pissa_into_lora(model: Any, output_dir: Path) -> None:
+    """Replace the saved PiSSA adapter in `output_dir` by its plain LoRA; leave any other as it is."""
+    if isinstance(model, PeftModel) and _starts_from_pissa(model):
+        start = output_dir / PISSA_START
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # PEFT's advice is to do just this
+            model.save_pretrained(str(output_dir), path_initial_model_for_weight_conversion=str(start))
+        shutil.rmtree(start)
+
+
+# --- LoRA+ (https://arxiv.org/abs/2402.12354) ---
+
+
+def to_optimizer(recipe: Recipe, args: TrainingArguments) -> tuple[Callable[[], Any], dict[str, Any]] | None:
+    """LoRA+, in the form that Trainer takes a factory of optimizers; None where `optim` alone decides."""
+    if recipe.loraplus_lr_ratio is None:
+        return None
+
+    def create(model: PeftModel) -> torch.optim.Optimizer:
+        optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+        kwargs |= {
+            "loraplus_lr_ratio": recipe.loraplus_lr_ratio,
+            "loraplus_lr_embedding": recipe.loraplus_lr_embedding,
+            "loraplus_weight_decay": args.weight_decay,
+        }
+        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(model, optimizer_cls, **kwargs)
+        return optimizer
+
+    return lambda: create, {}

@@ -1,0 +1,54 @@
+"""JSON as RFC 8259 has it, and excerpts of anything as JSON."""
+
+import json
+from datetime import date
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from arpo_trl.data import strict_json
+from arpo_trl.data.strict_json import excerpt, parse_json
+from arpo_trl.errors import RowError
+
+NOT_JSON = {
+    "NaN": "not JSON (NaN is no JSON value)",
+    '{"a": [-Infinity]}': "not JSON (-Infinity is no JSON value)",
+    "1e400": "not JSON that can be read (the number 1e400 is too large)",
+    '[{"a": -1.5E+999}]': "not JSON that can be read (the number -1.5E+999 is too large)",
+    '{"a": 1, "b": {"c": 1, "c": 1}}': "not JSON that can be read (an object has the key 'c' twice)",
+    '{"a": "\x01"}': 'not JSON (Invalid control character at column 8): \'{"a": "\\x01"}\'',
+    "": "not JSON (Expecting value at column 1): ''",
+    "{}\n{": "not JSON (Extra data at column 3): '{}\\n{'",
+    "{\n1}": "not JSON (Expecting property name enclosed in double quotes at line 2, column 1): '{\\n1}'",
+}
+
+
+@pytest.mark.parametrize("text", NOT_JSON)
+def test_what_python_reads_and_json_does_not_have_is_refused(text: str) -> None:
+    with pytest.raises(RowError) as error:
+        parse_json(text)
+    assert str(error.value) == NOT_JSON[text]
+
+
+def test_what_json_has_is_read_as_it_is() -> None:
+    text = (
+        '\t{"a": [1, -0, 1e2, 1.5, true, null, "\\u0000\\ud83d\\ude00", 123456789012345678901234567890], "": {}}\r\n'
+    )
+    assert parse_json(text) == json.loads(text)
+
+
+def test_an_excerpt_is_json_of_anything_and_reads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {"a": [1, None, True, "é"], "b": {}, "c": []}
+    assert excerpt(value, 1000) == json.dumps(value, ensure_ascii=False)
+    assert excerpt(value, 9) == json.dumps(value)[:9]
+    strange = [date(2026, 1, 2), b"\xff" * 999, Decimal("1.5"), {1: 2}, {(1, 2): 3}]
+    assert excerpt(strange, 60) == """["datetime.date(2026, 1, 2)", "b'""" + "\\\\xff" * 5 + "\\\\"
+    deep: list[Any] = []
+    for _ in range(10**5):
+        deep = [deep]
+    assert excerpt(deep, 50) == "[" * 50
+    lengths: list[int] = []
+    monkeypatch.setattr(strict_json.json, "dumps", lambda value, **_: lengths.append(len(value)) or '"')
+    excerpt(["x" * (1 << 20)] * (1 << 20), 160)
+    assert max(lengths) <= 160 and len(lengths) <= 160
