@@ -15,7 +15,20 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from ..errors import RecipeError
 from .llamafactory import NO_EFFECT, REFUSED, RENAMED
 from .sft_fields import sft_fields
-from .types import Count, Location, Locations, Names, Number, Numbers, Seed, Stage, TemplateName, Trackers, Whole
+from .types import (
+    Count,
+    Location,
+    Locations,
+    Metrics,
+    Names,
+    Number,
+    Numbers,
+    Seed,
+    Stage,
+    TemplateName,
+    Trackers,
+    Whole,
+)
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
 
@@ -216,6 +229,28 @@ class EvalKeys(BaseModel):
     compute_accuracy: bool = _key(False, "Token accuracy; it is always logged.")
 
 
+class PredictKeys(BaseModel):
+    model_config = _CONFIG
+
+    do_predict: bool = _key(False, "Generate the replies of eval_dataset or val_size at the end, and score them.")
+    predict_with_generate: bool = _key(False, "The same as do_predict here.", "do_predict")
+    predict_metrics: Metrics = _key([], "Overlap with the labels to count beside the scores: rouge, bleu.")
+    predict_during_eval: Count | None = _key(
+        None, "Held-out rows whose replies are generated and scored at each evaluation.", unit="rows"
+    )
+    max_new_tokens: Count = _key(1024, "Longest generated reply.", "generate(max_new_tokens)", "tokens")
+    do_sample: bool | None = _key(
+        None, "Draw each token; if omitted, where temperature, top_p or top_k is given.", "generate(do_sample)"
+    )
+    temperature: Number = _key(0.95, "Sampling: how flat the distribution is.", "generate(temperature)", gt=0)
+    top_p: Number = _key(0.7, "Sampling: share of probability drawn from.", "generate(top_p)", gt=0, le=1)
+    top_k: Whole = _key(50, "Sampling: likeliest tokens drawn from; 0 is all.", "generate(top_k)", ge=0)
+    num_beams: Count = _key(1, "Beams of a search; 1 is none.", "generate(num_beams)")
+    repetition_penalty: Number = _key(1.0, "Above 1: repeats are less likely.", "generate(repetition_penalty)", gt=0)
+    length_penalty: Number = _key(1.0, "Beams: above 0 favours long replies.", "generate(length_penalty)")
+    skip_special_tokens: bool = _key(True, "Leave special tokens out of generated_predictions.jsonl.")
+
+
 COMMAND_LINE = Path("command line")  # the path of a recipe that no file holds
 
 
@@ -233,7 +268,7 @@ class Source:
     trl: dict[str, Any] = field(default_factory=dict)
 
 
-class Recipe(EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKeys, ModelKeys):
+class Recipe(PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKeys, ModelKeys):
     """One run, as resolved."""
 
     model_config = _CONFIG
@@ -292,7 +327,7 @@ def keys() -> dict[str, Key]:
     """Every key that a recipe can have with effect, in the order of the groups."""
     table = {}
     schemas = Recipe.model_json_schema()["properties"]
-    for group in (ModelKeys, MethodKeys, DatasetKeys, OutputKeys, TrainKeys, EvalKeys):
+    for group in (ModelKeys, MethodKeys, DatasetKeys, OutputKeys, TrainKeys, EvalKeys, PredictKeys):
         for name, known in group.model_fields.items():
             schema = schemas[name]
             same = "same" if name in sft_fields else "ours"

@@ -25,9 +25,9 @@ RENAMED = {
 }
 
 _NO_EFFECT = {
-    "generation happens after training, in the program that serves the model": """
-        do_sample temperature top_p top_k num_beams max_new_tokens repetition_penalty length_penalty
-        skip_special_tokens eval_num_beams generation_max_length generation_num_beams generation_config
+    "max_new_tokens, num_beams and the other keys of their own say how replies are generated": """
+        eval_num_beams generation_max_length generation_num_beams generation_config""",
+    "transformers generates the replies, with its cache, in the dtype of the saved model": """
         infer_backend infer_dtype use_kv_cache offload_folder""",
     "export is a step of its own (scripts/merge_lora.py)": """
         export_dir export_size export_device export_legacy_format export_hub_model_id export_quantization_bit
@@ -78,8 +78,6 @@ _REFUSED = {
     "it belongs to stage ppo, which TRL no longer has; its GRPOTrainer and RLOOTrainer are for reinforcement learning": """
         ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards reward_model reward_model_adapters
         reward_model_quantization_bit reward_model_type""",
-    "replies are not generated during training; set do_eval: true for the loss, generate with the saved model": """
-        do_predict predict_with_generate""",
     "it belongs to an inference server; start that with the saved model": """
         vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen
         sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend""",

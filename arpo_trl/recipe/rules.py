@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from .keys import Recipe
+from .keys import PredictKeys, Recipe
 from .template_names import describe_template_name
 
 
@@ -35,6 +35,13 @@ def resolve(recipe: Recipe) -> Recipe:
         lines.append("report_to: wandb is left out, since WANDB_DISABLED is set")
     if line := describe_template_name(recipe.template):
         lines.append(line)
+    settled["do_predict"] = settled["predict_with_generate"] = recipe.do_predict or recipe.predict_with_generate
+    defaults = {key: field.default for key, field in PredictKeys.model_fields.items() if "predict" not in key}
+    unused = [key for key, default in defaults.items() if getattr(recipe, key) not in (default, False)]
+    if unused and not settled["do_predict"] and not recipe.predict_during_eval:
+        lines.append(f"{', '.join(unused)}: no effect; do_predict and predict_during_eval generate replies")
+    sampled = any(given(recipe, key) for key in ("temperature", "top_p", "top_k"))
+    settled["do_sample"] = sampled if recipe.do_sample is None else recipe.do_sample
     if recipe.trust_remote_code:
         lines.append("trust_remote_code: the model's own code runs if transformers has none for its architecture")
     if recipe.pure_bf16:
@@ -89,13 +96,22 @@ def _evaluates(recipe: Recipe) -> bool:
     return recipe.do_eval or recipe.eval_strategy != "no"
 
 
+def _has_no_eval_rows(recipe: Recipe) -> bool:
+    return not recipe.val_size and not recipe.eval_dataset
+
+
 def _evaluates_on_nothing(recipe: Recipe) -> bool:
-    return _evaluates(recipe) and not recipe.val_size and not recipe.eval_dataset
+    return _evaluates(recipe) and _has_no_eval_rows(recipe)
 
 
 def _stops_early_unseen(recipe: Recipe) -> bool:
     watched = recipe.load_best_model_at_end or recipe.trl.get("metric_for_best_model")
     return bool(recipe.early_stopping_steps and (recipe.eval_strategy == "no" or not watched))
+
+
+def _lacks_metric_packages(recipe: Recipe) -> bool:
+    packages = ("rouge_score", "sacrebleu")
+    return bool(recipe.predict_metrics) and any(importlib.util.find_spec(package) is None for package in packages)
 
 
 def _keeps_and_drops_activations(recipe: Recipe) -> bool:
@@ -106,13 +122,17 @@ def _keeps_and_drops_activations(recipe: Recipe) -> bool:
 # The key whose line is named, when it is wrong, and what to do. One rule a line.
 # fmt: off
 RULES: list[tuple[str, Callable[[Recipe], Any], str]] = [
-    ("do_train", lambda r: not r.do_train and not r.do_eval, "nothing to do; set do_train: true"),
+    ("do_train", lambda r: not r.do_train and not r.do_eval and not r.do_predict and not r.predict_with_generate, "nothing to do; set do_train: true"),
     ("dataset", lambda r: r.do_train and not r.dataset, "do_train needs at least one name of dataset_info.json"),
     ("val_size", lambda r: r.val_size and not r.dataset, "holds out rows of dataset, which names none"),
     ("val_size", lambda r: r.val_size and r.eval_dataset, "eval_dataset is there too; keep one"),
     ("val_size", lambda r: r.streaming and 0 < r.val_size < 1, "with streaming, expected a whole number of rows"),
     ("do_eval", lambda r: r.do_eval and _evaluates_on_nothing(r), "nothing to evaluate on; set eval_dataset or val_size"),
     ("eval_strategy", lambda r: not r.do_eval and _evaluates_on_nothing(r), "nothing to evaluate on; set eval_dataset or val_size"),
+    ("do_predict", lambda r: r.do_predict and _has_no_eval_rows(r), "no rows to predict; set eval_dataset or val_size"),
+    ("predict_with_generate", lambda r: r.predict_with_generate and not r.do_predict and _has_no_eval_rows(r), "no rows to predict; set eval_dataset or val_size"),
+    ("predict_during_eval", lambda r: r.predict_during_eval and not _evaluates(r), "needs do_eval, or eval_strategy: steps or epoch"),
+    ("predict_metrics", _lacks_metric_packages, "needs rouge-score and sacrebleu; pip install rouge-score sacrebleu"),
     ("load_best_model_at_end", lambda r: r.load_best_model_at_end and r.eval_strategy == "no", "needs eval_strategy: steps or epoch"),
     ("early_stopping_steps", _stops_early_unseen, "needs eval_strategy, and load_best_model_at_end or metric_for_best_model"),
     ("interleave_probs", lambda r: r.interleave_probs and r.mix_strategy == "concat", "mix_strategy is concat; write interleave_under or interleave_over"),

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator
 from .. import __version__
 from ..data.prepare import PreparedData
 from ..errors import RecipeError
-from ..recipe.keys import Recipe, keys
+from ..recipe.keys import PredictKeys, Recipe, keys
 from ..run_folder import write_json
 
 MANIFEST = "run.json"
@@ -36,7 +36,7 @@ MAY_CHANGE = frozenset(
     cache_dir gradient_checkpointing use_reentrant_gc activation_offloading use_cpu
     trust_remote_code include_num_input_tokens_seen
     """.split()
-)
+) | frozenset(PredictKeys.model_fields)
 
 
 class Manifest(BaseModel):

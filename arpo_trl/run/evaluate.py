@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData, prepare_datasets
@@ -14,6 +16,7 @@ from ..report.console import say
 from ..report.figures import describe_evaluation
 from ..report.trainer_log import say_nothing_of_steps
 from .model import load_model
+from .predict import predict, refuse_split_model
 from .preflight import require_rows_apart
 from .trainer import ArpoTrainer
 
@@ -25,13 +28,38 @@ def eval_datasets(recipe: Recipe, data: PreparedData) -> Any:
     return data.eval or None
 
 
-def evaluate_only(recipe: Recipe, args: SFTConfig) -> None:
-    """Evaluate a model that is not trained (`do_train: false`), and write eval_results.json. No tracker is told."""
+def run_without_training(recipe: Recipe, args: SFTConfig) -> None:
+    """Evaluate or predict with a model that is not trained (`do_train: false`). No tracker is told.
+
+    Writes eval_results.json, and what `predict` writes.
+    """
     args.report_to = []
+    refuse_split_model(recipe, is_fsdp=False)  # without an optimizer, FSDP splits nothing: each process has the model
     tokenizer = load_tokenizer(recipe)
     data = prepare_datasets(recipe, tokenizer)
     data.write_audit(Path(recipe.output_dir) / "row_audit.jsonl")
-    model, _ = load_model(recipe)
+    model, saved_dtype = load_model(recipe)
+    if recipe.do_eval:
+        _evaluate(recipe, args, model, tokenizer, data)
+    if recipe.do_predict:
+        to_inference(model, saved_dtype)
+        predict(recipe, model, tokenizer, data.eval)
+
+
+def to_inference(model: Any, saved_dtype: torch.dtype | None) -> None:
+    """Put a model on its device as those who use it load it: in the dtype of its file, and on a CPU in float32.
+
+    A CPU is slow in bfloat16; the weights are the file's either way. An adapter's base stays as it was trained with.
+    """
+    if getattr(model, "quantization_method", None) is not None:
+        return  # it is where bitsandbytes put it
+    device = PartialState().device
+    model.to(device)
+    if saved_dtype:
+        model.to(torch.float32 if device.type == "cpu" else saved_dtype)
+
+
+def _evaluate(recipe: Recipe, args: SFTConfig, model: Any, tokenizer: Any, data: PreparedData) -> None:
     trainer = ArpoTrainer(
         model=model,
         args=args,

@@ -5,6 +5,7 @@ On GPUs TRL's fused head does this; here is what takes its place on devices with
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,7 @@ def score_labelled_positions_only(model: PreTrainedModel) -> None:
         return
     trl_forward = model.forward
 
+    @functools.wraps(trl_forward)  # `generate` reads its signature, for position_ids among others
     def forward(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if not fused_lm_head or labels is None or "shift_labels" in kwargs:
             return trl_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)

@@ -27,8 +27,9 @@ from ..report.trackers import finish_trackers, start_trackers
 from ..report.trainer_log import show_progress
 from ..run_folder import match_umask
 from .adapters import keep_adapter_in_float32, to_optimizer, turn_pissa_into_lora
-from .evaluate import eval_datasets, evaluate_only
+from .evaluate import eval_datasets, run_without_training, to_inference
 from .model import load_model
+from .predict import predict, refuse_split_model
 from .preflight import PackingCheck, Preflight
 from .requirements import check_environment
 from .resume import clear_earlier_run, find_resume_point
@@ -57,7 +58,7 @@ def train(recipe: Recipe) -> int:
         for line in [*recipe.notices, *lines]:
             say(line)
         if not recipe.do_train:
-            evaluate_only(recipe, args)
+            run_without_training(recipe, args)
             leave_together()
             return 0
         tokenizer = load_tokenizer(recipe)
@@ -81,6 +82,7 @@ def train(recipe: Recipe) -> int:
             rows=data.train if isinstance(data.train, Dataset) else None,  # naming a stream's rows would read it anew
             on_save_error=recipe.on_save_error,
         )
+        refuse_split_model(recipe, trainer.is_fsdp_enabled)
         keep_adapter_in_float32(model)
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
             say("FSDP needs GPUs (accelerate 1.15): each process holds the whole model, as with multi_gpu.yaml")
@@ -125,6 +127,9 @@ def train(recipe: Recipe) -> int:
         if main_process:
             turn_pissa_into_lora(model, output_dir)
         write_results(recipe, trainer, manifest, result.metrics, metrics)
+        if recipe.do_predict:
+            to_inference(model, saved_dtype)
+            predict(recipe, model, tokenizer, data.eval)
         finish_trackers(args, output_dir)
         if args.push_to_hub:
             push(trainer)

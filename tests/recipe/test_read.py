@@ -105,7 +105,10 @@ WRONG = [
     ("use_badam: true", "use_badam: this optimizer is not offered; `optim` takes any of transformers' (adamw_8bit, adafactor, galore, apollo)"),
     ("hf_hub_token: hf_x", "hf_hub_token: it would be stored beside the model; run `hf auth login` instead"),
     ("max_length: 512", "max_length: it is a length of generation in LLaMA-Factory and of a row in TRL; write cutoff_len"),
-    ("predict_with_generate: true", "predict_with_generate: replies are not generated during training; set do_eval: true for the loss, generate with the saved model"),
+    ("do_predict: true\npredict_with_generate: true", "do_predict: no rows to predict; set eval_dataset or val_size"),
+    ("predict_with_generate: true", "predict_with_generate: no rows to predict; set eval_dataset or val_size"),
+    ("val_size: 0.1\npredict_during_eval: 8", "predict_during_eval: needs do_eval, or eval_strategy: steps or epoch"),
+    ("predict_metrics: meteor", "predict_metrics: expected rouge, bleu or both, found 'meteor'"),
     ("image_max_pixels: 262144", "image_max_pixels: only text is trained here"),
     ("mixed_precision: bf16", "mixed_precision: it belongs in the accelerate config (mixed_precision: bf16); in a recipe write bf16: true"),
     ("swanlab_api_key: k", "swanlab_api_key: it would be stored beside the model; set the environment variable SWANLAB_API_KEY"),
@@ -258,6 +261,48 @@ def test_the_tilde_is_expanded_once_in_every_path(tmp_path: Path, monkeypatch: p
         assert getattr(recipe, key) == ([f"/home/me/{name}"] if key == "adapter_name_or_path" else f"/home/me/{name}")
 
 
+# LLaMA-Factory 0.9, examples/extras/nlg_eval/llama3_lora_predict.yaml
+PREDICT = """
+model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
+adapter_name_or_path: saves/llama3-8b/lora/sft
+trust_remote_code: true
+stage: sft
+do_predict: true
+finetuning_type: lora
+eval_dataset: identity,alpaca_en_demo
+template: llama3
+cutoff_len: 2048
+max_samples: 50
+preprocessing_num_workers: 16
+dataloader_num_workers: 4
+output_dir: saves/llama3-8b/lora/predict
+overwrite_output_dir: true
+report_to: none
+per_device_eval_batch_size: 1
+predict_with_generate: true
+ddp_timeout: 180000000
+"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "samples"),
+    [
+        ("", False),
+        ("temperature: 0.7\n", True),  # LLaMA-Factory samples unless do_sample is false
+        ("do_sample: false\ntemperature: 0.7\n", False),
+        ("do_sample: true\nnum_beams: 1\nrepetition_penalty: 1.1\nlength_penalty: 1.0\nmax_new_tokens: 8\n", True),
+    ],
+)
+def test_llama_factorys_predict_recipe_is_read_and_is_greedy_unless_it_samples(
+    tmp_path: Path, lines: str, samples: bool
+) -> None:
+    recipe = read_recipe(write(tmp_path, PREDICT + lines))
+    assert (recipe.do_train, recipe.do_predict, recipe.do_sample) == (False, True, samples)
+    assert (recipe.temperature, recipe.top_p, recipe.top_k) == (0.7 if lines.endswith("0.7\n") else 0.95, 0.7, 50)
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(recipe.resolved()), encoding="utf-8")
+    assert read_recipe(tmp_path / "resolved.yaml").resolved() == recipe.resolved()
+
+
 OTHER_FORMS = [
     ("model: m\ntrain_dataset: d\npeft_config: {name: lora}\noutput_dir: o\n", "this is LLaMA-Factory's v1 form (model:, train_dataset:, peft_config:), which is not read here; write its usual keys, recipes/KEYS.md"),
     ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\nexport_dir: out\nexport_size: 5\n", "this is an export recipe of LLaMA-Factory; merge the adapter with: python scripts/merge_lora.py a out"),
@@ -350,8 +395,8 @@ def test_windows_files_are_read(tmp_path: Path) -> None:
 def test_keys_without_effect_are_said_once_by_reason(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "top_p: 0.4\ntemperature: 1\nsave_safetensors: true\n")
     assert read_recipe(path).notices == [
-        f"{path}: top_p, temperature: no effect; generation happens after training, in the program that serves the model",
         f"{path}: save_safetensors: no effect; weights are always saved as safetensors",
+        f"{path}: temperature, top_p: no effect; do_predict and predict_during_eval generate replies",
     ]
 
 
@@ -366,7 +411,8 @@ def test_every_key_passes_with_the_default_that_llama_factory_gives_it(tmp_path:
     given |= {"model_name_or_path": "m", "output_dir": "o", "do_train": True, "dataset": "a"}
     recipe = read_recipe(write(tmp_path, yaml.safe_dump(given)))
     plain = read_recipe(write(tmp_path, GOOD + "finetuning_type: lora\n"))
-    same_here = {"per_device_eval_batch_size", "use_reentrant_gc", "gradient_checkpointing", "project"}
+    # do_sample: greedy is the default here
+    same_here = {"per_device_eval_batch_size", "use_reentrant_gc", "gradient_checkpointing", "project", "do_sample"}
     own, plain_own = recipe.model_dump(exclude=same_here), plain.model_dump(exclude=same_here)
     assert own == plain_own
     (max_length,) = [line for line in recipe.notices if "max_length" in line]
@@ -538,4 +584,5 @@ def test_no_key_is_accepted_that_no_code_reads() -> None:
     assert unread <= {"stage", "quantization_method"} | {"neat_packing", "disable_gradient_checkpointing"} | {
         "compute_accuracy",
         "use_swanlab",
+        "predict_with_generate",
     }
