@@ -31,9 +31,14 @@ def match_umask(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that `path` holds the old text or the new, never half of one."""
+    """Write `value` as JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds the old text or the new, never half of one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -43,3 +48,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def save_metrics(output_dir: Path, split: str, metrics: dict[str, float]) -> None:
+    """Write `<split>_results.json` and put the same figures into `all_results.json`, as Trainer does in place."""
+    together = read_json(output_dir / "all_results.json")
+    together = (together if isinstance(together, dict) else {}) | metrics
+    for name, figures in ((split, metrics), ("all", together)):
+        write_json(output_dir / f"{name}_results.json", dict(sorted(figures.items())))

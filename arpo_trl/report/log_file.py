@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -18,6 +21,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
                 continue
             lines += [line] if isinstance(line, dict) else []
     return lines
+
+
+def lines_until(lines: list[dict[str, Any]], state: TrainerState) -> list[dict[str, Any]]:
+    """The lines up to a checkpoint, whose state tells how many there were at its own step."""
+    step = state.global_step
+    at_step = sum("loss" in e or any(k.startswith("eval_") for k in e) for e in state.log_history if e["step"] == step)
+    earlier = [line for line in lines if line["current_steps"] < step]
+    return [*earlier, *[line for line in lines if line["current_steps"] == step][:at_step]]
 
 
 def run_seconds(lines: list[dict[str, Any]]) -> float:

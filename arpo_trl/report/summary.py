@@ -39,7 +39,7 @@ class StartReport(TrainerCallback):
             *(f"data     {line}" for line in data.audit.lines()),
             *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
             f"steps    {describe_steps(args, state.max_steps, data, self.recipe.dataset)}",
-            f"disk     {describe_disk(args, self.trainer.checkpoint_bytes)}",
+            f"disk     {describe_disk(args, self.trainer.save_total_limit, self.trainer.checkpoint_bytes)}",
             f"output   {args.output_dir}{f', going on from {going_on.name}' if going_on else ''}",
         ]:
             say(line)
@@ -93,12 +93,12 @@ def describe_steps(args: Any, total: int, data: PreparedData, trained_on: list[s
     return f"{steps}, {batch}"
 
 
-def describe_disk(args: Any, checkpoint_bytes: int) -> str:
+def describe_disk(args: Any, save_total_limit: int | None, checkpoint_bytes: int) -> str:
     """The bytes of a checkpoint, how many are kept, and the bytes free."""
     if args.save_strategy == "no":
         saved = "no checkpoints"
     else:
-        kept = f"{args.save_total_limit} kept" if args.save_total_limit else "all kept"
+        kept = f"{save_total_limit} kept" if save_total_limit else "all kept"
         saved = f"{checkpoint_bytes / 1e9:.2f} GB a checkpoint, {kept}"
     return f"{saved}; {free_space(Path(args.output_dir)) / 1e9:,.1f} GB free"
 

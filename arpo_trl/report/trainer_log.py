@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,22 +19,23 @@ from trl.trainer.utils import compute_flops_per_token, compute_mfu, get_peak_flo
 
 from ..data.prepare import token_lengths
 from ..machine import peak_memory
+from ..run_folder import write_text
 from .console import log_only, say, start_bar
 from .figures import describe_evaluation, format_seconds
-from .log_file import read_log, run_seconds
+from .log_file import lines_until, read_log, run_seconds
 from .loss_plot import plot_loss
 
 if TYPE_CHECKING:
     from ..run.trainer import ArpoTrainer
 
 
+FIGURES = ("seen_tokens", "trained_tokens", "tokens_per_second", "trained_tokens_per_second", "peak_memory_gb", "mfu")
+
+
 def show_progress(trainer: ArpoTrainer, plot: bool) -> None:
     """Put our log and bar in the place of the progress bar that prints dictionaries."""
     say_nothing_of_steps(trainer)
     trainer.add_callback(TrainerLog(trainer, Path(str(trainer.args.output_dir)) / "trainer_log.jsonl", plot))
-    # Trainer adds a tracker's callback before any of ours: this one comes first, so that they send its figures too.
-    callbacks = trainer.callback_handler.callbacks
-    callbacks.insert(0, callbacks.pop())
 
 
 def say_nothing_of_steps(trainer: ArpoTrainer) -> None:
@@ -45,31 +47,33 @@ def say_nothing_of_steps(trainer: ArpoTrainer) -> None:
 class TrainerLog(TrainerCallback):
     """Appends a line to trainer_log.jsonl at each log, under LLaMA-Factory's names, and shows it.
 
-    Times are in seconds of this run over all its sessions; `*_per_second` is of the steps since the last line, with
-    whatever evaluation and saving came between. Figures that are ours are handed on to the trackers.
+    Times are in seconds of this run over all its sessions; `*_per_second` is of the steps since the last line, saving
+    included, evaluation not. A line that cannot be written now is written with the next.
     """
 
     def __init__(self, trainer: ArpoTrainer, path: Path, plot: bool) -> None:
         self.trainer, self.path, self.plot = trainer, path, plot
         self.bar: tqdm[Any] | None = None
-        self._evaluated, self._shown = 0, ""
+        self._evaluated, self._shown, self._unwritten = 0, "", ""
+        self._eval_began = 0.0
+        trainer.more_figures = self.figures  # in the line before any callback sees it: the trackers send them, too
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        earlier = [line for line in read_log(self.path) if line["current_steps"] <= state.global_step]
+        earlier = lines_until(read_log(self.path), state)
         self._elapsed_before = run_seconds(earlier)
         self._began, self._first_step = time.monotonic(), state.global_step
         self._last_time = 0.0
         self._mfu_per_token = mfu_per_token(self.trainer)
         if state.is_world_process_zero:
             # Lines after the checkpoint belong to steps that are about to be taken again.
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in earlier))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._last_time:
             return
         # Not in on_train_begin: the other callbacks restore the counts there, and print lines.
         self._last_time = time.monotonic()
-        self._last_seen, self._last_trained = self.trainer._total_train_tokens, self.trainer.trained_tokens
+        self._last_seen, self._last_trained = self.trainer.window.seen_tokens, self.trainer.window.trained_tokens
         if state.is_world_process_zero:
             self.bar = start_bar(total=state.max_steps, initial=state.global_step)
 
@@ -78,13 +82,16 @@ class TrainerLog(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._eval_began = self._eval_began or time.monotonic()
         if self.bar:
             self._evaluated += 1
             self.bar.set_postfix_str(f"evaluating, batch {self._evaluated}", refresh=False)
             self.bar.update(0)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._evaluated = 0
+        if self._eval_began and self._last_time:
+            self._last_time += time.monotonic() - self._eval_began
+        self._evaluated, self._eval_began = 0, 0.0
         if self.bar:
             self.bar.set_postfix_str(self._shown, refresh=False)
 
@@ -108,23 +115,30 @@ class TrainerLog(TrainerCallback):
         if "loss" in logs:
             line |= {"loss": logs["loss"], "lr": logs["learning_rate"]}
             line |= {key: logs.get(key) for key in ("grad_norm", "mean_token_accuracy", "entropy")}
-            figures = self._figures(now)
-            logs |= figures  # the trackers' callbacks come after this one
-            line |= figures
+            line |= {key: logs[key] for key in FIGURES if key in logs}
         line |= evaluated
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            say(f"{self.path} could not be written ({error}); the run goes on")
+        self._write(json.dumps(line) + "\n")
         self._show(line)
 
-    def _figures(self, now: float) -> dict[str, Any]:
-        seen, trained = self.trainer._total_train_tokens, self.trainer.trained_tokens
+    def _write(self, text: str) -> None:
+        self._unwritten += text
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self._unwritten)
+            self._unwritten = ""
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # half a line
+            say(f"{self.path} could not be written ({error}); the run goes on, and writes the line with the next")
+
+    def figures(self) -> dict[str, float]:
+        """What a line has beside loss and learning rate, of the steps since this was last called."""
+        now, seen, trained = time.monotonic(), self.trainer.window.seen_tokens, self.trainer.window.trained_tokens
         took = max(now - self._last_time, 1e-9)
         speed = (seen - self._last_seen) / took
         figures = {
-            "seen_tokens": int(seen),
+            "seen_tokens": seen,
             "trained_tokens": trained,
             "tokens_per_second": round(speed, 1),
             "trained_tokens_per_second": round((trained - self._last_trained) / took, 1),

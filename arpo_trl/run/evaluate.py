@@ -15,6 +15,7 @@ from ..recipe.keys import Recipe
 from ..report.console import say
 from ..report.figures import describe_evaluation
 from ..report.trainer_log import say_nothing_of_steps
+from ..run_folder import save_metrics
 from .model import load_model
 from .predict import predict, refuse_split_model
 from .preflight import require_rows_apart
@@ -70,6 +71,7 @@ def _evaluate(recipe: Recipe, args: SFTConfig, model: Any, tokenizer: Any, data:
     say_nothing_of_steps(trainer)
     require_rows_apart(recipe, trainer)
     metrics = trainer.evaluate()
-    trainer.save_metrics("eval", metrics)
+    if trainer.is_world_process_zero():
+        save_metrics(Path(recipe.output_dir), "eval", metrics)
     for line in describe_evaluation(metrics):
         say(line)

@@ -6,7 +6,6 @@ Nothing of it stays: no gradient, no optimizer state, no random number drawn, no
 from __future__ import annotations
 
 import contextlib
-import copy
 import random
 import time
 from collections.abc import Iterator
@@ -188,15 +187,13 @@ def untouched(trainer: ArpoTrainer) -> Iterator[None]:
     model: Any = trainer.model
     rng = random.getstate(), np.random.get_state(), torch.get_rng_state()
     rng_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    seen, trained, metrics = trainer._total_train_tokens, trainer.trained_tokens, copy.deepcopy(trainer._metrics)
     sync, training = trainer.accelerator.gradient_state.sync_gradients, model.training
     try:
         yield
     finally:
         trainer.model_wrapped.zero_grad()
         model.train(training)
-        trainer._window.clear()
-        trainer._total_train_tokens, trainer.trained_tokens, trainer._metrics = seen, trained, metrics
+        trainer.forget_batches()
         trainer.accelerator.gradient_state._set_sync_gradients(sync)
         random.setstate(rng[0])
         np.random.set_state(rng[1])

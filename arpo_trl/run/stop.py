@@ -2,54 +2,117 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import TrainerCallback
+
+from ..report.console import say
+from .trainer import ArpoTrainer, Stopped
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and the first Ctrl-C let the step finish, save a checkpoint and stop; the second Ctrl-C stops at once.
+    """SIGTERM and the first Ctrl-C save a checkpoint after the step, or the batch of an evaluation, in progress.
 
-    `signum` is the signal that stops the run, or None. With several processes the step at which they stop is agreed
-    on, so that no process waits for another's collective.
+    The second Ctrl-C stops at once. `signum` is the signal that stops the run, or None. With several processes the
+    point at which they stop is agreed on, so that no process waits for another's collective. Before the last step that
+    is any; afterwards an evaluation, and only once the last step is saved.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self.saved_step, self.training = -1, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Not earlier: before the first step there is nothing to save, and a signal may stop the process at once.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
+        self.saved_step, self.training = state.global_step, True
 
     def _remember(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.signum == signal.SIGINT:
             raise KeyboardInterrupt
         if self.signum is None:  # the SIGTERM of a dying launcher may follow the Ctrl-C that killed it
             self.signum = number
+            with contextlib.suppress(RuntimeError):  # the signal may have come while a line was printed
+                say(f"{signal.Signals(number).name}: stopping after this step or evaluation batch")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _agree(self, args: Any) -> bool:
         if args.world_size > 1:
             signum = torch.tensor(self.signum or 0, device=args.device)
             torch.distributed.all_reduce(signum, op=torch.distributed.ReduceOp.MAX)
             self.signum = int(signum) or None
-        if self.signum is not None and state.global_step < state.max_steps:
+        return self.signum is not None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._agree(args) and state.global_step < state.max_steps:
             control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved_step = state.global_step
+        if self._agree(args) and state.global_step < state.max_steps:
+            raise Stopped
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._agree(args) and (self.training or self.saved_step == state.global_step):
+            raise Stopped
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training = False
+
+
+class StopEarly(TrainerCallback):
+    """Stops after `patience` evaluations in a row that are no better than the best one.
+
+    As transformers' EarlyStoppingCallback, but counted in the run's log, which a checkpoint holds: a resumed run goes
+    on counting, and one that was killed after it had stopped takes no further step.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._look(args, state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._look(args, state, control)
+
+    def _look(self, args: Any, state: Any, control: Any) -> None:
+        name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+        # Without the evaluation before the first step, as transformers counts.
+        values = [entry[name] for entry in state.log_history if name in entry and entry["step"]]
+        if (
+            values
+            and len(values) - 1 - values.index((max if args.greater_is_better else min)(values)) >= self.patience
+        ):
             control.should_training_stop = True
-            # Trainer's end would load the best weights, and under save_total_limit 1 delete every other checkpoint.
-            args.load_best_model_at_end, args.save_total_limit = False, None
+
+
+class SaveAfterEpochEnd(TrainerCallback):
+    """Saves the last step of an epoch after what the epoch's end logs and evaluates: a resume would not do that again.
+
+    Add it after all callbacks that ask for a save.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        at_epoch_end = state.epoch % 1 == 0 or state.global_step >= state.max_steps
+        if at_epoch_end and "epoch" in (args.eval_strategy, args.logging_strategy):
+            self.wanted, control.should_save = control.should_save, False
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_training_stop and self.signum is not None and state.epoch % 1:
-            # Trainer leaves a stopped epoch as one that ended, to be evaluated and saved once more.
-            control.should_save = control.should_evaluate = control.should_log = False
+        control.should_save, self.wanted = control.should_save or self.wanted, False
 
 
-class StopEarly(EarlyStoppingCallback):
-    """transformers' callback, deaf to the parts of an evaluation that do not hold the watched metric."""
+class ResumeEvaluation(TrainerCallback):
+    """Takes the evaluation that a signal had stopped, before the next step. Add it last: the log must have begun."""
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
-            super().on_evaluate(args, state, control, metrics, **kwargs)  # type: ignore[no-untyped-call]
+    def __init__(self, trainer: ArpoTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.evaluate_pending()

@@ -25,7 +25,7 @@ from ..report.summary import StartReport, end_report, recipe_text, resume_comman
 from ..report.tracker_steps import log_by_step
 from ..report.trackers import finish_trackers, start_trackers
 from ..report.trainer_log import show_progress
-from ..run_folder import match_umask
+from ..run_folder import match_umask, save_metrics, write_text
 from .adapters import keep_adapter_in_float32, to_optimizer, turn_pissa_into_lora
 from .evaluate import eval_datasets, run_without_training, to_inference
 from .model import load_model
@@ -34,8 +34,8 @@ from .preflight import PackingCheck, Preflight
 from .requirements import check_environment
 from .resume import clear_earlier_run, find_resume_point
 from .sft_config import to_sft_config
-from .stop import StopEarly, StopOnSignal
-from .trainer import ArpoTrainer
+from .stop import ResumeEvaluation, SaveAfterEpochEnd, StopEarly, StopOnSignal
+from .trainer import ArpoTrainer, Stopped
 
 
 def train(recipe: Recipe) -> int:
@@ -71,6 +71,7 @@ def train(recipe: Recipe) -> int:
         data.write_audit(output_dir / "row_audit.jsonl")
         on_main_process(lambda: start_trackers(recipe, args, manifest, earlier))
 
+        args.eval_on_start = args.eval_on_start and checkpoint is None
         model, saved_dtype = load_model(recipe)
         trainer = ArpoTrainer(
             model=model,
@@ -96,6 +97,8 @@ def train(recipe: Recipe) -> int:
         trainer.add_callback(PackingCheck(recipe, trainer))
         if recipe.preflight:
             trainer.add_callback(Preflight(trainer, choose_checkpointing=recipe.gradient_checkpointing == "auto"))
+        trainer.add_callback(SaveAfterEpochEnd())
+        trainer.add_callback(ResumeEvaluation(trainer))
 
         def begin() -> list[str]:
             lines = []
@@ -105,27 +108,33 @@ def train(recipe: Recipe) -> int:
             if full := missing_space(output_dir, trainer.checkpoint_bytes, "a checkpoint"):
                 raise RecipeError(full)
             manifest.write(output_dir, "running")
-            (output_dir / "recipe.yaml").write_text(recipe_text(recipe), encoding="utf-8")
+            write_text(output_dir / "recipe.yaml", recipe_text(recipe))
             if args.push_to_hub:
-                (output_dir / ".gitignore").write_text(NOT_FOR_THE_HUB, encoding="utf-8")
+                write_text(output_dir / ".gitignore", NOT_FOR_THE_HUB)
             return lines
 
         for line in on_main_process(begin):
             say(line)
 
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-        if stop.signum is not None and trainer.state.global_step < trainer.state.max_steps:
+        try:
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            # An evaluation in half precision rounds the model in place; any other is to see it before it is saved.
+            rounds = args.bf16_full_eval or args.fp16_full_eval
+            metrics = trainer.evaluate_final_weights() if args.do_eval and not rounds else {}
+            trainer.save_final_model(saved_dtype)
+            if main_process:
+                turn_pissa_into_lora(model, output_dir)
+            metrics = trainer.evaluate_final_weights() if args.do_eval and rounds else metrics
+        except Stopped:
+            assert stop.signum is not None
             if main_process:
                 manifest.write(output_dir, "stopped")
-            say(f"stopped by {signal.Signals(stop.signum).name} at step {trainer.state.global_step}, checkpoint saved")
+            step = trainer.state.global_step
+            saved = f"at step {step}, checkpoint saved" if step else "before the first step, nothing to save"
+            say(f"stopped by {signal.Signals(stop.signum).name} {saved}")
             say(f"to go on: {resume_command(recipe)}")
             leave_together()
             return 128 + stop.signum
-        metrics = trainer.evaluate_final_weights() if args.do_eval else {}
-        trainer.save_final_model(saved_dtype)
-        if main_process:
-            turn_pissa_into_lora(model, output_dir)
         write_results(recipe, trainer, manifest, result.metrics, metrics)
         if recipe.do_predict:
             to_inference(model, saved_dtype)
@@ -156,12 +165,14 @@ def write_results(recipe: Recipe, trainer: ArpoTrainer, manifest: Manifest, trai
     output_dir = Path(recipe.output_dir)
     log = read_log(output_dir / "trainer_log.jsonl")
     trained["train_loss"] = mean_loss(log, trainer.state.global_step) or trained["train_loss"]  # since the resume
-    trainer.save_metrics("train", trained)
-    if evaluated:
-        trainer.save_metrics("eval", evaluated)
-    trainer.save_state()
     if not trainer.is_world_process_zero():
         return
+    save_metrics(output_dir, "train", trained)
+    if evaluated:
+        save_metrics(output_dir, "eval", evaluated)
+    state = output_dir / "trainer_state.json.tmp"
+    trainer.state.save_to_json(str(state))
+    state.replace(output_dir / "trainer_state.json")
     if recipe.plot_loss:
         plot_loss(log, output_dir / "training_loss.png")
     write_model_card(output_dir, manifest, recipe_text(recipe))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerCallback
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import RunFailed
@@ -21,9 +26,52 @@ from ..machine import checkpoint_bytes, missing_space
 from ..report.console import say
 from .checkpoints import IN_PROGRESS, begin_checkpoint, finish_checkpoint
 from .loss import score_labelled_positions_only, token_means
+from .order import Endless, EpochOrder
 
 
-class ArpoTrainer(SFTTrainer):
+class Stopped(Exception):
+    """A signal ends the run: raised by a callback, after a save or in an evaluation."""
+
+
+@dataclass
+class Window:
+    """What is summed up between two lines of the log, over all processes, and counted over the whole run.
+
+    Attributes:
+        loss: The sum of the losses of the updates since the last line.
+        last_logged: The step of the last line.
+        metrics: A value for each micro-batch since the last line.
+        seen_tokens: All tokens of the run so far, padding left out.
+        trained_tokens: Those of them that carry loss.
+    """
+
+    loss: float = 0.0
+    last_logged: int = 0
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    seen_tokens: int = 0
+    trained_tokens: int = 0
+
+
+class _Line(Trainer):
+    """Stands between `SFTTrainer` and `Trainer`, to give a line of the log its figures after TRL has given its own.
+
+    Trainer starts its loss average, and TRL its metrics and its token count, at zero on resume; here they go on.
+    """
+
+    window: Window
+    more_figures: Callable[[], dict[str, float]] | None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            window = self.window
+            logs["loss"] = window.loss / max(self.state.global_step - window.last_logged, 1)
+            logs |= {name: sum(values) / len(values) for name, values in window.metrics.items()}
+            logs |= {"num_tokens": window.seen_tokens} | (self.more_figures() if self.more_figures else {})
+            window.loss, window.last_logged, window.metrics = 0.0, self.state.global_step, {}
+        super().log(logs, start_time)
+
+
+class ArpoTrainer(SFTTrainer, _Line):
     """`SFTTrainer` whose checkpoints are whole or marked, whose runs resume exactly, and which stops at a NaN.
 
     Its evaluation means over tokens, and keeps no logits. transformers means over batches: a batch of two short replies
@@ -40,22 +88,32 @@ class ArpoTrainer(SFTTrainer):
         **kwargs: As `trl.SFTTrainer`.
     """
 
-    def __init__(self, *, rows: Dataset | None = None, on_save_error: str = "stop", **kwargs: Any) -> None:
+    def __init__(
+        self, *, args: SFTConfig, rows: Dataset | None = None, on_save_error: str = "stop", **kwargs: Any
+    ) -> None:
+        args = copy.copy(args)
+        self.save_total_limit, args.save_total_limit = args.save_total_limit, None  # only whole ones replace others
+        # Trainer would replace a NaN loss by the running average and log 0: the step below raises instead.
+        args.logging_nan_inf_filter = False
+        self.window, self.more_figures = Window(), None
         text_config = kwargs["model"].config.get_text_config()
         coefficient = getattr(text_config, "router_aux_loss_coef", None)
-        super().__init__(**kwargs)
+        super().__init__(args=args, **kwargs)
         if coefficient is not None and not self.aux_loss_enabled:
             text_config.router_aux_loss_coef = coefficient  # TRL writes 0 where the recipe asks for no such loss
         self.rows = rows
         self.on_save_error = on_save_error
-        self.trained_tokens = 0
-        self._window: list[dict[str, Tensor]] = []  # the batches of the update in progress
+        self.batches: list[dict[str, Tensor]] = []  # of the update in progress
+        self._sums: list[Tensor] = []  # and what is known of each: see _score
         self._last_batch = ""
         self._eval_sums = torch.zeros(4, dtype=torch.float64)
         self.checkpoint_bytes = checkpoint_bytes(self.model, self.args.save_only_model)  # until one is measured
-        # Trainer would replace a NaN loss by the running average and log 0: the step below raises instead.
-        self.args.logging_nan_inf_filter = False
+        self.pending_evaluation = self.has_stepped = False
         self.add_callback(_LogState(self))
+        model = self.accelerator.unwrap_model(self.model)
+        model.register_forward_hook(torch.compiler.disable(self._score))
+        if isinstance(self.train_dataset, IterableDataset):
+            self.train_dataset = Endless(self.train_dataset)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
             # Accelerate 1.15 rounds what leaves the model, each token's log-probability, to bfloat16 (7.68 to 7.6875),
@@ -63,40 +121,107 @@ class ArpoTrainer(SFTTrainer):
             policy = plugin.mixed_precision_policy
             plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
         if self.accelerator.device.type not in ("cuda", "xpu"):
-            model = self.accelerator.unwrap_model(self.model)
             score_labelled_positions_only(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
     # --- a step ---
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; a device without memory ends the run with what to change."""
+        """As `Trainer.train`; a device without memory ends the run with what to change, a signal with a checkpoint.
+
+        Before its first step a resumed run takes the evaluation that a signal had stopped.
+        """
         try:
             return super().train(*args, **kwargs)
+        except Stopped:
+            if self.pending_evaluation and self.state.global_step:
+                self._save_checkpoint(self.model_wrapped, None)
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise RunFailed(self._out_of_memory()) from error
             raise
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+        if sampler is None or isinstance(sampler, BatchRebalanceSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochOrder(sampler, seed, lambda: int(self.state.epoch or 0))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """No batch once the run is to stop: Trainer asks for the next one before it looks, at the start of a resume."""
+        if self.control.should_training_stop:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward; a loss that is not finite ends the run by name."""
-        self._window.append(inputs)
+        self.batches.append(inputs)
         self._last_batch = f"training batch of {_shape(inputs)} tokens"
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         if not torch.isfinite(loss):
             raise RunFailed(self._not_finite("loss", float(loss)))
+        if "attention_mask" in inputs:
+            seen = inputs["attention_mask"].sum()
+        else:  # laid end to end
+            seen = torch.tensor(inputs["input_ids"].numel())
+        self._sums[-1] = torch.stack([loss.float(), seen.to(loss), *self._sums[-1]])
         return loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+    def _score(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Note entropy, first guesses that are right, and labelled tokens of a training batch: sums over its tokens.
+
+        A hook of the model's forward pass, as TRL's loss hands on its sum alone. Label smoothing asks a second pass for
+        these, activation checkpointing takes none of the whole model: the last pass counts.
+        """
+        if model.training and hasattr(output, "label_mask"):
+            parts = [output.entropy, output.is_top1, output.label_mask]
+            sums = [part.detach().float().sum() for part in parts]
+            if self.aux_loss_enabled:
+                sums.append(output.aux_loss.detach().float())
+            del self._sums[len(self.batches) - 1 :]
+            self._sums.append(torch.stack(sums))
+
+    def end_update(self) -> None:
+        """Add what the batches of an update were to the window, before the optimizer's step; a gradient that is not
+        finite ends the run by name."""
+        norm = self._gradient_norm()
+        sums = torch.stack(self._sums)  # shape (batches, 5 or 6)
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(torch.cat([sums, norm.expand(len(sums), 1)], dim=1))
+            sums, norm = sums[:, :-1], sums[0, -1]
         # Under float16 the scaler meets infinite gradients by design: it skips the step and lowers its scale.
-        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+        if self.accelerator.scaler is None and not math.isfinite(norm):
             raise RunFailed(self._not_finite("gradient", float(norm)))
-        labels = [batch["labels"][..., 1:] for batch in self._window if "labels" in batch]
-        counted = sum((label != -100).sum() for label in labels)
-        if isinstance(counted, Tensor):
-            self.trained_tokens += int(self.accelerator.reduce(counted.to(self.accelerator.device)))
-        self._window.clear()
-        return norm
+        window = self.window
+        for loss, seen, entropy, top1, labelled, *aux in sums.double().tolist():
+            window.loss += loss / self.args.world_size
+            window.seen_tokens += int(seen)
+            window.trained_tokens += int(labelled)
+            values = {"entropy": entropy / max(labelled, 1), "mean_token_accuracy": top1 / max(labelled, 1)}
+            if aux:
+                values["aux_loss"] = aux[0] / self.args.world_size
+            for name, value in values.items():
+                window.metrics.setdefault(name, []).append(value)
+        self.has_stepped = True
+        self.forget_batches()
+
+    def forget_batches(self) -> None:
+        """Drop the batches of the update in progress."""
+        self.batches.clear()
+        self._sums.clear()
+
+    def _gradient_norm(self) -> Tensor:
+        """Of this process's part of the gradients; only whether it is finite is asked."""
+        if self.is_deepspeed_enabled:
+            engine: Any = self.model_wrapped
+            return torch.as_tensor(float(engine.get_global_grad_norm() or 0.0), device=self.args.device)
+        model: Any = self.model
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        norm: Any = torch.nn.utils.get_total_norm(grads)
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of FSDP's shards
+        return whole
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self._last_batch = f"evaluation batch of {_shape(inputs)} tokens"
@@ -137,7 +262,7 @@ class ArpoTrainer(SFTTrainer):
         """`file:line` of each row in the batches of this step, found by its tokens: columns do not reach the model."""
         if self.rows is None or "source" not in self.rows.column_names:
             return []
-        wanted = {tuple(row) for batch in self._window for row in _split_rows(batch)}
+        wanted = {tuple(row) for batch in self.batches for row in _split_rows(batch)}
         rows = self.rows.select_columns(["input_ids", "source"])
         return [row["source"] for row in rows if tuple(row["input_ids"]) in wanted]
 
@@ -145,6 +270,29 @@ class ArpoTrainer(SFTTrainer):
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `Trainer.evaluate`. The steps after it draw the random numbers that they would have drawn without it."""
+        logged = len(self.state.log_history)
+        self.pending_evaluation = True
+        try:
+            with torch.random.fork_rng(devices=[]):
+                metrics = self._evaluate_all(eval_dataset, ignore_keys, metric_key_prefix)
+        except Stopped:
+            del self.state.log_history[logged:]
+            raise
+        self.pending_evaluation = False
+        return metrics
+
+    def evaluate_pending(self) -> None:
+        """Take the evaluation that a signal had stopped, with all that Trainer does after one."""
+        if self.pending_evaluation:
+            self._determine_best_metric(self._evaluate(None, None), None)
+            best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+            if best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+
+    def _evaluate_all(
+        self, eval_dataset: Any, ignore_keys: list[str] | None, metric_key_prefix: str
     ) -> dict[str, float]:
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(datasets, dict):
@@ -199,7 +347,7 @@ class ArpoTrainer(SFTTrainer):
         """Write a checkpoint that is marked until it is whole, and only then rotate the older ones away."""
         output_dir = Path(str(self.args.output_dir))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
-        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        keep = self.save_total_limit
 
         def begin() -> None:
             if full := missing_space(output_dir, self.checkpoint_bytes, "a checkpoint"):
@@ -212,7 +360,6 @@ class ArpoTrainer(SFTTrainer):
         error = self._try_on_all(begin, main_only=True)
         error = error or self._try_on_all(lambda: super(ArpoTrainer, self)._save_checkpoint(model, trial))  # type: ignore[no-untyped-call]
         error = error or self._try_on_all(finish, main_only=True)  # its list waits for every process's rng_state
-        self.args.save_total_limit = keep
         if error:
             self._save_failed(folder, error)
         elif self.is_world_process_zero():
@@ -290,37 +437,33 @@ def _split_rows(batch: dict[str, Tensor]) -> list[list[int]]:
 
 
 class _LogState(TrainerCallback, ExportableState):
-    """Carries the half-finished log line and the token counts through a checkpoint.
-
-    Trainer starts its loss average, and TRL its token count, at zero on resume; a log line that spans a checkpoint
-    would then differ from that of a run that never stopped.
-    """
+    """Ends each update, and carries the half-finished log line and the token counts through a checkpoint."""
 
     def __init__(self, trainer: ArpoTrainer) -> None:
         self.trainer = trainer
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.end_update()
+
     def state(self) -> dict[str, Any]:
-        trainer = self.trainer
-        if not hasattr(trainer, "_tr_loss"):  # Trainer asks once before training begins
-            return {}
-        return {
-            "loss_sum": float(trainer._tr_loss),
-            "last_logged": trainer._globalstep_last_logged,
-            "metrics": dict(trainer._metrics["train"]),
-            "seen_tokens": trainer._total_train_tokens,
-            "trained_tokens": trainer.trained_tokens,
-        }
+        window = asdict(self.trainer.window)
+        return {"loss_sum": window.pop("loss"), "pending_evaluation": self.trainer.pending_evaluation, **window}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Trainer goes on with the checkpoint's save_steps, eval_steps and logging_steps, whatever the recipe says.
         state.compute_steps(args, state.max_steps)
         # A checkpoint that LLaMA-Factory or TRL wrote has no entry; Trainer's next save needs one to write into.
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
-        if not saved:
-            return
-        trainer = self.trainer
-        trainer._tr_loss += saved["loss_sum"]
-        trainer._globalstep_last_logged = saved["last_logged"]
-        trainer._metrics["train"].update({key: list(values) for key, values in saved["metrics"].items()})
-        trainer._total_train_tokens = saved["seen_tokens"]
-        trainer.trained_tokens = saved["trained_tokens"]
+        saved = dict(state.stateful_callbacks.setdefault(type(self).__name__, {}))
+        if state.global_step and saved:
+            metrics = {name: values for name, values in saved["metrics"].items() if name != "num_tokens"}
+            counts = {name: saved[name] for name in ("last_logged", "seen_tokens", "trained_tokens")}
+            self.trainer.window = Window(loss=saved["loss_sum"], metrics=metrics, **counts)
+            self.trainer.pending_evaluation = saved.get("pending_evaluation", False)
+        else:
+            self.trainer.window.last_logged = state.global_step
+        if state.global_step >= state.max_steps:  # killed in what follows the last step: Trainer would take one more
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer.has_stepped:  # the epoch's end came before the checkpoint
+            control.should_save = control.should_evaluate = control.should_log = False

@@ -46,7 +46,13 @@ def make_rows() -> Dataset:
 
 
 def make_trainer(
-    folder: Path, model: Path, lora: bool = False, preflight: bool = False, on_save_error: str = "stop", **changes: Any
+    folder: Path,
+    model: Path,
+    lora: bool = False,
+    preflight: bool = False,
+    stream: bool = False,
+    on_save_error: str = "stop",
+    **changes: Any,
 ) -> ArpoTrainer:
     set_seed(3)
     values: dict[str, Any] = {
@@ -70,10 +76,13 @@ def make_trainer(
         values |= {"max_length": 64, "dataset_kwargs": None}
     adapter = LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
     folder.mkdir(parents=True, exist_ok=True)
+    rows: Any = make_rows()
+    if stream:
+        rows = rows.to_iterable_dataset().shuffle(seed=3, buffer_size=8)
     trainer = ArpoTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=SFTConfig(**values | changes),
-        train_dataset=make_rows(),
+        train_dataset=rows,
         eval_dataset=make_rows() if "eval_strategy" in changes else None,
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=adapter if lora else None,

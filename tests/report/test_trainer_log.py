@@ -26,6 +26,7 @@ from arpo_trl.report.trainer_log import (
     mfu_per_token,
     peak_memory,
 )
+from arpo_trl.run.trainer import Window
 
 pytestmark = small_run.QUIET
 
@@ -106,18 +107,18 @@ def test_the_mean_loss_is_over_all_steps_of_all_sessions() -> None:
 
 def test_the_first_line_after_a_resume_counts_its_own_tokens(tiny_model: Path, tmp_path: Path) -> None:
     class Trainer:
-        _total_train_tokens, trained_tokens = 0, 0
+        window = Window()
 
     trainer: Any = Trainer()
     trainer.args = SimpleNamespace(bf16=False, fp16=False, device=torch.device("cpu"))
     log = TrainerLog(trainer, tmp_path / "log", plot=False)
-    state = SimpleNamespace(global_step=5, max_steps=9, epoch=1.0, is_world_process_zero=True)
+    state = SimpleNamespace(global_step=5, max_steps=9, epoch=1.0, is_world_process_zero=True, log_history=[])
     log.on_train_begin(None, state, None)
-    trainer._total_train_tokens, trainer.trained_tokens = 1_000_000, 500_000  # restored after our callback
+    trainer.window.seen_tokens, trainer.window.trained_tokens = 1_000_000, 500_000  # restored after our callback
     log.on_step_begin(None, state, None)
     log._last_time -= 10
-    trainer._total_train_tokens, trainer.trained_tokens = 1_002_000, 500_500
-    log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3})
+    trainer.window.seen_tokens, trainer.window.trained_tokens = 1_002_000, 500_500
+    log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3} | trainer.more_figures())
     line = read_log(tmp_path / "log")[0]
     assert line["tokens_per_second"] == pytest.approx(200, rel=0.01)
     assert line["trained_tokens_per_second"] == pytest.approx(50, rel=0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,8 @@ def test_nothing_that_a_step_touches_is_left_changed(tmp_path: Path, tiny_model:
             torch.get_rng_state().clone(),
             random.getstate(),
             [np.array(part) for part in np.random.get_state()[1:3]],
-            trainer._total_train_tokens,
-            trainer.trained_tokens,
-            {mode: dict(values) for mode, values in trainer._metrics.items()},
-            trainer._window,
+            asdict(trainer.window),
+            list(trainer.batches),
             trainer.model.training,
             trainer.accelerator.gradient_state.sync_gradients,
         ]

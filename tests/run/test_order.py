@@ -1,0 +1,50 @@
+"""The order of rows: a function of seed and epoch, whatever the run did before."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from datasets import Dataset
+from torch.utils.data import RandomSampler, SequentialSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from arpo_trl.run.order import Endless, EpochOrder
+
+ROWS = list(range(20))
+
+
+def orders(sampler: object, epochs: list[int]) -> list[list[int]]:
+    made = []
+    for epoch in epochs:
+        torch.rand(epoch + 3)  # what a run draws in between
+        made.append(list(EpochOrder(sampler, 7, lambda epoch=epoch: epoch)))  # type: ignore[misc]
+    return made
+
+
+def test_an_epochs_order_is_found_again_without_those_before_it() -> None:
+    lengths = [n % 5 + 1 for n in ROWS]
+    for sampler in (RandomSampler(ROWS), LengthGroupedSampler(2, lengths=lengths)):
+        first, second = orders(sampler, [0, 1])
+        assert sorted(first) == sorted(second) == ROWS and first != second
+        assert orders(sampler, [1]) == [second]
+    assert orders(SequentialSampler(ROWS), [0, 1]) == [ROWS, ROWS]
+
+
+def test_a_random_order_is_that_of_accelerate() -> None:
+    """So a checkpoint of a version that left it to accelerate goes on with the rows that are next."""
+    theirs = SeedableRandomSampler(ROWS, data_seed=7)
+    for epoch, ours in enumerate(orders(RandomSampler(ROWS), [0, 1, 2])):
+        theirs.set_epoch(epoch)
+        assert ours == list(theirs)
+
+
+def test_a_stream_begins_again_in_another_order_with_every_row() -> None:
+    rows = Dataset.from_dict({"n": ROWS}).to_iterable_dataset().shuffle(seed=3, buffer_size=8)
+    stream = iter(Endless(rows))
+    passes = [[next(stream)["n"] for _ in ROWS] for _ in range(3)]
+    assert all(sorted(one) == ROWS for one in passes)
+    assert len({tuple(one) for one in passes}) == 3
+
+
+def test_a_stream_without_a_row_ends() -> None:
+    assert list(Endless(Dataset.from_dict({"n": ROWS}).to_iterable_dataset().filter(lambda row: False))) == []
