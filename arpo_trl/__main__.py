@@ -54,6 +54,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    if argv and argv[0] == "merge" and not is_file("merge"):
+        silence_libraries()
+        from .run.merge import merge_command
+
+        print(merge_command(argv[1:]))
+        return 0
     line = read_command_line(argv)
     if not argv or "help" in line.options:
         print("\n\n".join(map(explain_key, line.words)) or usage())

@@ -22,14 +22,12 @@ import chat
 import compare_golden
 import make_tiny_model
 import make_toy_dataset
-import merge_lora
 import pytest
 import torch
 from benchmark import MODES
 from benchmark_steps import spread, take_turns, times_trl
-from peft import LoraConfig, LoraModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from arpo_trl.data import encode as encoder
 from arpo_trl.data import prepare as dataset
@@ -259,54 +257,6 @@ def test_the_quickstart_asks_what_the_toy_data_does_not_answer():
         r'^question="(.+?)"', (ROOT / "scripts" / "quickstart.sh").read_text("utf-8"), re.MULTILINE
     )
     assert question not in {row["conversations"][0]["value"] for row in ROWS}
-
-
-# merge_lora.py
-
-
-@pytest.fixture
-def adapter(tiny_model: Path, tmp_path: Path) -> Path:
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def test_merge_lora_keeps_dtype_tokenizer_and_generation_config(adapter: Path, tiny_model: Path, tmp_path: Path):
-    dtype, moved = merge_lora.merge(adapter, tmp_path / "merged")
-    assert dtype == torch.bfloat16
-    assert moved < 0.1
-    for name in ("generation_config.json", "chat_template.jinja"):
-        assert (tmp_path / "merged" / name).read_bytes() == (tiny_model / name).read_bytes()
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
-        == AutoTokenizer.from_pretrained(tiny_model).get_vocab()
-    )
-
-
-def test_merge_lora_stops_when_the_sum_is_not_the_adapter(adapter: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, safe_merge: self.unload())
-    with pytest.raises(SystemExit, match="predicts otherwise"):
-        merge_lora.merge(adapter, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
-
-
-@pytest.mark.parametrize("base", ["elsewhere/tiny", "a/folder/of/three"])
-def test_merge_lora_names_the_base_model_that_is_not_there(adapter: Path, tmp_path: Path, monkeypatch, base: str):
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base
-    (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["merge_lora.py", str(adapter), "merged"])
-    with pytest.raises(SystemExit) as stopped:
-        merge_lora.main()
-    assert stopped.value.code == (
-        f"{adapter / 'adapter_config.json'}: base_model_name_or_path: no model at {base!r}, looked for from {tmp_path} "
-        "and on the hub; run this where the training was started, or write the base model's place there"
-    )
-    assert not (tmp_path / "merged").exists()
 
 
 # compare_golden.py

@@ -29,7 +29,7 @@ _NO_EFFECT = {
         eval_num_beams generation_max_length generation_num_beams generation_config""",
     "transformers generates the replies, with its cache, in the dtype of the saved model": """
         infer_backend infer_dtype use_kv_cache offload_folder""",
-    "export is a step of its own (scripts/merge_lora.py)": """
+    "export is a step of its own (arpo-trl merge)": """
         export_dir export_size export_device export_legacy_format export_hub_model_id export_quantization_bit
         export_quantization_dataset export_quantization_nsamples export_quantization_maxlen""",
     "tokens per second are always logged": "include_effective_tokens_per_second include_tokens_per_second",
@@ -149,7 +149,7 @@ HARMLESS: dict[str, Any] = {
 NO_EFFECT = {key: reason for reason, keys in _NO_EFFECT.items() for key in keys.split()}
 REFUSED = {key: reason for reason, keys in _REFUSED.items() for key in keys.split()}
 
-MERGE = ["python", "scripts/merge_lora.py"]
+MERGE = ["arpo-trl", "merge"]
 CHAT = ["python", "scripts/chat.py"]
 _V1_KEYS = {"model", "train_dataset", "peft_config", "kernel_config", "quant_config", "dist_config", "model_class"}
 _INFERENCE_KEYS = {"infer_backend", "infer_dtype", "do_sample", "vllm_maxlen", "vllm_enforce_eager", "sglang_maxlen"}

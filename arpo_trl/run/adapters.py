@@ -77,7 +77,7 @@ def _check_adapters(recipe: Recipe, to_merge: list[str]) -> None:
         raise recipe.error(
             "adapter_name_or_path",
             f"{to_merge[0]} can't be merged into {base}; merge it first "
-            f"(python scripts/merge_lora.py {to_merge[0]} OUT) and name OUT in model_name_or_path",
+            f"(arpo-trl merge {to_merge[0]} OUT) and name OUT in model_name_or_path",
         )
     beside = {"use_dora": recipe.use_dora, "additional_target": recipe.additional_target, "FSDP or DeepSpeed": split}
     if recipe.pissa_init and any(beside.values()):

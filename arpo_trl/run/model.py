@@ -54,6 +54,8 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
                 f"{name}: its weights do not fit its config.json: {len(loaded[keys])} {keys.replace('_', ' ')}, "
                 f"{min(loaded[keys])} first; expected the files of one {model.config.model_type} model",
             )
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"  # Llama4ForCausalLM of transformers 5.23 names one that it does not have
     types = [getattr(module, "rope_type", None) for module in model.modules()]
     if "rope_parameters" in kwargs and recipe.rope_scaling not in types:
         raise rope_is_ignored(recipe, model.config)

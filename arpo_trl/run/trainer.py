@@ -408,6 +408,8 @@ class ArpoTrainer(SFTTrainer, _Line):
         else:
             model.to(dtype)
             self.save_model()
+        if self.args.should_save and hasattr(model, "peft_config"):
+            model.generation_config.save_pretrained(self.args.output_dir)  # PEFT leaves its end-of-turn token out
         if self.args.should_save:  # beside an adapter of an earlier run, from_pretrained would load that one
             others = ("model*.safetensors*", "config.json") if hasattr(model, "peft_config") else ("adapter_*",)
             for path in [path for other in others for path in Path(str(self.args.output_dir)).glob(other)]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +16,7 @@ from huggingface_hub import ModelCard
 from test_trackers import SECRETS, files_that_hold
 from transformers import AutoModelForCausalLM
 
+from arpo_trl.__main__ import main
 from arpo_trl.report.model_card import base_model
 
 pytestmark = small_run.QUIET
@@ -94,7 +93,7 @@ def test_the_cards_python_answers(run: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_an_adapters_card_says_how_to_merge_or_to_serve_it_beside_its_base(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = small_run.run(tmp_path, tiny_model, finetuning_type="lora")
     capsys.readouterr()
@@ -102,13 +101,10 @@ def test_an_adapters_card_says_how_to_merge_or_to_serve_it_beside_its_base(
     names: dict[str, Any] = {}
     exec(python, names)
     assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1] and capsys.readouterr().out
-    beside = f"vllm serve {tiny_model.name} --enable-lora --lora-modules run={run}"
+    beside = f"vllm serve {tiny_model.name} --enable-lora --lora-modules run={run} --generation-config {run}"
     assert beside in rest and f"vllm serve {run}-merged`" in rest
-    merge = next(line for line in rest.splitlines() if line.startswith("python scripts/merge_lora.py"))
-    monkeypatch.chdir(Path(__file__).parents[2])
-    monkeypatch.setattr(sys, "argv", merge.split()[1:])
-    with contextlib.suppress(SystemExit):
-        runpy.run_path("scripts/merge_lora.py", run_name="__main__")
+    merge = next(line for line in rest.splitlines() if line.startswith("arpo-trl merge"))
+    assert main(merge.split()[1:]) == 0
     assert AutoModelForCausalLM.from_pretrained(f"{run}-merged").config.model_type == "qwen2"
 
 
