@@ -18,7 +18,6 @@ from pathlib import Path
 os.environ.setdefault("USE_LIBUV", "0")
 
 from . import __version__
-from .data.files import check_datasets
 from .errors import RecipeError, RunFailed
 from .recipe import read_recipe
 from .recipe.command_line import read_command_line
@@ -83,8 +82,7 @@ def _run(argv: Sequence[str]) -> int:
             line.words.remove(word)
     if len(line.words) > 1 or not (line.words or line.overrides):
         raise RecipeError(f"expected one recipe, found {len(line.words)}: {' '.join(line.words)}\n{usage()}")
-    recipe = check_datasets(read_recipe(line.words[0] if line.words else None, line.overrides))
-    check_inputs(recipe)
+    recipe = check_inputs(read_recipe(line.words[0] if line.words else None, line.overrides))
     if "preview" not in line.options:
         check_packages(recipe)
     silence_libraries()

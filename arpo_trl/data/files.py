@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import DatasetError, RowError, printable
 from ..recipe.keys import Recipe
-from .registry import DatasetInfo, read_registry, select_datasets
+from .registry import DatasetInfo, find_registry, select_datasets
 from .strict_json import TOO_DEEP, decode_json, find_end, parse_json
 
 if TYPE_CHECKING:
@@ -45,16 +45,22 @@ def check_datasets(recipe: Recipe) -> Recipe:
         The recipe, with what the registry says of its datasets among its notices.
 
     Raises:
-        DatasetError: with every name that can't be used, or the file that is not there.
+        DatasetError: with every name that can't be used, or every file that is not there.
     """
     infos = select_datasets(recipe)
-    if not recipe.tokenized_path:  # What is encoded already needs no raw data.
-        for info in infos:
+    problems = []
+    for info in infos if not recipe.tokenized_path else []:  # What is encoded already needs no raw data.
+        try:
             if info.path:
                 find_files(info.path)
+        except DatasetError as error:
+            key = "dataset" if info.name in recipe.dataset else "eval_dataset"
+            problems.append(str(recipe.error(key, f"{info.name}: {error}")))
+    if problems:
+        raise DatasetError(problems)
     lines = [line for info in infos for line in info.notices]
     if infos:
-        others = [info for info in read_registry(Path(recipe.dataset_dir)).values() if info not in infos]
+        others = [info for info in find_registry(recipe).values() if info not in infos]
         lines += [f"{line}; no effect here: the recipe does not use it" for info in others for line in info.mistakes]
     source = replace(recipe.source, notices=(*recipe.source.notices, *map(printable, lines)))
     return recipe.model_copy(update={"source": source})

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from ..errors import DatasetError, RowError
 from ..recipe.keys import Recipe, in_words
+from ..recipe.yaml_file import is_dir, is_file
 from .strict_json import EXCERPT, excerpt, parse_json
 
 # Each format's columns, by key, with the name of those that have a default.
@@ -145,7 +146,7 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
     """
     if not (recipe.dataset or recipe.eval_dataset):
         return []
-    registry = read_registry(Path(recipe.dataset_dir))
+    registry = find_registry(recipe)
     problems: list[str] = []
     infos: dict[str, DatasetInfo] = {}
     for key, names in (("dataset", recipe.dataset), ("eval_dataset", recipe.eval_dataset)):
@@ -165,6 +166,35 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
     return list(infos.values())
 
 
+def find_registry(recipe: Recipe) -> dict[str, DatasetInfo]:
+    """The registry that `dataset_dir` names: in a folder, in a dataset repository of the hub, or none.
+
+    As in LLaMA-Factory: `REMOTE:owner/name` is such a repository, and `ONLINE` means that the names are the hub's.
+
+    Raises:
+        DatasetError: if it is not there, or no object of datasets.
+    """
+    if recipe.dataset_dir == "ONLINE":
+        names = [*recipe.dataset, *recipe.eval_dataset]
+        return {name: DatasetInfo(name, f"{recipe.path}: {name}", hub=name) for name in names}
+    if not recipe.dataset_dir.startswith("REMOTE:"):
+        try:
+            return read_registry(Path(recipe.dataset_dir))
+        except DatasetError as error:
+            raise DatasetError(str(recipe.error("dataset_dir", str(error)))) from None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name = recipe.dataset_dir.removeprefix("REMOTE:")
+    try:
+        path = hf_hub_download(name, "dataset_info.json", repo_type="dataset", cache_dir=recipe.cache_dir)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = " ".join(str(error).split())[:200]
+        what = f"{name}: the hub gives no dataset_info.json of this dataset repository ({reason})"
+        raise DatasetError(str(recipe.error("dataset_dir", what))) from None
+    return read_registry(Path(path).parent)
+
+
 def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
     """Read `dataset_dir/dataset_info.json`.
 
@@ -172,9 +202,9 @@ def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
         DatasetError: if it is not there, or no object of datasets.
     """
     path = Path(dataset_dir) / "dataset_info.json"
-    if not path.is_file():
-        found = "not a file" if path.exists() else "no such file"
-        raise DatasetError(f"{path}: {found}; dataset_dir must be a folder with a dataset_info.json")
+    if not is_file(path):
+        found = "not a file" if is_dir(path.parent) and path.exists() else "no such file"
+        raise DatasetError(f"{path}: {found}; expected a folder with a dataset_info.json")
     try:
         entries = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:

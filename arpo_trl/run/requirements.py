@@ -15,7 +15,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import RecipeError
+from ..data.files import check_datasets
+from ..data.registry import select_datasets
+from ..errors import DatasetError, RecipeError
 from ..recipe.keys import Recipe
 from ..recipe.yaml_file import is_dir, is_file
 from ..report.trackers import missing_trackers, wandb_login
@@ -24,15 +26,27 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 HUB_TIMEOUT = 5.0  # seconds; huggingface_hub itself tries for more than a minute
 
 
-def check_inputs(recipe: Recipe) -> None:
+def check_inputs(recipe: Recipe) -> Recipe:
     """Ask for the files, datasets and models that the recipe names. Imports no torch.
+
+    Returns:
+        The recipe, with what the registry says of its datasets among its notices.
 
     Raises:
         RecipeError: all that is not there, each with the line of its key.
     """
     lines = [str(recipe.error(key, what)) for key, what in [*_template(recipe), *_models(recipe)]]
+    if recipe.dataset_dir.startswith("REMOTE:"):
+        why_no_hub()
+    try:
+        recipe = check_datasets(recipe)
+        if any(info.hub for info in select_datasets(recipe)):
+            why_no_hub()
+    except DatasetError as error:
+        lines.append(str(error))
     if lines:
         raise RecipeError(lines)
+    return recipe
 
 
 def check_packages(recipe: Recipe) -> None:

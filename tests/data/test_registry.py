@@ -205,7 +205,7 @@ def test_a_registry_that_cannot_be_read_is_one_line(kind: str, tmp_path: Path) -
 def test_a_pipe_is_no_registry(tmp_path: Path) -> None:
     """Reading one would wait for ever."""
     os.mkfifo(tmp_path / "dataset_info.json")
-    with pytest.raises(DatasetError, match=r"dataset_info.json: not a file; dataset_dir must be a folder with"):
+    with pytest.raises(DatasetError, match=r"dataset_info.json: not a file; expected a folder with"):
         read_registry(tmp_path)
 
 
@@ -305,7 +305,7 @@ def test_an_images_column_without_images_is_text(tmp_path: Path) -> None:
 
 
 def test_a_missing_registry_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"no such file; dataset_dir must be a folder with a dataset_info.json$"):
+    with pytest.raises(DatasetError, match=r"no such file; expected a folder with a dataset_info.json$"):
         read_registry(tmp_path)
 
 

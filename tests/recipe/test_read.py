@@ -535,6 +535,23 @@ def test_a_typo_is_answered_in_under_a_second_without_torch(tmp_path: Path) -> N
     assert seconds < 1
 
 
+@pytest.mark.parametrize("options", [[], ["--check"]], ids=["train", "check"])
+def test_what_the_recipe_names_and_is_not_there_is_answered_as_early(tmp_path: Path, options: list[str]) -> None:
+    """All at once; the tracker's and the template's names are part of the recipe, and said with a typo in it."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text('{"b": {"file_name": "b.json"}}', encoding="utf-8")
+    write(tmp_path, GOOD.replace("path: m", "path: ./m") + "template: t.jinja\n")
+    done, seconds = run("r.yaml", *options, cwd=tmp_path)
+    here = f"paths are relative to {tmp_path}"
+    assert done.stderr.splitlines() == [
+        f"r.yaml:5: template: there is no file t.jinja; {here}",
+        f"r.yaml:1: model_name_or_path: ./m: no such folder; {here}",
+        "r.yaml:4: dataset: a: no such dataset in data/dataset_info.json; there are b",
+    ]
+    assert (done.returncode, done.stdout.strip()) == (2, "")
+    assert seconds < 1
+
+
 def test_help_is_one_screen_in_under_a_second_without_torch(tmp_path: Path) -> None:
     done, seconds = run("--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

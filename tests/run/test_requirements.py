@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from arpo_trl.data.registry import select_datasets
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe
 from arpo_trl.recipe.keys import keys
@@ -33,6 +34,14 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     return found
+
+
+@pytest.fixture
+def with_data(tmp_path: Path) -> list[str]:
+    """Lines for a dataset that is there."""
+    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.jsonl"}}', encoding="utf-8")
+    (tmp_path / "d.jsonl").touch()
+    return [f"dataset_dir={tmp_path}", "dataset=d"]
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -137,21 +146,31 @@ def test_wandb_needs_a_login_unless_it_is_offline(
         ("model_name_or_path", "{empty}", "{empty}: the folder has no config.json"),
         ("adapter_name_or_path", "{empty}", "{empty}: the folder has no adapter_config.json"),
         ("adapter_name_or_path", "/nowhere/a", "/nowhere/a: no such folder"),
+        (
+            "dataset_dir",
+            "/nowhere",
+            "/nowhere/dataset_info.json: no such file; expected a folder with a dataset_info.json",
+        ),
+        ("dataset_dir", "x" * 300, f"{'x' * 300}/dataset_info.json: no such file"),
+        ("dataset", "e", "e: no such dataset in "),
+        ("eval_dataset", "e", "e: no such dataset in "),
         ("template", "my.jinja", "there is no file my.jinja; paths are relative to "),
     ],
 )
 def test_what_is_not_there_is_said_with_the_line_of_its_key(
-    recipe_of: Any, tmp_path: Path, tiny_model: Path, key: str, value: str, message: str
+    recipe_of: Any, with_data: list[str], tmp_path: Path, tiny_model: Path, key: str, value: str, message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     keys = {"model_name_or_path": str(tiny_model), key: value.replace("{empty}", str(tmp_path / "empty"))}
     with pytest.raises(RecipeError) as caught:
-        check_inputs(recipe_of(*(f"{key}={value}" for key, value in keys.items())))
+        check_inputs(recipe_of(*with_data, *(f"{key}={value}" for key, value in keys.items())))
     assert f": {key}: {message.replace('{empty}', str(tmp_path / 'empty'))}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_that_cannot_be_reached_is_said_at_once(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_said_at_once(
+    recipe_of: Any, with_data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -159,13 +178,27 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(recipe_of: Any, monkeypatc
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")  # where nobody listens any more
     why_no_hub.cache_clear()
     with pytest.raises(RecipeError, match=rf"m: no such folder, .*, and http://127.0.0.1:{port} can't be reached"):
-        check_inputs(recipe_of())
+        check_inputs(recipe_of(*with_data))
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     monkeypatch.setenv("HF_HUB_OFFLINE", "")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
         why_no_hub.cache_clear()
-        check_inputs(recipe_of())  # it answers, though with an error: huggingface_hub will say what is wrong
+        check_inputs(recipe_of(*with_data))  # it answers, though with an error: huggingface_hub will say what is wrong
         hub.shutdown()
     why_no_hub.cache_clear()
+
+
+def test_a_registry_on_the_hub_and_none_are_found_as_in_llama_factory(recipe_of: Any, tmp_path: Path) -> None:
+    (online,) = select_datasets(recipe_of("dataset_dir=ONLINE", "dataset=owner/rows"))
+    assert (online.hub, online.formatting, online.columns["prompt"]) == ("owner/rows", "alpaca", "instruction")
+    snapshot = tmp_path / "datasets--owner--registry" / "snapshots" / "abc"  # huggingface_hub's cache
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc", encoding="utf-8")
+    (snapshot / "dataset_info.json").write_text('{"d": {"hf_hub_url": "owner/d"}}', encoding="utf-8")
+    (remote,) = select_datasets(recipe_of("dataset_dir=REMOTE:owner/registry", f"cache_dir={tmp_path}", "dataset=d"))
+    assert remote.hub == "owner/d"
+    with pytest.raises(RecipeError, match=r"dataset_dir: owner/none: the hub gives no dataset_info.json"):
+        select_datasets(recipe_of("dataset_dir=REMOTE:owner/none", f"cache_dir={tmp_path}", "dataset=d"))
