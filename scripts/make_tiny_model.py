@@ -17,9 +17,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
+from arpo_trl.data.template import shipped_template
+
 ROOT = Path(__file__).resolve().parents[1]
 TOY_DATA = ROOT / "recipes" / "data" / "arpo_sft_toy.jsonl"
-CHAT_TEMPLATE = ROOT / "arpo_trl" / "data" / "templates" / "qwen.jinja"
 
 # The three facts below are those of https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct/blob/main/tokenizer.json
 WORDS = (
@@ -88,7 +89,7 @@ def make_model(tokenizer: Tokenizer, hidden_size: int, layers: int, seed: int) -
 def save(tokenizer: Tokenizer, model: Qwen2ForCausalLM, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_bytes(CHAT_TEMPLATE.read_bytes())
+    (folder / "chat_template.jinja").write_text(shipped_template("qwen"), encoding="utf-8", newline="")
     config = {
         "additional_special_tokens": SPECIAL_TOKENS[1:],
         "bos_token": None,

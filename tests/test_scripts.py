@@ -35,7 +35,7 @@ from arpo_trl.data.encode import Encoder, encode_rows
 from arpo_trl.data.files import Row
 from arpo_trl.data.labels import IGNORED
 from arpo_trl.data.registry import read_registry
-from arpo_trl.data.template import find_template
+from arpo_trl.data.template import find_template, shipped_template
 from arpo_trl.data.tokenizer import load_tokenizer
 from arpo_trl.recipe import Recipe
 
@@ -161,7 +161,7 @@ def test_tiny_tokenizer_is_built_as_qwens(tiny_tokenizer):
     text = "Numbers 1234 split; 中文, <tool_call>\n\n  tabs\tand émojis 🙂 come back.\r\n"
     assert tiny_tokenizer.decode(tiny_tokenizer(text).input_ids) == text
     assert tiny_tokenizer.tokenize("2024") == list("2024")
-    assert tiny_tokenizer.chat_template == make_tiny_model.CHAT_TEMPLATE.read_text(encoding="utf-8")
+    assert tiny_tokenizer.chat_template == shipped_template("qwen")
 
 
 # chat.py

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,11 +223,12 @@ def _describe(template: Template) -> Template:
         raise RecipeError(f"template: cannot be rendered ({error})") from None
     # Phi-3 ends whatever does not go on with the eos token. No reply ends in it, so no row needs it.
     epilogue = eos if not with_prompt.startswith(without) and without.endswith(eos) else ""
-    special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    added = tokenizer.added_tokens_decoder
 
     def special_tokens(text: str) -> list[str]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [special[token] for token in ids if token in special]
+        """The special ones in a text; where there are none, those that were added as words."""
+        found = [added[token] for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in added]
+        return [token.content for token in found if token.special or not any(other.special for other in found)]
 
     header = shared_start(with_prompt, answered)
     before_reply, _, after_reply = answered[len(header) :].rpartition(REPLY["content"])
@@ -288,17 +290,19 @@ def _faults(template: Template) -> int:
 
 
 def shipped_template(name: str) -> str:
-    """The Jinja text of a template that is shipped under one of LLaMA-Factory's names: qwen.jinja, or one put together.
+    """The Jinja text of a template that is shipped under one of LLaMA-Factory's names: TRL's, or one put together.
 
     The pieces that templates/names.toml has for the name stand in front, then the file of their tools, then frame.jinja.
-    TRL's own files (qwen3_instruct_2507.jinja, llama3.jinja) differ from LLaMA-Factory's text for rows with tools.
+    Of TRL's files only Qwen2.5's is LLaMA-Factory's text; others (llama3.jinja, qwen3_instruct_2507.jinja) trim it, or
+    write tools in another way.
 
     Raises:
         KeyError: if nothing is shipped under that name.
     """
-    folder = files("arpo_trl.data").joinpath("templates")
     if name == "qwen":
-        return folder.joinpath("qwen.jinja").read_text(encoding="utf-8")
+        trl = find_spec("trl")  # not imported: that takes seconds
+        return Path(str(trl and trl.origin)).with_name("chat_templates").joinpath("qwen2_5.jinja").read_text("utf-8")
+    folder = files("arpo_trl.data").joinpath("templates")
     table = tomllib.loads(folder.joinpath("names.toml").read_text(encoding="utf-8"))
     pieces = table[name]
     pieces = table.get(pieces.get("like"), {}) | pieces

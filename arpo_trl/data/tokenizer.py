@@ -1,4 +1,4 @@
-"""The tokenizer that is saved with the model, and the gate before the first step.
+"""The tokenizer that is saved with the model, and the parity check before the first step.
 
 Its chat template is the one inference needs; `template.py` finds the one to train with.
 """
@@ -62,9 +62,9 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     end_of_turn = template.end_of_turn
     if end_of_turn is None and recipe.template in SHIPPED:
         raise RecipeError(
-            f"template: {recipe.template} ends a reply with {template.after_reply.strip()!r}, which is no special token of "
-            "this tokenizer; write one that ends it with the tokenizer's own eos token (template: default), or add the "
-            "token to the tokenizer and the model, save both and name that folder in model_name_or_path"
+            f"template: {recipe.template} ends a reply with {template.after_reply.strip()!r}, which is no token of this "
+            "tokenizer; write one that ends it with the tokenizer's own eos token (template: default), or add the token "
+            "to the tokenizer and the model with the commands in docs/templates.md"
         )
     if end_of_turn is None:
         raise RecipeError(
@@ -98,8 +98,8 @@ def _read_template(template: str | None, tokenizer: PreTrainedTokenizerBase) -> 
         raise RecipeError(f"template: {template}: cannot be read ({error})") from None
 
 
-def check_parity(conversation: Conversation, template: Template, config: EncodingConfig, place: str) -> None:
-    """The gate before the first step, for one row: segments joined are the conversation, and the labels are its replies.
+def check_parity(conversation: Conversation, template: Template, config: EncodingConfig, location: str) -> None:
+    """The check before the first step, for one row: segments joined are the conversation, and the labels are its replies.
 
     Checked on what the tokens decode to: all of them against the conversation rendered and tokenised at once, each
     trained run for its end-of-turn token, and the rest for the text of every message that is not to be learnt.
@@ -111,7 +111,7 @@ def check_parity(conversation: Conversation, template: Template, config: Encodin
     tokenizer = template.tokenizer
 
     def refuse(reason: str) -> DatasetError:
-        return DatasetError(f"{place}: the gate before training stopped here: {reason}; use another template")
+        return DatasetError(f"{location}: the parity check before training failed: {reason}; use another template")
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

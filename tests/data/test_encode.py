@@ -58,4 +58,4 @@ def test_the_gate_stands_before_every_dataset(bench: Bench) -> None:
             bench.prepare()
     finally:
         bench.tokenizer.eos_token = own
-    assert str(error.value).startswith(f"{path}:1: the gate before training stopped here: a turn does not end in")
+    assert str(error.value).startswith(f"{path}:1: the parity check before training failed: a turn does not end in")

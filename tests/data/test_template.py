@@ -10,9 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import compare_templates
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from compare_templates import DAY, GOLDEN, conversation, golden_texts, tokens_of, trl_template
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from arpo_trl.data.labels import EncodingConfig, carry_loss, to_segments
 from arpo_trl.data.messages import Conversation
@@ -22,7 +23,6 @@ from arpo_trl.errors import RecipeError, RowError
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.recipe.template_names import MULTIMODAL, SHIPPED, THE_TOKENIZERS_OWN, check_template_name
 
-GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "templates.json").read_text(encoding="utf-8"))
 OWN = (
     "{% for m in messages %}<own>{{ m.role }} {{ m.content }}</own>{% endfor %}"
     "{% if add_generation_prompt %}<own>assistant {% endif %}"
@@ -30,40 +30,11 @@ OWN = (
 
 
 def make_tokenizer(*special: str, chat_template: Any = OWN) -> PreTrainedTokenizerBase:
-    """Every byte is a token; bos and eos are <s> and </s>."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    names = dict.fromkeys(["<s>", "</s>", "<own>", "</own>", *special])
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in names])
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    made.chat_template = chat_template
-    return made
+    return compare_templates.make_tokenizer("<own>", "</own>", *special, chat_template=chat_template)
 
 
 def recipe(model: Path, **keys: Any) -> Recipe:
     return Recipe(model_name_or_path=str(model), **({"output_dir": "unused"} | keys))
-
-
-def conversation(name: str) -> Conversation:
-    """LLaMA-Factory's form of a conversation in ours."""
-    given = GOLDEN["conversations"][name]
-    messages = [{"role": "system", "content": given["system"]}] if given["system"] else []
-    for message in given["messages"]:
-        if message["role"] == "function":
-            call = {"type": "function", "function": json.loads(message["content"])}
-            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-        else:
-            messages.append({**message, "role": {"observation": "tool"}.get(message["role"], message["role"])})
-    tools = json.loads(given["tools"]) if given["tools"] else None
-    return Conversation(messages, tools and [{"type": "function", "function": tool} for tool in tools])
-
-
-def pairs(name: str, golden: list[list[str]]) -> list[str]:
-    """The golden pairs as segments, with this tokenizer's tokens and the day's date."""
-    texts = [text.replace("{bos}", "<s>").replace("{eos}", "</s>") for pair in golden for text in pair]
-    return [re.sub("25 Nov 2026", f"{date.today():%d %b %Y}", text) for text in texts]
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
@@ -72,18 +43,44 @@ def test_a_shipped_template_writes_and_trains_what_llama_factory_does(name: str,
     ends = set(re.findall(r"<[^<>\s]+>", golden["conversations"]["one turn"][-1][1])) | {golden["eos"]} - {"{eos}"}
     make_tokenizer(*sorted(ends - {"<think>", "</think>"}), chat_template=OWN).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(recipe(tmp_path, template=name))
-    template = find_template(tokenizer)
+    template = find_template(tokenizer, DAY)
     for kind, expected in golden["conversations"].items():
         segments = to_segments(conversation(kind), template)
-        assert [segment.text for segment in segments] == pairs(kind, expected), kind
+        assert [segment.text for segment in segments] == golden_texts(expected), kind
         assert carry_loss(segments, EncodingConfig(1 << 20)) == [False, True] * len(expected)
         check_parity(conversation(kind), template, EncodingConfig(1 << 20), kind)
+
+
+def test_the_table_of_the_docs_is_what_the_templates_write() -> None:
+    """`python scripts/compare_templates.py` writes it."""
+    text = compare_templates.DOCS.read_text(encoding="utf-8")
+    lines = compare_templates.table()
+    assert "\n".join(lines) in text
+    assert all("shipped: 4 of 4" in line for line in lines if "shipped" in line)
+    assert f"all {len(SHIPPED)} of them" in text
+    assert all(f"`{name}`" in text for name in SHIPPED | THE_TOKENIZERS_OWN)
+
+
+def test_the_docs_way_to_add_a_templates_tokens_makes_it_run(tmp_path: Path, tiny_model: Path) -> None:
+    """A base model that lacks them is refused; after the docs' commands, every reply ends in one trained token."""
+    with pytest.raises(RecipeError, match=r"ends a reply with '<\|eot_id\|>', which is no token of this tokenizer"):
+        load_tokenizer(recipe(tiny_model, template="llama3"))
+    code = compare_templates.DOCS.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    exec(code.replace("BASE", str(tiny_model)).replace("NEW", str(tmp_path)), {})
+    asked = recipe(tmp_path, template="llama3")
+    template = template_of(asked, load_tokenizer(asked))
+    segments = to_segments(conversation("one turn"), template)
+    assert segments[1].text == "4.<|eot_id|>"
+    check_parity(conversation("one turn"), template, EncodingConfig(1 << 20), "row")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.get_input_embeddings().num_embeddings >= len(template.tokenizer)
+    assert load_tokenizer(recipe(tiny_model, template="default")).eos_token == "<|im_end|>"  # the other way out
 
 
 def test_every_name_of_llama_factorys_is_shipped_or_means_the_tokenizers_own(tmp_path: Path) -> None:
     table = tomllib.loads(files("arpo_trl.data").joinpath("templates/names.toml").read_text(encoding="utf-8"))
     assert table.keys() | {"qwen"} == SHIPPED
-    assert GOLDEN["templates"].keys() == SHIPPED
+    assert GOLDEN["templates"].keys() >= SHIPPED
     assert not SHIPPED & THE_TOKENIZERS_OWN and not MULTIMODAL & (SHIPPED | THE_TOKENIZERS_OWN)
     make_tokenizer().save_pretrained(tmp_path)
     for name in GOLDEN["names"]:
@@ -198,7 +195,7 @@ def test_enable_thinking_writes_and_trains_what_llama_factory_does(wanted: bool 
     template = template_of(asked, load_tokenizer(asked))
     for kind, expected in GOLDEN["enable_thinking"][str(wanted).lower()].items():
         fitted = template.fit(conversation(kind))
-        assert [segment.text for segment in to_segments(fitted, template)] == pairs(kind, expected), kind
+        assert [segment.text for segment in to_segments(fitted, template)] == golden_texts(expected), kind
         check_parity(fitted, template, EncodingConfig(1 << 20), kind)
 
 
@@ -286,10 +283,8 @@ HARD: list[tuple[str, list[dict[str, Any]], list[tuple[str, str]]]] = [
 
 def trl_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer with TRL's template of that name and all tokens that it writes."""
-    jinja = files("trl").joinpath("chat_templates", f"{name}.jinja").read_text(encoding="utf-8")
-    tokenizer = make_tokenizer(
-        *sorted(set(re.findall(r"<[|｜][^<>\s]+?[|｜]?>|<[a-z_]+\|>", jinja))), chat_template=jinja
-    )
+    jinja = trl_template(name)
+    tokenizer = make_tokenizer(*tokens_of(jinja), chat_template=jinja)
     if R1_END in jinja:
         tokenizer.eos_token = R1_END
     return tokenizer

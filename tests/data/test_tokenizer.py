@@ -179,20 +179,20 @@ def test_a_generation_prompt_that_shares_nothing_with_the_reply_is_refused() -> 
         to_segments(Conversation([Q, A]), find_template(make_tokenizer(other)))
 
 
-# The gate
+# The parity check
 
 
-def test_the_gate_refuses_another_eos_than_the_end_of_turn() -> None:
+def test_the_parity_check_refuses_another_eos_than_the_end_of_turn() -> None:
     tokenizer = make_tokenizer("qwen2_5", eos="<|endoftext|>")
     with pytest.raises(DatasetError) as error:
         check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "a.json:7")
     assert str(error.value) == (
-        "a.json:7: the gate before training stopped here: a turn does not end in the eos token '<|endoftext|>'; "
+        "a.json:7: the parity check before training failed: a turn does not end in the eos token '<|endoftext|>'; "
         "use another template"
     )
 
 
-def test_the_gate_refuses_a_tokenizer_that_writes_a_space_before_each_text() -> None:
+def test_the_parity_check_refuses_a_tokenizer_that_writes_a_space_before_each_text() -> None:
     tokenizer = make_tokenizer("qwen2_5", eos="<|im_end|>")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[attr-defined]
     tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])  # type: ignore[attr-defined]
@@ -200,7 +200,7 @@ def test_the_gate_refuses_a_tokenizer_that_writes_a_space_before_each_text() -> 
         check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "row")
 
 
-def test_the_gate_refuses_a_tokenizer_that_joins_segments_otherwise() -> None:
+def test_the_parity_check_refuses_a_tokenizer_that_joins_segments_otherwise() -> None:
     """The space before each text shows in the middle of a line where no special token parts it from the last."""
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\nBot:{% else %} {{ m.content }}<|im_end|>\n"
@@ -211,12 +211,12 @@ def test_the_gate_refuses_a_tokenizer_that_joins_segments_otherwise() -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[attr-defined]
     check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "row")
     with pytest.raises(
-        DatasetError, match=r"row: the gate .*: the encoded text is not what the chat template renders;"
+        DatasetError, match=r"row: the parity check .*: the encoded text is not what the chat template renders;"
     ):
         check_parity(Conversation([Q, A, R, B]), find_template(tokenizer), CONFIG, "row")
 
 
-def test_the_gate_refuses_an_end_of_turn_that_is_no_token_after_a_word() -> None:
+def test_the_parity_check_refuses_an_end_of_turn_that_is_no_token_after_a_word() -> None:
     tokenizer = make_tokenizer("qwen2_5", eos="<|im_end|>")
     end = AddedToken("<|im_end|>", special=True, single_word=True)
     tokenizer.backend_tokenizer.add_special_tokens([end])  # type: ignore[attr-defined]
@@ -226,7 +226,7 @@ def test_the_gate_refuses_an_end_of_turn_that_is_no_token_after_a_word() -> None
         check_parity(Conversation([Q, A]), template, CONFIG, "row")
 
 
-def test_the_gate_refuses_a_message_that_it_does_not_find_among_the_masked_tokens() -> None:
+def test_the_parity_check_refuses_a_message_that_it_does_not_find_among_the_masked_tokens() -> None:
     spaced = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ ' ' if m.role == 'assistant' }}{{ m.content }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -307,9 +307,9 @@ def test_a_shipped_template_and_a_file_replace_the_tokenizers_own(tmp_path: Path
         ),
         (
             {"template": "granite3"},
-            "template: granite3 ends a reply with '<|end_of_text|>', which is no special token of this tokenizer; write one that "
+            "template: granite3 ends a reply with '<|end_of_text|>', which is no token of this tokenizer; write one that "
             "ends it with the tokenizer's own eos token (template: default), or add the token to the tokenizer and the "
-            "model, save both and name that folder in model_name_or_path",
+            "model with the commands in docs/templates.md",
         ),
     ],
 )
