@@ -2,14 +2,20 @@
 
 import csv
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
 import pytest
 from bench import GOOD, Bench, answers, numbered, row, write
 
-from arpo_trl.data import files
-from arpo_trl.data.files import read_rows
+from arpo_trl.data import cache, files
+from arpo_trl.data.files import fingerprint, read_dataset, read_rows
+from arpo_trl.data.registry import DatasetInfo
 from arpo_trl.errors import DatasetError, RowError
 
 
@@ -239,3 +245,156 @@ def test_a_line_beyond_all_measure_is_dropped_alone(tmp_path: Path, monkeypatch:
     first, second = read_rows(path)
     assert isinstance(first.value, RowError) and first.place == f"{path}:1"
     assert (second.value, second.place) == ({"a": 1}, f"{path}:2")
+
+
+DAMAGED = """
+import random, sys
+from pathlib import Path
+from arpo_trl.data.files import read_rows
+from arpo_trl.errors import DatasetError, RowError
+
+path, mutations = Path(sys.argv[1]), int(sys.argv[2])
+whole, chance, ends = path.read_bytes(), random.Random(0), {"rows": 0, "refused": 0}
+for _ in range(mutations):
+    damaged = bytearray(whole)
+    for _ in range(chance.choice((1, 1, 1, 3, 20))):
+        damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+    path.write_bytes(damaged[: chance.choice((len(damaged), len(damaged), chance.randrange(len(damaged))))])
+    try:
+        ends["rows"] += all(isinstance(row.value, (dict, RowError)) for row in read_rows(path))
+    except DatasetError as error:
+        assert str(error).startswith(f"{path}:") and "\\n" not in str(error), error
+        ends["refused"] += 1
+print(ends["rows"], ends["refused"])
+"""
+
+
+@pytest.mark.parametrize("name", ["stream.arrow", "file.arrow", "rows.parquet"])
+def test_a_damaged_file_ends_in_rows_or_in_a_line(name: str, tmp_path: Path) -> None:
+    """Without a check of its buffers, pyarrow ends the process on some of them."""
+    path = write(tmp_path / name, [row(f"Question {n}", more=n / 3, system="s" if n % 2 else None) for n in range(20)])
+    if name == "file.arrow":
+        table = pa.ipc.open_stream(path.read_bytes()).read_all()
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    command = [sys.executable, "-c", DAMAGED, str(path), "200"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kept, refused = map(int, done.stdout.split())
+    assert kept + refused == 200 and kept > 10 and refused > 50
+
+
+def test_a_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    """Of two columns of one name the last would be read, and nobody would know."""
+    for path in (tmp_path / "a.csv", tmp_path / "a.arrow"):
+        if path.suffix == ".csv":
+            path.write_text("instruction,output,output\nQ,A,B\n")
+        else:
+            table = pa.table([["Q"], ["A"], ["B"]], names=["instruction", "output", "output"])
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+        with pytest.raises(DatasetError) as error:
+            list(read_rows(path))
+        assert str(error.value) == f"{path}: has the column 'output' twice; rename or remove one"
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet", ".arrow"])
+@pytest.mark.parametrize("how", ["it grows", "it is replaced", "it is gone"])
+def test_a_file_that_changes_while_it_is_read_is_noticed(suffix: str, how: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".csv":
+        path.write_text("a,b\n" + "1,2\n" * 1000)
+    else:
+        write(path, [{"a": n} for n in range(1000)])
+    lines = read_rows(path)
+    next(lines)
+    if how == "it grows":
+        with path.open("ab") as file:
+            file.write(b"\n")
+    else:
+        whole = path.read_bytes()
+        path.unlink()
+        if how == "it is replaced":
+            (tmp_path / "other").touch()  # takes the number of the file that went
+            path.write_bytes(whole)
+    with pytest.raises(DatasetError) as error:
+        list(lines)
+    reason = "cannot be read" if how == "it is gone" else "was replaced or written to while it was read; start again"
+    assert str(error.value).startswith(f"{path}: ") and reason in str(error.value)
+
+
+def test_a_file_that_changes_between_its_hash_and_its_rows_is_noticed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the cache would keep the new rows under the old content's name."""
+    path = bench.add("d", numbered(2))
+    hashed = cache.fingerprint
+
+    def hash_then_replace(info: Any, streaming: bool) -> str:
+        found = hashed(info, streaming)
+        write(path, numbered(2, start=7))
+        return found
+
+    monkeypatch.setattr(cache, "fingerprint", hash_then_replace)
+    with pytest.raises(DatasetError, match=r"d.jsonl: was replaced or written to while it was read; start again"):
+        bench.prepare()
+    monkeypatch.undo()
+
+
+SPLITS = {
+    "train[:2]": [0, 1],
+    "train[2:4]": [2, 3],
+    "train[-2:]": [4, 5],
+    "train[50%:]": [3, 4, 5],
+    "train[:1]+train[5:]": [0, 5],
+    "train[4:]+train[:1]": [4, 5, 0],
+    "train": [0, 1, 2, 3, 4, 5],
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_part_of_a_file_is_what_datasets_takes_for_it(split: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"n": number} for number in range(6)])
+    info = DatasetInfo("d", "dataset_info.json: d", path=path, split=split)
+    for streaming in (False, True):
+        assert [one.value["n"] for one in read_dataset(info, streaming)[1]] == SPLITS[split]
+    assert (fingerprint(info, False) == fingerprint(replace(info, split="train"), False)) == (split == "train")
+    theirs = datasets.load_dataset("json", data_files=str(path), split=split, cache_dir=str(tmp_path / "cache"))
+    assert theirs["n"][:] == SPLITS[split]
+
+
+def test_a_part_that_datasets_does_not_read_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"n": 1}])
+    for split in ("train[a]", "train[:200%]", "train[1:2:3]"):
+        with pytest.raises(DatasetError, match=r"^dataset_info.json: d.split: [^\n]+$"):
+            list(read_dataset(DatasetInfo("d", "dataset_info.json: d", path=path, split=split), False)[1])
+
+
+def test_a_null_of_the_row_stays_and_one_that_arrow_made_goes(bench: Bench) -> None:
+    """`datasets` types objects of different keys as JSON and keeps what they hold; a struct it fills with nulls."""
+    calls = [{"function": {"name": "f", "arguments": given}} for given in ({"city": None, "n": 5}, {"x": [None]})]
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    folder = bench.folder / "repo"
+    folder.mkdir()
+    write(folder / "train.jsonl", [{"messages": turns}, {"messages": turns[:1]}])
+    loaded = datasets.load_dataset(str(folder), split="train")
+    loaded.to_parquet(str(bench.folder / "a.parquet"))
+    loaded.save_to_disk(str(bench.folder / "saved"))
+    (saved,) = (bench.folder / "saved").glob("*.arrow")
+    hub = DatasetInfo("d", "", hub=str(folder))
+    for rows in (
+        read_rows(folder / "train.jsonl"),
+        read_rows(bench.folder / "a.parquet"),
+        read_rows(saved),
+        read_dataset(hub, streaming=False)[1],
+        read_dataset(hub, streaming=True)[1],
+    ):
+        assert [one.value for one in rows] == [{"messages": turns}, {"messages": turns[:1]}]
+
+
+@pytest.mark.parametrize("text", ["\ufeff{0}\r\n\ufeff{0}\r\n", "{0}\n\n \t{0}  \n\n", "{0}\n{0}"])
+def test_marks_and_ends_of_lines_are_no_part_of_a_row(text: str, tmp_path: Path) -> None:
+    for suffix in (".jsonl", ".json"):
+        path = tmp_path / f"a{suffix}"
+        path.write_text(text.replace("{0}", '{"a": "\\u0000\u2028"}'), encoding="utf-8", newline="")
+        assert [one.value for one in read_rows(path)] == [{"a": "\x00\u2028"}] * 2
