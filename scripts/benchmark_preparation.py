@@ -48,12 +48,13 @@ def preparation(model: str, rows: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def our_preparation(path: Path, model: str) -> Callable[[int], int]:
+    import arpo_trl.data.cache
     import arpo_trl.data.prepare
     from arpo_trl.data.tokenizer import load_tokenizer
     from arpo_trl.recipe import Recipe
 
     # A file this small would be encoded by one process, however many are asked for: two shall be two.
-    arpo_trl.data.prepare.PROCESSES_PAY_FROM = 0
+    arpo_trl.data.cache.PROCESSES_PAY_FROM = 0
 
     def recipe(workers: int) -> Recipe:
         return Recipe(
@@ -63,7 +64,6 @@ def our_preparation(path: Path, model: str) -> Callable[[int], int]:
             cutoff_len=1 << 20,
             preprocessing_num_workers=workers,
             overwrite_cache=True,
-            tokenized_path=str(path.parent / "encoded"),
             output_dir=str(path.parent / "out"),
         )
 

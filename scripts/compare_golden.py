@@ -21,7 +21,6 @@ import json
 import sys
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
 
 from arpo_trl.data.encode import Encoder, encode_rows
 from arpo_trl.data.files import read_rows
@@ -53,21 +52,17 @@ def compare(golden_dir: Path, data_dir: Path, recipe: Recipe) -> tuple[int, int]
         if info is None or info.path is None:
             raise DatasetError(f"{path}: no dataset {name!r} in {data_dir}/dataset_info.json with a file of its own")
         rows = list(islice(read_rows(info.path), len(golden)))
-        ours: dict[str, Any] = {}
-        for batch in encode_rows(rows, Encoder(info, recipe, template)):
-            ours |= {row["source"]: row for row in batch.encoded.to_pylist()}
-            for finding in batch.findings:
-                print(f"{finding['place']}: {finding['outcome']} ({finding['reason']})")
         total += len(golden)
-        for row, (input_ids, trained) in zip(rows, golden):
-            encoded = ours.get(row.place, {"input_ids": [], "labels": []})
+        for encoded, (input_ids, trained) in zip(encode_rows(rows, Encoder(info, recipe, template)), golden):
+            if encoded["outcome"] != "kept":
+                print(f"{encoded['source']}: {encoded['outcome']} ({encoded['reason']})")
             found = [(token, int(label != IGNORED)) for token, label in zip(encoded["input_ids"], encoded["labels"])]
             expected = list(zip_longest(input_ids, trained))
             if found == expected:
                 equal += 1
             else:
                 at = next(at for at, (a, b) in enumerate(zip_longest(found, expected)) if a != b)
-                print(f"{row.place}: {len(found)} tokens, {len(expected)} expected; first to differ: {at}")
+                print(f"{encoded['source']}: {len(found)} tokens, {len(expected)} expected; first to differ: {at}")
         if len(rows) != len(golden):
             print(f"{path}: {len(golden)} entries, {len(rows)} rows in {info.path}")
     return equal, total

@@ -224,10 +224,9 @@ def test_chat_tells_the_model_of_tools_as_training_does(tiny_model: Path, tmp_pa
     )
     recipe = Recipe(model_name_or_path=str(tiny_model), output_dir="unused")
     info = read_registry(ROOT / "recipes")["tool_calls_demo"]
-    [batch] = encode_rows([Row("told", TOLD)], Encoder(info, recipe, find_template(load_tokenizer(recipe))))
-    trained = batch.encoded.to_pylist()[0]
+    [trained] = encode_rows([Row("told", TOLD)], Encoder(info, recipe, find_template(load_tokenizer(recipe))))
     first_reply = next(at for at, label in enumerate(trained["labels"]) if label != IGNORED)
-    assert prompts == [trained["input_ids"][:first_reply]]
+    assert prompts == [trained["input_ids"][:first_reply].tolist()]
 
 
 @pytest.mark.parametrize("text", [None, "{", '[{"description": "no name"}]'], ids=["no file", "not JSON", "no name"])

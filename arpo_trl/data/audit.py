@@ -1,26 +1,31 @@
-"""What became of each row: kept, shortened, lost its final answer, or dropped, with its place and the reason."""
+"""What became of each row: kept, shortened, lost its final answer, or dropped, with its location and the reason."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import RowError
-from .files import Row
-from .labels import IGNORED, Example
+import numpy as np
+import pyarrow.compute as pc
+
 from .registry import DatasetInfo
-from .strict_json import excerpt
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .encode import EncodedRow
 
 SHOWN_REASONS = 3
 SHOWN_FIELDS = 12
-EXCERPT = 160
+ABOUT_A_ROW = ["source", "trained_tokens", "outcome", "reason"]
 
 
 @dataclass
 class Counts:
-    """Rows of one dataset by their fate, and the tokens of those that stayed. `first`: why the first were dropped."""
+    """Rows of one dataset by their outcome, and the tokens of those that stayed. `first`: why the first were dropped."""
 
     kept: int = 0
     shortened: int = 0
@@ -34,10 +39,16 @@ class Counts:
     def rows(self) -> int:
         return self.kept + self.shortened + self.lost_answer + self.dropped
 
-    def add(self, other: Counts) -> None:
-        for fate in ("kept", "shortened", "lost_answer", "dropped", "tokens", "trained_tokens"):
-            setattr(self, fate, getattr(self, fate) + getattr(other, fate))
-        self.first = (self.first + other.first)[:SHOWN_REASONS]
+    def add(self, source: str, trained_tokens: int, outcome: str, reason: str, tokens: int) -> None:
+        """Count one row."""
+        setattr(self, outcome, getattr(self, outcome) + 1)
+        self.tokens += tokens
+        self.trained_tokens += trained_tokens
+        if outcome == "dropped" and len(self.first) < SHOWN_REASONS:
+            self.first.append(f"{source}: {reason}")
+
+    def add_row(self, row: EncodedRow) -> None:
+        self.add(row["source"], row["trained_tokens"], row["outcome"], row["reason"], len(row["input_ids"]))
 
 
 @dataclass
@@ -59,48 +70,55 @@ class Audit:
         return {name: asdict(counts) for name, counts in self.datasets.items()}
 
 
-def count_row(counts: Counts, row: Row, result: Example | RowError, cutoff_len: int) -> dict[str, str] | None:
-    """Count the row; what `row_audit.jsonl` says of it, unless it was simply kept."""
-    if isinstance(result, RowError):
-        outcome, reason = "dropped", str(result)
-        if len(counts.first) < SHOWN_REASONS:
-            counts.first.append(f"{row.place}: {reason}")
-    else:
-        outcome = "lost_answer" if result.lost_answer else "shortened" if result.cut or result.left_out else "kept"
-        past = f"{result.cut} tokens past the cutoff of {cutoff_len}"
-        after = f"{result.left_out} turn{'s' * (result.left_out > 1)} after the last reply"
-        reason = " and ".join(text for text, number in ((after, result.left_out), (past, result.cut)) if number)
-        counts.tokens += len(result.input_ids)
-        counts.trained_tokens += len(result.labels) - result.labels.count(IGNORED)
-    setattr(counts, outcome, getattr(counts, outcome) + 1)
-    if outcome == "kept":
+def count(rows: Dataset) -> Counts:
+    """The counts of an encoded dataset."""
+    counts, lengths = Counts(), token_lengths(rows)
+    columns = rows.select_columns(ABOUT_A_ROW).with_format("arrow")[:]
+    for row in zip(*(columns[name].to_pylist() for name in ABOUT_A_ROW), lengths.tolist(), strict=True):
+        counts.add(*row)
+    return counts
+
+
+def token_lengths(rows: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Tokens of each row, in the rows' order: shape (rows,)."""
+    batches = rows.select_columns("input_ids").with_format("arrow").iter(1000)
+    lengths = [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]
+    return np.concatenate([np.empty(0, np.int64), *lengths])
+
+
+def to_line(dataset: str, row: EncodedRow) -> str | None:
+    """What `row_audit.jsonl` says of a row, unless it was simply kept."""
+    if row["outcome"] == "kept":
         return None
-    shown = "" if isinstance(row.value, RowError) else excerpt(row.value, EXCERPT)
-    return {"place": row.place, "outcome": outcome, "reason": reason, "excerpt": shown}
+    about = {"place": row["source"], "outcome": row["outcome"], "reason": row["reason"], "excerpt": row["excerpt"]}
+    return json.dumps({"dataset": dataset, **about}, ensure_ascii=False) + "\n"
 
 
-def to_lines(findings: list[dict[str, str]]) -> list[str]:
-    """Lines of `row_audit.jsonl`; write them with errors="backslashreplace", since bad text is quoted as it was."""
-    return [json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings]
+def list_rows(dataset: str, rows: Dataset) -> Iterator[str]:
+    """The lines of `row_audit.jsonl` for an encoded dataset."""
+    outcomes = rows.select_columns("outcome").with_format("arrow")[:]["outcome"]
+    changed = pc.indices_nonzero(pc.not_equal(outcomes, "kept")).to_numpy().astype(np.int64)
+    about = rows.select_columns(["source", "outcome", "reason", "excerpt"])
+    return filter(None, (to_line(dataset, row) for row in about.select(changed)))
 
 
 @dataclass
-class StreamedFindings:
+class StreamedLines:
     """The lines of a stream's rows, kept until there is a run with a file for them."""
 
     path: Path | None = None
     waiting: list[str] = field(default_factory=list)
 
-    def add(self, lines: list[str]) -> None:
+    def add(self, lines: Iterable[str]) -> None:
         self.waiting += lines
         if self.path:
-            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(self.waiting)
             self.waiting.clear()
 
 
-def too_many_dropped(name: str, counts: Counts, max_dropped: float, path: Path | None) -> list[str]:
-    """The problem of a dataset without rows, or with more dropped than allowed; `path` is where all are listed."""
+def too_many_dropped(name: str, counts: Counts, max_dropped: float, find_list: Callable[[], Path | None]) -> list[str]:
+    """The problem of a dataset without rows, or with more dropped than allowed; `find_list` says where all are listed."""
     if counts.rows == 0:
         return [f"{name}: no rows"]
     if counts.dropped <= max_dropped * counts.rows and counts.dropped < counts.rows:
@@ -108,16 +126,18 @@ def too_many_dropped(name: str, counts: Counts, max_dropped: float, path: Path |
     problem = (
         f"{name}: {counts.dropped:,} of {counts.rows:,} rows dropped, max_dropped allows a share of {max_dropped:g}"
     )
+    path = find_list()
     problem += f"; all are in {path}, the first are" if path else "; the first are"
     return [problem, *(f"  {reason}" for reason in counts.first)]
 
 
-def missing_columns(info: DatasetInfo, fields: set[str], rows: int) -> list[str]:
+def missing_columns(info: DatasetInfo, fields: Iterable[str], rows: int) -> list[str]:
     """The problem of each column that the registry names and none of the rows has: every row would train without it."""
-    found = ", ".join(sorted(fields)[:SHOWN_FIELDS])
+    there = sorted(set(fields))
+    found = ", ".join(there[:SHOWN_FIELDS])
     return [
         f"{place}: expected a column {info.columns[key]!r}, found none in {rows:,} rows; they have {found}; mend the name, "
         "or take the key out of columns"
         for key, place in info.named.items()
-        if fields and info.columns[key] not in fields
+        if there and info.columns[key] not in there
     ]

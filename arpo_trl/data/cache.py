@@ -1,8 +1,7 @@
-"""Encoded datasets on disk, each in a folder of rows.arrow, audit.jsonl and prepared.json that is there whole or not at all.
+"""Encoded datasets on disk: each is encoded once by `datasets`, under a name made of everything that its tokens depend on.
 
-A dataset is encoded once and kept under a name made of everything that its tokens depend on, in `tokenized_path` or in
-the Hugging Face datasets cache, so that neither another process of this run nor the next run encodes it again. Any
-number of runs may do so at once: each writes a folder of its own and renames it; the first one there is everyone's.
+`datasets` locks that name while it writes and moves the whole folder into place, so two runs may prepare the same data at
+once and a killed one leaves nothing half done. With `tokenized_path` a copy is kept there by `save_to_disk`.
 """
 
 from __future__ import annotations
@@ -12,163 +11,146 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.resources import files
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, DownloadMode, Features, List, Value, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.generator.generator import Generator
 
 from ..errors import DatasetError
-from .audit import Counts, missing_columns, to_lines
-from .encode import SCHEMA, Encoder, encode_rows, through_the_gate
+from ..recipe.keys import Recipe
+from .audit import list_rows
+from .encode import EncodedRow, Encoder, encode_rows
 from .files import fingerprint, read_dataset, require_unchanged
-from .registry import DatasetInfo
+from .labels import IGNORED
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
+# Raise it when the tokens of a row, or what is said of it, come out otherwise: rows encoded before are encoded again.
+FORMAT = 1
+FEATURES = Features(
+    input_ids=List(Value("int32")),
+    labels=List(Value("int32")),
+    source=Value("string"),
+    trained_tokens=Value("int64"),
+    outcome=Value("string"),
+    reason=Value("string"),
+    excerpt=Value("string"),
+    fields=List(Value("string")),
+)
+TRAINED_ON = Features({name: FEATURES[name] for name in ("input_ids", "labels", "source")})
 PROCESSES_PAY_FROM = 200 << 20
-ROWS_BEFORE_JUDGED = 1000
-LEFT_FOR_DEAD = 24 * 3600
+ROWS_IN_MEMORY = 100
+ABANDONED_AFTER = 24 * 3600
 TRIES = 5
-MAKERS_OF_TOKENS = ("files", "strict_json", "messages", "tokenizer", "labels", "encode")
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A dataset as it lies on disk: `rows` as SCHEMA has them, and `audit`, the file that lists those not simply kept."""
+class EncodedDataset:
+    """`rows`: every row of the dataset, with FEATURES as columns. `fingerprint`: hash of the data's content."""
 
-    info: DatasetInfo
+    name: str
     rows: Dataset
-    counts: Counts
     fingerprint: str
-    audit: Path
+
+    def list_changed_rows(self) -> Path | None:
+        """The file beside the encoded rows that lists those not simply kept; None if there are none, or no room for it."""
+        lines = list(list_rows(self.name, self.rows))
+        if not lines:
+            return None
+        path = Path(self.rows.cache_files[0]["filename"]).with_name("row_audit.jsonl")
+        with suppress(OSError):
+            if not path.exists():
+                unfinished = path.with_name(f"{path.name}.{uuid4().hex}")
+                unfinished.write_text("".join(lines), encoding="utf-8")
+                unfinished.replace(path)
+        return path if path.exists() else None
 
 
-def find_or_encode(encoder: Encoder, run: str) -> Encoded:
-    """Encode a dataset, or find it encoded.
-
-    Args:
-        run: The name of this run, the same on all its processes: with `overwrite_cache` what another run encoded is
-            encoded again, and what this one did is not.
+def load_or_encode(encoder: Encoder) -> EncodedDataset:
+    """Find a dataset encoded, or encode it; with `overwrite_cache` the main process always encodes.
 
     Raises:
-        DatasetError: if the data can't be read, has not the columns that the registry names, or `tokenized_path` holds
-            something else.
+        DatasetError: if the data can't be read, fails the parity check, or `tokenized_path` holds something else.
     """
-    from datasets import Dataset, config
-
     info, recipe = encoder.info, encoder.recipe
-    folder = Path(recipe.tokenized_path) / info.folder_name if recipe.tokenized_path else None
-    prepared = _read_prepared(folder) if folder else None
-    if prepared and info.path and not info.path.exists():
-        data = prepared["parts"]["data"]  # Encoded elsewhere: these rows are all there is.
+    saved = Path(recipe.tokenized_path) / info.folder_name if recipe.tokenized_path else None
+    found = _load_saved(saved) if saved and saved.exists() else None
+    if found and info.path and not info.path.exists():
+        data = str(_parts_of(found)["data"])  # It was encoded elsewhere: these rows are all there is.
     else:
         data = fingerprint(info, streaming=False)
     parts = _parts(encoder, data)
-    if folder is None:
-        key = hashlib.sha256(json.dumps([str(info.path), parts], sort_keys=True).encode()).hexdigest()[:16]
-        folder = Path(config.HF_DATASETS_CACHE) / "arpo_trl" / f"{info.folder_name}-{key}"
-        prepared = _read_prepared(folder)
-    elif not prepared and folder.exists() and _read_prepared(folder) is None:
-        raise DatasetError(f"{folder}: not written by arpo_trl (no prepared.json); name another tokenized_path")
-    replaces = prepared is not None and recipe.overwrite_cache and prepared.get("run") != run
-    for _ in range(TRIES):
-        if prepared is None or replaces:
-            _encode_to(folder, encoder, parts, run, replaces)
-            replaces = False
-        if (prepared := _read_prepared(folder)) is None:
-            continue  # Another run took it away, to put its own there.
-        if changed := [part for part in parts if prepared["parts"].get(part) != parts[part]]:
-            raise DatasetError(
-                f"tokenized_path: {folder} was made with another {' and another '.join(changed)}; set overwrite_cache: "
-                "true to make it again, or name another tokenized_path"
+    changed = [part for part in parts if found and _parts_of(found).get(part) != parts[part]]
+    encode_again = recipe.overwrite_cache and (PartialState().is_main_process or bool(changed))
+    if changed and not encode_again:
+        raise DatasetError(
+            f"tokenized_path: {saved} was made with another {' and another '.join(changed)}; set overwrite_cache: true to "
+            "make it again, or name another tokenized_path"
+        )
+    if found is None or encode_again:
+        found = _encode(encoder, parts, encode_again)
+        if saved:
+            found = _save(found, saved)
+    return EncodedDataset(info.name, found, data)
+
+
+def _encode(encoder: Encoder, parts: dict[str, Any], encode_again: bool) -> Dataset:
+    size, _ = read_dataset(encoder.info, streaming=False)
+    ranges = _ranges(encoder, size)
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    builder = Generator(
+        features=FEATURES,
+        generator=_encoded_rows,
+        gen_kwargs={"encoder": encoder, "data": parts["data"], "ranges": ranges, "is_alone": len(ranges) == 1},
+        config_id=f"arpo_trl-{key}",
+        writer_batch_size=ROWS_IN_MEMORY,
+    )
+    builder.info.description = json.dumps(parts)
+    mode = DownloadMode.FORCE_REDOWNLOAD if encode_again else None
+    for attempt in range(TRIES):
+        try:
+            builder.download_and_prepare(download_mode=mode, num_proc=len(ranges) if len(ranges) > 1 else None)
+            empty = builder.info.splits["train"].num_examples == 0
+            return (
+                Dataset.from_dict({name: [] for name in FEATURES}, FEATURES) if empty else builder.as_dataset("train")
             )
-        with suppress(FileNotFoundError):
-            rows = Dataset.from_file(str(folder / "rows.arrow"))
-            return Encoded(info, rows, Counts(**prepared["counts"]), data, folder / "audit.jsonl")
-    raise DatasetError(f"{folder}: no rows.arrow beside its prepared.json; set overwrite_cache: true to make it again")
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+        except FileNotFoundError:  # Another run with overwrite_cache replaced it between these two lines.
+            if attempt == TRIES - 1:
+                raise
+    raise AssertionError
 
 
-def _encode_to(folder: Path, encoder: Encoder, parts: dict[str, Any], run: str, replaces: bool) -> None:
-    """Written beside its place and moved there when whole, so that a killed run leaves nothing half done."""
+def _encoded_rows(
+    encoder: Encoder, data: str, ranges: list[tuple[int, int | None]], is_alone: bool
+) -> Iterator[EncodedRow]:
+    if not is_alone:  # The processes are the parallelism, and the threads of a forked tokenizer would wait for ever.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for start, stop in ranges:
+        yield from encode_rows(islice(read_dataset(encoder.info, streaming=False)[1], start, stop), encoder)
+    require_unchanged(encoder.info, data)
+
+
+def _ranges(encoder: Encoder, size: int) -> list[tuple[int, int | None]]:
+    """The rows that each process encodes; `size` bytes of data must be worth the seconds that processes take to start."""
     info, recipe = encoder.info, encoder.recipe
     most = recipe.max_samples if info.num_samples is None else None
-    size, rows = read_dataset(info, streaming=False)
-    rows = through_the_gate(islice(rows, most), encoder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder.parent)
-    unfinished = _beside(folder)
-    unfinished.mkdir()
-    counts, fields = Counts(), set[str]()
-    try:
-        with (
-            pa.OSFile(str(unfinished / "rows.arrow"), "wb") as sink,
-            pa.ipc.new_stream(sink, SCHEMA) as writer,
-            (unfinished / "audit.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as audit,
-        ):
-            for batch in encode_rows(rows, encoder, _workers(size, recipe.preprocessing_num_workers)):
-                writer.write_batch(batch.encoded)
-                audit.writelines(to_lines(batch.findings))
-                counts.add(batch.counts)
-                fields |= batch.fields
-        is_whole = most is None or counts.rows < most
-        if (is_whole or counts.rows >= ROWS_BEFORE_JUDGED) and (missing := missing_columns(info, fields, counts.rows)):
-            raise DatasetError(missing)
-        require_unchanged(info, parts["data"])
-        prepared = {"run": run, "parts": parts, "counts": asdict(counts)}
-        (unfinished / "prepared.json").write_text(json.dumps(prepared, indent=1), encoding="utf-8")
-        _publish(unfinished, folder, replaces)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _publish(unfinished: Path, folder: Path, replaces: bool) -> None:
-    """Put the folder in its place; one that another run put there meanwhile holds the same rows, and stays."""
-    aside = _beside(folder)
-    try:
-        if replaces or (folder.exists() and _read_prepared(folder) is None):
-            with suppress(FileNotFoundError):
-                folder.rename(aside)
-        unfinished.rename(folder)
-    except OSError:  # It is there already, or (Windows) open
-        if _read_prepared(folder) is None:
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _beside(folder: Path) -> Path:
-    """A name of nobody else's; mkdtemp's folders are closed to others, and a cache may be shared."""
-    return folder.with_name(f"{folder.name}.unfinished-{uuid4().hex}")
-
-
-def _remove_leftovers(parent: Path) -> None:
-    """Remove what killed runs left behind: folders of ours into which nothing was written for a day."""
-    for path in parent.glob("*.unfinished-*"):
-        with suppress(OSError):
-            written = max(file.stat().st_mtime for file in (path, *path.iterdir()))
-            if time.time() - written > LEFT_FOR_DEAD:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _read_prepared(folder: Path) -> dict[str, Any] | None:
-    """What stands in the file that is written last; None: the folder is not there, not whole, or not ours."""
-    try:
-        prepared: dict[str, Any] = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-        return prepared if {"parts", "counts"} <= prepared.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def _workers(size: int, wanted: int | None) -> int:
-    """Processes to encode with: starting them costs seconds, in which one process encodes tens of megabytes."""
-    return 1 if size < PROCESSES_PAY_FROM else min(wanted or 1, os.cpu_count() or 1)
+    processes = min(recipe.preprocessing_num_workers or 1, os.cpu_count() or 1)
+    if processes == 1 or size < PROCESSES_PAY_FROM:
+        return [(0, most)]
+    total = sum(1 for _ in islice(read_dataset(info, streaming=False)[1], most))
+    ends = [total * number // processes for number in range(processes + 1)]
+    return list(pairwise(ends))
 
 
 def _parts(encoder: Encoder, data: str) -> dict[str, Any]:
@@ -176,8 +158,9 @@ def _parts(encoder: Encoder, data: str) -> dict[str, Any]:
     info, recipe, tokenizer = encoder.info, encoder.recipe, encoder.template.tokenizer
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
     return {
-        "arpo_trl": hash_of_sources(),
+        "format of arpo_trl": FORMAT,
         "data": data,
+        "path": str(info.path or info.hub),  # Rows are named by it.
         "dataset_info.json": [info.formatting, info.columns, info.tags],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "template": encoder.template.hash,
@@ -187,8 +170,110 @@ def _parts(encoder: Encoder, data: str) -> dict[str, Any]:
     }
 
 
-@cache
-def hash_of_sources() -> str:
-    """The code that makes tokens; its version stays the same while it is worked on."""
-    sources = (files("arpo_trl.data").joinpath(f"{name}.py").read_bytes() for name in MAKERS_OF_TOKENS)
-    return hashlib.sha256(b"".join(sources)).hexdigest()
+def _parts_of(rows: Dataset) -> dict[str, Any]:
+    """The parts that encoded rows were made of."""
+    return dict(json.loads(rows.info.description))
+
+
+def _load_saved(folder: Path) -> Dataset:
+    refused = DatasetError(
+        f"tokenized_path: {folder} holds no rows that arpo_trl saved; name another tokenized_path, or remove the folder"
+    )
+    try:
+        rows = load_from_disk(str(folder))
+        if not isinstance(rows, Dataset) or rows.features != FEATURES or not _parts_of(rows):
+            raise refused
+    except (OSError, ValueError, TypeError, pa.ArrowException):
+        raise refused from None
+    return rows
+
+
+def _save(rows: Dataset, folder: Path) -> Dataset:
+    """`save_to_disk` beside the folder and a rename, so that it is there whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent)
+    beside = folder.with_name(f"{folder.name}.unfinished-{uuid4().hex}")
+    replaced = folder.with_name(f"{folder.name}.unfinished-{uuid4().hex}")
+    try:
+        rows.save_to_disk(str(beside))
+        with suppress(FileNotFoundError):
+            folder.rename(replaced)
+        with suppress(OSError):  # Another run was quicker: its rows are the same.
+            beside.rename(folder)
+    finally:
+        for left in (beside, replaced):
+            shutil.rmtree(left, ignore_errors=True)
+    return _load_saved(folder)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove what killed runs left here: folders of ours into which nothing was written for a day."""
+    for path in parent.glob("*.unfinished-*"):
+        with suppress(OSError):
+            written = max(file.stat().st_mtime for file in (path, *path.iterdir()))
+            if time.time() - written > ABANDONED_AFTER:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def load_tokenized(recipe: Recipe) -> dict[str, EncodedDataset] | None:
+    """What LLaMA-Factory saved in `tokenized_path`: its splits train, validation or validation_NAME, or None.
+
+    Its folder is the whole data of the run, mixed and split; as there, every other key of the data has no effect.
+
+    Raises:
+        DatasetError: if the folder holds no token ids.
+    """
+    folder = Path(recipe.tokenized_path or "")
+    if not recipe.tokenized_path or not any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return None
+    try:
+        found = load_from_disk(str(folder))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DatasetError(f"tokenized_path: {folder}: cannot be read ({error})") from None
+    splits = found if isinstance(found, DatasetDict) else {"train": found}
+    for name, rows in splits.items():
+        if missing := {"input_ids", "labels"} - set(rows.column_names):
+            raise DatasetError(
+                f"tokenized_path: {folder}: its {name} has no column {' and '.join(sorted(missing))}; name a folder that "
+                "arpo_trl or LLaMA-Factory saved"
+            )
+    return {
+        name: EncodedDataset(name, rows.map(_with_columns, **_as_ours(folder, name, rows)), rows._fingerprint)
+        for name, rows in splits.items()
+    }
+
+
+def _as_ours(folder: Path, name: str, rows: Dataset) -> dict[str, Any]:
+    key = hashlib.sha256(f"{FORMAT} {folder.resolve()} {name} {rows._fingerprint}".encode()).hexdigest()[:16]
+    return {
+        "batched": True,
+        "batch_size": ROWS_IN_MEMORY,
+        "with_indices": True,
+        "fn_kwargs": {"source": f"{folder}/{name}"},
+        "remove_columns": rows.column_names,
+        "features": FEATURES,
+        "new_fingerprint": key,
+    }
+
+
+def _with_columns(batch: dict[str, list[Any]], positions: list[int], source: str) -> dict[str, Any]:
+    rows = len(positions)
+    trained = [int(np.count_nonzero(np.array(labels) != IGNORED)) for labels in batch["labels"]]
+    return {
+        "input_ids": batch["input_ids"],
+        "labels": batch["labels"],
+        "source": [f"{source}:{position + 1}" for position in positions],
+        "trained_tokens": trained,
+        "outcome": ["kept" if number else "dropped" for number in trained],
+        "reason": ["" if number else "no trained token" for number in trained],
+        "excerpt": [""] * rows,
+        "fields": [[]] * rows,
+    }
+
+
+def kept_rows(rows: Dataset) -> Dataset:
+    """The rows that can be trained on: input_ids, labels and source."""
+    outcomes = rows.select_columns("outcome").with_format("arrow")[:]["outcome"]
+    kept = pc.indices_nonzero(pc.not_equal(outcomes, "dropped")).to_numpy().astype(np.int64)
+    columns = rows.select_columns(list(TRAINED_ON))
+    return columns if len(kept) == len(rows) else columns.select(kept)

@@ -1,33 +1,46 @@
-"""Rows -> batches of encoded rows, in the rows' order, on two threads or on several processes."""
+"""Rows -> encoded rows, in the rows' order: the tokens and labels of each, and what became of it."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
-import pyarrow as pa
+import numpy.typing as npt
 
 from ..errors import RowError
 from ..recipe.keys import Recipe
-from .audit import Counts, count_row
 from .files import Row
 from .labels import IGNORED, EncodingConfig, Example, Segment, carry_loss, encode, to_segments
 from .messages import Conversation, to_conversation
 from .registry import DatasetInfo
+from .strict_json import excerpt
 from .template import Template
 from .tokenizer import check_parity, make_tokenize
 
-SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("source", pa.string())])
 BATCH_CHARACTERS = 1 << 20
-GATE_ROWS = 32
+PARITY_ROWS = 32
+EXCERPT = 160
+
+
+class EncodedRow(TypedDict):
+    """One row of a dataset, dropped ones too: these are the columns of an encoded dataset.
+
+    `input_ids` and `labels` (-100: no loss) have the shape (tokens,), and are empty where the row was dropped.
+    `source`: "file:line". `outcome`: kept, shortened, lost_answer or dropped; `reason` and `excerpt` (the first
+    characters of the row) are empty where it was kept. `fields`: the names of the row's own columns.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
+    source: str
+    trained_tokens: int
+    outcome: str
+    reason: str
+    excerpt: str
+    fields: list[str]
 
 
 @dataclass(frozen=True)
@@ -50,42 +63,32 @@ class Encoder:
         return self.template.fit(to_conversation(row.value, self.info, self.recipe.default_system))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Encoded rows as SCHEMA has them, and what `row_audit.jsonl` says of the rows that were not simply kept.
+def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Iterator[EncodedRow]:
+    """Encode rows in batches, since the tokenizer (Rust, on every core) takes many texts at once.
 
-    `fields`: the first row's, and those of the columns that the registry names which any row has.
+    Raises:
+        DatasetError: if one of the first rows fails the parity check.
     """
-
-    encoded: pa.RecordBatch
-    counts: Counts
-    findings: list[dict[str, str]]
-    fields: frozenset[str]
-
-
-def encode_rows(rows: Iterable[Row], encoder: Encoder, workers: int = 1) -> Iterator[Batch]:
-    """Encode rows batch by batch, in their order, whatever the number of workers.
-
-    One worker is two threads here: the tokenizer (Rust, on every core) takes one batch while the other is rendered.
-    """
-    if workers == 1:
-        pool: Executor = ThreadPoolExecutor(2)
-        work: Callable[[list[Row]], Batch] = partial(_encode_batch, encoder, make_tokenize(encoder.template.tokenizer))
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, spawn, _start_worker, (encoder,))
-        work = _encode_in_worker
-    running: deque[Future[Batch]] = deque()
-    with pool:
-        for batch in _batches(rows, encoder.recipe.preprocessing_batch_size):
-            running.append(pool.submit(work, batch))
-            if len(running) > workers + 1:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+    rows = _check_first(iter(rows), encoder)
+    tokenize = make_tokenize(encoder.template.tokenizer)
+    for batch in _batches(rows, encoder.recipe.preprocessing_batch_size):
+        yield from _encode_batch(batch, encoder, tokenize)
 
 
-def _encode_batch(encoder: Encoder, tokenize: Callable[[list[str]], Iterable[list[int]]], rows: list[Row]) -> Batch:
+def _check_first(rows: Iterator[Row], encoder: Encoder) -> Iterator[Row]:
+    """The same rows, once the first of them have passed `check_parity`."""
+    sample = list(islice(rows, PARITY_ROWS))
+    for row in sample:
+        try:
+            check_parity(encoder.read(row), encoder.template, encoder.config, row.place)
+        except RowError:
+            continue  # The row's outcome will say so.
+    return chain(sample, rows)
+
+
+def _encode_batch(
+    rows: list[Row], encoder: Encoder, tokenize: Callable[[list[str]], Iterable[list[int]]]
+) -> Iterator[EncodedRow]:
     rendered: list[tuple[list[Segment], int] | RowError] = []
     for row in rows:
         try:
@@ -94,15 +97,9 @@ def _encode_batch(encoder: Encoder, tokenize: Callable[[list[str]], Iterable[lis
             rendered.append(error)
     segments = [found[0] for found in rendered if not isinstance(found, RowError)]
     examples = iter(encode(segments, tokenize, encoder.config))
-    kept: list[tuple[str, Example]] = []
-    counts, findings = Counts(), []
     for row, found in zip(rows, rendered):
         result = found if isinstance(found, RowError) else _checked(next(examples), found[1])
-        if isinstance(result, Example):
-            kept.append((row.place, result))
-        if finding := count_row(counts, row, result, encoder.recipe.cutoff_len):
-            findings.append({"dataset": encoder.info.name, **finding})
-    return Batch(_to_arrow(kept), counts, findings, _fields(encoder.info, rows))
+        yield _to_columns(row, result, encoder.recipe.cutoff_len)
 
 
 def _render(row: Row, encoder: Encoder) -> tuple[list[Segment], int]:
@@ -110,7 +107,7 @@ def _render(row: Row, encoder: Encoder) -> tuple[list[Segment], int]:
     conversation, config = encoder.read(row), encoder.config
     segments = to_segments(conversation, encoder.template)
     if not any(carry_loss(segments, config)):
-        raise RowError(f"no trained token: {'the last' if config.mask_history else 'every'} reply is kept silent")
+        raise RowError(f"no trained token: {'the last' if config.mask_history else 'every'} reply has loss: false")
     return segments, len(conversation.messages) - conversation.replies[-1] - 1
 
 
@@ -121,33 +118,36 @@ def _checked(example: Example, left_out: int) -> Example | RowError:
     return example
 
 
-def _fields(info: DatasetInfo, rows: list[Row]) -> frozenset[str]:
-    values = [row.value for row in rows if isinstance(row.value, dict)]
-    named = (info.columns[key] for key in info.named)
-    return frozenset(
-        [*(values[0] if values else ()), *(name for name in named if any(name in value for value in values))]
-    )
+def _to_columns(row: Row, result: Example | RowError, cutoff_len: int) -> EncodedRow:
+    example = Example() if isinstance(result, RowError) else result
+    labels = np.array(example.labels, np.int32)
+    outcome, reason = _outcome(result, cutoff_len)
+    shown = "" if outcome == "kept" or isinstance(row.value, RowError) else excerpt(row.value, EXCERPT)
+    return {
+        "input_ids": np.array(example.input_ids, np.int32),
+        "labels": labels,
+        "source": row.place,
+        "trained_tokens": int(np.count_nonzero(labels != IGNORED)),
+        "outcome": outcome,
+        "reason": _storable(reason),
+        "excerpt": _storable(shown),
+        "fields": [_storable(str(name)) for name in row.value] if isinstance(row.value, dict) else [],
+    }
 
 
-def _to_arrow(examples: list[tuple[str, Example]]) -> pa.RecordBatch:
-    ends = np.cumsum([0, *(len(example.input_ids) for _, example in examples)], dtype=np.int32)
-    columns = ([example.input_ids for _, example in examples], [example.labels for _, example in examples])
-    flat = [np.fromiter(chain.from_iterable(column), np.int32, ends[-1]) for column in columns]
-    lists = [pa.ListArray.from_arrays(pa.array(ends), pa.array(values)) for values in flat]
-    return pa.record_batch([*lists, pa.array([place for place, _ in examples], pa.string())], schema=SCHEMA)
+def _outcome(result: Example | RowError, cutoff_len: int) -> tuple[str, str]:
+    """What became of the row, and why."""
+    if isinstance(result, RowError):
+        return "dropped", str(result)
+    past = f"{result.cut} tokens past the cutoff of {cutoff_len}"
+    after = f"{result.left_out} turn{'s' * (result.left_out > 1)} after the last reply"
+    reason = " and ".join(text for text, number in ((after, result.left_out), (past, result.cut)) if number)
+    return "lost_answer" if result.lost_answer else "shortened" if reason else "kept", reason
 
 
-_worker: Callable[[list[Row]], Batch]
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # The processes are the parallelism.
-    _worker = partial(_encode_batch, encoder, make_tokenize(encoder.template.tokenizer))
-
-
-def _encode_in_worker(rows: list[Row]) -> Batch:
-    return _worker(rows)
+def _storable(text: str) -> str:
+    """Arrow's strings are UTF-8: half a surrogate pair is written as its escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _batches(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
@@ -166,14 +166,3 @@ def _characters(value: Any) -> int:
     if isinstance(value, dict):
         value = list(value.values())
     return sum(map(_characters, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 1
-
-
-def through_the_gate(rows: Iterator[Row], encoder: Encoder) -> Iterator[Row]:
-    """The same rows, once the first of them have passed `check_parity`."""
-    sample = list(islice(rows, GATE_ROWS))
-    for row in sample:
-        try:
-            check_parity(encoder.read(row), encoder.template, encoder.config, row.place)
-        except RowError:
-            continue  # The audit will say so.
-    return chain(sample, rows)

@@ -1,44 +1,48 @@
 """Files or hub -> audited, encoded, cached train and eval datasets.
 
-Every row is accounted for: kept, shortened, lost its final answer, or dropped with its place and the reason. All but the
-kept ones are listed beside the encoded rows, and in `row_audit.jsonl` in the folder of a run that trains on them.
+Every row is accounted for: kept, shortened, lost its final answer, or dropped with its location and the reason. All but
+the kept ones are listed beside the encoded rows, and in `row_audit.jsonl` in the folder of a run that trains on them.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
+from hashlib import blake2b, sha256
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from uuid import uuid4
+from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatasetError
-from ..processes import on_main_process
 from ..recipe.keys import Recipe
-from .audit import Audit, Counts, StreamedFindings, missing_columns, to_lines, too_many_dropped
-from .cache import ROWS_BEFORE_JUDGED, Encoded, find_or_encode
-from .encode import SCHEMA, Encoder, encode_rows, through_the_gate
+from .audit import Audit, Counts, StreamedLines, count, list_rows, missing_columns, to_line, too_many_dropped
+from .cache import TRAINED_ON, EncodedDataset, kept_rows, load_or_encode, load_tokenized
+from .encode import Encoder, encode_rows
 from .files import fingerprint, read_dataset
-from .registry import select_datasets
-from .template import template_of
+from .registry import DatasetInfo, select_datasets
+from .template import Template, template_of
 
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-    from transformers import PreTrainedTokenizerBase
+ROWS_BEFORE_JUDGED = 1000
+STOPPING: dict[str, Any] = {
+    "interleave_under": "first_exhausted",
+    "interleave_over": "all_exhausted",
+    "interleave_once": "all_exhausted_without_replacement",
+}
 
 
 @dataclass
 class PreparedData:
-    """Columns: input_ids, labels (-100: no loss), source ("file:line"). `fingerprints`: content hash per dataset.
+    """Columns: input_ids, labels (-100: no loss), source ("file:line").
 
-    `day`: the date that a dated chat template wrote.
-    `lists`: per dataset that is not a stream, the file that lists its rows that were not simply kept.
+    `day`: the date that a dated chat template wrote. `encoded`: every row of each dataset that is not a stream, dropped ones too.
+    `fingerprints`: content hash per dataset, and of the rows that `val_size` holds out. `notices`: lines for people.
     """
 
     train: Dataset | IterableDataset
@@ -47,26 +51,24 @@ class PreparedData:
     fingerprints: dict[str, str]
     template_hash: str
     day: date
-    lists: dict[str, Path] = field(default_factory=dict)
-    streamed: StreamedFindings = field(default_factory=StreamedFindings)
+    encoded: dict[str, EncodedDataset] = field(default_factory=dict)
+    streamed: StreamedLines = field(default_factory=StreamedLines)
+    notices: list[str] = field(default_factory=list)
 
     def write_audit(self, path: Path) -> None:
         """Write `row_audit.jsonl`, on the main process; the rows of a stream follow as they are read."""
-        from accelerate import PartialState
-
         if not PartialState().is_main_process:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as audit:
-            for part in self.lists.values():
-                with part.open("rb") as lines:
-                    shutil.copyfileobj(lines, audit)
+        with path.open("w", encoding="utf-8") as file:
+            for one in self.encoded.values():
+                file.writelines(list_rows(one.name, one.rows))
         self.streamed.path = path
         self.streamed.add([])
 
     def listed(self) -> list[str]:
         """For people: where the rows are listed that were not simply kept."""
-        paths = [path for path in self.lists.values() if path.stat().st_size]
+        paths = filter(None, (one.list_changed_rows() for one in self.encoded.values()))
         return [f"each row that was not simply kept is in {path}" for path in paths]
 
 
@@ -78,114 +80,172 @@ def prepare_datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prep
     Raises:
         DatasetError: if the registry, a file, or more than `max_dropped` of a dataset's rows can't be used.
     """
-    from accelerate import PartialState
-
-    template = template_of(recipe, tokenizer)
-    encoders = {info.name: Encoder(info, recipe, template) for info in select_datasets(recipe)}
-    streamed = set(recipe.dataset) if recipe.streaming else set()
-    state = PartialState()
-    run = on_main_process(lambda: uuid4().hex)
+    template, state = template_of(recipe, tokenizer), PartialState()
+    if saved := load_tokenized(recipe):
+        return _from_llamafactory(saved, recipe, template)
+    encoders = [Encoder(info, recipe, template) for info in select_datasets(recipe)]
+    streams = [encoder for encoder in encoders if recipe.streaming and encoder.info.name in recipe.dataset]
     with state.main_process_first(), state.local_main_process_first():
-        encoded = [find_or_encode(encoder, run) for name, encoder in encoders.items() if name not in streamed]
-    dropped = (too_many_dropped(one.info.name, one.counts, recipe.max_dropped, one.audit) for one in encoded)
-    if problems := list(chain.from_iterable(dropped)):
+        encoded = {e.info.name: load_or_encode(e) for e in encoders if e not in streams}
+    infos = [encoder.info for encoder in encoders if encoder not in streams]
+    data = _unmixed(encoded, template)
+    _judge(data, infos, recipe)
+    data.eval = {name: kept_rows(encoded[name].rows) for name in recipe.eval_dataset}
+    if streams:
+        _add_streams(data, streams, recipe)
+    else:
+        _add_rows(data, infos, recipe)
+    return data
+
+
+def _unmixed(encoded: dict[str, EncodedDataset], template: Template) -> PreparedData:
+    audit = Audit({name: count(one.rows) for name, one in encoded.items()})
+    fingerprints = {name: one.fingerprint for name, one in encoded.items()}
+    return PreparedData(_empty(), {}, audit, fingerprints, template.hash, template.day, encoded)
+
+
+def _judge(data: PreparedData, infos: list[DatasetInfo], recipe: Recipe) -> None:
+    """Raises DatasetError if a column that the registry names is in no row, or too many rows were dropped."""
+    problems: list[str] = []
+    for info in infos:
+        one, counts = data.encoded[info.name], data.audit.datasets[info.name]
+        is_whole = info.num_samples is not None or recipe.max_samples is None or counts.rows < recipe.max_samples
+        if info.named and (is_whole or counts.rows >= ROWS_BEFORE_JUDGED):
+            fields = chain.from_iterable(one.rows.select_columns("fields")["fields"])
+            problems += missing_columns(info, fields, counts.rows)
+        problems += too_many_dropped(info.name, counts, recipe.max_dropped, one.list_changed_rows)
+    if problems:
         raise DatasetError(problems)
-    audit, findings = Audit({one.info.name: one.counts for one in encoded}), StreamedFindings()
-    datasets: dict[str, Any] = {one.info.name: _draw(one, recipe) for one in encoded}
-    fingerprints = {one.info.name: one.fingerprint for one in encoded}
-    for name in [name for name in encoders if name in streamed]:
-        fingerprints[name] = fingerprint(encoders[name].info, streaming=True)
-        counts = audit.datasets[name] = Counts()
-        datasets[name] = _stream(encoders[name], counts, findings if state.is_main_process else None)
-    train = _mix([datasets[name] for name in recipe.dataset], recipe)
-    evals = {name: datasets[name] for name in recipe.eval_dataset}
-    if recipe.streaming and not recipe.disable_shuffling:
-        train = train.shuffle(seed=recipe.seed, buffer_size=recipe.buffer_size)
+
+
+def _add_rows(data: PreparedData, infos: list[DatasetInfo], recipe: Recipe) -> None:
+    """Draw, hold out, repeat, mix: rows are held out before any is repeated, so that none is trained on."""
+    random = {info.name: np.random.default_rng(recipe.seed) for info in infos}
+    wanted = {info.name: info.num_samples for info in infos if info.name in recipe.dataset}
+    rows = {name: kept_rows(data.encoded[name].rows) for name in wanted}
+    for name, number in wanted.items():
+        if number is not None and number <= len(rows[name]):
+            rows[name] = rows[name].select(random[name].permutation(len(rows[name]))[:number][: recipe.max_samples])
+            wanted[name] = None
+    before = {name: len(one) for name, one in rows.items()}
     if recipe.val_size:
-        train, evals["validation"] = _split(train, recipe)
-    lists = {one.info.name: one.audit for one in encoded}
-    return PreparedData(train, evals, audit, fingerprints, template.hash, template.day, lists, findings)
+        rows, held_out = _hold_out(rows, recipe)
+        data.eval["validation"] = held_out
+        _describe_held_out(data, sum(before.values()) - len(held_out) - sum(map(len, rows.values())))
+    for name, number in wanted.items():
+        if number is not None and len(rows[name]):
+            times = -(-number // len(rows[name]))
+            order = np.concatenate([random[name].permutation(len(rows[name])) for _ in range(times)])
+            fewer = before[name] - len(rows[name])
+            rows[name] = rows[name].select(order[: number - fewer][: recipe.max_samples])
+    data.train = _mix([rows[name] for name in recipe.dataset], recipe)
 
 
-def token_lengths(rows: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Tokens of each row, in the rows' order: shape (rows,)."""
-    batches = rows.select_columns("input_ids").with_format("arrow").iter(1000)
-    lengths = [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]
-    return np.concatenate([np.empty(0, np.int64), *lengths])
+def _hold_out(rows: dict[str, Dataset], recipe: Recipe) -> tuple[dict[str, Dataset], Dataset]:
+    """The rows that LLaMA-Factory holds out for the same seed; the others without any that equals one of them."""
+    joined = concatenate_datasets(list(rows.values()))
+    size = math.ceil(recipe.val_size if recipe.val_size >= 1 else recipe.val_size * len(joined))
+    if not 0 < size < len(joined):
+        raise DatasetError(f"val_size: {recipe.val_size:g} of {len(joined):,} rows leaves nothing on one side")
+    positions = Dataset.from_dict({"at": np.arange(len(joined))}).train_test_split(test_size=size, seed=recipe.seed)
+    held_out = joined.select(positions["test"]["at"])
+    digests = np.array(list(map(_digest, joined.with_format("numpy").select_columns("input_ids"))))
+    held = np.isin(digests, digests[positions["test"]["at"]])
+    order = np.array(positions["train"]["at"])
+    order = order[~held[order]]
+    if not len(order):
+        raise DatasetError(f"val_size: {recipe.val_size:g}: every other row equals one of those held out")
+    ends = np.cumsum([0, *map(len, rows.values())])
+    inside = {name: order[(order >= start) & (order < end)] for name, start, end in zip(rows, ends, ends[1:])}
+    return {name: joined.select(part) for name, part in inside.items()}, held_out
 
 
-def _draw(encoded: Encoded, recipe: Recipe) -> Dataset:
-    """LLaMA-Factory's order: num_samples of a dataset at random (again and again if it has fewer), then max_samples."""
-    rows, wanted = encoded.rows, encoded.info.num_samples
-    if wanted is None:
-        return rows
-    random = np.random.default_rng(recipe.seed)
-    order = [random.permutation(len(rows)) for _ in range(-(-wanted // len(rows)))]
-    return rows.select(np.concatenate(order)[:wanted][: recipe.max_samples])
+def _digest(row: dict[str, Any]) -> bytes:
+    return blake2b(np.asarray(row["input_ids"], np.int32).tobytes(), digest_size=16).digest()
 
 
-def _stream(encoder: Encoder, counts: Counts, findings: StreamedFindings | None) -> IterableDataset:
-    """Rows are encoded as they are asked for, and counted and judged on the first pass over them."""
-    from datasets import Features, IterableDataset
-
-    info, recipe = encoder.info, encoder.recipe
-    fields = set[str]()
-
-    def judge() -> None:
-        path = findings.path if findings else None
-        problems = too_many_dropped(info.name, counts, recipe.max_dropped, path)
-        if problems := problems + missing_columns(info, fields, counts.rows):
-            raise DatasetError(problems)
-
-    def examples() -> Iterator[dict[str, Any]]:
-        seen = 0
-        rows = islice(read_dataset(info, recipe.streaming)[1], info.num_samples)
-        for batch in encode_rows(through_the_gate(rows, encoder), encoder):
-            seen += batch.counts.rows
-            if seen > counts.rows:
-                counts.add(batch.counts)
-                fields.update(batch.fields)
-                if findings:
-                    findings.add(to_lines(batch.findings))
-                if counts.rows >= ROWS_BEFORE_JUDGED:
-                    judge()
-            yield from batch.encoded.to_pylist()
-        judge()
-
-    return IterableDataset.from_generator(examples, features=Features.from_arrow_schema(SCHEMA))
+def _describe_held_out(data: PreparedData, equal: int | None) -> None:
+    """`equal`: rows left out of training; None of a stream, where they are not known before they are read."""
+    digests = map(_digest, data.eval["validation"].select_columns("input_ids"))
+    data.fingerprints["validation"] = sha256(b"".join(digests)).hexdigest()
+    if equal:
+        data.notices.append(f"val_size: {equal:,} rows that equal a held-out row are left out of training")
 
 
-def _split(dataset: Dataset | IterableDataset, recipe: Recipe) -> tuple[Dataset | IterableDataset, Dataset]:
-    """Hold out `val_size`: a share below 1, or a number of rows. A stream gives its first ones."""
-    from datasets import Dataset
-
-    if not isinstance(dataset, Dataset):
-        size = int(recipe.val_size)
-        return dataset.skip(size), Dataset.from_list(list(dataset.take(size)), features=dataset.features)
-    size = int(recipe.val_size if recipe.val_size >= 1 else recipe.val_size * len(dataset))
-    if not 0 < size < len(dataset):
-        raise DatasetError(f"val_size: {recipe.val_size:g} of {len(dataset):,} rows leaves nothing on one side")
-    order = np.random.default_rng(recipe.seed).permutation(len(dataset))
-    return dataset.select(order[size:]), dataset.select(order[:size])
-
-
-_STOP: dict[str, Any] = {
-    "interleave_under": "first_exhausted",
-    "interleave_over": "all_exhausted",
-    "interleave_once": "all_exhausted_without_replacement",
-}
-
-
-def _mix(datasets: list[Dataset | IterableDataset], recipe: Recipe) -> Any:
-    from datasets import Dataset, concatenate_datasets, interleave_datasets
-
+def _mix(datasets: list[Any], recipe: Recipe) -> Any:
     if not datasets:
-        return Dataset(SCHEMA.empty_table())
+        return _empty()
     if len(datasets) == 1 or recipe.mix_strategy == "concat":
         return concatenate_datasets(datasets)
     return interleave_datasets(
         datasets,
         probabilities=recipe.interleave_probs,
         seed=recipe.seed,
-        stopping_strategy=_STOP[recipe.mix_strategy],
+        stopping_strategy=STOPPING[recipe.mix_strategy],
     )
+
+
+def _empty() -> Dataset:
+    return Dataset.from_dict({name: [] for name in TRAINED_ON}, features=TRAINED_ON)
+
+
+def _add_streams(data: PreparedData, encoders: list[Encoder], recipe: Recipe) -> None:
+    lines = data.streamed if PartialState().is_main_process else None
+    streams = {}
+    for encoder in encoders:
+        name = encoder.info.name
+        data.fingerprints[name] = fingerprint(encoder.info, streaming=True)
+        counts = data.audit.datasets[name] = Counts()
+        features, rows = TRAINED_ON, _streamed_rows(encoder, counts, lines)
+        streams[name] = IterableDataset.from_generator(rows, features=features)
+    train = _mix([streams[name] for name in recipe.dataset], recipe)
+    if not recipe.disable_shuffling:
+        train = train.shuffle(seed=recipe.seed, buffer_size=recipe.buffer_size)
+    if recipe.val_size:
+        held_out = list(train.take(int(recipe.val_size)))
+        data.eval["validation"] = Dataset.from_list(held_out, features=TRAINED_ON)
+        _describe_held_out(data, None)
+        # By content, since a shuffled stream begins each pass with other rows and a mixed one may repeat them.
+        digests = set(map(_digest, held_out))
+        train = train.filter(lambda row: _digest(row) not in digests)
+    data.train = train
+
+
+def _streamed_rows(encoder: Encoder, counts: Counts, lines: StreamedLines | None) -> Callable[[], Iterator[Any]]:
+    """Rows are encoded as they are asked for, and counted and judged on the first pass over them."""
+    info, recipe = encoder.info, encoder.recipe
+    fields = set[str]()
+
+    def judge() -> None:
+        path = (lambda: lines.path) if lines else (lambda: None)
+        problems = too_many_dropped(info.name, counts, recipe.max_dropped, path)
+        if problems := problems + missing_columns(info, fields, counts.rows):
+            raise DatasetError(problems)
+
+    def examples() -> Iterator[dict[str, Any]]:
+        rows = islice(read_dataset(info, recipe.streaming)[1], info.num_samples)
+        for number, row in enumerate(encode_rows(rows, encoder)):
+            if number >= counts.rows:
+                counts.add_row(row)
+                fields.update(row["fields"])
+                if lines and (line := to_line(info.name, row)):
+                    lines.add([line])
+                if counts.rows % ROWS_BEFORE_JUDGED == 0:
+                    judge()
+            if row["outcome"] != "dropped":
+                yield {name: row[name] for name in TRAINED_ON}  # type: ignore[literal-required]
+        judge()
+
+    return examples
+
+
+def _from_llamafactory(saved: dict[str, EncodedDataset], recipe: Recipe, template: Template) -> PreparedData:
+    """The splits of a folder that LLaMA-Factory saved, as they are."""
+    data, rows = _unmixed(saved, template), {name: kept_rows(one.rows) for name, one in saved.items()}
+    data.train = rows.pop("train", data.train)
+    data.eval = {name.removeprefix("validation_"): one for name, one in rows.items()}
+    data.notices.append(
+        f"tokenized_path: {recipe.tokenized_path} was saved by LLaMA-Factory; every other key of the data, such as dataset, "
+        "template and cutoff_len, has no effect on it"
+    )
+    return data

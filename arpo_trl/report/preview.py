@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ..data.encode import Encoder, encode_rows
+from ..data.encode import EncodedRow, Encoder, encode_rows
 from ..data.files import read_dataset
 from ..data.labels import IGNORED
 from ..data.registry import select_datasets
@@ -31,17 +30,17 @@ def preview(recipe: Recipe, rows: int) -> None:
     template = template_of(recipe, tokenizer)
     for info in select_datasets(recipe):
         read = islice(read_dataset(info, recipe.streaming)[1], rows)
-        for batch in encode_rows(read, Encoder(info, recipe, template)):
-            for finding in batch.findings:
-                console.print(f"{finding['place']}: {finding['outcome']} ({finding['reason']})", markup=False)
-            for row in batch.encoded.to_pylist():
+        for row in encode_rows(read, Encoder(info, recipe, template)):
+            if row["outcome"] != "kept":
+                console.print(f"{row['source']}: {row['outcome']} ({row['reason']})", markup=False)
+            if row["outcome"] != "dropped":
                 rows -= 1
                 show_row(console, row, tokenizer)
         if rows <= 0:
             return
 
 
-def show_row(console: Console, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+def show_row(console: Console, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> None:
     trained = sum(label != IGNORED for label in row["labels"])
     console.rule(f"{row['source']}: {len(row['labels']):,} tokens, {trained:,} trained", align="left")
     pairs = zip(row["input_ids"], row["labels"])

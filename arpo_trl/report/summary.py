@@ -36,7 +36,7 @@ class StartReport(TrainerCallback):
         for line in [
             f"model    {self.recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}",
             f"device   {describe_device(args)}",
-            *(f"data     {line}" for line in data.audit.lines()),
+            *(f"data     {line}" for line in [*data.audit.lines(), *data.notices]),
             *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
             f"steps    {describe_steps(args, state.max_steps, data, self.recipe.dataset)}",
             f"disk     {describe_disk(args, self.trainer.save_total_limit, self.trainer.checkpoint_bytes)}",

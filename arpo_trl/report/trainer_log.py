@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl.trainer.utils import compute_flops_per_token, compute_mfu, get_peak_flops
 
-from ..data.prepare import token_lengths
+from ..data.audit import token_lengths
 from ..machine import peak_memory
 from ..run_folder import write_text
 from .console import log_only, say, start_bar

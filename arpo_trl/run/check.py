@@ -16,8 +16,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_config import SFTConfig
 
+from ..data.audit import token_lengths
 from ..data.labels import IGNORED
-from ..data.prepare import PreparedData, prepare_datasets, token_lengths
+from ..data.prepare import PreparedData, prepare_datasets
 from ..data.tokenizer import load_tokenizer
 from ..errors import RecipeError
 from ..machine import checkpoint_bytes, folder_bytes, free_space, missing_space, saved_bytes
@@ -67,7 +68,7 @@ def _describe_run(
     recipe: Recipe, args: SFTConfig, data: PreparedData, verbose: bool
 ) -> tuple[list[str], RecipeError | None]:
     """A line for each thing that a user may have meant otherwise, and what the disk lacks."""
-    rows, listed = describe_rows(data, verbose), data.listed()
+    rows, listed = describe_rows(data, verbose), [*data.notices, *data.listed()]
     if not recipe.do_train:
         return [*rows, *(f"         {line}" for line in listed)], None
     an_epoch, total = count_steps(args, count_rows(recipe, data))

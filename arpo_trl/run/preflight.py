@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from ..data.prepare import token_lengths
+from ..data.audit import token_lengths
 from ..machine import gpu_memory, peak_memory
 from ..recipe.keys import Recipe
 from ..report.console import say

@@ -11,7 +11,6 @@ import pytest
 import small_run
 from bench import GOOD, Bench, numbered, row
 
-from arpo_trl.data import cache
 from arpo_trl.data import prepare as dataset
 from arpo_trl.errors import DatasetError, RecipeError
 from arpo_trl.recipe import Recipe
@@ -23,7 +22,7 @@ def test_more_dropped_than_allowed_stops_the_run_with_the_first_reasons(bench: B
     path = bench.add("d", (GOOD + b"\n") * 9 + b"{\n")
     with pytest.raises(DatasetError) as error:
         bench.prepare()
-    (listed,) = bench.folder.glob("cache/arpo_trl/d-*/audit.jsonl")
+    (listed,) = bench.folder.glob("cache/generator/*/*/row_audit.jsonl")
     assert len(listed.read_text().splitlines()) == 1 and not (bench.folder / "out").exists()
     assert str(error.value).splitlines() == [
         f"d: 1 of 10 rows dropped, max_dropped allows a share of 0.05; all are in {listed}, the first are",
@@ -74,9 +73,9 @@ def test_a_row_that_keeps_all_its_replies_silent_is_dropped_for_that(bench: Benc
     two["conversations"][3]["loss"] = False
     bench.add("d", [row(), long, two])
     bench.prepare(max_dropped=0.7, mask_history=True, cutoff_len=128)
-    assert [one["reason"] for one in bench.findings()] == ["no trained token: the last reply is kept silent"] * 2
+    assert [one["reason"] for one in bench.findings()] == ["no trained token: the last reply has loss: false"] * 2
     bench.prepare(max_dropped=0.7, cutoff_len=128)
-    assert [one["reason"] for one in bench.findings()] == ["no trained token: every reply is kept silent"]
+    assert [one["reason"] for one in bench.findings()] == ["no trained token: every reply has loss: false"]
 
 
 def test_a_reply_without_its_end_of_turn_is_dropped_in_whatever_row(bench: Bench) -> None:
@@ -155,7 +154,6 @@ def test_a_named_column_that_no_row_has_is_refused(bench: Bench) -> None:
         "they have input, instruction, output; mend the name, or take the key out of columns"
         for key, column in (("query", "inputt"), ("system", "sys_promt"))
     ]
-    assert not list(bench.folder.glob("cache/arpo_trl/*"))
 
 
 def test_a_named_column_may_be_in_some_rows_alone(bench: Bench) -> None:
@@ -171,7 +169,7 @@ def test_the_first_rows_of_a_dataset_are_not_judged_for_all_of_it(
 ) -> None:
     bench.add("d", [*numbered(5), row(sys="S")], columns={"system": "sys"})
     assert len(bench.prepare(max_samples=3).train) == 3
-    monkeypatch.setattr(cache, "ROWS_BEFORE_JUDGED", 4)
+    monkeypatch.setattr(dataset, "ROWS_BEFORE_JUDGED", 4)
     with pytest.raises(DatasetError, match=r"columns.system: expected a column 'sys', found none in 4 rows"):
         bench.prepare(max_samples=4)
 

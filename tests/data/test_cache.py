@@ -2,19 +2,28 @@
 
 import json
 import os
-import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from hashlib import sha256
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bench import Bench, answers, numbered
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from arpo_trl.data import cache
+from arpo_trl.data.encode import Encoder, encode_rows
+from arpo_trl.data.files import read_dataset
+from arpo_trl.data.registry import read_registry
+from arpo_trl.data.template import template_of
+from arpo_trl.data.tokenizer import load_tokenizer
 from arpo_trl.errors import DatasetError
+from arpo_trl.recipe import Recipe
 
 
 def test_rows_are_encoded_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,33 +88,72 @@ def test_a_tokenized_path_needs_no_raw_data(bench: Bench) -> None:
         bench.prepare(**keys, mask_history=True)
 
 
-def test_a_folder_that_is_not_ours_is_no_tokenized_path(bench: Bench) -> None:
-    bench.add("d", numbered(2))
-    (bench.folder / "theirs" / "d").mkdir(parents=True)
-    with pytest.raises(DatasetError, match=r"not written by arpo_trl \(no prepared.json\)"):
-        bench.prepare(tokenized_path=str(bench.folder / "theirs"))
-
-
-def test_a_folder_that_is_not_ours_is_never_replaced(bench: Bench) -> None:
+@pytest.mark.parametrize("overwrite_cache", [False, True])
+def test_a_folder_that_is_not_ours_is_no_tokenized_path_and_stays(overwrite_cache: bool, bench: Bench) -> None:
     bench.add("d", numbered(2))
     (bench.folder / "theirs" / "d").mkdir(parents=True)
     (bench.folder / "theirs" / "d" / "precious.txt").touch()
-    with pytest.raises(DatasetError, match=r"not written by arpo_trl \(no prepared.json\)"):
-        bench.prepare(tokenized_path=str(bench.folder / "theirs"), overwrite_cache=True)
+    with pytest.raises(DatasetError, match=r"theirs/d holds no rows that arpo_trl saved; name another tokenized_path"):
+        bench.prepare(tokenized_path=str(bench.folder / "theirs"), overwrite_cache=overwrite_cache)
     assert (bench.folder / "theirs" / "d" / "precious.txt").exists()
 
 
-@pytest.mark.parametrize("left", [None, "", "{}"])
-def test_half_a_folder_in_the_cache_counts_as_none(left: str | None, bench: Bench) -> None:
-    """As a kill within a removal leaves it: rows.arrow may be there or not."""
-    bench.add("d", numbered(2))
-    bench.prepare()
-    (prepared,) = bench.folder.glob("cache/arpo_trl/*/prepared.json")
-    prepared.unlink()
-    if left is not None:
-        prepared.write_text(left)
-    assert bench.replies(bench.prepare().train) == answers(0, 1)
-    assert [path.name for path in prepared.parent.parent.iterdir()] == [prepared.parent.name]
+@pytest.mark.parametrize("split", [True, False], ids=["DatasetDict", "Dataset"])
+def test_a_folder_that_llamafactory_saved_is_read_as_it_is(split: bool, bench: Bench) -> None:
+    """Its columns beside the tokens hold nulls, and its recipe may name a dataset that is nowhere."""
+    bench.add("d", numbered(1))
+    tokens = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [-100, -100]}]
+    nulls = {"images": None, "videos": None, "audios": None}
+    rows = Dataset.from_list([{**row, "attention_mask": [1] * len(row["labels"]), **nulls} for row in tokens])
+    saved = DatasetDict(train=rows, validation=Dataset.from_list(tokens[:1])) if split else rows
+    saved.save_to_disk(str(bench.folder / "theirs"))
+    for _ in range(2):
+        data = bench.prepare(dataset=["nowhere"], tokenized_path=str(bench.folder / "theirs"))
+        source = f"{bench.folder / 'theirs'}/train:1"
+        assert data.train[:] == {"input_ids": [[1, 2, 3]], "labels": [[-100, 2, 3]], "source": [source]}
+        held_out = {name: rows["labels"][:] for name, rows in data.eval.items()}
+        assert held_out == ({"validation": [[-100, 2, 3]]} if split else {})
+        assert data.audit.datasets["train"].first == [f"{source[:-1]}2: no trained token"]
+        assert data.notices == [
+            f"tokenized_path: {bench.folder / 'theirs'} was saved by LLaMA-Factory; every other key of the data, such as "
+            "dataset, template and cutoff_len, has no effect on it"
+        ]
+
+
+def test_a_saved_folder_without_tokens_is_refused(bench: Bench) -> None:
+    Dataset.from_list([{"text": "A"}]).save_to_disk(str(bench.folder / "theirs"))
+    with pytest.raises(DatasetError, match="its train has no column input_ids and labels; name a folder that"):
+        bench.prepare(dataset=["d"], tokenized_path=str(bench.folder / "theirs"))
+
+
+KILLED = """
+import os, signal, sys
+from transformers import AutoTokenizer
+from arpo_trl.data import cache
+from arpo_trl.data.prepare import prepare_datasets
+from arpo_trl.recipe import Recipe
+
+def killed(*args, encode_rows=cache.encode_rows):
+    for number, row in enumerate(encode_rows(*args)):
+        if number == 250:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield row
+
+cache.encode_rows = killed
+model, folder = sys.argv[1:]
+recipe = Recipe(model_name_or_path=model, dataset=["d"], dataset_dir=folder, output_dir="out", cutoff_len=256)
+prepare_datasets(recipe, AutoTokenizer.from_pretrained(model))
+"""
+
+
+def test_a_killed_preparation_leaves_nothing_that_counts(bench: Bench, tiny_model: Path) -> None:
+    bench.add("d", numbered(300))
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(bench.folder / "cache")}
+    command = [sys.executable, "-c", KILLED, str(tiny_model), str(bench.folder)]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    assert len(list(bench.folder.rglob("*.incomplete"))) == 1
+    assert bench.replies(bench.prepare().train) == answers(*range(300))
+    assert not list(bench.folder.rglob("*.incomplete"))
 
 
 def test_what_dead_runs_left_is_removed_after_a_day(bench: Bench) -> None:
@@ -128,26 +176,57 @@ def test_what_dead_runs_left_is_removed_after_a_day(bench: Bench) -> None:
     ]
 
 
-def test_other_code_encodes_again(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An edit changes no version."""
+def test_the_format_is_raised_when_the_golden_rows_come_out_otherwise(bench: Bench) -> None:
+    """Rows that older code encoded count as encoded until cache.FORMAT is raised."""
+    golden = Path(__file__).parents[1] / "golden"
+    encoded = sha256()
+    for name, truncation_mode in product(
+        ("identity", "alpaca_en_demo", "glaive_toolcall_en_demo"), ("keep_start", "llamafactory")
+    ):
+        keys = {"template": "qwen", "cutoff_len": 300, "truncation_mode": truncation_mode}
+        recipe = Recipe(model_name_or_path=str(golden / "tokenizer"), output_dir="unused", **keys)
+        info = read_registry(golden / "data")[name]
+        encoder = Encoder(info, recipe, template_of(recipe, load_tokenizer(recipe)))
+        for row in islice(encode_rows(read_dataset(info, streaming=False)[1], encoder), 20):
+            tokens = row["input_ids"].tobytes() + row["labels"].tobytes()
+            encoded.update(
+                tokens + "\0".join((row["outcome"], row["reason"], row["excerpt"], *row["fields"])).encode()
+            )
+    now = {"format": cache.FORMAT, "sha256": encoded.hexdigest()}
+    recorded = json.loads((golden / "format.json").read_text(encoding="utf-8"))
+    assert now == recorded, (
+        f"raise arpo_trl.data.cache.FORMAT, and write it and the new hash into {golden / 'format.json'}"
+    )
+
+
+def test_another_format_encodes_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.add("d", numbered(2))
     keys = {"tokenized_path": str(bench.folder / "tokenized")}
     first = bench.prepare()
     bench.prepare(**keys)
-    source = tmp_path / "source"
-    shutil.copytree(Path(cache.__file__).parent, source)
-    hashes = {cache.hash_of_sources()}
-    monkeypatch.setattr(cache, "files", lambda _: source)
-    for name in ("files", "messages", "tokenizer", "labels", "encode"):
-        with (source / f"{name}.py").open("a") as file:
-            file.write("# an edit")
-        hashes.add(cache.hash_of_sources.__wrapped__())
-    assert len(hashes) == 6
-    monkeypatch.setattr(cache, "hash_of_sources", lambda: "another")
-    with pytest.raises(DatasetError, match="was made with another arpo_trl; set overwrite_cache: true"):
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
+    with pytest.raises(DatasetError, match="was made with another format of arpo_trl; set overwrite_cache: true"):
         bench.prepare(**keys)
     assert bench.prepare().train[:] == first.train[:]
-    assert len(list(bench.folder.glob("cache/arpo_trl/d-*"))) == 2
+    assert len([path for path in bench.folder.glob("cache/generator/*") if path.is_dir()]) == 2
+
+
+def test_other_special_tokens_encode_again(bench: Bench) -> None:
+    """They are written by the template, and stand in no file of the vocabulary."""
+    bench.add("d", numbered(2))
+    own = bench.tokenizer.bos_token, bench.tokenizer.chat_template
+    first = bench.prepare()
+    try:
+        bench.tokenizer.chat_template = "{{ bos_token }}" + str(own[1])
+        bench.tokenizer.bos_token = "<|endoftext|>"
+        one = bench.prepare()
+        bench.tokenizer.bos_token = "<|im_start|>"
+        other = bench.prepare()
+    finally:
+        bench.tokenizer.bos_token, bench.tokenizer.chat_template = own
+    firsts = {data.train["input_ids"][0][0] for data in (one, other)}
+    assert firsts == set(bench.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>"]))
+    assert len(one.train["input_ids"][0]) == len(first.train["input_ids"][0]) + 1
 
 
 # Several processes
@@ -218,8 +297,8 @@ def test_each_node_without_a_shared_disk_encodes_again(bench: Bench, tiny_model:
     disks = [bench.folder / "first", bench.folder / "second"]
     bench.prepare(tokenized_path=str(disks[0] / "tokenized"), cutoff_len=200)
     bench.prepare(tokenized_path=str(disks[1] / "tokenized"), cutoff_len=100)
-    first, second = (disk / "tokenized" / "d" / "prepared.json" for disk in disks)
-    before = first.read_text()
+    saved = [disk / "tokenized" / "d" for disk in disks]
+    before = [load_from_disk(str(one)).info.description for one in saved]
     run_ranks(
         bench,
         NODE,
@@ -229,7 +308,8 @@ def test_each_node_without_a_shared_disk_encodes_again(bench: Bench, tiny_model:
         LOCAL_RANK=("0", "0"),
         DISK=(str(disks[0]), str(disks[1])),
     )
-    assert first.read_text() == second.read_text() != before
+    first, second = (load_from_disk(str(one)).info.description for one in saved)
+    assert first == second == before[0] != before[1]
 
 
 RACE = """

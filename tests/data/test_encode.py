@@ -1,6 +1,7 @@
 """Rows are encoded alike by any number of workers, once the first of them have passed the parity check."""
 
-import multiprocessing
+import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,45 +12,63 @@ from arpo_trl.data.encode import encode_rows
 from arpo_trl.errors import DatasetError
 
 
-def test_any_number_of_workers_gives_the_same_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def processes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many processes have encoded since it was last asked."""
+
+    def watched(*args: Any) -> Any:
+        for row in encode_rows(*args):
+            (bench.folder / f"{os.getpid()}.pid").touch()
+            yield row
+
+    def count() -> int:
+        found = list(bench.folder.glob("*.pid"))
+        for path in found:
+            path.unlink()
+        return len(found)
+
+    monkeypatch.setattr(cache, "encode_rows", watched)
+    return count
+
+
+def test_any_number_of_processes_gives_the_same_rows(
+    bench: Bench, processes: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench.add("d", [*numbered(50), 3, *numbered(50, start=50)])
     one = bench.prepare()
     monkeypatch.setattr(cache, "PROCESSES_PAY_FROM", 0)
-    pids: set[int] = set()
-
-    def watched(*args: Any) -> Any:
-        for batch in encode_rows(*args):
-            pids.update(child.pid for child in multiprocessing.active_children() if child.pid)
-            yield batch
-
-    monkeypatch.setattr(cache, "encode_rows", watched)
+    assert processes() == 1
     two = bench.prepare(preprocessing_num_workers=2, preprocessing_batch_size=7, overwrite_cache=True)
     assert one.train[:] == two.train[:] and one.audit == two.audit
-    assert len(pids) == 2
+    assert processes() == 2
 
 
-def test_several_processes_encode_also_a_dataset_of_the_hub(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_encode_also_a_dataset_of_the_hub(
+    bench: Bench, processes: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (bench.folder / "repo").mkdir()
     write(bench.folder / "repo" / "train.jsonl", numbered(20))
     bench.register("d", hf_hub_url=str(bench.folder / "repo"))
-    seen = []
-
-    def watched(*args: Any) -> Any:
-        for batch in encode_rows(*args):
-            seen.append(len(multiprocessing.active_children()))
-            yield batch
-
-    monkeypatch.setattr(cache, "encode_rows", watched)
     monkeypatch.setattr(cache, "PROCESSES_PAY_FROM", 500)
     data = bench.prepare(preprocessing_num_workers=2, preprocessing_batch_size=3)
-    assert bench.replies(data.train) == answers(*range(20)) and seen[0] == 2
-    seen.clear()
+    assert bench.replies(data.train) == answers(*range(20)) and processes() == 2
     monkeypatch.setattr(cache, "PROCESSES_PAY_FROM", 50_000)
     bench.prepare(preprocessing_num_workers=2, overwrite_cache=True)
-    assert seen == [0]
+    assert processes() == 1
 
 
-def test_the_gate_stands_before_every_dataset(bench: Bench) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_of_a_file_reaches_the_user_as_it_is(
+    workers: int, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bench.add("d", numbered(5), ".json")
+    path.write_text(path.read_text()[:-20], encoding="utf-8")
+    monkeypatch.setattr(cache, "PROCESSES_PAY_FROM", 0)
+    with pytest.raises(DatasetError, match=r"d\.json:\d+: not JSON"):
+        bench.prepare(preprocessing_num_workers=workers)
+
+
+def test_every_dataset_passes_the_parity_check(bench: Bench) -> None:
     path = bench.add("a", numbered(1))
     own = bench.tokenizer.eos_token
     try:

@@ -109,7 +109,7 @@ BROKEN_LINES: dict[str, tuple[bytes, str]] = {
     ),
     "no reply that trains": (
         GOOD.replace(b'"A"', b'"A", "loss": false'),
-        "no trained token: every reply is kept silent",
+        "no trained token: every reply has loss: false",
     ),
     "only labels past the cutoff": (GOOD.replace(b'"Q"', b'"' + b"Q " * 999 + b'"'), "only labels past the cutoff"),
 }

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from bench import Bench, answers, numbered
+from datasets import Dataset
 
 from arpo_trl.data.prepare import prepare_datasets
 from arpo_trl.errors import DatasetError
@@ -42,13 +43,64 @@ def test_num_samples_are_drawn_at_random_and_again_if_there_are_fewer(bench: Ben
     assert len(bench.prepare(max_samples=1).train) == 2
 
 
-@pytest.mark.parametrize(("val_size", "held_out"), [(0.25, 2), (3, 3)])
-def test_val_size_is_a_share_or_a_number(val_size: float, held_out: int, bench: Bench) -> None:
+@pytest.mark.parametrize(("val_size", "held_out"), [(0.25, 2), (0.3, 3), (0.001, 1), (3, 3), (1, 1)])
+def test_val_size_holds_out_what_llamafactory_holds_out(val_size: float, held_out: int, bench: Bench) -> None:
+    """Its whole way is train_test_split of the rows; the trained ones keep that order."""
     bench.add("a", numbered(8))
-    data = bench.prepare(val_size=val_size)
-    train, held = bench.replies(data.train), bench.replies(data.eval["validation"])
-    assert len(held) == held_out and sorted(train + held) == answers(*range(8))
-    assert held == bench.replies(bench.prepare(val_size=val_size).eval["validation"])
+    data = bench.prepare(val_size=val_size, seed=7)
+    size = int(val_size) if val_size >= 1 else val_size
+    expected = Dataset.from_dict({"reply": answers(*range(8))}).train_test_split(test_size=size, seed=7)
+    assert bench.replies(data.eval["validation"]) == expected["test"]["reply"][:]
+    assert bench.replies(data.train) == expected["train"]["reply"][:] and len(data.eval["validation"]) == held_out
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"dataset": ["a"]},
+        {"dataset": ["a", "a"]},
+        {"dataset": ["repeated"]},
+        {"dataset": ["drawn", "a"]},
+        {"dataset": ["a", "b"], "mix_strategy": "interleave_over"},
+        {"dataset": ["repeated", "twice"], "mix_strategy": "interleave_once"},
+        {"dataset": ["twice"]},
+        {"dataset": ["twice", "b"], "max_samples": 5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "streaming"])
+def test_no_held_out_row_is_trained_on(keys: dict[str, Any], streaming: bool, bench: Bench) -> None:
+    """However rows are repeated: drawn again, mixed again, named twice, twice in the file; in every epoch of a stream."""
+    bench.add("a", numbered(10))
+    bench.add("b", numbered(3, start=20))
+    bench.add("repeated", numbered(4, start=30), num_samples=20)
+    bench.add("drawn", numbered(9, start=40), num_samples=4)
+    bench.add("twice", [*numbered(5, start=50), *numbered(5, start=50)])
+    if streaming:
+        if "max_samples" in keys:
+            pytest.skip("a stream has no max_samples")
+        keys = {**keys, "streaming": True, "buffer_size": 4}
+    data = bench.prepare(**keys, val_size=2)
+    held_out = set(bench.replies(data.eval["validation"]))
+    for epoch in range(3 if streaming else 1):
+        if streaming:
+            data.train.set_epoch(epoch)
+        trained = bench.replies(data.train)
+        assert trained and held_out and not held_out & set(trained)
+
+
+def test_rows_are_repeated_after_others_are_held_out_and_equal_ones_are_counted(bench: Bench) -> None:
+    bench.add("a", numbered(4), num_samples=20)
+    data = bench.prepare(val_size=1)
+    assert (len(data.train), len(set(bench.replies(data.train)))) == (19, 3) and data.notices == []
+    bench.add("a", [*numbered(5), *numbered(5)])
+    data = bench.prepare(val_size=3)
+    held_out = bench.replies(data.eval["validation"])
+    left_out = 2 * len(set(held_out)) - 3
+    assert len(data.train) == 7 - left_out
+    line = f"val_size: {left_out} rows that equal a held-out row are left out of training"
+    assert data.notices == ([line] if left_out else [])
+    assert data.fingerprints["validation"] != bench.prepare(val_size=3, seed=1).fingerprints["validation"]
 
 
 def test_a_val_size_of_all_rows_is_refused(bench: Bench) -> None:
@@ -96,8 +148,9 @@ def test_a_stream_lists_its_rows_once_there_is_a_run(bench: Bench) -> None:
     )
     assert not (bench.folder / "out").exists()
     data.write_audit(bench.folder / "out" / "row_audit.jsonl")
+    assert [one["excerpt"] for one in bench.findings()] == ["3"]
+    assert bench.replies(data.train) == answers(2)
     assert [one["excerpt"] for one in bench.findings()] == ["3", '"text"']
-    assert bench.replies(data.train) == answers(2) and len(bench.findings()) == 2
 
 
 def test_a_stream_is_not_evaluated_on(bench: Bench) -> None:
