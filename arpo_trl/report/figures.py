@@ -39,3 +39,13 @@ def describe_evaluation(metrics: dict[str, Any]) -> list[str]:
                 f"{name.replace('_', ' ')} {value:.4f}" if name.endswith("_loss") else f"perplexity {value:.2f}"
             )
     return words
+
+
+def describe_predictions(metrics: dict[str, Any]) -> list[str]:
+    """The scores of replies that an evaluation generated: `right tool 12 of 29`."""
+    words = []
+    for name, value in metrics.items():
+        if name.startswith("eval_predict_") and f"{name}_of" in metrics:
+            of = metrics[f"{name}_of"]
+            words.append(f"{name.removeprefix('eval_predict_').replace('_', ' ')} {round(value * of)} of {of}")
+    return words

@@ -21,7 +21,7 @@ from ..data.audit import token_lengths
 from ..machine import peak_memory
 from ..run_folder import write_text
 from .console import log_only, say, start_bar
-from .figures import describe_evaluation, format_seconds
+from .figures import describe_evaluation, describe_predictions, format_seconds
 from .log_file import lines_until, read_log, run_seconds
 from .loss_plot import plot_loss
 
@@ -155,7 +155,7 @@ class TrainerLog(TrainerCallback):
             if "mfu" in line:
                 figures += f"  MFU {line['mfu']:.0f} %"
         else:
-            figures = "  ".join(describe_evaluation(line))
+            figures = "  ".join([*describe_evaluation(line), *describe_predictions(line)])
         text = f"step {line['current_steps']}/{line['total_steps']}  {figures}  "
         text += f"{line['elapsed_time']} < {line['remaining_time']}"
         if self.bar and not self.bar.disable and "loss" in line:

@@ -13,11 +13,11 @@ from ..data.prepare import PreparedData, prepare_datasets
 from ..data.tokenizer import load_tokenizer
 from ..recipe.keys import Recipe
 from ..report.console import say
-from ..report.figures import describe_evaluation
+from ..report.figures import describe_evaluation, describe_predictions
 from ..report.trainer_log import say_nothing_of_steps
 from ..run_folder import save_metrics
 from .model import load_model
-from .predict import predict, refuse_split_model
+from .predict import PredictOnEvaluate, predict, refuse_split_model
 from .preflight import require_rows_apart
 from .trainer import ArpoTrainer
 
@@ -70,8 +70,10 @@ def _evaluate(recipe: Recipe, args: SFTConfig, model: Any, tokenizer: Any, data:
     )
     say_nothing_of_steps(trainer)
     require_rows_apart(recipe, trainer)
+    if recipe.predict_during_eval:
+        trainer.add_callback(PredictOnEvaluate(recipe, trainer, tokenizer, data.eval))
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         save_metrics(Path(recipe.output_dir), "eval", metrics)
-    for line in describe_evaluation(metrics):
+    for line in [*describe_evaluation(metrics), *describe_predictions(metrics)]:
         say(line)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -20,7 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..data.labels import IGNORED
@@ -28,10 +28,12 @@ from ..data.prepare import prepare_datasets
 from ..errors import RecipeError, RunFailed
 from ..recipe.keys import Recipe
 from ..report.console import say
+from ..report.tracker_steps import log_samples
 from ..run_folder import read_json, write_json
-from .scores import Reply, describe_scores, score_replies
-from .trainer import is_out_of_memory
+from .scores import SCORES, Reply, describe_scores, score_replies
+from .trainer import ArpoTrainer, is_out_of_memory
 
+SHOWN = 2000  # characters of a text in a tracker's table
 CALL_ENDS = ["</python>", "</search>", "</tool_call>"]
 
 
@@ -94,11 +96,21 @@ def generate(
     config: GenerationConfig,
     batch_size: int,
     seed: int,
+    after_batch: Callable[[], object] = lambda: None,
 ) -> list[list[int]]:
     """The reply's token ids for each prompt, in the prompts' order, the same on every process.
 
     Batches are of like length, the longest first, and are those of one process however many share them: what a row is
     padded with can change the last digits of its scores. The random state and the model's mode are left as they were.
+
+    Args:
+        model: A causal language model, whole on this process.
+        prompts: What to ask for.
+        tokenizer: The model's.
+        config: How; with its end-of-turn and padding tokens.
+        batch_size: Prompts of a batch.
+        seed: Of what is sampled.
+        after_batch: Called after each batch, equally often on every process.
     """
     state = PartialState()
     order = sorted(range(len(prompts)), key=lambda at: (prompts[at].ends_turn, -len(prompts[at].context), at))
@@ -112,11 +124,14 @@ def generate(
     model.eval()
     gpus = [state.device.index or 0] if state.device.type == "cuda" else []
     try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=gpus):
-            for number in range(state.process_index, len(batches), state.num_processes):
-                torch.manual_seed(seed + number)
-                batch = [prompts[at] for at in batches[number]]
-                found += zip(batches[number], _generate_batch(model, batch, tokenizer, config), strict=True)
+        with torch.no_grad(), torch.random.fork_rng(devices=gpus):
+            for first in range(0, len(batches), state.num_processes):
+                number = first + state.process_index
+                if number < len(batches):
+                    torch.manual_seed(seed + number)
+                    batch = [prompts[at] for at in batches[number]]
+                    found += zip(batches[number], _generate_batch(model, batch, tokenizer, config), strict=True)
+                after_batch()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -174,12 +189,16 @@ def to_generation_config(recipe: Recipe, model: Any, tokenizer: PreTrainedTokeni
 
 
 def predict_replies(
-    recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+    recipe: Recipe,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    after_batch: Callable[[], object] = lambda: None,
 ) -> list[Prediction]:
-    """The model's answers to the prompts, in their order."""
+    """The model's answers to the prompts, in their order; `after_batch` as for `generate`."""
     config = to_generation_config(recipe, model, tokenizer)
     batch_size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size
-    ids = generate(model, prompts, tokenizer, config, batch_size, recipe.seed)
+    ids = generate(model, prompts, tokenizer, config, batch_size, recipe.seed, after_batch)
     ends = set(config.eos_token_id)
     return [
         Prediction(prompt, reply, _to_reply(prompt, reply, tokenizer, ends))
@@ -268,6 +287,68 @@ def predict(recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, eval
     say(f"predict  {len(predictions):,} replies of {rows:,} rows are in {output_dir / 'generated_predictions.jsonl'}")
     for line in describe_scores({"right": scores}):
         say(f"         {line}")
+
+
+# --- predictions during training ---
+
+
+class PredictOnEvaluate(TrainerCallback):
+    """Generates and scores the replies of a few held-out rows at each evaluation (`predict_during_eval`).
+
+    Scores are metrics of the evaluation, `eval_predict_<score>`, with the replies as a table in W&B and Trackio. Steps
+    after it are as if it had not been: random states, and, added before the log's callback, also their time.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        trainer: ArpoTrainer,
+        tokenizer: PreTrainedTokenizerBase,
+        eval_rows: dict[str, Dataset],
+    ) -> None:
+        self.recipe, self.trainer, self.tokenizer = recipe, trainer, tokenizer
+        each = -(-(recipe.predict_during_eval or 0) // len(eval_rows))
+        rows = {name: part.select(range(min(each, len(part)))) for name, part in eval_rows.items()}
+        self.prompts = eval_prompts(recipe, tokenizer, trainer.model, rows)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if metrics is None or "eval_loss" not in metrics:
+            return  # a part of an evaluation
+        trainer = self.trainer
+
+        def after_batch() -> None:
+            trainer.callback_handler.on_prediction_step(args, state, control)  # a signal stops the run there
+
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        predictions = predict_replies(self.recipe, model, self.tokenizer, self.prompts, after_batch)
+        scores = score_replies([one.reply for one in predictions], self.recipe.predict_metrics)
+        found = {f"eval_predict_{name}": value for name, value in scores.items()}
+        metrics.update(found)
+        trainer.log(found)
+        if state.is_world_process_zero:
+            log_samples(args.report_to, state.global_step, [to_sample(one, self.tokenizer) for one in predictions])
+
+
+def to_sample(one: Prediction, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """A row of a tracker's table: the reply, its label, and the scores in which it is wrong."""
+    wrong = [name for name, score in SCORES.items() if score(one.reply) is False]
+    texts = {"context": decode(tokenizer, one.prompt.context)[-SHOWN:], "predict": one.reply.predict[:SHOWN]}
+    return {"source": one.prompt.source} | texts | {"label": one.reply.label[:SHOWN], "wrong": ", ".join(wrong)}
+
+
+def compare_evaluations(state: TrainerState, load_best: bool) -> list[str]:
+    """A table of the scores at the first evaluation and at that of the final weights, if there are two."""
+    found = {entry["step"]: entry for entry in state.log_history if "eval_predict_replies" in entry}
+    last = state.best_global_step if load_best and state.best_global_step in found else max(found, default=None)
+    if last is None or last == min(found):
+        return []
+    columns = {}
+    for step in (min(found), last):
+        scores = {name.removeprefix("eval_predict_"): value for name, value in found[step].items()}
+        columns[f"step {step}"] = scores
+    return describe_scores(columns)
 
 
 def to_line(one: Prediction, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> dict[str, str]:

@@ -39,6 +39,11 @@ class StopOnSignal(TrainerCallback):
             with contextlib.suppress(RuntimeError):  # the signal may have come while a line was printed
                 say(f"{signal.Signals(number).name}: stopping after this step or evaluation batch")
 
+    def let_go(self) -> None:
+        """Leave signals to Python: they end the process at once. For what follows once the model is saved."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def _agree(self, args: Any) -> bool:
         if args.world_size > 1:
             signum = torch.tensor(self.signum or 0, device=args.device)

@@ -29,7 +29,7 @@ from ..run_folder import match_umask, save_metrics, write_text
 from .adapters import keep_adapter_in_float32, to_optimizer, turn_pissa_into_lora
 from .evaluate import eval_datasets, run_without_training, to_inference
 from .model import load_model
-from .predict import predict, refuse_split_model
+from .predict import PredictOnEvaluate, compare_evaluations, predict, refuse_split_model
 from .preflight import PackingCheck, Preflight
 from .requirements import check_environment
 from .resume import clear_earlier_run, find_resume_point
@@ -87,6 +87,8 @@ def train(recipe: Recipe) -> int:
         keep_adapter_in_float32(model)
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
             say("FSDP needs GPUs (accelerate 1.15): each process holds the whole model, as with multi_gpu.yaml")
+        if recipe.predict_during_eval:
+            trainer.add_callback(PredictOnEvaluate(recipe, trainer, tokenizer, data.eval))
         if recipe.early_stopping_steps:
             trainer.add_callback(StopEarly(recipe.early_stopping_steps))
         stop = StopOnSignal()
@@ -137,12 +139,14 @@ def train(recipe: Recipe) -> int:
             return 128 + stop.signum
         write_results(recipe, trainer, manifest, result.metrics, metrics)
         if recipe.do_predict:
+            stop.let_go()
             to_inference(model, saved_dtype)
             predict(recipe, model, tokenizer, data.eval)
         finish_trackers(args, output_dir)
         if args.push_to_hub:
             push(trainer)
-        for line in end_report(recipe, trainer.state, result.metrics, metrics):
+        comparison = compare_evaluations(trainer.state, recipe.load_best_model_at_end)
+        for line in [*comparison, *end_report(recipe, trainer.state, result.metrics, metrics)]:
             say(line)
         leave_together()
     return 0

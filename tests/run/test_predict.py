@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from arpo_trl.data.prepare import prepare_datasets
 from arpo_trl.data.tokenizer import load_tokenizer
 from arpo_trl.errors import RecipeError, RunFailed
 from arpo_trl.recipe import Recipe, read_recipe
+from arpo_trl.report.log_file import read_log
 from arpo_trl.run import predict as predict_module
 from arpo_trl.run.predict import Prompt, find_prompts, generate, refuse_split_model
 from arpo_trl.run.train import train
@@ -123,13 +125,23 @@ def test_the_results_say_how_many_replies_each_score_is_of(predicted: Path) -> N
     assert "stopped" in (predicted / "run" / "training.log").read_text(encoding="utf-8")
 
 
-def test_after_training_the_saved_model_is_what_predicts(tiny_model: Path, tmp_path: Path) -> None:
+def test_after_training_the_saved_model_is_what_predicts_and_a_signal_ends_it(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = []
+
+    def recorded(*args: Any) -> None:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        predict_module.predict(*args)
+
+    monkeypatch.setattr("arpo_trl.run.train.predict", recorded)
     changes = {"eval_dataset": "greetings", "do_predict": True, "max_new_tokens": 8, "per_device_eval_batch_size": 2}
     changes |= {"learning_rate": 1e-2, "max_steps": 30, "dataset": "greetings"}
     trained = small_run.run(tmp_path / "a", tiny_model, **changes)
     small_run.run(tmp_path / "b", trained, **changes, do_train=False)
     after, later = ([line | {"source": ""} for line in lines_of(tmp_path / folder)] for folder in "ab")
     assert after == later
+    assert handlers == [signal.SIG_DFL]
     assert [line["label"] for line in after] == [f"hi {name}" for name in "Ada Bob Cy Di Ed".split()]
     assert len({line["predict"] for line in after}) > 1
     results = json.loads((trained / "all_results.json").read_text(encoding="utf-8"))
@@ -222,3 +234,93 @@ def test_a_dataset_without_a_whole_reply_is_said(tiny_model: Path, tmp_path: Pat
     recipe = small_run.make_recipe(tmp_path, tiny_model, **keys, cutoff_len=len(prompt["input_ids"]) + 1)
     with pytest.raises(RecipeError, match=r"do_predict: no reply ends within cutoff_len \d+; raise it"):
         train(recipe)
+
+
+@pytest.fixture(scope="module")
+def watched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps that predict three of five held-out rows before the first step and at every second one."""
+    return small_run.run(tmp_path_factory.mktemp("watched"), tiny_model, **WATCHED)
+
+
+WATCHED = {
+    "eval_dataset": "greetings",
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "eval_on_start": True,
+    "do_eval": True,
+    "predict_during_eval": 3,
+    "max_new_tokens": 5,
+    "do_sample": True,  # which draws random numbers
+    "metric_for_best_model": "predict_tokens",
+    "load_best_model_at_end": True,
+    "report_to": "wandb",
+}
+
+
+def scores_in(log: Path) -> dict[int, dict[str, float]]:
+    lines = [line for line in read_log(log) if "eval_predict_replies" in line]
+    return {
+        line["current_steps"]: {name: value for name, value in line.items() if name.startswith("eval_predict")}
+        for line in lines
+    }
+
+
+def test_an_evaluation_predicts_some_held_out_rows_and_its_scores_are_metrics(watched: Path) -> None:
+    found = scores_in(watched / "trainer_log.jsonl")
+    assert list(found) == [0, 2, 4]
+    assert {scores["eval_predict_replies"] for scores in found.values()} == {3}
+    state = json.loads((watched / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["best_metric"] == max(scores["eval_predict_tokens"] for at, scores in found.items() if at)
+    log = (watched / "training.log").read_text(encoding="utf-8")
+    assert "stopped 0 of 3" in log and f"step 0  step {state['best_global_step']}\n" in log
+
+
+def test_wandb_has_the_replies_as_a_table(watched: Path) -> None:
+    tables = sorted(watched.glob("wandb/offline-run-*/files/media/table/eval/samples_*.table.json"))
+    assert [path.name.split("_")[1] for path in tables] == ["0", "2", "4"]
+    table = json.loads(tables[0].read_text(encoding="utf-8"))
+    assert table["columns"] == ["source", "context", "predict", "label", "wrong"]
+    assert [row[3] for row in table["data"]] == ["hi Ada", "hi Bob", "hi Cy"]
+
+
+def test_the_steps_are_as_if_nothing_had_been_predicted(watched: Path, tiny_model: Path, tmp_path: Path) -> None:
+    plain = small_run.run(tmp_path, tiny_model, **WATCHED | {"predict_during_eval": None, "report_to": "none",
+        "metric_for_best_model": "loss", "load_best_model_at_end": False})  # fmt: skip
+    figures = ("loss", "grad_norm", "lr", "eval_loss", "trained_tokens")
+    expected, found = (
+        [
+            {name: line.get(name) for name in figures}
+            for line in read_log(folder / "trainer_log.jsonl")
+            if "eval_predict_replies" not in line
+        ]
+        for folder in (plain, watched)
+    )
+    assert found == expected
+    for name in ("model.safetensors", "rng_state.pth"):
+        assert same_file(plain / "checkpoint-4" / name, watched / "checkpoint-4" / name)
+
+
+def same_file(a: Path, b: Path) -> bool:
+    if a.suffix == ".safetensors":
+        return a.read_bytes() == b.read_bytes()
+    first, second = (torch.load(path, weights_only=False) for path in (a, b))
+    return torch.equal(first["cpu"], second["cpu"]) and first["python"] == second["python"]
+
+
+def test_a_resumed_run_predicts_and_trains_the_same(watched: Path, tiny_model: Path, tmp_path: Path) -> None:
+    changes = WATCHED | {"report_to": "none", "resume_from_checkpoint": str(watched / "checkpoint-2")}
+    resumed = small_run.run(tmp_path, tiny_model, **changes)
+    assert scores_in(resumed / "trainer_log.jsonl")[4] == scores_in(watched / "trainer_log.jsonl")[4]
+    assert same_file(resumed / "checkpoint-4" / "model.safetensors", watched / "checkpoint-4" / "model.safetensors")
+
+
+@pytest.mark.slow  # 5 s alone, and needs trackio
+def test_trackio_has_the_replies_as_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    script = (
+        "import trackio; from arpo_trl.report.tracker_steps import log_samples\n"
+        "trackio.init(project='p', name='r'); log_samples(['trackio'], 3, [{'label': 'hi Ada'}]); trackio.finish()"
+    )
+    env = os.environ | {"TRACKIO_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", script], env=env, check=True, timeout=120, capture_output=True)
+    assert any(b"hi Ada" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
