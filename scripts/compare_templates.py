@@ -73,7 +73,7 @@ def trl_template(name: str) -> str:
 
 def tokens_of(text: str) -> list[str]:
     """What looks like a special token in a text."""
-    return sorted(set(re.findall(r"<[|｜][^<>\s]+?[|｜]?>|<[a-z_]+\|>|<\w+_of_\w+>", text)))
+    return sorted(set(re.findall(r"<[|｜][^<>\s]+?[|｜]?>|<[a-z_]+\|>|<\w+_of_\w+>|<eod>", text)))
 
 
 def conversation(name: str) -> Conversation:

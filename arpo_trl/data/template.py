@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.resources import files
@@ -39,6 +39,8 @@ PROBES = (
     [ASK, THINKING, ASK, REPLY],
     [ASK, {**REPLY, "tool_calls": [CALL]}, {"role": "tool", "content": "found"}, REPLY, ASK, REPLY],
 )
+# Stands in front of the template that a run with enable_thinking: false saves: the model is asked as it was trained.
+WITHOUT_THOUGHT = "{%- set enable_thinking = enable_thinking | default(false) %}"
 THOUGHT = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*", re.DOTALL)
 # What templates call their switch for the thoughts of earlier turns (Nemotron 3, GLM-4.7, Qwen3.6 and LFM2.5). A row of
 # several turns teaches each of its replies, so none may lose its thought once another follows.
@@ -53,7 +55,8 @@ class Template:
     `day` is the date that it writes where it asks for today's (`strftime_now`).
 
     `generation_prompt` opens a reply; `after_reply` is what follows its text, and `end_of_turn` the first special token there.
-    `call_end` is the token that ends a reply with calls, where it is another one (gpt-oss, GLM).
+    `call_end` is the token that ends a reply with calls, where it is another one (gpt-oss, GLM). `begins_next`: these two
+    are what the template writes as the first token of the next turn (GLM), which the model writes to stop.
     `empty_thought` stands before a reply that has no thought. `epilogue` is written after whatever does not go on; no row
     needs it.
 
@@ -76,6 +79,7 @@ class Template:
     after_reply: str = ""
     end_of_turn: str | None = None
     call_end: str | None = None
+    begins_next: bool = False
     empty_thought: str = ""
     epilogue: str = ""
     thinks: bool = False
@@ -84,13 +88,13 @@ class Template:
     @property
     def hash(self) -> str:
         """Of all that decides its text beside the rows: the Jinja, its date in it, and the special tokens it may write."""
-        parts: list[Any] = [self.jinja, self.tool_jinja, self.tokenizer.special_tokens_map]
-        parts += [self.enable_thinking, self.last_thought_only] if self.thinks else []
+        special_tokens = self.tokenizer.special_tokens_map
+        parts = [self.jinja, self.tool_jinja, special_tokens, self.enable_thinking, self.last_thought_only]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def ends(self, reply: str) -> bool:
         """Whether a token that ends a turn is in the reply."""
-        return any(end in reply for end in (self.end_of_turn or "", self.call_end) if end is not None)
+        return any(end in reply for end in (self.end_of_turn, self.call_end) if end)
 
     def fit(self, conversation: Conversation) -> Conversation:
         """The conversation with its thoughts as the template is to write them: kept, moved or left out."""
@@ -130,7 +134,11 @@ class Template:
             )
         except (TemplateError, TypeError, ValueError, RecursionError) as error:
             raise RowError(f"the template refuses it: {error}") from None
-        return text if prompt else text.removesuffix(self.epilogue)
+        if prompt:
+            return text
+        if self.begins_next and messages[-1]["role"] == "assistant":
+            return text + str(self.call_end if messages[-1].get("tool_calls") else self.end_of_turn)
+        return text.removesuffix(self.epilogue)
 
 
 def _without_thought(reply: Message) -> Message:
@@ -156,7 +164,7 @@ def find_template(
         RecipeError: if it can't be rendered at all.
     """
     given: str | dict[str, str] = tokenizer.chat_template
-    named = given if isinstance(given, dict) else {"default": given}
+    named = {name: jinja.removeprefix(WITHOUT_THOUGHT) for name, jinja in _named(given).items()}
     if "default" not in named:
         raise RecipeError(f"template: the tokenizer has templates named {', '.join(named)} and none named default")
     day = day or date.today()
@@ -175,8 +183,10 @@ def find_template(
         return own
     from trl.chat_template_utils import get_training_chat_template
 
+    plain = copy(tokenizer)
+    plain.chat_template = named["default"]
     try:
-        jinja = get_training_chat_template(tokenizer)
+        jinja = get_training_chat_template(plain)
     except ValueError:  # TRL knows no training form of it
         return own
     form = _describe(replace(own, jinja=_dated(jinja, day) if jinja else own.jinja, epilogue=""))
@@ -207,6 +217,17 @@ def _day(recipe: Recipe) -> date:
         return date.today()
 
 
+def without_thought_by_default(chat_template: str | dict[str, str], wanted: bool) -> str | dict[str, str]:
+    """A tokenizer's templates, which answer without a thought unless they are asked for one; or as they were before that."""
+    first = WITHOUT_THOUGHT if wanted else ""
+    named = {name: first + jinja.removeprefix(WITHOUT_THOUGHT) for name, jinja in _named(chat_template).items()}
+    return named if isinstance(chat_template, dict) else named["default"]
+
+
+def _named(chat_template: str | dict[str, str]) -> dict[str, str]:
+    return chat_template if isinstance(chat_template, dict) else {"default": chat_template}
+
+
 def _dated(jinja: str, day: date) -> str:
     """The template with this day in place of today. transformers 5 hands a template data alone, and no clock of ours."""
     return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: json.dumps(day.strftime(call[2])), jinja)
@@ -223,45 +244,51 @@ def _describe(template: Template) -> Template:
         raise RecipeError(f"template: cannot be rendered ({error})") from None
     # Phi-3 ends whatever does not go on with the eos token. No reply ends in it, so no row needs it.
     epilogue = eos if not with_prompt.startswith(without) and without.endswith(eos) else ""
-    added = tokenizer.added_tokens_decoder
-
-    def special_tokens(text: str) -> list[str]:
-        """The special ones in a text; where there are none, those that were added as words."""
-        found = [added[token] for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in added]
-        return [token.content for token in found if token.special or not any(other.special for other in found)]
-
     header = shared_start(with_prompt, answered)
     before_reply, _, after_reply = answered[len(header) :].rpartition(REPLY["content"])
-    after = special_tokens(after_reply)
-    end_of_turn = after[0] if after else None
     template = replace(
         template,
         generation_prompt=header[len(without.removesuffix(epilogue)) :],
         after_reply=after_reply,
-        end_of_turn=end_of_turn,
+        end_of_turn=next(iter(_special_tokens(tokenizer, after_reply)), None),
         empty_thought=before_reply if "think>" in before_reply else "",
         epilogue=epilogue,
     )
+    template = _find_ends(template)
     asks_to_think = {replace(template, enable_thinking=wanted).render([ASK], None, True) for wanted in (True, False)}
-    thinks = "think>" in with_prompt[len(header) :] + header[-len(template.generation_prompt) :] + before_reply
     split_thoughts = _splits_thoughts(template)
-    return replace(
-        template,
-        call_end=_call_end(template, special_tokens),
-        thinks=thinks or len(asks_to_think) > 1 or split_thoughts,
-        split_thoughts=split_thoughts,
-    )
+    thinks = "think>" in with_prompt[len(without) :] + before_reply or len(asks_to_think) > 1 or split_thoughts
+    return replace(template, thinks=thinks, split_thoughts=split_thoughts)
 
 
-def _call_end(template: Template, special_tokens: Callable[[str], list[str]]) -> str | None:
-    """The token that ends a reply with calls, if that is not the one that ends an answer."""
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The special ones in a text; where there are none, those that were added as words."""
+    added = tokenizer.added_tokens_decoder
+    found = [added[token] for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in added]
+    return [token.content for token in found if token.special or not any(other.special for other in found)]
+
+
+def _find_ends(template: Template) -> Template:
+    """The next turn's first token, if that is what ends a reply; and the token that ends calls, if it is another one."""
+    called = {**REPLY, "content": "", "tool_calls": [CALL]}
+
+    def next_token(reply: Message, follows: Message) -> str | None:
+        until_reply = template.render([ASK, reply], None, False)
+        text = template.render([ASK, reply, follows], None, False).removeprefix(until_reply)
+        first = next(iter(_special_tokens(template.tokenizer, text)), None)
+        return first if first and text.startswith(first) else None
+
     try:
-        called = template.render([ASK, {**REPLY, "content": "", "tool_calls": [CALL]}], None, False)
+        if not template.after_reply.strip() and (end := next_token(REPLY, ASK)):
+            call_end = next_token(called, {"role": "tool", "content": "found"})
+            after_reply = template.after_reply + end
+            return replace(template, end_of_turn=end, call_end=call_end, after_reply=after_reply, begins_next=True)
+        text = template.render([ASK, called], None, False)
     except RowError:
-        return None
-    found = special_tokens(called.rpartition("a word")[2])
-    ends = found and called.rstrip().endswith(found[-1]) and template.end_of_turn not in found
-    return found[-1] if ends else None
+        return template
+    ends = _special_tokens(template.tokenizer, text.rpartition("a word")[2])
+    is_other = ends and template.end_of_turn not in ends and text.rstrip().endswith(ends[-1])
+    return replace(template, call_end=ends[-1] if is_other else None)
 
 
 def _splits_thoughts(template: Template) -> bool:

@@ -14,12 +14,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import DatasetError, RecipeError
+from ..errors import DatasetError
 from ..recipe.keys import Recipe
 from ..recipe.template_names import SHIPPED, THE_TOKENIZERS_OWN, check_template_name
 from .labels import IGNORED, EncodingConfig, carry_loss, encode, to_segments
 from .messages import Conversation
-from .template import Template, find_template, shipped_template
+from .template import Template, find_template, shipped_template, without_thought_by_default
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     name = recipe.model_name_or_path
     local = re.match(r"[./~]|[A-Za-z]:", name) or name.count("/") > 1 or Path(name).exists()
     if local and not Path(name).is_dir():
-        raise RecipeError(f"model_name_or_path: {name}: no such folder")
+        raise recipe.error("model_name_or_path", f"{name}: no such folder")
     load = partial(
         AutoTokenizer.from_pretrained,
         name,
@@ -56,20 +56,25 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         where = (
             "no tokenizer could be loaded from it" if Path(name).is_dir() else "no such folder, nor given by the hub"
         )
-        raise RecipeError(f"model_name_or_path: {name}: {where} ({reason})") from None
-    tokenizer.chat_template = _read_template(recipe.template, tokenizer)
+        raise recipe.error("model_name_or_path", f"{name}: {where} ({reason})") from None
+    tokenizer.chat_template = _read_template(recipe, tokenizer)
     template = find_template(tokenizer)
+    if template.thinks:
+        without_thought = recipe.enable_thinking is False
+        tokenizer.chat_template = without_thought_by_default(tokenizer.chat_template, without_thought)
     end_of_turn = template.end_of_turn
     if end_of_turn is None and recipe.template in SHIPPED:
-        raise RecipeError(
-            f"template: {recipe.template} ends a reply with {template.after_reply.strip()!r}, which is no token of this "
+        raise recipe.error(
+            "template",
+            f"{recipe.template} ends a reply with {template.after_reply.strip()!r}, which is no token of this "
             "tokenizer; write one that ends it with the tokenizer's own eos token (template: default), or add the token "
-            "to the tokenizer and the model with the commands in docs/templates.md"
+            "to the tokenizer and the model with the commands in docs/templates.md",
         )
     if end_of_turn is None:
-        raise RecipeError(
-            f"template: {recipe.template or 'the one of the tokenizer'} ends no reply with a special token, so the model "
-            "could not learn to stop; use another template"
+        raise recipe.error(
+            "template",
+            f"{recipe.template or 'the one of the tokenizer'} ends no reply with a special token, so the model could not "
+            "learn to stop; write template: default, which ends it with the tokenizer's eos token, or another template",
         )
     tokenizer.eos_token = end_of_turn
     if tokenizer.pad_token is None:
@@ -77,25 +82,26 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _read_template(template: str | None, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str]:
+def _read_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str]:
+    template = recipe.template
     if template in SHIPPED:
         return shipped_template(template)
     if template is None or template in THE_TOKENIZERS_OWN:
         own: str | dict[str, str] | None = tokenizer.chat_template
         if not own:
             found = "omitted" if template is None else f"{template} means the tokenizer's own"
-            raise RecipeError(
-                f"template: {found}, and the tokenizer has no chat template; write template: default or another of "
-                "those that docs/templates.md calls shipped, or the path of a .jinja file"
+            raise recipe.error(
+                "template",
+                f"{found}, and the tokenizer has no chat template; write template: default or another of those that "
+                "docs/templates.md calls shipped, or the path of a .jinja file",
             )
         return own
-    path = Path(template)
     if problem := check_template_name(template):
-        raise RecipeError(f"template: {problem}")
+        raise recipe.error("template", problem)
     try:
-        return path.read_text(encoding="utf-8")
+        return Path(template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"template: {template}: cannot be read ({error})") from None
+        raise recipe.error("template", f"{template}: cannot be read ({error})") from None
 
 
 def check_parity(conversation: Conversation, template: Template, config: EncodingConfig, location: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import compare_templates
 import pytest
 from compare_templates import DAY, GOLDEN, conversation, golden_texts, tokens_of, trl_template
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from arpo_trl.data.labels import EncodingConfig, carry_loss, to_segments
 from arpo_trl.data.messages import Conversation
@@ -199,6 +199,23 @@ def test_enable_thinking_writes_and_trains_what_llama_factory_does(wanted: bool 
         check_parity(fitted, template, EncodingConfig(1 << 20), kind)
 
 
+@pytest.mark.parametrize("name", [None, "qwen3"])
+def test_what_is_saved_asks_without_a_thought_where_that_was_trained(name: str | None, tmp_path: Path) -> None:
+    trl_tokenizer("qwen3").save_pretrained(tmp_path / "base")
+    asked = recipe(tmp_path / "base", template=name, enable_thinking=False)
+    load_tokenizer(asked).save_pretrained(tmp_path / "saved")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    prompt = tokenizer.apply_chat_template([Q], tokenize=False, add_generation_prompt=True)
+    template = template_of(asked, load_tokenizer(asked))
+    assert prompt == to_segments(Conversation([Q, A]), template)[0].text
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    again = recipe(tmp_path / "saved")  # a run with thoughts, from what was saved
+    assert (
+        load_tokenizer(again).chat_template == load_tokenizer(recipe(tmp_path / "base", template=name)).chat_template
+    )
+    assert to_segments(Conversation([Q, A]), template_of(again, load_tokenizer(again)))[1].text.startswith("<think>")
+
+
 def test_mask_history_leaves_out_the_thoughts_of_earlier_replies_as_llama_factory_does(tmp_path: Path) -> None:
     make_tokenizer("<|im_start|>", "<|im_end|>").save_pretrained(tmp_path)
     earlier = {False: "4.<|im_end|>\n", True: "<think>\nTwo and two.\n</think>\n\n4.<|im_end|>\n"}
@@ -324,3 +341,25 @@ def test_where_a_template_rewrites_earlier_turns_mask_history_is_the_way_out(nam
     *context, reply = [segment.text for segment in to_segments(row, template)]
     assert "musing" not in "".join(context) and "musing" in reply and template.ends(reply)
     check_parity(row, template, EncodingConfig(1 << 20, mask_history=True), "row")
+
+
+def test_a_reply_that_the_next_turns_first_token_ends_is_trained_with_it() -> None:
+    """GLM-4's template: no end is written, and the model stops by writing <|user|>, or <|observation|> after a call."""
+    jinja = (
+        "[gMASK]<sop>{% for m in messages %}<|{{ 'observation' if m.role == 'tool' else m.role }}|>\n{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }}\n{{ call.function.arguments | tojson }}{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = make_tokenizer("<|user|>", "<|assistant|>", "<|observation|>", chat_template=jinja)
+    template = find_template(tokenizer)
+    tokenizer.eos_token = template.end_of_turn
+    row = Conversation([Q, CALLS, FOUND, A, R, B])
+    assert [segment.text for segment in to_segments(row, template)] == [
+        "[gMASK]<sop><|user|>\nQ<|assistant|>",
+        '\nadd\n{"a": 1}<|observation|>',
+        "\nfound<|assistant|>",
+        "\nA<|user|>",
+        "\nR<|assistant|>",
+        "\nB<|user|>",
+    ]
+    check_parity(row, template, EncodingConfig(1 << 20), "row")
