@@ -22,10 +22,7 @@ from arpo_trl.data.tokenizer import load_tokenizer
 from arpo_trl.recipe import read_recipe
 
 FIXTURES = sorted((Path(__file__).parents[1] / "recipe" / "fixtures").rglob("*.yaml"))
-ROWS = [
-    {"instruction": f"Say {word}.", "input": "", "output": f"{word} it is."}
-    for word in "red blue green grey pink".split()
-]
+WORDS = "red green blue grey pink".split()
 LLAMA3 = (
     "<s><|start_header_id|>user<|end_header_id|>\n\nSay red.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     "<|eot_id|>",
@@ -62,9 +59,12 @@ def test_a_recipe_of_llama_factorys_trains_these_tokens(
     special = [token for token in tokens_of(jinja) if token not in ("<|eom_id|>",)]
     make_tokenizer(*special, chat_template=jinja).save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "rows.json").write_text(json.dumps(ROWS), encoding="utf-8")
-    names = read_recipe(path).dataset
-    registry = {name: {"file_name": "rows.json"} for name in names}
+    rows, registry = [], {}
+    for name in read_recipe(path).dataset:
+        own = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}, says {name}."} for word in WORDS]
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps(own), encoding="utf-8")
+        registry[name] = {"file_name": f"{name}.json"}
+        rows += own
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(registry), encoding="utf-8")
     overrides = [
         f"model_name_or_path={tmp_path / 'model'}",
@@ -81,6 +81,6 @@ def test_a_recipe_of_llama_factorys_trains_these_tokens(
         runs = groupby(pairs, lambda pair: pair[1] != IGNORED)
         found.append([(trained, tokenizer.decode([token for token, _ in run])) for trained, run in runs])
     before, end = EXPECTED[template]
-    replies = [BEFORE_THE_TEXT.get(template, "") + row["output"] + end for row in ROWS]
-    asked = [before.replace("Say red.", row["instruction"]) for row in ROWS]
-    assert sorted(found) == sorted([[(False, ask), (True, reply)] for ask, reply in zip(asked, replies)] * len(names))
+    replies = [BEFORE_THE_TEXT.get(template, "") + row["output"] + end for row in rows]
+    asked = [before.replace("Say red.", row["instruction"]) for row in rows]
+    assert sorted(found) == sorted([[(False, ask), (True, reply)] for ask, reply in zip(asked, replies, strict=True)])
