@@ -104,8 +104,9 @@ def _run(argv: Sequence[str]) -> int:
 
 def _in_one_line(error: Exception) -> str:
     """What a library raised: its kind, its words, and the last line of ours that it passed."""
-    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == HERE]
-    place = f" (arpo_trl/{Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [(Path(frame.filename), frame.lineno) for frame in frames if HERE in Path(frame.filename).parents]
+    place = f" (arpo_trl/{ours[-1][0].relative_to(HERE).as_posix()}:{ours[-1][1]})" if ours else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'without a word'}{place}"
 
 
