@@ -49,6 +49,7 @@ _NO_EFFECT = {
         enable_torch_profiler profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_active_steps
         profiler_repeat profiler_record_shapes profiler_profile_memory profiler_with_stack profile_modules""",
     "a stream is read in one piece": "dataset_shards",
+    "no token is added; where the tokenizer lacks the template's, the run stops and says what to do": "resize_vocab",
     "a PiSSA adapter always becomes plain LoRA when the run ends": "pissa_convert",
     "the report at the start says what is trained": "print_param_status",
     "transformers 5 has dropped it": """
@@ -107,8 +108,8 @@ _REFUSED = {
         use_asft_loss asft_alpha use_eaft_loss eaft_alpha""",
     "this change of the model is not made here; save a changed model and name it in model_name_or_path": """
         shift_attn mixture_of_depths train_from_scratch new_special_tokens_config init_special_tokens""",
-    "add the tokens to the tokenizer and the model once, save both, and name that folder in model_name_or_path": """
-        add_tokens add_special_tokens new_special_tokens new_normal_tokens resize_vocab""",
+    "add the tokens to the tokenizer and the model once (docs/templates.md has the commands), and name the new folder": """
+        add_tokens add_special_tokens new_special_tokens new_normal_tokens""",
     "FP8 is the launcher's: mixed_precision: fp8 in the accelerate config": """
         fp8 fp8_backend fp8_enable_fsdp_float8_all_gather""",
     "a quantized model is trained where accelerate puts it": "quantization_device_map",
