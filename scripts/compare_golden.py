@@ -42,7 +42,7 @@ def compare(golden_dir: Path, data_dir: Path, recipe: Recipe) -> tuple[int, int]
     """
     template = find_template(load_tokenizer(recipe))
     registry, equal, total = read_registry(data_dir), 0, 0
-    paths = sorted(golden_dir.glob("*.json"))
+    paths = sorted(path for path in golden_dir.glob("*.json") if path.name != "templates.json")  # texts, not tokens
     if not paths:
         raise DatasetError(f"{golden_dir}: no .json file here; expected one a data set")
     for path in paths:

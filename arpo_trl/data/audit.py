@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 
+from ..errors import printable
+from .labels import matches_of
 from .registry import DatasetInfo
 
 if TYPE_CHECKING:
@@ -20,12 +22,16 @@ if TYPE_CHECKING:
 
 SHOWN_REASONS = 3
 SHOWN_FIELDS = 12
-ABOUT_A_ROW = ["source", "trained_tokens", "outcome", "reason"]
+SHOWN_COUNTS = 12
+ABOUT_A_ROW = ["source", "trained_tokens", "outcome", "reason", "also"]
 
 
 @dataclass
 class Counts:
-    """Rows of one dataset by their outcome, and the tokens of those that stayed. `first`: why the first were dropped."""
+    """Rows of one dataset by their outcome, and the tokens of those that stayed. `first`: why the first were dropped.
+
+    `also`: what else was counted in the rows that stayed, in words that wait for the number (`Example.also`).
+    """
 
     kept: int = 0
     shortened: int = 0
@@ -34,37 +40,50 @@ class Counts:
     tokens: int = 0
     trained_tokens: int = 0
     first: list[str] = field(default_factory=list)
+    also: dict[str, int] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         return self.kept + self.shortened + self.lost_answer + self.dropped
 
-    def add(self, source: str, trained_tokens: int, outcome: str, reason: str, tokens: int) -> None:
+    def add(self, source: str, trained_tokens: int, outcome: str, reason: str, also: str, tokens: int) -> None:
         """Count one row."""
         setattr(self, outcome, getattr(self, outcome) + 1)
         self.tokens += tokens
         self.trained_tokens += trained_tokens
         if outcome == "dropped" and len(self.first) < SHOWN_REASONS:
             self.first.append(f"{source}: {reason}")
+        for what, times in json.loads(also).items() if also else ():
+            self.also[what] = self.also.get(what, 0) + times
 
     def add_row(self, row: EncodedRow) -> None:
-        self.add(row["source"], row["trained_tokens"], row["outcome"], row["reason"], len(row["input_ids"]))
+        self.add(
+            row["source"], row["trained_tokens"], row["outcome"], row["reason"], row["also"], len(row["input_ids"])
+        )
 
 
 @dataclass
 class Audit:
-    """Counts by dataset. Of a stream they grow on the first pass over it."""
+    """Counts by dataset. Of a stream they grow on the first pass over it. `mask_spans`: the entries that should match."""
 
     datasets: dict[str, Counts] = field(default_factory=dict)
+    mask_spans: Sequence[str] = ()
 
     def lines(self) -> list[str]:
-        """One line a dataset, for people."""
-        return [
-            f"{name}: {counts.rows:,} rows: {counts.kept:,} kept, {counts.shortened:,} shortened, "
-            f"{counts.lost_answer:,} lost their final answer, {counts.dropped:,} dropped; {counts.tokens:,} tokens, "
-            f"{counts.trained_tokens:,} trained"
-            for name, counts in self.datasets.items()
-        ]
+        """One line a dataset for people, and one for each thing that was counted beside its rows."""
+        lines = []
+        for name, counts in self.datasets.items():
+            lines.append(
+                f"{name}: {counts.rows:,} rows: {counts.kept:,} kept, {counts.shortened:,} shortened, "
+                f"{counts.lost_answer:,} lost their final answer, {counts.dropped:,} dropped; {counts.tokens:,} tokens, "
+                f"{counts.trained_tokens:,} trained"
+            )
+            for what, times in sorted(counts.also.items(), key=lambda pair: -pair[1])[:SHOWN_COUNTS]:
+                before, _, after = what.rpartition("{}")
+                lines.append(printable(f"{name}: {before}{times:,}{after}"))
+        matched = {what for counts in self.datasets.values() for what in counts.also}
+        unmatched = (entry for entry in self.mask_spans if matches_of(entry) not in matched)
+        return lines + [f"mask_spans: {entry} matches nothing in any row" for entry in unmatched]
 
     def to_dict(self) -> dict[str, Any]:
         return {name: asdict(counts) for name, counts in self.datasets.items()}

@@ -35,7 +35,7 @@ from .files import fingerprint, read_dataset, require_unchanged
 from .labels import IGNORED
 
 # Raise it when the tokens of a row, or what is said of it, come out otherwise: rows encoded before are encoded again.
-FORMAT = 1
+FORMAT = 2
 FEATURES = Features(
     input_ids=List(Value("int32")),
     labels=List(Value("int32")),
@@ -45,6 +45,7 @@ FEATURES = Features(
     reason=Value("string"),
     excerpt=Value("string"),
     fields=List(Value("string")),
+    also=Value("string"),
 )
 TRAINED_ON = Features({name: FEATURES[name] for name in ("input_ids", "labels", "source")})
 PROCESSES_PAY_FROM = 200 << 20
@@ -268,6 +269,7 @@ def _with_columns(batch: dict[str, list[Any]], positions: list[int], source: str
         "reason": ["" if number else "no trained token" for number in trained],
         "excerpt": [""] * rows,
         "fields": [[]] * rows,
+        "also": [""] * rows,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -18,7 +19,7 @@ from .messages import Conversation, to_conversation
 from .registry import DatasetInfo
 from .strict_json import excerpt
 from .template import Template
-from .tokenizer import check_parity, make_tokenize
+from .tokenizer import check_parity, make_find_offsets, make_tokenize
 
 BATCH_CHARACTERS = 1 << 20
 PARITY_ROWS = 32
@@ -30,7 +31,8 @@ class EncodedRow(TypedDict):
 
     `input_ids` and `labels` (-100: no loss) have the shape (tokens,), and are empty where the row was dropped.
     `source`: "file:line". `outcome`: kept, shortened, lost_answer or dropped; `reason` and `excerpt` (the first
-    characters of the row) are empty where it was kept. `fields`: the names of the row's own columns.
+    characters of the row) are empty where it was kept. `fields`: the names of the row's own columns. `also`: the JSON of
+    `Example.also`, or empty.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -41,6 +43,7 @@ class EncodedRow(TypedDict):
     reason: str
     excerpt: str
     fields: list[str]
+    also: str
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Encoder:
     @property
     def config(self) -> EncodingConfig:
         r = self.recipe
-        return EncodingConfig(r.cutoff_len, r.mask_history, r.train_on_prompt, r.truncation_mode)
+        return EncodingConfig(r.cutoff_len, r.mask_history, r.train_on_prompt, r.truncation_mode, r.mask_spans)
 
     def read(self, row: Row) -> Conversation:
         """Raises RowError where the row could not be read, or is malformed."""
@@ -70,9 +73,11 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Iterator[EncodedRow]:
         DatasetError: if one of the first rows fails the parity check.
     """
     rows = _check_first(iter(rows), encoder)
-    tokenize = make_tokenize(encoder.template.tokenizer)
+    tokenizer = encoder.template.tokenizer
+    tokenize = make_tokenize(tokenizer)
+    find_offsets = make_find_offsets(tokenizer) if encoder.recipe.mask_spans else None
     for batch in _batches(rows, encoder.recipe.preprocessing_batch_size):
-        yield from _encode_batch(batch, encoder, tokenize)
+        yield from _encode_batch(batch, encoder, tokenize, find_offsets)
 
 
 def _check_first(rows: Iterator[Row], encoder: Encoder) -> Iterator[Row]:
@@ -87,34 +92,39 @@ def _check_first(rows: Iterator[Row], encoder: Encoder) -> Iterator[Row]:
 
 
 def _encode_batch(
-    rows: list[Row], encoder: Encoder, tokenize: Callable[[list[str]], Iterable[list[int]]]
+    rows: list[Row],
+    encoder: Encoder,
+    tokenize: Callable[[list[str]], Iterable[list[int]]],
+    find_offsets: Callable[[str], list[tuple[int, int]]] | None,
 ) -> Iterator[EncodedRow]:
-    rendered: list[tuple[list[Segment], int] | RowError] = []
+    rendered: list[tuple[list[Segment], Conversation] | RowError] = []
     for row in rows:
         try:
             rendered.append(_render(row, encoder))
         except RowError as error:
             rendered.append(error)
     segments = [found[0] for found in rendered if not isinstance(found, RowError)]
-    examples = iter(encode(segments, tokenize, encoder.config))
+    examples = iter(encode(segments, tokenize, encoder.config, find_offsets))
     for row, found in zip(rows, rendered):
         result = found if isinstance(found, RowError) else _checked(next(examples), found[1])
         yield _to_columns(row, result, encoder.recipe.cutoff_len)
 
 
-def _render(row: Row, encoder: Encoder) -> tuple[list[Segment], int]:
-    """The row's segments, and how many messages follow them."""
+def _render(row: Row, encoder: Encoder) -> tuple[list[Segment], Conversation]:
     conversation, config = encoder.read(row), encoder.config
-    segments = to_segments(conversation, encoder.template)
+    segments = to_segments(conversation, encoder.template, config.mask_spans)
     if not any(carry_loss(segments, config)):
-        raise RowError(f"no trained token: {'the last' if config.mask_history else 'every'} reply has loss: false")
-    return segments, len(conversation.messages) - conversation.replies[-1] - 1
+        which = "the last" if config.mask_history else "every"
+        spans = " or all of it is masked by mask_spans" if config.mask_spans else ""
+        raise RowError(f"no trained token: {which} reply has loss: false{spans}")
+    return segments, conversation
 
 
-def _checked(example: Example, left_out: int) -> Example | RowError:
+def _checked(example: Example, conversation: Conversation) -> Example | RowError:
     if all(label == IGNORED for label in example.labels):
         return RowError("only labels past the cutoff")
-    example.left_out = left_out
+    example.left_out = len(conversation.messages) - conversation.replies[-1] - 1
+    example.also += conversation.unread
     return example
 
 
@@ -132,6 +142,7 @@ def _to_columns(row: Row, result: Example | RowError, cutoff_len: int) -> Encode
         "reason": _storable(reason),
         "excerpt": _storable(shown),
         "fields": [_storable(str(name)) for name in row.value] if isinstance(row.value, dict) else [],
+        "also": json.dumps(example.also) if example.also else "",
     }
 
 

@@ -1,7 +1,8 @@
-"""Messages -> input_ids and labels: the law of the loss. Pure functions over a template and a `tokenize`.
+"""Messages -> input_ids and labels: which tokens carry loss. Pure functions over a template and a `tokenize`.
 
 Loss falls on exactly what the model would have to generate: each assistant turn's text after the generation prompt, up
-to and including its end-of-turn token and the newline that the template writes after it. All else carries -100.
+to and including its end-of-turn token and the newline that the template writes after it. All else carries -100, and so
+do the spans inside a reply that `mask_spans` names (what a tool wrote, where a whole trajectory is one reply).
 
 The chat template is rendered up to each generation prompt and up to each reply's end; the pieces between are the
 segments. Each segment is tokenised alone: as one string, "assistant\\n" + "\\nhello" would merge into a single "\\n\\n"
@@ -10,6 +11,7 @@ token, which the model never sees at inference.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -17,31 +19,46 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import RowError
+from ..errors import DatasetError, RowError
+from ..recipe.types import compile_span
 from .messages import Conversation, Message
 
 if TYPE_CHECKING:
     from .template import Template
 
 IGNORED = -100
+SPAN_SECONDS = 2.0
+
+
+class Span(NamedTuple):
+    """Characters of a reply that carry no loss, and the entry of `mask_spans` that found them."""
+
+    start: int
+    end: int
+    pattern: str
 
 
 class Segment(NamedTuple):
-    """A piece of a rendered conversation. `silent`: the row keeps a message in it from the loss."""
+    """A piece of a rendered conversation. `masked`: none of it may carry loss, whatever the recipe asks."""
 
     text: str
-    silent: bool = False
+    masked: bool = False
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass
 class Example:
-    """`cut`: tokens lost to the cutoff. `lost_answer`: no token of the last reply is left. `left_out`: later messages."""
+    """`cut`: tokens lost to the cutoff. `lost_answer`: no token of the last reply is left. `left_out`: later messages.
+
+    `also`: what else the audit counts, in words that wait for the number: fields not read, matches of `mask_spans`.
+    """
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     cut: int = 0
     lost_answer: bool = False
     left_out: int = 0
+    also: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -52,14 +69,16 @@ class EncodingConfig:
     mask_history: bool = False
     train_on_prompt: bool = False
     truncation_mode: str = "keep_start"
+    mask_spans: Sequence[str] = ()
 
 
-def to_segments(conversation: Conversation, template: Template) -> list[Segment]:
+def to_segments(conversation: Conversation, template: Template, mask_spans: Sequence[str] = ()) -> list[Segment]:
     """The rendered conversation in pieces that alternate between context and reply, the last being a reply.
 
     Messages after the last reply are left out: nothing that follows could be learnt from them.
 
     Raises:
+        DatasetError: if an entry of `mask_spans` takes longer than SPAN_SECONDS on a reply.
         RowError: if the template refuses the conversation, rewrites what it rendered before, leaves text out, or does
             not end a reply that may be trained.
     """
@@ -80,11 +99,12 @@ def to_segments(conversation: Conversation, template: Template) -> list[Segment]
         context, reply = until_prompt[len(done) :], until_reply[len(until_prompt) :]
         if not template.enable_thinking and template.empty_thought and reply.startswith(template.empty_thought):
             context, reply = context + template.empty_thought, reply.removeprefix(template.empty_thought)
-        silent = position in conversation.silent
-        if not silent and not template.ends(reply):
+        masked = not messages[position].get("trained", True)
+        if not masked and not template.ends(reply):
             raise RowError(f"the template ends message {position + 1} without its end-of-turn token")
-        segments.append(Segment(context, not conversation.silent.isdisjoint(range(start, position))))
-        segments.append(Segment(reply, silent))
+        between = messages[start:position]
+        segments.append(Segment(context, not all(message.get("trained", True) for message in between)))
+        segments.append(_mask(Segment(reply, masked), template, mask_spans))
         done, start = until_reply, position + 1
     _check_complete(messages[: replies[-1] + 1], tools or [], segments)
     try:
@@ -134,7 +154,38 @@ def _join_turns(done: str, until_prompt: str, template: Template, segments: list
     )
 
 
-def _check_complete(messages: Sequence[Message], tools: Sequence[Message], segments: Sequence[Segment]) -> None:
+def _mask(reply: Segment, template: Template, mask_spans: Sequence[str]) -> Segment:
+    """The reply with the spans found in its text before the end of its turn; where they are all of it, masked whole."""
+    if reply.masked or not mask_spans:
+        return reply
+    text = reply.text[: max(reply.text.rfind(end) for end in (template.end_of_turn, template.call_end) if end)]
+    spans = find_spans(text, mask_spans)
+    left = list(text)
+    for span in spans:
+        left[span.start : span.end] = " " * (span.end - span.start)
+    return reply._replace(spans=tuple(spans), masked=bool(spans) and not "".join(left).strip())
+
+
+def find_spans(text: str, mask_spans: Sequence[str]) -> list[Span]:
+    """Where the entries match: a name stands for `<name>..</name>`, anything else is a regular expression.
+
+    Raises:
+        DatasetError: if an entry takes longer than SPAN_SECONDS.
+    """
+    spans = []
+    for pattern in mask_spans:
+        try:
+            found = compile_span(pattern).finditer(text, timeout=SPAN_SECONDS)
+            spans += [Span(match.start(), match.end(), pattern) for match in found if match.end() > match.start()]
+        except TimeoutError:
+            raise DatasetError(
+                f"mask_spans: {pattern!r} takes longer than {SPAN_SECONDS:g} s on one reply, which begins "
+                f"{text[:40]!r}; write it without nested repetition"
+            ) from None
+    return spans
+
+
+def _check_complete(messages: Sequence[Message], tools: Sequence[dict[str, Any]], segments: Sequence[Segment]) -> None:
     """Templates made for chat alone pass over tools and reasoning without a word; such a row would teach nonsense."""
     pairs = iter(segments)
     context = next(pairs).text
@@ -150,30 +201,44 @@ def _check_complete(messages: Sequence[Message], tools: Sequence[Message], segme
             text = next(pairs).text
             context = next(pairs, Segment("")).text
         content = message["content"] + "</think>" + message.get("reasoning_content", "")
-        lost = [piece for piece in re.split("</?think>", content) if piece.strip() not in text]
+        lost = [piece for piece in re.split("</?think>", content) if not is_written(piece.strip(), text)]
         calls = Counter(call["function"]["name"] for call in message.get("tool_calls", ()))
         lost += [name for name, times in calls.items() if text.count(name) < content.count(name) + times]
         if lost:
             raise RowError(
-                f"the template leaves out part of a message from {message['role']}: {lost[0].strip()[:40]!r}"
+                f"the template leaves out part of a message from {message['role']}: {lost[0].strip()[:40]!r}; use a "
+                "template that writes it, or take it out of the row"
             )
 
 
-def carry_loss(row: Sequence[Segment], config: EncodingConfig) -> list[bool]:
-    """The law of the loss: which of a row's segments carry it.
+def is_written(piece: str, text: str) -> bool:
+    """Whether the piece is in the text, as it is or (Llama 3.1's results, gpt-oss's) as JSON writes it."""
+    return piece in text or any(
+        json.dumps(piece, ensure_ascii=ascii_only)[1:-1] in text for ascii_only in (False, True)
+    )
 
-    Replies do; with `mask_history` the last alone; with `train_on_prompt` contexts too. A silent one never does: a
-    context that holds a silent message stays silent whole.
+
+def carry_loss(row: Sequence[Segment], config: EncodingConfig) -> list[bool]:
+    """Which of a row's segments carry loss.
+
+    Replies do; with `mask_history` the last alone; with `train_on_prompt` contexts too. A masked one never does: a
+    context that holds a masked message is masked whole.
     """
     first = len(row) - 1 if config.mask_history else 1
     asked = [config.train_on_prompt or (at % 2 == 1 and at >= first) for at in range(len(row))]
-    return [wanted and not segment.silent for wanted, segment in zip(asked, row)]
+    return [wanted and not segment.masked for wanted, segment in zip(asked, row)]
 
 
 def encode(
-    rows: Sequence[Sequence[Segment]], tokenize: Callable[[list[str]], Iterable[list[int]]], config: EncodingConfig
+    rows: Sequence[Sequence[Segment]],
+    tokenize: Callable[[list[str]], Iterable[list[int]]],
+    config: EncodingConfig,
+    find_offsets: Callable[[str], list[tuple[int, int]]] | None = None,
 ) -> list[Example]:
-    """Tokenise all segments of a batch of rows in one call, join each row's, label them and cut them to the cutoff."""
+    """Tokenise all segments of a batch of rows in one call, join each row's, label them and cut them to the cutoff.
+
+    `find_offsets`: the characters of each token of a text, (start, end); needed where segments have spans.
+    """
     tokens = iter(tokenize([segment.text for row in rows for segment in row]))
     examples = []
     for row in rows:
@@ -184,12 +249,30 @@ def encode(
         else:
             kept = keep_start(lengths, config.cutoff_len)
         example = Example(cut=sum(lengths) - sum(kept), lost_answer=not kept[-1])
-        for trained, piece, length in zip(carry_loss(row, config), pieces, kept, strict=True):
+        for segment, trained, piece, length in zip(row, carry_loss(row, config), pieces, kept, strict=True):
             piece = piece if length == len(piece) else piece[:length]
             example.input_ids += piece
-            example.labels += piece if trained else [IGNORED] * length
+            example.also.update(matches_of(span.pattern) for span in segment.spans)
+            if trained and segment.spans and find_offsets:
+                at = find_offsets(segment.text)[:length]
+                labels = [IGNORED if _touches(segment.spans, a) else token for token, a in zip(piece, at, strict=True)]
+                example.also["mask_spans: {} tokens of replies masked"] += labels.count(IGNORED)
+                example.labels += labels
+            else:
+                example.labels += piece if trained else [IGNORED] * length
         examples.append(example)
     return examples
+
+
+def matches_of(entry: str) -> str:
+    """Under what the audit counts the matches of an entry of mask_spans."""
+    return f"mask_spans: {entry} matches {{}} times"
+
+
+def _touches(spans: Sequence[Span], token: tuple[int, int]) -> bool:
+    """A token that reaches over a span's border is masked: part of it is not the model's to write."""
+    start, end = token
+    return any(start < span.end and span.start < end for span in spans)
 
 
 def keep_start(lengths: Sequence[int], cutoff_len: int) -> list[int]:

@@ -89,6 +89,7 @@ def prepare_datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prep
         encoded = {e.info.name: load_or_encode(e) for e in encoders if e not in streams}
     infos = [encoder.info for encoder in encoders if encoder not in streams]
     data = _unmixed(encoded, template)
+    data.audit.mask_spans = [] if streams else recipe.mask_spans
     _judge(data, infos, recipe)
     data.eval = {name: kept_rows(encoded[name].rows) for name in recipe.eval_dataset}
     if streams:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from datetime import date
 from importlib.resources import files
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
@@ -24,16 +25,16 @@ from ..errors import RecipeError, RowError
 from ..recipe.keys import Recipe
 from ..run_folder import read_json
 from .labels import shared_start, to_segments
-from .messages import Conversation, Message
+from .messages import THOUGHT_KEYS, Conversation, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ASK: Message = {"role": "user", "content": "a question"}
 REPLY: Message = {"role": "assistant", "content": "an answer"}
-CALL = {"type": "function", "function": {"name": "search", "arguments": {"query": "a word"}}}
+CALL: dict[str, Any] = {"type": "function", "function": {"name": "search", "arguments": {"query": "a word"}}}
 THINKING: Message = {"role": "assistant", "content": "<think>\na thought\n</think>\n\nan answer"}
-PROBES = (
+PROBES: tuple[list[Message], ...] = (
     [ASK, REPLY, ASK, REPLY],
     [ASK, THINKING],
     [ASK, THINKING, ASK, REPLY],
@@ -67,6 +68,8 @@ class Template:
         last_thought_only: Only the last reply is trained (mask_history), so earlier ones come without their thoughts, as
             they do when the model is used.
         split_thoughts: Whether a `<think>` in a reply's text has to be moved into `reasoning_content`.
+        thought_key: The key of a message from which it writes a thought; without one, `<think>` goes into the text.
+        call_id: The form of the ids that it writes for calls; if `any_call_id`, those of the rows need not have 9 letters.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -84,6 +87,9 @@ class Template:
     epilogue: str = ""
     thinks: bool = False
     split_thoughts: bool = False
+    thought_key: str | None = None
+    call_id: str | None = None
+    any_call_id: bool = True
 
     @property
     def hash(self) -> str:
@@ -97,11 +103,9 @@ class Template:
         return any(end in reply for end in (self.end_of_turn, self.call_end) if end)
 
     def fit(self, conversation: Conversation) -> Conversation:
-        """The conversation with its thoughts as the template is to write them: kept, moved or left out."""
-        if not self.thinks:
-            return conversation
+        """The conversation as the template takes it: thoughts kept, moved or left out, and ids for calls."""
         messages, last = list(conversation.messages), conversation.replies[-1]
-        for position in conversation.replies:
+        for position in conversation.replies if self.thinks else ():
             if self.last_thought_only and position < last:
                 messages[position] = {**_without_thought(messages[position]), "reasoning_content": ""}
             elif self.enable_thinking is False:
@@ -109,7 +113,38 @@ class Template:
             elif self.split_thoughts and (thought := THOUGHT.match(messages[position]["content"])):
                 content = messages[position]["content"][thought.end() :]
                 messages[position] = {**messages[position], "content": content, "reasoning_content": thought[1]}
-        return replace(conversation, messages=messages)
+        messages = [
+            self._with_thought(message) if message.get("reasoning_content") else message for message in messages
+        ]
+        return replace(conversation, messages=self._with_ids(messages) if self.call_id else messages)
+
+    def _with_thought(self, reply: Message) -> Message:
+        """A thought that stands beside the text, where the template looks for it."""
+        thought = reply["reasoning_content"]
+        if self.thought_key is None:
+            content = f"<think>\n{thought}\n</think>\n\n{reply['content']}"
+            return _without_key({**reply, "content": content}, "reasoning_content")
+        return cast(Message, {**reply, self.thought_key: thought})
+
+    def _with_ids(self, messages: list[Message]) -> list[Message]:
+        """An id for each call, the row's own if the template takes it, and the same for its result."""
+        form, numbers, found = self.call_id or "", count(), []
+        waiting: list[tuple[str, str]] = []
+        for message in messages:
+            if calls := message.get("tool_calls"):
+                waiting = []
+                for call, number in zip(calls, numbers):
+                    given, name = call.get("id", ""), call["function"]["name"]
+                    fits = given and (self.any_call_id or len(given) == 9) and ("{name}" not in form or name in given)
+                    waiting.append((given, given if fits else form.format(name=name, number=number)))
+                message = {**message, "tool_calls": [{**call, "id": one} for call, (_, one) in zip(calls, waiting)]}
+            elif message["role"] == "tool" and waiting:
+                own = [pair for pair in waiting if pair[0] and pair[0] == message.get("tool_call_id")]
+                answered = (own or waiting)[0]
+                waiting.remove(answered)
+                message = {**message, "tool_call_id": answered[1]}
+            found.append(message)
+        return found
 
     def render(self, messages: list[Message], tools: Any, prompt: bool) -> str:
         """The template's text for these messages, with the generation prompt after it or not.
@@ -122,9 +157,10 @@ class Template:
         if self.enable_thinking is False:
             variables = {**variables, "enable_thinking": False}
         try:
+            given: list[Any] = list(messages)
             text = str(
                 self.tokenizer.apply_chat_template(
-                    messages,
+                    given,
                     tools=tools,
                     chat_template=jinja,
                     add_generation_prompt=prompt,
@@ -144,7 +180,11 @@ class Template:
 def _without_thought(reply: Message) -> Message:
     """As LLaMA-Factory removes it: the newlines at the beginning of what is left go, too."""
     content = re.sub(r"<think>.*?</think>(?:\n\n)?", "", reply["content"], flags=re.DOTALL).lstrip("\n")
-    return {key: value for key, value in reply.items() if key != "reasoning_content"} | {"content": content}
+    return _without_key({**reply, "content": content}, "reasoning_content")
+
+
+def _without_key(message: Message, key: str) -> Message:
+    return cast(Message, {name: value for name, value in message.items() if name != key})
 
 
 def find_template(
@@ -256,9 +296,34 @@ def _describe(template: Template) -> Template:
     )
     template = _find_ends(template)
     asks_to_think = {replace(template, enable_thinking=wanted).render([ASK], None, True) for wanted in (True, False)}
+    template = replace(template, **_find_keys(template))
     split_thoughts = _splits_thoughts(template)
     thinks = "think>" in with_prompt[len(without) :] + before_reply or len(asks_to_think) > 1 or split_thoughts
     return replace(template, thinks=thinks, split_thoughts=split_thoughts)
+
+
+def _find_keys(template: Template) -> dict[str, Any]:
+    """Where it looks for a thought, and which ids of calls it writes, found by rendering."""
+
+    tool = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}
+
+    def write(more: dict[str, Any], tools: Any = None) -> str:
+        try:
+            return template.render([ASK, cast(Message, {**REPLY, **more})], tools, False)
+        except RowError:
+            return ""
+
+    def write_call(call_id: str) -> str:
+        calls = [{"id": call_id, **CALL}]
+        return write({"content": "", "tool_calls": calls}, [tool] if template.tool_jinja else None)
+
+    thought_key = next((key for key in THOUGHT_KEYS if "a thought" in write({key: "a thought"})), None)
+    nine, long = "a1B2c3D4e", "call_a1B2c3D4e5F6"
+    written = write_call(nine)
+    if nine not in written:
+        return {"thought_key": thought_key, "call_id": None}
+    form = "call{number:05}" if CALL["function"]["name"] in written else "functions.{name}:{number}"  # Kimi's
+    return {"thought_key": thought_key, "call_id": form, "any_call_id": long in write_call(long)}
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
@@ -270,7 +335,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
 
 def _find_ends(template: Template) -> Template:
     """The next turn's first token, if that is what ends a reply; and the token that ends calls, if it is another one."""
-    called = {**REPLY, "content": "", "tool_calls": [CALL]}
+    called: Message = {**REPLY, "content": "", "tool_calls": [CALL]}
 
     def next_token(reply: Message, follows: Message) -> str | None:
         until_reply = template.render([ASK, reply], None, False)
@@ -295,7 +360,8 @@ def _splits_thoughts(template: Template) -> bool:
     """Whether it writes thoughts in a way of its own, and not where the text of a reply has them (gpt-oss, Qwen3.8)."""
     try:
         inside = template.render([ASK, THINKING], None, False)
-        beside = template.render([ASK, {**REPLY, "reasoning_content": "a thought"}], None, False)
+        thought = {template.thought_key or "reasoning_content": "a thought"}
+        beside = template.render([ASK, cast(Message, {**REPLY, **thought})], None, False)
     except RowError:
         return False
     return "a thought" in beside and inside.count("</think>") != beside.count("</think>")

@@ -5,6 +5,7 @@ Its chat template is the one inference needs; `template.py` finds the one to tra
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -14,10 +15,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenizers.processors import TemplateProcessing
+
 from ..errors import DatasetError
 from ..recipe.keys import Recipe
 from ..recipe.template_names import SHIPPED, THE_TOKENIZERS_OWN, check_template_name
-from .labels import IGNORED, EncodingConfig, carry_loss, encode, to_segments
+from .labels import IGNORED, EncodingConfig, carry_loss, encode, is_written, to_segments
 from .messages import Conversation
 from .template import Template, find_template, shipped_template, without_thought_by_default
 
@@ -57,6 +60,10 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             "no tokenizer could be loaded from it" if Path(name).is_dir() else "no such folder, nor given by the hub"
         )
         raise recipe.error("model_name_or_path", f"{name}: {where} ({reason})") from None
+    if recipe.mask_spans and not tokenizer.is_fast:
+        raise recipe.error(
+            "mask_spans", "needs a fast tokenizer (tokenizer.json), and this model has none; remove the key"
+        )
     tokenizer.chat_template = _read_template(recipe, tokenizer)
     template = find_template(tokenizer)
     if template.thinks:
@@ -145,7 +152,7 @@ def check_parity(conversation: Conversation, template: Template, config: Encodin
     masked = decode([token for token, label in zip(example.input_ids, example.labels) if label == IGNORED])
     for message in messages:
         (text,) = tokenize([message["content"].strip()])
-        if message["role"] != "assistant" and decode(text) not in masked:
+        if message["role"] != "assistant" and not is_written(decode(text), masked):
             raise refuse(f"a message from {message['role']} is not wholly masked")
 
 
@@ -157,3 +164,21 @@ def make_tokenize(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], I
     backend.no_truncation()
     backend.no_padding()
     return lambda texts: (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+
+
+def make_find_offsets(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[tuple[int, int]]]:
+    """A text -> the characters of each of its tokens, (start, end); of a Rust tokenizer.
+
+    Its post-processor, which only adds special tokens, goes: RoBERTa's kind leaves a space out of its token's characters
+    (tokenizers: `ByteLevel(trim_offsets=True)`).
+    """
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+
+    def find_offsets(text: str) -> list[tuple[int, int]]:
+        offsets: list[tuple[int, int]] = backend.encode(text, add_special_tokens=False).offsets
+        return offsets
+
+    return find_offsets

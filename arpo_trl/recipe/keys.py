@@ -24,6 +24,7 @@ from .types import (
     Number,
     Numbers,
     Seed,
+    Spans,
     Stage,
     TemplateName,
     Trackers,
@@ -149,6 +150,11 @@ class DatasetKeys(BaseModel):
     preprocessing_batch_size: Count = _key(1000, "Rows encoded at a time.", "Dataset.map(batch_size)", "rows")
     train_on_prompt: bool = _key(False, "Put loss on the whole row, prompts included.")
     mask_history: bool = _key(False, "Put loss on the last reply only.")
+    mask_spans: Spans = _key(
+        [],
+        "Parts of a reply without loss: names of tags (result is <result>..</result>) or regular expressions; "
+        ". matches line ends too.",
+    )
     packing: bool = _key(False, "Fill rows up to cutoff_len with several conversations, which do not see each other.")
     neat_packing: bool = _key(False, "The same as packing here.", "packing")
     padding_free: bool = _key(False, "Lay a batch's rows end to end instead of padding them; none sees another.")

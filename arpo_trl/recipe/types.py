@@ -1,6 +1,8 @@
 """The types of a recipe's values. pydantic takes true for 1 and text for a list of characters; a person would not."""
 
+import functools
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -88,6 +90,36 @@ def _known_template(value: str) -> str:
     return value
 
 
+@functools.cache
+def compile_span(entry: str) -> Any:
+    """An entry of mask_spans: a name stands for `<name>..</name>`, anything else is a regular expression.
+
+    `.` matches line ends too. The package regex has what re has not: a limit to the time that a search takes.
+
+    Raises:
+        ValueError: if it is no regular expression, or one that matches nothing but the empty text.
+    """
+    import regex
+
+    if re.fullmatch(r"[\w-]+", entry):
+        entry = rf"<{entry}(?:\s[^>]*)?>.*?</{entry}\s*>"
+    try:
+        return regex.compile(entry, regex.DOTALL)
+    except regex.error as error:
+        raise ValueError(f"expected a tag's name or a regular expression, found {shorten(entry)} ({error})") from None
+
+
+def _spans(value: Any) -> Any:
+    """Names may be written as one text with commas; a regular expression may hold commas of its own."""
+    names = isinstance(value, str) and re.fullmatch(r"[\w\s,-]*", value)
+    return _split(value) if names or not isinstance(value, str) else [value]
+
+
+def _is_span(value: str) -> str:
+    compile_span(value)
+    return value
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
@@ -95,6 +127,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_not_a_bool)]  # nu
 Workers = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Names = Annotated[list[str], BeforeValidator(_split, json_schema_input_type=str | list[str])]
 Numbers = Annotated[list[Number], BeforeValidator(_split, json_schema_input_type=float | str | list[float])]
+Spans = Annotated[
+    list[Annotated[str, Field(min_length=1), AfterValidator(_is_span)]],
+    BeforeValidator(_spans, json_schema_input_type=str | list[str]),
+]
 # A path, or a name on the hub. ~ is expanded here, once, because libraries disagree about it.
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 Locations = Annotated[list[Location], BeforeValidator(_split, json_schema_input_type=str | list[str])]

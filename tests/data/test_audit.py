@@ -183,3 +183,21 @@ def test_a_stream_is_refused_for_a_named_column_once_it_is_judged(
     monkeypatch.setattr(dataset, "ROWS_BEFORE_JUDGED", 3)
     with pytest.raises(DatasetError, match=r"columns.system: expected a column 'sys', found none in 3 rows"):
         list(bench.prepare(**keys).train)
+
+
+def test_masked_spans_and_fields_that_are_not_read_are_counted(bench: Bench) -> None:
+    one, two = row(reply="a <result>7</result> b"), row(reply="<result>8</result>")
+    one["id"], one["conversations"][1]["score\x1b"] = 1, 2
+    bench.add("d", [one, two, row(id=3)])
+    data = bench.prepare(mask_spans=["result", "observation"], max_dropped=0.5)
+    counts = data.audit.datasets["d"]
+    assert counts.dropped == 1 and "every reply has loss: false or all of it is masked" in counts.first[0]
+    assert data.audit.lines()[1:] == [
+        f"d: mask_spans: {counts.also['mask_spans: {} tokens of replies masked']} tokens of replies masked",
+        "d: not read: column `id` of 2 rows",
+        "d: mask_spans: result matches 1 times",
+        "d: not read: key `score\\x1b` of 1 messages",
+        "mask_spans: observation matches nothing in any row",
+    ]
+    trained = [[label for label in labels if label != -100] for labels in data.train["labels"]]
+    assert bench.tokenizer.decode(trained[0]) == "a b<|im_end|>\n"  # " <" is one token

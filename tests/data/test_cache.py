@@ -190,7 +190,8 @@ def test_the_format_is_raised_when_the_golden_rows_come_out_otherwise(bench: Ben
         for row in islice(encode_rows(read_dataset(info, streaming=False)[1], encoder), 20):
             tokens = row["input_ids"].tobytes() + row["labels"].tobytes()
             encoded.update(
-                tokens + "\0".join((row["outcome"], row["reason"], row["excerpt"], *row["fields"])).encode()
+                tokens
+                + "\0".join((row["outcome"], row["reason"], row["excerpt"], *row["fields"], row["also"])).encode()
             )
     now = {"format": cache.FORMAT, "sha256": encoded.hexdigest()}
     recorded = json.loads((golden / "format.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The law of the loss, in exact tokens and as a property of any conversation."""
+"""The loss mask, in exact tokens and as a property of any conversation."""
 
 import json
 import sys
@@ -10,14 +10,17 @@ import compare_golden
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
+from arpo_trl.data import labels
 from arpo_trl.data.labels import (
     IGNORED,
     EncodingConfig,
     Example,
     carry_loss,
     encode,
+    find_spans,
     keep_start,
     proportional_cut,
     to_segments,
@@ -25,8 +28,8 @@ from arpo_trl.data.labels import (
 from arpo_trl.data.messages import Conversation, Message, to_conversation
 from arpo_trl.data.registry import COLUMNS, TAGS, DatasetInfo
 from arpo_trl.data.template import Template, find_template
-from arpo_trl.data.tokenizer import load_tokenizer, make_tokenize
-from arpo_trl.errors import RowError
+from arpo_trl.data.tokenizer import load_tokenizer, make_find_offsets, make_tokenize
+from arpo_trl.errors import DatasetError, RowError
 from arpo_trl.recipe import Recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -44,11 +47,13 @@ def tokenize(tiny_tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], I
     return make_tokenize(tiny_tokenizer)
 
 
-def chat(*texts: str, **changes: Any) -> Conversation:
+def chat(*texts: str, masked: frozenset[int] = frozenset()) -> Conversation:
     """S, then user and assistant in turn."""
     roles = ["system", *("user", "assistant") * len(texts)]
-    messages = [{"role": role, "content": text} for role, text in zip(roles, ("S", *texts))]
-    return Conversation(messages, **changes)
+    messages: list[Message] = [{"role": role, "content": text} for role, text in zip(roles, ("S", *texts))]
+    for position in masked:
+        messages[position]["trained"] = False
+    return Conversation(messages)
 
 
 def trained_texts(conversation: Conversation, template: Template, config: EncodingConfig = WHOLE) -> list[str]:
@@ -63,6 +68,23 @@ def trained_texts(conversation: Conversation, template: Template, config: Encodi
 def test_tokens_and_labels_are_llama_factorys(whose: str | None) -> None:
     recipe = Recipe(model_name_or_path=str(GOLDEN / "tokenizer"), template=whose, cutoff_len=4096, output_dir="unused")
     assert compare_golden.compare(GOLDEN / "tokens", GOLDEN / "data", recipe) == (9, 9)
+
+
+CUT = {
+    "cut": {"cutoff_len": 384},
+    "cut_history": {"cutoff_len": 384, "mask_history": True},
+    "prompt": {"train_on_prompt": True},
+    "prompt_cut": {"cutoff_len": 384, "train_on_prompt": True},
+    "history": {"mask_history": True},
+    "default_system": {"default_system": "Be brief."},
+}
+
+
+@pytest.mark.parametrize("setting", CUT)
+def test_cut_rows_and_other_masks_are_llama_factorys(setting: str) -> None:
+    keys: dict[str, Any] = {"template": "qwen", "cutoff_len": 4096, "truncation_mode": "llamafactory", **CUT[setting]}
+    recipe = Recipe(model_name_or_path=str(GOLDEN / "tokenizer"), output_dir="unused", **keys)
+    assert compare_golden.compare(GOLDEN / "cut" / setting, GOLDEN / "data", recipe) == (4, 4)
 
 
 def test_one_short_conversation_token_by_token() -> None:
@@ -106,28 +128,28 @@ def test_train_on_prompt_trains_everything(template: Template) -> None:
     assert "".join(texts) == HEADER + "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
 
 
-def test_a_silent_reply_is_context(template: Template) -> None:
-    assert trained_texts(chat("Q", "A", "R", "B", silent=frozenset({2})), template) == ["B<|im_end|>\n"]
+def test_a_masked_reply_is_context(template: Template) -> None:
+    assert trained_texts(chat("Q", "A", "R", "B", masked=frozenset({2})), template) == ["B<|im_end|>\n"]
 
 
 def test_mask_history_does_not_fall_back_on_an_earlier_reply(template: Template) -> None:
     config = EncodingConfig(99, mask_history=True)
-    assert trained_texts(chat("Q", "A", "R", "B", silent=frozenset({4})), template, config) == []
-    assert trained_texts(chat("Q", "A", "R", "B", silent=frozenset({2})), template, config) == ["B<|im_end|>\n"]
+    assert trained_texts(chat("Q", "A", "R", "B", masked=frozenset({4})), template, config) == []
+    assert trained_texts(chat("Q", "A", "R", "B", masked=frozenset({2})), template, config) == ["B<|im_end|>\n"]
 
 
-def test_train_on_prompt_trains_nothing_that_is_silent(template: Template, tokenize: Any) -> None:
-    """A silent message takes the context that it stands in with it."""
+def test_train_on_prompt_trains_nothing_that_is_masked(template: Template, tokenize: Any) -> None:
+    """A masked message takes the context that it stands in with it."""
     config = EncodingConfig(999, train_on_prompt=True)
     first, second = (f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in "QR")
     a, b = "A<|im_end|>\n", "B<|im_end|>\n"
-    for silent, trained in [
+    for masked, trained in [
         ({2}, [HEADER + first, second, b]),
         ({3}, [HEADER + first, a, b]),
         ({0, 4}, [a, second]),
         ({1, 2, 3, 4}, []),
     ]:
-        conversation = chat("Q", "A", "R", "B", silent=frozenset(silent))
+        conversation = chat("Q", "A", "R", "B", masked=frozenset(masked))
         assert trained_texts(conversation, template, config) == trained
         (example,) = encode([to_segments(conversation, template)], tokenize, config)
         expected = [token for text in trained for token in next(iter(tokenize([text])))]
@@ -155,6 +177,101 @@ def test_a_call_is_trained_with_the_text_beside_it_and_the_observation_is_not(te
 def test_the_assistant_may_begin_and_is_trained(template: Template) -> None:
     messages: list[Message] = [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Q"}]
     assert trained_texts(Conversation([*messages, messages[0]]), template) == ["Hi<|im_end|>\n"] * 2
+
+
+# Spans inside a reply
+
+TRAJECTORY = "<think>x</think> <python>\nprint(7)\n</python> <result>\n7\n</result>\n<answer>7</answer>"
+
+
+def golden_tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(Recipe(model_name_or_path=str(GOLDEN / "tokenizer"), output_dir="unused"))
+
+
+def masked_and_trained(tokenizer: Any, conversation: Conversation, *spans: str, **keys: Any) -> tuple[str, str]:
+    """The text of the reply's masked tokens and of its trained ones; input_ids are those without the key."""
+    config, tokenize = EncodingConfig(999, mask_spans=spans, **keys), make_tokenize(tokenizer)
+    segments = to_segments(conversation, find_template(tokenizer), spans)
+    (plain,) = encode([to_segments(conversation, find_template(tokenizer))], tokenize, WHOLE)
+    (example,) = encode([segments], tokenize, config, make_find_offsets(tokenizer))
+    assert example.input_ids == plain.input_ids
+    assert all(label in (IGNORED, token) for token, label in zip(example.input_ids, example.labels))
+    reply = list(zip(example.input_ids, example.labels))[-len(next(iter(tokenize([segments[-1].text])))) :]
+    return tuple(
+        tokenizer.decode([t for t, label in reply if (label == IGNORED) == is_masked]) for is_masked in (1, 0)
+    )  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("entry", ["result", "<result>.*?</result>"])
+def test_a_span_is_masked_with_the_tokens_that_straddle_its_border(entry: str) -> None:
+    """Qwen2.5 has one token for " <" and one for ">\\n"."""
+    masked, trained = masked_and_trained(golden_tokenizer(), chat("Q", TRAJECTORY), entry)
+    assert masked == " <result>\n7\n</result>\n"
+    assert trained == "<think>x</think> <python>\nprint(7)\n</python><answer>7</answer><|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("entries", "masked"),
+    [
+        (["answer"], "<answer>7</answer>"),  # up to the end of the turn, which is trained
+        (["python", "think"], "<think>x</think> <python>\nprint(7)\n</python>"),
+        (["nothing"], ""),
+        (["x*"], "x"),  # an empty match is none
+        ([r"\d"], "777"),
+        ([r"7</answer>.*"], "7</answer>"),  # never past the reply's text
+    ],
+)
+def test_spans_by_names_and_expressions(entries: list[str], masked: str) -> None:
+    found, trained = masked_and_trained(golden_tokenizer(), chat("Q", TRAJECTORY), *entries)
+    assert found == masked
+    assert trained.endswith("<|im_end|>\n")
+
+
+def test_spans_are_counted() -> None:
+    tokenizer = golden_tokenizer()
+    segments = to_segments(chat("Q", TRAJECTORY), find_template(tokenizer), [r"\d", "result"])
+    (example,) = encode([segments], make_tokenize(tokenizer), WHOLE, make_find_offsets(tokenizer))
+    assert example.also == {
+        r"mask_spans: \d matches {} times": 3,
+        "mask_spans: result matches {} times": 1,
+        "mask_spans: {} tokens of replies masked": 10,
+    }
+
+
+def test_a_reply_that_is_masked_whole_loses_its_end_of_turn_too() -> None:
+    template = find_template(golden_tokenizer())
+    for text, masked in ((" <result>7</result>\n", True), ("<result>7</result>.", False), ("", False)):
+        assert to_segments(chat("Q", text), template, ["result"])[1].masked == masked
+
+
+def test_masked_spans_leave_prompts_as_they_are() -> None:
+    """Only a reply's text is looked at; train_on_prompt trains a result that a user writes."""
+    tokenizer = golden_tokenizer()
+    conversation = chat("<result>7</result>", TRAJECTORY)
+    segments = to_segments(conversation, find_template(tokenizer), ["result"])
+    config = EncodingConfig(999, train_on_prompt=True, mask_spans=("result",))
+    (example,) = encode([segments], make_tokenize(tokenizer), config, make_find_offsets(tokenizer))
+    trained = tokenizer.decode([label for label in example.labels if label != IGNORED])
+    assert trained.count("<result>") == 1 and "user\n<result>7</result>" in trained
+
+
+def test_a_pattern_without_end_is_stopped_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels, "SPAN_SECONDS", 0.2)
+    with pytest.raises(DatasetError, match=r"mask_spans: '\(a\|aa\)\+b' takes longer than 0.2 s on one reply, .*'aaa"):
+        find_spans("a" * 60 + "c", ["(a|aa)+b"])
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_offsets_hold_the_space_before_a_word(trims: bool) -> None:
+    """Llama 3's and RoBERTa's kind of tokenizer leaves it out: a masked space would be trained, or its neighbour masked."""
+    tokenizer = golden_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)  # type: ignore[attr-defined]
+    text = "</python> <result>\n\n日本👍🏽"
+    offsets = make_find_offsets(tokenizer)(text)
+    (ids,) = make_tokenize(tokenizer)([text])
+    assert len(offsets) == len(ids)
+    assert [text[start:end] for start, end in offsets][:6] == ["</", "python", ">", " <", "result", ">\n\n"]
+    assert masked_and_trained(tokenizer, chat("Q", "a <b>"), r"\s")[0] == " <"
 
 
 # Any conversation

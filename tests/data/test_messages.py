@@ -16,7 +16,9 @@ TOOL_CALL = {"type": "function", "function": CALL}
 def info(formatting: str, **changes: Any) -> DatasetInfo:
     """A dataset that names every column of its format."""
     columns = {key: column or key for key, column in COLUMNS[formatting].items()}
-    return DatasetInfo("d", "dataset_info.json:1", formatting, columns=columns, tags=TAGS[formatting], **changes)
+    return DatasetInfo(
+        "d", "dataset_info.json:1", formatting, **{"columns": columns, "tags": TAGS[formatting], **changes}
+    )
 
 
 def sharegpt(*turns: dict[str, Any], **row: Any) -> Conversation:
@@ -33,6 +35,10 @@ def user(text: str) -> dict[str, Any]:
 
 def assistant(text: str, *calls: dict[str, Any]) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **({"tool_calls": list(calls)} if calls else {})}
+
+
+def untrained(found: Conversation) -> list[int]:
+    return [position for position, message in enumerate(found.messages) if not message.get("trained", True)]
 
 
 def test_alpaca_joins_instruction_and_input() -> None:
@@ -118,9 +124,9 @@ def test_an_empty_system_message_is_none() -> None:
         turn("gpt", "B"),
     ]
     bare = sharegpt(*turns)
-    assert (bare.messages[0], bare.silent) == (user("Q"), {1})
+    assert (bare.messages[0], untrained(bare)) == (user("Q"), [1])
     given = to_conversation({"conversations": turns}, info("sharegpt"), default_system="D")
-    assert (given.messages[0], given.silent) == ({"role": "system", "content": "D"}, {2})
+    assert (given.messages[0], untrained(given)) == ({"role": "system", "content": "D"}, [2])
     assert sharegpt(*turns, system="S").messages[0] == {"role": "system", "content": "S"}
 
 
@@ -133,7 +139,7 @@ def test_the_default_system_is_for_rows_without_one() -> None:
     row = {"conversations": [turn("gpt", "A", loss=False), turn("human", "Q"), turn("gpt", "B")]}
     found = to_conversation(row, info("sharegpt"), default_system="D")
     assert found.messages[0] == {"role": "system", "content": "D"}
-    assert found.silent == {1}
+    assert untrained(found) == [1]
     row["system"] = "S"  # type: ignore[assignment]
     assert to_conversation(row, info("sharegpt"), default_system="D").messages[0]["content"] == "S"
 
@@ -151,16 +157,179 @@ def test_openai_messages() -> None:
     found = to_conversation(row, info("openai"))
     assert found.messages == [
         user("ab"),
-        assistant("", TOOL_CALL),
+        {**assistant("", {"id": "1", **TOOL_CALL}), "trained": False},
         {"role": "tool", "content": "7", "tool_call_id": "1", "name": "add"},
         {"role": "assistant", "content": "A", "reasoning_content": "R"},
     ]
-    assert found.silent == {1}
+    assert found.unread == {}
 
 
 def test_messages_may_be_json_text_as_in_a_csv() -> None:
     row = {"conversations": '[{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]'}
     assert to_conversation(row, info("sharegpt")).messages == [user("Q"), assistant("A")]
+
+
+# Rows as other tools write them
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_has_several_names(key: str) -> None:
+    row = {"messages": [user("Q"), {**assistant("A"), key: "R"}]}
+    assert to_conversation(row, info("openai")).messages[1] == {**assistant("A"), "reasoning_content": "R"}
+
+
+def test_vllms_two_names_for_one_thought_are_one() -> None:
+    found = to_conversation(
+        {"messages": [{**assistant("A"), "reasoning": "R", "reasoning_content": "R", "thinking": True}]},
+        info("openai"),
+    )
+    assert found.messages == [{**assistant("A"), "reasoning_content": "R"}]
+    assert found.unread == {"not read: key `thinking` of {} messages": 1}
+
+
+@pytest.mark.parametrize("key", ["loss", "train", "loss_mask", "weight"])
+def test_a_turn_can_be_kept_from_the_loss_in_several_words(key: str) -> None:
+    for value, positions in ((0, [1]), (False, [1]), (0.0, [1]), (1, []), (True, []), (None, [])):
+        found = sharegpt(turn("human", "Q"), turn("gpt", "A", **{key: value}))
+        assert (untrained(found), found.unread) == (positions, {})
+
+
+def test_a_weight_of_a_half_is_not_read() -> None:
+    found = sharegpt(turn("human", "Q"), turn("gpt", "A", weight=0.5))
+    assert (untrained(found), found.unread) == ([], {"not read: key `weight` of {} messages": 1})
+
+
+def test_the_nulls_of_an_sdk_are_absent() -> None:
+    nulls = dict.fromkeys(("refusal", "function_call", "tool_calls", "audio", "name", "reasoning_content", "weight"))
+    found = to_conversation({"messages": [user("Q"), {**assistant("A"), **nulls}], "tools": None}, info("openai"))
+    assert (found.messages, found.tools, found.unread) == ([user("Q"), assistant("A")], None, {})
+
+
+def test_openais_forms_of_text_and_calls() -> None:
+    turns = [
+        {"role": "developer", "content": [{"type": "input_text", "text": "S"}]},
+        {"role": "system", "content": "T"},
+        {"role": "user", "content": [{"type": "input_text", "text": "Q"}]},
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+        {"role": "function", "name": "add", "content": "7"},
+        {"role": "assistant", "content": None, "refusal": "No."},
+        {"role": "user", "content": "R"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "A"}, {"type": "refusal", "refusal": "B"}]},
+    ]
+    assert to_conversation({"messages": turns}, info("openai")).messages == [
+        {"role": "system", "content": "S\n\nT"},
+        user("Q"),
+        assistant("", TOOL_CALL),
+        {"role": "tool", "name": "add", "content": "7"},
+        assistant("No."),
+        user("R"),
+        assistant("AB"),
+    ]
+
+
+def test_items_of_the_responses_api() -> None:
+    """A reply's thought, text and calls are one message; results answer them by their ids."""
+    call, answer = {"type": "function_call", "name": "add"}, {"type": "function_call_output"}
+    items = [
+        {"role": "user", "content": "Q"},
+        {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "R"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I add."}]},
+        {**call, "call_id": "c1", "arguments": '{"a": 1}'},
+        {**call, "call_id": "c2", "arguments": ""},
+        {**answer, "call_id": "c1", "output": "7"},
+        {**answer, "call_id": "c2", "output": [{"type": "input_text", "text": "8"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "A"}]},
+    ]
+    tools = [{"type": "function", "name": "add", "parameters": {}}]
+    found = to_conversation({"messages": items, "tools": tools}, info("openai"))
+    none = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    assert found.messages == [
+        user("Q"),
+        {**assistant("I add.", {"id": "c1", **TOOL_CALL}, {"id": "c2", **none}), "reasoning_content": "R"},
+        {"role": "tool", "content": "7", "tool_call_id": "c1"},
+        {"role": "tool", "content": "8", "tool_call_id": "c2"},
+        assistant("A"),
+    ]
+    assert found.tools == [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    assert found.unread == {"not read: key `id` of {} messages": 1}
+
+
+def test_anthropics_blocks() -> None:
+    use = {"type": "tool_use", "id": "t1", "name": "add", "input": {"a": 1}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "7"}]}
+    thinking = {"type": "thinking", "thinking": "R", "signature": "x"}
+    row = {
+        "system": "S",
+        "messages": [
+            {"role": "user", "content": "Q"},
+            {"role": "assistant", "content": [thinking, {"type": "text", "text": "I add."}, use]},
+            {"role": "user", "content": [result]},
+            {"role": "assistant", "content": [{"type": "text", "text": "A"}, use]},
+            {"role": "user", "content": [result, {"type": "text", "text": "Thanks"}]},
+            {"role": "assistant", "content": "B"},
+        ],
+        "tools": [{"name": "add", "input_schema": {"type": "object"}}],
+    }
+    found = to_conversation(row, info("openai"))
+    call, answer = {"id": "t1", **TOOL_CALL}, {"role": "tool", "content": "7", "tool_call_id": "t1"}
+    assert found.messages == [
+        {"role": "system", "content": "S"},
+        user("Q"),
+        {**assistant("I add.", call), "reasoning_content": "R"},
+        answer,
+        assistant("A", call),
+        answer,
+        user("Thanks"),
+        assistant("B"),
+    ]
+    assert found.tools == [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+
+
+def test_tools_are_found_where_people_put_them() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    in_a_message = sharegpt(turn("system", "S", tools=tools), turn("human", "Q"), turn("gpt", "A"))
+    row = {"conversations": [turn("human", "Q"), turn("gpt", "A")], "functions": [{"name": "f"}]}
+    columns = {"messages": "conversations", "tools": "functions"}
+    in_a_column = to_conversation(row, info("sharegpt", columns=columns))
+    in_both = sharegpt(
+        turn("system", "S", functions='[{"name": "f"}]'), turn("human", "Q"), turn("gpt", "A"), tools=tools
+    )
+    for found in (in_a_message, in_a_column, in_both):
+        assert (found.tools, found.unread) == (tools, {})
+
+
+def test_leading_system_messages_are_one() -> None:
+    found = sharegpt(turn("system", "S"), turn("system", ""), turn("system", "T", loss=False), turn("gpt", "A"))
+    assert found.messages == [{"role": "system", "content": "S\n\nT", "trained": False}, assistant("A")]
+
+
+def test_a_system_message_beats_a_system_column() -> None:
+    turns = [turn("system", "S"), turn("human", "Q"), turn("gpt", "A")]
+    found = to_conversation({"conversations": turns, "system": "T"}, info("sharegpt"), default_system="D")
+    assert found.messages[0] == {"role": "system", "content": "S"}
+    assert found.unread == {"not read: column `system` of {} rows": 1}
+    assert sharegpt(*turns, system="S").unread == {}
+
+
+@pytest.mark.parametrize("column", ["tools", "functions", "system", "score", "id"])
+def test_a_column_that_is_not_named_is_counted(column: str) -> None:
+    """As LLaMA-Factory, which says nothing of it."""
+    bare = info("sharegpt", columns={"messages": "conversations"})
+    found = to_conversation({"conversations": [turn("gpt", "A")], column: ["search, python"]}, bare)
+    assert found.unread == {f"not read: column `{column}` of {{}} rows": 1}
+    assert (found.messages, found.tools) == ([assistant("A")], None)
+
+
+def test_an_instruction_of_null_is_an_empty_one() -> None:
+    row = {"instruction": None, "input": "2+2?", "output": "4"}
+    assert to_conversation(row, info("alpaca")).messages[0] == user("2+2?")
+
+
+def test_newlines_beside_a_call_are_tokens() -> None:
+    """Templates write one newline between text and call; LLaMA-Factory keeps the second that stands in the row."""
+    for text, content in (("a\n\n", "a\n"), ("a\n", "a"), ("a", "a"), ("a ", "a "), ("\n\n", "")):
+        found = sharegpt(turn("human", "Q"), turn("function_call", text + '{"name": "add", "arguments": {"a": 1}}'))
+        assert found.messages[1] == assistant(content, TOOL_CALL)
 
 
 def chat(*turns: Any, **row: Any) -> dict[str, Any]:
@@ -213,11 +382,6 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
         "sharegpt",
         chat(Q, turn("system", "S"), A),
         "wrong order: message 2 is a system message, which only the first may be",
-    ),
-    "two systems": (
-        "sharegpt",
-        chat(turn("system", "S"), Q, A, system="T"),
-        "wrong order: a system column and a system message",
     ),
     "an observation first": (
         "sharegpt",
@@ -294,10 +458,24 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
         {"messages": [{"role": "user", "content": "Q", "tool_calls": [TOOL_CALL]}]},
         "wrong order: messages[0] is from 'user' and has tool_calls",
     ),
-    "OpenAI's old calls": (
+    "two thoughts": (
         "openai",
-        {"messages": [{"role": "assistant", "content": None, "function_call": CALL}]},
-        "unknown field: messages[0].function_call is OpenAI's old form; write it as tool_calls",
+        {"messages": [{"role": "assistant", "content": "A", "reasoning": "R", "thinking": "T"}]},
+        "wrong type: messages[0] has reasoning and thinking, and they differ",
+    ),
+    "two lists of tools": (
+        "sharegpt",
+        chat(turn("system", "S", tools=[{"name": "f"}]), Q, A, tools=[{"name": "g"}]),
+        "wrong type: the row has two lists of tools, and they differ",
+    ),
+    "arguments that are no number of JSON's": (
+        "openai",
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": [float("nan")]}}}]}
+            ]
+        },
+        "not JSON: the arguments of 'f' in messages[0] hold NaN or Infinity",
     ),
     "a picture": (
         "openai",
@@ -320,10 +498,10 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
         chat(Q, turn("gpt", "A", loss="no")),
         'wrong type: conversations[1].loss is "no", expected true or false',
     ),
-    "a weight of a half": (
+    "a loss mask of every token": (
         "openai",
-        {"messages": [{"role": "assistant", "content": "A", "weight": 0.5}]},
-        "wrong type: messages[0].weight is 0.5, expected 0 or 1",
+        {"messages": [{"role": "assistant", "content": "A", "loss_mask": [0, 1]}]},
+        "wrong type: messages[0].loss_mask is [0, 1], expected true or false",
     ),
     "no instruction": ("alpaca", {"output": "A"}, "missing field: instruction"),
     "no output": ("alpaca", {"instruction": "Q"}, "missing field: output"),

@@ -16,7 +16,7 @@ from compare_templates import DAY, GOLDEN, conversation, golden_texts, tokens_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from arpo_trl.data.labels import EncodingConfig, carry_loss, to_segments
-from arpo_trl.data.messages import Conversation
+from arpo_trl.data.messages import Conversation, Message
 from arpo_trl.data.template import find_template, shipped_template, template_of
 from arpo_trl.data.tokenizer import check_parity, load_tokenizer
 from arpo_trl.errors import RecipeError, RowError
@@ -364,3 +364,120 @@ def test_a_reply_that_the_next_turns_first_token_ends_is_trained_with_it() -> No
         "\nB<|user|>",
     ]
     check_parity(row, template, EncodingConfig(1 << 20), "row")
+
+
+MISTRAL = (  # As Mistral 7B v0.3 and Nemo have it: an id of nine characters, in the call and in its result.
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% elif m.tool_calls %}[CALLS] [{% for c in m.tool_calls %}{{ (c.function | tojson)[:-1] }}, "
+    "{% if c.id is not defined or c.id | length != 9 %}{{ raise_exception('call ids have 9 characters') }}{% endif %}"
+    '"id": "{{ c.id }}"}{% if not loop.last %}, {% endif %}{% endfor %}]{{ eos_token }}'
+    "{% elif m.role == 'tool' %}"
+    "{% if m.tool_call_id is not defined or m.tool_call_id | length != 9 %}{{ raise_exception('result ids') }}{% endif %}"
+    '[RESULT] {"content": {{ m.content }}, "id": "{{ m.tool_call_id }}"}[/RESULT]'
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+KIMI = (  # The id stands in place of the name.
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'tool' %}## Return of {{ m.tool_call_id }}\n{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<|call|>{{ c['id'] }}<|arg|>{{ c.function.arguments | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def two_calls(*ids: str | None) -> Conversation:
+    """A reply with two calls, their results in the other order, and a third call."""
+
+    def call(call_id: str | None) -> dict[str, Any]:
+        call: dict[str, Any] = {"type": "function", "function": {"name": "clock", "arguments": {"town": "Oslo"}}}
+        return {"id": call_id, **call} if call_id else call
+
+    def result(call_id: str | None) -> dict[str, Any]:
+        return {"role": "tool", "content": "1", **({"tool_call_id": call_id} if call_id else {})}
+
+    messages: list[Any] = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "", "tool_calls": [call(ids[0]), call(ids[1])]},
+        result(ids[1]),
+        result(ids[0]),
+        {"role": "assistant", "content": "", "tool_calls": [call(ids[2])]},
+        result(ids[2]),
+        {"role": "assistant", "content": "A"},
+    ]
+    return Conversation(messages)
+
+
+@pytest.mark.parametrize(
+    ("jinja", "given", "calls", "results"),
+    [
+        (MISTRAL, ["abcdefgh1", "abcdefgh2", "abcdefgh3"], "abcdefgh1 abcdefgh2 abcdefgh3", [1, 0, 2]),
+        (MISTRAL, [None] * 3, "call00000 call00001 call00002", [0, 1, 2]),
+        (MISTRAL, ["call_abcdefghijkl", "call_mno", "x"], "call00000 call00001 call00002", [1, 0, 2]),
+        (KIMI, ["functions.clock:7", "clock:8", "functions.clock:9"], "functions.clock:7 clock:8 functions.clock:9", [1, 0, 2]),
+        (KIMI, ["call_abc", None, "x"], "functions.clock:0 functions.clock:1 functions.clock:2", [0, 1, 2]),
+    ],
+)  # fmt: skip
+def test_calls_and_their_results_have_ids_where_a_template_writes_them(
+    jinja: str, given: list[str | None], calls: str, results: list[int]
+) -> None:
+    template = find_template(make_tokenizer("<|im_end|>", "</s>", chat_template=jinja))
+    ids = calls.split()
+    text = "".join(segment.text for segment in to_segments(template.fit(two_calls(*given)), template))
+    written = [part for part in re.split(r'"id": "|"}|\|>|<\||Return of |\n', text) if part in ids]
+    assert written == [ids[0], ids[1], ids[results[0]], ids[results[1]], ids[2], ids[2]]
+
+
+def test_ids_are_left_out_where_a_template_writes_none() -> None:
+    with_ids, without = two_calls("a", "b", "c"), two_calls(None, None, None)
+    template = find_template(make_tokenizer("<|im_end|>", chat_template=shipped_template("qwen")))
+    assert template.call_id is None
+    assert to_segments(template.fit(with_ids), template) == to_segments(template.fit(without), template)
+
+
+OSS = OWN.replace(
+    "{{ m.content }}", "{% if m.thinking %}<analysis>{{ m.thinking }}</analysis>{% endif %}{{ m.content }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("jinja", "reply"),
+    [
+        (shipped_template("qwen"), "<think>\nR\n</think>\n\nA<|im_end|>\n"),
+        (shipped_template("qwen3"), "<think>\nR\n</think>\n\nA<|im_end|>\n"),
+        (OSS, "<analysis>R</analysis>A</own>"),
+        (OSS.replace("thinking", "reasoning"), "<analysis>R</analysis>A</own>"),
+    ],
+)
+def test_a_thought_is_written_as_the_template_has_it(jinja: str, reply: str) -> None:
+    template = find_template(make_tokenizer("<|im_end|>", chat_template=jinja))
+    thinks: Message = {"role": "assistant", "content": "A", "reasoning_content": "R"}
+    segments = to_segments(template.fit(Conversation([{"role": "user", "content": "Q"}, thinks])), template)
+    assert segments[-1].text == reply
+
+
+def test_a_template_that_leaves_a_thought_out_is_refused_with_the_way_out() -> None:
+    strips = OWN.replace("m.content", "m.content.split('</think>')[-1]")
+    template = find_template(make_tokenizer("<|im_end|>", chat_template=strips))
+    thinks: Message = {"role": "assistant", "content": "A", "reasoning_content": "R"}
+    with pytest.raises(
+        RowError, match="leaves out part of a message from assistant: 'R'; use a template that writes it"
+    ):
+        to_segments(template.fit(Conversation([{"role": "user", "content": "Q"}, thinks])), template)
+
+
+@pytest.mark.parametrize("content", ['{"time": "12:30"}', 'a\n"b"\\', "日本 é"])
+def test_a_result_may_be_written_as_json_text(content: str) -> None:
+    """Llama 3.1's template does, and gpt-oss's."""
+    jinja = OWN.replace(
+        "{{ m.content }}", "{% if m.role == 'tool' %}{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(chat_template=jinja)
+    tokenizer.eos_token = "</own>"
+    template = find_template(tokenizer)
+    messages: list[Message] = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A"},
+        {"role": "tool", "content": content},
+        {"role": "assistant", "content": "B"},
+    ]
+    assert json.dumps(content, ensure_ascii=False) in to_segments(Conversation(messages), template)[2].text
+    check_parity(Conversation(messages), template, EncodingConfig(1 << 20), "row")

@@ -240,7 +240,7 @@ def test_the_parity_check_refuses_a_message_that_it_does_not_find_among_the_mask
     check_parity(Conversation([S, Q, A]), find_template(tokenizer), everything, "row")
 
 
-def test_a_reply_that_ends_without_the_end_of_turn_is_refused_unless_it_is_silent() -> None:
+def test_a_reply_that_ends_without_the_end_of_turn_is_refused_unless_it_is_masked() -> None:
     calls = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}<|im_end|>{% endif %}\n{% endfor %}"
@@ -250,12 +250,8 @@ def test_a_reply_that_ends_without_the_end_of_turn_is_refused_unless_it_is_silen
     messages = [Q, CALLS, FOUND, A]
     with pytest.raises(RowError, match="the template ends message 2 without its end-of-turn token"):
         to_segments(Conversation(messages), template)
-    assert [segment.silent for segment in to_segments(Conversation(messages, silent=frozenset({1})), template)] == [
-        False,
-        True,
-        False,
-        False,
-    ]
+    masked = [Q, {**CALLS, "trained": False}, FOUND, A]
+    assert [segment.masked for segment in to_segments(Conversation(masked), template)] == [False, True, False, False]
 
 
 def test_a_template_travels_to_another_process() -> None:
