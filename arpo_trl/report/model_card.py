@@ -20,6 +20,7 @@ NOT_FOR_THE_HUB = """\
 row_audit.jsonl
 wandb/
 trackio/
+.lock
 runs/
 damaged-*/
 """

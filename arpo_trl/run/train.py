@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
+from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import prepare_datasets
 from ..data.tokenizer import load_tokenizer
@@ -29,10 +30,11 @@ from ..run_folder import match_umask, save_metrics, write_text
 from .adapters import keep_adapter_in_float32, to_optimizer, turn_pissa_into_lora
 from .evaluate import eval_datasets, run_without_training, to_inference
 from .model import load_model
+from .owner import own_output_dir
 from .predict import PredictOnEvaluate, compare_evaluations, predict, refuse_split_model
 from .preflight import PackingCheck, Preflight
 from .requirements import check_environment
-from .resume import clear_earlier_run, find_resume_point
+from .resume import clear_earlier_run, find_resume_point, refuse_output_dir
 from .sft_config import to_sft_config
 from .stop import ResumeEvaluation, SaveAfterEpochEnd, StopEarly, StopOnSignal
 from .trainer import ArpoTrainer, Stopped
@@ -50,6 +52,13 @@ def train(recipe: Recipe) -> int:
     """
     check_environment(recipe)
     args = to_sft_config(recipe)
+    if recipe.do_train:
+        on_main_process(lambda: refuse_output_dir(recipe))
+    with own_output_dir(recipe):
+        return _train(recipe, args)
+
+
+def _train(recipe: Recipe, args: SFTConfig) -> int:
     main_process = PartialState().is_main_process
     output_dir = Path(recipe.output_dir)
 
