@@ -122,7 +122,7 @@ def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
     for name in sorted(earlier.data.keys() | now.data.keys()):
         if earlier.data.get(name) != now.data.get(name):
             changes.append(f"data of {name}: {earlier.data.get(name)} -> {now.data.get(name)}")
-    if earlier.template_hash != now.template_hash:
+    if earlier.day and earlier.template_hash != now.template_hash:  # Before there was a day, it was another hash.
         changes.append(f"template_hash: {earlier.template_hash} -> {now.template_hash}")
     if earlier.world_size != now.world_size:
         changes.append(f"world_size: {earlier.world_size} -> {now.world_size}")
@@ -150,7 +150,9 @@ def require_same_run(earlier: Manifest | None, now: Manifest, allow_changed_reci
         for name, before in earlier.versions.items()
         if before != now.versions.get(name)
     ]
+    unknown = f"{MANIFEST} is of an earlier version: not checked whether the template is the same"
     return [
+        *([] if earlier.day else [unknown]),
         *(f"resumed although changed: {change}" for change in changes),
         *(f"resumed under another version, last digits may differ: {version}" for version in versions),
     ]

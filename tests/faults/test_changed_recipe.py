@@ -21,6 +21,7 @@ def manifest(path: Path, **more: Any) -> Manifest:
         "recipe": read_recipe(path).resolved(),
         "data": {"rows": "1f"},
         "template_hash": "2e",
+        "day": "2026-11-26",
         "world_size": 1,
         "versions": {"torch": "2.13"},
     }
@@ -139,6 +140,13 @@ def test_a_manifest_that_cannot_be_read_is_said(text: str | None, tmp_path: Path
         (tmp_path / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     (line,) = require_same_run(read_manifest(tmp_path), manifest(make_recipe()), False)
     assert "not checked whether recipe and data are the same" in line
+
+
+def test_a_run_of_the_first_version_goes_on_though_its_template_hash_was_another(make_recipe: MakeRecipe) -> None:
+    """Resumed from its checkpoint 10 of 15 on 2026-11-26: weights and log were those of the uninterrupted run."""
+    path = make_recipe()
+    lines = require_same_run(manifest(path, day=None, template_hash="4d"), manifest(path), False)
+    assert lines == ["run.json is of an earlier version: not checked whether the template is the same"]
 
 
 @pytest.mark.parametrize("field", ["data", "versions", "template_hash", "world_size", "status"])
