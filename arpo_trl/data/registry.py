@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -226,7 +226,7 @@ def _to_info(path: Path, name: str, value: Any) -> DatasetInfo:
     defaults = _defaults(entry.formatting)
     if entry.columns:
         defaults = {key: column for key, column in defaults.items() if key in NEEDED}
-    unknown = list(_unknown_names(place, entry))
+    found = list(_findings(place, entry))
     return DatasetInfo(
         name=name,
         place=place,
@@ -241,9 +241,9 @@ def _to_info(path: Path, name: str, value: Any) -> DatasetInfo:
         named={key: f"{place}.columns.{key}" for key in named},
         media=tuple(column for key, column in entry.columns.items() if key in MEDIA),
         tags=TAGS[entry.formatting] | entry.tags,
-        mistakes=(*_mistakes(place, entry), *(text for text, is_mistake in unknown if is_mistake)),
-        refused=tuple(_refused(place, entry)),
-        notices=(*_notices(place, entry), *(f"{text}; no effect" for text, is_mistake in unknown if not is_mistake)),
+        mistakes=tuple(text for kind, text in found if kind == "mistake"),
+        refused=tuple(text for kind, text in found if kind == "refused"),
+        notices=tuple(text for kind, text in found if kind == "notice"),
     )
 
 
@@ -258,53 +258,55 @@ def _what_is_wrong(place: str, wrong: ErrorDetails) -> str:
     return f"{'.'.join([place, *map(str, keys)])}: expected {expected}, found {excerpt(wrong['input'], EXCERPT)}"
 
 
-def _mistakes(place: str, entry: Entry) -> Iterator[str]:
-    if entry.file_name and re.search(r"^[a-zA-Z][\w+.-]+:/|://|::", entry.file_name):
-        yield f"{place}.file_name: expected a path, found the address {entry.file_name!r}; download it first"
-    if not (entry.file_name or entry.hf_hub_url or REFUSED.keys() & entry.others.keys()):
-        yield f"{place}: expected file_name or hf_hub_url, found neither"
-    if not entry.hf_hub_url and {part.strip().partition("[")[0] for part in entry.split.split("+")} != {"train"}:
-        yield f"{place}.split: expected train or a part of it, such as train[:100], found {entry.split!r}"
+def _findings(place: str, entry: Entry) -> Iterator[tuple[str, str]]:
+    """What is to be said of an entry: ("mistake", "refused" or "notice", the text)."""
+    file_name, hub, others = entry.file_name, entry.hf_hub_url, entry.others
+    if file_name and re.search(r"^[a-zA-Z][\w+.-]+:/|://|::", file_name):
+        yield "mistake", f"{place}.file_name: expected a path, found the address {file_name!r}; download it first"
+    if not (file_name or hub or REFUSED.keys() & others.keys()):
+        yield "mistake", f"{place}: expected file_name or hf_hub_url, found neither"
+    if not hub and {part.strip().partition("[")[0] for part in entry.split.split("+")} != {"train"}:
+        yield "mistake", f"{place}.split: expected train or a part of it, such as train[:100], found {entry.split!r}"
     tags = TAGS[entry.formatting] | entry.tags
     if same := [tag for tag in tags if list(tags.values()).count(tags[tag]) > 1]:
-        yield f"{place}.tags: {' and '.join(same)} are both {tags[same[0]]!r}"
-
-
-def _refused(place: str, entry: Entry) -> Iterator[str]:
-    for key, given in entry.others.items():
-        if given and key in REFUSED and not (key.endswith("hub_url") and entry.hf_hub_url):
-            yield f"{place}.{key}: the dataset {REFUSED[key]}"
-    if "kto_tag" in entry.columns:
-        yield f"{place}.columns.kto_tag: the dataset holds preference data, which SFT does not read"
-
-
-def _notices(place: str, entry: Entry) -> Iterator[str]:
-    for key in entry.others:
+        yield "mistake", f"{place}.tags: {' and '.join(same)} are both {tags[same[0]]!r}"
+    for key, given in others.items():
         if key not in REFUSED:
-            yield f"{place}.{key}: no such key{_nearest(key, [*Entry.model_fields, *REFUSED])}; no effect"
+            known = [*Entry.model_fields, *REFUSED]
+            yield "notice", f"{place}.{key}: no such key{_nearest(key, known)}; no effect"
+        elif given and not (key.endswith("hub_url") and hub):
+            yield "refused", f"{place}.{key}: the dataset {REFUSED[key]}"
+    if "kto_tag" in entry.columns:
+        yield "refused", f"{place}.columns.kto_tag: the dataset holds preference data, which SFT does not read"
     if entry.formatting == "alpaca" and entry.columns and not {"prompt", "query"} & entry.columns.keys():
-        yield f"{place}.columns: names neither prompt nor query, so every prompt is empty, as in LLaMA-Factory"
+        yield (
+            "notice",
+            f"{place}.columns: names neither prompt nor query, so every prompt is empty, as in LLaMA-Factory",
+        )
+    yield from _unknown_names(f"{place}.columns", entry.formatting, entry.columns, COLUMNS)
+    if entry.formatting != "alpaca":
+        yield from _unknown_names(f"{place}.tags", entry.formatting, entry.tags, TAGS)
 
 
-def _unknown_names(place: str, entry: Entry) -> Iterator[tuple[str, bool]]:
-    """What `columns` and `tags` hold that the format has not, and whether it looks like a mistake.
+def _unknown_names(
+    place: str, formatting: str, given: Names, table: Mapping[str, Mapping[str, str | None]]
+) -> Iterator[tuple[str, str]]:
+    """What `columns` or `tags` hold that the format has not. LLaMA-Factory passes over it.
 
-    It does if it resembles a key that is not given, and in `columns` if no other key is one of the format's.
-    LLaMA-Factory passes over all of them.
+    It looks like a mistake if it resembles a key that is not given, or if no key of `columns` is one of the format's.
     """
-    for kind, given, table in (("columns", entry.columns, COLUMNS), ("tags", entry.tags, TAGS)):
-        known = table[entry.formatting] or given
-        for key in given:
-            if key in known or key in (*MEDIA, "kto_tag"):
-                continue
-            near = get_close_matches(key, known, n=1)
-            alone = kind == "columns" and not given.keys() & known.keys()
-            other = next((form for form in table if key in table[form]), None)
-            hint = f"; it belongs to formatting {other}" if other else _nearest(key, known)
-            yield (
-                f"{place}.{kind}.{key}: no such key for formatting {entry.formatting}{hint}",
-                alone or (bool(near) and near[0] not in given),
-            )
+    known = table[formatting]
+    for key in given:
+        if key in known or key in (*MEDIA, "kto_tag"):
+            continue
+        near = get_close_matches(key, known, n=1)
+        other = next((form for form in table if key in table[form]), None)
+        hint = f"; it belongs to formatting {other}" if other else _nearest(key, known)
+        text = f"{place}.{key}: no such key for formatting {formatting}{hint}"
+        if (near and near[0] not in given) or (table is COLUMNS and not given.keys() & known.keys()):
+            yield "mistake", text
+        else:
+            yield "notice", f"{text}; no effect"
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
