@@ -162,7 +162,7 @@ def _parts(encoder: Encoder, data: str) -> dict[str, Any]:
         "format of arpo_trl": FORMAT,
         "data": data,
         "path": str(info.path or info.hub),  # Rows are named by it.
-        "dataset_info.json": [info.formatting, info.columns, info.media, info.tags],
+        "dataset_info.json": [info.formatting, info.columns, list(info.media), info.tags],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "template": encoder.template.hash,
         **asdict(encoder.config),
