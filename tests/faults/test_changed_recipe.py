@@ -156,7 +156,7 @@ def test_a_manifest_with_an_odd_field_is_compared_as_far_as_it_goes(
 ) -> None:
     """A list of changes or none, never another exception."""
     path = make_recipe()
-    odd = manifest(path).model_dump() | {field: value}
+    odd = manifest(path).model_dump(mode="json") | {field: value}
     (tmp_path / "run.json").write_text(json.dumps(odd), encoding="utf-8")
     lines = require_same_run(read_manifest(tmp_path), manifest(path), allow_changed_recipe=True)
     assert len(lines) == (field != "status")
