@@ -105,7 +105,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nemotron": BASE,
     "olmo2": BASE,
     "olmoe": BASE | EXPERTS,
-    "opt": BLOCKS | {"ffn_dim": 128, "max_position_embeddings": 512, "word_embed_proj_dim": 64},
+    "opt": BLOCKS | {"dropout": 0.0, "ffn_dim": 128, "max_position_embeddings": 512, "word_embed_proj_dim": 64},
     "phi3": BASE,
     "phimoe": BASE | LOCAL,
     "qwen2": BASE,
@@ -118,7 +118,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
     | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
     | {"layer_types": ["linear_attention", "full_attention"]},
-    "seed_oss": BASE | NARROW,
+    "seed_oss": BASE | NARROW | {"residual_dropout": 0.0, "attention_dropout": 0.0},
     "smollm3": BASE,
     "stablelm": BASE,
     "starcoder2": BASE,
@@ -205,6 +205,9 @@ def first_loss(folder: Path, rows: Path, **keys: Any) -> float | str:
     except RecipeError as error:
         print(error)
         return "refused"
+    except Exception as error:  # a cell of the table says so; the run's training.log has the rest
+        print(f"{type(error).__name__}: {error}")
+        return "fails"
     return float(read_log(folder / "run" / "trainer_log.jsonl")[0]["loss"])
 
 

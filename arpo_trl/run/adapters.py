@@ -64,10 +64,29 @@ def new_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
             weights = model.named_parameters()
             there = {name.split(".")[-2] for name, weight in weights if weight.ndim > 1 or key == "additional_target"}
             raise recipe.error(key, f"no module {unknown[0]}; there are {', '.join(sorted(there))}")
+    config = to_lora_config(recipe, tied=model.config.tie_word_embeddings)
+    if "all" in recipe.lora_target:
+        config.exclude_modules = _not_for_lora(model) or None
     try:
-        return get_peft_model(model, to_lora_config(recipe, tied=model.config.tie_word_embeddings))
+        return get_peft_model(model, config)
     except ValueError as error:
         raise recipe.error("lora_target", str(error).splitlines()[0]) from error
+
+
+def _not_for_lora(model: PreTrainedModel) -> list[str]:
+    """Names of linear layers that PEFT 0.21 cannot adapt, so that `lora_target: all` leaves them out.
+
+    A router that is a Linear with a forward of its own (Llama 4, Phi-MoE) returns several tensors. Mamba's kernels
+    read the weights of out_proj and conv1d past the adapter.
+    """
+    names = set()
+    for name, module in model.named_modules():
+        last = name.rsplit(".", 1)[-1]
+        if isinstance(module, torch.nn.Linear) and type(module).__module__.startswith("transformers.models."):
+            names.add(last)
+        if last == "conv1d":
+            names |= {"conv1d", "out_proj"}
+    return sorted(names)
 
 
 def _check_adapters(recipe: Recipe, to_merge: list[str]) -> None:

@@ -1,0 +1,168 @@
+"""What a step will take of a device's memory, by part, before any weight is loaded.
+
+The parts of weights are counted, the activations are those that autograd saves in a forward over fake tensors, which
+have shapes and no data (as torchtitan estimates its runs). docs/measurements.md compares the sum with measured peaks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+from trl.trainer.sft_config import SFTConfig
+
+from ..data.audit import token_lengths
+from ..data.labels import IGNORED
+from ..recipe.keys import Recipe
+from .adapters import new_adapter
+from .loss import TILE_POSITIONS
+from .model import freeze
+from .sft_config import load_model_config, model_init_kwargs
+
+CARDS = (16, 24, 80)
+"""GB of the cards that a user without one in sight may think of."""
+ROOM = 0.9
+"""Share of a GPU that may be taken: the allocator's gaps and the collectives' buffers need the rest."""
+MOMENTS = {"8bit": 2 / 4, "adafactor": 0.0, "sgd": 0.0, "lion": 1.0, "adagrad": 1.0, "rmsprop": 1.0}
+"""Copies of the trained weights that an optimizer keeps; AdamW and what is not here keeps two."""
+
+
+class Memory(NamedTuple):
+    """Bytes on each device; FSDP and ZeRO share out the first three.
+
+    `gradients` has the copy in which that of the embedding arrives, `logits` that of the head.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def peak(self) -> int:
+        """The most at once: gradients come as activations go, after the first step, when the optimizer has its state."""
+        return self.weights + self.optimizer + max(self.gradients, self.activations + self.logits)
+
+
+def estimate_memory(recipe: Recipe, args: SFTConfig, rows: Dataset) -> Memory | None:
+    """The memory of a step on the longest batch, or None for a model whose forward needs data to be followed.
+
+    Raises:
+        RecipeError: there is no such model, or it lacks a module that the recipe names.
+    """
+    count, length, labelled = _largest_batch(recipe, args, rows)
+    autocast = torch.autocast("cpu", torch.bfloat16 if args.bf16 else torch.float16, enabled=args.bf16 or args.fp16)
+    model = model_shape(recipe)
+    parts = [_bytes(p) for p in model.parameters()]
+    trained = [_bytes(p) for p in model.parameters() if p.requires_grad]
+    with FakeTensorMode():
+        _put_on_fake_cpu(model)
+        try:
+            with autocast:
+                saved, stream = _saved_by_autograd(model, count, length)
+        except Exception:  # each model has its own way to need data: .item(), nonzero, a kernel
+            return None
+    blocks = model.config.get_text_config().num_hidden_layers
+    activations = blocks * stream + saved // blocks if args.activation_checkpointing else saved
+    copies = next((factor for name, factor in MOMENTS.items() if name in str(args.optim)), 2.0)
+    embedding, head = (layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    return Memory(
+        weights=sum(parts),
+        gradients=sum(trained) + _bytes(embedding) * embedding.requires_grad,
+        optimizer=int(copies * sum(trained)),
+        activations=activations,
+        logits=_logits(head, labelled, half=args.bf16 or args.fp16) + _bytes(head) * head.requires_grad,
+    )
+
+
+def model_shape(recipe: Recipe) -> Any:
+    """The model as the recipe trains it, on torch's meta device: shapes without weights."""
+    kwargs = model_init_kwargs(recipe)
+    try:
+        config = load_model_config(recipe)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise recipe.error("model_name_or_path", f"{recipe.model_name_or_path}: no model there ({reason})") from None
+    dtype = getattr(config, "dtype", None) if kwargs["dtype"] == "auto" else kwargs["dtype"]
+    given = {"trust_remote_code": kwargs["trust_remote_code"], "dtype": dtype or torch.float32}
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, **given)
+        if recipe.finetuning_type == "lora":
+            return new_adapter(recipe, model)
+        if recipe.finetuning_type == "freeze":
+            freeze(recipe, model)
+    return model
+
+
+def describe_memory(memory: Memory, gpu: int | None) -> str:
+    """The parts and where they fit. `gpu`: bytes of the one that is there."""
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory._asdict().items())
+    if gpu is not None:
+        fits = f"{'fits' if memory.peak < ROOM * gpu else 'does not fit'} this GPU of {gpu / 1e9:.0f} GB"
+    else:
+        cards = [size for size in CARDS if memory.peak < ROOM * size * 1e9]
+        fits = f"fits a GPU of {cards[0]} GB" if cards else f"does not fit a GPU of {CARDS[-1]} GB"
+    return f"about {memory.peak / 1e9:.1f} GB at its peak ({parts}); {fits}"
+
+
+def _largest_batch(recipe: Recipe, args: SFTConfig, rows: Dataset) -> tuple[int, int, int]:
+    """Rows, tokens a row, and labelled tokens in all of a batch filled with the longest rows."""
+    lengths = token_lengths(rows)
+    longest = lengths.argsort()[-args.per_device_train_batch_size :]
+    labelled = sum(sum(label != IGNORED for label in rows[int(i)]["labels"]) for i in longest)
+    if recipe.packing:
+        return 1, recipe.cutoff_len * args.per_device_train_batch_size, labelled
+    if recipe.padding_free:
+        return 1, int(lengths[longest].sum()), labelled
+    return len(longest), int(lengths.max()), labelled
+
+
+def _put_on_fake_cpu(model: Any) -> None:
+    """Give each weight and buffer of the meta device a fake one, under a FakeTensorMode; tied ones stay tied."""
+    fakes: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in fakes:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_weight = tensors is module._parameters
+                    fakes[id(tensor)] = torch.nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
+                tensors[name] = fakes[id(tensor)]
+
+
+def _saved_by_autograd(model: Any, count: int, length: int) -> tuple[int, int]:
+    """Bytes that a forward of the blocks saves for the backward, and bytes of the stream between two blocks."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    backbone = model.get_base_model().base_model if hasattr(model, "get_base_model") else model.base_model
+    ids = torch.zeros(count, length, dtype=torch.long)
+    mask = torch.ones(count, 1, length, length, dtype=torch.bool)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    mask_bytes = mask.untyped_storage().nbytes()
+    saved = sum(storage.nbytes() for storage in kept.values())
+    return saved - (mask_bytes if mask.untyped_storage()._cdata in kept else 0), hidden.numel() * hidden.element_size()
+
+
+def _logits(head: Tensor, labelled: int, half: bool) -> int:
+    """Bytes that one tile of logits takes: as projected, in float32, their log-softmax and its exponential."""
+    copies = 2 + 3 * 4 if half else 4 + 2 * 4
+    return min(labelled, TILE_POSITIONS) * head.shape[0] * copies + (2 * head.numel() if half else 0)
+
+
+def _bytes(parameter: Tensor) -> int:
+    return parameter.numel() * parameter.element_size()

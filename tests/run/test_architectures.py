@@ -1,0 +1,50 @@
+"""docs/architectures.md says what is measured: every family trains with the plain loss, packs exactly or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+
+# Old models warn of what they are.
+pytestmark = pytest.mark.filterwarnings("default")
+
+TABLE = architectures.read_table(architectures.DOCS.read_text(encoding="utf-8"))
+
+
+def test_the_table_has_every_family_and_no_cell_that_fails() -> None:
+    assert list(TABLE) == sorted(architectures.FAMILIES)
+    for line in TABLE.values():
+        assert (line["full"], line["LoRA"]) == ("exact", "exact")
+        assert {line["padding_free"], line["packing"]} in ({"exact"}, {"refused"})
+        assert line["balancing loss"] in ("added", "-")
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    architectures.make_model(request.param, tmp_path / "model")
+    return tmp_path
+
+
+@pytest.mark.parametrize("folder", ["gpt_oss"], indirect=True)
+def test_a_mixture_trains_with_the_plain_loss_unless_asked_and_is_not_packed_where_rows_would_see_each_other(
+    folder: Path, capfd: Any
+) -> None:
+    rows = architectures.write_rows(folder / "data")
+    expected = architectures.plain_loss(folder, rows)
+    assert architectures.first_loss(folder, rows) == pytest.approx(expected, abs=1e-4)
+    assert architectures.first_loss(folder, rows, moe_aux_loss_coef=1.0) > expected + 0.1  # its config says 0.9
+    assert architectures.first_loss(folder, rows, padding_free=True) == "refused"
+    said = capfd.readouterr().out
+    assert (
+        "padding_free: gpt_oss with eager attention lets rows that are laid end to end see each other; write" in said
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", architectures.FAMILIES)
+def test_a_line_of_the_table_is_what_is_measured(family: str, tmp_path: Path) -> None:
+    assert architectures.measure(family, tmp_path) == TABLE[family]
