@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import torch
 import yaml
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.audit import token_lengths
@@ -21,18 +19,17 @@ from ..data.labels import IGNORED
 from ..data.prepare import PreparedData, prepare_datasets
 from ..data.tokenizer import load_tokenizer
 from ..errors import RecipeError
-from ..machine import checkpoint_bytes, folder_bytes, free_space, missing_space, saved_bytes
+from ..machine import checkpoint_bytes, folder_bytes, free_space, gpu_memory, missing_space, saved_bytes
 from ..recipe.keys import Recipe
 from ..report.console import say
 from ..report.figures import describe_model, format_seconds, precision
 from ..report.log_file import read_log
 from ..report.summary import describe_device, describe_steps
 from ..run_folder import list_checkpoints
-from .adapters import new_adapter
-from .model import freeze
+from .memory import describe_memory, estimate_memory, model_shape
 from .requirements import check_environment
 from .resume import refuse_output_dir
-from .sft_config import load_model_config, model_init_kwargs, to_sft_config
+from .sft_config import to_sft_config
 
 BINS = 10
 BAR = 40
@@ -72,7 +69,7 @@ def _describe_run(
     if not recipe.do_train:
         return [*rows, *(f"         {line}" for line in listed)], None
     an_epoch, total = count_steps(args, count_rows(recipe, data))
-    model = _shape(recipe)
+    model = model_shape(recipe)
     saved = checkpoint_steps(args, an_epoch, total)
     needed, disk = describe_checkpoints(recipe, args, model, saved)
     steps = f"{'about ' * recipe.packing}{describe_steps(args, total, data, recipe.dataset)}"
@@ -85,6 +82,8 @@ def _describe_run(
         f"time     {describe_time(recipe, args, data, total)}",
         f"disk     {disk}",
     ]
+    if isinstance(data.train, Dataset) and len(data.train) and (memory := estimate_memory(recipe, args, data.train)):
+        lines.insert(-1, f"memory   {describe_memory(memory, gpu_memory())}")
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
         needed -= sum(folder_bytes(folder) for folder in list_checkpoints(Path(recipe.output_dir)))
     full = missing_space(Path(recipe.output_dir), needed, "the whole run")
@@ -175,21 +174,3 @@ def describe_checkpoints(recipe: Recipe, args: SFTConfig, model: Any, saved: Seq
         f"{written}{f' (after step {steps})' if saved else ''}, {kept} kept; "
         f"{needed / 1e9:.2f} GB in all, {free_space(Path(recipe.output_dir)) / 1e9:.2f} GB free"
     )
-
-
-def _shape(recipe: Recipe) -> Any:
-    """The model on torch's meta device: shapes without weights."""
-    kwargs = model_init_kwargs(recipe)
-    try:
-        config = load_model_config(recipe)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise recipe.error("model_name_or_path", f"{recipe.model_name_or_path}: no model there ({reason})") from None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs["trust_remote_code"])
-        if recipe.finetuning_type == "full":
-            return model.to(kwargs["dtype"])
-        if recipe.finetuning_type == "lora":
-            return new_adapter(recipe, model)
-        freeze(recipe, model)
-        return model

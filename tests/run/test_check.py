@@ -24,7 +24,7 @@ def test_check_says_what_the_run_would_do(
         for line in lines
     )
     said = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line and not line.startswith(" ")}
-    assert list(said) == "model device data tokens steps time disk recipe".split()
+    assert list(said) == "model device data tokens steps time memory disk recipe".split()
     assert re.search(r": [\d,]+ parameters, all trained, float32$", said["model"])
     assert re.fullmatch(r"a row: mean .*p95.*; .* carry loss \(.*%\)", said["tokens"])
     assert said["steps"].startswith("6: 2 epochs, 4 rows a step (2 a device x 2 accumulated), about ")
