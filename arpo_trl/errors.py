@@ -5,6 +5,8 @@
 
 import re
 
+LONGEST_LINE = 2000  # characters
+
 
 def printable(text: str) -> str:
     """The text without what a terminal would obey: control characters and marks of writing direction are escaped."""
@@ -18,7 +20,13 @@ class RecipeError(Exception):
     """What a user can mend before training starts."""
 
     def __init__(self, problems: str | list[str]):
-        super().__init__(printable(problems if isinstance(problems, str) else "\n".join(problems)))
+        lines = (problems if isinstance(problems, str) else "\n".join(problems)).split("\n")
+        super().__init__(printable("\n".join(map(_without_its_middle, lines))))
+
+
+def _without_its_middle(line: str) -> str:
+    """A line that names a path or a value of any length stays one that a person reads."""
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
 
 
 class DatasetError(RecipeError):

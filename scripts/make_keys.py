@@ -98,7 +98,7 @@ def sft_fields_py() -> str:
         "",
         "from typing import Any, Literal, NamedTuple",
         "",
-        "from .types import Number, Seed, Whole, Words, Workers",
+        "from .types import Number, Seed, Settings, Whole, Words, Workers",
         "",
         "",
         "class SftField(NamedTuple):",
@@ -123,8 +123,8 @@ def _type_of(found: dataclasses.Field[Any]) -> str:
     if found.name.endswith("seed"):
         return "Seed" + or_none
     own = {"dataloader_num_workers": "Workers", "fsdp": "Words"}
-    if found.name in own:
-        return own[found.name]
+    if found.name in own or found.name.endswith("_kwargs"):
+        return own.get(found.name, "Settings")
     enums = [part for part in parts if isinstance(part, type) and issubclass(part, ExplicitEnum)]
     choices = found.metadata.get("choices") or [choice.value for enum in enums for choice in enum]
     if choices:

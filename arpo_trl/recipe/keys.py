@@ -8,9 +8,9 @@ are LLaMA-Factory's (release 0.9) where it has the key, and are written here onl
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from ..errors import RecipeError
 from .llamafactory import NO_EFFECT, REFUSED, RENAMED
@@ -29,6 +29,7 @@ from .types import (
     TemplateName,
     Trackers,
     Whole,
+    from_json,
 )
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
@@ -212,7 +213,7 @@ class TrainKeys(BaseModel):
     disable_shuffling: bool = _key(False, "Take rows in their order.", "train_sampling_strategy: sequential")
     group_by_length: bool = _key(False, "Batch rows of like length.", "train_sampling_strategy: group_by_length")
     use_dft_loss: bool = _key(False, "Dynamic fine-tuning loss.", "loss_type: dft")
-    deepspeed: Location | dict[str, Any] | None = _key(
+    deepspeed: Annotated[Location | dict[str, Any] | None, BeforeValidator(from_json)] = _key(
         None, "DeepSpeed's JSON config; or use accelerate_configs/zero3.yaml."
     )
     seed: Seed = _key(42, "Seed of everything random.")

@@ -32,7 +32,7 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     problems: Problems = []
     given = read_file(Path(path), problems) if path is not None else {}
     given |= read_overrides(overrides, takes_text, problems)
-    path = COMMAND_LINE if path is None else Path(path)
+    path, all_read = COMMAND_LINE if path is None else Path(path), not problems
     if other_form := recognise(given):
         raise RecipeError(f"{path}: {other_form}")
     no_effect = _take_out_no_effect(given, problems)
@@ -42,7 +42,8 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         notices = tuple(f"{path}: {', '.join(names)}: no effect; {why}" for why, names in no_effect.items())
         source = replace(recipe.source, path=path, lines=lines, notices=notices)
         recipe = recipe.model_copy(update={"source": source})
-        problems += [(_place(key, given), f"{key}: {why}") for key, why in conflicts(recipe)]
+        if all_read:  # a value that was not read could settle a conflict
+            problems += [(_place(key, given), f"{key}: {why}") for key, why in conflicts(recipe)]
     if problems or not recipe:
         # by line ("line 9" before "line 10"), and after them what no line holds: "missing", "override"
         problems.sort(key=lambda problem: (problem[0][:4] != "line", len(problem[0]), problem[0]))

@@ -5,7 +5,7 @@ Written by scripts/make_keys.py; importing TRL for them would take seconds.
 
 from typing import Any, Literal, NamedTuple
 
-from .types import Number, Seed, Whole, Words, Workers
+from .types import Number, Seed, Settings, Whole, Words, Workers
 
 
 class SftField(NamedTuple):
@@ -21,7 +21,7 @@ sft_fields: dict[str, SftField] = {
     'max_steps': SftField(Whole, -1, 'Overrides `num_train_epochs`. If set to a positive number, the total number of training steps to perform. Must be set when the training dataset does not implement `__len__` (e.g. a streaming dataset).'),
     'learning_rate': SftField(Number, 2e-05, 'The initial learning rate for AdamW.'),
     'lr_scheduler_type': SftField(Literal['linear', 'cosine', 'cosine_with_restarts', 'polynomial', 'constant', 'constant_with_warmup', 'inverse_sqrt', 'reduce_lr_on_plateau', 'cosine_with_min_lr', 'cosine_warmup_with_min_lr', 'warmup_stable_decay', 'greedy'], 'linear', 'The learning rate scheduler type to use. See `SchedulerType` for all possible values.'),
-    'lr_scheduler_kwargs': SftField(dict[str, Any] | str | None, None, "Additional parameters for the lr_scheduler, such as {'num_cycles': 1} for cosine with hard restarts. See the documentation of each scheduler for possible values."),
+    'lr_scheduler_kwargs': SftField(Settings, None, "Additional parameters for the lr_scheduler, such as {'num_cycles': 1} for cosine with hard restarts. See the documentation of each scheduler for possible values."),
     'warmup_steps': SftField(Number, 0, 'Number of steps for a linear warmup from 0 to `learning_rate`. Can be an integer (exact steps) or a float in [0, 1) (ratio of total steps).'),
     'optim': SftField(Literal['adamw_torch', 'adamw_torch_fused', 'adamw_torch_xla', 'adamw_torch_npu_fused', 'adafactor', 'adamw_anyprecision', 'adamw_torch_4bit', 'adamw_torch_8bit', 'ademamix', 'sgd', 'adagrad', 'adamw_bnb_8bit', 'adamw_8bit', 'ademamix_8bit', 'lion_8bit', 'lion_32bit', 'paged_adamw_32bit', 'paged_adamw_8bit', 'paged_ademamix_32bit', 'paged_ademamix_8bit', 'paged_lion_32bit', 'paged_lion_8bit', 'rmsprop', 'rmsprop_bnb', 'rmsprop_bnb_8bit', 'rmsprop_bnb_32bit', 'galore_adamw', 'galore_adamw_8bit', 'galore_adafactor', 'galore_adamw_layerwise', 'galore_adamw_8bit_layerwise', 'galore_adafactor_layerwise', 'lomo', 'adalomo', 'grokadamw', 'schedule_free_radam', 'schedule_free_adamw', 'schedule_free_sgd', 'apollo_adamw', 'apollo_adamw_layerwise', 'stable_adamw'], 'adamw_torch_fused', 'The optimizer to use. See `OptimizerNames` for the complete list.'),
     'optim_args': SftField(str | None, None, 'Optional arguments supplied to optimizers such as AnyPrecisionAdamW, AdEMAMix, and GaLore.'),
@@ -40,9 +40,9 @@ sft_fields: dict[str, SftField] = {
     'fp16_full_eval': SftField(bool, False, 'Use full FP16 precision for evaluation (not just mixed precision). Faster and saves memory.'),
     'tf32': SftField(bool | None, None, 'Enable TF32 mode on Ampere and newer GPUs. Provides up to 8x speedup with negligible accuracy loss.'),
     'activation_checkpointing': SftField(bool | None, None, 'Enable activation checkpointing to trade compute for memory. Reduces memory at the cost of ~20% slower training.'),
-    'activation_checkpointing_kwargs': SftField(dict[str, Any] | str | None, None, 'Keyword arguments passed to `activation_checkpointing_enable()`. `every_n_layers` checkpoints only every n-th decoder layer instead of all of them; `1` is the usual all-or-nothing behavior, and larger values give some memory back to speed. `offload` holds the saved activations in pinned host memory, which frees device memory and makes the step slower. Any other key is forwarded to `torch.utils.checkpoint.checkpoint`.'),
+    'activation_checkpointing_kwargs': SftField(Settings, None, 'Keyword arguments passed to `activation_checkpointing_enable()`. `every_n_layers` checkpoints only every n-th decoder layer instead of all of them; `1` is the usual all-or-nothing behavior, and larger values give some memory back to speed. `offload` holds the saved activations in pinned host memory, which frees device memory and makes the step slower. Any other key is forwarded to `torch.utils.checkpoint.checkpoint`.'),
     'gradient_checkpointing': SftField(bool, True, 'Enable gradient checkpointing to trade compute for memory. Reduces memory at the cost of ~20% slower training.'),
-    'gradient_checkpointing_kwargs': SftField(dict[str, Any] | str | None, None, 'Deprecated alias of `activation_checkpointing_kwargs`, will be removed in v6.'),
+    'gradient_checkpointing_kwargs': SftField(Settings, None, 'Deprecated alias of `activation_checkpointing_kwargs`, will be removed in v6.'),
     'torch_compile': SftField(bool, False, 'Compile the model using `torch.compile()` for faster training.'),
     'torch_compile_backend': SftField(str | None, None, 'Backend for `torch.compile()`. If set, automatically enables `torch_compile`.'),
     'torch_compile_mode': SftField(str | None, None, 'Compilation mode for `torch.compile()`. If set, automatically enables `torch_compile`.'),
@@ -129,12 +129,12 @@ sft_fields: dict[str, SftField] = {
     'do_predict': SftField(bool, False, 'Whether to run predictions on the test set. Not directly used by Trainer; intended for training/evaluation scripts.'),
     'resume_from_checkpoint': SftField(str | None, None, 'Path to a folder with a valid checkpoint for your model. Not directly used by Trainer; intended for training/evaluation scripts.'),
     'local_rank': SftField(Whole, -1, 'When using torch.distributed.launch (Deprecated), it will pass `local_rank` in the script, so we need this for the parser. To get the local rank, prefer using the property `local_process_index`'),
-    'model_init_kwargs': SftField(dict[str, Any] | str | None, None, 'Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the `model` argument of the `SFTTrainer` is provided as a string. The `revision` value is also used when loading the processing class.'),
+    'model_init_kwargs': SftField(Settings, None, 'Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the `model` argument of the `SFTTrainer` is provided as a string. The `revision` value is also used when loading the processing class.'),
     'trust_remote_code': SftField(bool, False, 'Whether to allow loading models and tokenizers that ship custom Python code from the Hub. Forwarded to `AutoModelForCausalLM.from_pretrained` and `AutoProcessor.from_pretrained`.'),
     'router_aux_loss_coef': SftField(Number | None, None, 'Coefficient of the load-balancing auxiliary loss for Mixture-of-Experts (MoE) models, added to the training loss with this weight. When not set, the value declared by the model config is used. Set to `0.0` to disable it. Fails when used with a non-MoE model.'),
     'chat_template_path': SftField(str | None, None, "If specified, sets the model's chat template. This can either be the path to a tokenizer (local directory or Hugging Face Hub model) or a direct path to a Jinja template file. When using a Jinja file, you must ensure that any special tokens referenced in the template are added to the tokenizer and that the model's embedding layer is resized accordingly."),
     'dataset_text_field': SftField(str, 'text', 'Name of the column that contains text data in the dataset.'),
-    'dataset_kwargs': SftField(dict[str, Any] | str | None, None, 'Dictionary of optional keyword arguments for the dataset preparation. The only supported key is `skip_prepare_dataset`. When the dataset contains images, `skip_prepare_dataset` is automatically treated as `True` regardless of the provided value, since preprocessing is done on the fly.'),
+    'dataset_kwargs': SftField(Settings, None, 'Dictionary of optional keyword arguments for the dataset preparation. The only supported key is `skip_prepare_dataset`. When the dataset contains images, `skip_prepare_dataset` is automatically treated as `True` regardless of the provided value, since preprocessing is done on the fly.'),
     'dataset_num_proc': SftField(Whole | None, None, 'Number of processes to use for processing the dataset.'),
     'eos_token': SftField(str | None, None, 'Token used to indicate the end of a turn or sequence. If `None`, it defaults to `processing_class.eos_token`.'),
     'max_length': SftField(Whole | None, 1024, 'Maximum length of the tokenized sequence. Sequences longer than `max_length` are truncated from the left or right depending on the `truncation_mode`. If `None`, no truncation is applied. When packing is enabled, this value sets the sequence length.'),

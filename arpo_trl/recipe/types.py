@@ -1,6 +1,7 @@
 """The types of a recipe's values. pydantic takes true for 1 and text for a list of characters; a person would not."""
 
 import functools
+import json
 import os
 import re
 from typing import Annotated, Any, Literal
@@ -70,6 +71,21 @@ _OTHER_STAGES = {
 }
 
 
+def from_json(value: Any) -> Any:
+    """`'{"num_cycles": 2}'` is how flags give a mapping."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _settings(value: Any) -> Any:
+    found = from_json(value)
+    if not isinstance(found, dict | None):
+        raise ValueError(f"expected a mapping, found {shorten(value)}")
+    return found
+
+
 def _in_words(value: Any) -> Any:
     """`[full_shard, auto_wrap]` is another way to write `full_shard auto_wrap`."""
     if value is True or value is False:
@@ -134,6 +150,9 @@ Spans = Annotated[
 # A path, or a name on the hub. ~ is expanded here, once, because libraries disagree about it.
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 Locations = Annotated[list[Location], BeforeValidator(_split, json_schema_input_type=str | list[str])]
+Settings = Annotated[
+    dict[str, Any] | None, BeforeValidator(_settings, json_schema_input_type=dict[str, Any] | str | None)
+]
 Words = Annotated[str | None, BeforeValidator(_in_words, json_schema_input_type=bool | str | list[str] | None)]
 Trackers = Annotated[
     list[str],

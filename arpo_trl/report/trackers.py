@@ -32,7 +32,10 @@ def missing_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for tracker in recipe.report_to:
         package = {"azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
         if tracker != "all" and importlib.util.find_spec(package) is None:
-            yield "report_to", f"{tracker} is not installed; pip install {package}, or write report_to: none"
+            key, off = (
+                ("use_swanlab", "false") if tracker == "swanlab" and recipe.use_swanlab else ("report_to", "none")
+            )
+            yield key, f"{tracker} is not installed; pip install {package}, or write {key}: {off}"
 
 
 def wandb_login(recipe: Recipe) -> Iterator[tuple[str, str]]:

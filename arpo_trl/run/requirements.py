@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import http.client
 import importlib.util
+import json
 import os
 import ssl
 import urllib.error
@@ -35,7 +36,7 @@ def check_inputs(recipe: Recipe) -> Recipe:
     Raises:
         RecipeError: all that is not there, each with the line of its key.
     """
-    lines = [str(recipe.error(key, what)) for key, what in [*_template(recipe), *_models(recipe)]]
+    lines = [str(recipe.error(key, what)) for key, what in [*_template(recipe), *_configs(recipe), *_models(recipe)]]
     if recipe.dataset_dir.startswith("REMOTE:"):
         why_no_hub()
     try:
@@ -94,6 +95,22 @@ def check_environment(recipe: Recipe) -> None:
 def _template(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.template and recipe.template.endswith(".jinja") and not is_file(recipe.template):
         yield "template", f"there is no file {recipe.template}; paths are relative to {Path.cwd()}"
+
+
+def _configs(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    for key in ("fsdp_config", "accelerator_config"):
+        if isinstance(path := recipe.trl.get(key), str) and (wrong := _no_json_file(path)):
+            yield key, wrong
+
+
+def _no_json_file(path: str) -> str | None:
+    if not is_file(path):
+        return f"there is no file {path}; paths are relative to {Path.cwd()}"
+    try:
+        json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{path}: expected a JSON file ({error})"
+    return None
 
 
 def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -166,9 +183,5 @@ def _deepspeed(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "not installed; pip install deepspeed, or remove the line and launch with accelerate_configs/fsdp2.yaml "
             "(multi_gpu.yaml where the whole model fits one GPU)",
         )
-    elif isinstance(recipe.deepspeed, str) and not is_file(recipe.deepspeed):
-        yield (
-            "deepspeed",
-            f"there is no file {recipe.deepspeed}; paths are relative to {Path.cwd()}. "
-            "accelerate_configs/zero3.yaml needs no such file",
-        )
+    elif isinstance(recipe.deepspeed, str) and (wrong := _no_json_file(recipe.deepspeed)):
+        yield "deepspeed", f"{wrong}. accelerate_configs/zero3.yaml needs no such file"

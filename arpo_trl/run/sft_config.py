@@ -75,12 +75,12 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
     }
     if recipe.project:
         settings["project"] = recipe.project
-    settings |= _low_rank_optimizer(recipe) | recipe.trl
-    settings["activation_checkpointing_kwargs"] = checkpointing or None
+    settings |= _low_rank_optimizer(recipe)
+    given = recipe.trl | {"activation_checkpointing_kwargs": checkpointing or None}
     try:
-        config = SFTConfig(**settings)
-    except (ValueError, OSError, ImportError) as error:
-        raise RecipeError(f"{recipe.path}: transformers refuses these keys: {str(error).splitlines()[0]}") from error
+        config = SFTConfig(**settings | given)
+    except Exception as error:  # what transformers says against a value has many types
+        raise _refused(recipe, settings, given) from error
     # Of several visible GPUs a process without a launcher takes one: TRL refuses nn.DataParallel, Trainer's way to use
     # them all (https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L1118).
     config._n_gpu = min(config.n_gpu, 1)
@@ -89,6 +89,24 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
     if config.mixed_precision in ("bf16", "fp16") and not (config.bf16 or config.fp16):
         config.mixed_precision = "no"  # the recipe decides what is computed, the launcher only where
     return config
+
+
+def _refused(recipe: Recipe, settings: dict[str, Any], given: dict[str, Any]) -> RecipeError:
+    """What transformers and TRL say against each key, found by giving them one more key at a time."""
+    problems = []
+    for key, value in [("", None), *given.items()]:
+        added = {key: value} if key else {}
+        try:
+            SFTConfig(**settings | added)
+            settings |= added
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            problems.append(
+                str(recipe.error(key, reason)) if key else f"{recipe.path}: transformers refuses: {reason}"
+            )
+            if not key:
+                break
+    return RecipeError(problems)
 
 
 def to_lora_config(recipe: Recipe, tied: bool) -> LoraConfig:

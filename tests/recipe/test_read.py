@@ -86,7 +86,8 @@ WRONG = [
     ("max_steps: 1.5", "max_steps: expected a whole number, found 1.5"),
     ("hub_strategy: never", "hub_strategy: expected one of end, every_save, checkpoint, all_checkpoints, found 'never'"),
     ("weight_decay: none", "weight_decay: expected a number, found 'none'"),
-    ("lr_scheduler_kwargs: [3]", "lr_scheduler_kwargs: expected a mapping or text, found [3]"),
+    ("lr_scheduler_kwargs: [3]", "lr_scheduler_kwargs: expected a mapping, found [3]"),
+    ("lr_scheduler_kwargs: '{a'", "lr_scheduler_kwargs: expected a mapping, found '{a'"),
     ("report_to: wandbb", "report_to: expected none, all, or some of azure_ml, clearml, codecarbon, comet_ml, dagshub, dvclive, flyte, kubeflow, mlflow, neptune, swanlab, tensorboard, trackio, wandb; found 'wandbb'"),
     # names
     ("warmup_ration: 0.1", "warmup_ration: no such key; the nearest is warmup_ratio"),
@@ -159,6 +160,11 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Pa
         "override  seed: expected key=value",
         "override  lora_rank: expected a whole number, found 'a'",
     ]
+
+
+def test_a_value_that_is_not_read_is_the_only_problem(tmp_path: Path) -> None:
+    text = GOOD.replace("dataset: a", "dataset: !!binary aGk=") + "do_eval: true\nval_size: 0.1\n"
+    assert len(problems(tmp_path, text)) == 1
 
 
 def test_a_recipe_that_trains_nothing_says_so(tmp_path: Path) -> None:

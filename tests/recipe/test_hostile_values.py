@@ -1,0 +1,105 @@
+"""Values that no recipe should have, in every key: each is answered in a line, at once, and none in a traceback."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from arpo_trl.errors import LONGEST_LINE, RecipeError
+from arpo_trl.recipe import read_recipe
+from arpo_trl.recipe.keys import keys
+from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
+from arpo_trl.recipe.yaml_file import LARGEST_FILE
+from arpo_trl.run.requirements import check_inputs, check_packages
+from arpo_trl.run.sft_config import to_sft_config
+
+VALUES = {
+    "digits": "9" * 5000,
+    "2**70": str(2**70),
+    "-2**70": str(-(2**70)),
+    "2**32": str(2**32),
+    "1e300": "1e300",
+    "1e-300": "1e-300",
+    "-1": "-1",
+    "0": "0",
+    "nan": ".nan",
+    "-inf": "-.inf",
+    "true": "true",
+    "null": "null",
+    "empty": '""',
+    "comma": '","',
+    "a lone surrogate": '"\\ud800"',
+    "NUL": '"a\\0b"',
+    "terminal escapes": '"\\e[2J\\u202e"',
+    "a new line": '"a\\nb"',
+    "longer than a file name": "x" * 300,
+    "very long": "x" * 10_000,
+    "a path upwards": "../../..",
+    "an unknown home": "~nobody-here/x",
+    "a device": "/dev/zero",
+    "a pipe": "{folder}/pipe",
+    "a mapping": "{a: b}",
+    "no mapping": "{}",
+    "no list": "[]",
+    "a list of lists": "[[1]]",
+    "a list of nulls": "[null]",
+    "an interpolation": '"${x}"',
+    "a date": "2024-01-01",
+    "binary": "!!binary aGk=",
+    "itself": "&a [*a]",
+    "JSON": "'{\"a\": 1}'",
+    "half of JSON": "'{'",
+}
+ALL = [*keys(), *RENAMED, *NO_EFFECT, *REFUSED]
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> dict[str, str]:
+    """A recipe that passes, with all that it names."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.jsonl"}}', encoding="utf-8")
+    (tmp_path / "d.jsonl").touch()
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    own = {"model_name_or_path": str(tmp_path), "output_dir": f"{tmp_path}/out", "do_train": "true"}
+    return own | {"dataset": "d", "dataset_dir": str(tmp_path), "finetuning_type": "full"}
+
+
+def refused(path: Path, lines: dict[str, str]) -> set[str]:
+    """The keys that the error names; none if the recipe passes."""
+    path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()), encoding="utf-8")
+    try:
+        recipe = check_inputs(read_recipe(path))
+        check_packages(recipe)
+        to_sft_config(recipe)
+        return set()
+    except RecipeError as error:
+        text = str(error)
+    named = set()
+    for line in text.split("\n"):
+        assert line.isprintable() and len(line) <= LONGEST_LINE + 5
+        number = re.match(rf"(?:  line |{path}:)(\d+)", line)
+        found = [list(lines)[int(number[1]) - 1]] if number else re.findall(r"\w+", line)
+        named |= {key for key in found if key in lines}
+    assert named, text
+    return named
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_hostile_value_in_any_key_is_read_or_answered_in_a_line(
+    name: str, tmp_path: Path, good: dict[str, str]
+) -> None:
+    """In many keys at once: those that are refused get their good value, until the recipe passes."""
+    value = VALUES[name].replace("{folder}", str(tmp_path))
+    parts = 1 + len(value) * len(ALL) // LARGEST_FILE
+    for part in range(parts):
+        lines = good | dict.fromkeys(ALL[part::parts], value)
+        started = time.process_time()
+        while answered := refused(tmp_path / "r.yaml", lines):
+            for key in answered:
+                assert lines.pop(key) != good.get(key), f"{key} is refused with its good value"
+            lines = good | lines
+        assert time.process_time() - started < 10
