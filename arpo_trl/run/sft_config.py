@@ -38,6 +38,7 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
         "trust_remote_code": recipe.trust_remote_code,
         "do_train": recipe.do_train,
         "do_eval": recipe.do_eval,
+        "do_predict": recipe.do_predict,
         "eval_strategy": recipe.eval_strategy,
         "load_best_model_at_end": recipe.load_best_model_at_end,
         "per_device_train_batch_size": recipe.per_device_train_batch_size,

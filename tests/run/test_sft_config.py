@@ -75,6 +75,7 @@ MOVED = {
     "ddp_timeout=180000000": ("ddp_timeout_delta.days", 2083),
     "disable_shuffling=true": ("train_sampling_strategy", "sequential"),
     "do_eval=true": ("do_eval", True),
+    "do_predict=true": ("do_predict", True),
     "enable_liger_kernel=true": ("use_liger_kernel", True),
     "eval_strategy=epoch": ("eval_strategy", "epoch"),
     "evaluation_strategy=steps": ("eval_strategy", "steps"),
@@ -108,7 +109,7 @@ MOVED = {
     "warmup_ratio=0.1": ("warmup_steps", 0.1),
     "warmup_steps=10": ("warmup_steps", 10),
 }
-EVALUATES = ("do_eval", "eval_strategy", "evaluation_strategy")
+EVALUATES = ("do_eval", "do_predict", "eval_strategy", "evaluation_strategy")
 
 
 @pytest.mark.parametrize("line", MOVED)
