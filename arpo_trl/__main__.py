@@ -7,6 +7,7 @@ Ctrl-C and SIGTERM.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -31,6 +32,9 @@ HERE = Path(__file__).parent
 
 def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # A cp1252 console has no Chinese; it is shown escaped.
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _run(argv)
     except RecipeError as error:

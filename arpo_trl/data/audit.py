@@ -78,15 +78,22 @@ class Audit:
                 f"{counts.lost_answer:,} lost their final answer, {counts.dropped:,} dropped; {counts.tokens:,} tokens, "
                 f"{counts.trained_tokens:,} trained"
             )
-            for what, times in sorted(counts.also.items(), key=lambda pair: -pair[1])[:SHOWN_COUNTS]:
-                before, _, after = what.rpartition("{}")
-                lines.append(printable(f"{name}: {before}{times:,}{after}"))
+            lines += [f"{name}: {line}" for line in describe_also(counts.also)]
         matched = {what for counts in self.datasets.values() for what in counts.also}
         unmatched = (entry for entry in self.mask_spans if matches_of(entry) not in matched)
         return lines + [f"mask_spans: {entry} matches nothing in any row" for entry in unmatched]
 
     def to_dict(self) -> dict[str, Any]:
         return {name: asdict(counts) for name, counts in self.datasets.items()}
+
+
+def describe_also(also: dict[str, int]) -> list[str]:
+    """For people: what was counted beside the rows (`Example.also`), the most frequent first."""
+    lines = []
+    for what, times in sorted(also.items(), key=lambda pair: -pair[1])[:SHOWN_COUNTS]:
+        before, _, after = what.rpartition("{}")
+        lines.append(printable(f"{before}{times:,}{after}"))
+    return lines
 
 
 def count(rows: Dataset) -> Counts:
