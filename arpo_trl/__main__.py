@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ.setdefault("USE_LIBUV", "0")
 
 from . import __version__
-from .errors import RecipeError, RunFailed
+from .errors import RecipeError, RunFailed, printable
 from .recipe import read_recipe
 from .recipe.command_line import read_command_line
 from .recipe.help import explain_key, list_text, usage
@@ -50,9 +50,9 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         notes = getattr(error, "__notes__", None)  # where training.log has the traceback
         if notes:
-            print("; ".join([_in_one_line(error), *notes]), file=sys.stderr)
+            print(printable("; ".join([_in_one_line(error), *notes])), file=sys.stderr)
         else:
-            traceback.print_exc()
+            print(printable(traceback.format_exc()), file=sys.stderr, end="")
         return 1
 
 
@@ -76,7 +76,7 @@ def _run(argv: Sequence[str]) -> int:
         print(environment())
         return 0
     if "list" in line.options:
-        print(list_text())
+        print(printable(list_text()))
         return 0
     rows = 1
     if "preview" in line.options:

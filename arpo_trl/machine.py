@@ -29,10 +29,12 @@ def folder_bytes(folder: Path) -> int:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free on the disk of `folder`, which need not be there yet."""
-    while not folder.exists():
-        folder = folder.absolute().parent
-    return shutil.disk_usage(folder).free
+    """Bytes free on the disk of `folder`, which need not be there yet; 0 where there is no such disk."""
+    folder = folder.absolute()
+    for place in (folder, *folder.parents):
+        if place.exists():
+            return shutil.disk_usage(place).free
+    return 0
 
 
 def missing_space(folder: Path, needed: int, what: str) -> str | None:
@@ -40,6 +42,9 @@ def missing_space(folder: Path, needed: int, what: str) -> str | None:
     free = free_space(folder)
     if free >= needed:
         return None
+    drive = Path(folder.absolute().anchor)
+    if not drive.exists():
+        return f"there is no drive {drive}; point output_dir elsewhere"
     return (
         f"disk full: {what} needs {needed / 1e9:.3f} GB and {folder} has {free / 1e9:.3f} GB free; free some space, keep "
         "fewer checkpoints (save_total_limit) or point output_dir elsewhere"
@@ -52,12 +57,13 @@ def peak_memory() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if sys.platform == "win32":
+        return 0  # its Python has no `resource`
+    else:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def gpu_memory() -> int | None:

@@ -48,7 +48,7 @@ def logged_to(path: Path, enabled: bool = True) -> Iterator[Callable[[], None]]:
     log = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     start = path.stat().st_size
     with _handlers(log):
-        _LOG.info("# %s %s", time.strftime("%Y-%m-%d %H:%M:%S%z"), shlex.join(sys.argv))
+        _LOG.info("%s", printable(f"# {time.strftime('%Y-%m-%d %H:%M:%S%z')} {shlex.join(sys.argv)}"))
         try:
             yield lambda: _forget_before(path, start)
         except (RecipeError, RunFailed) as error:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,5 +116,7 @@ def resume_command(recipe: Recipe) -> str:
         return " ".join(["the same command", *(f"with {override}" for override in more)])
     given = [a for a in sys.argv[1:] if not a.startswith(("resume_from_checkpoint=", "--resume_from_checkpoint="))]
     if recipe.path != COMMAND_LINE:
-        given = [str(recipe.path), *(a for a in given if a != str(recipe.path))]
-    return shlex.join(["python", "-m", "arpo_trl", *given, *more])  # of two values of a key, the last one wins
+        given = [recipe.path.as_posix(), *(a for a in given if a != str(recipe.path))]
+    words = ["python", "-m", "arpo_trl", *given, *more]  # of two values of a key, the last one wins
+    # cmd.exe knows no single quotes; in Git Bash a path needs slashes.
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
