@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 # One thread, here and in the processes that tests start: tiny matrices, and a second thread mostly waits.
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", WANDB_MODE="offline", OMP_NUM_THREADS="1")
 
 import datasets
 import make_tiny_model

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import getpass
+import io
 import platform
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import small_run
 
 import arpo_trl
+from arpo_trl import machine
 from arpo_trl.__main__ import main
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.recipe.command_line import OPTIONS, read_command_line
@@ -142,3 +145,23 @@ def test_what_nobody_expected_shows_its_traceback_where_no_log_has_it(
     assert main([str(recipe), "--check"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("Traceback") and err.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+def test_a_console_without_chinese_shows_escapes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows' cp1252; the rows' text, and a message's."""
+    shown, told = (io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", shown)
+        patch.setattr(sys, "stderr", told)
+        assert main([str(recipe), "--preview", "default_system=你好 👍"]) == 0
+        assert main([str(recipe), "--check", "dataset=数据"]) == 2
+    for stream, escaped in ((shown, r"\u4f60\u597d \U0001f44d"), (told, r"\u6570\u636e")):
+        assert escaped in stream.buffer.getvalue().decode("cp1252")  # type: ignore[attr-defined]
+
+
+def test_a_drive_that_is_not_there_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path, **kwargs: False)
+    assert machine.free_space(Path("Z:/run")) == 0
+    assert str(machine.missing_space(Path("/run"), 1, "a checkpoint")).startswith(
+        "there is no drive /; point output_dir"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .encode import EncodedRow
 
 SHOWN_REASONS = 3
+LOST_ANSWERS_ALLOWED = 0.1
+ROWS_TO_FIT = 0.95
 SHOWN_FIELDS = 12
 SHOWN_COUNTS = 12
 ABOUT_A_ROW = ["source", "trained_tokens", "outcome", "reason", "also"]
@@ -110,6 +113,22 @@ def token_lengths(rows: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
     batches = rows.select_columns("input_ids").with_format("arrow").iter(1000)
     lengths = [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]
     return np.concatenate([np.empty(0, np.int64), *lengths])
+
+
+def advise_cutoff(name: str, rows: Dataset, counts: Counts, cutoff_len: int) -> Iterator[str]:
+    """Where many rows lost their final answer: the cutoff that most of them fit whole, and its cost."""
+    used = counts.rows - counts.dropped
+    if counts.lost_answer <= LOST_ANSWERS_ALLOWED * used:
+        return
+    lengths = token_lengths(rows)
+    whole = (lengths + rows.select_columns("cut").with_format("numpy")["cut"][:])[lengths > 0]
+    enough = math.ceil(np.percentile(whole, 100 * ROWS_TO_FIT, method="inverted_cdf") / 64) * 64
+    tokens = np.minimum(whole, enough).sum() / lengths.sum()
+    yield (
+        f"{name}: at cutoff_len {cutoff_len:,}, {counts.lost_answer / used:.0%} of the rows lose their final answer and "
+        f"are trained on without it; cutoff_len {enough:,} fits {ROWS_TO_FIT:.0%} of them whole, for {tokens:.1f} times "
+        f"the tokens and time, and {enough / cutoff_len:.1f} times the activations of the longest row"
+    )
 
 
 def to_line(dataset: str, row: EncodedRow) -> str | None:

@@ -35,12 +35,13 @@ from .files import fingerprint, read_dataset, require_unchanged
 from .labels import IGNORED
 
 # Raise it when the tokens of a row, or what is said of it, come out otherwise: rows encoded before are encoded again.
-FORMAT = 2
+FORMAT = 3
 FEATURES = Features(
     input_ids=List(Value("int32")),
     labels=List(Value("int32")),
     source=Value("string"),
     trained_tokens=Value("int64"),
+    cut=Value("int64"),
     outcome=Value("string"),
     reason=Value("string"),
     excerpt=Value("string"),
@@ -265,6 +266,7 @@ def _with_columns(batch: dict[str, list[Any]], positions: list[int], source: str
         "labels": batch["labels"],
         "source": [f"{source}:{position + 1}" for position in positions],
         "trained_tokens": trained,
+        "cut": [0] * rows,
         "outcome": ["kept" if number else "dropped" for number in trained],
         "reason": ["" if number else "no trained token" for number in trained],
         "excerpt": [""] * rows,

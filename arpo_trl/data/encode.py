@@ -30,15 +30,16 @@ class EncodedRow(TypedDict):
     """One row of a dataset, dropped ones too: these are the columns of an encoded dataset.
 
     `input_ids` and `labels` (-100: no loss) have the shape (tokens,), and are empty where the row was dropped.
-    `source`: "file:line". `outcome`: kept, shortened, lost_answer or dropped; `reason` and `excerpt` (the first
-    characters of the row) are empty where it was kept. `fields`: the names of the row's own columns. `also`: the JSON of
-    `Example.also`, or empty.
+    `source`: "file:line". `cut`: tokens past the cutoff. `outcome`: kept, shortened, lost_answer or dropped; `reason`
+    and `excerpt` (the first characters of the row) are empty where it was kept. `fields`: the names of the row's own
+    columns. `also`: the JSON of `Example.also`, or empty.
     """
 
     input_ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32]
     source: str
     trained_tokens: int
+    cut: int
     outcome: str
     reason: str
     excerpt: str
@@ -138,6 +139,7 @@ def _to_columns(row: Row, result: Example | RowError, cutoff_len: int) -> Encode
         "labels": labels,
         "source": row.place,
         "trained_tokens": int(np.count_nonzero(labels != IGNORED)),
+        "cut": example.cut,
         "outcome": outcome,
         "reason": _storable(reason),
         "excerpt": _storable(shown),

@@ -22,7 +22,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatasetError
 from ..recipe.keys import Recipe
-from .audit import Audit, Counts, StreamedLines, count, list_rows, missing_columns, to_line, too_many_dropped
+from .audit import (
+    Audit,
+    Counts,
+    StreamedLines,
+    advise_cutoff,
+    count,
+    list_rows,
+    missing_columns,
+    to_line,
+    too_many_dropped,
+)
 from .cache import TRAINED_ON, EncodedDataset, kept_rows, load_or_encode, load_tokenized
 from .encode import Encoder, encode_rows
 from .files import fingerprint, read_dataset
@@ -115,6 +125,7 @@ def _judge(data: PreparedData, infos: list[DatasetInfo], recipe: Recipe) -> None
             fields = chain.from_iterable(one.rows.select_columns("fields")["fields"])
             problems += missing_columns(info, fields, counts.rows)
         problems += too_many_dropped(info.name, counts, recipe.max_dropped, one.list_changed_rows)
+        data.notices += advise_cutoff(info.name, one.rows, counts, recipe.cutoff_len)
     if problems:
         raise DatasetError(problems)
 

@@ -37,6 +37,7 @@ class StartReport(TrainerCallback):
         for line in [
             f"model    {self.recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}",
             f"device   {describe_device(args)}",
+            *missing_gpu(self.recipe),
             *(f"data     {line}" for line in [*data.audit.lines(), *data.notices]),
             *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
             f"steps    {describe_steps(args, state.max_steps, data, self.recipe.dataset)}",
@@ -71,6 +72,23 @@ def describe_device(args: Any) -> str:
     if args.world_size == 1 and visible > 1:
         return f"{name}, 1 of {visible} (accelerate launch --config_file accelerate_configs/multi_gpu.yaml takes all)"
     return name if args.world_size == 1 else f"{args.world_size} x {name}"
+
+
+def missing_gpu(recipe: Recipe) -> list[str]:
+    """A line where the recipe or the launcher's config expects a GPU, and torch sees none."""
+    keys = [key for key in ("bf16", "fp16", "pure_bf16") if getattr(recipe, key)]
+    by_config = os.environ.get("ACCELERATE_USE_CPU", "true").lower() == "false"
+    if torch.accelerator.is_available() or not (keys or by_config):
+        return []
+    expects = f"{keys[0]}: true" if keys else "the accelerate config"
+    if torch.version.cuda or torch.version.hip:
+        cause = f"torch {torch.__version__} is built for one; does `nvidia-smi` (AMD: `rocm-smi`) list it?"
+    else:
+        cause = (
+            f"torch {torch.__version__} is a CPU build, as pip's own on Windows always is; "
+            "https://pytorch.org/get-started/locally has the command that installs yours"
+        )
+    return [f"         trains on the CPU, though {expects} expects a GPU: {cause}"]
 
 
 def describe_steps(args: Any, total: int, data: PreparedData, trained_on: list[str]) -> str:

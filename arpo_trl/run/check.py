@@ -24,7 +24,7 @@ from ..recipe.keys import Recipe
 from ..report.console import say
 from ..report.figures import describe_model, format_seconds, precision
 from ..report.log_file import read_log
-from ..report.summary import describe_device, describe_steps
+from ..report.summary import describe_device, describe_steps, missing_gpu
 from ..run_folder import list_checkpoints
 from .memory import describe_memory, estimate_memory, model_shape
 from .requirements import check_environment
@@ -76,6 +76,7 @@ def _describe_run(
     lines = [
         f"model    {recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}",
         f"device   {describe_device(args)}",
+        *missing_gpu(recipe),
         *rows,
         *(f"         {line}" for line in listed),
         f"steps    {steps}{'; the rows are read and counted as the run goes' * recipe.streaming}",

@@ -187,7 +187,10 @@ def write_results(recipe: Recipe, trainer: ArpoTrainer, manifest: Manifest, trai
     trainer.state.save_to_json(str(state))
     state.replace(output_dir / "trainer_state.json")
     if recipe.plot_loss:
-        plot_loss(log, output_dir / "training_loss.png")
+        try:
+            plot_loss(log, output_dir / "training_loss.png")
+        except OSError as error:  # on Windows, one that a viewer has open
+            say(f"training_loss.png could not be written ({error}); the run is saved")
     write_model_card(output_dir, manifest, recipe_text(recipe))
     match_umask(output_dir)
     manifest.write(output_dir, "finished")
