@@ -63,6 +63,12 @@ def _run(argv: Sequence[str]) -> int:
 
         print(merge_command(argv[1:]))
         return 0
+    if argv and argv[0] == "chat" and not is_file("chat"):
+        silence_libraries()
+        from .run.chat import chat_command
+
+        chat_command(argv[1:])
+        return 0
     line = read_command_line(argv)
     if not argv or "help" in line.options:
         print("\n\n".join(map(explain_key, line.words)) or usage())

@@ -20,10 +20,10 @@ echo "question: $question"
 for model in "$untrained" "$trained"; do
     echo
     echo "--- $model answers:"
-    python scripts/chat.py "$model" --system "$system" --prompt "$question" --max-new-tokens 80
+    arpo-trl chat "$model" --system "$system" --prompt "$question" --max-new-tokens 80
 done
 echo
 echo "loss plot   $trained/training_loss.png"
 echo "log         $trained/trainer_log.jsonl, $trained/training.log"
 echo "model       $trained"
-echo "talk to it  .venv/bin/python scripts/chat.py $trained"
+echo "talk to it  .venv/bin/arpo-trl chat $trained"

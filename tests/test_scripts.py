@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import benchmark_preparation
-import chat
 import compare_golden
 import make_tiny_model
 import make_toy_dataset
@@ -27,17 +26,11 @@ import torch
 from benchmark import MODES
 from benchmark_steps import spread, take_turns, times_trl
 from safetensors import safe_open
-from transformers import Qwen2ForCausalLM
 
 from arpo_trl.data import encode as encoder
 from arpo_trl.data import prepare as dataset
-from arpo_trl.data.encode import Encoder, encode_rows
-from arpo_trl.data.files import Row
-from arpo_trl.data.labels import IGNORED
-from arpo_trl.data.registry import read_registry
-from arpo_trl.data.template import find_template, shipped_template
-from arpo_trl.data.tokenizer import load_tokenizer
-from arpo_trl.recipe import Recipe
+from arpo_trl.data.template import shipped_template
+from arpo_trl.run.chat import find_call
 
 ROOT = Path(__file__).parents[1]
 ROWS = [json.loads(line) for line in make_toy_dataset.TOY_DATA.read_text(encoding="utf-8").splitlines()]
@@ -88,7 +81,7 @@ def test_every_toy_row_is_a_conversation_in_arpos_form():
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
         assert re.fullmatch(r"<think>.+</think>\n<answer>.*\\boxed\{.+\}.*</answer>", turns[-1]["value"], re.DOTALL)
         for call, result in zip(turns[1:-1:2], turns[2::2], strict=True):
-            assert chat.find_call(call["value"]), call
+            assert find_call(call["value"]), call
             assert re.fullmatch(r"<result>\n.+\n</result>", result["value"], re.DOTALL)
 
 
@@ -97,7 +90,7 @@ def test_toy_results_are_what_the_programs_print_and_the_searches_find():
         pair for row in ROWS for pair in zip(row["conversations"][1:-1:2], row["conversations"][2::2], strict=True)
     ]
     for call, result in random.Random(0).sample(rounds, 40):
-        tag, text = chat.find_call(call["value"])
+        tag, text = find_call(call["value"])
         found = make_toy_dataset.run_python(text) if tag == "python" else make_toy_dataset.search(text)
         assert result["value"] == f"<result>\n{found}\n</result>"
 
@@ -164,91 +157,7 @@ def test_tiny_tokenizer_is_built_as_qwens(tiny_tokenizer):
     assert tiny_tokenizer.chat_template == shipped_template("qwen")
 
 
-# chat.py
-
-
-@pytest.mark.parametrize(
-    ("reply", "call"),
-    [
-        ("<think>a</think>\n<python>\nprint(1)\n</python>", ("python", "print(1)")),
-        ("<search>who</search> ", ("search", "who")),
-        ('text\n<tool_call>\n{"name": "f"}\n</tool_call>', ("tool_call", '{"name": "f"}')),
-        ("<python>1</python> and so <answer>1</answer>", None),
-        ("<python>cut off", None),
-        ("no call", None),
-    ],
-)
-def test_find_call_finds_the_call_that_a_reply_ends_with(reply: str, call: tuple[str, str] | None):
-    assert chat.find_call(reply) == call
-
-
-def test_chat_answers_one_prompt(tiny_model: Path, capsys):
-    chat.main([str(tiny_model), "--prompt", "你好", "--max-new-tokens", "4"])
-    captured = capsys.readouterr()
-    assert (captured.out != "", captured.err) == (True, "")
-
-
-def test_chat_shows_the_call_and_takes_the_next_line_as_its_result(tiny_model: Path, capsys, monkeypatch):
-    seen: list[list[dict[str, str]]] = []
-
-    def reply_to(messages: list[dict[str, str]], *_: object) -> str:
-        seen.append(list(messages))
-        return "<search>Karamont</search>"
-
-    typed = iter(["Who founded Karamont?", "Kasivik", ""])
-    monkeypatch.setattr(chat, "reply_to", reply_to)
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    chat.main([str(tiny_model), "--system", "Be brief."])
-    assert capsys.readouterr().out.splitlines() == ["[search would be called here with: Karamont]"] * 2
-    assert [message["role"] for message in seen[1]] == ["system", "user", "assistant", "user"]
-    assert seen[1][-1]["content"] == "<result>\nKasivik\n</result>"
-
-
-TOLD = json.loads((ROOT / "recipes" / "data" / "tool_calls_demo.json").read_text(encoding="utf-8"))[0]
-
-
-@pytest.mark.parametrize("text", [TOLD["tools"], json.dumps(TOLD["tools"])], ids=["a list", "a row's text"])
-def test_chat_tells_the_model_of_tools_as_training_does(tiny_model: Path, tmp_path: Path, monkeypatch, text: str):
-    prompts: list[list[int]] = []
-    generate = Qwen2ForCausalLM.generate
-
-    def recorded(self: Qwen2ForCausalLM, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        prompts.append(input_ids[0].tolist())
-        return generate(self, input_ids=input_ids, **kwargs)
-
-    monkeypatch.setattr(Qwen2ForCausalLM, "generate", recorded)
-    (tmp_path / "tools.json").write_text(text, encoding="utf-8")
-    question = TOLD["conversations"][0]["value"]
-    chat.main(
-        [str(tiny_model), "--tools", str(tmp_path / "tools.json"), "--prompt", question, "--max-new-tokens", "2"]
-    )
-    recipe = Recipe(model_name_or_path=str(tiny_model), output_dir="unused")
-    info = read_registry(ROOT / "recipes")["tool_calls_demo"]
-    [trained] = encode_rows([Row("told", TOLD)], Encoder(info, recipe, find_template(load_tokenizer(recipe))))
-    first_reply = next(at for at, label in enumerate(trained["labels"]) if label != IGNORED)
-    assert prompts == [trained["input_ids"][:first_reply].tolist()]
-
-
-@pytest.mark.parametrize("text", [None, "{", '[{"description": "no name"}]'], ids=["no file", "not JSON", "no name"])
-def test_chat_names_the_tools_that_it_cannot_read(tiny_model: Path, tmp_path: Path, text: str | None):
-    if text is not None:
-        (tmp_path / "tools.json").write_text(text, encoding="utf-8")
-    with pytest.raises(
-        SystemExit, match=r"^--tools: .*tools\.json: .*; expected a JSON file with what a row has in .*$"
-    ):
-        chat.main([str(tiny_model), "--tools", str(tmp_path / "tools.json")])
-
-
-def test_chat_says_in_one_line_that_a_folder_has_no_weights_yet(tiny_model: Path, tmp_path: Path):
-    shutil.copytree(tiny_model, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(SystemExit) as stopped:
-        chat.main([str(tmp_path / "run"), "--prompt", "hi"])
-    assert re.fullmatch(r".*run: can't be loaded \(.+\); give the output_dir of a finished run.*", str(stopped.value))
-
-
-def test_chat_names_the_folder_that_holds_no_model(tmp_path: Path):
-    with pytest.raises(SystemExit, match="no model here; give the output_dir of a finished run"):
-        chat.main([str(tmp_path)])
+# quickstart.sh
 
 
 def test_the_quickstart_asks_what_the_toy_data_does_not_answer():

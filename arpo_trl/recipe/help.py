@@ -25,6 +25,7 @@ def usage() -> str:
         "python -m arpo_trl --check RECIPE.yaml [key=value ...]      rows, steps, memory and disk; trains nothing (-v: all)",
         "python -m arpo_trl --preview RECIPE.yaml [N]                show N rows as tokens, with what is trained",
         "python -m arpo_trl --help KEY                               explain one key (recipes/KEYS.md has them all)",
+        "python -m arpo_trl chat MODEL                               talk with a trained model (merge ADAPTER OUTPUT)",
         "python -m arpo_trl --list                                   list recipes and datasets found",
         "On GPUs: accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m arpo_trl RECIPE.yaml",
         "",

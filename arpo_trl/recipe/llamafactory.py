@@ -151,7 +151,7 @@ NO_EFFECT = {key: reason for reason, keys in _NO_EFFECT.items() for key in keys.
 REFUSED = {key: reason for reason, keys in _REFUSED.items() for key in keys.split()}
 
 MERGE = ["arpo-trl", "merge"]
-CHAT = ["python", "scripts/chat.py"]
+CHAT = ["arpo-trl", "chat"]
 _V1_KEYS = {"model", "train_dataset", "peft_config", "kernel_config", "quant_config", "dist_config", "model_class"}
 _INFERENCE_KEYS = {"infer_backend", "infer_dtype", "do_sample", "vllm_maxlen", "vllm_enforce_eager", "sglang_maxlen"}
 

@@ -166,12 +166,7 @@ def _generate_batch(
 
 
 def to_generation_config(recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """How replies are generated. Each setting is given, since the model's own would stand in for one that is not.
-
-    A reply ends at the template's end-of-turn token, or where the model's own generation config says.
-    """
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    """How replies are generated. Each setting is given, since the model's own would stand in for one that is not."""
     sampling = {"temperature": recipe.temperature, "top_p": recipe.top_p, "top_k": recipe.top_k}
     greedy = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' defaults, which have no effect
     return GenerationConfig(
@@ -183,9 +178,16 @@ def to_generation_config(recipe: Recipe, model: Any, tokenizer: PreTrainedTokeni
         repetition_penalty=recipe.repetition_penalty,
         length_penalty=recipe.length_penalty,
         use_cache=True,
-        eos_token_id=list(dict.fromkeys(end for end in ends if end is not None)),
+        eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a reply: the template's end-of-turn token, and those of the model's own generation config."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 def predict_replies(
@@ -247,7 +249,7 @@ def eval_prompts(
     if recipe.train_on_prompt or recipe.truncation_mode != "keep_start":
         changes = {"train_on_prompt": False, "truncation_mode": "keep_start", "tokenized_path": None}
         eval_rows = prepare_datasets(recipe.model_copy(update=changes), tokenizer).eval
-    ends = to_generation_config(recipe, model, tokenizer).eos_token_id
+    ends = end_tokens(model, tokenizer)
     prompts: list[Prompt] = []
     for name, rows in eval_rows.items():
         found, cut = find_prompts(rows, name, ends)

@@ -313,9 +313,9 @@ OTHER_FORMS = [
     ("model: m\ntrain_dataset: d\npeft_config: {name: lora}\noutput_dir: o\n", "this is LLaMA-Factory's v1 form (model:, train_dataset:, peft_config:), which is not read here; write its usual keys, recipes/KEYS.md"),
     ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\nexport_dir: out\nexport_size: 5\n", "this is an export recipe of LLaMA-Factory; merge the adapter with: arpo-trl merge a out"),
     ("model_name_or_path: m\nexport_dir: out\n", "this is an export recipe of LLaMA-Factory without an adapter; a trained model needs no export here"),
-    ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\ninfer_backend: huggingface\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python scripts/chat.py a"),
-    ("model_name_or_path: m\ntemplate: qwen\ninfer_backend: vllm\nvllm_enforce_eager: true\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python scripts/chat.py m"),
-    ("model_name_or_path: m\nstage: sft\ntemplate: qwen\ndo_sample: false\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python scripts/chat.py m"),
+    ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\ninfer_backend: huggingface\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: arpo-trl chat a"),
+    ("model_name_or_path: m\ntemplate: qwen\ninfer_backend: vllm\nvllm_enforce_eager: true\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: arpo-trl chat m"),
+    ("model_name_or_path: m\nstage: sft\ntemplate: qwen\ndo_sample: false\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: arpo-trl chat m"),
     ("model_name_or_path: 'my model'\nadapter_name_or_path: a b\nexport_dir: the out\n", "this is an export recipe of LLaMA-Factory; merge the adapter with: arpo-trl merge 'a b' 'the out'"),
     ("model_name_or_path: m\ntask: mmlu_test\ntemplate: qwen\nlang: en\nn_shot: 5\nsave_dir: s\n", "this is a benchmark recipe of LLaMA-Factory; benchmarks are not run here (lm-evaluation-harness runs them)"),
 ]  # fmt: skip

@@ -1,0 +1,242 @@
+"""`arpo-trl chat MODEL`: talk with a trained model; where it calls a tool, go on as ARPO rolls out.
+
+    arpo-trl chat checkpoints/tiny_cpu                                    until an empty line
+    arpo-trl chat checkpoints/tiny_cpu --prompt "Who founded Karamont?"   one question
+    arpo-trl chat checkpoints/tool_calls_demo --tools tools.json          tools as a row's `tools` has them
+    arpo-trl chat checkpoints/tiny_cpu --run-python                       <python> blocks are really run
+
+After a call you type the tool's result. It is given as a turn, or inside the model's turn, as its training data has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers.utils import logging
+
+from ..data.files import read_dataset
+from ..data.labels import to_segments
+from ..data.messages import Conversation, Message, to_conversation, to_tools
+from ..data.registry import select_datasets
+from ..data.template import Template, find_template
+from ..data.tokenizer import make_tokenize
+from ..errors import RecipeError, RowError
+from ..recipe import read_recipe
+from .predict import end_tokens
+from .run_python import Limits, run_python
+
+Results = Literal["turn", "inside"]
+CALL = re.compile(r"<(python|search|tool_call)>((?:(?!<\1>).)*)</\1>\s*\Z", re.DOTALL)
+LOOKED_AT = 100  # rows of the training data
+MOST_CALLS = 20  # that one question may take with --run-python
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A model and how it is talked with. `results`: where a tool's result goes."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    tools: list[dict[str, Any]] | None
+    results: Results
+    config: GenerationConfig
+
+    def go_on(self, messages: list[Message], turn: str) -> str:
+        """What the model writes after these messages and the beginning of its turn; shown as it is written.
+
+        Raises:
+            RecipeError: the template does not render them.
+        """
+        try:
+            pieces = [*to_context(messages, self.tools, self.template), *([turn] if turn else [])]
+        except RowError as error:
+            raise RecipeError(f"{self.tokenizer.name_or_path}: {error}") from None
+        ids = torch.tensor([[token for piece in make_tokenize(self.tokenizer)(pieces) for token in piece]])
+        output = self.model.generate(
+            input_ids=ids.to(self.model.device),
+            attention_mask=torch.ones_like(ids).to(self.model.device),
+            generation_config=self.config,
+            tokenizer=self.tokenizer,
+            streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def to_context(messages: list[Message], tools: list[dict[str, Any]] | None, template: Template) -> list[str]:
+    """The conversation up to the next reply, in the pieces that training tokenises each alone. Raises RowError."""
+    prompt = template.render(messages, tools, True)
+    conversation = Conversation(messages, tools)
+    done = [segment.text for segment in to_segments(conversation, template)] if conversation.replies else []
+    length = len("".join(done))
+    return [*done, prompt[length:]] if prompt.startswith("".join(done)) else [prompt]
+
+
+def find_call(reply: str) -> tuple[str, str] | None:
+    """The tag and the text of the tool call that a reply ends with, if it does."""
+    call = CALL.search(reply)
+    return (call[1], call[2].strip()) if call else None
+
+
+def as_message(tag: str, result: str) -> Message:
+    """A tool's result as a turn: ARPO's form is a user turn, Qwen's a tool turn."""
+    if tag == "tool_call":
+        return {"role": "tool", "content": result}
+    return {"role": "user", "content": f"<result>\n{result}\n</result>"}
+
+
+def find_results_form(model: Path) -> Results | None:
+    """Where the model's training data has results, by its first rows; None where the run or its data isn't there."""
+    path = next(
+        (folder / "recipe.yaml" for folder in (model, model.parent) if (folder / "recipe.yaml").is_file()), None
+    )
+    if path is None:
+        return None
+    inside = turns = 0
+    try:
+        recipe = read_recipe(path)
+        for info in select_datasets(recipe):
+            for row in islice(read_dataset(info, streaming=True)[1], LOOKED_AT):
+                try:
+                    messages = to_conversation(row.value, info).messages
+                except RowError:
+                    continue
+                inside += any("<result>" in m["content"] for m in messages if m["role"] == "assistant")
+                turns += any(
+                    "<result>" in m["content"] or m["role"] == "tool" for m in messages if m["role"] != "assistant"
+                )
+    except RecipeError:  # the data, or what an older version wrote
+        return None
+    return "inside" if inside > turns else "turn" if turns else None
+
+
+def read_tools(path: Path) -> list[dict[str, Any]] | None:
+    """As training reads a row's `tools`: a list, or the JSON text of one; the template is given the same."""
+    try:
+        return to_tools(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RowError) as error:
+        raise RecipeError(f"--tools: {path}: {error}; expected a JSON file with what a row has in `tools`") from None
+
+
+def load_chat(args: argparse.Namespace) -> Chat:
+    """Load the model.
+
+    Raises:
+        RecipeError: it isn't there, or its template can't be rendered.
+    """
+    if not (args.model / "tokenizer_config.json").is_file():
+        raise RecipeError(f"{args.model}: no model here; give the output_dir of a finished run")
+    tools = read_tools(args.tools) if args.tools else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+    except (OSError, ValueError) as error:  # no weights yet, or an adapter whose base is elsewhere
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(
+            f"{args.model}: can't be loaded ({reason}); give the output_dir of a finished run, from the folder where it "
+            "was started"
+        ) from None
+    if not tokenizer.chat_template:
+        raise RecipeError(
+            f"{args.model}: its tokenizer has no chat template; give the output_dir of a run of arpo_trl"
+        )
+    results = args.results or find_results_form(args.model)
+    if results is None and args.run_python:
+        print("results  as turns: its training data is not here to look; --results inside puts them into its own turn")
+    config = GenerationConfig(
+        max_new_tokens=args.max_new_tokens,
+        do_sample=args.temperature > 0,
+        temperature=args.temperature or 1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        eos_token_id=end_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        stop_strings=["</python>", "</search>"] if results == "inside" else None,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Chat(model.to(device).eval(), tokenizer, find_template(tokenizer), tools, results or "turn", config)
+
+
+def ask(prompt: str) -> str:
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
+
+
+def answer(chat: Chat, messages: list[Message], limits: Limits | None, one_question: bool) -> bool:
+    """Let the model answer the last message, with the results of what it calls; add its turns to `messages`.
+
+    Returns:
+        Whether the conversation goes on: not when a result was asked for and nothing was typed.
+    """
+    turn = ""
+    for _ in range(MOST_CALLS):
+        turn += chat.go_on(messages, turn)
+        call = find_call(turn)
+        if call is None:
+            break
+        tag, text = call
+        if tag == "python" and limits:
+            result = run_python(text, limits)
+            print(f"[result of <python>]\n{result}")
+        else:
+            print(f"[{tag} would be called here with: {text}]")
+            result = "" if one_question else ask(f"result of <{tag}>: ")
+            if not result:
+                messages.append({"role": "assistant", "content": turn})
+                return False
+        if chat.results == "inside" and tag != "tool_call":
+            turn += f" <result>\n{result}\n</result>"
+        else:
+            messages += [{"role": "assistant", "content": turn}, as_message(tag, result)]
+            turn = ""
+    else:
+        print(f"[stopped after {MOST_CALLS} calls]")
+    messages.append({"role": "assistant", "content": turn})
+    return True
+
+
+def chat_command(argv: Sequence[str]) -> None:
+    """Run the words after `arpo-trl chat`.
+
+    Raises:
+        RecipeError: the model or a file isn't there.
+    """
+    parser = argparse.ArgumentParser(
+        prog="arpo-trl chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder, or an adapter folder")
+    parser.add_argument("--prompt", help="answer this and stop")
+    parser.add_argument("--system", help="the system prompt (default: the chat template's own)")
+    parser.add_argument("--tools", type=Path, metavar="FILE.json", help="the tools that the model is told of")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="tokens between two results at most (512)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default): always the likeliest token")
+    parser.add_argument(
+        "--results", choices=("turn", "inside"), help="where results go (default: as in the run's training data)"
+    )
+    parser.add_argument("--run-python", action="store_true", help="run <python> blocks on this machine, as you")
+    parser.add_argument("--time-limit", type=float, default=Limits.seconds, help="seconds of a program (20)")
+    parser.add_argument("--memory-limit", type=int, default=Limits.megabytes, help="MB of a program (1024)")
+    args = parser.parse_args(argv)
+    logging.disable_progress_bar()
+    chat = load_chat(args)
+    limits = Limits(args.time_limit, args.memory_limit) if args.run_python else None
+    if limits:
+        print(f"<python> is run on this machine, as you: {limits}; not kept from your files or the network")
+    messages: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
+    while text := args.prompt or ask("you: "):
+        messages.append({"role": "user", "content": text})
+        if not answer(chat, messages, limits, bool(args.prompt)) or args.prompt:
+            break
