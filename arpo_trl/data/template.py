@@ -52,7 +52,7 @@ KEEP_THOUGHTS = {"truncate_history_thinking": False, "clear_thinking": False, "p
 class Template:
     """How rows are rendered for training; `find_template` finds it. `jinja` may be TRL's training form.
 
-    `tool_jinja` renders rows with tools where the tokenizer has a template for them (`tool_use`), as transformers does.
+    `tool_jinja` renders rows with tools or calls where the tokenizer has a template for them (`tool_use`).
     `day` is the date that it writes where it asks for today's (`strftime_now`).
 
     `generation_prompt` opens a reply; `after_reply` is what follows its text, and `end_of_turn` the first special token there.
@@ -116,7 +116,10 @@ class Template:
         messages = [
             self._with_thought(message) if message.get("reasoning_content") else message for message in messages
         ]
-        return replace(conversation, messages=self._with_ids(messages) if self.call_id else messages)
+        tools = conversation.tools
+        if self.tool_jinja and any(message.get("tool_calls") for message in messages):
+            tools = tools or []  # Its calls ask for the template with tools, also where the row lists none.
+        return Conversation(self._with_ids(messages) if self.call_id else messages, tools, conversation.unread)
 
     def _with_thought(self, reply: Message) -> Message:
         """A thought that stands beside the text, where the template looks for it."""
@@ -152,7 +155,7 @@ class Template:
         Raises:
             RowError: if the template refuses them.
         """
-        jinja = self.tool_jinja if tools and self.tool_jinja else self.jinja
+        jinja = self.jinja if tools is None or self.tool_jinja is None else self.tool_jinja
         variables: dict[str, Any] = {} if self.last_thought_only else KEEP_THOUGHTS
         if self.enable_thinking is False:
             variables = {**variables, "enable_thinking": False}

@@ -145,7 +145,8 @@ def test_a_tools_parameters_are_described_as_llama_factory_does() -> None:
 
 
 def test_rows_with_tools_are_rendered_with_the_template_for_them_and_all_are_saved(tmp_path: Path) -> None:
-    tool_use = "{% if tools %}<own>{{ tools | tojson }}</own>{% endif %}" + OWN
+    calls = "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}</own>{% endfor %}"
+    tool_use = "{% if tools %}<own>{{ tools | tojson }}</own>{% endif %}" + OWN.replace("</own>{% endfor %}", calls)
     make_tokenizer(chat_template={"default": OWN, "tool_use": tool_use, "rag": OWN}).save_pretrained(
         tmp_path / "model"
     )
@@ -156,6 +157,8 @@ def test_rows_with_tools_are_rendered_with_the_template_for_them_and_all_are_sav
     plain, with_tools = to_segments(Conversation(chat), template), to_segments(Conversation(chat, tools), template)
     assert plain[0].text == "<own>user Q</own><own>assistant "
     assert with_tools[0].text == f"<own>{json.dumps(tools)}</own>" + plain[0].text
+    unlisted = to_segments(template.fit(Conversation([Q, CALLS, FOUND, A])), template)
+    assert unlisted[0].text == plain[0].text and unlisted[1].text == "add</own>"
     tokenizer.save_pretrained(tmp_path / "out")
     saved = load_tokenizer(recipe(tmp_path / "out")).chat_template
     assert saved == {"default": OWN, "tool_use": tool_use, "rag": OWN}
