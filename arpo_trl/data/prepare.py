@@ -160,26 +160,28 @@ def _hold_out(rows: dict[str, Dataset], recipe: Recipe) -> tuple[dict[str, Datas
     if not 0 < size < len(joined):
         raise DatasetError(f"val_size: {recipe.val_size:g} of {len(joined):,} rows leaves nothing on one side")
     positions = Dataset.from_dict({"at": np.arange(len(joined))}).train_test_split(test_size=size, seed=recipe.seed)
-    held_out = joined.select(positions["test"]["at"])
-    digests = np.array(list(map(_digest, joined.with_format("numpy").select_columns("input_ids"))))
-    held = np.isin(digests, digests[positions["test"]["at"]])
-    order = np.array(positions["train"]["at"])
-    order = order[~held[order]]
+    chosen, order = (positions[side].with_format("numpy")[:]["at"] for side in ("test", "train"))
+    digests = np.array(list(_digests(joined)))
+    order = order[~np.isin(digests, digests[chosen])[order]]
     if not len(order):
         raise DatasetError(f"val_size: {recipe.val_size:g}: every other row equals one of those held out")
     ends = np.cumsum([0, *map(len, rows.values())])
     inside = {name: order[(order >= start) & (order < end)] for name, start, end in zip(rows, ends, ends[1:])}
-    return {name: joined.select(part) for name, part in inside.items()}, held_out
+    return {name: joined.select(part) for name, part in inside.items()}, joined.select(chosen)
 
 
-def _digest(row: dict[str, Any]) -> bytes:
-    return blake2b(np.asarray(row["input_ids"], np.int32).tobytes(), digest_size=16).digest()
+def _digest(input_ids: Any) -> bytes:
+    return blake2b(np.asarray(input_ids, np.int32).tobytes(), digest_size=16).digest()
+
+
+def _digests(rows: Dataset) -> Iterator[bytes]:
+    for batch in rows.select_columns("input_ids").with_format("arrow").iter(1000):
+        yield from map(_digest, batch["input_ids"].to_numpy())
 
 
 def _describe_held_out(data: PreparedData, equal: int | None) -> None:
     """`equal`: rows left out of training; None of a stream, where they are not known before they are read."""
-    digests = map(_digest, data.eval["validation"].select_columns("input_ids"))
-    data.fingerprints["validation"] = sha256(b"".join(digests)).hexdigest()
+    data.fingerprints["validation"] = sha256(b"".join(_digests(data.eval["validation"]))).hexdigest()
     if equal:
         data.notices.append(f"val_size: {equal:,} rows that equal a held-out row are left out of training")
 
@@ -218,8 +220,8 @@ def _add_streams(data: PreparedData, encoders: list[Encoder], recipe: Recipe) ->
         data.eval["validation"] = Dataset.from_list(held_out, features=TRAINED_ON)
         _describe_held_out(data, None)
         # By content, since a shuffled stream begins each pass with other rows and a mixed one may repeat them.
-        digests = set(map(_digest, held_out))
-        train = train.filter(lambda row: _digest(row) not in digests)
+        digests = set(_digests(data.eval["validation"]))
+        train = train.filter(lambda row: _digest(row["input_ids"]) not in digests)
     data.train = train
 
 
