@@ -80,6 +80,23 @@ def _score_tile(hidden: Tensor, labels: Tensor, head: nn.Module) -> tuple[Tensor
     return log_probs, entropy, is_top1
 
 
+def mask_repeated_rows(batch: dict[str, Tensor], new: int, packed: bool) -> None:
+    """Mask the labels of all rows but the first `new`, so that an epoch trains as on one process.
+
+    Of several processes each gets as many batches, so accelerate 1.15 (BatchSamplerShard) fills up the last ones with
+    rows from the epoch's start. Rows laid end to end begin where a position is 0; of packed rows, which hold several
+    each, only a batch without any new one is masked.
+    """
+    labels = batch["labels"]
+    if "attention_mask" in batch:
+        labels[max(new, 0) :] = -100
+    elif new <= 0:
+        labels[:] = -100
+    elif not packed:
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten()
+        labels[:, int(starts[new]) if new < len(starts) else labels.size(1) :] = -100
+
+
 def token_means(sums: Tensor, prefix: str) -> dict[str, float]:
     """Metrics from the sums over labelled tokens of: -log p, entropy, correct guesses, and one."""
     nll, entropy, correct = (sums[:3] / sums[3].clamp(min=1)).tolist()

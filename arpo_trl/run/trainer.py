@@ -25,7 +25,7 @@ from ..errors import RunFailed
 from ..machine import checkpoint_bytes, missing_space
 from ..report.console import say
 from .checkpoints import IN_PROGRESS, begin_checkpoint, finish_checkpoint
-from .loss import score_labelled_positions_only, token_means
+from .loss import mask_repeated_rows, score_labelled_positions_only, token_means
 from .order import Endless, EpochOrder
 
 
@@ -155,6 +155,15 @@ class ArpoTrainer(SFTTrainer, _Line):
             return [], None
         return super().get_batch_samples(*args, **kwargs)
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Labelled tokens of an update, without the rows that accelerate repeats to fill up an epoch's last batches."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size > 1 and batch_samples and state.end_of_dataloader and state.remainder > 0:
+            args: Any = self.args
+            earlier = args.process_index * args.per_device_train_batch_size
+            mask_repeated_rows(batch_samples[-1], state.remainder - earlier, args.packing)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward; a loss that is not finite ends the run by name."""
         self.batches.append(inputs)
@@ -163,7 +172,7 @@ class ArpoTrainer(SFTTrainer, _Line):
         if not torch.isfinite(loss):
             raise RunFailed(self._not_finite("loss", float(loss)))
         if "attention_mask" in inputs:
-            seen = inputs["attention_mask"].sum()
+            seen = inputs["attention_mask"][(inputs["labels"] != -100).any(-1)].sum()  # no repeated rows
         else:  # laid end to end
             seen = torch.tensor(inputs["input_ids"].numel())
         self._sums[-1] = torch.stack([loss.float(), seen.to(loss), *self._sums[-1]])

@@ -271,6 +271,7 @@ def test_rope_scaling_stretches_by_the_whole_factor_that_covers_the_cutoff(
 
 
 def test_quantization_becomes_bitsandbytes(recipe_of: Any) -> None:
+    pytest.importorskip("bitsandbytes")  # transformers asks for its version
     assert to_quantization_config(recipe_of()) is None
     four = to_quantization_config(recipe_of("quantization_bit=4", "bf16=true", "double_quantization=false"))
     assert four is not None and four.load_in_4bit and not four.bnb_4bit_use_double_quant

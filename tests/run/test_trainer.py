@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from torch.nn import functional
+from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from arpo_trl.errors import RunFailed
 from arpo_trl.run import loss
@@ -155,3 +158,36 @@ def test_a_nan_stops_the_run_at_its_step_and_names_the_rows(tmp_path: Path, tiny
     with pytest.raises(RunFailed, match=r"step 3: the loss is nan.*rows\.jsonl:5, rows\.jsonl:6\."):
         trainer.train()
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+# --- rows that do not divide evenly among processes ---
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "size", "processes"), [(5, 2, 2), (6, 2, 2), (7, 2, 3), (9, 4, 2), (3, 1, 2), (5, 4, 4)]
+)
+def test_each_row_carries_loss_once_however_many_processes_share_them(
+    rows: int, size: int, processes: int, padding_free: bool
+) -> None:
+    """The batches that accelerate deals out, collated as TRL does: a row of n + 1 tokens has n labels of its number."""
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)
+    sampler = BatchSampler(SequentialSampler(range(rows)), size, drop_last=False)
+    found: list[int] = []
+    for process in range(processes):
+        *full, last = BatchSamplerShard(sampler, processes, process)
+        batches = [
+            collate([{"input_ids": [i + 1] * (i + 2), "labels": [-100, *[i + 1] * (i + 1)]} for i in batch])
+            for batch in (*full, last)
+        ]
+        if remainder := rows % (size * processes):
+            loss.mask_repeated_rows(batches[-1], remainder - process * size, packed=False)
+        found += [label for batch in batches for label in batch["labels"].flatten().tolist() if label != -100]
+    assert sorted(found) == sorted(i + 1 for i in range(rows) for _ in range(i + 1))
+
+
+def test_of_packed_rows_a_batch_of_repeated_ones_alone_is_masked() -> None:
+    for new, left in ((0, 0), (1, 4)):
+        batch = {"labels": torch.ones(1, 4, dtype=torch.long), "position_ids": torch.tensor([[0, 1, 0, 1]])}
+        loss.mask_repeated_rows(batch, new, packed=True)
+        assert int((batch["labels"] != -100).sum()) == left
