@@ -404,11 +404,11 @@ def shipped_template(name: str) -> str:
     table = tomllib.loads(folder.joinpath("names.toml").read_text(encoding="utf-8"))
     pieces = table[name]
     pieces = table.get(pieces.get("like"), {}) | pieces
-    default = {"begin": "", "default_system": "", "result_join": "", "system_inside": False}
+    default = {"begin": "", "default_system": "", "result_join": "", "system_inside": False, "tools": "react"}
     default |= {"thought": ["<think>\n", "\n</think>\n\n"], "reasons": "thought" in pieces}
-    default |= {"result": pieces["user"], "call": pieces["reply"]}
+    pieces = default | {"result": pieces["user"], "call": pieces["reply"]} | pieces
     lines = []
-    for key, value in (default | pieces).items():
+    for key, value in pieces.items():
         if isinstance(value, list):
             lines.append(f"{{%- set {key}_start, {key}_end = {_expression(value[0])}, {_expression(value[1])} %}}\n")
         elif key not in ("like", "tools"):
