@@ -19,10 +19,11 @@ from pathlib import Path
 os.environ.setdefault("USE_LIBUV", "0")
 
 from . import __version__
-from .errors import RecipeError, RunFailed, printable
+from .errors import RecipeError, RunFailed, printable, program
 from .recipe import read_recipe
 from .recipe.command_line import read_command_line
-from .recipe.help import explain_key, list_text, usage
+from .recipe.help import explain, list_text, usage
+from .recipe.starter import write_starter
 from .recipe.yaml_file import is_file
 from .report.console import silence_libraries
 from .run.requirements import check_inputs, check_packages
@@ -71,7 +72,7 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     line = read_command_line(argv)
     if not argv or "help" in line.options:
-        print("\n\n".join(map(explain_key, line.words)) or usage())
+        print(explain(line.words) or usage())
         return 0 if argv else 2
     if "version" in line.options:
         print(f"arpo_trl {__version__}")
@@ -83,6 +84,12 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     if "list" in line.options:
         print(printable(list_text()))
+        return 0
+    if "init" in line.options:
+        if len(line.words) != 1:
+            raise RecipeError(f"--init: expected one folder, found {len(line.words)}")
+        print("\n".join(f"wrote {path}" for path in write_starter(Path(line.words[0]))))
+        print(f"next: cd {line.words[0]} and {program()} --check recipe.yaml")
         return 0
     rows = 1
     if "preview" in line.options:

@@ -4,8 +4,15 @@
 """
 
 import re
+import sys
+from pathlib import Path
 
 LONGEST_LINE = 2000  # characters
+
+
+def program() -> str:
+    """How this program was called, for a message that names a command."""
+    return "arpo-trl" if Path(sys.argv[0]).stem.startswith("arpo-trl") else "python -m arpo_trl"
 
 
 def printable(text: str) -> str:

@@ -19,6 +19,7 @@ from transformers.utils import ExplicitEnum
 
 from arpo_trl.recipe.keys import in_words, keys
 from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
+from arpo_trl.recipe.schema import schema_json
 from arpo_trl.recipe.sft_fields import sft_fields
 
 HERE = Path(__file__).resolve().parent.parent
@@ -58,32 +59,6 @@ def keys_md() -> str:
     refused = "An error, unless the value is null, false or LLaMA-Factory's default, which ask for nothing."
     lines += ["", "## Refused", "", refused, "", *_by_reason(REFUSED)]
     return "\n".join(lines) + "\n"
-
-
-def schema_json() -> str:
-    """A JSON Schema for editors: what `read_recipe` takes without a problem, unquoted."""
-    properties: dict[str, Any] = {}
-    for name, key in keys().items():
-        schema = {k: v for k, v in key.schema.items() if k not in ("to", "unit", "title", "default", "description")}
-        if key.default is None and schema.get("type") != "null" and {"type": "null"} not in schema.get("anyOf", []):
-            schema = {"anyOf": [schema, {"type": "null"}]}
-        if key.default not in (..., None):
-            schema["default"] = key.default
-        properties[name] = {**schema, "description": key.help}
-    for old, new in RENAMED.items():
-        properties[old] = {**properties[new], "description": f"Another name for {new}.", "deprecated": True}
-    for name, reason in NO_EFFECT.items():
-        properties[name] = {"description": f"No effect; {reason}.", "deprecated": True}
-    document = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "arpo_trl recipe",
-        "description": "Written by scripts/make_keys.py.",
-        "type": "object",
-        "properties": properties,
-        "required": [name for name, key in keys().items() if key.default is ...],
-        "additionalProperties": False,
-    }
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
 def sft_fields_py() -> str:

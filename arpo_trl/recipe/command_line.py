@@ -15,7 +15,7 @@ from .keys import keys
 from .llamafactory import NO_EFFECT, REFUSED, RENAMED
 from .yaml_file import is_file
 
-OPTIONS = ("check", "verbose", "preview", "help", "list", "env", "version")
+OPTIONS = ("check", "verbose", "preview", "help", "list", "init", "env", "version")
 
 
 @dataclass

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import program
 from .yaml_file import Given
 
 # Another name for a key: older names, and TRL's names for what LLaMA-Factory calls otherwise.
@@ -150,8 +151,6 @@ HARMLESS: dict[str, Any] = {
 NO_EFFECT = {key: reason for reason, keys in _NO_EFFECT.items() for key in keys.split()}
 REFUSED = {key: reason for reason, keys in _REFUSED.items() for key in keys.split()}
 
-MERGE = ["arpo-trl", "merge"]
-CHAT = ["arpo-trl", "chat"]
 _V1_KEYS = {"model", "train_dataset", "peft_config", "kernel_config", "quant_config", "dist_config", "model_class"}
 _INFERENCE_KEYS = {"infer_backend", "infer_dtype", "do_sample", "vllm_maxlen", "vllm_enforce_eager", "sglang_maxlen"}
 
@@ -165,9 +164,7 @@ def recognise(given: Mapping[str, Given]) -> str | None:
     model, adapter = value("model_name_or_path"), value("adapter_name_or_path")
     if _V1_KEYS & given.keys() and not model:
         found = ", ".join(f"{key}:" for key in given if key in _V1_KEYS)
-        return (
-            f"this is LLaMA-Factory's v1 form ({found}), which is not read here; write its usual keys, recipes/KEYS.md"
-        )
+        return f"this is LLaMA-Factory's v1 form ({found}), which is not read here; write its usual keys (--help all)"
     if {"task", "task_dir", "n_shot"} & given.keys() and "do_train" not in given:
         return "this is a benchmark recipe of LLaMA-Factory; benchmarks are not run here (lm-evaluation-harness runs them)"
     if not model or {"output_dir", "do_train", "dataset"} & given.keys():
@@ -175,10 +172,10 @@ def recognise(given: Mapping[str, Given]) -> str | None:
     if "export_dir" in given:
         if not adapter:
             return "this is an export recipe of LLaMA-Factory without an adapter; a trained model needs no export here"
-        command = shlex.join([*MERGE, adapter, value("export_dir", "OUT")])
+        command = f"{program()} merge {shlex.join([adapter, value('export_dir', 'OUT')])}"
         return f"this is an export recipe of LLaMA-Factory; merge the adapter with: {command}"
     if _INFERENCE_KEYS & given.keys() or ("template" in given and "stage" not in given):
-        command = shlex.join([*CHAT, adapter or model])
+        command = f"{program()} chat {shlex.quote(adapter or model)}"
         return (
             f"this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: {command}"
         )

@@ -143,4 +143,4 @@ def _expected(key: str, value: Any) -> str:
 
 def nearest(key: str) -> str:
     near = difflib.get_close_matches(key, [*keys(), *RENAMED], n=1)
-    return f"no such key; the nearest is {near[0]}" if near else "no such key; recipes/KEYS.md lists them"
+    return f"no such key; the nearest is {near[0]}" if near else "no such key; --help all lists them"

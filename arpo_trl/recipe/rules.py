@@ -46,8 +46,15 @@ def resolve(recipe: Recipe) -> Recipe:
         lines.append("trust_remote_code: the model's own code runs if transformers has none for its architecture")
     if recipe.pure_bf16:
         lines.append("pure_bf16: bfloat16 keeps 8 bits; at small learning rates most updates round to nothing")
-    notices = (*recipe.source.notices, *(f"{recipe.path}: {line}" for line in lines))
-    settled["source"] = replace(recipe.source, notices=notices)
+    notices = [*recipe.source.notices, *(f"{recipe.path}: {line}" for line in lines)]
+    if not recipe.do_train:
+        done = [
+            done for done, asked in (("evaluated", recipe.do_eval), ("asked to reply", recipe.do_predict)) if asked
+        ]
+        notices.insert(
+            0, f"{recipe.path}: do_train is not true: nothing is trained, the model is {' and '.join(done)}"
+        )
+    settled["source"] = replace(recipe.source, notices=tuple(notices))
     return recipe.model_copy(update=settled)
 
 

@@ -16,6 +16,7 @@ import yaml
 from transformers import TrainerCallback
 
 from ..data.prepare import PreparedData
+from ..errors import program
 from ..machine import free_space
 from ..recipe.keys import COMMAND_LINE, Recipe
 from .console import say
@@ -135,6 +136,6 @@ def resume_command(recipe: Recipe) -> str:
     given = [a for a in sys.argv[1:] if not a.startswith(("resume_from_checkpoint=", "--resume_from_checkpoint="))]
     if recipe.path != COMMAND_LINE:
         given = [recipe.path.as_posix(), *(a for a in given if a != str(recipe.path))]
-    words = ["python", "-m", "arpo_trl", *given, *more]  # of two values of a key, the last one wins
+    words = [*program().split(), *given, *more]  # of two values of a key, the last one wins
     # cmd.exe knows no single quotes; in Git Bash a path needs slashes.
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
-from arpo_trl.recipe.help import explain_key, list_text, usage
+from arpo_trl.recipe.help import explain, explain_key, list_text, usage
 from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED
 from arpo_trl.recipe.read import takes_text
@@ -92,8 +92,8 @@ WRONG = [
     # names
     ("warmup_ration: 0.1", "warmup_ration: no such key; the nearest is warmup_ratio"),
     ("Learning_rate: 1", "Learning_rate: no such key; the nearest is learning_rate"),
-    ("qwertz: 1", "qwertz: no such key; recipes/KEYS.md lists them"),
-    ("env: {A: b}", "env: no such key; recipes/KEYS.md lists them"),
+    ("qwertz: 1", "qwertz: no such key; --help all lists them"),
+    ("env: {A: b}", "env: no such key; --help all lists them"),
     ("use_liger_kernel: true\nenable_liger_kernel: false", "use_liger_kernel: means enable_liger_kernel, which is there too; keep one"),
     # YAML
     ("dataset: b", "dataset: already on line 4; keep one"),
@@ -165,6 +165,12 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Pa
 def test_a_value_that_is_not_read_is_the_only_problem(tmp_path: Path) -> None:
     text = GOOD.replace("dataset: a", "dataset: !!binary aGk=") + "do_eval: true\nval_size: 0.1\n"
     assert len(problems(tmp_path, text)) == 1
+
+
+def test_a_recipe_that_only_evaluates_says_so_first(tmp_path: Path) -> None:
+    path = write(tmp_path, "model_name_or_path: m\noutput_dir: o\ndo_eval: true\neval_dataset: a\nuse_unsloth: true\n")
+    first, *_ = read_recipe(path).notices
+    assert first == f"{path}: do_train is not true: nothing is trained, the model is evaluated"
 
 
 def test_a_recipe_that_trains_nothing_says_so(tmp_path: Path) -> None:
@@ -310,13 +316,13 @@ def test_llama_factorys_predict_recipe_is_read_and_is_greedy_unless_it_samples(
 
 
 OTHER_FORMS = [
-    ("model: m\ntrain_dataset: d\npeft_config: {name: lora}\noutput_dir: o\n", "this is LLaMA-Factory's v1 form (model:, train_dataset:, peft_config:), which is not read here; write its usual keys, recipes/KEYS.md"),
-    ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\nexport_dir: out\nexport_size: 5\n", "this is an export recipe of LLaMA-Factory; merge the adapter with: arpo-trl merge a out"),
+    ("model: m\ntrain_dataset: d\npeft_config: {name: lora}\noutput_dir: o\n", "this is LLaMA-Factory's v1 form (model:, train_dataset:, peft_config:), which is not read here; write its usual keys (--help all)"),
+    ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\nexport_dir: out\nexport_size: 5\n", "this is an export recipe of LLaMA-Factory; merge the adapter with: python -m arpo_trl merge a out"),
     ("model_name_or_path: m\nexport_dir: out\n", "this is an export recipe of LLaMA-Factory without an adapter; a trained model needs no export here"),
-    ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\ninfer_backend: huggingface\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: arpo-trl chat a"),
-    ("model_name_or_path: m\ntemplate: qwen\ninfer_backend: vllm\nvllm_enforce_eager: true\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: arpo-trl chat m"),
-    ("model_name_or_path: m\nstage: sft\ntemplate: qwen\ndo_sample: false\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: arpo-trl chat m"),
-    ("model_name_or_path: 'my model'\nadapter_name_or_path: a b\nexport_dir: the out\n", "this is an export recipe of LLaMA-Factory; merge the adapter with: arpo-trl merge 'a b' 'the out'"),
+    ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\ninfer_backend: huggingface\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python -m arpo_trl chat a"),
+    ("model_name_or_path: m\ntemplate: qwen\ninfer_backend: vllm\nvllm_enforce_eager: true\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python -m arpo_trl chat m"),
+    ("model_name_or_path: m\nstage: sft\ntemplate: qwen\ndo_sample: false\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python -m arpo_trl chat m"),
+    ("model_name_or_path: 'my model'\nadapter_name_or_path: a b\nexport_dir: the out\n", "this is an export recipe of LLaMA-Factory; merge the adapter with: python -m arpo_trl merge 'a b' 'the out'"),
     ("model_name_or_path: m\ntask: mmlu_test\ntemplate: qwen\nlang: en\nn_shot: 5\nsave_dir: s\n", "this is a benchmark recipe of LLaMA-Factory; benchmarks are not run here (lm-evaluation-harness runs them)"),
 ]  # fmt: skip
 
@@ -584,11 +590,29 @@ def test_explaining_a_key_gives_type_default_mapping_and_trls_own_help() -> None
         explain_key("lerning_rate")
 
 
+def test_keys_are_listed_by_group_and_in_whole_words() -> None:
+    text = explain(["all"])
+    assert all(f"  {key} " in text for key in keys()) and "cutoff_len" not in explain(["train"])
+    known = {word for key in keys().values() for word in key.help.split()}
+    for line in [*text.splitlines(), *usage().splitlines()]:
+        assert len(line) <= 120
+        if line.endswith(" ..."):
+            assert line.split()[-2] in known
+    assert explain(["bf16", "cutoff_len"]) == f"{explain_key('bf16')}\n\n{explain_key('cutoff_len')}"
+    assert "default  adamw_torch_fused" in explain(["optim"])
+
+
+def test_messages_name_the_program_as_it_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for called, name in (("/x/bin/arpo-trl", "arpo-trl"), ("/x/arpo_trl/__main__.py", "python -m arpo_trl")):
+        monkeypatch.setattr(sys, "argv", [called])
+        assert all(line.startswith(f"{name} ") for line in usage().splitlines()[:8])
+
+
 def test_the_list_names_recipes_and_datasets(tmp_path: Path) -> None:
     assert list_text(tmp_path).startswith("no recipe")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset_info.json").write_text('{"a": {}, "b": {}}', encoding="utf-8")
-    write(tmp_path, "# yaml-language-server: $schema=schema.json\n#\n# What it trains.\n" + GOOD)
+    write(tmp_path, "# yaml-language-server: $schema=schema.json\n#\n# What it\n# trains. How.\n" + GOOD)
     assert list_text(tmp_path).splitlines() == [
         f"{tmp_path / 'r.yaml'}  What it trains.",
         f"{tmp_path / 'data' / 'dataset_info.json'}  a, b",

@@ -1,6 +1,7 @@
 """The recipes that are shipped, and recipes that were written for LLaMA-Factory."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import make_keys
 import pytest
 import yaml
 
+from arpo_trl.__main__ import main
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.run.requirements import check_packages
@@ -60,7 +62,15 @@ def test_a_shipped_recipes_header_gives_its_command_and_its_data_is_registered(p
 
 def test_the_schema_refuses_a_typo_and_a_wrong_type() -> None:
     good = yaml.safe_load((REPOSITORY / "recipes" / "qwen_toy.yaml").read_text(encoding="utf-8"))
-    for wrong in ({"warmup_ration": 0.1}, {"cutoff_len": "4k"}, {"learning_rate": -1}, {"optim": "adam"}):
+    jsonschema.validate(good | {"use_unsloth": True, "use_badam": False, "pref_beta": 0.1, "packing": None}, SCHEMA)
+    for wrong in (
+        {"use_badam": True},
+        {"pref_beta": 0.2},
+        {"warmup_ration": 0.1},
+        {"cutoff_len": "4k"},
+        {"learning_rate": -1},
+        {"optim": "adam"},
+    ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(good | wrong, SCHEMA)
 
@@ -89,3 +99,26 @@ def test_arpos_recipe_means_what_it_meant() -> None:
     assert (recipe.finetuning_type, recipe.template, recipe.overwrite_output_dir) == ("full", "qwen", True)
     with pytest.raises(RecipeError, match="deepspeed: "):
         check_packages(recipe)
+
+
+def test_init_writes_what_a_first_run_needs(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--init", "first"]) == 0
+    written = [Path(line.removeprefix("wrote ")) for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert [path.name for path in written[:4]] == ["recipe.yaml", "schema.json", "dataset_info.json", "rows.jsonl"]
+    for config in (REPOSITORY / "accelerate_configs").glob("*.yaml"):
+        assert (tmp_path / "first" / "accelerate_configs" / config.name).read_text("utf-8") == config.read_text(
+            "utf-8"
+        )
+    assert (tmp_path / "first" / "schema.json").read_text("utf-8") == (
+        REPOSITORY / "recipes" / "schema.json"
+    ).read_text("utf-8")
+    os.chdir("first")
+    jsonschema.validate(yaml.safe_load(Path("recipe.yaml").read_text("utf-8")), SCHEMA)
+    assert main(["recipe.yaml", f"model_name_or_path={tiny_model}", "--preview", "3"]) == 0
+    assert "\\boxed{391}" in capsys.readouterr().out
+    os.chdir(tmp_path)
+    assert main(["--init", "first"]) == 2
+    assert capsys.readouterr().err.startswith("first/recipe.yaml: is there already; --init FOLDER writes into ")
+    assert main(["--init"]) == 2 and main(["--init", "/dev/null/x"]) == 2
