@@ -15,6 +15,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .template import Template
 
 IGNORED = -100
+WINDOW = 8  # replies
+MOST_REPLIES = 2000
 SPAN_SECONDS = 2.0
 
 
@@ -82,18 +85,54 @@ def to_segments(conversation: Conversation, template: Template, mask_spans: Sequ
         RowError: if the template refuses the conversation, rewrites what it rendered before, leaves text out, or does
             not end a reply that may be trained.
     """
+    segments = _render_long(conversation, template, mask_spans)
+    if segments is None:
+        segments = _render_turns(conversation, template, mask_spans, len(conversation.replies))
+    _check_complete(conversation.messages[: conversation.replies[-1] + 1], conversation.tools or [], segments)
+    try:
+        "".join(segment.text for segment in segments).encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError("not UTF-8: the text holds half a surrogate pair or a byte that is no character") from None
+    return segments
+
+
+def _render_long(conversation: Conversation, template: Template, mask_spans: Sequence[str]) -> list[Segment] | None:
+    """The segments of a row of many replies, at a cost in proportion to them, if that gives what the template writes.
+
+    Raises:
+        RowError: if it does not, and the row is so long that rendering all that comes before each reply takes hours.
+    """
+    messages, replies = conversation.messages[: conversation.replies[-1] + 1], len(conversation.replies)
+    if replies <= 2 * WINDOW:
+        return None
+    with suppress(RowError):
+        segments = _render_turns(conversation, template, mask_spans, WINDOW)
+        if "".join(segment.text for segment in segments) == template.render(messages, conversation.tools, False):
+            return segments
+    if replies > MOST_REPLIES:
+        raise RowError(f"too long: the template writes some of its {replies:,} replies differently once others follow")
+    return None
+
+
+def _render_turns(
+    conversation: Conversation, template: Template, mask_spans: Sequence[str], window: int
+) -> list[Segment]:
+    """The segments, each rendered after what comes before the first reply and `window` to 2 * `window` replies alone."""
     messages, tools, replies = conversation.messages, conversation.tools, conversation.replies
     segments: list[Segment] = []
-    done, start = "", 0
-    for position in replies:
-        until_reply = template.render(messages[: position + 1], tools, False)
+    done, start, first = "", 0, 0
+    for number, position in enumerate(replies):
+        if number > first + 2 * window:
+            first = number - window
+            done = template.render(messages[: replies[0]] + messages[replies[first] : start], tools, False)
+        before = messages[: replies[0]] + messages[replies[first] : position]
+        until_reply = template.render([*before, messages[position]], tools, False)
         if position:
-            until_prompt = template.render(messages[:position], tools, True)
+            until_prompt = template.render(before, tools, True)
         else:  # Most templates look at the first message, and there is none before this reply.
-            before = until_reply[: until_reply.find(template.generation_prompt)]
-            until_prompt = before + template.generation_prompt
+            until_prompt = until_reply[: until_reply.find(template.generation_prompt)] + template.generation_prompt
         if not until_reply.startswith(until_prompt):
-            until_prompt = _open_reply(messages[:position], tools, template, until_prompt, until_reply)
+            until_prompt = _open_reply(before, tools, template, until_prompt, until_reply)
         if not until_prompt.startswith(done):
             done = _join_turns(done, until_prompt, template, segments)
         context, reply = until_prompt[len(done) :], until_reply[len(until_prompt) :]
@@ -106,11 +145,6 @@ def to_segments(conversation: Conversation, template: Template, mask_spans: Sequ
         segments.append(Segment(context, not all(message.get("trained", True) for message in between)))
         segments.append(_mask(Segment(reply, masked), template, mask_spans))
         done, start = until_reply, position + 1
-    _check_complete(messages[: replies[-1] + 1], tools or [], segments)
-    try:
-        done.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RowError("not UTF-8: the text holds half a surrogate pair or a byte that is no character") from None
     return segments
 
 

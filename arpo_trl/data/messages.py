@@ -19,7 +19,7 @@ from itertools import takewhile
 from typing import Any, NotRequired, TypedDict
 
 from ..errors import RowError
-from .registry import DatasetInfo
+from .registry import COLUMNS, DatasetInfo
 from .strict_json import decode_json, excerpt, parse_json
 
 Fields = dict[str, Any]
@@ -93,10 +93,17 @@ def to_conversation(row: Any, info: DatasetInfo, default_system: str | None = No
         tools.append(listed)
     if any(other != tools[0] for other in tools):
         raise RowError("wrong type: the row has two lists of tools, and they differ")
-    unread.update(
-        f"not read: column `{name}` of {{}} rows" for name, value in rest.items() if value not in ("", [], {})
-    )
+    unread.update(_unread_column(name, info) for name, value in rest.items() if value not in ("", [], {}))
     return Conversation(messages, tools[0] if tools else None, unread)
+
+
+def _unread_column(name: str, info: DatasetInfo) -> str:
+    """LLaMA-Factory, too, reads system, tools and history only where the registry names them."""
+    text = f"not read: column `{name}` of {{}} rows"
+    if name not in COLUMNS[info.formatting].keys() - info.columns.keys():
+        return text
+    named = json.dumps({"columns": info.columns | {name: name}}, ensure_ascii=False)[1:-1]
+    return f"{text}; to read it, write {named} in dataset_info.json"
 
 
 def _join(system: list[Message]) -> Message:

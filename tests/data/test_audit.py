@@ -216,3 +216,21 @@ def test_many_lost_answers_are_told_with_the_cutoff_that_keeps_most() -> None:
         "fits 95% of them whole, for 1.1 times the tokens and time, and 1.2 times the activations of the longest row"
     )
     assert list(advise_cutoff("mine", rows, Counts(kept=18, lost_answer=2), 512)) == []
+
+
+@pytest.mark.parametrize("formatting", ["sharegpt", "alpaca"])
+def test_a_column_that_the_registry_does_not_name_is_told_with_the_line_that_reads_it(
+    formatting: str, bench: Bench
+) -> None:
+    """LLaMA-Factory passes over it, too. The line is tried."""
+    one = ALPACA | {"history": [["P", "R"]]} if formatting == "alpaca" else row(tools='[{"name": "f"}]')
+    bench.add("d", [one | {"system": "S"}], formatting=formatting)
+    data = bench.prepare(cutoff_len=4096)
+    first = f"d: not read: column `{'history' if formatting == 'alpaca' else 'tools'}` of 1 rows; to read it, write "
+    (line,) = (line for line in data.audit.lines() if line.startswith(first))
+    assert any("column `system` of 1 rows; to read it" in line for line in data.audit.lines())
+    named = json.loads("{" + line.removeprefix(first).removesuffix(" in dataset_info.json") + "}")
+    bench.register("d", file_name="d.jsonl", formatting=formatting, **named)
+    again = bench.prepare(cutoff_len=4096)
+    assert [line for line in again.audit.lines() if line.startswith(first)] == []
+    assert len(again.train["input_ids"][0]) > len(data.train["input_ids"][0])

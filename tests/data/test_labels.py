@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -435,3 +436,57 @@ def test_objects_of_any_shape_reach_the_prompt_without_nulls(template: Template)
         segments = to_segments(conversation, template)
         assert '{"name": "f", "parameters": {"x": {"enum": [1, "a", null]}}}' in segments[0].text
         assert '{"name": "g", "strict": true}' in segments[0].text
+
+
+def long_chat(replies: int) -> Conversation:
+    """Calls and plain replies in turn, so that replies follow users and tools."""
+    call: dict[str, Any] = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages: list[Message] = []
+    while sum(message["role"] == "assistant" for message in messages) < replies:
+        number = len(messages)
+        messages += [
+            {"role": "user", "content": f"Question {number}"},
+            {"role": "assistant", "content": f"Call {number}", "tool_calls": [call]},
+            {"role": "tool", "content": f"Result {number}", "name": "add"},
+            {"role": "assistant", "content": f"Answer {number}"},
+        ]
+    return Conversation(messages, [{"type": "function", "function": {"name": "add", "parameters": {}}}])
+
+
+def test_the_cost_of_a_row_is_in_proportion_to_its_turns(template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rendered turns, which is what takes the time: 100,000 would take a day if each reply cost all that precede it."""
+    render, rendered = Template.render, 0
+
+    def counted(self: Template, messages: list[Message], *rest: Any) -> str:
+        nonlocal rendered
+        rendered += len(messages)
+        return render(self, messages, *rest)
+
+    monkeypatch.setattr(Template, "render", counted)
+    costs = []
+    for replies in (100, 200, 400):
+        rendered = 0
+        assert len(to_segments(long_chat(replies), template)) == 2 * replies
+        costs.append(rendered)
+    assert costs[2] < 2.1 * costs[1] < 4.4 * costs[0]
+
+
+def test_a_long_row_is_rendered_as_if_each_reply_came_after_all_of_it(
+    template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a template that numbers its turns, which takes the long way, or is refused if that would take hours."""
+    row, bare = long_chat(50), chat("Q", "A", *("R", "B") * 40)
+    numbering = replace(
+        template, jinja=template.jinja.replace("message.content", "loop.index ~ ': ' ~ message.content")
+    )
+    assert numbering.jinja != template.jinja
+    for conversation in (row, bare, Conversation(bare.messages[2:])):
+        for form in (template, numbering):
+            found = to_segments(conversation, form)
+            with monkeypatch.context() as context:
+                context.setattr(labels, "WINDOW", 1000)
+                assert found == to_segments(conversation, form)
+    monkeypatch.setattr(labels, "MOST_REPLIES", 20)
+    to_segments(row, template)
+    with pytest.raises(RowError, match="too long: the template writes some of its 50 replies differently"):
+        to_segments(row, numbering)

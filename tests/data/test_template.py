@@ -15,6 +15,7 @@ import pytest
 from compare_templates import DAY, GOLDEN, conversation, golden_texts, tokens_of, trl_template
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from arpo_trl.data import labels
 from arpo_trl.data.labels import EncodingConfig, carry_loss, to_segments
 from arpo_trl.data.messages import Conversation, Message
 from arpo_trl.data.template import find_template, shipped_template, template_of
@@ -38,7 +39,9 @@ def recipe(model: Path, **keys: Any) -> Recipe:
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
-def test_a_shipped_template_writes_and_trains_what_llama_factory_does(name: str, tmp_path: Path) -> None:
+def test_a_shipped_template_writes_and_trains_what_llama_factory_does(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     golden = GOLDEN["templates"][name]
     ends = set(re.findall(r"<[^<>\s]+>", golden["conversations"]["one turn"][-1][1])) | {golden["eos"]} - {"{eos}"}
     make_tokenizer(*sorted(ends - {"<think>", "</think>"}), chat_template=OWN).save_pretrained(tmp_path)
@@ -49,6 +52,11 @@ def test_a_shipped_template_writes_and_trains_what_llama_factory_does(name: str,
         assert [segment.text for segment in segments] == golden_texts(expected), kind
         assert carry_loss(segments, EncodingConfig(1 << 20)) == [False, True] * len(expected)
         check_parity(conversation(kind), template, EncodingConfig(1 << 20), kind)
+    turns = conversation("one turn").messages[-2:] * 20
+    long = to_segments(Conversation(turns), template)
+    with monkeypatch.context() as context:
+        context.setattr(labels, "WINDOW", len(turns))
+        assert long == to_segments(Conversation(turns), template)
 
 
 def test_the_table_of_the_docs_is_what_the_templates_write() -> None:
