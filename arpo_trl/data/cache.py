@@ -33,6 +33,7 @@ from .audit import list_rows
 from .encode import EncodedRow, Encoder, encode_rows
 from .files import fingerprint, read_dataset, require_unchanged
 from .labels import IGNORED
+from .registry import saved_by_llamafactory
 
 # Raise it when the tokens of a row, or what is said of it, come out otherwise: rows encoded before are encoded again.
 FORMAT = 3
@@ -225,8 +226,8 @@ def load_tokenized(recipe: Recipe) -> dict[str, EncodedDataset] | None:
     Raises:
         DatasetError: if the folder holds no token ids.
     """
-    folder = Path(recipe.tokenized_path or "")
-    if not recipe.tokenized_path or not any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
+    folder = saved_by_llamafactory(recipe)
+    if folder is None:
         return None
     try:
         found = load_from_disk(str(folder))

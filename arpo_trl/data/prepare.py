@@ -53,6 +53,7 @@ class PreparedData:
 
     `day`: the date that a dated chat template wrote. `encoded`: every row of each dataset that is not a stream, dropped ones too.
     `fingerprints`: content hash per dataset, and of the rows that `val_size` holds out. `notices`: lines for people.
+    `trained_on`: the datasets whose rows `train` holds.
     """
 
     train: Dataset | IterableDataset
@@ -62,6 +63,7 @@ class PreparedData:
     template_hash: str
     day: date
     encoded: dict[str, EncodedDataset] = field(default_factory=dict)
+    trained_on: list[str] = field(default_factory=list)
     streamed: StreamedLines = field(default_factory=StreamedLines)
     notices: list[str] = field(default_factory=list)
 
@@ -100,6 +102,7 @@ def prepare_datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prep
     infos = [encoder.info for encoder in encoders if encoder not in streams]
     data = _unmixed(encoded, template)
     data.audit.mask_spans = [] if streams else recipe.mask_spans
+    data.trained_on = recipe.dataset
     _judge(data, infos, recipe)
     data.eval = {name: kept_rows(encoded[name].rows) for name in recipe.eval_dataset}
     if streams:
@@ -256,7 +259,7 @@ def _streamed_rows(encoder: Encoder, counts: Counts, lines: StreamedLines | None
 def _from_llamafactory(saved: dict[str, EncodedDataset], recipe: Recipe, template: Template) -> PreparedData:
     """The splits of a folder that LLaMA-Factory saved, as they are."""
     data, rows = _unmixed(saved, template), {name: kept_rows(one.rows) for name, one in saved.items()}
-    data.train = rows.pop("train", data.train)
+    data.train, data.trained_on = rows.pop("train", data.train), ["train"] if "train" in saved else []
     data.eval = {name.removeprefix("validation_"): one for name, one in rows.items()}
     data.notices.append(
         f"tokenized_path: {recipe.tokenized_path} was saved by LLaMA-Factory; every other key of the data, such as dataset, "

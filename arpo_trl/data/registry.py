@@ -139,12 +139,12 @@ class DatasetInfo:
 
 
 def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
-    """What the recipe names, each once.
+    """What the recipe names, each once; nothing where `tokenized_path` holds what LLaMA-Factory saved.
 
     Raises:
         DatasetError: with every name that can't be used.
     """
-    if not (recipe.dataset or recipe.eval_dataset):
+    if not (recipe.dataset or recipe.eval_dataset) or saved_by_llamafactory(recipe):
         return []
     registry = find_registry(recipe)
     problems: list[str] = []
@@ -164,6 +164,14 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
     if problems:
         raise DatasetError(list(dict.fromkeys(problems)))
     return list(infos.values())
+
+
+def saved_by_llamafactory(recipe: Recipe) -> Path | None:
+    """`tokenized_path`, if it is itself a folder of `save_to_disk`; we save each dataset in a folder inside."""
+    if not recipe.tokenized_path:
+        return None
+    folder = Path(recipe.tokenized_path)
+    return folder if any(is_file(folder / name) for name in ("dataset_dict.json", "state.json")) else None
 
 
 def find_registry(recipe: Recipe) -> dict[str, DatasetInfo]:

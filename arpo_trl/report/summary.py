@@ -41,7 +41,7 @@ class StartReport(TrainerCallback):
             *missing_gpu(self.recipe),
             *(f"data     {line}" for line in [*data.audit.lines(), *data.notices]),
             *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
-            f"steps    {describe_steps(args, state.max_steps, data, self.recipe.dataset)}",
+            f"steps    {describe_steps(args, state.max_steps, data)}",
             f"disk     {describe_disk(args, self.trainer.save_total_limit, self.trainer.checkpoint_bytes)}",
             f"output   {args.output_dir}{f', going on from {going_on.name}' if going_on else ''}",
         ]:
@@ -92,7 +92,7 @@ def missing_gpu(recipe: Recipe) -> list[str]:
     return [f"         trains on the CPU, though {expects} expects a GPU: {cause}"]
 
 
-def describe_steps(args: Any, total: int, data: PreparedData, trained_on: list[str]) -> str:
+def describe_steps(args: Any, total: int, data: PreparedData) -> str:
     """Steps, epochs and the effective batch. Packed rows are not the rows of the audit: their tokens are left out."""
     steps = f"{total:,}"
     if args.max_steps <= 0:
@@ -106,7 +106,7 @@ def describe_steps(args: Any, total: int, data: PreparedData, trained_on: list[s
     batch = f"{rows:,} row{'s' * (rows > 1)} a step"
     if sum(n > 1 for n, _ in parts) > 1:
         batch += f" ({' x '.join(f'{n} {what}' for n, what in parts if n > 1)})"
-    counts = [data.audit.datasets[name] for name in dict.fromkeys(trained_on)]
+    counts = [data.audit.datasets[name] for name in dict.fromkeys(data.trained_on)]
     kept = sum(c.rows - c.dropped for c in counts)
     if kept and not args.packing:
         batch += f", about {rows * sum(c.tokens for c in counts) / kept:,.0f} tokens"

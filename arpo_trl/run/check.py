@@ -72,7 +72,7 @@ def _describe_run(
     model = model_shape(recipe)
     saved = checkpoint_steps(args, an_epoch, total)
     needed, disk = describe_checkpoints(recipe, args, model, saved)
-    steps = f"{'about ' * recipe.packing}{describe_steps(args, total, data, recipe.dataset)}"
+    steps = f"{'about ' * recipe.packing}{describe_steps(args, total, data)}"
     lines = [
         f"model    {recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}",
         f"device   {describe_device(args)}",

@@ -19,7 +19,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from arpo_trl.data import cache
 from arpo_trl.data.encode import Encoder, encode_rows
 from arpo_trl.data.files import read_dataset
-from arpo_trl.data.registry import read_registry
+from arpo_trl.data.registry import read_registry, select_datasets
 from arpo_trl.data.template import template_of
 from arpo_trl.data.tokenizer import load_tokenizer
 from arpo_trl.errors import DatasetError
@@ -107,9 +107,11 @@ def test_a_folder_that_llamafactory_saved_is_read_as_it_is(split: bool, bench: B
     rows = Dataset.from_list([{**row, "attention_mask": [1] * len(row["labels"]), **nulls} for row in tokens])
     saved = DatasetDict(train=rows, validation=Dataset.from_list(tokens[:1])) if split else rows
     saved.save_to_disk(str(bench.folder / "theirs"))
+    keys: dict[str, Any] = {"dataset": ["nowhere"], "tokenized_path": str(bench.folder / "theirs")}
     for _ in range(2):
-        data = bench.prepare(dataset=["nowhere"], tokenized_path=str(bench.folder / "theirs"))
+        data = bench.prepare(**keys)
         source = f"{bench.folder / 'theirs'}/train:1"
+        assert data.trained_on == ["train"] and select_datasets(bench.recipe(**keys)) == []
         assert data.train[:] == {"input_ids": [[1, 2, 3]], "labels": [[-100, 2, 3]], "source": [source]}
         held_out = {name: rows["labels"][:] for name, rows in data.eval.items()}
         assert held_out == ({"validation": [[-100, 2, 3]]} if split else {})
