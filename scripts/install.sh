@@ -2,6 +2,7 @@
 # A second run is quick: nothing is installed until pyproject.toml, constraints.txt or the extras change.
 
 extras=${1:+[$1]}
+constraints=${CONSTRAINTS:-constraints.txt}  # /dev/null: the newest of everything
 
 if [ ! -d .venv ]; then
     python=
@@ -23,11 +24,11 @@ fi
 export PATH="$PWD/.venv/bin:$PWD/.venv/Scripts:$PATH"
 
 stamp=.venv/installed-${1:-plain}
-wanted="$PWD $(cat pyproject.toml constraints.txt | cksum)"
+wanted="$PWD $(cat pyproject.toml "$constraints" | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing arpo_trl$extras into .venv (the first time this downloads torch and takes minutes)"
     # -qq shows errors only. torch goes first, so that its wheel is decided by its pin and the machine's index alone.
-    python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
-    python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".$extras"
+    python -m pip install -qq --disable-pip-version-check -c "$constraints" torch
+    python -m pip install -qq --disable-pip-version-check -c "$constraints" -e ".$extras"
     echo "$wanted" > "$stamp"
 fi

@@ -8,5 +8,8 @@ cd "$(dirname "$0")/.."
 ruff check .
 ruff format --check .
 mypy --strict arpo_trl
+for platform in win32 darwin; do
+    mypy --strict --platform $platform --cache-dir .mypy_cache/$platform arpo_trl
+done
 lint-imports
 python -m pytest "$@"
