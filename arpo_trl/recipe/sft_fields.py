@@ -1,4 +1,4 @@
-"""The fields of SFTConfig of TRL 1.16.0 and transformers 5.23.0: type, default, help.
+"""The fields of SFTConfig of TRL 1.16.0 and transformers 5.24.0: type, default, help.
 
 Written by scripts/make_keys.py; importing TRL for them would take seconds.
 """
@@ -48,7 +48,7 @@ sft_fields: dict[str, SftField] = {
     'torch_compile_mode': SftField(str | None, None, 'Compilation mode for `torch.compile()`. If set, automatically enables `torch_compile`.'),
     'use_liger_kernel': SftField(bool, False, 'Enable Liger Kernel optimizations: transformers patches the model\'s layers with Liger\'s Triton kernels. Deprecated in `SFTTrainer`, `DPOTrainer`, `KTOTrainer`, `GRPOTrainer` and `RLOOTrainer`, and will be removed in v2.0.0: use `model_init_kwargs={"use_kernels": True}` instead.'),
     'liger_kernel_config': SftField(dict[str, bool] | None, None, 'Configuration for Liger Kernel. Passed as kwargs to `_apply_liger_kernel_to_instance()`. If None, uses default configuration.'),
-    'use_cache': SftField(bool, False, 'Whether or not to use cache for the model For training, this is usually not needed apart from some PEFT methods that uses `past_key_values`.'),
+    'use_cache': SftField(bool, False, 'Whether or not to use cache for the model For training, this is usually not needed apart from some PEFT methods that uses `cache`.'),
     'neftune_noise_alpha': SftField(Number | None, None, 'If not None, activates NEFTune noise embeddings. Can drastically improve performance for instruction fine-tuning. Typical range: [5.0, 15.0].'),
     'torch_empty_cache_steps': SftField(Whole | None, None, 'Number of steps to wait before calling `torch.<device>.empty_cache()`. Helps avoid CUDA OOM at a cost of ~10% slower performance. If None, cache will not be emptied.'),
     'auto_find_batch_size': SftField(bool, False, 'Whether to find a training batch size that will fit into memory automatically through exponential decay, avoiding CUDA Out-of-Memory errors. The evaluation batch size is not adjusted.'),
