@@ -1,7 +1,11 @@
-"""Writes the toy training set, in ARPO-SFT's form: sharegpt conversations that think, call tools and box an answer.
+"""Writes the toy training sets: sharegpt conversations that think, call tools and box an answer, in two forms.
 
-    python scripts/make_toy_dataset.py                              # 500 generated rows: the file that is shipped
+    python scripts/make_toy_dataset.py                              # 500 rows in turns: the file that is shipped
+    python scripts/make_toy_dataset.py --form inside --rows 60      # the other file that is shipped
     python scripts/make_toy_dataset.py --source ARPO-SFT-54K.json   # the first 500 rows of the real set instead
+
+In `turns` each result is a turn of its own, as ARPO's setup guide has it. In `inside` one gpt turn holds the whole
+trajectory, results included, as in ARPO-SFT-54K; searches find whole pages there, about 9 KB a row, as in that set.
 
 Generated rows are a function of the seed alone. Every <python> block is really run (a subprocess, with a time limit)
 and its <result> is what it printed; every <search> really searches the small gazetteer below. The gazetteer is made
@@ -23,7 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TOY_DATA = Path(__file__).resolve().parents[1] / "recipes" / "data" / "arpo_sft_toy.jsonl"
+DATA = Path(__file__).resolve().parents[1] / "recipes" / "data"
+TOY_DATA = DATA / "arpo_sft_toy.jsonl"
+TOY_DATA_INSIDE = DATA / "arpo_sft_toy_inside.jsonl"
 TIME_LIMIT = 20  # seconds for one <python> block; they take 0.05, so a row that meets it has a mistake in its task
 
 # After https://github.com/RUC-NLPIR/ARPO, whose prompt names the same tags.
@@ -38,31 +44,34 @@ SYSTEM = (
 
 @dataclass
 class Row:
-    """One conversation: a question, then rounds of gpt (a thought and a call) and human (the call's result)."""
+    """One conversation: a question, rounds of a call and its result (with page texts, and without), and an answer."""
 
     question: str
-    turns: list[tuple[str, str]] = field(default_factory=list)
+    rounds: list[tuple[str, str, str]] = field(default_factory=list)
+    last: str = ""
 
     def python(self, thought: str, code: str) -> str:
         result = run_python(code)
-        self._round(f"<think>{thought}</think>\n<python>\n{code}\n</python>", result)
+        self.rounds.append((f"<think>{thought}</think>\n<python>\n{code}\n</python>", result, result))
         return result
 
-    def search(self, thought: str, query: str) -> str:
-        result = search(query)
-        self._round(f"<think>{thought}</think>\n<search>{query}</search>", result)
-        return result
+    def search(self, thought: str, query: str) -> None:
+        call = f"<think>{thought}</think>\n<search>{query}</search>"
+        self.rounds.append((call, search(query), search(query, top=5, whole=True)))
 
     def answer(self, thought: str, value: object) -> Row:
-        boxed = f"<answer>The final answer is \\[ \\boxed{{{value}}} \\]</answer>"
-        self.turns.append(("gpt", f"<think>{thought}</think>\n{boxed}"))
+        self.last = f"<think>{thought}</think>\n<answer>The final answer is \\[ \\boxed{{{value}}} \\]</answer>"
         return self
 
-    def _round(self, call: str, result: str) -> None:
-        self.turns += [("gpt", call), ("human", f"<result>\n{result}\n</result>")]
-
-    def to_dict(self) -> dict[str, Any]:
-        turns = [("human", self.question), *self.turns]
+    def to_dict(self, form: str) -> dict[str, Any]:
+        turns = [("human", self.question)]
+        if form == "inside":
+            rounds = [f"{call} <result>\n{whole}\n</result>\n" for call, _, whole in self.rounds]
+            turns.append(("gpt", "".join([*rounds, self.last])))
+        else:
+            for call, result, _ in self.rounds:
+                turns += [("gpt", call), ("human", f"<result>\n{result}\n</result>")]
+            turns.append(("gpt", self.last))
         return {"conversations": [{"from": who, "value": text} for who, text in turns], "system": SYSTEM}
 
 
@@ -133,11 +142,11 @@ def make_gazetteer() -> tuple[list[Town], dict[str, int], dict[str, int], list[t
                 ),
             )
         )
-        trade = rng.choice(["navigator", "mason", "physician", "weaver", "astronomer", "judge"])
+        trade = rng.choice(["a navigator", "a mason", "a physician", "a weaver", "an astronomer", "a judge"])
         pages.append(
             (
                 person,
-                f"{person}, born in {born} in {rng.choice(towns).name}, was a {trade} who founded the town of "
+                f"{person}, born in {born} in {rng.choice(towns).name}, was {trade} who founded the town of "
                 f"{town.name} and died in {born + rng.randrange(61, 90)}.",
             )
         )
@@ -160,16 +169,79 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower())) - STOP_WORDS
 
 
-def search(query: str, top: int = 2) -> str:
-    """The pages that share most words with the query, a page's title counting threefold."""
+MORE = {  # What else a page says. No question is about it, and nothing is found by it.
+    "town": """{name} lies {few}0 m above the sea, where two old roads meet.
+The wall of {name} had {few} gates, of which one is left.
+A fire in {year} spared only the quarter at the water.
+The school was opened in {year}, at first with {few} pupils and a single teacher.
+Its library holds {n} volumes, most of them bequeathed by a ship's captain.
+In winter the river freezes for about {few} weeks, and sledges take the place of carts.
+The bakers, the smiths and the dyers had guilds of their own until {year}.
+A bell of {n} kilograms hangs in the tower and is rung at dusk.
+The mill below the weir was rebuilt in {year} after the third flood in a decade.
+Every year a fair of {few} days is held when the harvest is in.
+Visitors come for the gardens on the northern slope, laid out in {year}.
+The oldest house is an inn, which still has {few} rooms and a stable.
+A stone bridge of {few} arches replaced the ferry in {year}.
+The archive of the town hall begins in {year} with a list of debts.
+Its arms show a heron above three waves.
+An observatory worked here for {few} years, until its lens was sold.""",
+    "person": """The eldest of {few} children, {name} learnt to read from a neighbour's almanac.
+A journey of {few} years led as far as the southern capes.
+Letters that were found in {year} show a lasting quarrel with the customs office.
+{name} wrote {few} books, of which one is known by its title only.
+A portrait, painted late in life, hangs in the hall of the province.
+The marriage remained without children; a nephew inherited the house and {n} crowns.
+A street, a lighthouse and a breed of pear bear the name of {name}.
+In {year} the grave was moved to the new cemetery.
+Contemporaries praised a sharp memory and complained of a sharper tongue.
+A diary of {n} pages covers only {few} winters.""",
+    "place": """The first survey was made in {year} and took {few} summers.
+Otters, herons and {few} kinds of trout are counted among its animals.
+Old maps draw it too far to the north, an error repeated until {year}.
+Its upper part is woodland, its lower part meadows and orchards.
+In {year} the water stood {few} m above the mark for nine days.
+A path for walkers follows it over {n} bends.
+Salt, timber and slate were carried through it for {few} centuries.
+The treaty of {year} settled who may build weirs and who may fish.
+A legend tells of a drowned bell that is heard before a storm.
+Painters of the last century came for its light in autumn.""",
+}
+
+
+def page_text(kind: str, name: str, lead: str) -> str:
+    """A page in whole: its first paragraph, and two more of sentences drawn for it."""
+    rng = random.Random(f"page/{name}")
+    sentences = [
+        line.format(name=name, n=rng.randrange(40, 9000), few=rng.randrange(3, 14), year=rng.randrange(1500, 1990))
+        for line in rng.sample(MORE[kind].splitlines(), 10)
+    ]
+    return "\n".join([lead, " ".join(sentences[:5]), " ".join(sentences[5:])])
+
+
+def search(query: str, top: int = 2, whole: bool = False) -> str:
+    """The pages that share most words with the query, a page's title counting threefold; `whole`: not their leads alone."""
     wanted = words(query)
     scores = [3 * len(wanted & words(title)) + len(wanted & words(text)) for title, text in PAGES]
     best = sorted(range(len(PAGES)), key=lambda page: -scores[page])[:top]
     found = [PAGES[page] for page in best if scores[page]]
+    if whole:
+        found = [(title, page_text(kind_of(title), title, text)) for title, text in found]
     return "\n".join(f'Page {n}: "{title}"\n{text}' for n, (title, text) in enumerate(found, 1)) or "No page found."
 
 
+def kind_of(title: str) -> str:
+    return "town" if title in {town.name for town in TOWNS} else "person" if title in BIRTHS else "place"
+
+
 # The tasks: each draws a question and works it out
+
+
+def addition(rng: random.Random) -> Row:
+    """Numbers copied from the question into a call, and from its result into the answer: a tiny model can learn it."""
+    a, b = rng.randint(2, 99), rng.randint(2, 99)
+    value = (row := Row(f"What is {a} + {b}?")).python("I let Python add.", f"print({a} + {b})")
+    return row.answer(f"The result is {value}.", value)
 
 
 def arithmetic(rng: random.Random) -> Row:
@@ -508,6 +580,7 @@ def long_reading(rng: random.Random) -> Row:
 
 
 TASKS: dict[Callable[[random.Random], Row], int] = {
+    addition: 14,
     arithmetic: 12,
     chinese: 4,
     prime_sum: 7,
@@ -531,18 +604,31 @@ TASKS: dict[Callable[[random.Random], Row], int] = {
 }
 
 
-def generate(rows: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Each row has a random stream of its own, so that fewer rows are the beginning of more rows."""
+SEARCHES: dict[Callable[[random.Random], Row], int] = {
+    one_search: 40,
+    two_searches: 100,
+    search_then_compute: 160,
+    nothing_found: 30,
+    long_reading: 20,
+}
+
+
+def generate(rows: int, seed: int, form: str = "turns") -> Iterator[dict[str, Any]]:
+    """Each row has a random stream of its own, so that fewer rows are the beginning of more rows.
+
+    In the form `inside`, as in ARPO-SFT-54K, more rows search than compute.
+    """
+    tasks = TASKS | SEARCHES if form == "inside" else TASKS
     asked: set[str] = set()
     for index in range(rows):
         for attempt in itertools.count():
             rng = random.Random(f"{seed}/{index}/{attempt}")
-            [task] = rng.choices(list(TASKS), weights=list(TASKS.values()))
+            [task] = rng.choices(list(tasks), weights=list(tasks.values()))
             row = task(rng)
             if row.question not in asked:
                 break
         asked.add(row.question)
-        yield row.to_dict()
+        yield row.to_dict(form)
 
 
 def first_rows(source: Path, rows: int) -> list[dict[str, Any]]:
@@ -559,20 +645,22 @@ def first_rows(source: Path, rows: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, help="take the first rows of this .json or .jsonl file")
-    parser.add_argument("--out", type=Path, default=TOY_DATA, help="the .jsonl to write (the shipped one)")
+    parser.add_argument("--form", choices=["turns", "inside"], default="turns", help="where results stand (turns)")
+    parser.add_argument("--out", type=Path, help="the .jsonl to write (the shipped one of the form)")
     parser.add_argument("--rows", type=int, default=500, help="how many (500)")
     parser.add_argument("--seed", type=int, default=0, help="of generated rows")
     args = parser.parse_args()
     if args.rows < 1:
         parser.error(f"--rows: found {args.rows}, expected 1 or more")
+    out = args.out or (TOY_DATA_INSIDE if args.form == "inside" else TOY_DATA)
     try:
-        rows = first_rows(args.source, args.rows) if args.source else list(generate(args.rows, args.seed))
+        rows = first_rows(args.source, args.rows) if args.source else list(generate(args.rows, args.seed, args.form))
     except (OSError, ValueError) as error:
         parser.error(f"--source: {args.source}: {error}; expected a JSON list, or one JSON object a line")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_bytes(text.encode())
-    print(f"{args.out}: {len(rows)} rows, {len(text.encode()) / 1e6:.2f} MB")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(text.encode())
+    print(f"{out}: {len(rows)} rows, {len(text.encode()) / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from arpo_trl.data.template import shipped_template
 from arpo_trl.run.chat import find_call
 
 ROOT = Path(__file__).parents[1]
+INSIDE = [json.loads(line) for line in make_toy_dataset.TOY_DATA_INSIDE.read_text(encoding="utf-8").splitlines()]
 ROWS = [json.loads(line) for line in make_toy_dataset.TOY_DATA.read_text(encoding="utf-8").splitlines()]
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 
@@ -64,6 +65,7 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(command: str, wrong: str
 
 def test_the_shipped_toy_data_begins_with_what_the_script_generates():
     assert list(make_toy_dataset.generate(rows=40, seed=0)) == ROWS[:40]
+    assert list(make_toy_dataset.generate(rows=20, seed=0, form="inside")) == INSIDE[:20]
 
 
 def test_another_seed_gives_other_rows():
@@ -83,6 +85,30 @@ def test_every_toy_row_is_a_conversation_in_arpos_form():
         for call, result in zip(turns[1:-1:2], turns[2::2], strict=True):
             assert find_call(call["value"]), call
             assert re.fullmatch(r"<result>\n.+\n</result>", result["value"], re.DOTALL)
+
+
+def test_a_trajectory_inside_one_turn_holds_its_results():
+    """As in ARPO-SFT-54K: question and trajectory, about 9 KB a row."""
+    for row in INSIDE:
+        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"]
+        text = row["conversations"][1]["value"]
+        form = r"(<think>.+?</think>\n<(python|search)>.+?</\2> <result>\n.+?\n</result>\n)*<think>.+?</think>\n<answer>.*</answer>"
+        assert re.fullmatch(form, text, re.DOTALL)
+    assert len(INSIDE) == 60 and make_toy_dataset.TOY_DATA_INSIDE.stat().st_size < 800_000
+    assert 6_000 < sum(len(json.dumps(row)) for row in INSIDE) / 60 < 12_000
+    code, search = 0, 0
+    for row in INSIDE[:12]:
+        for tag, call, result in re.findall(
+            r"<(python|search)>\n?(.+?)\n?</\1> <result>\n(.+?)\n</result>",
+            row["conversations"][1]["value"],
+            re.DOTALL,
+        ):
+            code, search = code + (tag == "python"), search + (tag == "search")
+            found = (
+                make_toy_dataset.run_python(call) if tag == "python" else make_toy_dataset.search(call, 5, whole=True)
+            )
+            assert result == found
+    assert code and search
 
 
 def test_toy_results_are_what_the_programs_print_and_the_searches_find():
