@@ -56,3 +56,12 @@ def save_metrics(output_dir: Path, split: str, metrics: dict[str, float]) -> Non
     together = (together if isinstance(together, dict) else {}) | metrics
     for name, figures in ((split, metrics), ("all", together)):
         write_json(output_dir / f"{name}_results.json", dict(sorted(figures.items())))
+
+
+def own_path(path: Path, *marks: str) -> Path:
+    """`path`, or a name beside it where it holds a text with none of the marks that ours has: a user's own."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return path
+    return path if any(mark in text for mark in marks) else path.with_name(f"{path.stem}-of-the-run{path.suffix}")

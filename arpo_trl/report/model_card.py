@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..run_folder import read_json
+from ..run_folder import own_path, read_json, write_text
 from .figures import format_seconds
 from .log_file import read_log, run_seconds
 from .manifest import Manifest
@@ -25,6 +25,9 @@ runs/
 damaged-*/
 """
 """The Hub obeys a .gitignore that is uploaded (huggingface_hub: `preupload_lfs_files`, gitignore_content)."""
+
+CARD_MARKS = ("- arpo_trl\n", "# Model Card for Model ID")
+"""What tells a README.md that a run wrote: a tag of our card's head, or the title of the one that PEFT saves first."""
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)")
@@ -68,7 +71,7 @@ def write_model_card(output_dir: Path, manifest: Manifest, recipe_yaml: str) -> 
         folder=output_dir.as_posix(),
         model=f"{output_dir.as_posix()}{'-merged' if lora else ''}",
     )
-    (output_dir / "README.md").write_text(str(card), encoding="utf-8")
+    write_text(own_path(output_dir / "README.md", *CARD_MARKS), str(card))
 
 
 class BaseModel(NamedTuple):

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from ..run.trainer import ArpoTrainer
 
 
+RECIPE_MARK = "# the recipe of this run with every key, written by arpo_trl\n"
+
+
 class StartReport(TrainerCallback):
     """Prints what is about to happen, a line for each thing that a user may have meant otherwise."""
 
@@ -125,7 +128,7 @@ def describe_disk(args: Any, save_total_limit: int | None, checkpoint_bytes: int
 
 def recipe_text(recipe: Recipe) -> str:
     """The recipe as resolved, in YAML, so that the output folder alone tells how the model was made."""
-    return yaml.safe_dump(json.loads(json.dumps(recipe.resolved())), sort_keys=False, allow_unicode=True)
+    return RECIPE_MARK + yaml.safe_dump(json.loads(json.dumps(recipe.resolved())), sort_keys=False, allow_unicode=True)
 
 
 def resume_command(recipe: Recipe) -> str:

@@ -78,6 +78,9 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
         settings["project"] = recipe.project
     settings |= _low_rank_optimizer(recipe)
     given = recipe.trl | {"activation_checkpointing_kwargs": checkpointing or None}
+    if (metric := given.get("metric_for_best_model")) and given.get("greater_is_better") is None:
+        # transformers takes whatever does not end in "loss" for better when greater.
+        given["greater_is_better"] = not metric.endswith(("loss", "perplexity", "entropy"))
     try:
         config = SFTConfig(**settings | given)
     except Exception as error:  # what transformers says against a value has many types

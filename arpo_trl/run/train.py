@@ -21,12 +21,12 @@ from ..report.console import logged_to, say
 from ..report.log_file import mean_loss, read_log
 from ..report.loss_plot import plot_loss
 from ..report.manifest import Manifest, describe_run, read_manifest, require_same_run
-from ..report.model_card import NOT_FOR_THE_HUB, write_model_card
-from ..report.summary import StartReport, end_report, recipe_text, resume_command
+from ..report.model_card import CARD_MARKS, NOT_FOR_THE_HUB, write_model_card
+from ..report.summary import RECIPE_MARK, StartReport, end_report, recipe_text, resume_command
 from ..report.tracker_steps import log_by_step
 from ..report.trackers import finish_trackers, start_trackers
 from ..report.trainer_log import show_progress
-from ..run_folder import match_umask, save_metrics, write_text
+from ..run_folder import match_umask, own_path, save_metrics, write_text
 from .adapters import keep_adapter_in_float32, to_optimizer, turn_pissa_into_lora
 from .evaluate import eval_datasets, run_without_training, to_inference
 from .model import load_model
@@ -119,7 +119,14 @@ def _train(recipe: Recipe, args: SFTConfig) -> int:
             if full := missing_space(output_dir, trainer.checkpoint_bytes, "a checkpoint"):
                 raise RecipeError(full)
             manifest.write(output_dir, "running")
-            write_text(output_dir / "recipe.yaml", recipe_text(recipe))
+            marks = {"recipe.yaml": (RECIPE_MARK,), "README.md": CARD_MARKS}
+            paths = {name: own_path(output_dir / name, *texts) for name, texts in marks.items()}
+            write_text(paths["recipe.yaml"], recipe_text(recipe))
+            lines += [
+                f"{output_dir / name} was not written by a run: it stays, and the run writes {path.name}"
+                for name, path in paths.items()
+                if path.name != name
+            ]
             if args.push_to_hub:
                 write_text(output_dir / ".gitignore", NOT_FOR_THE_HUB)
             return lines
@@ -132,9 +139,13 @@ def _train(recipe: Recipe, args: SFTConfig) -> int:
             # An evaluation in half precision rounds the model in place; any other is to see it before it is saved.
             rounds = args.bf16_full_eval or args.fp16_full_eval
             metrics = trainer.evaluate_final_weights() if args.do_eval and not rounds else {}
+            readme = output_dir / "README.md"
+            kept = readme.read_bytes() if main_process and readme.exists() else None
             trainer.save_final_model(saved_dtype)
             if main_process:
                 turn_pissa_into_lora(model, output_dir)
+            if kept is not None:
+                readme.write_bytes(kept)  # PEFT writes its card into a user's own
             metrics = trainer.evaluate_final_weights() if args.do_eval and rounds else metrics
         except Stopped:
             assert stop.signum is not None

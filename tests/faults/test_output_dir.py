@@ -231,3 +231,22 @@ def test_a_run_killed_in_its_final_save_is_finished_by_the_same_command(
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
     assert (run / "trainer_log.jsonl").read_text(encoding="utf-8") == log
     assert (run / "model.safetensors").exists() and len(list(run.iterdir())) > 10
+
+
+def test_a_recipe_and_a_readme_of_the_users_own_stay(
+    make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line for each says under which name the run writes its own, which the next run finds again."""
+    run = tmp_path / "run"
+    run.mkdir()
+    text = "# this learning rate won the sweep\n" + make_recipe().read_text(encoding="utf-8")
+    (run / "recipe.yaml").write_text(text, encoding="utf-8")
+    (run / "README.md").write_text("my lab book", encoding="utf-8")
+    for more in ([], ["overwrite_output_dir=true"]):
+        assert main([str(run / "recipe.yaml"), *more]) == 0
+        told = capsys.readouterr().out
+        for name, ours in (("recipe.yaml", "recipe-of-the-run.yaml"), ("README.md", "README-of-the-run.md")):
+            assert f"{run / name} was not written by a run: it stays, and the run writes {ours}" in told
+            assert (run / ours).exists()
+        assert (run / "recipe.yaml").read_text(encoding="utf-8") == text
+        assert (run / "README.md").read_text(encoding="utf-8") == "my lab book"

@@ -131,6 +131,22 @@ def test_every_key_that_stands_in_sft_config_is_tried_above() -> None:
     assert same - tried <= {"bf16", "deepspeed", "do_train", "output_dir", "packing"}
 
 
+@pytest.mark.parametrize("strategy", ["load_best_model_at_end=true", "save_strategy=best", "early_stopping_steps=3"])
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [("loss", False), ("eval_a_loss", False), ("perplexity", False), ("eval_entropy", False),
+     ("eval_mean_token_accuracy", True), ("rouge-l", True)],
+)  # fmt: skip
+def test_the_best_is_the_lowest_of_what_should_be_low(
+    metric: str, greater: bool, strategy: str, recipe_of: Any
+) -> None:
+    evaluated = ("val_size=2", "eval_strategy=steps", "save_strategy=steps", "save_steps=10", "eval_steps=10")
+    config = to_sft_config(recipe_of(*evaluated, strategy, f"metric_for_best_model={metric}"))
+    assert config.greater_is_better is greater
+    given = recipe_of(*evaluated, strategy, f"metric_for_best_model={metric}", f"greater_is_better={not greater}")
+    assert to_sft_config(given).greater_is_better is not greater
+
+
 def test_warmup_steps_beat_warmup_ratio_as_in_transformers_4(recipe_of: Any) -> None:
     recipe = recipe_of("warmup_steps=10", "warmup_ratio=0.1")
     assert to_sft_config(recipe).warmup_steps == 10
