@@ -77,7 +77,7 @@ def find_files(path: Path) -> list[Path]:
         ours, about = re.compile(r"\.|dataset_info\.json$"), re.compile(r"_|(?i:readme|license)")
         inside = sorted(file for file in path.iterdir() if not ours.match(file.name))
         inside = [file for file in inside if file.suffix.lower() in READERS or not about.match(file.name)]
-        strange = [file.name for file in inside if file.is_dir() or file.suffix.lower() not in READERS]
+        strange = [file.name for file in inside if not file.is_file() or file.suffix.lower() not in READERS]
         if strange or not inside:
             found = f"found {', '.join(strange[:5])}" if strange else "found none"
             raise DatasetError(f"{path}: expected only files of kind {kinds} in the folder, {found}")

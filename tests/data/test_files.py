@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -48,7 +49,8 @@ def test_a_folder_is_read_by_name_and_holds_nothing_else(bench: Bench) -> None:
     bench.register("d", file_name="many")
     assert bench.replies(bench.prepare().train) == answers(0, 1, 2)
     (folder / "c.json.gz").write_bytes(b"")
-    with pytest.raises(DatasetError, match=r"expected only files of kind .* in the folder, found c.json.gz"):
+    os.mkfifo(folder / "d.jsonl")  # reading it would wait for ever
+    with pytest.raises(DatasetError, match=r"expected only files of kind .* in the folder, found c.json.gz, d.jsonl"):
         bench.prepare()
 
 
