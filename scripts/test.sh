@@ -12,4 +12,5 @@ for platform in win32 darwin; do
     mypy --strict --platform $platform --cache-dir .mypy_cache/$platform arpo_trl
 done
 lint-imports
-python -m pytest "$@"
+# one hash seed, since all workers must list the same tests in the same order
+PYTHONHASHSEED=0 python -m pytest -n 2 "$@"
