@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, TypedDict
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..errors import RowError
 from ..recipe.keys import Recipe
 from .files import Row
-from .labels import IGNORED, EncodingConfig, Example, Segment, carry_loss, encode, to_segments
+from .labels import IGNORED, EncodingConfig, Example, FindOffsets, Segment, Tokenize, carry_loss, encode, to_segments
 from .messages import Conversation, to_conversation
 from .registry import DatasetInfo
 from .strict_json import excerpt
@@ -95,8 +95,8 @@ def _check_first(rows: Iterator[Row], encoder: Encoder) -> Iterator[Row]:
 def _encode_batch(
     rows: list[Row],
     encoder: Encoder,
-    tokenize: Callable[[list[str]], Iterable[list[int]]],
-    find_offsets: Callable[[str], list[tuple[int, int]]] | None,
+    tokenize: Tokenize,
+    find_offsets: FindOffsets | None,
 ) -> Iterator[EncodedRow]:
     rendered: list[tuple[list[Segment], Conversation] | RowError] = []
     for row in rows:

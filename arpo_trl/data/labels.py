@@ -14,11 +14,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain, takewhile
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..errors import DatasetError, RowError
 from ..recipe.types import compile_span
@@ -62,6 +62,18 @@ class Example:
     lost_answer: bool = False
     left_out: int = 0
     also: Counter[str] = field(default_factory=Counter)
+
+
+class Tokenize(Protocol):
+    """Texts -> the token ids of each, without special tokens added; `before`: the text that each goes on from, or ""."""
+
+    def __call__(self, texts: list[str], before: Sequence[str] = ()) -> Iterable[list[int]]: ...
+
+
+class FindOffsets(Protocol):
+    """A text, and the one that it goes on from -> the characters of each of its tokens, (start, end)."""
+
+    def __call__(self, text: str, before: str = "") -> list[tuple[int, int]]: ...
 
 
 @dataclass(frozen=True)
@@ -265,17 +277,18 @@ def carry_loss(row: Sequence[Segment], config: EncodingConfig) -> list[bool]:
 
 def encode(
     rows: Sequence[Sequence[Segment]],
-    tokenize: Callable[[list[str]], Iterable[list[int]]],
+    tokenize: Tokenize,
     config: EncodingConfig,
-    find_offsets: Callable[[str], list[tuple[int, int]]] | None = None,
+    find_offsets: FindOffsets | None = None,
 ) -> list[Example]:
     """Tokenise all segments of a batch of rows in one call, join each row's, label them and cut them to the cutoff.
 
-    `find_offsets`: the characters of each token of a text, (start, end); needed where segments have spans.
+    `find_offsets` is needed where segments have spans.
     """
-    tokens = iter(tokenize([segment.text for row in rows for segment in row]))
+    before = [["", *(segment.text for segment in row[:-1])] for row in rows]
+    tokens = iter(tokenize([segment.text for row in rows for segment in row], [*chain.from_iterable(before)]))
     examples = []
-    for row in rows:
+    for row, texts_before in zip(rows, before):
         pieces = [next(tokens) for _ in row]
         lengths = [len(piece) for piece in pieces]
         if config.truncation_mode == "llamafactory":
@@ -283,12 +296,13 @@ def encode(
         else:
             kept = keep_start(lengths, config.cutoff_len)
         example = Example(cut=sum(lengths) - sum(kept), lost_answer=not kept[-1])
-        for segment, trained, piece, length in zip(row, carry_loss(row, config), pieces, kept, strict=True):
+        carries = carry_loss(row, config)
+        for segment, text, trained, piece, length in zip(row, texts_before, carries, pieces, kept, strict=True):
             piece = piece if length == len(piece) else piece[:length]
             example.input_ids += piece
             example.also.update(matches_of(span.pattern) for span in segment.spans)
             if trained and segment.spans and find_offsets:
-                at = find_offsets(segment.text)[:length]
+                at = find_offsets(segment.text, text)[:length]
                 labels = [IGNORED if _touches(segment.spans, a) else token for token, a in zip(piece, at, strict=True)]
                 example.also["mask_spans: {} tokens of replies masked"] += labels.count(IGNORED)
                 example.labels += labels

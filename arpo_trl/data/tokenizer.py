@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -20,12 +20,14 @@ from tokenizers.processors import TemplateProcessing
 from ..errors import DatasetError
 from ..recipe.keys import Recipe
 from ..recipe.template_names import SHIPPED, THE_TOKENIZERS_OWN, check_template_name
-from .labels import IGNORED, EncodingConfig, carry_loss, encode, is_written, to_segments
+from .labels import IGNORED, EncodingConfig, FindOffsets, Tokenize, carry_loss, encode, is_written, to_segments
 from .messages import Conversation
 from .template import Template, find_template, shipped_template, without_thought_by_default
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+ANCHOR_CHARACTERS = 100  # no special token is longer
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -132,11 +134,11 @@ def check_parity(conversation: Conversation, template: Template, config: Encodin
     config, tokenize = replace(config, cutoff_len=sys.maxsize), make_tokenize(tokenizer)
     segments = to_segments(conversation, template)
     messages = conversation.messages[: conversation.replies[-1] + 1]
-    context, reply, whole = tokenize(
-        [segments[0].text, segments[1].text, template.render(messages, conversation.tools, False)]
-    )
-    if decode(context + reply) != decode(context) + decode(reply):
-        raise refuse("the tokenizer writes a reply after its context otherwise than alone, as with a space before it")
+    texts = [segments[0].text, segments[1].text]
+    context, reply = tokenize(texts, ["", texts[0]])
+    both, whole = tokenize(["".join(texts), template.render(messages, conversation.tools, False)])
+    if decode(context + reply) != decode(both):
+        raise refuse("the tokenizer writes a reply after its context otherwise than alone")
     if tokenizer.eos_token != template.end_of_turn:
         raise refuse(f"a turn does not end in the eos token {tokenizer.eos_token!r}")
     (example,) = encode([segments], tokenize, config)
@@ -152,22 +154,54 @@ def check_parity(conversation: Conversation, template: Template, config: Encodin
     masked = decode([token for token, label in zip(example.input_ids, example.labels) if label == IGNORED])
     for message in messages:
         (text,) = tokenize([message["content"].strip()])
-        if message["role"] != "assistant" and not is_written(decode(text), masked):
+        if message["role"] != "assistant" and not is_written(decode(text).strip(), masked):
             raise refuse(f"a message from {message['role']} is not wholly masked")
 
 
-def make_tokenize(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], Iterable[list[int]]]:
-    """Texts -> token ids, without special tokens added; the Rust tokenizer takes all texts at once, in parallel."""
-    if not tokenizer.is_fast:
-        return lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return lambda texts: (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+def make_tokenize(tokenizer: PreTrainedTokenizerBase) -> Tokenize:
+    """A function: texts -> token ids, without special tokens added; the Rust tokenizer takes all texts at once, in parallel.
+
+    Tokenizers of SentencePiece's kind (Llama 2, Mistral, Phi-3) write a space before each text. For a text that goes on
+    from another (`before`) the tokens are those it has after that one, where no space is written.
+    """
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+
+    def alone(texts: list[str]) -> Iterable[list[int]]:
+        if tokenizer.is_fast:
+            return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def going_on(texts: list[str], before: Sequence[str] = ()) -> Iterable[list[int]]:
+        anchors = [_anchor(tokenizer, text) for text in before] or [""] * len(texts)
+        known = dict(zip(found := list(set(anchors)), alone(found)))
+        joined = alone([anchor + text for anchor, text in zip(anchors, texts, strict=True)])
+        for anchor, text, ids in zip(anchors, texts, joined):
+            start = known[anchor]
+            yield ids[len(start) :] if ids[: len(start)] == start else next(iter(alone([text])))
+
+    return going_on if _writes_a_space(tokenizer) else lambda texts, before=(): alone(texts)
 
 
-def make_find_offsets(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[tuple[int, int]]]:
-    """A text -> the characters of each of its tokens, (start, end); of a Rust tokenizer.
+def _writes_a_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    alone, line, after = tokenizer(["a", "\n", "\na"], add_special_tokens=False)["input_ids"]
+    return bool(alone != after[len(line) :])
+
+
+def _anchor(tokenizer: PreTrainedTokenizerBase, before: str) -> str:
+    """What stands for the text before: its last token if that is a special one (a space may follow), else a newline."""
+    if not before:
+        return ""
+    last = tokenizer(before[-ANCHOR_CHARACTERS:], add_special_tokens=False)["input_ids"][-1]
+    added = tokenizer.added_tokens_decoder.get(last)
+    return added.content if added and before.endswith(added.content) else "\n"
+
+
+def make_find_offsets(tokenizer: PreTrainedTokenizerBase) -> FindOffsets:
+    """A function: a text, and the one before it -> the characters of each of its tokens, (start, end).
 
     Its post-processor, which only adds special tokens, goes: RoBERTa's kind leaves a space out of its token's characters
     (tokenizers: `ByteLevel(trim_offsets=True)`).
@@ -177,8 +211,14 @@ def make_find_offsets(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], lis
     backend.no_padding()
     backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
 
-    def find_offsets(text: str) -> list[tuple[int, int]]:
-        offsets: list[tuple[int, int]] = backend.encode(text, add_special_tokens=False).offsets
-        return offsets
+    writes_a_space = _writes_a_space(tokenizer)
+
+    def find_offsets(text: str, before: str = "") -> list[tuple[int, int]]:
+        anchor = _anchor(tokenizer, before) if writes_a_space else ""
+        known: list[int] = backend.encode(anchor, add_special_tokens=False).ids
+        joined = backend.encode(anchor + text, add_special_tokens=False)
+        if joined.ids[: len(known)] != known:
+            return find_offsets(text)
+        return [(max(start - len(anchor), 0), end - len(anchor)) for start, end in joined.offsets[len(known) :]]
 
     return find_offsets

@@ -61,7 +61,8 @@ class Chat:
             pieces = [*to_context(messages, self.tools, self.template), *([turn] if turn else [])]
         except RowError as error:
             raise RecipeError(f"{self.tokenizer.name_or_path}: {error}") from None
-        ids = torch.tensor([[token for piece in make_tokenize(self.tokenizer)(pieces) for token in piece]])
+        tokens = make_tokenize(self.tokenizer)(pieces, ["", *pieces[:-1]])
+        ids = torch.tensor([[token for piece in tokens for token in piece]])
         output = self.model.generate(
             input_ids=ids.to(self.model.device),
             attention_mask=torch.ones_like(ids).to(self.model.device),

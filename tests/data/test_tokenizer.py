@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import trl
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from arpo_trl.data.labels import EncodingConfig, carry_loss, to_segments
+from arpo_trl.data.labels import IGNORED, EncodingConfig, carry_loss, encode, to_segments
 from arpo_trl.data.messages import Conversation
-from arpo_trl.data.template import find_template
-from arpo_trl.data.tokenizer import check_parity, load_tokenizer
+from arpo_trl.data.template import find_template, shipped_template
+from arpo_trl.data.tokenizer import check_parity, load_tokenizer, make_find_offsets, make_tokenize
 from arpo_trl.errors import DatasetError, RecipeError, RowError
 from arpo_trl.recipe import Recipe
 
@@ -192,23 +192,63 @@ def test_the_parity_check_refuses_another_eos_than_the_end_of_turn() -> None:
     )
 
 
-def test_the_parity_check_refuses_a_tokenizer_that_writes_a_space_before_each_text() -> None:
+def sentencepiece_tokenizer(scheme: str) -> PreTrainedTokenizerBase:
+    """Of Llama 2's and Mistral's kind, which write a space before a text: as transformers 5 builds it, or its old file."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # no token goes on from one word to the next
+    texts = ["USER: What is four? ASSISTANT: Four it is.", "[INST] Say nine [/INST] Nine it is."] * 9
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    plain = json.loads(tokenizer.to_str())
+    plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"] in special]
+    tokenizer = Tokenizer.from_str(json.dumps(plain))
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False) if scheme != "prepend" else None
+    )
+    if scheme == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("name", ["mistral", "vicuna", "llama2", "default", "zephyr"])
+@pytest.mark.parametrize("scheme", ["first", "always", "prepend"])
+def test_a_tokenizer_that_writes_a_space_before_a_text_gives_the_tokens_of_the_whole(scheme: str, name: str) -> None:
+    """Of each piece alone they would be other ones: a space that the model does not see when it is used."""
+    tokenizer = sentencepiece_tokenizer(scheme)
+    tokenizer.chat_template = shipped_template(name)
+    template = find_template(tokenizer)
+    row = Conversation([{**Q, "content": "What is four?"}, {**A, "content": "Four it is."}, R, B])
+    check_parity(row, template, CONFIG, "row")
+    segments = to_segments(row, template, [" it"])
+    (example,) = encode([segments], make_tokenize(tokenizer), CONFIG, make_find_offsets(tokenizer))
+    whole = tokenizer("".join(segment.text for segment in segments), add_special_tokens=False)["input_ids"]
+    assert example.input_ids == whole
+    trained = [token for token, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED]
+    assert tokenizer.decode(trained).replace("\n", "").replace(" ", "") == "Fouris.</s>B</s>"
+
+
+def test_the_parity_check_refuses_a_tokenizer_that_strips_each_text() -> None:
     tokenizer = make_tokenizer("qwen2_5", eos="<|im_end|>")
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[attr-defined]
-    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])  # type: ignore[attr-defined]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()  # type: ignore[attr-defined]
+    shown = Conversation([Q, {**A, "content": " A"}])
     with pytest.raises(DatasetError, match="writes a reply after its context otherwise than alone"):
-        check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "row")
+        check_parity(shown, find_template(tokenizer), CONFIG, "row")
 
 
 def test_the_parity_check_refuses_a_tokenizer_that_joins_segments_otherwise() -> None:
-    """The space before each text shows in the middle of a line where no special token parts it from the last."""
+    """What is stripped shows between two turns where no special token parts them."""
     template = (
-        "{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\nBot:{% else %} {{ m.content }}<|im_end|>\n"
+        "{% for m in messages %}{% if m.role == 'user' %} User: {{ m.content }} Bot:{% else %}{{ m.content }}<|im_end|>."
         "{% endif %}{% endfor %}"
     )
     tokenizer = make_tokenizer(template, eos="<|im_end|>")
     check_parity(Conversation([Q, A, R, B]), find_template(tokenizer), CONFIG, "row")
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[attr-defined]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()  # type: ignore[attr-defined]
     check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "row")
     with pytest.raises(
         DatasetError, match=r"row: the parity check .*: the encoded text is not what the chat template renders;"
@@ -233,7 +273,7 @@ def test_the_parity_check_refuses_a_message_that_it_does_not_find_among_the_mask
     )
     tokenizer = make_tokenizer(spaced, eos="<|im_end|>")
     check_parity(Conversation([S, Q, A]), find_template(tokenizer), CONFIG, "row")
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[attr-defined]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("x")  # type: ignore[attr-defined]
     with pytest.raises(DatasetError, match="a message from system is not wholly masked"):
         check_parity(Conversation([S, Q, A]), find_template(tokenizer), CONFIG, "row")
     everything = replace(CONFIG, train_on_prompt=True)
