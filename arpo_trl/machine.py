@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .errors import RecipeError, RunFailed
 
 
 def saved_bytes(model: Any) -> int:
@@ -49,6 +53,32 @@ def missing_space(folder: Path, needed: int, what: str) -> str | None:
         f"disk full: {what} needs {needed / 1e9:.3f} GB and {folder} has {free / 1e9:.3f} GB free; free some space, keep "
         "fewer checkpoints (save_total_limit) or point output_dir elsewhere"
     )
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a writer failed for want of room: safetensors, torch and Python each say it in their own words."""
+    # torch.save reports a short write as "unexpected pos 11840 vs 11732"
+    signs = ("No space left", "os error 28", "quota exceeded", "PytorchStreamWriter", "unexpected pos")
+    return any(sign in str(error) for sign in signs)
+
+
+@contextlib.contextmanager
+def full_disk_in_a_line() -> Iterator[None]:
+    """Turn a library's error about a full disk into one line.
+
+    Raises:
+        RunFailed: with what to do.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (RecipeError, RunFailed)) or not is_full_disk(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise RunFailed(
+            f"disk full ({reason}); free some space and give the same command again: it goes on from the last whole "
+            "checkpoint (with overwrite_output_dir: true, add resume_from_checkpoint=true)"
+        ) from error
 
 
 def peak_memory() -> int:

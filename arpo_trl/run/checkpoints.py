@@ -19,22 +19,23 @@ IN_PROGRESS = ".in_progress"
 FILES = "files.json"
 
 # What a resume reads. FSDP and DeepSpeed keep all but the first in folders of their own.
+MODEL_ONLY = "it holds the model only, as save_only_model: true asks for"
 NEEDED = {"rng_state.pth": "rng_state*.pth", "optimizer.pt": "optimizer.*", "scheduler.pt": "scheduler.pt"}
 
 
 def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that can be resumed from, and a line for each newer one that cannot.
 
-    A damaged checkpoint is renamed to `damaged-checkpoint-<step>`, so that neither a resume nor the rotation of old
-    checkpoints can meet it again, and nothing is deleted.
+    Such a one is renamed to `damaged-checkpoint-<step>`, or `model-only-checkpoint-<step>`, so that neither a resume nor
+    the rotation of old checkpoints can meet it again, and nothing is deleted.
     """
     lines: list[str] = []
     for folder in reversed(list_checkpoints(output_dir)):
         reason = find_damage(folder)
         if reason is None:
             return folder, lines
-        aside = set_aside(folder, "damaged")
-        lines.append(f"{folder} is not whole ({reason}); skipped and kept as {aside.name}")
+        aside = set_aside(folder, "model-only" if reason == MODEL_ONLY else "damaged")
+        lines.append(f"{folder} can't be resumed from ({reason}); skipped and kept as {aside.name}")
     return None, lines
 
 
@@ -72,9 +73,9 @@ def find_damage(folder: Path) -> str | None:
     if not any(path.is_dir() for kind in ("optimizer_*", "global_step*") for path in folder.glob(kind)):
         if not any(folder.glob("*model.*")):
             return "it has no weights"
-        for name, pattern in NEEDED.items():
-            if not any(folder.glob(pattern)):
-                return f"{name} is missing"
+        missing = [name for name, pattern in NEEDED.items() if not any(folder.glob(pattern))]
+        if missing:
+            return MODEL_ONLY if len(missing) == len(NEEDED) else f"{missing[0]} is missing"
     for path in sorted(folder.iterdir()):
         reason = _file_damage(path)
         if reason:

@@ -85,7 +85,9 @@ def _named_checkpoint(recipe: Recipe, folder: Path, output_dir: Path) -> tuple[P
         raise recipe.error("resume_from_checkpoint", f"no checkpoint-<step> folder at {folder}; found: {found}")
     reason = find_damage(folder)
     if reason:
-        raise recipe.error("resume_from_checkpoint", f"{folder} is not whole ({reason}); name another checkpoint")
+        raise recipe.error(
+            "resume_from_checkpoint", f"{folder} can't be resumed from ({reason}); name another checkpoint"
+        )
     others = [p for p in list_checkpoints(output_dir) if p.resolve() != folder.resolve()]
     newer = [p for p in others if checkpoint_step(p) >= checkpoint_step(folder)]
     # The run would meet them again: the next resume takes the newest checkpoint, and these are of another course.

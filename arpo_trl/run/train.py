@@ -14,7 +14,7 @@ from trl.trainer.sft_config import SFTConfig
 from ..data.prepare import prepare_datasets
 from ..data.tokenizer import load_tokenizer
 from ..errors import RecipeError, RunFailed
-from ..machine import missing_space
+from ..machine import full_disk_in_a_line, missing_space
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
 from ..report.console import logged_to, say
@@ -63,7 +63,8 @@ def _train(recipe: Recipe, args: SFTConfig) -> int:
     output_dir = Path(recipe.output_dir)
 
     checkpoint, lines = on_main_process(lambda: find_resume_point(recipe)) if recipe.do_train else (None, [])
-    with logged_to(output_dir / "training.log", enabled=main_process) as forget_earlier_sessions:
+    log = logged_to(output_dir / "training.log", enabled=main_process)
+    with log as forget_earlier_sessions, full_disk_in_a_line():
         for line in [*recipe.notices, *lines]:
             say(line)
         if not recipe.do_train:

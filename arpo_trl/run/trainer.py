@@ -22,7 +22,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import RunFailed
-from ..machine import checkpoint_bytes, missing_space
+from ..machine import checkpoint_bytes, free_space, is_full_disk, missing_space
 from ..report.console import say
 from .checkpoints import IN_PROGRESS, begin_checkpoint, finish_checkpoint
 from .loss import mask_repeated_rows, score_labelled_positions_only, token_means
@@ -390,10 +390,12 @@ class ArpoTrainer(SFTTrainer, _Line):
         """Remove what was written, so that the disk has room for the logs, and stop or go on as the recipe says."""
         if self.is_world_process_zero() and (folder / IN_PROGRESS).exists():
             shutil.rmtree(folder, ignore_errors=True)
-        # torch.save reports a short write as "unexpected pos 11840 vs 11732"
-        signs = ("No space left", "os error 28", "quota exceeded", "PytorchStreamWriter", "unexpected pos")
-        full = any(sign in str(error) for sign in signs)
-        reason = f"disk full ({error})" if full else str(error)
+        reason = " ".join(str(error).split())
+        if is_full_disk(error):
+            free = free_space(folder.parent) / 1e9
+            reason = (
+                f"disk full ({reason}); a checkpoint takes {self.checkpoint_bytes / 1e9:.3f} GB, {free:.3f} are free"
+            )
         message = f"{folder} could not be saved, what was written of it is removed: {reason}"
         if self.on_save_error == "stop":
             raise RunFailed(

@@ -91,7 +91,7 @@ def test_an_output_dir_that_is_a_file_or_below_one_is_refused(make_recipe: MakeR
         ("{run}/checkpoint-9", "no checkpoint-<step> folder"),
         ("{run}/checkpoint-x", "no checkpoint-<step> folder"),
         ("{run}/checkpoint-2/optimizer.pt", "no checkpoint-<step> folder"),
-        ("{run}/checkpoint-1", r"checkpoint-1 is not whole \(optimizer.pt is missing\); name another"),
+        ("{run}/checkpoint-1", r"checkpoint-1 can't be resumed from \(optimizer.pt is missing\); name another"),
     ],
 )
 def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused_by_name(
@@ -117,7 +117,7 @@ def test_nothing_to_resume_from_is_refused_with_what_was_found(make_recipe: Make
     for folder in list_checkpoints(output_dir):
         (folder / "optimizer.pt").unlink()
     with pytest.raises(
-        RecipeError, match=r"(?s)checkpoint-3 is not whole.*resume_from_checkpoint: no whole checkpoint"
+        RecipeError, match=r"(?s)checkpoint-3 can't be resumed from.*resume_from_checkpoint: no whole checkpoint"
     ):
         resume(make_recipe(resume_from_checkpoint=True))
 
