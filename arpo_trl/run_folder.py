@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,19 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` so that `path` holds the old text or the new, never half of one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
+    replace(temporary, path)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Rename a file over another; on Windows a virus scanner may hold either for a moment, so it is tried again."""
+    for wait in (0.1, 0.3, 1.0):
+        try:
+            temporary.replace(path)
+            return
+        except PermissionError:
+            if str(sys.platform) != "win32":  # str: mypy would hold what follows for unreachable
+                raise
+        time.sleep(wait)
     temporary.replace(path)
 
 

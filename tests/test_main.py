@@ -13,7 +13,7 @@ import pytest
 import small_run
 
 import arpo_trl
-from arpo_trl import machine
+from arpo_trl import machine, run_folder
 from arpo_trl.__main__ import main
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.recipe.command_line import OPTIONS, read_command_line
@@ -165,3 +165,23 @@ def test_a_drive_that_is_not_there_has_no_room(monkeypatch: pytest.MonkeyPatch) 
     assert str(machine.missing_space(Path("/run"), 1, "a checkpoint")).startswith(
         "there is no drive /; point output_dir"
     )
+
+
+def test_a_file_that_windows_holds_for_a_moment_is_replaced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Linux the same refusal is one to be told at once."""
+    refusals = [PermissionError("in use"), PermissionError("in use")]
+    replace = Path.replace
+
+    def held(path: Path, target: Path) -> Path:
+        if refusals:
+            raise refusals.pop()
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", held)
+    with pytest.raises(PermissionError):
+        run_folder.write_json(tmp_path / "run.json", 1)
+    monkeypatch.setattr(sys, "platform", "win32")
+    run_folder.write_json(tmp_path / "run.json", 2)
+    assert run_folder.read_json(tmp_path / "run.json") == 2 and not refusals

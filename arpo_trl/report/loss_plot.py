@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..run_folder import checkpoint_step, list_checkpoints
+from ..run_folder import checkpoint_step, list_checkpoints, replace
 
 
 def plot_loss(lines: list[dict[str, Any]], picture: Path) -> None:
@@ -60,7 +60,7 @@ def plot_loss(lines: list[dict[str, Any]], picture: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a folder named in Chinese
         figure.savefig(unfinished, format="png")
-    unfinished.replace(picture)
+    replace(unfinished, picture)
 
 
 def smooth(values: Sequence[float]) -> list[float]:

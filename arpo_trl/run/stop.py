@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class StopOnSignal(TrainerCallback):
         # Not earlier: before the first step there is nothing to save, and a signal may stop the process at once.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
+        if sys.platform == "win32":  # Ctrl-Break, and a console that is closed
+            signal.signal(signal.SIGBREAK, self._remember)
         self.saved_step, self.training = state.global_step, True
 
     def _remember(self, number: int, frame: Any) -> None:
