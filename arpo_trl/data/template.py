@@ -176,7 +176,7 @@ class Template:
         if prompt:
             return text
         if self.begins_next and messages[-1]["role"] == "assistant":
-            return text + str(self.call_end if messages[-1].get("tool_calls") else self.end_of_turn)
+            return text + ((messages[-1].get("tool_calls") and self.call_end) or self.end_of_turn or "")
         return text.removesuffix(self.epilogue)
 
 
@@ -211,17 +211,9 @@ def find_template(
     if "default" not in named:
         raise RecipeError(f"template: the tokenizer has templates named {', '.join(named)} and none named default")
     day = day or date.today()
-    tool_jinja = named.get("tool_use")
-    own = _describe(
-        Template(
-            tokenizer,
-            _dated(named["default"], day),
-            day,
-            tool_jinja and _dated(tool_jinja, day),
-            enable_thinking,
-            last_thought_only,
-        )
-    )
+    jinja, tool_jinja = (_dated(named[name], day) if name in named else None for name in ("default", "tool_use"))
+    bare = Template(tokenizer, str(jinja), day, tool_jinja, enable_thinking, last_thought_only)
+    own = _describe(bare)
     if not _faults(own):
         return own
     from trl.chat_template_utils import get_training_chat_template
@@ -232,7 +224,7 @@ def find_template(
         jinja = get_training_chat_template(plain)
     except ValueError:  # TRL knows no training form of it
         return own
-    form = _describe(replace(own, jinja=_dated(jinja, day) if jinja else own.jinja, epilogue=""))
+    form = _describe(replace(bare, jinja=_dated(jinja, day))) if jinja else own
     return form if _faults(form) < _faults(own) else own
 
 
