@@ -304,7 +304,7 @@ def encode(
             if trained and segment.spans and find_offsets:
                 at = find_offsets(segment.text, text)[:length]
                 labels = [IGNORED if _touches(segment.spans, a) else token for token, a in zip(piece, at, strict=True)]
-                example.also["mask_spans: {} tokens of replies masked"] += labels.count(IGNORED)
+                example.also["mask_spans: tokens masked: {}"] += labels.count(IGNORED)
                 example.labels += labels
             else:
                 example.labels += piece if trained else [IGNORED] * length
@@ -314,7 +314,7 @@ def encode(
 
 def matches_of(entry: str) -> str:
     """Under what the audit counts the matches of an entry of mask_spans."""
-    return f"mask_spans: {entry} matches {{}} times"
+    return f"mask_spans: matches of {entry}: {{}}"
 
 
 def _touches(spans: Sequence[Span], token: tuple[int, int]) -> bool:

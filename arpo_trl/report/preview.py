@@ -82,7 +82,7 @@ def show_row(console: Console, row: EncodedRow, unmasked: EncodedRow, tokenizer:
         for number, piece in enumerate(_pieces(ids, tokenizer)):
             text.append(printable(piece), shades[number % 2])
         for line in text.split("\n"):
-            console.print(Text(margin, shades[0]) + line)
+            console.print(Text.assemble((margin, shades[0]), line))
         console.print(Text(f"{margin}^ {len(ids):,} tokens {name}", "italic dim"))
 
 

@@ -195,9 +195,9 @@ def test_masked_spans_and_fields_that_are_not_read_are_counted(bench: Bench) -> 
     counts = data.audit.datasets["d"]
     assert counts.dropped == 1 and "every reply has loss: false or all of it is masked" in counts.first[0]
     assert data.audit.lines()[1:] == [
-        f"d: mask_spans: {counts.also['mask_spans: {} tokens of replies masked']} tokens of replies masked",
+        f"d: mask_spans: tokens masked: {counts.also['mask_spans: tokens masked: {}']}",
         "d: not read: column `id` of 2 rows",
-        "d: mask_spans: result matches 1 times",
+        "d: mask_spans: matches of result: 1",
         "d: not read: key `score\\x1b` of 1 messages",
         "mask_spans: observation matches nothing in any row",
     ]

@@ -233,9 +233,9 @@ def test_spans_are_counted() -> None:
     segments = to_segments(chat("Q", TRAJECTORY), find_template(tokenizer), [r"\d", "result"])
     (example,) = encode([segments], make_tokenize(tokenizer), WHOLE, make_find_offsets(tokenizer))
     assert example.also == {
-        r"mask_spans: \d matches {} times": 3,
-        "mask_spans: result matches {} times": 1,
-        "mask_spans: {} tokens of replies masked": 10,
+        r"mask_spans: matches of \d: {}": 3,
+        "mask_spans: matches of result: {}": 1,
+        "mask_spans: tokens masked: {}": 10,
     }
 
 

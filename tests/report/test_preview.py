@@ -23,6 +23,7 @@ def test_preview_marks_what_is_trained_without_colour(
     preview(chat_recipe, 2)
     coloured = capsys.readouterr().out
     assert re.search("\x1b\\[[0-9;]*32m👍", coloured)  # green
+    assert "\x1b[1;32m" in coloured and "\x1b[32m" in coloured  # a token is shaded other than its neighbours
     monkeypatch.delenv("FORCE_COLOR")
     preview(chat_recipe, 2)
     plain = capsys.readouterr().out
@@ -71,7 +72,7 @@ def test_preview_shows_masked_spans_and_what_is_not_read(
     ]
     assert sum(line.startswith("- ^ ") and line.endswith(" tokens masked by mask_spans") for line in lines) == 1
     assert "+ <answer>7</answer><|im_end|>" in lines
-    assert {"not read: column `id` of 1 rows", "mask_spans: result matches 1 times"} <= set(lines)
+    assert {"not read: column `id` of 1 rows", "mask_spans: matches of result: 1"} <= set(lines)
 
 
 def test_nothing_of_the_data_steers_the_terminal(
