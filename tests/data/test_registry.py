@@ -285,7 +285,8 @@ def test_what_columns_leave_out_has_no_column_as_in_llama_factory(tmp_path: Path
         entry = {"file_name": "a.json", "formatting": "sharegpt", "columns": columns}
         info = read_registry(write(tmp_path, json.dumps({"a": entry})))["a"]
         assert info.columns == {"messages": "conversations"}
-        assert to_conversation(row | more, info) == to_conversation(row, info)
+        found, bare = to_conversation(row | more, info), to_conversation(row, info)
+        assert (found.messages, found.tools) == (bare.messages, bare.tools) and len(found.unread) == 3
     entry = {"file_name": "a.json", "columns": {"query": "input", "response": "output"}}
     info = read_registry(write(tmp_path, json.dumps({"a": entry})))["a"]
     assert info.columns == {"query": "input", "response": "output"}
