@@ -73,6 +73,8 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     shares = recipe.interleave_probs or []
     if shares and len(shares) != len(recipe.dataset):
         yield "interleave_probs", f"expected one share for each of {len(recipe.dataset)} datasets, found {len(shares)}"
+    elif shares and (min(shares) < 0 or abs(sum(shares) - 1) > 1e-8):  # numpy's tolerance
+        yield "interleave_probs", f"expected shares that sum to 1, found {', '.join(f'{share:g}' for share in shares)}"
     for key in ("adapter_name_or_path", "loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init"):
         if getattr(recipe, key) and recipe.finetuning_type != "lora":
             yield key, "needs finetuning_type: lora"

@@ -26,6 +26,7 @@ from ..report.figures import describe_model, format_seconds, precision
 from ..report.log_file import read_log
 from ..report.summary import describe_device, describe_steps, missing_gpu
 from ..run_folder import list_checkpoints
+from .fit import check_fit
 from .memory import describe_memory, estimate_memory, model_shape
 from .requirements import check_environment
 from .resume import refuse_output_dir
@@ -50,7 +51,9 @@ def check(recipe: Recipe, verbose: bool = False) -> None:
     args = to_sft_config(recipe)
     if recipe.do_train:
         refuse_output_dir(recipe)
-    data = prepare_datasets(recipe, load_tokenizer(recipe))
+    tokenizer = load_tokenizer(recipe)
+    data = prepare_datasets(recipe, tokenizer)
+    check_fit(recipe, args, data, tokenizer)
     lines, problem = _describe_run(recipe, args, data, verbose)
     keys = recipe.resolved() if verbose else recipe.not_default()
     shown = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True).splitlines()
@@ -149,7 +152,8 @@ def describe_tokens(rows: Dataset) -> list[str]:
 
 def count_steps(args: SFTConfig, rows: int) -> tuple[int, int]:
     """Updates an epoch and in total, as transformers' Trainer counts them."""
-    batches = math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
+    batches = rows / (args.per_device_train_batch_size * args.world_size)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     an_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     return an_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
 

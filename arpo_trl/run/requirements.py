@@ -27,6 +27,23 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 HUB_TIMEOUT = 5.0  # seconds; huggingface_hub itself tries for more than a minute
 
 
+# Words in the names of transformers' optimizers, and the package that those names need; the first that fits.
+_OPTIMIZERS = [
+    ("galore", "galore_torch"),
+    ("apollo", "apollo_torch"),
+    ("torch_4bit torch_8bit", "torchao"),
+    ("bnb 8bit 32bit paged lion ademamix", "bitsandbytes"),
+    ("schedule_free", "schedulefree"),
+    ("lomo", "lomo_optim"),
+    ("grokadamw", "grokadamw"),
+    ("stable_adamw", "optimi"),
+    ("anyprecision", "torchdistx"),
+    ("torch_xla", "torch_xla"),
+    ("npu", "torch_npu"),
+]
+_PIP = {"optimi": "torch-optimi"}  # where the package has another name than its module
+
+
 def check_inputs(recipe: Recipe) -> Recipe:
     """Ask for the files, datasets and models that the recipe names. Imports no torch.
 
@@ -160,18 +177,18 @@ def _is_cached(name: str, config: str, recipe: Recipe) -> bool:
 def _packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from _deepspeed(recipe)
     optim = str(recipe.trl.get("optim", ""))
+    of_optim = next((package for words, package in _OPTIMIZERS if any(word in optim for word in words.split())), None)
     needs = [
         (recipe.quantization_bit is not None, "quantization_bit", "bitsandbytes", "remove the line"),
         (recipe.enable_liger_kernel, "enable_liger_kernel", "liger_kernel", "remove the line"),
         (recipe.use_galore, "use_galore", "galore_torch", "use another optimizer"),
         (recipe.use_apollo, "use_apollo", "apollo_torch", "use another optimizer"),
-        ("galore" in optim, "optim", "galore_torch", "use another optimizer"),
-        ("apollo" in optim, "optim", "apollo_torch", "use another optimizer"),
-        ("8bit" in optim or "paged" in optim, "optim", "bitsandbytes", "use another optimizer"),
+        (of_optim is not None, "optim", of_optim or "", "use another optimizer"),
     ]
     for wanted, key, package, or_else in needs:
         if wanted and importlib.util.find_spec(package) is None:
-            yield key, f"needs {package}, which is not installed; pip install {package}, or {or_else}"
+            name = _PIP.get(package, package)
+            yield key, f"needs {package}, which is not installed; pip install {name}, or {or_else}"
 
 
 def _deepspeed(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, SchedulerType, get_scheduler
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trl.trainer.sft_config import SFTConfig
 
@@ -85,6 +85,7 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
         config = SFTConfig(**settings | given)
     except Exception as error:  # what transformers says against a value has many types
         raise _refused(recipe, settings, given) from error
+    _try_scheduler(recipe, config)
     # Of several visible GPUs a process without a launcher takes one: TRL refuses nn.DataParallel, Trainer's way to use
     # them all (https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L1118).
     config._n_gpu = min(config.n_gpu, 1)
@@ -93,6 +94,18 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
     if config.mixed_precision in ("bf16", "fp16") and not (config.bf16 or config.fp16):
         config.mixed_precision = "no"  # the recipe decides what is computed, the launcher only where
     return config
+
+
+def _try_scheduler(recipe: Recipe, config: SFTConfig) -> None:
+    """Ask for the learning rate's schedule, which transformers would make after the model is loaded."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    name, settings = SchedulerType(config.lr_scheduler_type), recipe.trl.get("lr_scheduler_kwargs")
+    try:
+        get_scheduler(name, optimizer, 0, 10, scheduler_specific_kwargs=dict(settings or {}))
+    except (TypeError, ValueError) as error:
+        key = "lr_scheduler_kwargs" if settings else "lr_scheduler_type"
+        reason = f"{name.value}: {str(error).splitlines()[0]}"
+        raise recipe.error(key, f"{reason}; lr_scheduler_kwargs holds what a schedule needs") from error
 
 
 def _refused(recipe: Recipe, settings: dict[str, Any], given: dict[str, Any]) -> RecipeError:

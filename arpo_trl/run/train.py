@@ -29,6 +29,7 @@ from ..report.trainer_log import show_progress
 from ..run_folder import match_umask, own_path, save_metrics, write_text
 from .adapters import keep_adapter_in_float32, to_optimizer, turn_pissa_into_lora
 from .evaluate import eval_datasets, run_without_training, to_inference
+from .fit import check_fit
 from .model import load_model
 from .owner import own_output_dir
 from .predict import PredictOnEvaluate, compare_evaluations, predict, refuse_split_model
@@ -73,6 +74,7 @@ def _train(recipe: Recipe, args: SFTConfig) -> int:
             return 0
         tokenizer = load_tokenizer(recipe)
         data = prepare_datasets(recipe, tokenizer)
+        check_fit(recipe, args, data, tokenizer)
         manifest = describe_run(recipe, data)
         earlier = read_manifest(checkpoint.parent) if checkpoint else None
         if checkpoint is not None:

@@ -125,6 +125,7 @@ WRONG = [
     ("load_best_model_at_end: true", "load_best_model_at_end: needs eval_strategy: steps or epoch"),
     ("early_stopping_steps: 3", "early_stopping_steps: needs eval_strategy, and load_best_model_at_end or metric_for_best_model"),
     ("interleave_probs: 1", "interleave_probs: mix_strategy is concat; write interleave_under or interleave_over"),
+    ("interleave_probs: 0.9\nmix_strategy: interleave_over", "interleave_probs: expected shares that sum to 1, found 0.9"),
     ("interleave_probs: 0.5,0.5\nmix_strategy: interleave_over", "interleave_probs: expected one share for each of 1 datasets, found 2"),
     ("streaming: true", "streaming: its length is unknown; set max_steps"),
     ("mask_history: true\ntrain_on_prompt: true", "mask_history: train_on_prompt asks for the opposite; keep one"),

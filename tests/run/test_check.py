@@ -111,10 +111,12 @@ def test_check_needs_a_model_not_only_a_tokenizer(chat_recipe: Recipe, tmp_path:
         ({"max_steps": 5}, (3, 5)),
         ({"num_train_epochs": 0.5}, (3, 2)),
         ({"per_device_train_batch_size": 100}, (1, 2)),
+        ({"per_device_train_batch_size": 4, "dataloader_drop_last": True}, (1, 2)),
     ],
 )
 def test_steps_are_counted_as_the_trainer_does(changes: dict[str, Any], steps: tuple[int, int]) -> None:
     given = {"per_device_train_batch_size": 2, "world_size": 1, "gradient_accumulation_steps": 2}
+    given |= {"dataloader_drop_last": False}
     args: Any = SimpleNamespace(**(given | {"max_steps": -1, "num_train_epochs": 2} | changes))
     assert count_steps(args, rows=10) == steps
 

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 from arpo_trl.data.registry import select_datasets
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe
 from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.types import TRACKERS
-from arpo_trl.run.requirements import check_device, check_inputs, check_packages, why_no_hub
+from arpo_trl.run.requirements import _packages, check_device, check_inputs, check_packages, why_no_hub
+from arpo_trl.run.sft_config import to_sft_config
 
 
 @pytest.fixture
@@ -109,6 +111,15 @@ def test_an_optimizers_package_is_asked_for(recipe_of: Any, installed: set[str],
     assert f"needs {package}, which is not installed" in missing(recipe)[0]
     installed.add(package)
     check_machine(recipe)
+
+
+def test_every_optimizers_package_is_known(recipe_of: Any, installed: set[str]) -> None:
+    """None of them is there, and transformers asks for one wherever `check_packages` does."""
+    names = keys()["optim"].schema["enum"]
+    torchs_own = [name for name in names if not [*_packages(recipe_of(f"optim={name}"))]]
+    assert sorted(torchs_own) == ["adafactor", "adagrad", "adamw_torch", "adamw_torch_fused", "rmsprop", "sgd"]
+    for name in torchs_own:
+        assert Trainer.get_optimizer_cls_and_kwargs(to_sft_config(recipe_of(f"optim={name}")))
 
 
 class Wandb:

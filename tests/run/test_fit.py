@@ -1,0 +1,63 @@
+"""Rows, model and batch that do not go together are refused before weights are loaded, by --check and by a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import small_run
+from transformers import AutoTokenizer
+
+from arpo_trl.__main__ import main
+
+
+@pytest.mark.parametrize("command", [[], ["--check"]], ids=["train", "check"])
+def test_what_does_not_go_together_is_refused_with_the_keys_line(
+    command: list[str], tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "model.safetensors").unlink()  # no weight is looked at
+    data = small_run.write_data(tmp_path / "data")
+    recipe = small_run.write_recipe(tmp_path, model, dataset="counting", dataset_dir=str(data))
+    line = recipe.read_text("utf-8").splitlines().index(f"model_name_or_path: {model}") + 1
+
+    def refused(*overrides: str) -> str:
+        assert main([str(recipe), *overrides, *command]) == 2
+        return capsys.readouterr().err.strip().split("\n")[-1]
+
+    assert refused("dataloader_drop_last=true", "per_device_train_batch_size=13") == (
+        f"{recipe}: dataloader_drop_last: drops every row: 12 are fewer than the 13 of one batch; remove the line, "
+        "or lower per_device_train_batch_size"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    size = json.loads((model / "config.json").read_text("utf-8"))["vocab_size"]
+    while len(tokenizer) <= size:
+        tokenizer.add_tokens([f"<new_{len(tokenizer)}>"])
+    new = len(tokenizer) - 1
+    tokenizer.save_pretrained(model)
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": f"<new_{new}>"}]
+    (data / "counting.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert refused().startswith(
+        f"{recipe}:{line}: model_name_or_path: {model} has embeddings for {size:,} tokens, and {data / 'counting.json'}:1:39 "
+        f"has token {new:,} ('<new_{new}>'); resize the model once"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lr_scheduler_type=cosine_with_min_lr"], "lr_scheduler_type: cosine_with_min_lr: One of min_lr or min_lr_rate"),
+        (["lr_scheduler_type=warmup_stable_decay"], "lr_scheduler_type: warmup_stable_decay: get_wsd_schedule() missing"),
+        (["lr_scheduler_type=cosine_with_restarts", "lr_scheduler_kwargs={num_cycle: 2}"], "lr_scheduler_kwargs: cosine_"),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_lacks_a_setting_is_refused(
+    overrides: list[str], message: str, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = small_run.write_data(tmp_path / "data")
+    recipe = small_run.write_recipe(tmp_path, tiny_model, dataset="counting", dataset_dir=str(data))
+    assert main([str(recipe), *overrides]) == 2
+    err = capsys.readouterr().err
+    assert f"{recipe}: {message}" in err and err.endswith("; lr_scheduler_kwargs holds what a schedule needs\n")
