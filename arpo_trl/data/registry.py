@@ -59,10 +59,10 @@ TAGS = {
 }
 REFUSED = {
     "ranking": "holds preference pairs, which SFT does not read",
-    "ms_hub_url": "lies on ModelScope; download it and set file_name, or set hf_hub_url",
-    "om_hub_url": "lies on Modelers; download it and set file_name, or set hf_hub_url",
-    "script_url": "is a loading script, which datasets >= 4 no longer runs; set hf_hub_url or file_name",
-    "cloud_file_name": "lies in cloud storage; download it and set file_name",
+    "ms_hub_url": "lies on ModelScope; set hf_hub_url, or download it and give file_name instead",
+    "om_hub_url": "lies on Modelers; set hf_hub_url, or download it and give file_name instead",
+    "script_url": "is a loading script, which datasets >= 4 no longer runs; set hf_hub_url, or give file_name instead",
+    "cloud_file_name": "lies in cloud storage; set hf_hub_url, or download it and give file_name instead",
 }
 MEDIA = ("images", "videos", "audios")
 SHOWN = 12
@@ -282,7 +282,7 @@ def _findings(place: str, entry: Entry) -> Iterator[tuple[str, str]]:
         if key not in REFUSED:
             known = [*Entry.model_fields, *REFUSED]
             yield "notice", f"{place}.{key}: no such key{_nearest(key, known)}; no effect"
-        elif given and not (key.endswith("hub_url") and hub):
+        elif given and not (hub and key != "ranking"):  # LLaMA-Factory, too, takes the hub's data first.
             yield "refused", f"{place}.{key}: the dataset {REFUSED[key]}"
     if "kto_tag" in entry.columns:
         yield "refused", f"{place}.columns.kto_tag: the dataset holds preference data, which SFT does not read"

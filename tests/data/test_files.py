@@ -196,7 +196,7 @@ MISSING: dict[str, tuple[dict[str, Any], str]] = {
     "a loading script": (
         {"script_url": "s.py"},
         "{0}/dataset_info.json: d.script_url: the dataset is a loading script, which datasets >= 4 no longer runs; "
-        "set hf_hub_url or file_name",
+        "set hf_hub_url, or give file_name instead",
     ),
 }
 
@@ -255,35 +255,36 @@ from pathlib import Path
 from arpo_trl.data.files import read_rows
 from arpo_trl.errors import DatasetError, RowError
 
-path, mutations = Path(sys.argv[1]), int(sys.argv[2])
-whole, chance, ends = path.read_bytes(), random.Random(0), {"rows": 0, "refused": 0}
-for _ in range(mutations):
-    damaged = bytearray(whole)
-    for _ in range(chance.choice((1, 1, 1, 3, 20))):
-        damaged[chance.randrange(len(damaged))] = chance.randrange(256)
-    path.write_bytes(damaged[: chance.choice((len(damaged), len(damaged), chance.randrange(len(damaged))))])
-    try:
-        ends["rows"] += all(isinstance(row.value, (dict, RowError)) for row in read_rows(path))
-    except DatasetError as error:
-        assert str(error).startswith(f"{path}:") and "\\n" not in str(error), error
-        ends["refused"] += 1
-print(ends["rows"], ends["refused"])
+for path in map(Path, sys.argv[2:]):
+    whole, chance, ends = path.read_bytes(), random.Random(0), {"rows": 0, "refused": 0}
+    for _ in range(int(sys.argv[1])):
+        damaged = bytearray(whole)
+        for _ in range(chance.choice((1, 1, 1, 3, 20))):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        path.write_bytes(damaged[: chance.choice((len(damaged), len(damaged), chance.randrange(len(damaged))))])
+        try:
+            ends["rows"] += all(isinstance(row.value, (dict, RowError)) for row in read_rows(path))
+        except DatasetError as error:
+            assert str(error).startswith(f"{path}:") and "\\n" not in str(error), error
+            ends["refused"] += 1
+    print(ends["rows"], ends["refused"])
 """
 
 
-@pytest.mark.parametrize("name", ["stream.arrow", "file.arrow", "rows.parquet"])
-def test_a_damaged_file_ends_in_rows_or_in_a_line(name: str, tmp_path: Path) -> None:
+def test_a_damaged_file_ends_in_rows_or_in_a_line(tmp_path: Path) -> None:
     """Without a check of its buffers, pyarrow ends the process on some of them."""
-    path = write(tmp_path / name, [row(f"Question {n}", more=n / 3, system="s" if n % 2 else None) for n in range(20)])
-    if name == "file.arrow":
-        table = pa.ipc.open_stream(path.read_bytes()).read_all()
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-    command = [sys.executable, "-c", DAMAGED, str(path), "200"]
+    rows = [row(f"Question {n}", more=n / 3, system="s" if n % 2 else None) for n in range(20)]
+    paths = [write(tmp_path / name, rows) for name in ("stream.arrow", "rows.parquet", "file.arrow")]
+    table = pa.ipc.open_stream(paths[0].read_bytes()).read_all()
+    with pa.OSFile(str(paths[2]), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    command = [sys.executable, "-c", DAMAGED, "200", *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    kept, refused = map(int, done.stdout.split())
-    assert kept + refused == 200 and kept > 10 and refused > 50
+    for line in done.stdout.splitlines():
+        kept, refused = map(int, line.split())
+        assert kept + refused == 200 and kept > 10 and refused > 50
+    assert len(done.stdout.splitlines()) == len(paths)
 
 
 def test_a_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:

@@ -97,18 +97,18 @@ REFUSED = {
     "preference pairs": ('"ranking": true', "ranking: the dataset holds preference pairs, which SFT does not read"),
     "a loading script": (
         '"script_url": "x"',
-        "script_url: the dataset is a loading script, which datasets >= 4 no longer runs; set hf_hub_url or file_name",
+        "script_url: the dataset is a loading script, which datasets >= 4 no longer runs; set hf_hub_url, or give file_name instead",
     ),
     "ModelScope": (
         '"ms_hub_url": "x"',
-        "ms_hub_url: the dataset lies on ModelScope; download it and set file_name, or set hf_hub_url",
+        "ms_hub_url: the dataset lies on ModelScope; set hf_hub_url, or download it and give file_name instead",
     ),
     "cloud storage": (
         '"cloud_file_name": "s3://x"',
-        "cloud_file_name: the dataset lies in cloud storage; download it and set file_name",
+        "cloud_file_name: the dataset lies in cloud storage; set hf_hub_url, or download it and give file_name instead",
     ),
     "KTO": (
-        '"columns": {"kto_tag": "k"}',
+        '"columns": {"prompt": "p", "kto_tag": "k"}',
         "columns.kto_tag: the dataset holds preference data, which SFT does not read",
     ),
 }
@@ -169,8 +169,12 @@ def test_what_only_llama_factory_does_is_refused_when_used(kind: str, tmp_path: 
     with pytest.raises(DatasetError) as error:
         check_datasets(recipe(tmp_path))
     assert f"{tmp_path / 'dataset_info.json'}: d.{message}" in str(error.value).splitlines()
-    if kind != "KTO":
-        assert check_datasets(recipe(tmp_path, dataset=["ours"])).notices == []
+    assert check_datasets(recipe(tmp_path, dataset=["ours"])).notices == []
+    if " instead" in message:
+        write(tmp_path, f'{{"d": {{"file_name": "d.json", "hf_hub_url": "o/d", {member}}}}}')
+        assert check_datasets(recipe(tmp_path)).notices == []
+        write(tmp_path, '{"d": {"file_name": "d.json"}}')
+        assert check_datasets(recipe(tmp_path)).notices == []
 
 
 @pytest.mark.parametrize("kind", NOTICES)
