@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -26,8 +26,6 @@ from .template import Template, find_template, shipped_template, without_thought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-ANCHOR_CHARACTERS = 100  # no special token is longer
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -175,8 +173,10 @@ def make_tokenize(tokenizer: PreTrainedTokenizerBase) -> Tokenize:
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
 
+    find_anchor = _find_anchor(tokenizer)
+
     def going_on(texts: list[str], before: Sequence[str] = ()) -> Iterable[list[int]]:
-        anchors = [_anchor(tokenizer, text) for text in before] or [""] * len(texts)
+        anchors = [find_anchor(text) for text in before] or [""] * len(texts)
         known = dict(zip(found := list(set(anchors)), alone(found)))
         joined = alone([anchor + text for anchor, text in zip(anchors, texts, strict=True)])
         for anchor, text, ids in zip(anchors, texts, joined):
@@ -191,13 +191,10 @@ def _writes_a_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(alone != after[len(line) :])
 
 
-def _anchor(tokenizer: PreTrainedTokenizerBase, before: str) -> str:
-    """What stands for the text before: its last token if that is a special one (a space may follow), else a newline."""
-    if not before:
-        return ""
-    last = tokenizer(before[-ANCHOR_CHARACTERS:], add_special_tokens=False)["input_ids"][-1]
-    added = tokenizer.added_tokens_decoder.get(last)
-    return added.content if added and before.endswith(added.content) else "\n"
+def _find_anchor(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """A function: a text -> what stands for it before another: the special token it ends in (a space may follow), or a newline."""
+    added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    return lambda before: next(filter(before.endswith, added), "\n") if before else ""
 
 
 def make_find_offsets(tokenizer: PreTrainedTokenizerBase) -> FindOffsets:
@@ -211,10 +208,10 @@ def make_find_offsets(tokenizer: PreTrainedTokenizerBase) -> FindOffsets:
     backend.no_padding()
     backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
 
-    writes_a_space = _writes_a_space(tokenizer)
+    find_anchor = _find_anchor(tokenizer) if _writes_a_space(tokenizer) else lambda before: ""
 
     def find_offsets(text: str, before: str = "") -> list[tuple[int, int]]:
-        anchor = _anchor(tokenizer, before) if writes_a_space else ""
+        anchor = find_anchor(before)
         known: list[int] = backend.encode(anchor, add_special_tokens=False).ids
         joined = backend.encode(anchor + text, add_special_tokens=False)
         if joined.ids[: len(known)] != known:
