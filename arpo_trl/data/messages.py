@@ -99,10 +99,10 @@ def to_conversation(row: Any, info: DatasetInfo, default_system: str | None = No
 
 def _unread_column(name: str, info: DatasetInfo) -> str:
     """LLaMA-Factory, too, reads system, tools and history only where the registry names them."""
-    text = f"not read: column `{name}` of {{}} rows"
-    if name not in COLUMNS[info.formatting].keys() - info.columns.keys():
+    text, key = f"not read: column `{name}` of {{}} rows", "tools" if name == "functions" else name
+    if key not in COLUMNS[info.formatting].keys() - info.columns.keys():
         return text
-    named = json.dumps({"columns": info.columns | {name: name}}, ensure_ascii=False)[1:-1]
+    named = json.dumps({"columns": info.columns | {key: name}}, ensure_ascii=False)[1:-1]
     return f"{text}; to read it, write {named} in dataset_info.json"
 
 

@@ -316,8 +316,9 @@ def test_a_column_that_is_not_named_is_counted(column: str) -> None:
     """As LLaMA-Factory, which says nothing of it."""
     bare = info("sharegpt", columns={"messages": "conversations"})
     found = to_conversation({"conversations": [turn("gpt", "A")], column: ["search, python"]}, bare)
-    line = f'"columns": {{"messages": "conversations", "{column}": "{column}"}}'
-    way_out = f"; to read it, write {line} in dataset_info.json" * (column in ("tools", "system"))
+    key = "tools" if column == "functions" else column
+    line = f'"columns": {{"messages": "conversations", "{key}": "{column}"}}'
+    way_out = f"; to read it, write {line} in dataset_info.json" * (key in ("tools", "system"))
     assert found.unread == {f"not read: column `{column}` of {{}} rows{way_out}": 1}
     assert (found.messages, found.tools) == ([assistant("A")], None)
 
