@@ -107,7 +107,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": BASE | EXPERTS,
     "opt": BLOCKS | {"dropout": 0.0, "ffn_dim": 128, "max_position_embeddings": 512, "word_embed_proj_dim": 64},
     "phi3": BASE,
-    "phimoe": BASE | LOCAL,
+    "phimoe": BASE | LOCAL | {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "qwen2": BASE,
     "qwen2_moe": BASE | EXPERTS | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
     "qwen3": BASE | NARROW,

@@ -82,7 +82,7 @@ def _not_for_lora(model: PreTrainedModel) -> list[str]:
     names = set()
     for name, module in model.named_modules():
         last = name.rsplit(".", 1)[-1]
-        if isinstance(module, torch.nn.Linear) and type(module).__module__.startswith("transformers.models."):
+        if isinstance(module, torch.nn.Linear) and "Router" in type(module).__name__:
             names.add(last)
         if last == "conv1d":
             names |= {"conv1d", "out_proj"}

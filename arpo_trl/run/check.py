@@ -86,7 +86,11 @@ def _describe_run(
         f"time     {describe_time(recipe, args, data, total)}",
         f"disk     {disk}",
     ]
-    if isinstance(data.train, Dataset) and len(data.train) and (memory := estimate_memory(recipe, args, data.train)):
+    if (
+        isinstance(data.train, Dataset)
+        and len(data.train)
+        and (memory := estimate_memory(recipe, args, model, data.train))
+    ):
         lines.insert(-1, f"memory   {describe_memory(memory, gpu_memory())}")
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
         needed -= sum(folder_bytes(folder) for folder in list_checkpoints(Path(recipe.output_dir)))

@@ -49,15 +49,17 @@ class Memory(NamedTuple):
         return self.weights + self.optimizer + max(self.gradients, self.activations + self.logits)
 
 
-def estimate_memory(recipe: Recipe, args: SFTConfig, rows: Dataset) -> Memory | None:
+def estimate_memory(recipe: Recipe, args: SFTConfig, model: Any, rows: Dataset) -> Memory | None:
     """The memory of a step on the longest batch, or None for a model whose forward needs data to be followed.
 
-    Raises:
-        RecipeError: there is no such model, or it lacks a module that the recipe names.
+    Args:
+        recipe: The recipe.
+        args: What the trainer is told of it.
+        model: As `model_shape` makes it; its weights are replaced by fake ones.
+        rows: The training rows, with `labels`.
     """
     count, length, labelled = _largest_batch(recipe, args, rows)
     autocast = torch.autocast("cpu", torch.bfloat16 if args.bf16 else torch.float16, enabled=args.bf16 or args.fp16)
-    model = model_shape(recipe)
     parts = [_bytes(p) for p in model.parameters()]
     trained = [_bytes(p) for p in model.parameters() if p.requires_grad]
     with FakeTensorMode():
@@ -69,7 +71,7 @@ def estimate_memory(recipe: Recipe, args: SFTConfig, rows: Dataset) -> Memory | 
             return None
     blocks = model.config.get_text_config().num_hidden_layers
     activations = blocks * stream + saved // blocks if args.activation_checkpointing else saved
-    copies = next((factor for name, factor in MOMENTS.items() if name in str(args.optim)), 2.0)
+    copies = next((factor for name, factor in MOMENTS.items() if name in str(args.optim).lower()), 2.0)
     embedding, head = (layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
     return Memory(
         weights=sum(parts),
@@ -81,7 +83,11 @@ def estimate_memory(recipe: Recipe, args: SFTConfig, rows: Dataset) -> Memory | 
 
 
 def model_shape(recipe: Recipe) -> Any:
-    """The model as the recipe trains it, on torch's meta device: shapes without weights."""
+    """The model as the recipe trains it, on torch's meta device: shapes without weights.
+
+    Raises:
+        RecipeError: there is no such model, or it lacks a module that the recipe names.
+    """
     kwargs = model_init_kwargs(recipe)
     try:
         config = load_model_config(recipe)

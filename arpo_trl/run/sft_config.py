@@ -20,6 +20,11 @@ from ..recipe.rules import wandb_is_disabled
 _ALL_BUT_THE_HEAD = r"(?!.*(lm_head|output_layer)).*"
 _KERNELS = {"disabled": "eager", "sdpa": "sdpa", "flex": "flex_attention"}
 _KERNELS |= {"fa2": "flash_attention_2", "fa3": "flash_attention_3"}
+_SAME = """
+    output_dir trust_remote_code do_train do_eval do_predict eval_strategy load_best_model_at_end
+    per_device_train_batch_size num_train_epochs learning_rate logging_steps save_strategy save_steps run_name
+    seed fp16 packing padding_free deepspeed
+""".split()
 
 
 def to_sft_config(recipe: Recipe) -> SFTConfig:
@@ -32,31 +37,10 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
     checkpointing = dict(recipe.trl.get("activation_checkpointing_kwargs") or {})
     if recipe.use_reentrant_gc is not None:
         checkpointing["use_reentrant"] = recipe.use_reentrant_gc
-    settings: dict[str, Any] = {
-        # the same names
-        "output_dir": recipe.output_dir,
-        "trust_remote_code": recipe.trust_remote_code,
-        "do_train": recipe.do_train,
-        "do_eval": recipe.do_eval,
-        "do_predict": recipe.do_predict,
-        "eval_strategy": recipe.eval_strategy,
-        "load_best_model_at_end": recipe.load_best_model_at_end,
-        "per_device_train_batch_size": recipe.per_device_train_batch_size,
+    settings: dict[str, Any] = {name: getattr(recipe, name) for name in _SAME} | {
         # evaluation needs no more memory than training did
         "per_device_eval_batch_size": recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size,
-        "num_train_epochs": recipe.num_train_epochs,
-        "learning_rate": recipe.learning_rate,
-        "logging_steps": recipe.logging_steps,
-        "save_strategy": recipe.save_strategy,
-        "save_steps": recipe.save_steps,
         "report_to": recipe.report_to or "none",
-        "run_name": recipe.run_name,
-        "seed": recipe.seed,
-        "fp16": recipe.fp16,
-        "packing": recipe.packing,
-        "padding_free": recipe.padding_free,
-        "deepspeed": recipe.deepspeed,
-        # other names, or another meaning
         "bf16": recipe.bf16 and not recipe.pure_bf16,
         "gradient_accumulation_steps": _accumulation(recipe),
         "warmup_steps": recipe.warmup_steps or recipe.warmup_ratio,  # below 1 it is a share, since transformers 5

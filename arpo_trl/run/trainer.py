@@ -158,8 +158,9 @@ class ArpoTrainer(SFTTrainer, _Line):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Labelled tokens of an update, without the rows that accelerate repeats to fill up an epoch's last batches."""
         state = self.accelerator.gradient_state
-        if self.args.world_size > 1 and batch_samples and state.end_of_dataloader and state.remainder > 0:
-            args: Any = self.args
+        args: Any = self.args
+        uneven = args.world_size > 1 and state.end_of_dataloader and state.remainder > 0
+        if uneven and batch_samples and "labels" in batch_samples[-1]:
             earlier = args.process_index * args.per_device_train_batch_size
             mask_repeated_rows(batch_samples[-1], state.remainder - earlier, args.packing)
         return super()._get_num_items_in_batch(batch_samples, device)
@@ -172,7 +173,10 @@ class ArpoTrainer(SFTTrainer, _Line):
         if not torch.isfinite(loss):
             raise RunFailed(self._not_finite("loss", float(loss)))
         if "attention_mask" in inputs:
-            seen = inputs["attention_mask"][(inputs["labels"] != -100).any(-1)].sum()  # no repeated rows
+            seen = inputs["attention_mask"]
+            if "labels" in inputs:  # under Ulysses they are shift_labels
+                seen = seen[(inputs["labels"] != -100).any(-1)]  # repeated rows have none
+            seen = seen.sum()
         else:  # laid end to end
             seen = torch.tensor(inputs["input_ids"].numel())
         self._sums[-1] = torch.stack([loss.float(), seen.to(loss), *self._sums[-1]])

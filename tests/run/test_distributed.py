@@ -70,7 +70,7 @@ def write_recipe(folder: Path, model: Path, **keys: Any) -> Path:
     toy = {
         "dataset_dir": str(ROOT / "recipes"),
         "dataset": "arpo_sft_toy",
-        "cutoff_len": 256,
+        "cutoff_len": 512,
         "max_samples": 14,  # the last of four steps has two rows
         "plot_loss": True,
         "disable_gradient_checkpointing": True,

@@ -26,7 +26,7 @@ from arpo_trl.errors import RunFailed
 from arpo_trl.recipe import Recipe
 from arpo_trl.report.log_file import read_log
 from arpo_trl.run import preflight
-from arpo_trl.run.memory import estimate_memory
+from arpo_trl.run.memory import estimate_memory, model_shape
 from arpo_trl.run.sft_config import to_sft_config
 
 pytestmark = small_run.QUIET
@@ -206,7 +206,9 @@ def test_the_estimate_is_near_the_measured_peak(device: str, tmp_path: Path) -> 
     model = larger_model(tmp_path / "model")
     keys = {"bf16": True, "per_device_train_batch_size": 12, "max_steps": 2, "preflight": False}
     recipe = small_run.make_recipe(tmp_path, model, **keys)
-    found = estimate_memory(recipe, to_sft_config(recipe), prepare_datasets(recipe, load_tokenizer(recipe)).train)
+    found = estimate_memory(
+        recipe, to_sft_config(recipe), model_shape(recipe), prepare_datasets(recipe, load_tokenizer(recipe)).train
+    )
     assert found is not None
     torch.cuda.reset_peak_memory_stats()
     small_run.run(tmp_path, model, **keys)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
+import yaml
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import Recipe
 from arpo_trl.run import memory
-from arpo_trl.run.memory import Memory, describe_memory, estimate_memory
+from arpo_trl.run.memory import Memory, describe_memory, estimate_memory, model_shape
 from arpo_trl.run.model import load_model
 from arpo_trl.run.sft_config import to_sft_config
 
@@ -35,7 +42,7 @@ def recipe(folder: Path, model: Path, *lines: str) -> Recipe:
 def test_the_parts_are_those_of_the_loaded_model(lines: list[str], tmp_path: Path, tiny_model: Path) -> None:
     given = recipe(tmp_path, tiny_model, "gradient_checkpointing=false", *lines)
     args = to_sft_config(given)
-    found = estimate_memory(given, args, ROWS)
+    found = estimate_memory(given, args, model_shape(given), ROWS)
     assert found is not None
     model: Any = load_model(given)[0]
     parameters = list(model.parameters())
@@ -66,9 +73,16 @@ def test_the_batch_is_the_largest_that_the_sampler_can_draw(
     assert memory._largest_batch(given, to_sft_config(given), ROWS) == shape
 
 
+@pytest.mark.parametrize(("optim", "moments"), [("adamw_torch", 2), ("adafactor", 0), ("adamw_8bit", 0.5), ("sgd", 0)])
+def test_an_optimizer_keeps_its_own_moments(optim: str, moments: float, tmp_path: Path, tiny_model: Path) -> None:
+    given = recipe(tmp_path, tiny_model, f"optim={optim}")
+    found = estimate_memory(given, to_sft_config(given), model_shape(given), ROWS)
+    assert found and found.optimizer == moments * found.weights
+
+
 def test_checkpointing_keeps_one_block_and_a_stream_a_block(tmp_path: Path, tiny_model: Path) -> None:
     kept, recomputed = (
-        estimate_memory(given, to_sft_config(given), ROWS)
+        estimate_memory(given, to_sft_config(given), model_shape(given), ROWS)
         for given in (recipe(tmp_path, tiny_model, f"gradient_checkpointing={on}") for on in ("false", "true"))
     )
     assert kept and recomputed
@@ -82,3 +96,79 @@ def test_it_is_said_where_it_fits() -> None:
     assert describe_memory(memory, None) == f"{parts}fits a GPU of 16 GB"
     assert describe_memory(memory, 10_500_000_000) == f"{parts}does not fit this GPU of 10 GB"
     assert describe_memory(memory._replace(optimizer=90_000_000_000), None).endswith("does not fit a GPU of 80 GB")
+
+
+MEASURED = """
+import json, re, sys
+from pathlib import Path
+from datasets import Dataset
+from transformers import AutoTokenizer
+from arpo_trl.recipe import read_recipe
+from arpo_trl.run.adapters import keep_adapter_in_float32
+from arpo_trl.run.memory import estimate_memory, model_shape
+from arpo_trl.run.model import load_model
+from arpo_trl.run.sft_config import to_sft_config
+from arpo_trl.run.trainer import ArpoTrainer
+
+def status(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+recipe, length = read_recipe(sys.argv[1]), int(sys.argv[2])
+args = to_sft_config(recipe)
+ids = [[5 + (7 * i + j) % 900 for j in range(length)] for i in range(8)]
+rows = Dataset.from_list([{"input_ids": row, "labels": [-100] * (length // 2) + row[length // 2 :]} for row in ids])
+found = estimate_memory(recipe, args, model_shape(recipe), rows)
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+before = status("VmRSS")
+model, _ = load_model(recipe)
+trainer = ArpoTrainer(
+    model=model,
+    args=args,
+    train_dataset=rows,
+    processing_class=AutoTokenizer.from_pretrained(recipe.model_name_or_path),
+)
+keep_adapter_in_float32(model)
+trainer.train()
+print(json.dumps([found.peak, status("VmHWM") - before, found._asdict()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def larger_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 layers of 512 and a vocabulary of 32,000: 187 MB of float32 weights."""
+    folder = tmp_path_factory.mktemp("larger") / "model"
+    architectures.make_model("qwen2", folder)
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    config = Qwen2Config(**shape, num_key_value_heads=2, vocab_size=32000, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
+@pytest.mark.parametrize(
+    ("lines", "length"),
+    [
+        ([], 64),
+        ([], 512),
+        (["gradient_checkpointing=false"], 512),
+        (["gradient_checkpointing=false", "bf16=true"], 512),
+        (["finetuning_type=lora"], 512),
+        (["optim=adafactor"], 512),
+    ],
+)
+def test_the_estimate_is_within_15_percent_of_a_measured_peak(
+    lines: list[str], length: int, tmp_path: Path, larger_model: Path
+) -> None:
+    keys = {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "disable_tqdm": True}
+    keys |= {"model_name_or_path": str(larger_model), "output_dir": str(tmp_path), "do_train": True, "dataset": "a"}
+    keys |= {"finetuning_type": "full"} | dict(line.split("=") for line in lines)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(keys).replace("'", ""), encoding="utf-8")
+    # Freed tensors go back to the system at once, or glibc's own gaps would be measured.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "r.yaml"), str(length)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    estimated, measured, parts = json.loads(done.stdout.splitlines()[-1])
+    print(lines, length, {name: size // 10**6 for name, size in parts.items()}, estimated // 10**6, measured // 10**6)
+    assert estimated == pytest.approx(measured, rel=0.15)
