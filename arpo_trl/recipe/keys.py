@@ -306,11 +306,6 @@ class Recipe(PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKe
         short = {key: int(value) for key, value in values.items() if isinstance(value, float) and value.is_integer()}
         return values | short
 
-    def not_default(self) -> dict[str, Any]:
-        """The keys of `resolved` whose value is not the default."""
-        kept = self.model_dump(mode="json", exclude_defaults=True).keys() | self.trl.keys()
-        return {key: value for key, value in self.resolved().items() if key in kept}
-
 
 @functools.cache
 def sft_type(name: str) -> TypeAdapter[Any]:

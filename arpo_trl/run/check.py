@@ -21,6 +21,7 @@ from ..data.tokenizer import load_tokenizer
 from ..errors import RecipeError
 from ..machine import checkpoint_bytes, folder_bytes, free_space, gpu_memory, missing_space, saved_bytes
 from ..recipe.keys import Recipe
+from ..recipe.rules import resolve
 from ..report.console import say
 from ..report.figures import describe_model, format_seconds, precision
 from ..report.log_file import read_log
@@ -55,7 +56,8 @@ def check(recipe: Recipe, verbose: bool = False) -> None:
     data = prepare_datasets(recipe, tokenizer)
     check_fit(recipe, args, data, tokenizer)
     lines, problem = _describe_run(recipe, args, data, verbose)
-    keys = recipe.resolved() if verbose else recipe.not_default()
+    untouched = resolve(Recipe(model_name_or_path="", output_dir="")).resolved()
+    keys = {key: value for key, value in recipe.resolved().items() if verbose or value != untouched.get(key)}
     shown = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True).splitlines()
     title = "every key" if verbose else "keys that differ from their defaults (all: --check -v)"
     for line in [*lines, "", f"recipe   {title}", *(f"  {line}" for line in shown), *recipe.notices]:
