@@ -157,12 +157,15 @@ class ArpoTrainer(SFTTrainer, _Line):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Labelled tokens of an update, without the rows that accelerate repeats to fill up an epoch's last batches."""
-        state = self.accelerator.gradient_state
         args: Any = self.args
-        uneven = args.world_size > 1 and state.end_of_dataloader and state.remainder > 0
-        if uneven and batch_samples and "labels" in batch_samples[-1]:
+        ends = args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader and batch_samples
+        ends = ends and "labels" in batch_samples[-1]
+        if ends and isinstance(self.train_dataset, Dataset) and not args.dataloader_drop_last:
+            # Not the state's `remainder`: accelerate 1.15 does not know it where a resumed run skips batches.
+            remainder = len(self.train_dataset) % (args.per_device_train_batch_size * args.world_size)
             earlier = args.process_index * args.per_device_train_batch_size
-            mask_repeated_rows(batch_samples[-1], state.remainder - earlier, args.packing)
+            if remainder:
+                mask_repeated_rows(batch_samples[-1], remainder - earlier, args.packing)
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

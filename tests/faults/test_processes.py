@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import MakeRecipe
+from runs import differing, log_without_times
 from test_full_disk import small_disk  # noqa: F401  (a fixture)
 from test_signals import COMMANDS, start
 
@@ -72,3 +74,25 @@ def test_a_run_of_two_is_not_gone_on_from_by_one(make_recipe: MakeRecipe, tmp_pa
     (run / "run.json").write_text(json.dumps(manifest | {"status": "stopped"}), encoding="utf-8")
     assert main([str(path)]) == 2
     assert main([str(path), "allow_changed_recipe=true"]) == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"group_by_length": True}], ids=["random", "by_length"])
+def test_two_go_on_in_their_second_epoch_over_rows_that_do_not_divide(
+    changes: dict[str, bool], make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """7 rows, one a process and step: log, weights and moments are those of the run that was not stopped."""
+    path = make_recipe(
+        max_samples=7, per_device_train_batch_size=1, num_train_epochs=3, max_steps=-1, save_steps=3, **changes
+    )
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    code, told = run_on_two(path, f"output_dir={whole}")
+    assert code == 0 and "step 12/12" in told, told
+    shutil.copytree(whole, run)
+    for name in ("checkpoint-9", "checkpoint-12"):
+        shutil.rmtree(run / name)
+    manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    (run / "run.json").write_text(json.dumps(manifest | {"status": "running"}), encoding="utf-8")
+    code, told = run_on_two(path)
+    assert code == 0 and "going on from checkpoint-6" in told, told
+    assert log_without_times(run) == log_without_times(whole)
+    assert differing(run / "checkpoint-12", whole / "checkpoint-12") == []
