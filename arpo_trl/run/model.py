@@ -58,7 +58,7 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
         model.base_model_prefix = "model"  # Llama4ForCausalLM of transformers 5.23 names one that it does not have
     types = [getattr(module, "rope_type", None) for module in model.modules()]
     if "rope_parameters" in kwargs and recipe.rope_scaling not in types:
-        raise rope_is_ignored(recipe, model.config)
+        raise rope_is_ignored(recipe, config)
     _settle_balancing_loss(recipe, model.config.get_text_config())
     return model, getattr(config, "dtype", None)
 

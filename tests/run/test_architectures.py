@@ -38,6 +38,8 @@ def test_a_mixture_trains_with_the_plain_loss_unless_asked_and_is_not_packed_whe
     assert architectures.first_loss(folder, rows) == pytest.approx(expected, abs=1e-4)
     assert architectures.first_loss(folder, rows, moe_aux_loss_coef=1.0) > expected + 0.1  # its config says 0.9
     assert architectures.first_loss(folder, rows, padding_free=True) == "refused"
+    evaluates = {"do_train": False, "do_eval": True, "eval_dataset": "rows", "padding_free": True}
+    assert architectures.first_loss(folder, rows, **evaluates) == "refused"
     said = capfd.readouterr().out
     assert (
         "padding_free: gpt_oss with eager attention lets rows that are laid end to end see each other; write" in said

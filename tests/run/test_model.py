@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe, read_recipe
@@ -407,3 +408,22 @@ def test_an_adapter_of_a_model_in_several_files_is_trained_and_merged(tmp_path: 
     merge(tmp_path / "run", tmp_path / "merged")
     merged = predict(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     torch.testing.assert_close(merged, trained, atol=0.05, rtol=0.05)  # the merged weights are bfloat16
+
+
+# --- rotary positions ---
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "opt", "granitemoehybrid"])
+def test_rope_scaling_that_a_model_ignores_is_refused(family: str, tmp_path: Path) -> None:
+    """A set of frequencies for each type of layer, none at all, and a config that has them and a model that does not."""
+    model = tmp_path / "model"
+    if family == "granitemoehybrid":
+        nope = {"position_embedding_type": "nope", "layer_types": ["attention"] * 2}
+        config = AutoConfig.for_model(family, **architectures.FAMILIES[family] | nope, vocab_size=64)
+        AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    else:
+        AutoConfig.for_model(family, **architectures.FAMILIES[family]).save_pretrained(model)
+    with pytest.raises(
+        RecipeError, match=rf"rope_scaling: {family} does not read one rope_type .* cutoff_len: 512 or"
+    ):
+        load_model(recipe(tmp_path / "run", model, rope_scaling="linear", cutoff_len=2048))
