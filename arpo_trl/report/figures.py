@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
 
 
 def format_seconds(seconds: float) -> str:
@@ -11,18 +15,18 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
 
 
-def describe_model(model: Any) -> str:
+def describe_model(model: PreTrainedModel | PeftModel) -> str:
     """How many parameters there are, and how many are trained (an adapter's)."""
     total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     if any(hasattr(p, "ds_numel") for p in model.parameters()):  # ZeRO-3 leaves parameters empty, their size beside
-        sizes = [(p.ds_numel, p.requires_grad) for p in model.parameters()]
+        sizes = [(int(getattr(p, "ds_numel", 0)), p.requires_grad) for p in model.parameters()]
         total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     if total == trained:
         return f"{total:,} parameters, all trained"
     return f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.2g} %)"
 
 
-def precision(model: Any, args: Any) -> str:
+def precision(model: PreTrainedModel | PeftModel, args: TrainingArguments) -> str:
     """The dtype of the trained weights, and what is computed in."""
     trained = next((p.dtype for p in model.parameters() if p.requires_grad), model.dtype)
     computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
@@ -30,7 +34,7 @@ def precision(model: Any, args: Any) -> str:
     return f"{held}, computed in {computed}" if computed and computed != held else held
 
 
-def describe_evaluation(metrics: dict[str, Any]) -> list[str]:
+def describe_evaluation(metrics: Mapping[str, Any]) -> list[str]:
     """The loss and perplexity of each dataset, among metrics or in a line of the log."""
     words = []
     for name, value in metrics.items():
@@ -41,7 +45,7 @@ def describe_evaluation(metrics: dict[str, Any]) -> list[str]:
     return words
 
 
-def describe_predictions(metrics: dict[str, Any]) -> list[str]:
+def describe_predictions(metrics: Mapping[str, Any]) -> list[str]:
     """The scores of replies that an evaluation generated: `right tool 12 of 29`."""
     words = []
     for name, value in metrics.items():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.prepare import PreparedData
 from ..errors import program
@@ -36,7 +36,9 @@ class StartReport(TrainerCallback):
     def __init__(self, recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, checkpoint: Path | None) -> None:
         self.recipe, self.data, self.trainer, self.checkpoint = recipe, data, trainer, checkpoint
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         model, data, going_on = self.trainer.accelerator.unwrap_model(self.trainer.model), self.data, self.checkpoint
         for line in [
             f"model    {self.recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}",
@@ -44,14 +46,16 @@ class StartReport(TrainerCallback):
             *missing_gpu(self.recipe),
             *(f"data     {line}" for line in [*data.audit.lines(), *data.notices]),
             *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
-            f"steps    {describe_steps(args, state.max_steps, data)}",
+            f"steps    {describe_steps(args, state.max_steps, data, self.recipe.packing)}",
             f"disk     {describe_disk(args, self.trainer.save_total_limit, self.trainer.checkpoint_bytes)}",
             f"output   {args.output_dir}{f', going on from {going_on.name}' if going_on else ''}",
         ]:
             say(line)
 
 
-def end_report(recipe: Recipe, state: Any, trained: dict[str, Any], evaluated: dict[str, float]) -> list[str]:
+def end_report(
+    recipe: Recipe, state: TrainerState, trained: dict[str, float], evaluated: dict[str, float]
+) -> list[str]:
     """What came out, and where it lies."""
     lines = []
     if state.global_step < state.max_steps:
@@ -67,7 +71,7 @@ def end_report(recipe: Recipe, state: Any, trained: dict[str, Any], evaluated: d
     return [*lines, f"model    {recipe.output_dir} (see {', '.join(seen)})"]
 
 
-def describe_device(args: Any) -> str:
+def describe_device(args: TrainingArguments) -> str:
     """The kind of device, and how many share the work."""
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     if args.device.type == "cpu":
@@ -95,7 +99,7 @@ def missing_gpu(recipe: Recipe) -> list[str]:
     return [f"         trains on the CPU, though {expects} expects a GPU: {cause}"]
 
 
-def describe_steps(args: Any, total: int, data: PreparedData) -> str:
+def describe_steps(args: TrainingArguments, total: int, data: PreparedData, packing: bool) -> str:
     """Steps, epochs and the effective batch. Packed rows are not the rows of the audit: their tokens are left out."""
     steps = f"{total:,}"
     if args.max_steps <= 0:
@@ -111,19 +115,19 @@ def describe_steps(args: Any, total: int, data: PreparedData) -> str:
         batch += f" ({' x '.join(f'{n} {what}' for n, what in parts if n > 1)})"
     counts = [data.audit.datasets[name] for name in dict.fromkeys(data.trained_on)]
     kept = sum(c.rows - c.dropped for c in counts)
-    if kept and not args.packing:
+    if kept and not packing:
         batch += f", about {rows * sum(c.tokens for c in counts) / kept:,.0f} tokens"
     return f"{steps}, {batch}"
 
 
-def describe_disk(args: Any, save_total_limit: int | None, checkpoint_bytes: int) -> str:
+def describe_disk(args: TrainingArguments, save_total_limit: int | None, checkpoint_bytes: int) -> str:
     """The bytes of a checkpoint, how many are kept, and the bytes free."""
     if args.save_strategy == "no":
         saved = "no checkpoints"
     else:
         kept = f"{save_total_limit} kept" if save_total_limit else "all kept"
         saved = f"{checkpoint_bytes / 1e9:.2f} GB a checkpoint, {kept}"
-    return f"{saved}; {free_space(Path(args.output_dir)) / 1e9:,.1f} GB free"
+    return f"{saved}; {free_space(Path(str(args.output_dir))) / 1e9:,.1f} GB free"
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -6,12 +6,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import yaml
 from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.audit import token_lengths
@@ -77,7 +78,7 @@ def _describe_run(
     model = model_shape(recipe)
     saved = checkpoint_steps(args, an_epoch, total)
     needed, disk = describe_checkpoints(recipe, args, model, saved)
-    steps = f"{'about ' * recipe.packing}{describe_steps(args, total, data)}"
+    steps = f"{'about ' * recipe.packing}{describe_steps(args, total, data, recipe.packing)}"
     lines = [
         f"model    {recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}",
         f"device   {describe_device(args)}",
@@ -173,7 +174,9 @@ def checkpoint_steps(args: SFTConfig, an_epoch: int, total: int) -> list[int]:
     return sorted({*range(every, total + 1, every), total})
 
 
-def describe_checkpoints(recipe: Recipe, args: SFTConfig, model: Any, saved: Sequence[int]) -> tuple[int, str]:
+def describe_checkpoints(
+    recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel, saved: Sequence[int]
+) -> tuple[int, str]:
     """Bytes that the run will leave on disk, from the model's shape alone, and the words that say so."""
     checkpoint = checkpoint_bytes(model, args.save_only_model)
     kept = min(len(saved), args.save_total_limit or len(saved))
