@@ -27,6 +27,8 @@ Problems = list[tuple[str, str]]  # where, and what
 def read_file(path: Path, problems: Problems) -> dict[str, Given]:
     """The keys of a recipe file with their lines; duplicates, tags and odd keys become problems."""
     try:
+        if path.is_fifo() and path.parts[1:2] not in (("dev",), ("proc",)):  # a shell's <(...) has an end
+            raise RecipeError(f"{path}: is a pipe; expected a file")
         with path.open("rb") as file:  # no more than a recipe can be: a device or a pipe has no end
             text = file.read(LARGEST_FILE + 1)
         if len(text) > LARGEST_FILE:

@@ -53,7 +53,10 @@ def check_inputs(recipe: Recipe) -> Recipe:
     Raises:
         RecipeError: all that is not there, each with the line of its key.
     """
-    lines = [str(recipe.error(key, what)) for key, what in [*_template(recipe), *_configs(recipe), *_models(recipe)]]
+    lines = [
+        str(recipe.error(key, what))
+        for key, what in [*_template(recipe), *_configs(recipe), *_folders(recipe), *_models(recipe)]
+    ]
     if recipe.dataset_dir.startswith("REMOTE:"):
         why_no_hub()
     try:
@@ -118,6 +121,20 @@ def _configs(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key in ("fsdp_config", "accelerator_config"):
         if isinstance(path := recipe.trl.get(key), str) and (wrong := _no_json_file(path)):
             yield key, wrong
+
+
+def _folders(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    for key in ("output_dir", "tokenized_path", "cache_dir", "resume_from_checkpoint"):
+        path = getattr(recipe, key)
+        if not isinstance(path, str):
+            continue
+        try:
+            there = next(part for part in (Path(path), *Path(path).absolute().parents) if part.exists())
+        except (OSError, ValueError) as error:
+            yield key, f"{path}: no folder can have this name ({getattr(error, 'strerror', None) or error})"
+        else:
+            if not there.is_dir():
+                yield key, f"{path}: expected a folder, and {there} is a file"
 
 
 def _no_json_file(path: str) -> str | None:

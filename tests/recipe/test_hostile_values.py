@@ -103,3 +103,22 @@ def test_a_hostile_value_in_any_key_is_read_or_answered_in_a_line(
                 assert lines.pop(key) != good.get(key), f"{key} is refused with its good value"
             lines = good | lines
         assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize("key", ["output_dir", "tokenized_path", "cache_dir", "resume_from_checkpoint"])
+@pytest.mark.parametrize(
+    "value", ["x" * 300, "/" + "y/" * 2500, "{folder}/d.jsonl", "{folder}/d.jsonl/x", "/dev/null"]
+)
+def test_what_can_be_no_folder_is_refused_early(key: str, value: str, tmp_path: Path, good: dict[str, str]) -> None:
+    value = value.replace("{folder}", str(tmp_path))
+    assert refused(tmp_path / "r.yaml", good | {key: value}) == {key}
+
+
+def test_a_pipe_is_no_recipe(tmp_path: Path, good: dict[str, str]) -> None:
+    with pytest.raises(RecipeError, match="is a pipe; expected a file"):
+        read_recipe(tmp_path / "pipe")
+    reading, writing = os.pipe()
+    os.write(writing, "".join(f"{key}: {value}\n" for key, value in good.items()).encode())
+    os.close(writing)
+    assert read_recipe(f"/dev/fd/{reading}").dataset == ["d"]  # as a shell gives <(...)
+    os.close(reading)
