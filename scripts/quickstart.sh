@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained model, on a machine with only Python: installs into .venv, makes a tiny model, trains it on
-# the toy data, and asks it and its untrained self the same question. No GPU and no network after the install.
+# the toy data, scores its replies before and after, and asks it a question. No GPU and no network after the install.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/install.sh
@@ -16,12 +16,8 @@ accelerate launch --config_file accelerate_configs/cpu.yaml -m arpo_trl recipes/
 
 system=$(PYTHONPATH=scripts python -c "import make_toy_dataset; print(make_toy_dataset.SYSTEM)")
 echo
-echo "question: $question"
-for model in "$untrained" "$trained"; do
-    echo
-    echo "--- $model answers:"
-    arpo-trl chat "$model" --system "$system" --prompt "$question" --max-new-tokens 80
-done
+echo "$trained is asked: $question"
+arpo-trl chat "$trained" --system "$system" --prompt "$question" --max-new-tokens 80
 echo
 echo "loss plot   $trained/training_loss.png"
 echo "log         $trained/trainer_log.jsonl, $trained/training.log"

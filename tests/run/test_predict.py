@@ -324,3 +324,16 @@ def test_trackio_has_the_replies_as_a_table(monkeypatch: pytest.MonkeyPatch, tmp
     env = os.environ | {"TRACKIO_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", script], env=env, check=True, timeout=120, capture_output=True)
     assert any(b"hi Ada" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_one_turn_trajectory_is_asked_for_call_by_call_where_its_results_are_masked(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    reply = "<think>a</think><python>1</python> <result>\n1\n</result><answer>\\boxed{1}</answer>"
+    (tmp_path / "d.json").write_text(json.dumps([{"instruction": "q", "output": reply}]), encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8")
+    keys = {"dataset": None, "eval_dataset": "d", "dataset_dir": str(tmp_path), "do_train": False, "do_predict": True}
+    run = small_run.run(tmp_path, tiny_model, **keys, tokenized_path=None, max_new_tokens=2, mask_spans="result")
+    lines = [json.loads(line) for line in (run / "generated_predictions.jsonl").read_text("utf-8").splitlines()]
+    assert [line["label"] for line in lines] == ["<think>a</think><python>1</python>", "<answer>\\boxed{1}</answer>"]
+    assert lines[1]["prompt"].endswith("assistant\n<think>a</think><python>1</python> <result>\n1\n</result>")
