@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .encode import EncodedRow
 
 SHOWN_REASONS = 3
-LOST_ANSWERS_ALLOWED = 0.1
+CUT_ROWS_ALLOWED = 0.1
 ROWS_TO_FIT = 0.95
 SHOWN_FIELDS = 12
 SHOWN_COUNTS = 12
@@ -116,17 +116,21 @@ def token_lengths(rows: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def advise_cutoff(name: str, rows: Dataset, counts: Counts, cutoff_len: int) -> Iterator[str]:
-    """Where many rows lost their final answer: the cutoff that most of them fit whole, and its cost."""
-    used = counts.rows - counts.dropped
-    if counts.lost_answer <= LOST_ANSWERS_ALLOWED * used:
+    """Where many rows lost their end: the cutoff that most of them fit whole, and its cost.
+
+    A trajectory that is one reply is only shortened, and its final answer is lost all the same.
+    """
+    used, lengths = counts.rows - counts.dropped, token_lengths(rows)
+    cut = rows.select_columns("cut").with_format("numpy")["cut"][:]
+    cut_rows = np.count_nonzero(cut[lengths > 0])
+    if cut_rows <= CUT_ROWS_ALLOWED * used:
         return
-    lengths = token_lengths(rows)
-    whole = (lengths + rows.select_columns("cut").with_format("numpy")["cut"][:])[lengths > 0]
+    whole = (lengths + cut)[lengths > 0]
     enough = math.ceil(np.percentile(whole, 100 * ROWS_TO_FIT, method="inverted_cdf") / 64) * 64
     tokens = np.minimum(whole, enough).sum() / lengths.sum()
     yield (
-        f"{name}: at cutoff_len {cutoff_len:,}, {counts.lost_answer / used:.0%} of the rows lose their final answer and "
-        f"are trained on without it; cutoff_len {enough:,} fits {ROWS_TO_FIT:.0%} of them whole, for {tokens:.1f} times "
+        f"{name}: at cutoff_len {cutoff_len:,}, {cut_rows / used:.0%} of the rows lose their end, with it all or part "
+        f"of the final answer, and are trained on without it; cutoff_len {enough:,} fits {ROWS_TO_FIT:.0%} of them whole, for {tokens:.1f} times "
         f"the tokens and time, and {enough / cutoff_len:.1f} times the activations of the longest row"
     )
 

@@ -205,17 +205,22 @@ def test_masked_spans_and_fields_that_are_not_read_are_counted(bench: Bench) -> 
     assert bench.tokenizer.decode(trained[0]) == "a b<|im_end|>\n"  # " <" is one token
 
 
-def test_many_lost_answers_are_told_with_the_cutoff_that_keeps_most() -> None:
-    """19 of 20 rows fit 640 tokens whole; a tenth of lost answers is still allowed, and dropped rows do not count."""
+@pytest.mark.parametrize("outcome", ["lost_answer", "shortened"])
+def test_many_cut_rows_are_told_with_the_cutoff_that_keeps_most(outcome: str) -> None:
+    """19 of 20 rows fit 640 tokens whole; a tenth may still be cut, and dropped rows do not count.
+
+    A whole trajectory in one reply is shortened, and loses its answer as well.
+    """
     lengths, cut = [100] * 17 + [512] * 3 + [0], [0] * 17 + [100, 128, 900] + [0]
     rows = Dataset.from_dict({"input_ids": [[0] * n for n in lengths], "cut": cut})
-    counts = Counts(kept=17, lost_answer=3, dropped=1)
-    (line,) = advise_cutoff("mine", rows, counts, 512)
+    (line,) = advise_cutoff("mine", rows, Counts(kept=17, dropped=1, **{outcome: 3}), 512)
     assert line == (
-        "mine: at cutoff_len 512, 15% of the rows lose their final answer and are trained on without it; cutoff_len 640 "
-        "fits 95% of them whole, for 1.1 times the tokens and time, and 1.2 times the activations of the longest row"
+        "mine: at cutoff_len 512, 15% of the rows lose their end, with it all or part of the final answer, and are "
+        "trained on without it; cutoff_len 640 fits 95% of them whole, for 1.1 times the tokens and time, and 1.2 times "
+        "the activations of the longest row"
     )
-    assert list(advise_cutoff("mine", rows, Counts(kept=18, lost_answer=2), 512)) == []
+    rows = rows.map(lambda row: {"cut": row["cut"] % 900})
+    assert list(advise_cutoff("mine", rows, Counts(kept=18, dropped=1, **{outcome: 2}), 512)) == []
 
 
 @pytest.mark.parametrize("formatting", ["sharegpt", "alpaca"])
