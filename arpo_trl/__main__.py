@@ -123,8 +123,8 @@ def _in_one_line(error: Exception) -> str:
     """What a library raised: its kind, its words, and the last line of ours that it passed."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [(Path(frame.filename), frame.lineno) for frame in frames if HERE in Path(frame.filename).parents]
-    place = f" (arpo_trl/{ours[-1][0].relative_to(HERE).as_posix()}:{ours[-1][1]})" if ours else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'without a word'}{place}"
+    location = f" (arpo_trl/{ours[-1][0].relative_to(HERE).as_posix()}:{ours[-1][1]})" if ours else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'without a word'}{location}"
 
 
 def _stop_with_launcher() -> None:

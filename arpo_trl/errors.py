@@ -1,4 +1,4 @@
-"""The errors of this package. Their texts are finished: place, what was found, what was expected, the way out.
+"""The errors of this package. Their texts are finished: location, what was found, what was expected, the way out.
 
 `RecipeError` and its kind end in exit code 2, `RunFailed` in 1; a `RowError` ends a row, and the audit says which.
 """

@@ -104,7 +104,7 @@ def list_text(folder: Path = Path()) -> str:
     lines = []
     for recipe in dict.fromkeys([*find_recipes(folder / "recipes"), *find_recipes(folder)]):
         lines.append(f"{recipe}  {_title(recipe)}".rstrip())
-    for info in (folder / place / "dataset_info.json" for place in ("recipes", "data", ".")):
+    for info in (folder / location / "dataset_info.json" for location in ("recipes", "data", ".")):
         try:
             lines.append(f"{info}  {', '.join(json.loads(info.read_text(encoding='utf-8')))}")
         except (OSError, ValueError):

@@ -295,10 +295,10 @@ class Recipe(PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKe
         return self.source.trl
 
     def error(self, key: str, what: str) -> RecipeError:
-        """What is wrong with a key, at its place: `recipes/x.yaml:12: lora_target: no such module`."""
+        """What is wrong with a key, at its location: `recipes/x.yaml:12: lora_target: no such module`."""
         line = f":{self.source.lines[key]}" if key in self.source.lines else ""
-        place = "" if self.path == Path() else f"{self.path}{line}: "
-        return RecipeError(f"{place}{key}: {what}")
+        location = "" if self.path == Path() else f"{self.path}{line}: "
+        return RecipeError(f"{location}{key}: {what}")
 
     def resolved(self) -> dict[str, Any]:
         """Every key as resolved, in plain YAML values; `read_recipe` reads it back to an equal recipe."""

@@ -38,25 +38,25 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     no_effect = _take_out_no_effect(given, problems)
     recipe = _typed(given, problems)
     if recipe:
-        lines = {key: int(place[5:]) for key, (_, place, _) in given.items() if place.startswith("line ")}
+        lines = {key: int(location[5:]) for key, (_, location, _) in given.items() if location.startswith("line ")}
         notices = tuple(f"{path}: {', '.join(names)}: no effect; {why}" for why, names in no_effect.items())
         source = replace(recipe.source, path=path, lines=lines, notices=notices)
         recipe = recipe.model_copy(update={"source": source})
         if all_read:  # a value that was not read could settle a conflict
-            problems += [(_place(key, given), f"{key}: {why}") for key, why in conflicts(recipe)]
+            problems += [(_location(key, given), f"{key}: {why}") for key, why in conflicts(recipe)]
     if problems or not recipe:
         # by line ("line 9" before "line 10"), and after them what no line holds: "missing", "override"
         problems.sort(key=lambda problem: (problem[0][:4] != "line", len(problem[0]), problem[0]))
-        width = max(len(place) for place, _ in problems)
+        width = max(len(location) for location, _ in problems)
         header = f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}"
-        raise RecipeError([header, *(f"  {place:<{width}}  {text}" for place, text in problems)])
+        raise RecipeError([header, *(f"  {location:<{width}}  {text}" for location, text in problems)])
     return resolve(recipe)
 
 
 def _take_out_no_effect(given: dict[str, Given], problems: Problems) -> dict[str, list[str]]:
     """Take out of `given` what is no key of ours, other names put right; return the keys without effect by reason."""
     no_effect: dict[str, list[str]] = {}
-    for key, (value, place, text) in list(given.items()):
+    for key, (value, location, text) in list(given.items()):
         if key in keys():
             continue
         del given[key]
@@ -64,14 +64,14 @@ def _take_out_no_effect(given: dict[str, Given], problems: Problems) -> dict[str
             if value is None:
                 continue
             if RENAMED[key] in given and given[RENAMED[key]].value != value:
-                problems.append((place, f"{key}: means {RENAMED[key]}, which is there too; keep one"))
-            given.setdefault(RENAMED[key], Given(value, place, text))
+                problems.append((location, f"{key}: means {RENAMED[key]}, which is there too; keep one"))
+            given.setdefault(RENAMED[key], Given(value, location, text))
         elif key in NO_EFFECT:
             no_effect.setdefault(NO_EFFECT[key], []).append(key)
         elif key not in REFUSED:
-            problems.append((place, f"{key}: {nearest(key)}"))
+            problems.append((location, f"{key}: {nearest(key)}"))
         elif value is not None and value is not False and value != HARMLESS.get(key):
-            problems.append((place, f"{key}: {REFUSED[key]}"))
+            problems.append((location, f"{key}: {REFUSED[key]}"))
         elif key == "max_length" and value:  # its default in LLaMA-Factory, where it asks for nothing, and in TRL
             no_effect[f"{REFUSED[key]} for rows"] = [key]
     return no_effect
@@ -81,7 +81,7 @@ def _typed(given: dict[str, Given], problems: Problems) -> Recipe | None:
     """The recipe of these values, if each has its type."""
     own: dict[str, Any] = {}
     trl: dict[str, Any] = {}
-    for key, (value, place, text) in given.items():
+    for key, (value, location, text) in given.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and text and takes_text(key):
             value = text
         default = keys()[key].default
@@ -90,20 +90,20 @@ def _typed(given: dict[str, Given], problems: Problems) -> Recipe | None:
         value = _as_bool(key, value)
         if isinstance(value, str) and "${" in value:
             way_out = f"write the value, or give {key}=... after the path"
-            problems.append((place, f"{key}: ${{...}} is not filled in here; {way_out}"))
+            problems.append((location, f"{key}: ${{...}} is not filled in here; {way_out}"))
         elif key in Recipe.model_fields:
             own[key] = value
         else:
             try:
                 trl[key] = sft_type(key).validate_python(value)
             except ValidationError as error:
-                problems.append((place, _what_is_wrong(key, value, error.errors()[0])))
+                problems.append((location, _what_is_wrong(key, value, error.errors()[0])))
     try:
         return Recipe(**own, source=Source(trl=trl))
     except ValidationError as error:
         for key, wrong in {str(wrong["loc"][0]): wrong for wrong in error.errors()}.items():
             if key in own:
-                problems.append((_place(key, given), _what_is_wrong(key, own[key], wrong)))
+                problems.append((_location(key, given), _what_is_wrong(key, own[key], wrong)))
             elif (key not in given or given[key].value is None) and not any(
                 f"{key}:" == text.split(" ")[0] for _, text in problems
             ):
@@ -119,8 +119,8 @@ def takes_text(key: str) -> bool:
     return "string" in kinds and set(kinds) <= {"string", "null"}
 
 
-def _place(key: str, given: dict[str, Given]) -> str:
-    return given[key].place if key in given else "missing"
+def _location(key: str, given: dict[str, Given]) -> str:
+    return given[key].location if key in given else "missing"
 
 
 def _as_bool(key: str, value: Any) -> Any:

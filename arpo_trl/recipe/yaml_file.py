@@ -1,4 +1,4 @@
-"""A recipe's file and overrides -> each key's value and place. YAML only: what a key means is `keys`'s."""
+"""A recipe's file and overrides -> each key's value and location. YAML only: what a key means is `keys`'s."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_VALUES = 10_000  # in one key, aliases expanded
 
 class Given(NamedTuple):
     value: Any
-    place: str  # "line 14" or "override"
+    location: str  # "line 14" or "override"
     text: str | None = None  # a number as it is written: run_name: 007
 
 
@@ -54,18 +54,18 @@ def read_file(path: Path, problems: Problems) -> dict[str, Given]:
     given: dict[str, Given] = {}
     first_lines: dict[str, str] = {}
     for key_node, value_node in root.value:
-        place = f"line {key_node.start_mark.line + 1}"
+        location = f"line {key_node.start_mark.line + 1}"
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
         if key in first_lines:
-            problems.append((place, f"{key}: already on {first_lines[key]}; keep one"))
+            problems.append((location, f"{key}: already on {first_lines[key]}; keep one"))
             continue
-        first_lines[key] = place
+        first_lines[key] = location
         value, odd = _construct(loader, value_node)
         if odd:
-            problems.append((place, f"{key}: {odd}"))
+            problems.append((location, f"{key}: {odd}"))
         else:
             number = value_node.tag.endswith((":int", ":float")) and isinstance(value_node, yaml.ScalarNode)
-            given[key] = Given(value, place, value_node.value if number else None)
+            given[key] = Given(value, location, value_node.value if number else None)
     return given
 
 
