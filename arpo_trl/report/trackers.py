@@ -76,7 +76,7 @@ def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier:
     output_dir = Path(recipe.output_dir).resolve()
     name = recipe.run_name or output_dir.name
     if "tensorboard" in trackers:
-        # Without a folder of its own, a resumed run would be a second curve, and one begun anew the same.
+        # Without a folder of its own, a resumed run would be a second curve, and one started over the same.
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs" / f"{name}-{run_id}"))
     if "trackio" in trackers:
         folder = os.environ.setdefault("TRACKIO_DIR", str(output_dir / "trackio"))
@@ -87,7 +87,7 @@ def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier:
 
 
 def _start_wandb(recipe: Recipe, args: SFTConfig, output_dir: Path, name: str, manifest: Manifest) -> None:
-    """Begin the run, or go on with it; transformers' callback then finds it begun."""
+    """Start the run, or go on with it; transformers' callback then finds it there."""
     for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ.setdefault(variable, str(output_dir / "wandb"))
     import wandb
