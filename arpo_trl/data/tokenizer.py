@@ -100,7 +100,7 @@ def _read_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str | 
             raise recipe.error(
                 "template",
                 f"{found}, and the tokenizer has no chat template; write template: default or another of those that "
-                "docs/templates.md calls shipped, or the path of a .jinja file",
+                "--help template calls shipped, or the path of a .jinja file",
             )
         return own
     if problem := check_template_name(template):

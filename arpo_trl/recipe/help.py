@@ -14,6 +14,7 @@ from .keys import in_words, keys
 from .llamafactory import NO_EFFECT, REFUSED, RENAMED
 from .read import nearest
 from .sft_fields import sft_fields
+from .template_names import SHIPPED, THE_TOKENIZERS_OWN
 from .yaml_file import find_recipes
 
 _MAIN_KEYS = """model_name_or_path finetuning_type dataset dataset_dir template cutoff_len max_samples output_dir
@@ -96,6 +97,14 @@ def explain_key(key: str) -> str:
     ]
     if group != "trl" and key in sft_fields:
         lines.append(f"  TRL: {sft_fields[key].help}")
+    if key == "template":
+        names = (
+            (SHIPPED, "shipped, as LLaMA-Factory writes them"),
+            (THE_TOKENIZERS_OWN, "the tokenizer's own template"),
+        )
+        for group, said in names:
+            listed = textwrap.wrap(", ".join(sorted(group)), 111, break_on_hyphens=False)
+            lines += [f"  {said}:", *(f"    {line}" for line in listed)]
     return "\n".join(lines)
 
 

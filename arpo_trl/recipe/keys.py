@@ -120,7 +120,7 @@ class DatasetKeys(BaseModel):
     dataset_dir: Location = _key("data", "Folder of dataset_info.json; file names in it are relative to this folder.")
     template: TemplateName | None = _key(
         None,
-        "One of LLaMA-Factory's names (docs/templates.md), a path to a .jinja file, or omitted: the tokenizer's own.",
+        "One of LLaMA-Factory's names (--help template), a path to a .jinja file, or omitted: the tokenizer's own.",
     )
     enable_thinking: bool | None = _key(
         True,

@@ -41,7 +41,7 @@ def check_template_name(template: str) -> str | None:
     near = difflib.get_close_matches(template, sorted(SHIPPED | THE_TOKENIZERS_OWN), n=1)
     return (
         f"there is no template {template!r}{f'; the nearest is {near[0]}' if near else ''}; "
-        "expected one of LLaMA-Factory's names (docs/templates.md), a path that ends in .jinja, or no template at all "
+        "expected one of LLaMA-Factory's names (--help template lists them), a path that ends in .jinja, or no template at all "
         "for the tokenizer's own"
     )
 

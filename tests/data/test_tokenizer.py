@@ -334,12 +334,12 @@ def test_a_shipped_template_and_a_file_replace_the_tokenizers_own(tmp_path: Path
         (
             {},
             "template: omitted, and the tokenizer has no chat template; write template: default or another of those that "
-            "docs/templates.md calls shipped, or the path of a .jinja file",
+            "--help template calls shipped, or the path of a .jinja file",
         ),
         (
             {"template": "glm4"},
             "template: glm4 means the tokenizer's own, and the tokenizer has no chat template; write template: default or "
-            "another of those that docs/templates.md calls shipped, or the path of a .jinja file",
+            "another of those that --help template calls shipped, or the path of a .jinja file",
         ),
         (
             {"template": "granite3"},

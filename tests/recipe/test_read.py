@@ -1,6 +1,7 @@
 """The recipe: what is read, what it means, and what is answered when it is wrong."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED
 from arpo_trl.recipe.read import takes_text
 from arpo_trl.recipe.sft_fields import sft_fields
+from arpo_trl.recipe.template_names import MULTIMODAL, SHIPPED, THE_TOKENIZERS_OWN
 
 LLAMA_FACTORY = json.loads(
     (Path(__file__).parent / "fixtures" / "llama_factory_keys.json").read_text(encoding="utf-8")
@@ -587,6 +589,8 @@ def test_explaining_a_key_gives_type_default_mapping_and_trls_own_help() -> None
         "  Longest row; what is beyond is cut."
     )
     assert "TRL: The initial learning rate for AdamW." in explain_key("learning_rate")
+    listed = set(re.findall(r"[\w.-]+", explain_key("template")))
+    assert listed >= SHIPPED | THE_TOKENIZERS_OWN and not listed & MULTIMODAL
     with pytest.raises(RecipeError, match=r"^lerning_rate: no such key; the nearest is learning_rate$"):
         explain_key("lerning_rate")
 
