@@ -53,8 +53,8 @@ class Endless(IterableDataset[dict[str, Any]]):
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         for turn in itertools.count():
             self.rows.set_epoch(turn)
-            row = None
-            for row in self.rows:
-                yield row
-            if row is None:
+            batch = None
+            for batch in self.rows.iter(batch_size=1):  # iter(self.rows) takes another order in a worker (datasets 5)
+                yield {name: values[0] for name, values in batch.items()}
+            if batch is None:
                 return

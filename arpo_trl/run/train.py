@@ -156,6 +156,8 @@ def _train(recipe: Recipe, args: SFTConfig) -> int:
                 manifest.write(output_dir, "stopped")
             step = trainer.state.global_step
             saved = f"at step {step}, checkpoint saved" if step else "before the first step, nothing to save"
+            if step and not (output_dir / f"checkpoint-{step}").is_dir():  # on_save_error: continue
+                saved = f"at step {step}, which could not be saved"
             say(f"stopped by {signal.Signals(stop.signum).name} {saved}")
             say(f"to go on: {resume_command(recipe)}")
             leave_together()

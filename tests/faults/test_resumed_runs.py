@@ -17,7 +17,7 @@ from transformers import TrainerState
 from arpo_trl.__main__ import main
 from arpo_trl.report.log_file import lines_until
 from arpo_trl.run.stop import StopEarly, StopOnSignal
-from arpo_trl.run.trainer import ArpoTrainer
+from arpo_trl.run.trainer import ArpoTrainer, Window, _LogState
 from arpo_trl.run_folder import list_checkpoints
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process can catch")
@@ -140,3 +140,18 @@ def test_a_run_killed_while_its_results_are_written_ends(make_recipe: MakeRecipe
     (tmp_path / "again" / "all_results.json").write_bytes(b"")
     assert main([path, f"output_dir={tmp_path / 'again'}", "resume_from_checkpoint=true"]) == 0
     assert first and b"train_loss" in (tmp_path / "again" / "all_results.json").read_bytes()
+
+
+def test_the_figures_of_a_checkpoint_of_the_version_before_go_on() -> None:
+    """It kept TRL's token count among the metrics."""
+    from types import SimpleNamespace
+
+    metrics = {"entropy": [6.5, 6.25], "mean_token_accuracy": [0.5, 0.25], "num_tokens": [123]}
+    saved = {"loss_sum": 13.5, "last_logged": 3, "metrics": metrics, "seen_tokens": 123, "trained_tokens": 45}
+    state = TrainerState(global_step=5, max_steps=9, stateful_callbacks={"_LogState": saved})  # type: ignore[arg-type]
+    trainer: Any = SimpleNamespace(window=Window())
+    state.compute_steps = lambda *args: None  # type: ignore[method-assign]
+    _LogState(trainer).on_train_begin(None, state, SimpleNamespace())
+    figures = {"entropy": [6.5, 6.25], "mean_token_accuracy": [0.5, 0.25]}
+    assert trainer.window == Window(loss=13.5, last_logged=3, metrics=figures, seen_tokens=123, trained_tokens=45)
+    assert not trainer.pending_evaluation

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from datasets import Dataset
-from torch.utils.data import RandomSampler, SequentialSampler
+from datasets import Dataset, concatenate_datasets
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from arpo_trl.run.order import Endless, EpochOrder
@@ -44,6 +46,17 @@ def test_a_stream_begins_again_in_another_order_with_every_row() -> None:
     passes = [[next(stream)["n"] for _ in ROWS] for _ in range(3)]
     assert all(sorted(one) == ROWS for one in passes)
     assert len({tuple(one) for one in passes}) == 3
+
+
+def test_the_order_of_a_stream_does_not_depend_on_its_workers() -> None:
+    """So that their number may change when a run is resumed; two datasets would be two shards, one for each worker."""
+    parts = [Dataset.from_dict({"n": [start + n for n in ROWS]}).to_iterable_dataset() for start in (0, 100)]
+    rows = concatenate_datasets(parts).shuffle(seed=3, buffer_size=8)
+    read = [
+        [batch["n"].tolist() for batch in islice(DataLoader(Endless(rows), batch_size=4, num_workers=workers), 13)]
+        for workers in (0, 1, 2)
+    ]
+    assert read[0] == read[1] == read[2]
 
 
 def test_a_stream_without_a_row_ends() -> None:
