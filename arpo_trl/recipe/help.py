@@ -98,12 +98,9 @@ def explain_key(key: str) -> str:
     if group != "trl" and key in sft_fields:
         lines.append(f"  TRL: {sft_fields[key].help}")
     if key == "template":
-        names = (
-            (SHIPPED, "shipped, as LLaMA-Factory writes them"),
-            (THE_TOKENIZERS_OWN, "the tokenizer's own template"),
-        )
-        for group, said in names:
-            listed = textwrap.wrap(", ".join(sorted(group)), 111, break_on_hyphens=False)
+        kinds = {"shipped, as LLaMA-Factory writes them": SHIPPED, "the tokenizer's own template": THE_TOKENIZERS_OWN}
+        for said, names in kinds.items():
+            listed = textwrap.wrap(", ".join(sorted(names)), 111, break_on_hyphens=False)
             lines += [f"  {said}:", *(f"    {line}" for line in listed)]
     return "\n".join(lines)
 
