@@ -14,6 +14,7 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ..data.files import check_datasets
@@ -24,6 +25,7 @@ from ..recipe.yaml_file import is_dir, is_file
 from ..report.trackers import missing_trackers, wandb_login
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+SET_OFFLINE = "HF_HUB_OFFLINE is set"
 HUB_TIMEOUT = 5.0  # seconds; huggingface_hub itself tries for more than a minute
 
 
@@ -67,6 +69,9 @@ def check_inputs(recipe: Recipe) -> Recipe:
         lines.append(str(error))
     if lines:
         raise RecipeError(lines)
+    if why_no_hub.cache_info().currsize and (why := why_no_hub()) not in (None, SET_OFFLINE):
+        notices = (*recipe.source.notices, f"{recipe.path}: {why}; what the hub would give is taken from its cache")
+        return recipe.model_copy(update={"source": replace(recipe.source, notices=notices)})
     return recipe
 
 
@@ -168,7 +173,7 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def why_no_hub() -> str | None:
     """Why the hub can't be asked, or None if it answers. Then HF_HUB_OFFLINE is set: its cache answers at once."""
     if any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE):
-        return "HF_HUB_OFFLINE is set"
+        return SET_OFFLINE
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=HUB_TIMEOUT).close()

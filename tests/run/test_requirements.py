@@ -180,7 +180,7 @@ def test_what_is_not_there_is_said_with_the_line_of_its_key(
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(
-    recipe_of: Any, with_data: list[str], monkeypatch: pytest.MonkeyPatch
+    recipe_of: Any, with_data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
@@ -191,6 +191,12 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(
     with pytest.raises(RecipeError, match=rf"m: no such folder, .*, and http://127.0.0.1:{port} can't be reached"):
         check_inputs(recipe_of(*with_data))
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+    snapshot = tmp_path / "models--m" / "snapshots" / "abc"  # huggingface_hub's cache
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc", encoding="utf-8")
+    (snapshot / "config.json").touch()
+    assert "can't be reached" in check_inputs(recipe_of(*with_data, f"cache_dir={tmp_path}")).notices[-1]
     monkeypatch.setenv("HF_HUB_OFFLINE", "")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
