@@ -128,8 +128,8 @@ def tracked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         wandb.finish()  # which a process does when it ends
         patch.setattr(train_module, "StopOnSignal", StopOnSignal)
         small_run.run(folder, tiny_model, **changes)
+        wandb.teardown()  # its service has written the files when it has ended
         yield folder
-        wandb.teardown()
 
 
 def test_wandb_holds_the_recipe_the_audit_and_the_versions_as_config(tracked: Path) -> None:
