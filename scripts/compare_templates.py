@@ -21,7 +21,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from arpo_trl.data.labels import EncodingConfig, carry_loss, to_segments
+from arpo_trl.data.labels import ExampleConfig, carry_loss, to_segments
 from arpo_trl.data.messages import Conversation, Message
 from arpo_trl.data.template import find_template, shipped_template
 from arpo_trl.errors import RecipeError, RowError
@@ -113,7 +113,7 @@ def count_equal(name: str, chat_template: str) -> int:
             segments = to_segments(template.fit(conversation(kind)), template)
         except RowError:
             continue
-        trained = carry_loss(segments, EncodingConfig(1 << 20))
+        trained = carry_loss(segments, ExampleConfig(1 << 20))
         same = [segment.text for segment in segments] == golden_texts(expected, eos)
         equal += same and trained == [False, True] * len(expected)
     return equal

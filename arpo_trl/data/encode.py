@@ -14,7 +14,17 @@ import numpy.typing as npt
 from ..errors import RowError
 from ..recipe.keys import Recipe
 from .files import Row
-from .labels import IGNORED, EncodingConfig, Example, FindOffsets, Segment, Tokenize, carry_loss, encode, to_segments
+from .labels import (
+    IGNORED,
+    Example,
+    ExampleConfig,
+    FindOffsets,
+    Segment,
+    Tokenize,
+    carry_loss,
+    to_examples,
+    to_segments,
+)
 from .messages import Conversation, to_conversation
 from .registry import DatasetInfo
 from .strict_json import excerpt
@@ -56,9 +66,9 @@ class Encoder:
     template: Template
 
     @property
-    def config(self) -> EncodingConfig:
+    def config(self) -> ExampleConfig:
         r = self.recipe
-        return EncodingConfig(r.cutoff_len, r.mask_history, r.train_on_prompt, r.truncation_mode, r.mask_spans)
+        return ExampleConfig(r.cutoff_len, r.mask_history, r.train_on_prompt, r.truncation_mode, r.mask_spans)
 
     def read(self, row: Row) -> Conversation:
         """Raises RowError where the row could not be read, or is malformed."""
@@ -105,7 +115,7 @@ def _encode_batch(
         except RowError as error:
             rendered.append(error)
     segments = [found[0] for found in rendered if not isinstance(found, RowError)]
-    examples = iter(encode(segments, tokenize, encoder.config, find_offsets))
+    examples = iter(to_examples(segments, tokenize, encoder.config, find_offsets))
     for row, found in zip(rows, rendered):
         result = found if isinstance(found, RowError) else _checked(next(examples), found[1])
         yield _to_columns(row, result, encoder.recipe.cutoff_len)

@@ -77,7 +77,7 @@ class FindOffsets(Protocol):
 
 
 @dataclass(frozen=True)
-class EncodingConfig:
+class ExampleConfig:
     """What carries loss, and where a row ends: the recipe's keys of the same names."""
 
     cutoff_len: int
@@ -264,7 +264,7 @@ def is_written(piece: str, text: str) -> bool:
     )
 
 
-def carry_loss(row: Sequence[Segment], config: EncodingConfig) -> list[bool]:
+def carry_loss(row: Sequence[Segment], config: ExampleConfig) -> list[bool]:
     """Which of a row's segments carry loss.
 
     Replies do; with `mask_history` the last alone; with `train_on_prompt` contexts too. A masked one never does: a
@@ -275,10 +275,10 @@ def carry_loss(row: Sequence[Segment], config: EncodingConfig) -> list[bool]:
     return [wanted and not segment.masked for wanted, segment in zip(asked, row)]
 
 
-def encode(
+def to_examples(
     rows: Sequence[Sequence[Segment]],
     tokenize: Tokenize,
-    config: EncodingConfig,
+    config: ExampleConfig,
     find_offsets: FindOffsets | None = None,
 ) -> list[Example]:
     """Tokenise all segments of a batch of rows in one call, join each row's, label them and cut them to the cutoff.

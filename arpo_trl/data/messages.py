@@ -32,7 +32,7 @@ MORE_ROLES = {"developer": "system", "function": "tool"}
 class Message(TypedDict):
     """A message as chat templates take it. `trained`: False where the row keeps it from the loss.
 
-    A row's thought is `reasoning_content`; the other two are the names under which `Template.fit` gives it.
+    The thought of a reply is `reasoning_content`; `Template.fit` calls it `reasoning` or `thinking` where a template does.
     """
 
     role: str
@@ -48,7 +48,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row's messages and tools. `unread` counts what of the row is not read, in words that wait for the number."""
+    """A row's messages and tools. `unread`: how often each thing that is not read occurs, by a text with {} for the number."""
 
     messages: list[Message]
     tools: list[Fields] | None = None
@@ -77,7 +77,7 @@ def to_conversation(row: Any, info: DatasetInfo, default_system: str | None = No
     if info.formatting == "alpaca":
         messages = _read_alpaca(row, rest, info)
     else:
-        messages, unread, tools = _read_turns(rest, info)
+        messages, unread, tools = _read_sharegpt(rest, info)
     leading = list(takewhile(lambda message: message["role"] == "system", messages))
     system = [message for message in leading if message["content"]]
     column = _text(row, info.columns["system"], optional=True) if "system" in info.columns else ""
@@ -137,8 +137,8 @@ def _read_history(value: Any, name: str) -> list[Message]:
     return messages
 
 
-def _read_turns(rest: Fields, info: DatasetInfo) -> tuple[list[Message], Counter[str], list[list[Fields]]]:
-    """The messages, what of them is not read, and the lists of tools that system messages hold."""
+def _read_sharegpt(rest: Fields, info: DatasetInfo) -> tuple[list[Message], Counter[str], list[list[Fields]]]:
+    """The messages of a sharegpt or openai row, what of them is not read, and the tools that system messages hold."""
     column, tags = info.columns["messages"], info.tags
     if column not in rest:
         raise RowError(f"missing field: {column}")

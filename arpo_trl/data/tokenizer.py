@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from ..errors import DatasetError
 from ..recipe.keys import Recipe
 from ..recipe.template_names import SHIPPED, THE_TOKENIZERS_OWN, check_template_name
-from .labels import IGNORED, EncodingConfig, FindOffsets, Tokenize, carry_loss, encode, is_written, to_segments
+from .labels import IGNORED, ExampleConfig, FindOffsets, Tokenize, carry_loss, is_written, to_examples, to_segments
 from .messages import Conversation
 from .template import Template, find_template, shipped_template, without_thought_by_default
 
@@ -111,7 +111,7 @@ def _read_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str | 
         raise recipe.error("template", f"{template}: cannot be read ({error})") from None
 
 
-def check_parity(conversation: Conversation, template: Template, config: EncodingConfig, location: str) -> None:
+def check_parity(conversation: Conversation, template: Template, config: ExampleConfig, location: str) -> None:
     """The check before the first step, for one row: segments joined are the conversation, and the labels are its replies.
 
     Checked on what the tokens decode to: all of them against the conversation rendered and tokenised at once, each
@@ -139,7 +139,7 @@ def check_parity(conversation: Conversation, template: Template, config: Encodin
         raise refuse("the tokenizer writes a reply after its context otherwise than alone")
     if tokenizer.eos_token != template.end_of_turn:
         raise refuse(f"a turn does not end in the eos token {tokenizer.eos_token!r}")
-    (example,) = encode([segments], tokenize, config)
+    (example,) = to_examples([segments], tokenize, config)
     if decode(example.input_ids) != decode(whole):
         raise refuse("the encoded text is not what the chat template renders")
     if config.train_on_prompt:

@@ -17,13 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from arpo_trl.data import labels
 from arpo_trl.data.labels import (
     IGNORED,
-    EncodingConfig,
     Example,
+    ExampleConfig,
     carry_loss,
-    encode,
     find_spans,
     keep_start,
     proportional_cut,
+    to_examples,
     to_segments,
 )
 from arpo_trl.data.messages import Conversation, Message, to_conversation
@@ -34,7 +34,7 @@ from arpo_trl.errors import DatasetError, RowError
 from arpo_trl.recipe import Recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-WHOLE = EncodingConfig(sys.maxsize)
+WHOLE = ExampleConfig(sys.maxsize)
 HEADER = "<|im_start|>system\nS<|im_end|>\n"
 
 
@@ -57,7 +57,7 @@ def chat(*texts: str, masked: frozenset[int] = frozenset()) -> Conversation:
     return Conversation(messages)
 
 
-def trained_texts(conversation: Conversation, template: Template, config: EncodingConfig = WHOLE) -> list[str]:
+def trained_texts(conversation: Conversation, template: Template, config: ExampleConfig = WHOLE) -> list[str]:
     segments = to_segments(conversation, template)
     return [segment.text for segment, trained in zip(segments, carry_loss(segments, config), strict=True) if trained]
 
@@ -103,7 +103,7 @@ def test_one_short_conversation_token_by_token() -> None:
         ]
     )
     segments = to_segments(conversation, template)
-    (example,) = encode([segments], make_tokenize(tokenizer), WHOLE)
+    (example,) = to_examples([segments], make_tokenize(tokenizer), WHOLE)
     system = [151644, 8948, 198, 64, 151645, 198]
     first, reply = [151644, 872, 198, 65, 151645, 198, 151644, 77091, 198], [198, 66, 151645, 198]
     second, last = [151644, 872, 198, 67, 151645, 198, 151644, 77091, 198], [68, 151645, 198]
@@ -119,13 +119,11 @@ def test_a_reply_is_trained_with_its_end_of_turn_and_newline(template: Template)
 
 
 def test_mask_history_trains_the_last_reply(template: Template) -> None:
-    assert trained_texts(chat("Q", "A", "R", "B"), template, EncodingConfig(99, mask_history=True)) == [
-        "B<|im_end|>\n"
-    ]
+    assert trained_texts(chat("Q", "A", "R", "B"), template, ExampleConfig(99, mask_history=True)) == ["B<|im_end|>\n"]
 
 
 def test_train_on_prompt_trains_everything(template: Template) -> None:
-    texts = trained_texts(chat("Q", "A"), template, EncodingConfig(99, train_on_prompt=True))
+    texts = trained_texts(chat("Q", "A"), template, ExampleConfig(99, train_on_prompt=True))
     assert "".join(texts) == HEADER + "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
 
 
@@ -134,14 +132,14 @@ def test_a_masked_reply_is_context(template: Template) -> None:
 
 
 def test_mask_history_does_not_fall_back_on_an_earlier_reply(template: Template) -> None:
-    config = EncodingConfig(99, mask_history=True)
+    config = ExampleConfig(99, mask_history=True)
     assert trained_texts(chat("Q", "A", "R", "B", masked=frozenset({4})), template, config) == []
     assert trained_texts(chat("Q", "A", "R", "B", masked=frozenset({2})), template, config) == ["B<|im_end|>\n"]
 
 
 def test_train_on_prompt_trains_nothing_that_is_masked(template: Template, tokenize: Any) -> None:
     """A masked message takes the context that it stands in with it."""
-    config = EncodingConfig(999, train_on_prompt=True)
+    config = ExampleConfig(999, train_on_prompt=True)
     first, second = (f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in "QR")
     a, b = "A<|im_end|>\n", "B<|im_end|>\n"
     for masked, trained in [
@@ -152,7 +150,7 @@ def test_train_on_prompt_trains_nothing_that_is_masked(template: Template, token
     ]:
         conversation = chat("Q", "A", "R", "B", masked=frozenset(masked))
         assert trained_texts(conversation, template, config) == trained
-        (example,) = encode([to_segments(conversation, template)], tokenize, config)
+        (example,) = to_examples([to_segments(conversation, template)], tokenize, config)
         expected = [token for text in trained for token in next(iter(tokenize([text])))]
         assert [label for label in example.labels if label != IGNORED] == expected
 
@@ -191,10 +189,10 @@ def golden_tokenizer() -> PreTrainedTokenizerBase:
 
 def masked_and_trained(tokenizer: Any, conversation: Conversation, *spans: str, **keys: Any) -> tuple[str, str]:
     """The text of the reply's masked tokens and of its trained ones; input_ids are those without the key."""
-    config, tokenize = EncodingConfig(999, mask_spans=spans, **keys), make_tokenize(tokenizer)
+    config, tokenize = ExampleConfig(999, mask_spans=spans, **keys), make_tokenize(tokenizer)
     segments = to_segments(conversation, find_template(tokenizer), spans)
-    (plain,) = encode([to_segments(conversation, find_template(tokenizer))], tokenize, WHOLE)
-    (example,) = encode([segments], tokenize, config, make_find_offsets(tokenizer))
+    (plain,) = to_examples([to_segments(conversation, find_template(tokenizer))], tokenize, WHOLE)
+    (example,) = to_examples([segments], tokenize, config, make_find_offsets(tokenizer))
     assert example.input_ids == plain.input_ids
     assert all(label in (IGNORED, token) for token, label in zip(example.input_ids, example.labels))
     reply = list(zip(example.input_ids, example.labels))[-len(next(iter(tokenize([segments[-1].text])))) :]
@@ -231,7 +229,7 @@ def test_spans_by_names_and_expressions(entries: list[str], masked: str) -> None
 def test_spans_are_counted() -> None:
     tokenizer = golden_tokenizer()
     segments = to_segments(chat("Q", TRAJECTORY), find_template(tokenizer), [r"\d", "result"])
-    (example,) = encode([segments], make_tokenize(tokenizer), WHOLE, make_find_offsets(tokenizer))
+    (example,) = to_examples([segments], make_tokenize(tokenizer), WHOLE, make_find_offsets(tokenizer))
     assert example.also == {
         r"mask_spans: matches of \d: {}": 3,
         "mask_spans: matches of result: {}": 1,
@@ -250,8 +248,8 @@ def test_masked_spans_leave_prompts_as_they_are() -> None:
     tokenizer = golden_tokenizer()
     conversation = chat("<result>7</result>", TRAJECTORY)
     segments = to_segments(conversation, find_template(tokenizer), ["result"])
-    config = EncodingConfig(999, train_on_prompt=True, mask_spans=("result",))
-    (example,) = encode([segments], make_tokenize(tokenizer), config, make_find_offsets(tokenizer))
+    config = ExampleConfig(999, train_on_prompt=True, mask_spans=("result",))
+    (example,) = to_examples([segments], make_tokenize(tokenizer), config, make_find_offsets(tokenizer))
     trained = tokenizer.decode([label for label in example.labels if label != IGNORED])
     assert trained.count("<result>") == 1 and "user\n<result>7</result>" in trained
 
@@ -340,7 +338,7 @@ def test_any_conversation_trains_its_replies_and_nothing_else(
     assert "".join(segment.text for segment in segments) == whole
     assert trained_texts(conversation, template) == [reply_text(reply) for reply in replies]
 
-    (example,) = encode([segments], tokenize, WHOLE)
+    (example,) = to_examples([segments], tokenize, WHOLE)
     assert all(label in (IGNORED, token) for token, label in zip(example.input_ids, example.labels))
     alone = [token for text in map(reply_text, replies) for token in next(iter(tokenize([text])))]
     assert [label for label in example.labels if label != IGNORED] == alone
@@ -394,7 +392,7 @@ def test_the_proportional_cut_is_llama_factorys(
 
 def cut(cutoff_len: int, template: Template, tokenize: Any, mode: str = "keep_start") -> Example:
     segments = to_segments(chat("Q", "A", "R", "B"), template)
-    return encode([segments], tokenize, EncodingConfig(cutoff_len, truncation_mode=mode))[0]
+    return to_examples([segments], tokenize, ExampleConfig(cutoff_len, truncation_mode=mode))[0]
 
 
 def test_a_cut_says_what_it_cost(template: Template, tokenize: Any) -> None:
@@ -414,7 +412,7 @@ def test_llama_factorys_cut_keeps_replies_that_a_plain_cut_loses(template: Templ
     conversation = chat("long " * 50, "A")
     segments = to_segments(conversation, template)
     plain, proportional = (
-        encode([segments], tokenize, EncodingConfig(20, truncation_mode=mode))[0]
+        to_examples([segments], tokenize, ExampleConfig(20, truncation_mode=mode))[0]
         for mode in ("keep_start", "llamafactory")
     )
     assert plain.lost_answer and not proportional.lost_answer

@@ -16,7 +16,7 @@ from compare_templates import DAY, GOLDEN, conversation, golden_texts, tokens_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from arpo_trl.data import labels
-from arpo_trl.data.labels import EncodingConfig, carry_loss, to_segments
+from arpo_trl.data.labels import ExampleConfig, carry_loss, to_segments
 from arpo_trl.data.messages import Conversation, Message
 from arpo_trl.data.template import find_template, shipped_template, template_of
 from arpo_trl.data.tokenizer import check_parity, load_tokenizer
@@ -50,8 +50,8 @@ def test_a_shipped_template_writes_and_trains_what_llama_factory_does(
     for kind, expected in golden["conversations"].items():
         segments = to_segments(conversation(kind), template)
         assert [segment.text for segment in segments] == golden_texts(expected), kind
-        assert carry_loss(segments, EncodingConfig(1 << 20)) == [False, True] * len(expected)
-        check_parity(conversation(kind), template, EncodingConfig(1 << 20), kind)
+        assert carry_loss(segments, ExampleConfig(1 << 20)) == [False, True] * len(expected)
+        check_parity(conversation(kind), template, ExampleConfig(1 << 20), kind)
     turns = conversation("one turn").messages[-2:] * 20
     long = to_segments(Conversation(turns), template)
     with monkeypatch.context() as context:
@@ -79,7 +79,7 @@ def test_the_docs_way_to_add_a_templates_tokens_makes_it_run(tmp_path: Path, tin
     template = template_of(asked, load_tokenizer(asked))
     segments = to_segments(conversation("one turn"), template)
     assert segments[1].text == "4.<|eot_id|>"
-    check_parity(conversation("one turn"), template, EncodingConfig(1 << 20), "row")
+    check_parity(conversation("one turn"), template, ExampleConfig(1 << 20), "row")
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.get_input_embeddings().num_embeddings >= len(template.tokenizer)
     for other in ("default", "alpaca", "vicuna", "mistral"):  # the other way out
@@ -208,7 +208,7 @@ def test_enable_thinking_writes_and_trains_what_llama_factory_does(wanted: bool 
     for kind, expected in GOLDEN["enable_thinking"][str(wanted).lower()].items():
         fitted = template.fit(conversation(kind))
         assert [segment.text for segment in to_segments(fitted, template)] == golden_texts(expected), kind
-        check_parity(fitted, template, EncodingConfig(1 << 20), kind)
+        check_parity(fitted, template, ExampleConfig(1 << 20), kind)
 
 
 @pytest.mark.parametrize("name", [None, "qwen3"])
@@ -342,7 +342,7 @@ def test_what_the_model_would_write_is_trained_whatever_the_generation_prompt_is
     assert [reply.text for reply in segments[1::2]] == [reply for _, reply in expected]
     for context, (end, _) in zip(segments[::2], expected, strict=True):
         assert context.text.endswith(end)
-    check_parity(row, template, EncodingConfig(1 << 20), "row")
+    check_parity(row, template, ExampleConfig(1 << 20), "row")
 
 
 def test_rows_of_two_turns_are_read_with_every_text_template_that_trl_ships() -> None:
@@ -355,7 +355,7 @@ def test_rows_of_two_turns_are_read_with_every_text_template_that_trl_ships() ->
         try:
             tokenizer.eos_token = find_template(tokenizer).end_of_turn
             template = find_template(tokenizer)
-            check_parity(template.fit(Conversation(TURNS)), template, EncodingConfig(1 << 20), name)
+            check_parity(template.fit(Conversation(TURNS)), template, ExampleConfig(1 << 20), name)
         except (RecipeError, RowError) as error:
             assert name in ("idefics3", "llava_next", "smolvlm"), error  # whose messages are lists of parts
         else:
@@ -380,7 +380,7 @@ def test_where_a_template_rewrites_earlier_turns_mask_history_is_the_way_out(nam
     row = template.fit(Conversation(MUSES_TWICE))
     *context, reply = [segment.text for segment in to_segments(row, template)]
     assert "musing" not in "".join(context) and "musing" in reply and template.ends(reply)
-    check_parity(row, template, EncodingConfig(1 << 20, mask_history=True), "row")
+    check_parity(row, template, ExampleConfig(1 << 20, mask_history=True), "row")
 
 
 def test_a_reply_that_the_next_turns_first_token_ends_is_trained_with_it() -> None:
@@ -402,7 +402,7 @@ def test_a_reply_that_the_next_turns_first_token_ends_is_trained_with_it() -> No
         "\nR<|assistant|>",
         "\nB<|user|>",
     ]
-    check_parity(row, template, EncodingConfig(1 << 20), "row")
+    check_parity(row, template, ExampleConfig(1 << 20), "row")
 
 
 MISTRAL = (  # As Mistral 7B v0.3 and Nemo have it: an id of nine characters, in the call and in its result.
@@ -519,4 +519,4 @@ def test_a_result_may_be_written_as_json_text(content: str) -> None:
         {"role": "assistant", "content": "B"},
     ]
     assert json.dumps(content, ensure_ascii=False) in to_segments(Conversation(messages), template)[2].text
-    check_parity(Conversation(messages), template, EncodingConfig(1 << 20), "row")
+    check_parity(Conversation(messages), template, ExampleConfig(1 << 20), "row")

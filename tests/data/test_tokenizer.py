@@ -11,14 +11,14 @@ import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from arpo_trl.data.labels import IGNORED, EncodingConfig, carry_loss, encode, to_segments
+from arpo_trl.data.labels import IGNORED, ExampleConfig, carry_loss, encode, to_segments
 from arpo_trl.data.messages import Conversation
 from arpo_trl.data.template import find_template, shipped_template
 from arpo_trl.data.tokenizer import check_parity, load_tokenizer, make_find_offsets, make_tokenize
 from arpo_trl.errors import DatasetError, RecipeError, RowError
 from arpo_trl.recipe import Recipe
 
-CONFIG = EncodingConfig(1 << 20)
+CONFIG = ExampleConfig(1 << 20)
 SPECIAL = (
     "<|im_start|> <|im_end|> <|endoftext|> <bos> <eos> <start_of_turn> <end_of_turn> <|begin_of_text|> <|eot_id|> "
     "<|start_header_id|> <|end_header_id|> <|end|> <|user|> <|assistant|> <|system|> <s> </s>"
