@@ -11,7 +11,7 @@ import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from arpo_trl.data.labels import IGNORED, ExampleConfig, carry_loss, encode, to_segments
+from arpo_trl.data.labels import IGNORED, ExampleConfig, carry_loss, to_examples, to_segments
 from arpo_trl.data.messages import Conversation
 from arpo_trl.data.template import find_template, shipped_template
 from arpo_trl.data.tokenizer import check_parity, load_tokenizer, make_find_offsets, make_tokenize
@@ -225,7 +225,7 @@ def test_a_tokenizer_that_writes_a_space_before_a_text_gives_the_tokens_of_the_w
     row = Conversation([{**Q, "content": "What is four?"}, {**A, "content": "Four it is."}, R, B])
     check_parity(row, template, CONFIG, "row")
     segments = to_segments(row, template, [" it"])
-    (example,) = encode([segments], make_tokenize(tokenizer), CONFIG, make_find_offsets(tokenizer))
+    (example,) = to_examples([segments], make_tokenize(tokenizer), CONFIG, make_find_offsets(tokenizer))
     whole = tokenizer("".join(segment.text for segment in segments), add_special_tokens=False)["input_ids"]
     assert example.input_ids == whole
     trained = [token for token, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED]
