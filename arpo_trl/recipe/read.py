@@ -35,7 +35,7 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     path, all_read = COMMAND_LINE if path is None else Path(path), not problems
     if other_form := recognise(given):
         raise RecipeError(f"{path}: {other_form}")
-    no_effect = _take_out_no_effect(given, problems)
+    no_effect = _keep_known_keys(given, problems)
     recipe = _typed(given, problems)
     if recipe:
         lines = {key: int(location[5:]) for key, (_, location, _) in given.items() if location.startswith("line ")}
@@ -53,8 +53,11 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     return resolve(recipe)
 
 
-def _take_out_no_effect(given: dict[str, Given], problems: Problems) -> dict[str, list[str]]:
-    """Take out of `given` what is no key of ours, other names put right; return the keys without effect by reason."""
+def _keep_known_keys(given: dict[str, Given], problems: Problems) -> dict[str, list[str]]:
+    """What becomes of a key that is not one of ours: renamed, without effect, refused with its reason, or unknown.
+
+    Such keys leave `given`; refused and unknown ones go into `problems`. Returns those without effect, by reason.
+    """
     no_effect: dict[str, list[str]] = {}
     for key, (value, location, text) in list(given.items()):
         if key in keys():
