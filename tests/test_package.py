@@ -43,8 +43,8 @@ def test_the_example_of_the_docs_runs(tiny_model: Path) -> None:
         r"```python\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.DOTALL
     )
     assert code.count("\n") <= 12
-    printed = python(code.replace('"max_samples=3"', f'"max_samples=3", "model_name_or_path={tiny_model}"'), ROOT)
-    assert re.fullmatch(r"arpo_sft_toy: 3 rows: 3 kept, .*\n\S+arpo_sft_toy\.jsonl:\d+ \d+\n", printed)
+    printed = python(code.replace('"max_samples=30"', f'"max_samples=30", "model_name_or_path={tiny_model}"'), ROOT)
+    assert re.fullmatch(r"arpo_sft_toy: 30 rows: \d+ kept, .*\n\S+arpo_sft_toy\.jsonl:\d+ \d+\n", printed)
 
 
 def test_every_module_that_the_docs_name_is_there() -> None:

@@ -28,10 +28,10 @@ from ..report.figures import describe_model, format_seconds, precision
 from ..report.log_file import read_log
 from ..report.summary import describe_device, describe_steps, missing_gpu
 from ..run_folder import list_checkpoints
-from .fit import check_fit
 from .memory import describe_memory, estimate_memory, model_shape
 from .requirements import check_environment
 from .resume import refuse_output_dir
+from .rows_and_model import check_fit
 from .sft_config import to_sft_config
 
 BINS = 10

@@ -1,4 +1,8 @@
-"""Which checkpoint is whole, what a run's folder holds, and what may change when a run is resumed.
+"""What a checkpoint holds, and which one is whole. `trainer.ArpoTrainer._save_checkpoint` writes it.
+
+A folder `checkpoint-<step>` has model.safetensors or the adapter (in float32, so that a resume is exact), config.json,
+the tokenizer, optimizer.pt, scheduler.pt, an rng_state.pth for each process, trainer_state.json (the log, the counts of
+the callbacks), training_args.bin and files.json.
 
 `Trainer` writes a checkpoint in place and resumes from the highest number unchecked. Here a checkpoint being written
 carries a mark; once it is whole the mark becomes `files.json`, the list of its files and their sizes. A folder that

@@ -17,9 +17,9 @@ from .trainer import ArpoTrainer, Stopped
 class StopOnSignal(TrainerCallback):
     """SIGTERM and the first Ctrl-C save a checkpoint after the step, or the batch of an evaluation, in progress.
 
-    The second Ctrl-C stops at once. `signum` is the signal that stops the run, or None. With several processes the
-    point at which they stop is agreed on, so that no process waits for another's collective. Before the last step that
-    is any; afterwards an evaluation, and only once the last step is saved.
+    The second Ctrl-C stops at once. `signum` is the signal that stops the run, or None. Several processes stop at the
+    same step or batch, so that none waits for another. After the last step only an evaluation is stopped, and only once
+    that step is saved.
     """
 
     def __init__(self) -> None:
@@ -29,12 +29,12 @@ class StopOnSignal(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Not earlier: before the first step there is nothing to save, and a signal may stop the process at once.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+            signal.signal(number, self._on_signal)
         if sys.platform == "win32":  # Ctrl-Break, and a console that is closed
-            signal.signal(signal.SIGBREAK, self._remember)
+            signal.signal(signal.SIGBREAK, self._on_signal)
         self.saved_step, self.training = state.global_step, True
 
-    def _remember(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.signum == signal.SIGINT:
             raise KeyboardInterrupt
         if self.signum is None:  # the SIGTERM of a dying launcher may follow the Ctrl-C that killed it
@@ -42,12 +42,13 @@ class StopOnSignal(TrainerCallback):
             with contextlib.suppress(RuntimeError):  # the signal may have come while a line was printed
                 say(f"{signal.Signals(number).name}: stopping after this step or evaluation batch")
 
-    def let_go(self) -> None:
+    def restore_default_handlers(self) -> None:
         """Leave signals to Python: they end the process at once. For what follows once the model is saved."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _agree(self, args: Any) -> bool:
+    def _signalled(self, args: Any) -> bool:
+        """Whether a signal has reached any process: the same answer on all."""
         if args.world_size > 1:
             signum = torch.tensor(self.signum or 0, device=args.device)
             torch.distributed.all_reduce(signum, op=torch.distributed.ReduceOp.MAX)
@@ -55,16 +56,16 @@ class StopOnSignal(TrainerCallback):
         return self.signum is not None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._agree(args) and state.global_step < state.max_steps:
+        if self._signalled(args) and state.global_step < state.max_steps:
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.saved_step = state.global_step
-        if self._agree(args) and state.global_step < state.max_steps:
+        if self._signalled(args) and state.global_step < state.max_steps:
             raise Stopped
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._agree(args) and (self.training or self.saved_step == state.global_step):
+        if self._signalled(args) and (self.training or self.saved_step == state.global_step):
             raise Stopped
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -82,12 +83,12 @@ class StopEarly(TrainerCallback):
         self.patience = patience
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._look(args, state, control)
+        self._stop_if_no_better(args, state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._look(args, state, control)
+        self._stop_if_no_better(args, state, control)
 
-    def _look(self, args: Any, state: Any, control: Any) -> None:
+    def _stop_if_no_better(self, args: Any, state: Any, control: Any) -> None:
         name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
         # Without the evaluation before the first step, as transformers counts.
         values = [entry[name] for entry in state.log_history if name in entry and entry["step"]]

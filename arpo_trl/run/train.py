@@ -29,13 +29,13 @@ from ..report.trainer_log import show_progress
 from ..run_folder import match_umask, own_path, save_metrics, write_text
 from .adapters import keep_adapter_in_float32, to_optimizer, turn_pissa_into_lora
 from .evaluate import eval_datasets, run_without_training, to_inference
-from .fit import check_fit
+from .folder_lock import own_output_dir
 from .model import load_model
-from .owner import own_output_dir
 from .predict import PredictOnEvaluate, compare_evaluations, predict, refuse_split_model
 from .preflight import PackingCheck, Preflight
 from .requirements import check_environment
 from .resume import clear_earlier_run, find_resume_point, refuse_output_dir
+from .rows_and_model import check_fit
 from .sft_config import to_sft_config
 from .stop import ResumeEvaluation, SaveAfterEpochEnd, StopEarly, StopOnSignal
 from .trainer import ArpoTrainer, Stopped
@@ -164,7 +164,7 @@ def _train(recipe: Recipe, args: SFTConfig) -> int:
             return 128 + stop.signum
         write_results(recipe, trainer, manifest, result.metrics, metrics)
         if recipe.do_predict:
-            stop.let_go()
+            stop.restore_default_handlers()
             to_inference(model, saved_dtype)
             predict(recipe, model, tokenizer, data.eval)
         finish_trackers(args, output_dir)
