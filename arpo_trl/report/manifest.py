@@ -1,4 +1,4 @@
-"""run.json: what made the run, its status, and what may change when it is resumed."""
+"""run.json and recipe.yaml: what made the run, its status, and what may change when it is resumed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from accelerate import PartialState
 from pydantic import BaseModel, BeforeValidator
 
@@ -21,6 +22,7 @@ from ..recipe.keys import PredictKeys, Recipe, keys
 from ..run_folder import write_json
 
 MANIFEST = "run.json"
+RECIPE_MARK = "# the recipe of this run with every key, written by arpo_trl\n"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 
 # Keys that leave the sequence of weights as it is: they may change when a run is resumed.
@@ -156,3 +158,9 @@ def require_same_run(earlier: Manifest | None, now: Manifest, allow_changed_reci
         *(f"resumed although changed: {change}" for change in changes),
         *(f"resumed under another version, last digits may differ: {version}" for version in versions),
     ]
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as resolved, in YAML, so that the output folder alone tells how the model was made."""
+    resolved = json.loads(json.dumps(recipe.resolved()))
+    return f"{RECIPE_MARK}{yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)}"

@@ -26,7 +26,7 @@ from ..recipe.rules import resolve
 from ..report.console import say
 from ..report.figures import describe_model, format_seconds, precision
 from ..report.log_file import read_log
-from ..report.summary import describe_device, describe_steps, missing_gpu
+from ..report.start_report import describe_device, describe_steps, missing_gpu
 from ..run_folder import list_checkpoints
 from .memory import describe_memory, estimate_memory, model_shape
 from .requirements import check_environment

@@ -18,11 +18,12 @@ from ..machine import full_disk_in_a_line, missing_space
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
 from ..report.console import logged_to, say
+from ..report.end_report import end_report, resume_command
 from ..report.log_file import mean_loss, read_log
 from ..report.loss_plot import plot_loss
-from ..report.manifest import Manifest, describe_run, read_manifest, require_same_run
+from ..report.manifest import RECIPE_MARK, Manifest, describe_run, read_manifest, recipe_text, require_same_run
 from ..report.model_card import CARD_MARKS, NOT_FOR_THE_HUB, write_model_card
-from ..report.summary import RECIPE_MARK, StartReport, end_report, recipe_text, resume_command
+from ..report.start_report import StartReport
 from ..report.tracker_steps import log_by_step
 from ..report.trackers import finish_trackers, start_trackers
 from ..report.trainer_log import show_progress

@@ -1,37 +1,27 @@
-"""What a run says of itself before its first step, and writes beside its weights: run.json and recipe.yaml."""
+"""What the start of a run prints: model, device, data, steps, disk, output."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.prepare import PreparedData
-from ..errors import program
 from ..machine import free_space
-from ..recipe.keys import COMMAND_LINE, Recipe
+from ..recipe.keys import Recipe
 from .console import say
-from .figures import describe_evaluation, describe_model, format_seconds, precision
-from .log_file import read_log, run_seconds
+from .figures import describe_model, precision
 
 if TYPE_CHECKING:
     from ..run.trainer import ArpoTrainer
 
 
-RECIPE_MARK = "# the recipe of this run with every key, written by arpo_trl\n"
-
-
 class StartReport(TrainerCallback):
-    """Prints what is about to happen, a line for each thing that a user may have meant otherwise."""
+    """Prints what is about to happen, so that a user sees what was not meant before it costs hours."""
 
     def __init__(self, recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, checkpoint: Path | None) -> None:
         self.recipe, self.data, self.trainer, self.checkpoint = recipe, data, trainer, checkpoint
@@ -51,24 +41,6 @@ class StartReport(TrainerCallback):
             f"output   {args.output_dir}{f', going on from {going_on.name}' if going_on else ''}",
         ]:
             say(line)
-
-
-def end_report(
-    recipe: Recipe, state: TrainerState, trained: dict[str, float], evaluated: dict[str, float]
-) -> list[str]:
-    """What came out, and where it lies."""
-    lines = []
-    if state.global_step < state.max_steps:
-        lines.append(f"stopped early at step {state.global_step}: {recipe.early_stopping_steps} evaluations no better")
-    if recipe.load_best_model_at_end and state.best_global_step:
-        lines.append(f"best     step {state.best_global_step}, whose weights are the final model")
-    figures = [f"train loss {trained['train_loss']:.4f}", *describe_evaluation(evaluated)]
-    output_dir = Path(recipe.output_dir)
-    log = read_log(output_dir / "trainer_log.jsonl")
-    seconds = max(trained["train_runtime"], run_seconds(log))
-    lines.append(f"done     in {format_seconds(seconds)}: {', '.join(figures)}")
-    seen = [name for name in ("README.md", "trainer_log.jsonl", "training_loss.png") if (output_dir / name).exists()]
-    return [*lines, f"model    {recipe.output_dir} (see {', '.join(seen)})"]
 
 
 def describe_device(args: TrainingArguments) -> str:
@@ -128,21 +100,3 @@ def describe_disk(args: TrainingArguments, save_total_limit: int | None, checkpo
         kept = f"{save_total_limit} kept" if save_total_limit else "all kept"
         saved = f"{checkpoint_bytes / 1e9:.2f} GB a checkpoint, {kept}"
     return f"{saved}; {free_space(Path(str(args.output_dir))) / 1e9:,.1f} GB free"
-
-
-def recipe_text(recipe: Recipe) -> str:
-    """The recipe as resolved, in YAML, so that the output folder alone tells how the model was made."""
-    return RECIPE_MARK + yaml.safe_dump(json.loads(json.dumps(recipe.resolved())), sort_keys=False, allow_unicode=True)
-
-
-def resume_command(recipe: Recipe) -> str:
-    """The command that goes on with this run. A launcher's own flags are not known here."""
-    more = ["resume_from_checkpoint=true"] if recipe.overwrite_output_dir or recipe.resume_from_checkpoint else []
-    if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return " ".join(["the same command", *(f"with {override}" for override in more)])
-    given = [a for a in sys.argv[1:] if not a.startswith(("resume_from_checkpoint=", "--resume_from_checkpoint="))]
-    if recipe.path != COMMAND_LINE:
-        given = [recipe.path.as_posix(), *(a for a in given if a != str(recipe.path))]
-    words = [*program().split(), *given, *more]  # of two values of a key, the last one wins
-    # cmd.exe knows no single quotes; in Git Bash a path needs slashes.
-    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)

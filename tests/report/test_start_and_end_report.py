@@ -11,9 +11,10 @@ import pytest
 import small_run
 import torch
 
+from arpo_trl.report.end_report import resume_command
 from arpo_trl.report.log_file import read_log
 from arpo_trl.report.manifest import read_manifest
-from arpo_trl.report.summary import missing_gpu, resume_command
+from arpo_trl.report.start_report import missing_gpu
 
 pytestmark = small_run.QUIET
 
@@ -51,7 +52,7 @@ def test_the_command_that_goes_on_is_one_for_every_shell_of_windows(
     recipe = recipe_of("overwrite_output_dir=true")
     argv = ["arpo_trl", str(recipe.path), "run_name=my run"]
     for platform, quoted in (("linux", "'run_name=my run'"), ("win32", '"run_name=my run"')):
-        monkeypatch.setattr("arpo_trl.report.summary.sys", SimpleNamespace(platform=platform, argv=argv))
+        monkeypatch.setattr("arpo_trl.report.end_report.sys", SimpleNamespace(platform=platform, argv=argv))
         monkeypatch.delenv("WORLD_SIZE", raising=False)
         monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
         expected = f"python -m arpo_trl {recipe.path.as_posix()} {quoted} resume_from_checkpoint=true"
