@@ -223,8 +223,13 @@ def test_without_a_login_the_run_ends_before_the_model_is_loaded(
     (tmp_path / "no model").mkdir()
     (tmp_path / "no model" / "config.json").write_text("{}", encoding="utf-8")
     recipe = small_run.make_recipe(tmp_path, tmp_path / "no model", report_to="wandb")
-    with pytest.raises(RecipeError, match="wandb login"):
-        train_module.train(recipe)
+    import wandb
+
+    try:
+        with pytest.raises(RecipeError, match="wandb login"):
+            train_module.train(recipe)
+    finally:
+        wandb.teardown()  # it keeps the environment of its first use for all later runs of a process
     assert not (tmp_path / "run").exists()
 
 
