@@ -23,14 +23,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, DownloadMode, Features, List, Value, load_from_disk
+from datasets import (
+    ArrowBasedBuilder,
+    Dataset,
+    DatasetDict,
+    DatasetInfo,
+    DownloadMode,
+    Features,
+    List,
+    SplitGenerator,
+    Value,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
-from datasets.packaged_modules.generator.generator import Generator
 
 from ..errors import DatasetError
 from ..recipe.keys import Recipe
 from .audit import list_rows
-from .encode import EncodedRow, Encoder, encode_rows
+from .encode import EncodedRow, Encoder, encode_batches
 from .files import fingerprint, read_dataset, require_unchanged
 from .labels import IGNORED
 from .registry import saved_by_llamafactory
@@ -106,26 +116,42 @@ def load_or_encode(encoder: Encoder) -> EncodedDataset:
     return EncodedDataset(info.name, found, data)
 
 
+class RowsBuilder(ArrowBasedBuilder):  # type: ignore[misc]
+    """Encodes a dataset into the datasets cache, in as many processes as it is given ranges of rows."""
+
+    def __init__(self, encoder: Encoder, parts: dict[str, Any], ranges: list[tuple[int, int | None]]) -> None:
+        self.encoder, self.parts, self.ranges = encoder, parts, ranges
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        super().__init__(dataset_name="arpo_trl", config_id=key)
+
+    def _info(self) -> DatasetInfo:
+        return DatasetInfo(description=json.dumps(self.parts), features=FEATURES)
+
+    def _split_generators(self, dl_manager: Any) -> list[SplitGenerator]:
+        return [SplitGenerator("train", {"ranges": self.ranges})]
+
+    def _generate_tables(self, ranges: list[tuple[int, int | None]]) -> Iterator[tuple[int, pa.Table]]:
+        if (
+            len(self.ranges) > 1
+        ):  # The processes are the parallelism; threads of a forked tokenizer would wait for ever.
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        for start, stop in ranges:
+            rows = islice(read_dataset(self.encoder.info, streaming=False)[1], start, stop)
+            for number, batch in enumerate(encode_batches(rows, self.encoder)):
+                yield number, _to_table(batch)
+        require_unchanged(self.encoder.info, self.parts["data"])
+
+
 def _encode(encoder: Encoder, parts: dict[str, Any], encode_again: bool) -> Dataset:
     size, _ = read_dataset(encoder.info, streaming=False)
     ranges = _ranges(encoder, size)
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    builder = Generator(
-        features=FEATURES,
-        generator=_encoded_rows,
-        gen_kwargs={"encoder": encoder, "data": parts["data"], "ranges": ranges, "is_alone": len(ranges) == 1},
-        config_id=f"arpo_trl-{key}",
-        writer_batch_size=ROWS_IN_MEMORY,
-    )
-    builder.info.description = json.dumps(parts)
+    builder = RowsBuilder(encoder, parts, ranges)
     mode = DownloadMode.FORCE_REDOWNLOAD if encode_again else None
     for attempt in range(TRIES):
         try:
             builder.download_and_prepare(download_mode=mode, num_proc=len(ranges) if len(ranges) > 1 else None)
             empty = builder.info.splits["train"].num_examples == 0
-            return (
-                Dataset.from_dict({name: [] for name in FEATURES}, FEATURES) if empty else builder.as_dataset("train")
-            )
+            return Dataset(_to_table([])) if empty else builder.as_dataset("train")
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None
         except FileNotFoundError:  # Another run with overwrite_cache replaced it between these two lines.
@@ -134,14 +160,17 @@ def _encode(encoder: Encoder, parts: dict[str, Any], encode_again: bool) -> Data
     raise AssertionError
 
 
-def _encoded_rows(
-    encoder: Encoder, data: str, ranges: list[tuple[int, int | None]], is_alone: bool
-) -> Iterator[EncodedRow]:
-    if not is_alone:  # The processes are the parallelism, and the threads of a forked tokenizer would wait for ever.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for start, stop in ranges:
-        yield from encode_rows(islice(read_dataset(encoder.info, streaming=False)[1], start, stop), encoder)
-    require_unchanged(encoder.info, data)
+def _to_table(rows: list[EncodedRow]) -> pa.Table:
+    """Rows with FEATURES as columns; the tokens are laid end to end, since pyarrow reads lists of arrays one by one."""
+    columns: list[pa.Array] = []
+    for field in FEATURES.arrow_schema:
+        values = [row[field.name] for row in rows]  # type: ignore[literal-required]
+        if field.type == pa.list_(pa.int32()):
+            ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+            columns.append(pa.ListArray.from_arrays(ends, np.concatenate([np.empty(0, np.int32), *values])))
+        else:
+            columns.append(pa.array(values, field.type))
+    return pa.table(columns, schema=FEATURES.arrow_schema)
 
 
 def _ranges(encoder: Encoder, size: int) -> list[tuple[int, int | None]]:

@@ -78,6 +78,11 @@ class Encoder:
 
 
 def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Iterator[EncodedRow]:
+    """`encode_batches`, row by row."""
+    return chain.from_iterable(encode_batches(rows, encoder))
+
+
+def encode_batches(rows: Iterable[Row], encoder: Encoder) -> Iterator[list[EncodedRow]]:
     """Encode rows in batches, since the tokenizer (Rust, on every core) takes many texts at once.
 
     Raises:
@@ -88,7 +93,7 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Iterator[EncodedRow]:
     tokenize = make_tokenize(tokenizer)
     find_offsets = make_find_offsets(tokenizer) if encoder.recipe.mask_spans else None
     for batch in _batches(rows, encoder.recipe.preprocessing_batch_size):
-        yield from _encode_batch(batch, encoder, tokenize, find_offsets)
+        yield list(_encode_batch(batch, encoder, tokenize, find_offsets))
 
 
 def _check_first(rows: Iterator[Row], encoder: Encoder) -> Iterator[Row]:

@@ -24,7 +24,7 @@ def test_more_dropped_than_allowed_stops_the_run_with_the_first_reasons(bench: B
     path = bench.add("d", (GOOD + b"\n") * 9 + b"{\n")
     with pytest.raises(DatasetError) as error:
         bench.prepare()
-    (listed,) = bench.folder.glob("cache/generator/*/*/row_audit.jsonl")
+    (listed,) = bench.folder.glob("cache/arpo_trl/*/*/row_audit.jsonl")
     assert len(listed.read_text().splitlines()) == 1 and not (bench.folder / "out").exists()
     assert str(error.value).splitlines() == [
         f"d: 1 of 10 rows dropped, max_dropped allows a share of 0.05; all are in {listed}, the first are",

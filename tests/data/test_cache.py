@@ -31,7 +31,7 @@ def test_rows_are_encoded_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     keys: dict[str, Any] = {"max_dropped": 0.5}
     first = bench.prepare(**keys)
     (bench.folder / "out" / "row_audit.jsonl").unlink()
-    monkeypatch.setattr(cache, "encode_rows", None)
+    monkeypatch.setattr(cache, "encode_batches", None)
     second = bench.prepare(**keys)
     assert second.train[:] == first.train[:] and second.audit == first.audit
     assert len(bench.findings()) == 1
@@ -58,7 +58,7 @@ def test_tokenized_path_is_written_once_and_refused_when_what_is_behind_it_chang
     keys: dict[str, Any] = {"tokenized_path": str(path)}
     assert bench.replies(bench.prepare(**keys).train) == answers(0, 1)
     with monkeypatch.context() as context:
-        context.setattr(cache, "encode_rows", None)
+        context.setattr(cache, "encode_batches", None)
         assert bench.replies(bench.prepare(**keys).train) == answers(0, 1)
     with pytest.raises(DatasetError) as error:
         bench.prepare(**keys, cutoff_len=100)
@@ -135,15 +135,16 @@ from arpo_trl.data import cache
 from arpo_trl.data.prepare import prepare_datasets
 from arpo_trl.recipe import Recipe
 
-def killed(*args, encode_rows=cache.encode_rows):
-    for number, row in enumerate(encode_rows(*args)):
-        if number == 250:
+def killed(*args, encode_batches=cache.encode_batches):
+    for number, batch in enumerate(encode_batches(*args)):
+        if number == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        yield row
+        yield batch
 
-cache.encode_rows = killed
+cache.encode_batches = killed
 model, folder = sys.argv[1:]
-recipe = Recipe(model_name_or_path=model, dataset=["d"], dataset_dir=folder, output_dir="out", cutoff_len=256)
+recipe = Recipe(model_name_or_path=model, dataset=["d"], dataset_dir=folder, output_dir="out", cutoff_len=256,
+                preprocessing_batch_size=100)
 prepare_datasets(recipe, AutoTokenizer.from_pretrained(model))
 """
 
@@ -211,7 +212,7 @@ def test_another_format_encodes_again(bench: Bench, monkeypatch: pytest.MonkeyPa
     with pytest.raises(DatasetError, match="was made with another format of arpo_trl; set overwrite_cache: true"):
         bench.prepare(**keys)
     assert bench.prepare().train[:] == first.train[:]
-    assert len([path for path in bench.folder.glob("cache/generator/*") if path.is_dir()]) == 2
+    assert len([path for path in bench.folder.glob("cache/arpo_trl/*") if path.is_dir()]) == 2
 
 
 def test_other_special_tokens_encode_again(bench: Bench) -> None:
@@ -246,7 +247,7 @@ from arpo_trl.recipe import Recipe
 model, folder = sys.argv[1:]
 state = PartialState(cpu=True)
 if not state.is_main_process:
-    cache.encode_rows = None  # only the main process may need it
+    cache.encode_batches = None  # only the main process may need it
 recipe = Recipe(model_name_or_path=model, dataset=["d"], dataset_dir=folder, output_dir=f"{folder}/out", overwrite_cache=True)
 data = dataset.prepare_datasets(recipe, AutoTokenizer.from_pretrained(model))
 Path(folder, f"rank{state.process_index}.json").write_text(json.dumps(data.train[:]))

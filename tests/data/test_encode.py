@@ -8,7 +8,7 @@ import pytest
 from bench import Bench, answers, numbered, write
 
 from arpo_trl.data import cache
-from arpo_trl.data.encode import encode_rows
+from arpo_trl.data.encode import encode_batches
 from arpo_trl.errors import DatasetError
 
 
@@ -17,9 +17,9 @@ def processes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int
     """How many processes have encoded since it was last asked."""
 
     def watched(*args: Any) -> Any:
-        for row in encode_rows(*args):
+        for batch in encode_batches(*args):
             (bench.folder / f"{os.getpid()}.pid").touch()
-            yield row
+            yield batch
 
     def count() -> int:
         found = list(bench.folder.glob("*.pid"))
@@ -27,7 +27,7 @@ def processes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int
             path.unlink()
         return len(found)
 
-    monkeypatch.setattr(cache, "encode_rows", watched)
+    monkeypatch.setattr(cache, "encode_batches", watched)
     return count
 
 
