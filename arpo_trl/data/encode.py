@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, TypedDict
@@ -85,6 +87,8 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Iterator[EncodedRow]:
 def encode_batches(rows: Iterable[Row], encoder: Encoder) -> Iterator[list[EncodedRow]]:
     """Encode rows in batches, since the tokenizer (Rust, on every core) takes many texts at once.
 
+    Two threads: one batch is rendered while another is tokenised.
+
     Raises:
         DatasetError: if one of the first rows fails the parity check.
     """
@@ -92,8 +96,18 @@ def encode_batches(rows: Iterable[Row], encoder: Encoder) -> Iterator[list[Encod
     tokenizer = encoder.template.tokenizer
     tokenize = make_tokenize(tokenizer)
     find_offsets = make_find_offsets(tokenizer) if encoder.recipe.mask_spans else None
-    for batch in _batches(rows, encoder.recipe.preprocessing_batch_size):
-        yield list(_encode_batch(batch, encoder, tokenize, find_offsets))
+
+    def encode(batch: list[Row]) -> list[EncodedRow]:
+        return list(_encode_batch(batch, encoder, tokenize, find_offsets))
+
+    running: deque[Future[list[EncodedRow]]] = deque()
+    with ThreadPoolExecutor(2) as pool:
+        for batch in _batches(rows, encoder.recipe.preprocessing_batch_size):
+            running.append(pool.submit(encode, batch))
+            if len(running) > 2:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
 
 def _check_first(rows: Iterator[Row], encoder: Encoder) -> Iterator[Row]:
