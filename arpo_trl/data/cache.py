@@ -46,7 +46,7 @@ from .labels import IGNORED
 from .registry import saved_by_llamafactory
 
 # Raise it when the tokens of a row, or what is said of it, come out otherwise: rows encoded before are encoded again.
-FORMAT = 3
+FORMAT = 4
 FEATURES = Features(
     input_ids=List(Value("int32")),
     labels=List(Value("int32")),

@@ -136,7 +136,7 @@ def _encode_batch(
     segments = [found[0] for found in rendered if not isinstance(found, RowError)]
     examples = iter(to_examples(segments, tokenize, encoder.config, find_offsets))
     for row, found in zip(rows, rendered):
-        result = found if isinstance(found, RowError) else _checked(next(examples), found[1])
+        result = found if isinstance(found, RowError) else _checked(next(examples), found[1], encoder.recipe)
         yield _to_columns(row, result, encoder.recipe.cutoff_len)
 
 
@@ -150,9 +150,10 @@ def _render(row: Row, encoder: Encoder) -> tuple[list[Segment], Conversation]:
     return segments, conversation
 
 
-def _checked(example: Example, conversation: Conversation) -> Example | RowError:
+def _checked(example: Example, conversation: Conversation, recipe: Recipe) -> Example | RowError:
     if all(label == IGNORED for label in example.labels):
-        return RowError("only labels past the cutoff")
+        more = "" if recipe.truncation_mode == "llamafactory" else ", or set truncation_mode: llamafactory"
+        return RowError(f"only labels past the cutoff: raise cutoff_len ({recipe.cutoff_len}){more}")
     example.left_out = len(conversation.messages) - conversation.replies[-1] - 1
     example.also += conversation.unread
     return example

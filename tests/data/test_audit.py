@@ -239,3 +239,11 @@ def test_a_column_that_the_registry_does_not_name_is_told_with_the_line_that_rea
     again = bench.prepare(cutoff_len=4096)
     assert [line for line in again.audit.lines() if line.startswith(first)] == []
     assert len(again.train["input_ids"][0]) > len(data.train["input_ids"][0])
+
+
+@pytest.mark.parametrize("way_out", [{"cutoff_len": 256}, {"truncation_mode": "llamafactory"}], ids=str)
+def test_a_prompt_past_the_cutoff_is_told_with_ways_out_that_work(way_out: dict[str, Any], bench: Bench) -> None:
+    bench.add("d", [row("Q " * 60)])
+    with pytest.raises(DatasetError, match=r"raise cutoff_len \(50\), or set truncation_mode: llamafactory$"):
+        bench.prepare(cutoff_len=50)
+    assert len(bench.prepare(**{"cutoff_len": 50, **way_out}).train) == 1
