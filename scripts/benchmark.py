@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         step = {"model": model, "shape": options.shape, "count": options.count, "bf16": not options.float32}
         if options.mode == "scaling":
             return benchmark_steps.scaling(options.lengths, options.batches, options.repeats, **step)
-        step |= {"batch": options.batch, "cutoff": options.cutoff, "full": options.full}
+        step |= {"batch": options.batch, "cutoff": options.cutoff, "full": options.full, "dataset": options.dataset}
         return benchmark_steps.steps(options.variants, options.repeats, **step)
 
 
@@ -102,6 +102,8 @@ def make_parser() -> argparse.ArgumentParser:
     parsers["steps"].add_argument(
         "--full", action="store_true", help="every row of --cutoff tokens, cut from all toy rows laid end to end"
     )
+    toy_sets = ["arpo_sft_toy", benchmark_steps.INSIDE]
+    parsers["steps"].add_argument("--dataset", choices=toy_sets, default=toy_sets[0], help="(arpo_sft_toy)")
     parsers["preparation"].add_argument("--rows", type=positive, default=4000, help="how many (4000)")
     parsers["memory"].add_argument("--rows", type=positive, nargs="+", default=[5000, 50000], help="(5000 50000)")
     scaling = parsers["scaling"]

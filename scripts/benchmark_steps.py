@@ -24,6 +24,7 @@ Name = TypeVar("Name")
 Figure = TypeVar("Figure")
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 151_936  # Qwen2.5's, padded
+INSIDE = "arpo_sft_toy_inside"  # one-turn rows; their results are masked, as in recipes/qwen_toy_inside.yaml
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
@@ -219,7 +220,15 @@ def _run_python(variant: str, *arguments: Any) -> str:
 
 
 def _measure(
-    model: str, variant: str, shape: str, count: int, batch: int, cutoff: int, bf16: bool, full: bool = False
+    model: str,
+    variant: str,
+    shape: str,
+    count: int,
+    batch: int,
+    cutoff: int,
+    bf16: bool,
+    full: bool = False,
+    dataset: str = "arpo_sft_toy",
 ) -> dict[str, Any]:
     """`count` steps after one that warms up, in this process. `full`: every row is cut from one long text."""
     import torch
@@ -241,7 +250,7 @@ def _measure(
             seconds.append(time.perf_counter() - self.began)
             tokens.append(trainer._total_train_tokens)
 
-    tokenizer, rows = _toy_rows(model, cutoff, full, batch * (count + 1))
+    tokenizer, rows = _toy_rows(model, dataset, cutoff, full, batch * (count + 1))
     torch.manual_seed(0)
     gpu = torch.cuda.is_available()
     config = Qwen2Config(
@@ -282,7 +291,7 @@ def _measure(
     }
 
 
-def _toy_rows(model: str, cutoff: int, full: bool, count: int) -> tuple[Any, list[dict[str, Any]]]:
+def _toy_rows(model: str, dataset: str, cutoff: int, full: bool, count: int) -> tuple[Any, list[dict[str, Any]]]:
     """The first `count` toy rows, cut at `cutoff`; `full`: cut from all of them laid end to end, each of `cutoff`."""
     from arpo_trl.data.prepare import prepare_datasets
     from arpo_trl.data.tokenizer import load_tokenizer
@@ -291,7 +300,8 @@ def _toy_rows(model: str, cutoff: int, full: bool, count: int) -> tuple[Any, lis
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows: the rows are still mapped
         recipe = Recipe(
             model_name_or_path=model,
-            dataset=["arpo_sft_toy"],
+            dataset=[dataset],
+            mask_spans=["result"] if dataset == INSIDE else [],
             dataset_dir=str(ROOT / "recipes"),
             cutoff_len=1 << 20 if full else cutoff,
             output_dir=folder,
