@@ -82,7 +82,7 @@ class EncodedDataset:
         path = Path(self.rows.cache_files[0]["filename"]).with_name("row_audit.jsonl")
         with suppress(OSError):
             if not path.exists():
-                unfinished = path.with_name(f"{path.name}.{uuid4().hex}")
+                unfinished = path.with_name(f"{path.name}.{uuid4().hex}")  # not `write_text`: two runs may be here
                 unfinished.write_text("".join(lines), encoding="utf-8")
                 unfinished.replace(path)
         return path if path.exists() else None
@@ -131,9 +131,8 @@ class RowsBuilder(ArrowBasedBuilder):  # type: ignore[misc]
         return [SplitGenerator("train", {"ranges": self.ranges})]
 
     def _generate_tables(self, ranges: list[tuple[int, int | None]]) -> Iterator[tuple[int, pa.Table]]:
-        if (
-            len(self.ranges) > 1
-        ):  # The processes are the parallelism; threads of a forked tokenizer would wait for ever.
+        if len(self.ranges) > 1:
+            # The processes are the parallelism, and the threads of a forked tokenizer would wait for ever.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         for start, stop in ranges:
             rows = islice(read_dataset(self.encoder.info, streaming=False)[1], start, stop)

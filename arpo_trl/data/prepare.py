@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from hashlib import blake2b, sha256
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from transformers import PreTrainedTokenizerBase
@@ -125,7 +126,8 @@ def _judge(data: PreparedData, infos: list[DatasetInfo], recipe: Recipe) -> None
         one, counts = data.encoded[info.name], data.audit.datasets[info.name]
         is_whole = info.num_samples is not None or recipe.max_samples is None or counts.rows < recipe.max_samples
         if info.named and (is_whole or counts.rows >= ROWS_BEFORE_JUDGED):
-            fields = chain.from_iterable(one.rows.select_columns("fields")["fields"])
+            columns = one.rows.select_columns("fields").with_format("arrow")[:]["fields"]
+            fields = pc.unique(pc.list_flatten(columns)).to_pylist()
             problems += missing_columns(info, fields, counts.rows)
         problems += too_many_dropped(info.name, counts, recipe.max_dropped, one.list_changed_rows)
         data.notices += advise_cutoff(info.name, one.rows, counts, recipe.cutoff_len)
