@@ -14,20 +14,22 @@ SHIPPED = frozenset(
 
 THE_TOKENIZERS_OWN = frozenset(
     """
-    aeva aquila atom baichuan baichuan2 bailing bailing_v2 belle bluelm breeze chatglm2 chatglm3 codegeex2
-    codegeex4 empty falcon fewshot gemma2 glm4 glm4_7 glm4_moe glmz1 gpt_oss granite4 index intern lfm2 marco
-    minimax1 minimax2 ministral orion phi4_mini seed_oss skywork_o1 solar xverse youtu
+    aeva aquila atom baichuan baichuan2 bailing bailing_v2 belle billa bluelm breeze chatglm2 chatglm3
+    chatglm3_raw chatglm3_system codegeex2 codegeex4 cpm cpm3 empty falcon fewshot gemma2 glm4 glm4_7 glm4_moe
+    glmz1 gpt gpt_oss granite4 index intern lfm2 linly marco minimax1 minimax2 ministral nanbeige
+    nanbeige_nothink orion phi4_mini seed_oss skywork_o1 solar telechat vanilla xverse yayi youtu ziya
     """.split()
 )
 """Names of text templates that are not shipped: the tokenizer's own template is used."""
 
 MULTIMODAL = frozenset(
     """
-    dots_ocr ernie_vl gemma3 gemma3n gemma4 glm4_5v glm4v hunyuan_vl intern_s1 intern_vl keye_vl kimi_vl lfm2_vl
-    llama4 llava llava_next llava_next_llama3 llava_next_mistral llava_next_qwen llava_next_video
-    llava_next_video_mistral llava_next_video_yi llava_next_yi mimo_vl mimo_vl_nothink minicpm_o minicpm_v
-    ministral3 mllama paligemma paligemma_chat pixtral qwen2_audio qwen2_omni qwen2_vl qwen3_5 qwen3_5_nothink
-    qwen3_omni qwen3_omni_nothink qwen3_vl qwen3_vl_nothink video_llava yi_vl youtu_vl
+    dots_ocr ernie_vl gemma3 gemma3n gemma4 gemma4n glm4_5v glm4v glm_ocr granite3_vision hunyuan_vl intern_s1
+    intern_vl keye_vl kimi_vl lfm2_vl llama4 llava llava_next llava_next_llama3 llava_next_mistral
+    llava_next_qwen llava_next_video llava_next_video_mistral llava_next_video_yi llava_next_yi mimo_vl
+    mimo_vl_nothink minicpm_o minicpm_v minicpm_v_4_6 ministral3 mistral_small mllama moss_vl paligemma
+    paligemma_chat pixtral qwen2_audio qwen2_omni qwen2_vl qwen3_5 qwen3_5_nothink qwen3_6 qwen3_omni
+    qwen3_omni_nothink qwen3_vl qwen3_vl_nothink video_llava yi_vl youtu_vl
     """.split()
 )
 

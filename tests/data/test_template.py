@@ -99,6 +99,15 @@ def test_every_name_of_llama_factorys_is_shipped_or_means_the_tokenizers_own(tmp
             assert load_tokenizer(recipe(tmp_path, template=name)).chat_template == OWN
 
 
+def test_every_name_that_a_release_of_llama_factorys_has_is_known() -> None:
+    """The fixture holds the names of its 19 releases read, of its examples and of its repository."""
+    facts = Path(__file__).parents[1] / "recipe" / "fixtures" / "llama_factory_templates.json"
+    names = json.loads(facts.read_text(encoding="utf-8"))
+    assert {*names["text"]} == SHIPPED | THE_TOKENIZERS_OWN and {*GOLDEN["names"]} <= {*names["text"]}
+    assert {*names["multimodal"]} == MULTIMODAL
+    assert all("for images, sound or video" in str(check_template_name(name)) for name in MULTIMODAL)
+
+
 LINES = "model_name_or_path: m\noutput_dir: out\ndo_train: true\ndataset: a\ntemplate: "
 
 
