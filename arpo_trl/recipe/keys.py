@@ -19,7 +19,6 @@ from .types import (
     Count,
     Location,
     Locations,
-    Metrics,
     Names,
     Number,
     Numbers,
@@ -241,7 +240,6 @@ class PredictKeys(BaseModel):
 
     do_predict: bool = _key(False, "Generate the replies of eval_dataset or val_size at the end, and score them.")
     predict_with_generate: bool = _key(False, "The same as do_predict here.", "do_predict")
-    predict_metrics: Metrics = _key([], "Overlap with the labels to count beside the scores: rouge, bleu.")
     predict_during_eval: Count | None = _key(
         None, "Held-out rows whose replies are generated and scored at each evaluation.", unit="rows"
     )

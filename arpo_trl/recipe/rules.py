@@ -118,11 +118,6 @@ def _stops_early_unseen(recipe: Recipe) -> bool:
     return bool(recipe.early_stopping_steps and (recipe.eval_strategy == "no" or not watched))
 
 
-def _lacks_metric_packages(recipe: Recipe) -> bool:
-    packages = ("rouge_score", "sacrebleu")
-    return bool(recipe.predict_metrics) and any(importlib.util.find_spec(package) is None for package in packages)
-
-
 def _keeps_and_drops_activations(recipe: Recipe) -> bool:
     asked = given(recipe, "gradient_checkpointing") and recipe.gradient_checkpointing
     return bool(recipe.disable_gradient_checkpointing and asked)
@@ -141,7 +136,6 @@ RULES: list[tuple[str, Callable[[Recipe], Any], str]] = [
     ("do_predict", lambda r: r.do_predict and _has_no_eval_rows(r), "no rows to predict; set eval_dataset or val_size"),
     ("predict_with_generate", lambda r: r.predict_with_generate and not r.do_predict and _has_no_eval_rows(r), "no rows to predict; set eval_dataset or val_size"),
     ("predict_during_eval", lambda r: r.predict_during_eval and not _evaluates(r), "needs do_eval, or eval_strategy: steps or epoch"),
-    ("predict_metrics", _lacks_metric_packages, "needs rouge-score and sacrebleu; pip install rouge-score sacrebleu"),
     ("load_best_model_at_end", lambda r: r.load_best_model_at_end and r.eval_strategy == "no", "needs eval_strategy: steps or epoch"),
     ("early_stopping_steps", _stops_early_unseen, "needs eval_strategy, and load_best_model_at_end or metric_for_best_model"),
     ("interleave_probs", lambda r: r.interleave_probs and r.mix_strategy == "concat", "mix_strategy is concat; write interleave_under or interleave_over"),

@@ -55,13 +55,6 @@ def _known_trackers(value: list[str]) -> list[str]:
     return value
 
 
-def _rouge_or_bleu(value: Any) -> Any:
-    names = _split(value)
-    if not isinstance(names, list) or not set(map(str, names)) <= {"rouge", "bleu"}:
-        raise ValueError(f"expected rouge, bleu or both, found {shorten(value)}")
-    return names
-
-
 _OTHER_STAGES = {
     "pt": "plain text is not trained on here; TRL's SFTTrainer does it with rows of a column `text`",
     "rm": "TRL's RewardTrainer trains reward models",
@@ -158,9 +151,6 @@ Trackers = Annotated[
     list[str],
     BeforeValidator(_nothing_to_report, json_schema_input_type=str | list[str]),
     AfterValidator(_known_trackers),
-]
-Metrics = Annotated[
-    list[Literal["rouge", "bleu"]], BeforeValidator(_rouge_or_bleu, json_schema_input_type=str | list[str])
 ]
 Stage = Annotated[Literal["sft"], BeforeValidator(_sft_only, json_schema_input_type=Literal["sft"])]
 TemplateName = Annotated[Location, AfterValidator(_known_template)]

@@ -12,7 +12,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -101,7 +100,7 @@ def _forget_before(path: Path, start: int) -> None:
         path.write_bytes(session)
 
 
-def start_bar(total: int, initial: int) -> tqdm[Any] | None:
+def start_bar(total: int, initial: int) -> tqdm | None:
     """The run's progress bar, or None where output is not a terminal. Lines said meanwhile appear above it."""
     if not sys.stdout.isatty():
         return None

@@ -12,8 +12,7 @@ from transformers import TrainerState
 
 from ..errors import program
 from ..recipe.keys import COMMAND_LINE, Recipe
-from .figures import describe_evaluation, format_seconds
-from .log_file import read_log, run_seconds
+from .log_file import describe_evaluation, format_seconds, read_log, run_seconds
 
 
 def end_report(

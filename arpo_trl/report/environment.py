@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 from .. import __version__
@@ -17,13 +19,18 @@ def environment() -> str:
     """One line each: arpo_trl, Python, the system, the devices, the packages."""
     lines = [("arpo_trl", __version__), ("python", platform.python_version())]
     lines += [("system", f"{platform.platform()}, {os.cpu_count()} CPU cores"), ("device", _devices())]
-    for package in PACKAGES:
-        try:
-            lines.append((package, version(package)))
-        except PackageNotFoundError:
-            lines.append((package, "not installed"))
+    lines += list((dict.fromkeys(PACKAGES, "not installed") | installed_versions(PACKAGES)).items())
     lines.append(("text", f"{sys.stdout.encoding}, UTF-8 mode {'on' if sys.flags.utf8_mode else 'off'}"))
     return "\n".join(f"{name:<16} {found}" for name, found in lines)
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those that are installed; a source tree on the path has none."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _devices() -> str:

@@ -1,16 +1,19 @@
-"""trainer_log.jsonl as data."""
+"""trainer_log.jsonl as data, and its figures in words."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import TrainerState
 
+LogLine = dict[str, Any]  # a figure by its name; evaluations name their datasets, so that no type can list all
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+
+def read_log(path: Path) -> list[LogLine]:
     """The lines of a trainer_log.jsonl; a last line that a kill cut off is left out."""
     lines = []
     if path.exists():
@@ -23,7 +26,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def lines_until(lines: list[dict[str, Any]], state: TrainerState) -> list[dict[str, Any]]:
+def lines_until(lines: list[LogLine], state: TrainerState) -> list[LogLine]:
     """The lines up to a checkpoint, whose state tells how many there were at its own step."""
     step = state.global_step
     at_step = sum("loss" in e or any(k.startswith("eval_") for k in e) for e in state.log_history if e["step"] == step)
@@ -31,12 +34,12 @@ def lines_until(lines: list[dict[str, Any]], state: TrainerState) -> list[dict[s
     return [*earlier, *[line for line in lines if line["current_steps"] == step][:at_step]]
 
 
-def run_seconds(lines: list[dict[str, Any]]) -> float:
+def run_seconds(lines: list[LogLine]) -> float:
     """Seconds of a run over all its sessions, as far as its log reaches; LLaMA-Factory's log has none."""
     return max((line.get("elapsed_seconds", 0.0) for line in lines), default=0.0)
 
 
-def mean_loss(lines: list[dict[str, Any]], steps: int) -> float | None:
+def mean_loss(lines: list[LogLine], steps: int) -> float | None:
     """The mean over all steps of a run; None when the log does not reach the last one. A line's loss is the mean since
     the line before."""
     total, last = 0.0, 0
@@ -45,3 +48,30 @@ def mean_loss(lines: list[dict[str, Any]], steps: int) -> float | None:
             total += line["loss"] * (line["current_steps"] - last)
             last = line["current_steps"]
     return total / steps if last == steps else None
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
+
+
+def describe_evaluation(metrics: Mapping[str, float]) -> list[str]:
+    """The loss and perplexity of each dataset, among metrics or in a line of the log."""
+    words = []
+    for name, value in metrics.items():
+        if name.startswith("eval_") and name.endswith("_loss"):
+            words.append(f"{name.replace('_', ' ')} {value:.4f}")
+        elif name.startswith("eval_") and name.endswith("_perplexity"):
+            words.append(f"perplexity {value:.2f}")
+    return words
+
+
+def describe_predictions(metrics: Mapping[str, float]) -> list[str]:
+    """The scores of replies that an evaluation generated: `right tool 12 of 29`."""
+    words = []
+    for name, value in metrics.items():
+        if name.startswith("eval_predict_") and f"{name}_of" in metrics:
+            of = metrics[f"{name}_of"]
+            words.append(f"{name.removeprefix('eval_predict_').replace('_', ' ')} {round(value * of)} of {of}")
+    return words

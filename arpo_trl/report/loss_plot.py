@@ -6,12 +6,14 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import pandas
 
 from ..run_folder import checkpoint_step, list_checkpoints, replace
+from .log_file import LogLine
 
 
-def plot_loss(lines: list[dict[str, Any]], picture: Path) -> None:
+def plot_loss(lines: list[LogLine], picture: Path) -> None:
     """Draw the loss, raw and smoothed, with eval points, learning rate and checkpoints; nothing if there is no loss.
 
     Args:
@@ -64,16 +66,8 @@ def plot_loss(lines: list[dict[str, Any]], picture: Path) -> None:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """The mean of two moving averages, one from each end: one alone lags behind a falling loss."""
-    backwards = _moving_average(values[::-1])[::-1]
-    return [(a + b) / 2 for a, b in zip(_moving_average(values), backwards, strict=True)]
-
-
-def _moving_average(values: Sequence[float]) -> list[float]:
-    """Exponential, over about a twentieth of the values, corrected for its start as Adam's is."""
-    weight = 1 - 1 / max(len(values) / 20, 1)
-    average, result = 0.0, []
-    for i, value in enumerate(values, 1):
-        average = weight * average + (1 - weight) * value
-        result.append(average / (1 - weight**i))
-    return result
+    """The mean of two moving averages over about a twentieth of the values, one from each end: one alone lags behind."""
+    curve = pandas.Series(values, dtype=float)
+    alpha = 1 / max(len(curve) / 20, 1)
+    found: list[float] = ((curve.ewm(alpha=alpha).mean() + curve[::-1].ewm(alpha=alpha).mean()) / 2).tolist()
+    return found

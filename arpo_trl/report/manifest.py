@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import subprocess
 import time
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from itertools import dropwhile, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from accelerate import PartialState
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, JsonValue
 
 from .. import __version__
+from ..data.files import read_dataset
+from ..data.messages import to_conversation
 from ..data.prepare import PreparedData
-from ..errors import RecipeError
+from ..data.registry import select_datasets
+from ..errors import RecipeError, RowError
 from ..recipe.keys import PredictKeys, Recipe, keys
 from ..run_folder import write_json
+from .environment import installed_versions
 
 MANIFEST = "run.json"
 RECIPE_MARK = "# the recipe of this run with every key, written by arpo_trl\n"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
+LOOKED_AT = 100  # rows of each dataset, for the form of its results
+Results = Literal["turn", "inside"]
 
 # Keys that leave the sequence of weights as it is: they may change when a run is resumed.
 MAY_CHANGE = frozenset(
@@ -44,21 +51,23 @@ MAY_CHANGE = frozenset(
 class Manifest(BaseModel):
     """What run.json holds: all that decides the weights, and what made them.
 
-    `data`: a hash of each dataset's content. `day`: the date that the template writes. `tracker_run`: the run's id at
-    its trackers. A field that an earlier version did not write has its default; one of another kind makes the file one
-    that is not ours.
+    `data`: a hash of each dataset's content. `day`: the date that the template writes. `results`: where the rows have a
+    tool's results, in turns of their own or inside the model's; None where they have none. `tracker_run`: the run's id
+    at its trackers. A field that an earlier version did not write has its default; one of another kind makes the file
+    one that is not ours.
     """
 
     status: Annotated[str, BeforeValidator(str)] = ""
     started: str = ""
-    recipe: dict[str, Any]
+    recipe: dict[str, JsonValue]
     data: dict[str, str]
     template_hash: str = ""
     day: date | None = None
-    audit: dict[str, dict[str, Any]] = {}
+    audit: dict[str, dict[str, JsonValue]] = {}
     world_size: int = 1
     versions: dict[str, str]
     git_commit: str | None = None
+    results: Results | None = None
     tracker_run: str | None = None
 
     def write(self, output_dir: Path, status: Literal["running", "stopped", "finished"]) -> None:
@@ -77,20 +86,10 @@ def describe_run(recipe: Recipe, data: PreparedData) -> Manifest:
         day=data.day,
         audit=data.audit.to_dict(),
         world_size=PartialState().num_processes,
-        versions=installed_versions(),
+        versions={"arpo_trl": __version__, "python": platform.python_version(), **installed_versions(PACKAGES)},
         git_commit=git_commit(),
+        results=find_results_form(recipe),
     )
-
-
-def installed_versions() -> dict[str, str]:
-    """The versions that made the run."""
-    found = {"arpo_trl": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a source tree on the path
-            continue
-    return found
 
 
 def git_commit() -> str | None:
@@ -100,6 +99,24 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
+
+
+def find_results_form(recipe: Recipe) -> Results | None:
+    """Where most of the first rows that have a tool's results have them.
+
+    What stands before the first reply is none: a system prompt or a question may name the tag.
+    """
+    inside = turns = 0
+    with contextlib.suppress(RecipeError):  # the rows were encoded elsewhere, and their files are not here
+        for info in select_datasets(recipe):
+            for row in islice(read_dataset(info, streaming=True)[1], LOOKED_AT):
+                with contextlib.suppress(RowError):
+                    messages = to_conversation(row.value, info).messages
+                    later = list(dropwhile(lambda message: message["role"] != "assistant", messages))
+                    with_result = {message["role"] for message in later if "<result>" in message["content"]}
+                    inside += "assistant" in with_result
+                    turns += "user" in with_result or any(message["role"] == "tool" for message in later)
+    return "inside" if inside > turns else "turn" if turns else None
 
 
 def read_manifest(output_dir: Path) -> Manifest | None:

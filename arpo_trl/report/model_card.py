@@ -9,8 +9,7 @@ from typing import NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..run_folder import own_path, read_json, write_text
-from .figures import format_seconds
-from .log_file import read_log, run_seconds
+from .log_file import format_seconds, read_log, run_seconds
 from .manifest import Manifest
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -41,7 +40,7 @@ def write_model_card(output_dir: Path, manifest: Manifest, recipe_yaml: str) -> 
     """
     results = read_json(output_dir / "all_results.json")
     log = read_log(output_dir / "trainer_log.jsonl")
-    name, base = output_dir.resolve().name, base_model(manifest.recipe["model_name_or_path"])
+    name, base = output_dir.resolve().name, base_model(str(manifest.recipe["model_name_or_path"]))
     lora = manifest.recipe["finetuning_type"] == "lora"
     head = ModelCardData(
         library_name="peft" if lora else "transformers",

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.prepare import PreparedData
 from ..machine import free_space
 from ..recipe.keys import Recipe
 from .console import say
-from .figures import describe_model, precision
 
 if TYPE_CHECKING:
     from ..run.trainer import ArpoTrainer
@@ -27,13 +27,11 @@ class StartReport(TrainerCallback):
         self.recipe, self.data, self.trainer, self.checkpoint = recipe, data, trainer, checkpoint
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         model, data, going_on = self.trainer.accelerator.unwrap_model(self.trainer.model), self.data, self.checkpoint
         for line in [
-            f"model    {self.recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}",
-            f"device   {describe_device(args)}",
-            *missing_gpu(self.recipe),
+            *describe_setup(self.recipe, model, args),
             *(f"data     {line}" for line in [*data.audit.lines(), *data.notices]),
             *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
             f"steps    {describe_steps(args, state.max_steps, data, self.recipe.packing)}",
@@ -41,6 +39,34 @@ class StartReport(TrainerCallback):
             f"output   {args.output_dir}{f', going on from {going_on.name}' if going_on else ''}",
         ]:
             say(line)
+
+
+def describe_setup(recipe: Recipe, model: PreTrainedModel | PeftModel, args: TrainingArguments) -> list[str]:
+    """The model and the device, as a run and `--check` show them."""
+    return [
+        f"model    {recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}",
+        f"device   {describe_device(args)}",
+        *missing_gpu(recipe),
+    ]
+
+
+def describe_model(model: PreTrainedModel | PeftModel) -> str:
+    """How many parameters there are, and how many are trained (an adapter's)."""
+    total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    if any(hasattr(p, "ds_numel") for p in model.parameters()):  # ZeRO-3 leaves parameters empty, their size beside
+        sizes = [(int(getattr(p, "ds_numel", 0)), p.requires_grad) for p in model.parameters()]
+        total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    if total == trained:
+        return f"{total:,} parameters, all trained"
+    return f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.2g} %)"
+
+
+def precision(model: PreTrainedModel | PeftModel, args: TrainingArguments) -> str:
+    """The dtype of the trained weights, and what is computed in."""
+    trained = next((p.dtype for p in model.parameters() if p.requires_grad), model.dtype)
+    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    held = str(trained).removeprefix("torch.")
+    return f"{held}, computed in {computed}" if computed and computed != held else held
 
 
 def describe_device(args: TrainingArguments) -> str:

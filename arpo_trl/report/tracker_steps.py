@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import Any
+from collections.abc import Collection
 
-from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState
 from transformers.integrations.integration_utils import TrackioCallback, WandbCallback, rewrite_logs
 
 AT_THE_END = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"}
@@ -23,20 +23,20 @@ def log_by_step(trainer: Trainer) -> None:
             trainer.add_callback(ours)
 
 
-def _figures(logs: dict[str, Any], state: TrainerState) -> dict[str, Any]:
-    figures: dict[str, Any] = rewrite_logs({name: value for name, value in logs.items() if name not in AT_THE_END})
+def _figures(logs: dict[str, float], state: TrainerState) -> dict[str, float]:
+    figures: dict[str, float] = rewrite_logs({name: value for name, value in logs.items() if name not in AT_THE_END})
     return figures | {"train/global_step": state.global_step}
 
 
 class _WandbBySteps(WandbCallback):
     def on_log(
         self,
-        args: TrainingArguments,
+        args: object,
         state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        control: object,
+        model: object = None,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
         if self._wandb.run is not None and logs:  # none but on the main process
             self._wandb.run.summary.update({name: logs[name] for name in AT_THE_END & logs.keys()})
@@ -44,24 +44,24 @@ class _WandbBySteps(WandbCallback):
 
 
 class _TrackioBySteps(TrackioCallback):
-    def setup(self, *args: Any, **kwargs: Any) -> None:
+    def setup(self, *args: object, **kwargs: object) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # a command that lacks TRACKIO_DIR; `start_trackers` says it
             super().setup(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def on_log(
         self,
-        args: TrainingArguments,
+        args: object,
         state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        control: object,
+        model: object = None,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
         if state.is_world_process_zero and logs:
             self._trackio.log(_figures(logs, state), step=state.global_step)
 
 
-def log_samples(trackers: list[str], step: int, rows: list[dict[str, str]]) -> None:
+def log_samples(trackers: Collection[str], step: int, rows: list[dict[str, str]]) -> None:
     """Show generated replies as a table, a dictionary a row, in the trackers that have tables."""
     if "wandb" in trackers:
         import wandb

@@ -7,13 +7,13 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl.trainer.utils import compute_flops_per_token, compute_mfu, get_peak_flops
 
@@ -21,24 +21,28 @@ from ..data.audit import token_lengths
 from ..machine import peak_memory
 from ..run_folder import write_text
 from .console import log_only, say, start_bar
-from .figures import describe_evaluation, describe_predictions, format_seconds
-from .log_file import lines_until, read_log, run_seconds
+from .log_file import (
+    LogLine,
+    describe_evaluation,
+    describe_predictions,
+    format_seconds,
+    lines_until,
+    read_log,
+    run_seconds,
+)
 from .loss_plot import plot_loss
 
 if TYPE_CHECKING:
     from ..run.trainer import ArpoTrainer
 
 
-FIGURES = ("seen_tokens", "trained_tokens", "tokens_per_second", "trained_tokens_per_second", "peak_memory_gb", "mfu")
-
-
 def show_progress(trainer: ArpoTrainer, plot: bool) -> None:
     """Put our log and bar in the place of the progress bar that prints dictionaries."""
-    say_nothing_of_steps(trainer)
+    remove_progress_bar(trainer)
     trainer.add_callback(TrainerLog(trainer, Path(str(trainer.args.output_dir)) / "trainer_log.jsonl", plot))
 
 
-def say_nothing_of_steps(trainer: ArpoTrainer) -> None:
+def remove_progress_bar(trainer: ArpoTrainer) -> None:
     """Remove transformers' progress bar."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -53,12 +57,13 @@ class TrainerLog(TrainerCallback):
 
     def __init__(self, trainer: ArpoTrainer, path: Path, plot: bool) -> None:
         self.trainer, self.path, self.plot = trainer, path, plot
-        self.bar: tqdm[Any] | None = None
+        self.bar: tqdm | None = None
         self._evaluated, self._shown, self._unwritten = 0, "", ""
         self._eval_began = 0.0
+        self._figures: dict[str, float] = {}
         trainer.more_figures = self.figures  # in the line before any callback sees it: the trackers send them, too
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         earlier = lines_until(read_log(self.path), state)
         self._elapsed_before = run_seconds(earlier)
         self._began, self._first_step = time.monotonic(), state.global_step
@@ -68,7 +73,7 @@ class TrainerLog(TrainerCallback):
             # Lines after the checkpoint belong to steps that are about to be taken again.
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in earlier))
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self._last_time:
             return
         # Not in on_train_begin: the other callbacks restore the counts there, and print lines.
@@ -77,36 +82,44 @@ class TrainerLog(TrainerCallback):
         if state.is_world_process_zero:
             self.bar = start_bar(total=state.max_steps, initial=state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.bar:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_prediction_step(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         self._eval_began = self._eval_began or time.monotonic()
         if self.bar:
             self._evaluated += 1
             self.bar.set_postfix_str(f"evaluating, batch {self._evaluated}", refresh=False)
             self.bar.update(0)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self._eval_began and self._last_time:
             self._last_time += time.monotonic() - self._eval_began
         self._evaluated, self._eval_began = 0, 0.0
         if self.bar:
             self.bar.set_postfix_str(self._shown, refresh=False)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        evaluated = {k: v for k, v in (logs or {}).items() if k.startswith("eval_")}
-        if not state.is_world_process_zero or not logs or not ("loss" in logs or evaluated):
+    def on_log(
+        self,
+        args: object,
+        state: TrainerState,
+        control: object,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        logs = logs or {}
+        evaluated = {name: value for name, value in logs.items() if name.startswith("eval_")}
+        if not state.is_world_process_zero or not ("loss" in logs or evaluated):
             return
         now = time.monotonic()
         elapsed = self._elapsed_before + now - self._began
         steps = max(state.global_step - self._first_step, 1)
         remaining = (now - self._began) / steps * (state.max_steps - state.global_step)
-        line: dict[str, Any] = {
+        line: LogLine = {
             "current_steps": state.global_step,
             "total_steps": state.max_steps,
-            "epoch": round(state.epoch, 4),
+            "epoch": round(state.epoch or 0, 4),
             "percentage": round(100 * state.global_step / max(state.max_steps, 1), 2),
             "elapsed_time": format_seconds(elapsed),
             "remaining_time": format_seconds(remaining),
@@ -115,7 +128,7 @@ class TrainerLog(TrainerCallback):
         if "loss" in logs:
             line |= {"loss": logs["loss"], "lr": logs["learning_rate"]}
             line |= {key: logs.get(key) for key in ("grad_norm", "mean_token_accuracy", "entropy")}
-            line |= {key: logs[key] for key in FIGURES if key in logs}
+            line |= self._figures
         line |= evaluated
         self._write(json.dumps(line) + "\n")
         self._show(line)
@@ -147,9 +160,10 @@ class TrainerLog(TrainerCallback):
         if self._mfu_per_token:
             figures["mfu"] = round(speed * self._mfu_per_token, 2)
         self._last_time, self._last_seen, self._last_trained = now, seen, trained
+        self._figures = figures
         return figures
 
-    def _show(self, line: dict[str, Any]) -> None:
+    def _show(self, line: LogLine) -> None:
         if "loss" in line:
             figures = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
             if "mfu" in line:
@@ -165,12 +179,12 @@ class TrainerLog(TrainerCallback):
         else:
             say(text)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.plot and state.is_world_process_zero:
             with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report
                 plot_loss(read_log(self.path), self.path.with_name("training_loss.png"))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.bar:
             self.bar.close()
 
@@ -190,7 +204,7 @@ def mfu_per_token(trainer: ArpoTrainer) -> float | None:
     peak = get_peak_flops(torch.cuda.get_device_name(trainer.args.device), dtype)
     if peak is None:
         return None
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model)
     flops = compute_flops_per_token(model.config.get_text_config(), mean_context(trainer.train_dataset))
     if any(not p.requires_grad for p in model.parameters()):
         flops = flops * 2 // 3

@@ -15,28 +15,23 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
-from ..data.files import read_dataset
 from ..data.labels import to_segments
-from ..data.messages import Conversation, Message, to_conversation, to_tools
-from ..data.registry import select_datasets
+from ..data.messages import Conversation, Message, to_tools
 from ..data.template import Template, find_template
 from ..data.tokenizer import make_tokenize
 from ..errors import RecipeError, RowError
-from ..recipe import read_recipe
+from ..report.manifest import Results, read_manifest
 from .predict import end_tokens
 from .run_python import Limits, run_python
 
-Results = Literal["turn", "inside"]
 CALL = re.compile(r"<(python|search|tool_call)>((?:(?!<\1>).)*)</\1>\s*\Z", re.DOTALL)
-LOOKED_AT = 100  # rows of the training data
 MOST_CALLS = 20  # that one question may take with --run-python
 
 
@@ -96,28 +91,9 @@ def as_message(tag: str, result: str) -> Message:
 
 
 def find_results_form(model: Path) -> Results | None:
-    """Where the model's training data has results, by its first rows; None where the run or its data isn't there."""
-    path = next(
-        (folder / "recipe.yaml" for folder in (model, model.parent) if (folder / "recipe.yaml").is_file()), None
-    )
-    if path is None:
-        return None
-    inside = turns = 0
-    try:
-        recipe = read_recipe(path)
-        for info in select_datasets(recipe):
-            for row in islice(read_dataset(info, streaming=True)[1], LOOKED_AT):
-                try:
-                    messages = to_conversation(row.value, info).messages
-                except RowError:
-                    continue
-                inside += any("<result>" in m["content"] for m in messages if m["role"] == "assistant")
-                turns += any(
-                    "<result>" in m["content"] or m["role"] == "tool" for m in messages if m["role"] != "assistant"
-                )
-    except RecipeError:  # the data, or what an older version wrote
-        return None
-    return "inside" if inside > turns else "turn" if turns else None
+    """Where the training data had results, by the run's manifest: a checkpoint's is in the folder above."""
+    manifest = read_manifest(model) or read_manifest(model.parent)
+    return manifest.results if manifest else None
 
 
 def read_tools(path: Path) -> list[dict[str, Any]] | None:
@@ -152,7 +128,9 @@ def load_chat(args: argparse.Namespace) -> Chat:
         )
     results = args.results or find_results_form(args.model)
     if results is None and args.run_python:
-        print("results  as turns: its training data is not here to look; --results inside puts them into its own turn")
+        print(
+            "results  as turns: no run.json says where its data has them; --results inside puts them into its own turn"
+        )
     config = GenerationConfig(
         max_new_tokens=args.max_new_tokens,
         do_sample=args.temperature > 0,

@@ -24,9 +24,8 @@ from ..machine import checkpoint_bytes, folder_bytes, free_space, gpu_memory, mi
 from ..recipe.keys import Recipe
 from ..recipe.rules import resolve
 from ..report.console import say
-from ..report.figures import describe_model, format_seconds, precision
-from ..report.log_file import read_log
-from ..report.start_report import describe_device, describe_steps, missing_gpu
+from ..report.log_file import format_seconds, read_log
+from ..report.start_report import describe_setup, describe_steps
 from ..run_folder import list_checkpoints
 from .memory import describe_memory, estimate_memory, model_shape
 from .requirements import check_environment
@@ -80,9 +79,7 @@ def _describe_run(
     needed, disk = describe_checkpoints(recipe, args, model, saved)
     steps = f"{'about ' * recipe.packing}{describe_steps(args, total, data, recipe.packing)}"
     lines = [
-        f"model    {recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}",
-        f"device   {describe_device(args)}",
-        *missing_gpu(recipe),
+        *describe_setup(recipe, model, args),
         *rows,
         *(f"         {line}" for line in listed),
         f"steps    {steps}{'; the rows are read and counted as the run goes' * recipe.streaming}",

@@ -13,8 +13,8 @@ from ..data.prepare import PreparedData, prepare_datasets
 from ..data.tokenizer import load_tokenizer
 from ..recipe.keys import Recipe
 from ..report.console import say
-from ..report.figures import describe_evaluation, describe_predictions
-from ..report.trainer_log import say_nothing_of_steps
+from ..report.log_file import describe_evaluation, describe_predictions
+from ..report.trainer_log import remove_progress_bar
 from ..run_folder import save_metrics
 from .model import load_model
 from .predict import PredictOnEvaluate, predict, refuse_split_model
@@ -68,7 +68,7 @@ def _evaluate(recipe: Recipe, args: SFTConfig, model: Any, tokenizer: Any, data:
         eval_dataset=eval_datasets(recipe, data),
         processing_class=tokenizer,
     )
-    say_nothing_of_steps(trainer)
+    remove_progress_bar(trainer)
     require_rows_apart(recipe, trainer)
     if recipe.predict_during_eval:
         trainer.add_callback(PredictOnEvaluate(recipe, trainer, tokenizer, data.eval))

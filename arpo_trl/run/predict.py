@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..data.labels import IGNORED
@@ -29,11 +39,12 @@ from ..errors import RecipeError, RunFailed
 from ..recipe.keys import Recipe
 from ..report.console import say
 from ..report.tracker_steps import log_samples
-from ..run_folder import read_json, write_json
+from ..run_folder import save_metrics
 from .scores import SCORES, Reply, describe_scores, score_replies
 from .trainer import ArpoTrainer, is_out_of_memory
 
 SHOWN = 2000  # characters of a text in a tracker's table
+Model = PreTrainedModel | PeftModel
 CALL_ENDS = ["</python>", "</search>", "</tool_call>"]
 
 
@@ -53,24 +64,15 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A prompt, the token ids that the model answered it with, and both as texts to score."""
+class Prediction(Reply):
+    """The model's reply to a prompt: texts to score, and the token ids that it wrote."""
 
     prompt: Prompt
     ids: list[int]
-    reply: Reply
 
 
-def find_prompts(
-    rows: Iterable[dict[str, Any]], dataset: str, end_tokens: Collection[int]
-) -> tuple[list[Prompt], int]:
-    """A prompt for each trained reply of encoded rows; and how many replies the cutoff took the end of.
-
-    Args:
-        rows: Columns input_ids, labels and source.
-        dataset: The name of their dataset.
-        end_tokens: The ids that end a turn.
-    """
+def find_prompts(rows: Dataset, dataset: str, end_tokens: Collection[int]) -> tuple[list[Prompt], int]:
+    """A prompt for each trained reply of a dataset's encoded rows; and how many replies the cutoff took the end of."""
     prompts: list[Prompt] = []
     cut = 0
     for row in rows:
@@ -90,7 +92,7 @@ def find_prompts(
 
 
 def generate(
-    model: Any,
+    model: Model,
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
     config: GenerationConfig,
@@ -104,10 +106,8 @@ def generate(
     padded with can change the last digits of its scores. The random state and the model's mode are left as they were.
 
     Args:
-        model: A causal language model, whole on this process.
-        prompts: What to ask for.
-        tokenizer: The model's.
-        config: How; with its end-of-turn and padding tokens.
+        model: Whole on this process.
+        config: With the model's end-of-turn and padding tokens.
         batch_size: Prompts of a batch.
         seed: Of what is sampled.
         after_batch: Called after each batch, equally often on every process.
@@ -147,7 +147,10 @@ def generate(
 
 
 def _generate_batch(
-    model: Any, batch: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
+    model: Model,
+    batch: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    config: GenerationConfig,
 ) -> list[list[int]]:
     contexts = [torch.tensor(prompt.context) for prompt in batch]
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
@@ -156,16 +159,17 @@ def _generate_batch(
     # Inside a turn no end-of-turn follows a call: whoever runs the tool stops the model there.
     if not batch[0].ends_turn:
         config = GenerationConfig(**config.to_dict() | {"stop_strings": CALL_ENDS})
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer)
-    ends = set(config.eos_token_id)
+    written = cast(GenerationMixin, model).generate(
+        input_ids=ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer
+    )
     replies = []
-    for row in output[:, ids.shape[1] :].tolist():
-        last = next((at for at, token in enumerate(row) if token in ends), len(row))
+    for row in written[:, ids.shape[1] :].tolist():
+        last = next((at for at, token in enumerate(row) if token in config.eos_token_id), len(row))
         replies.append(row[: last + 1])
     return replies
 
 
-def to_generation_config(recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def to_generation_config(recipe: Recipe, model: Model, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """How replies are generated. Each setting is given, since the model's own would stand in for one that is not."""
     sampling = {"temperature": recipe.temperature, "top_p": recipe.top_p, "top_k": recipe.top_k}
     greedy = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' defaults, which have no effect
@@ -183,7 +187,7 @@ def to_generation_config(recipe: Recipe, model: Any, tokenizer: PreTrainedTokeni
     )
 
 
-def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a reply: the template's end-of-turn token, and those of the model's own generation config."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
@@ -192,7 +196,7 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def predict_replies(
     recipe: Recipe,
-    model: Any,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     after_batch: Callable[[], object] = lambda: None,
@@ -200,22 +204,23 @@ def predict_replies(
     """The model's answers to the prompts, in their order; `after_batch` as for `generate`."""
     config = to_generation_config(recipe, model, tokenizer)
     batch_size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size
-    ids = generate(model, prompts, tokenizer, config, batch_size, recipe.seed, after_batch)
-    ends = set(config.eos_token_id)
+    written = generate(model, prompts, tokenizer, config, batch_size, recipe.seed, after_batch)
     return [
-        Prediction(prompt, reply, _to_reply(prompt, reply, tokenizer, ends))
-        for prompt, reply in zip(prompts, ids, strict=True)
+        _to_prediction(prompt, ids, tokenizer, config.eos_token_id)
+        for prompt, ids in zip(prompts, written, strict=True)
     ]
 
 
-def _to_reply(prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> Reply:
+def _to_prediction(
+    prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase, ends: Collection[int]
+) -> Prediction:
     """Both texts with their special tokens, which some templates write calls with, up to the end of the turn."""
-    stopped = ids[-1:] != [] and ids[-1] in ends
+    stopped = bool(ids) and ids[-1] in ends
     text = decode(tokenizer, ids[: len(ids) - stopped])
     if not prompt.ends_turn and (stops := [at + len(end) for end in CALL_ENDS if (at := text.find(end)) >= 0]):
         text, stopped = text[: min(stops)], True
     label = decode(tokenizer, prompt.label[: len(prompt.label) - prompt.ends_turn])
-    return Reply(text, label, stopped, tokens=len(ids), label_tokens=len(prompt.label))
+    return Prediction(text, label, stopped, len(ids), len(prompt.label), prompt, ids)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = False) -> str:
@@ -243,7 +248,7 @@ def refuse_split_model(recipe: Recipe, is_fsdp: bool) -> None:
 
 
 def eval_prompts(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: Any, eval_rows: dict[str, Dataset]
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: Model, eval_rows: dict[str, Dataset]
 ) -> list[Prompt]:
     """The prompts of all datasets to evaluate on. Rows whose labels do not tell replies from contexts are encoded again."""
     if recipe.train_on_prompt or recipe.truncation_mode != "keep_start":
@@ -261,7 +266,7 @@ def eval_prompts(
     return prompts
 
 
-def predict(recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, eval_rows: dict[str, Dataset]) -> None:
+def predict(recipe: Recipe, model: Model, tokenizer: PreTrainedTokenizerBase, eval_rows: dict[str, Dataset]) -> None:
     """Write generated_predictions.jsonl (LLaMA-Factory's prompt, predict, label; and source) and predict_results.json."""
     prompts = eval_prompts(recipe, tokenizer, model, eval_rows)
     began = time.monotonic()
@@ -276,15 +281,14 @@ def predict(recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, eval
             json.dumps(to_line(one, tokenizer, recipe.skip_special_tokens), ensure_ascii=False) + "\n"
             for one in predictions
         )
-    scores = score_replies([one.reply for one in predictions], recipe.predict_metrics)
+    scores = score_replies(predictions)
     results = {f"predict_{name}": value for name, value in scores.items()}
     results |= {"predict_runtime": seconds, "predict_samples_per_second": len(predictions) / seconds}
     if recipe.eval_on_each_dataset:
         for name in eval_rows:
-            part = [one.reply for one in predictions if one.prompt.dataset == name]
+            part = [one for one in predictions if one.prompt.dataset == name]
             results |= {f"predict_{name}_{score}": value for score, value in score_replies(part).items()}
-    write_json(output_dir / "predict_results.json", results)
-    write_json(output_dir / "all_results.json", (read_json(output_dir / "all_results.json") or {}) | results)
+    save_metrics(output_dir, "predict", results)
     rows = len({(one.prompt.dataset, one.prompt.source) for one in predictions})
     say(f"predict  {len(predictions):,} replies of {rows:,} rows are in {output_dir / 'generated_predictions.jsonl'}")
     for line in describe_scores({"right": scores}):
@@ -302,19 +306,20 @@ class PredictOnEvaluate(TrainerCallback):
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        trainer: ArpoTrainer,
-        tokenizer: PreTrainedTokenizerBase,
-        eval_rows: dict[str, Dataset],
+        self, recipe: Recipe, trainer: ArpoTrainer, tokenizer: PreTrainedTokenizerBase, eval_rows: dict[str, Dataset]
     ) -> None:
         self.recipe, self.trainer, self.tokenizer = recipe, trainer, tokenizer
         each = -(-(recipe.predict_during_eval or 0) // len(eval_rows))
         rows = {name: part.select(range(min(each, len(part)))) for name, part in eval_rows.items()}
-        self.prompts = eval_prompts(recipe, tokenizer, trainer.model, rows)
+        self.prompts = eval_prompts(recipe, tokenizer, trainer.accelerator.unwrap_model(trainer.model), rows)
 
     def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
         if metrics is None or "eval_loss" not in metrics:
             return  # a part of an evaluation
@@ -325,19 +330,21 @@ class PredictOnEvaluate(TrainerCallback):
 
         model = trainer.accelerator.unwrap_model(trainer.model)
         predictions = predict_replies(self.recipe, model, self.tokenizer, self.prompts, after_batch)
-        scores = score_replies([one.reply for one in predictions], self.recipe.predict_metrics)
+        scores = score_replies(predictions)
         found = {f"eval_predict_{name}": value for name, value in scores.items()}
         metrics.update(found)
         trainer.log(found)
         if state.is_world_process_zero:
-            log_samples(args.report_to, state.global_step, [to_sample(one, self.tokenizer) for one in predictions])
+            log_samples(
+                args.report_to or [], state.global_step, [to_sample(one, self.tokenizer) for one in predictions]
+            )
 
 
 def to_sample(one: Prediction, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """A row of a tracker's table: the reply, its label, and the scores in which it is wrong."""
-    wrong = [name for name, score in SCORES.items() if score(one.reply) is False]
-    texts = {"context": decode(tokenizer, one.prompt.context)[-SHOWN:], "predict": one.reply.predict[:SHOWN]}
-    return {"source": one.prompt.source} | texts | {"label": one.reply.label[:SHOWN], "wrong": ", ".join(wrong)}
+    wrong = [name for name, score in SCORES.items() if score(one) is False]
+    texts = {"context": decode(tokenizer, one.prompt.context)[-SHOWN:], "predict": one.predict[:SHOWN]}
+    return {"source": one.prompt.source} | texts | {"label": one.label[:SHOWN], "wrong": ", ".join(wrong)}
 
 
 def compare_evaluations(state: TrainerState, load_best: bool) -> list[str]:

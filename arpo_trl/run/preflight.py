@@ -20,7 +20,7 @@ from ..data.audit import token_lengths
 from ..machine import gpu_memory, peak_memory
 from ..recipe.keys import Recipe
 from ..report.console import say
-from ..report.figures import format_seconds
+from ..report.log_file import format_seconds
 from .trainer import ArpoTrainer, is_out_of_memory
 
 ROOM = 0.9

@@ -206,10 +206,10 @@ SCORES: dict[str, Callable[[Reply], bool | None]] = {
 }
 
 
-def score_replies(replies: Sequence[Reply], metrics: Sequence[str] = ()) -> dict[str, float]:
+def score_replies(replies: Sequence[Reply]) -> dict[str, float]:
     """Each score's share and `<score>_of`, the number of replies that it is of; the mean lengths in tokens.
 
-    A score that no label has anything for is left out. `metrics`: rouge, bleu.
+    A score that no label has anything for is left out.
     """
     found: dict[str, float] = {"replies": len(replies)}
     for name, score in SCORES.items():
@@ -219,45 +219,7 @@ def score_replies(replies: Sequence[Reply], metrics: Sequence[str] = ()) -> dict
     if replies:
         found["tokens"] = sum(reply.tokens for reply in replies) / len(replies)
         found["label_tokens"] = sum(reply.label_tokens for reply in replies) / len(replies)
-    for name in metrics if replies else ():
-        found |= _OVERLAPS[name]([reply.predict for reply in replies], [reply.label for reply in replies])
     return found
-
-
-# --- overlap with the label, where a recipe asks for it; percent, under LLaMA-Factory's names ---
-
-
-def _words(text: str) -> list[str]:
-    """sacrebleu's `zh`: Chinese characters one by one, the rest as WMT's 13a; rouge-score's own knows a-z alone."""
-    from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
-
-    tokenizer: Callable[[str], str] = TokenizerZh()  # type: ignore[no-untyped-call]
-    return tokenizer(text).split()
-
-
-class _RougeTokenizer:
-    def tokenize(self, text: str) -> list[str]:
-        return _words(text.lower())
-
-
-def _rouge(predicts: list[str], labels: list[str]) -> dict[str, float]:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    names = {"rouge1": "rouge-1", "rouge2": "rouge-2", "rougeL": "rouge-l"}
-    scorer = RougeScorer(list(names), tokenizer=_RougeTokenizer())
-    scores = [scorer.score(label, predict) for predict, label in zip(predicts, labels, strict=True)]
-    return {
-        ours: 100 * sum(score[theirs].fmeasure for score in scores) / len(scores) for theirs, ours in names.items()
-    }
-
-
-def _bleu(predicts: list[str], labels: list[str]) -> dict[str, float]:
-    from sacrebleu.metrics.bleu import BLEU
-
-    return {"bleu-4": float(BLEU(tokenize="zh").corpus_score(predicts, [labels]).score)}
-
-
-_OVERLAPS = {"rouge": _rouge, "bleu": _bleu}
 
 
 # --- for people ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..report.start_report import StartReport
 from ..report.tracker_steps import log_by_step
 from ..report.trackers import finish_trackers, start_trackers
 from ..report.trainer_log import show_progress
-from ..run_folder import match_umask, own_path, save_metrics, write_text
+from ..run_folder import match_umask, own_path, save_metrics, write_json, write_text
 from .adapters import keep_adapter_in_float32, to_optimizer, turn_pissa_into_lora
 from .evaluate import eval_datasets, run_without_training, to_inference
 from .folder_lock import own_output_dir
@@ -200,9 +201,7 @@ def write_results(recipe: Recipe, trainer: ArpoTrainer, manifest: Manifest, trai
     save_metrics(output_dir, "train", trained)
     if evaluated:
         save_metrics(output_dir, "eval", evaluated)
-    state = output_dir / "trainer_state.json.tmp"
-    trainer.state.save_to_json(str(state))
-    state.replace(output_dir / "trainer_state.json")
+    write_json(output_dir / "trainer_state.json", asdict(trainer.state))
     if recipe.plot_loss:
         try:
             plot_loss(log, output_dir / "training_loss.png")

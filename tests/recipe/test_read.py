@@ -111,7 +111,6 @@ WRONG = [
     ("do_predict: true\npredict_with_generate: true", "do_predict: no rows to predict; set eval_dataset or val_size"),
     ("predict_with_generate: true", "predict_with_generate: no rows to predict; set eval_dataset or val_size"),
     ("val_size: 0.1\npredict_during_eval: 8", "predict_during_eval: needs do_eval, or eval_strategy: steps or epoch"),
-    ("predict_metrics: meteor", "predict_metrics: expected rouge, bleu or both, found 'meteor'"),
     ("image_max_pixels: 262144", "image_max_pixels: only text is trained here"),
     ("mixed_precision: bf16", "mixed_precision: it belongs in the accelerate config (mixed_precision: bf16); in a recipe write bf16: true"),
     ("swanlab_api_key: k", "swanlab_api_key: it would be stored beside the model; set the environment variable SWANLAB_API_KEY"),

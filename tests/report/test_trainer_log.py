@@ -17,8 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from arpo_trl.report.figures import format_seconds
-from arpo_trl.report.log_file import mean_loss, read_log
+from arpo_trl.report.log_file import format_seconds, mean_loss, read_log
 from arpo_trl.report.loss_plot import plot_loss, smooth
 from arpo_trl.report.trainer_log import (
     TrainerLog,

@@ -25,7 +25,8 @@ from arpo_trl.data.registry import read_registry
 from arpo_trl.data.template import find_template
 from arpo_trl.data.tokenizer import load_tokenizer, make_tokenize
 from arpo_trl.errors import RecipeError
-from arpo_trl.recipe import Recipe
+from arpo_trl.recipe import Recipe, read_recipe
+from arpo_trl.report.manifest import find_results_form
 from arpo_trl.run import chat
 from arpo_trl.run.run_python import Limits, run_python
 
@@ -211,29 +212,37 @@ def chat_args(model: Path, **changes: Any) -> Any:
     return type("Args", (), values | {"temperature": 0.0} | changes)()
 
 
+SYSTEM = ("system", "Results come between <result> and </result>.")
 ROWS = {
     "turn": [("human", "q"), ("gpt", SEARCH), ("human", "<result>\na\n</result>"), ("gpt", "<answer>a</answer>")],
-    "inside": [("human", "q"), ("gpt", f"{SEARCH} <result>\na\n</result><answer>a</answer>")],
-    "none": [("human", "q"), ("gpt", "a")],
+    "tool": [("human", "q"), ("gpt", SEARCH), ("observation", "a"), ("gpt", "<answer>a</answer>")],
+    "inside": [SYSTEM, ("human", "q"), ("gpt", f"{SEARCH} <result>\na\n</result><answer>a</answer>")],
+    "none": [SYSTEM, ("human", "Is <result> a tag?"), ("gpt", "a")],
 }
 
 
-@pytest.mark.parametrize(("rows", "form"), [("turn", "turn"), ("inside", "inside"), ("none", None)])
-def test_where_results_go_is_found_in_the_run_s_own_data(
+@pytest.mark.parametrize(("rows", "form"), [("turn", "turn"), ("tool", "turn"), ("inside", "inside"), ("none", None)])
+def test_where_results_go_is_found_in_the_first_rows(
     rows: str, form: str | None, tmp_path: Path, tiny_model: Path
 ) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
     row = {"conversations": [{"from": who, "value": text} for who, text in ROWS[rows]]}
-    (data / "d.json").write_text(json.dumps([row, {"broken": 1}]), encoding="utf-8")
+    (tmp_path / "d.json").write_text(json.dumps([row, {"broken": 1}]), encoding="utf-8")
     info = {"d": {"file_name": "d.json", "formatting": "sharegpt"}}
-    (data / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
-    model = tmp_path / "run" / "checkpoint-2"
-    model.mkdir(parents=True)
-    small_run.write_recipe(tmp_path / "run", tiny_model, dataset="d", dataset_dir=str(data))
-    assert chat.find_results_form(tmp_path / "run") == chat.find_results_form(model) == form
-    shutil.rmtree(data)
-    assert chat.find_results_form(model) is None
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    recipe = read_recipe(small_run.write_recipe(tmp_path, tiny_model, dataset="d", dataset_dir=str(tmp_path)))
+    assert find_results_form(recipe) == form
+    (tmp_path / "d.json").unlink()
+    assert find_results_form(recipe) is None
+
+
+@pytest.mark.parametrize(("dataset", "form"), [("arpo_sft_toy_inside", "inside"), ("arpo_sft_toy", "turn")])
+def test_a_chat_puts_results_where_the_run_s_manifest_has_them(
+    dataset: str, form: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    data = {"dataset": dataset, "dataset_dir": str(ROOT / "recipes"), "max_samples": 2, "tokenized_path": None}
+    run = small_run.run(tmp_path, tiny_model, **data, cutoff_len=1024, max_steps=1, preflight=False)
+    assert chat.find_results_form(run) == chat.find_results_form(run / "checkpoint-1") == form
+    assert chat.find_results_form(tiny_model) is None
 
 
 # --- run_python ---

@@ -193,7 +193,7 @@ def test_a_call_inside_a_turn_ends_the_reply(model_and_prompts: Any, monkeypatch
     monkeypatch.setattr(predict_module, "CALL_ENDS", [tokenizer.decode(free[:3])])
     [ids] = generate(model, inside, tokenizer, config, 2, seed=0)
     assert ids == free[:3]
-    reply = predict_module._to_reply(inside[0], ids, tokenizer, {tokenizer.eos_token_id})
+    reply = predict_module._to_prediction(inside[0], ids, tokenizer, {tokenizer.eos_token_id})
     assert reply.stopped and written.startswith(reply.predict) and reply.predict.endswith(predict_module.CALL_ENDS[0])
 
 

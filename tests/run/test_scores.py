@@ -160,20 +160,6 @@ def test_every_score_comes_with_the_number_of_replies_that_it_is_of() -> None:
     assert score_replies([]) == {"replies": 0}
 
 
-def test_overlap_is_counted_where_asked_for_in_chinese_too() -> None:
-    pytest.importorskip("rouge_score")
-    pytest.importorskip("sacrebleu")
-    same = [reply(text, text) for text in ("the cat sat on the mat", "今天天气很好，我们去公园")]
-    found = score_replies(same, ["rouge", "bleu"])
-    assert {name: found[name] for name in ("rouge-1", "rouge-2", "rouge-l")} == {
-        "rouge-1": 100, "rouge-2": 100, "rouge-l": 100
-    }  # fmt: skip
-    assert found["bleu-4"] == pytest.approx(100)
-    other = score_replies([reply("今天下雨", "今天晴天")], ["rouge"])
-    assert other["rouge-1"] == pytest.approx(50)  # two of four characters on each side
-    assert "rouge-1" not in score_replies(same)
-
-
 def test_the_table_has_a_column_a_model() -> None:
     before, after = score_replies([reply("", PYTHON, stopped=False)]), score_replies([reply(PYTHON, PYTHON)])
     assert describe_scores({"before": before, "after": after}) == [
