@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar, cast
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from .errors import RecipeError
+
+T = TypeVar("T")
 
 
 def leave_together() -> None:
@@ -17,16 +19,17 @@ def leave_together() -> None:
     PartialState().destroy_process_group()
 
 
-def on_main_process(decide: Callable[[], Any]) -> Any:
+def on_main_process(decide: Callable[[], T]) -> T:
     """The main process's answer on every process, its `RecipeError` too: only one may touch the run's folder."""
-    answer: list[Any] = [None, None]
+    answers: list[T | RecipeError | None] = [None]
     if PartialState().is_main_process:
         try:
-            answer[0] = decide()
+            answers = [decide()]
         except RecipeError as error:
-            answer[1] = error
+            answers = [error]
     if PartialState().num_processes > 1:
-        answer = broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
+        broadcast_object_list(answers)
+    (answer,) = answers
+    if isinstance(answer, RecipeError):
+        raise answer
+    return cast(T, answer)

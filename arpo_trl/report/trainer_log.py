@@ -36,12 +36,6 @@ if TYPE_CHECKING:
     from ..run.trainer import ArpoTrainer
 
 
-def show_progress(trainer: ArpoTrainer, plot: bool) -> None:
-    """Put our log and bar in the place of the progress bar that prints dictionaries."""
-    remove_progress_bar(trainer)
-    trainer.add_callback(TrainerLog(trainer, Path(str(trainer.args.output_dir)) / "trainer_log.jsonl", plot))
-
-
 def remove_progress_bar(trainer: ArpoTrainer) -> None:
     """Remove transformers' progress bar."""
     for callback in (ProgressCallback, PrinterCallback):

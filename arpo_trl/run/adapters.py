@@ -51,6 +51,7 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     else:
         peft_model = new_adapter(recipe, model)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
+    peft_model.create_or_update_model_card = lambda output_dir: None  # type: ignore[method-assign] # into a user's README
     if _starts_from_pissa(peft_model) and recipe.do_train and PartialState().is_main_process:
         _save_pissa_start(peft_model, Path(recipe.output_dir) / PISSA_START)
     return peft_model

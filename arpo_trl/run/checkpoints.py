@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and which one is whole. `trainer.ArpoTrainer._save_checkpoint` writes it.
+"""What is saved at a checkpoint, when, and which checkpoint is whole.
 
 A folder `checkpoint-<step>` has model.safetensors or the adapter (in float32, so that a resume is exact), config.json,
 the tokenizer, optimizer.pt, scheduler.pt, an rng_state.pth for each process, trainer_state.json (the log, the counts of
@@ -12,12 +12,24 @@ still has the mark, or whose files differ from the list, is never used and never
 from __future__ import annotations
 
 import os
+import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
+from ..errors import RunFailed
+from ..machine import free_space, is_full_disk, missing_space
+from ..report.console import say
 from ..run_folder import checkpoint_step, list_checkpoints, match_umask, read_json, write_json
+
+if TYPE_CHECKING:
+    from .trainer import ArpoTrainer
 
 IN_PROGRESS = ".in_progress"
 FILES = "files.json"
@@ -25,6 +37,102 @@ FILES = "files.json"
 # What a resume reads. FSDP and DeepSpeed keep all but the first in folders of their own.
 MODEL_ONLY = "it holds the model only, as save_only_model: true asks for"
 NEEDED = {"rng_state.pth": "rng_state*.pth", "optimizer.pt": "optimizer.*", "scheduler.pt": "scheduler.pt"}
+
+
+def save_checkpoint(trainer: ArpoTrainer, write: Callable[[], None]) -> None:
+    """Let `write` fill a checkpoint that is marked until it is whole, and only then rotate older ones away.
+
+    Raises:
+        RunFailed: it could not be written, unless the recipe says on_save_error: continue. What was written is removed,
+            so that the disk has room for the logs.
+    """
+    output_dir = Path(str(trainer.args.output_dir))
+    folder = output_dir / f"checkpoint-{trainer.state.global_step}"
+    is_main, keep = trainer.is_world_process_zero(), trainer.save_total_limit
+
+    def begin() -> None:
+        if is_main:
+            if full := missing_space(output_dir, trainer.checkpoint_bytes, "a checkpoint"):
+                raise RunFailed(full)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / IN_PROGRESS).touch()
+
+    def finish() -> None:
+        if is_main:
+            trainer.checkpoint_bytes = _list_files(folder, durable=bool(keep))
+
+    for act in (begin, write, finish):  # each once all processes are done with the one before: the list has all files
+        if error := _try_on_all(trainer, act):
+            if is_main and (folder / IN_PROGRESS).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            return _stop_or_go_on(trainer, folder, error)
+    if is_main:
+        best = trainer.state.best_model_checkpoint
+        rotate_checkpoints(output_dir=str(output_dir), save_total_limit=keep, best_model_checkpoint=best)
+
+
+def _try_on_all(trainer: ArpoTrainer, act: Callable[[], None]) -> Exception | None:
+    """Do it; the error of one process is an error for all, so that none waits for another in a collective."""
+    error: Exception | None = None
+    try:
+        act()
+    except Exception as failure:  # safetensors, torch and the file system each raise their own for a full disk
+        error = failure
+    failed = trainer.accelerator.reduce(torch.tensor(int(error is not None), device=trainer.args.device))
+    return error or (RunFailed("another process could not write its part") if failed else None)
+
+
+def _list_files(folder: Path, durable: bool) -> int:
+    """Turn the mark into the list of files, and return their bytes.
+
+    Args:
+        durable: Wait until the disk has them, as older checkpoints are about to be deleted: a machine that loses
+            power may otherwise lose both.
+    """
+    match_umask(folder)
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (IN_PROGRESS, FILES))
+    for path in paths if durable else []:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    write_json(folder / FILES, sizes)
+    (folder / IN_PROGRESS).unlink()
+    return sum(sizes.values())
+
+
+def _stop_or_go_on(trainer: ArpoTrainer, folder: Path, error: Exception) -> None:
+    reason = " ".join(str(error).split())
+    if is_full_disk(error):
+        needed, free = trainer.checkpoint_bytes / 1e9, free_space(folder.parent) / 1e9
+        reason = f"disk full ({reason}); a checkpoint takes {needed:.3f} GB, {free:.3f} are free"
+    message = f"{folder} could not be saved, what was written of it is removed: {reason}"
+    if trainer.on_save_error == "stop":
+        raise RunFailed(
+            f"{message}. Older checkpoints are untouched; resume_from_checkpoint=true goes on from the last"
+        )
+    say(f"{message}; the run goes on without it (on_save_error: continue)")
+
+
+class SaveAfterEpochEnd(TrainerCallback):
+    """Saves the last step of an epoch after what the epoch's end logs and evaluates: a resume would not do that again.
+
+    Add it after all callbacks that ask for a save.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        at_epoch_end = state.epoch % 1 == 0 or state.global_step >= state.max_steps
+        if at_epoch_end and "epoch" in (args.eval_strategy, args.logging_strategy):
+            self.wanted, control.should_save = control.should_save, False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        control.should_save, self.wanted = control.should_save or self.wanted, False
 
 
 def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -108,27 +216,3 @@ def _file_damage(path: Path) -> str | None:
         missing = sorted({str(name) for name in shards.values() if not (path.parent / str(name)).is_file()})
         return f"names {missing[0]}, which is missing" if missing else None
     return None
-
-
-def begin_checkpoint(folder: Path) -> None:
-    """Mark `folder` as being written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / IN_PROGRESS).touch()
-
-
-def finish_checkpoint(folder: Path, durable: bool) -> int:
-    """Turn the mark into the list of files, and return their bytes.
-
-    Args:
-        durable: Wait until the disk has them, as older checkpoints are about to be deleted: a machine that loses
-            power may otherwise lose both.
-    """
-    match_umask(folder)
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (IN_PROGRESS, FILES))
-    for path in paths if durable else []:
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-    write_json(folder / FILES, sizes)
-    (folder / IN_PROGRESS).unlink()
-    return sum(sizes.values())

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 
-from ..data.prepare import prepare_datasets
+from ..data.prepare import PreparedData, prepare_datasets
 from ..data.tokenizer import load_tokenizer
 from ..errors import RecipeError, RunFailed
 from ..machine import full_disk_in_a_line, missing_space
@@ -27,9 +30,11 @@ from ..report.model_card import CARD_MARKS, NOT_FOR_THE_HUB, write_model_card
 from ..report.start_report import StartReport
 from ..report.tracker_steps import log_by_step
 from ..report.trackers import finish_trackers, start_trackers
-from ..report.trainer_log import show_progress
+from ..report.trainer_log import TrainerLog, remove_progress_bar
 from ..run_folder import match_umask, own_path, save_metrics, write_json, write_text
 from .adapters import keep_adapter_in_float32, to_optimizer, turn_pissa_into_lora
+from .checkpoints import SaveAfterEpochEnd
+from .early_stopping import StopEarly
 from .evaluate import eval_datasets, run_without_training, to_inference
 from .folder_lock import own_output_dir
 from .model import load_model
@@ -39,8 +44,8 @@ from .requirements import check_environment
 from .resume import clear_earlier_run, find_resume_point, refuse_output_dir
 from .rows_and_model import check_fit
 from .sft_config import to_sft_config
-from .stop import ResumeEvaluation, SaveAfterEpochEnd, StopEarly, StopOnSignal
-from .trainer import ArpoTrainer, Stopped
+from .stop import StopOnSignal, Stopped
+from .trainer import ArpoTrainer, ResumeEvaluation
 
 
 def train(recipe: Recipe) -> int:
@@ -58,125 +63,160 @@ def train(recipe: Recipe) -> int:
     if recipe.do_train:
         on_main_process(lambda: refuse_output_dir(recipe))
     with own_output_dir(recipe):
-        return _train(recipe, args)
+        checkpoint, lines = on_main_process(lambda: find_resume_point(recipe)) if recipe.do_train else (None, [])
+        log = logged_to(Path(recipe.output_dir) / "training.log", enabled=PartialState().is_main_process)
+        with log as forget_earlier_sessions, full_disk_in_a_line():
+            say_all([*recipe.notices, *lines])
+            code = 0
+            if recipe.do_train:
+                code = _train(recipe, args, checkpoint, forget_earlier_sessions)
+            else:
+                run_without_training(recipe, args)
+            leave_together()
+            return code
 
 
-def _train(recipe: Recipe, args: SFTConfig) -> int:
-    main_process = PartialState().is_main_process
+def _train(
+    recipe: Recipe, args: SFTConfig, checkpoint: Path | None, forget_earlier_sessions: Callable[[], None]
+) -> int:
     output_dir = Path(recipe.output_dir)
-
-    checkpoint, lines = on_main_process(lambda: find_resume_point(recipe)) if recipe.do_train else (None, [])
-    log = logged_to(output_dir / "training.log", enabled=main_process)
-    with log as forget_earlier_sessions, full_disk_in_a_line():
-        for line in [*recipe.notices, *lines]:
-            say(line)
-        if not recipe.do_train:
-            run_without_training(recipe, args)
-            leave_together()
-            return 0
-        tokenizer = load_tokenizer(recipe)
-        data = prepare_datasets(recipe, tokenizer)
-        check_fit(recipe, args, data, tokenizer)
-        manifest = describe_run(recipe, data)
-        earlier = read_manifest(checkpoint.parent) if checkpoint else None
-        if checkpoint is not None:
-            for line in on_main_process(lambda: require_same_run(earlier, manifest, recipe.allow_changed_recipe)):
-                say(line)
-        data.write_audit(output_dir / "row_audit.jsonl")
-        on_main_process(lambda: start_trackers(recipe, args, manifest, earlier))
-
-        args.eval_on_start = args.eval_on_start and checkpoint is None
-        model, saved_dtype = load_model(recipe)
-        trainer = ArpoTrainer(
-            model=model,
-            args=args,
-            train_dataset=data.train,
-            eval_dataset=eval_datasets(recipe, data),
-            processing_class=tokenizer,
-            optimizer_cls_and_kwargs=to_optimizer(recipe, args),
-            rows=data.train if isinstance(data.train, Dataset) else None,  # naming a stream's rows would read it anew
-            on_save_error=recipe.on_save_error,
-        )
-        refuse_split_model(recipe, trainer.is_fsdp_enabled)
-        keep_adapter_in_float32(model)
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
-            say("FSDP needs GPUs (accelerate 1.15): each process holds the whole model, as with multi_gpu.yaml")
-        if recipe.predict_during_eval:
-            trainer.add_callback(PredictOnEvaluate(recipe, trainer, tokenizer, data.eval))
-        if recipe.early_stopping_steps:
-            trainer.add_callback(StopEarly(recipe.early_stopping_steps))
-        stop = StopOnSignal()
-        trainer.add_callback(stop)
-        trainer.add_callback(StartReport(recipe, data, trainer, checkpoint))
-        show_progress(trainer, recipe.plot_loss)
-        log_by_step(trainer)
-        trainer.add_callback(PackingCheck(recipe, trainer))
-        if recipe.preflight:
-            trainer.add_callback(Preflight(trainer, choose_checkpointing=recipe.gradient_checkpointing == "auto"))
-        trainer.add_callback(SaveAfterEpochEnd())
-        trainer.add_callback(ResumeEvaluation(trainer))
-
-        def begin() -> list[str]:
-            lines = []
-            if checkpoint is None:
-                forget_earlier_sessions()
-                lines = clear_earlier_run(output_dir)
-            if full := missing_space(output_dir, trainer.checkpoint_bytes, "a checkpoint"):
-                raise RecipeError(full)
-            manifest.write(output_dir, "running")
-            marks = {"recipe.yaml": (RECIPE_MARK,), "README.md": CARD_MARKS}
-            paths = {name: own_path(output_dir / name, *texts) for name, texts in marks.items()}
-            write_text(paths["recipe.yaml"], recipe_text(recipe))
-            lines += [
-                f"{output_dir / name} was not written by a run: it stays, and the run writes {path.name}"
-                for name, path in paths.items()
-                if path.name != name
-            ]
-            if args.push_to_hub:
-                write_text(output_dir / ".gitignore", NOT_FOR_THE_HUB)
-            return lines
-
-        for line in on_main_process(begin):
-            say(line)
-
-        try:
-            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            # An evaluation in half precision rounds the model in place; any other is to see it before it is saved.
-            rounds = args.bf16_full_eval or args.fp16_full_eval
-            metrics = trainer.evaluate_final_weights() if args.do_eval and not rounds else {}
-            readme = output_dir / "README.md"
-            kept = readme.read_bytes() if main_process and readme.exists() else None
-            trainer.save_final_model(saved_dtype)
-            if main_process:
-                turn_pissa_into_lora(model, output_dir)
-            if kept is not None:
-                readme.write_bytes(kept)  # PEFT writes its card into a user's own
-            metrics = trainer.evaluate_final_weights() if args.do_eval and rounds else metrics
-        except Stopped:
-            assert stop.signum is not None
-            if main_process:
-                manifest.write(output_dir, "stopped")
-            step = trainer.state.global_step
-            saved = f"at step {step}, checkpoint saved" if step else "before the first step, nothing to save"
-            if step and not (output_dir / f"checkpoint-{step}").is_dir():  # on_save_error: continue
-                saved = f"at step {step}, which could not be saved"
-            say(f"stopped by {signal.Signals(stop.signum).name} {saved}")
-            say(f"to go on: {resume_command(recipe)}")
-            leave_together()
-            return 128 + stop.signum
-        write_results(recipe, trainer, manifest, result.metrics, metrics)
-        if recipe.do_predict:
-            stop.restore_default_handlers()
-            to_inference(model, saved_dtype)
-            predict(recipe, model, tokenizer, data.eval)
-        finish_trackers(args, output_dir)
-        if args.push_to_hub:
-            push(trainer)
-        comparison = compare_evaluations(trainer.state, recipe.load_best_model_at_end)
-        for line in [*comparison, *end_report(recipe, trainer.state, result.metrics, metrics)]:
-            say(line)
-        leave_together()
+    tokenizer = load_tokenizer(recipe)
+    data = prepare_datasets(recipe, tokenizer)
+    check_fit(recipe, args, data, tokenizer)
+    manifest = describe_run(recipe, data)
+    earlier = read_manifest(checkpoint.parent) if checkpoint else None
+    if checkpoint:
+        say_all(on_main_process(lambda: require_same_run(earlier, manifest, recipe.allow_changed_recipe)))
+    data.write_audit(output_dir / "row_audit.jsonl")
+    on_main_process(lambda: start_trackers(recipe, args, manifest, earlier))
+    model, saved_dtype = load_model(recipe)
+    trainer = make_trainer(recipe, args, model, tokenizer, data)
+    stop = StopOnSignal()
+    add_callbacks(recipe, trainer, stop, tokenizer, data, checkpoint)
+    if not checkpoint:
+        forget_earlier_sessions()
+        say_all(on_main_process(lambda: clear_earlier_run(output_dir)))
+    say_all(on_main_process(lambda: begin(recipe, trainer, manifest)))
+    try:
+        trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        evaluated = save_and_evaluate(recipe, trainer, saved_dtype)
+    except Stopped:
+        return say_how_to_go_on(recipe, trainer, manifest, stop)
+    write_results(recipe, trainer, manifest, trained, evaluated)
+    if recipe.do_predict:
+        stop.restore_default_handlers()
+        to_inference(model, saved_dtype)
+        predict(recipe, model, tokenizer, data.eval)
+    finish_trackers(args, output_dir)
+    if args.push_to_hub:
+        push(trainer)
+    say_all(compare_evaluations(trainer.state, recipe.load_best_model_at_end))
+    say_all(end_report(recipe, trainer.state, trained, evaluated))
     return 0
+
+
+def say_all(lines: list[str]) -> None:
+    for line in lines:
+        say(line)
+
+
+def make_trainer(
+    recipe: Recipe,
+    args: SFTConfig,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+) -> ArpoTrainer:
+    trainer = ArpoTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=eval_datasets(recipe, data),
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=to_optimizer(recipe, args),
+        rows=data.train if isinstance(data.train, Dataset) else None,  # naming a stream's rows would read it anew
+        on_save_error=recipe.on_save_error,
+    )
+    refuse_split_model(recipe, trainer.is_fsdp_enabled)
+    keep_adapter_in_float32(model)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+        say("FSDP needs GPUs (accelerate 1.15): each process holds the whole model, as with multi_gpu.yaml")
+    return trainer
+
+
+def add_callbacks(
+    recipe: Recipe,
+    trainer: ArpoTrainer,
+    stop: StopOnSignal,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    checkpoint: Path | None,
+) -> None:
+    """Add the run's callbacks, which the trainer calls in this order at each event."""
+    callbacks = [
+        # before the log, which shows its scores and leaves its time out
+        PredictOnEvaluate(recipe, trainer, tokenizer, data.eval) if recipe.predict_during_eval else None,
+        StopEarly(recipe.early_stopping_steps) if recipe.early_stopping_steps else None,
+        stop,  # before the preflight, in which a signal may come
+        StartReport(recipe, data, trainer, checkpoint),
+        TrainerLog(trainer, Path(recipe.output_dir) / "trainer_log.jsonl", recipe.plot_loss),
+        PackingCheck(recipe, trainer),
+        Preflight(trainer, recipe.gradient_checkpointing == "auto") if recipe.preflight else None,
+        SaveAfterEpochEnd(),  # after all that ask for a save
+        ResumeEvaluation(trainer),  # after the log has begun
+    ]
+    remove_progress_bar(trainer)
+    log_by_step(trainer)
+    for callback in filter(None, callbacks):
+        trainer.add_callback(callback)
+
+
+def begin(recipe: Recipe, trainer: ArpoTrainer, manifest: Manifest) -> list[str]:
+    """Write what the folder has before the first step; a line for each file that is a user's own.
+
+    Raises:
+        RecipeError: the disk has no room for a checkpoint.
+    """
+    output_dir = Path(recipe.output_dir)
+    if full := missing_space(output_dir, trainer.checkpoint_bytes, "a checkpoint"):
+        raise RecipeError(full)
+    manifest.write(output_dir, "running")
+    marks = {"recipe.yaml": (RECIPE_MARK,), "README.md": CARD_MARKS}
+    paths = {name: own_path(output_dir / name, *texts) for name, texts in marks.items()}
+    write_text(paths["recipe.yaml"], recipe_text(recipe))
+    if trainer.args.push_to_hub:
+        write_text(output_dir / ".gitignore", NOT_FOR_THE_HUB)
+    return [
+        f"{output_dir / name} was not written by a run: it stays, and the run writes {path.name}"
+        for name, path in paths.items()
+        if path.name != name
+    ]
+
+
+def save_and_evaluate(recipe: Recipe, trainer: ArpoTrainer, saved_dtype: torch.dtype | None) -> dict[str, float]:
+    """Save the final model; the metrics of its weights, none without do_eval."""
+    args = trainer.args
+    # An evaluation in half precision rounds the model in place; any other is to see it before it is saved.
+    rounds = args.bf16_full_eval or args.fp16_full_eval
+    metrics = trainer.evaluate_final_weights() if args.do_eval and not rounds else {}
+    trainer.save_final_model(saved_dtype)
+    if trainer.is_world_process_zero():
+        turn_pissa_into_lora(trainer.model, Path(recipe.output_dir))
+    return trainer.evaluate_final_weights() if args.do_eval and rounds else metrics
+
+
+def say_how_to_go_on(recipe: Recipe, trainer: ArpoTrainer, manifest: Manifest, stop: StopOnSignal) -> int:
+    """Say where a signal stopped the run; the exit code."""
+    output_dir, step = Path(recipe.output_dir), trainer.state.global_step
+    assert stop.signum is not None
+    if trainer.is_world_process_zero():
+        manifest.write(output_dir, "stopped")
+    saved = f"at step {step}, checkpoint saved" if step else "before the first step, nothing to save"
+    if step and not (output_dir / f"checkpoint-{step}").is_dir():  # on_save_error: continue
+        saved = f"at step {step}, which could not be saved"
+    say(f"stopped by {signal.Signals(stop.signum).name} {saved}")
+    say(f"to go on: {resume_command(recipe)}")
+    return 128 + stop.signum
 
 
 def push(trainer: ArpoTrainer) -> None:
@@ -191,7 +231,13 @@ def push(trainer: ArpoTrainer) -> None:
         ) from error
 
 
-def write_results(recipe: Recipe, trainer: ArpoTrainer, manifest: Manifest, trained: Any, evaluated: Any) -> None:
+def write_results(
+    recipe: Recipe,
+    trainer: ArpoTrainer,
+    manifest: Manifest,
+    trained: dict[str, float],
+    evaluated: dict[str, float],
+) -> None:
     """Leave the run's figures, plot and model card beside the final model."""
     output_dir = Path(recipe.output_dir)
     log = read_log(output_dir / "trainer_log.jsonl")

@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import RunFailed
-from ..machine import checkpoint_bytes, free_space, is_full_disk, missing_space
-from ..report.console import say
-from .checkpoints import IN_PROGRESS, begin_checkpoint, finish_checkpoint
+from ..machine import checkpoint_bytes
+from .checkpoints import save_checkpoint
 from .loss import mask_repeated_rows, score_labelled_positions_only, token_means
 from .order import Endless, EpochOrder
-
-
-class Stopped(Exception):
-    """A signal ends the run: raised by a callback, after a save or in an evaluation."""
+from .stop import Stopped
 
 
 @dataclass
@@ -359,56 +354,12 @@ class ArpoTrainer(SFTTrainer, _Line):
 
     # --- a checkpoint ---
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint that is marked until it is whole, and only then rotate the older ones away."""
-        output_dir = Path(str(self.args.output_dir))
-        folder = output_dir / f"checkpoint-{self.state.global_step}"
-        keep = self.save_total_limit
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """See checkpoints.py. Trainer has no public method for a save.
 
-        def begin() -> None:
-            if full := missing_space(output_dir, self.checkpoint_bytes, "a checkpoint"):
-                raise RunFailed(full)
-            begin_checkpoint(folder)
-
-        def finish() -> None:
-            self.checkpoint_bytes = finish_checkpoint(folder, durable=bool(keep))
-
-        error = self._try_on_all(begin, main_only=True)
-        error = error or self._try_on_all(lambda: super(ArpoTrainer, self)._save_checkpoint(model, trial))  # type: ignore[no-untyped-call]
-        error = error or self._try_on_all(finish, main_only=True)  # its list waits for every process's rng_state
-        if error:
-            self._save_failed(folder, error)
-        elif self.is_world_process_zero():
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(output_dir=str(output_dir), save_total_limit=keep, best_model_checkpoint=best)
-
-    def _try_on_all(self, act: Callable[[], None], main_only: bool = False) -> Exception | None:
-        """Do it; the error of one process is an error for all, so that none waits for another in a collective."""
-        error: Exception | None = None
-        try:
-            if not main_only or self.is_world_process_zero():
-                act()
-        except Exception as failure:  # safetensors, torch and the file system each raise their own for a full disk
-            error = failure
-        failed = self.accelerator.reduce(torch.tensor(int(error is not None), device=self.args.device))
-        return error or (RunFailed("another process could not write its part") if failed else None)
-
-    def _save_failed(self, folder: Path, error: Exception) -> None:
-        """Remove what was written, so that the disk has room for the logs, and stop or go on as the recipe says."""
-        if self.is_world_process_zero() and (folder / IN_PROGRESS).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        reason = " ".join(str(error).split())
-        if is_full_disk(error):
-            free = free_space(folder.parent) / 1e9
-            reason = (
-                f"disk full ({reason}); a checkpoint takes {self.checkpoint_bytes / 1e9:.3f} GB, {free:.3f} are free"
-            )
-        message = f"{folder} could not be saved, what was written of it is removed: {reason}"
-        if self.on_save_error == "stop":
-            raise RunFailed(
-                f"{message}. Older checkpoints are untouched; resume_from_checkpoint=true goes on from the last"
-            )
-        say(f"{message}; the run goes on without it (on_save_error: continue)")
+        https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L3363
+        """
+        save_checkpoint(self, lambda: super(ArpoTrainer, self)._save_checkpoint(model, trial))  # type: ignore[no-untyped-call]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL writes one into every checkpoint, with base model None for a local path; `train` writes one at the end."""
@@ -462,18 +413,26 @@ class _LogState(TrainerCallback, ExportableState):
     def __init__(self, trainer: ArpoTrainer) -> None:
         self.trainer = trainer
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.trainer.end_update()
 
     def state(self) -> dict[str, Any]:
         window = asdict(self.trainer.window)
         return {"loss_sum": window.pop("loss"), "pending_evaluation": self.trainer.pending_evaluation, **window}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        args.eval_on_start = args.eval_on_start and not state.global_step
         # Trainer goes on with the checkpoint's save_steps, eval_steps and logging_steps, whatever the recipe says.
         state.compute_steps(args, state.max_steps)
         # A checkpoint that LLaMA-Factory or TRL wrote has no entry; Trainer's next save needs one to write into.
-        saved = dict(state.stateful_callbacks.setdefault(type(self).__name__, {}))
+        callbacks = cast(
+            "dict[str, dict[str, Any]]", state.stateful_callbacks
+        )  # declared as the list that it was made of
+        saved = dict(callbacks.setdefault(type(self).__name__, {}))
         if state.global_step and saved:
             metrics = {name: values for name, values in saved["metrics"].items() if name != "num_tokens"}
             counts = {name: saved[name] for name in ("last_logged", "seen_tokens", "trained_tokens")}
@@ -484,6 +443,20 @@ class _LogState(TrainerCallback, ExportableState):
         if state.global_step >= state.max_steps:  # killed in what follows the last step: Trainer would take one more
             control.should_training_stop = True
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if not self.trainer.has_stepped:  # the epoch's end came before the checkpoint
             control.should_save = control.should_evaluate = control.should_log = False
+
+
+class ResumeEvaluation(TrainerCallback):
+    """Takes the evaluation that a signal had stopped, before the next step. Add it last: the log must have begun."""
+
+    def __init__(self, trainer: ArpoTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.trainer.evaluate_pending()

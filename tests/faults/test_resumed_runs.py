@@ -16,7 +16,8 @@ from transformers import TrainerState
 
 from arpo_trl.__main__ import main
 from arpo_trl.report.log_file import lines_until
-from arpo_trl.run.stop import StopEarly, StopOnSignal
+from arpo_trl.run.early_stopping import StopEarly
+from arpo_trl.run.stop import StopOnSignal
 from arpo_trl.run.trainer import ArpoTrainer, Window, _LogState
 from arpo_trl.run_folder import list_checkpoints
 
@@ -151,7 +152,9 @@ def test_the_figures_of_a_checkpoint_of_the_version_before_go_on() -> None:
     state = TrainerState(global_step=5, max_steps=9, stateful_callbacks={"_LogState": saved})  # type: ignore[arg-type]
     trainer: Any = SimpleNamespace(window=Window())
     state.compute_steps = lambda *args: None  # type: ignore[method-assign]
-    _LogState(trainer).on_train_begin(None, state, SimpleNamespace())
+    args: Any = SimpleNamespace(eval_on_start=True)
+    _LogState(trainer).on_train_begin(args, state, SimpleNamespace())  # type: ignore[arg-type]
+    assert not args.eval_on_start
     figures = {"entropy": [6.5, 6.25], "mean_token_accuracy": [0.5, 0.25]}
     assert trainer.window == Window(loss=13.5, last_logged=3, metrics=figures, seen_tokens=123, trained_tokens=45)
     assert not trainer.pending_evaluation
