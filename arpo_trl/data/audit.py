@@ -26,7 +26,7 @@ CUT_ROWS_ALLOWED = 0.1
 ROWS_TO_FIT = 0.95
 SHOWN_FIELDS = 12
 SHOWN_COUNTS = 12
-ABOUT_A_ROW = ["source", "trained_tokens", "outcome", "reason", "also"]
+COUNTED = ["source", "trained_tokens", "outcome", "reason", "also"]
 
 
 @dataclass
@@ -49,20 +49,15 @@ class Counts:
     def rows(self) -> int:
         return self.kept + self.shortened + self.lost_answer + self.dropped
 
-    def add(self, source: str, trained_tokens: int, outcome: str, reason: str, also: str, tokens: int) -> None:
-        """Count one row."""
-        setattr(self, outcome, getattr(self, outcome) + 1)
+    def add(self, row: EncodedRow, tokens: int) -> None:
+        """Count one row, of which the columns COUNTED are needed."""
+        setattr(self, row["outcome"], getattr(self, row["outcome"]) + 1)
         self.tokens += tokens
-        self.trained_tokens += trained_tokens
-        if outcome == "dropped" and len(self.first) < SHOWN_REASONS:
-            self.first.append(f"{source}: {reason}")
-        for what, times in json.loads(also).items() if also else ():
+        self.trained_tokens += row["trained_tokens"]
+        if row["outcome"] == "dropped" and len(self.first) < SHOWN_REASONS:
+            self.first.append(f"{row['source']}: {row['reason']}")
+        for what, times in json.loads(row["also"] or "{}").items():
             self.also[what] = self.also.get(what, 0) + times
-
-    def add_row(self, row: EncodedRow) -> None:
-        self.add(
-            row["source"], row["trained_tokens"], row["outcome"], row["reason"], row["also"], len(row["input_ids"])
-        )
 
 
 @dataclass
@@ -101,10 +96,9 @@ def describe_also(also: dict[str, int]) -> list[str]:
 
 def count(rows: Dataset) -> Counts:
     """The counts of an encoded dataset."""
-    counts, lengths = Counts(), token_lengths(rows)
-    columns = rows.select_columns(ABOUT_A_ROW).with_format("arrow")[:]
-    for row in zip(*(columns[name].to_pylist() for name in ABOUT_A_ROW), lengths.tolist(), strict=True):
-        counts.add(*row)
+    counts = Counts()
+    for row, tokens in zip(rows.select_columns(COUNTED).with_format("arrow")[:].to_pylist(), token_lengths(rows)):
+        counts.add(row, int(tokens))
     return counts
 
 
@@ -145,10 +139,9 @@ def to_line(dataset: str, row: EncodedRow) -> str | None:
 
 def list_rows(dataset: str, rows: Dataset) -> Iterator[str]:
     """The lines of `row_audit.jsonl` for an encoded dataset."""
-    outcomes = rows.select_columns("outcome").with_format("arrow")[:]["outcome"]
-    changed = pc.indices_nonzero(pc.not_equal(outcomes, "kept")).to_numpy().astype(np.int64)
     about = rows.select_columns(["source", "outcome", "reason", "excerpt"])
-    return filter(None, (to_line(dataset, row) for row in about.select(changed)))
+    for batch in about.with_format("arrow").iter(1000):
+        yield from filter(None, (to_line(dataset, row) for row in batch.to_pylist()))
 
 
 @dataclass

@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain, count, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import DatasetError, RowError, printable
 from ..recipe.keys import Recipe
 from .registry import DatasetInfo, find_registry, select_datasets
-from .strict_json import TOO_DEEP, decode_json, find_end, parse_json
+from .strict_json import decode_json, parse_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
 
 LONGEST_ROW = 64 << 20
 ROWS_AT_ONCE = 256
-Lines = Iterator[tuple[int | str, Any]]
+Lines = Iterator[tuple[int | str, object]]
 
 
 class Row(NamedTuple):
-    """`value` is the reason where the row could not even be read."""
+    """`value` is a RowError where the row could not even be read."""
 
     place: str
-    value: Any | RowError
+    value: object
 
 
 def check_datasets(recipe: Recipe) -> Recipe:
@@ -49,9 +50,9 @@ def check_datasets(recipe: Recipe) -> Recipe:
     """
     infos = select_datasets(recipe)
     problems = []
-    for info in infos if not recipe.tokenized_path else []:  # What is encoded already needs no raw data.
+    for info in infos:
         try:
-            if info.path:
+            if info.path and not recipe.tokenized_path:  # What is encoded already needs no raw data.
                 find_files(info.path)
         except DatasetError as error:
             key = "dataset" if info.name in recipe.dataset else "eval_dataset"
@@ -59,9 +60,9 @@ def check_datasets(recipe: Recipe) -> Recipe:
     if problems:
         raise DatasetError(problems)
     lines = [line for info in infos for line in info.notices]
-    if infos:
-        others = [info for info in find_registry(recipe).values() if info not in infos]
-        lines += [f"{line}; no effect here: the recipe does not use it" for info in others for line in info.mistakes]
+    for info in find_registry(recipe).values() if infos else ():
+        if info not in infos:
+            lines += [f"{line}; no effect here: the recipe does not use it" for line in info.mistakes]
     source = replace(recipe.source, notices=(*recipe.source.notices, *map(printable, lines)))
     return recipe.model_copy(update={"source": source})
 
@@ -74,19 +75,23 @@ def find_files(path: Path) -> list[Path]:
     """
     kinds = ", ".join(READERS)
     if path.is_dir():
-        ours, about = re.compile(r"\.|dataset_info\.json$"), re.compile(r"_|(?i:readme|license)")
-        inside = sorted(file for file in path.iterdir() if not ours.match(file.name))
-        inside = [file for file in inside if file.suffix.lower() in READERS or not about.match(file.name)]
+        inside = [file for file in sorted(path.iterdir()) if not _is_about_data(file)]
         strange = [file.name for file in inside if not file.is_file() or file.suffix.lower() not in READERS]
         if strange or not inside:
-            found = f"found {', '.join(strange[:5])}" if strange else "found none"
-            raise DatasetError(f"{path}: expected only files of kind {kinds} in the folder, {found}")
+            found = ", ".join(strange[:5]) or "none"
+            raise DatasetError(f"{path}: expected only files of kind {kinds} in the folder, found {found}")
         return inside
     if not path.is_file():
         raise DatasetError(f"{path}: no such file")
     if path.suffix.lower() not in READERS:
         raise DatasetError(f"{path}: expected a file of kind {kinds}, found {path.suffix or 'no suffix'}")
     return [path]
+
+
+def _is_about_data(file: Path) -> bool:
+    if file.suffix.lower() in READERS:
+        return file.name.startswith(".") or file.name == "dataset_info.json"
+    return re.match(r"[._]|readme|license", file.name, re.IGNORECASE) is not None
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -96,19 +101,17 @@ def read_rows(path: Path) -> Iterator[Row]:
         DatasetError: if the file can't be read past some place, or is another one at the end than at the beginning.
     """
     try:
-        before = _stamp(path)
+        before = _stamp(path.stat())
         for line, value in READERS[path.suffix.lower()](path):
             yield Row(f"{path}:{line}", value)
-        after = _stamp(path)
+        after = _stamp(path.stat())
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error})") from None
     if after != before:
         raise _changed(path)
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
+_stamp = attrgetter("st_ino", "st_size", "st_mtime_ns")
 
 
 def _changed(what: Path | str) -> DatasetError:
@@ -198,7 +201,7 @@ def _read_jsonl(path: Path) -> Lines:
                 yield line, _parse_line(raw.removeprefix(b"\xef\xbb\xbf"))  # Files joined have one in the middle, too.
 
 
-def _parse_line(raw: bytes) -> Any:
+def _parse_line(raw: bytes) -> object:
     try:
         return parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -208,67 +211,71 @@ def _parse_line(raw: bytes) -> Any:
 
 
 def _read_json(path: Path) -> Lines:
-    """An array, element by element; a file that begins with an object is read as JSON lines.
+    """An array; a file that begins with an object is read as JSON lines.
 
     The place of a row is its line, and its column too where an earlier row stands on the same line.
-    Past a broken element nobody can say where the next one begins, so the file is refused there.
     """
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         text = file.read()
+    if re.match(r"\s*({|\Z)", text):
+        yield from _read_jsonl(path)
+        return
+    line, line_start, counted, last = 1, 0, 0, 0
+    try:
+        for at, value in _read_array(text):
+            if newlines := text.count("\n", counted, at):
+                line, line_start = line + newlines, text.rindex("\n", counted, at) + 1
+            yield line if line != last else f"{line}:{at - line_start + 1}", value
+            counted, last = at, line
+    except json.JSONDecodeError as error:
+        near = text[max(error.pos - 30, 0) : error.pos + 30]
+        raise DatasetError(
+            f"{path}:{error.lineno}: not JSON ({error.msg}, near {near!r}); nothing after it can be read: mend it, or store "
+            "one row a line as .jsonl"
+        ) from None
+
+
+def _read_array(text: str) -> Iterator[tuple[int, object]]:
+    """Where each element begins, and its value.
+
+    Raises:
+        json.JSONDecodeError: past a broken element, where nobody can say where the next one begins.
+    """
     space = re.compile(r"\s*")
 
     def skip(at: int) -> int:
         return space.match(text, at).end()  # type: ignore[union-attr]
 
-    def expected(what: str, at: int) -> DatasetError:
-        found = repr(text[at : at + 30]) if at < len(text) else "the end of the file"
-        return DatasetError(f"{path}:{text.count(chr(10), 0, at) + 1}: not JSON (expected {what}, found {found})")
-
-    at = skip(0)
-    if at == len(text):
-        return
-    if text[at] == "{":
-        yield from _read_jsonl(path)
-        return
-    if text[at] != "[":
-        raise expected("an array of rows", at)
-    line, line_start, counted, last = 1, 0, 0, 0
-    before = "["
+    at, before = skip(0), "["
     while text.startswith(before, at):
         at = skip(at + 1)
         if before == "[" and text.startswith("]", at):
             break
-        if newlines := text.count("\n", counted, at):
-            line, line_start = line + newlines, text.rindex("\n", counted, at) + 1
-        value, end = _read_element(path, text, at, line)
-        yield line if line != last else f"{line}:{at - line_start + 1}", value
-        at, counted, last, before = skip(end), at, line, ","
+        value, end = _decode_element(text, at)
+        yield at, value
+        at, before = skip(end), ","
     if not text.startswith("]", at):
-        raise expected("a comma or the end of the array", at)
+        expected = "an array of rows" if before == "[" else "a comma or the end of the array"
+        raise json.JSONDecodeError(f"Expecting {expected}", text, at)
     if (at := skip(at + 1)) < len(text):
-        raise expected("nothing after the array", at)
+        raise json.JSONDecodeError("Expecting nothing after the array", text, at)
 
 
-def _read_element(path: Path, text: str, at: int, line: int) -> tuple[Any, int]:
-    """The element that begins at `at`, in that line, and where it ends."""
-    mend = "nothing after it can be read: mend it, or store one row a line as .jsonl"
+def _decode_element(text: str, at: int) -> tuple[object, int]:
     try:
-        try:
-            value, end = decode_json(text, at)
-        except RowError as reason:
-            value, end = reason, find_end(text, at)
+        value, end = decode_json(text, at)
         text[at:end].encode("utf-8")
         return value, end
     except UnicodeEncodeError:
         return RowError("not UTF-8"), end
-    except RecursionError:
-        raise DatasetError(f"{path}:{line}: {TOO_DEEP}; {mend}") from None
+    except RowError as reason:
+        try:
+            return reason, json.JSONDecoder(parse_int=float).raw_decode(text, at)[1]
+        except RecursionError:
+            raise json.JSONDecodeError("Nested too deeply", text, at) from None
     except json.JSONDecodeError as error:
-        broken = line + text.count("\n", at, error.pos)
-        near = text[max(error.pos - 30, at) : error.pos + 30] or "the end of the file"
-        raise DatasetError(
-            f"{path}:{broken}: not JSON ({error.msg} near {near!r}); the row begins at line {line}, and {mend}"
-        ) from None
+        line = text.count("\n", 0, at) + 1
+        raise json.JSONDecodeError(f"{error.msg} in the row that begins at line {line}", text, error.pos) from None
 
 
 def _read_csv(path: Path) -> Lines:
@@ -276,12 +283,13 @@ def _read_csv(path: Path) -> Lines:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
-            _require_distinct(path, reader.fieldnames or ())
+            columns = reader.fieldnames or ()
+            _require_distinct(path, columns)
             for row in reader:
                 fields = [field for field in row.values() if isinstance(field, str)]
                 line = reader.line_num - sum(field.count("\n") for field in fields)
                 if None in row:
-                    yield line, RowError(f"not CSV (more fields than the header's {len(reader.fieldnames or ())})")
+                    yield line, RowError(f"not CSV (more fields than the header's {len(columns)})")
                 else:
                     yield line, row
         except csv.Error as error:  # A quote that nobody closes swallows rows, and nobody knows how many.
@@ -332,7 +340,7 @@ def _read_batches(path: Path, batches: Callable[[], Iterator[pyarrow.RecordBatch
         raise DatasetError(f"{path}:{number + 1}: cannot be read ({reason[:200]})") from None
 
 
-def _to_values(batch: pyarrow.RecordBatch | pyarrow.Table) -> Iterator[Any]:
+def _to_values(batch: pyarrow.RecordBatch | pyarrow.Table) -> Iterator[object]:
     types = {field.name: field.type for field in batch.schema}
     for row in batch.to_pylist():
         try:
@@ -341,7 +349,7 @@ def _to_values(batch: pyarrow.RecordBatch | pyarrow.Table) -> Iterator[Any]:
             yield error
 
 
-def _to_value(value: Any, kind: pyarrow.DataType) -> Any:
+def _to_value(value: Any, kind: pyarrow.DataType) -> object:
     """Arrow gives a struct a null for every key that only others have; they are no part of the row.
 
     Columns stay, and so do the nulls of a JSON value, which `datasets` >= 5 stores as its text.

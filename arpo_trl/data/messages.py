@@ -22,11 +22,24 @@ from ..errors import RowError
 from .registry import COLUMNS, DatasetInfo
 from .strict_json import decode_json, excerpt, parse_json
 
-Fields = dict[str, Any]
+Fields = dict[str, Any]  # a JSON object
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # DeepSeek; vLLM and OpenRouter; gpt-oss and Ollama
 LOSS_KEYS = ("loss", "train", "loss_mask", "weight")
-TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
+# A turn's role by the tag that names it in dataset_info.json, and what OpenAI calls two of them besides.
+ROLES = {
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "tool",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
 MORE_ROLES = {"developer": "system", "function": "tool"}
+# The items of OpenAI's Responses API that are no messages, each with the keys that it is read from.
+ITEMS = {
+    "reasoning": ("content", "summary"),
+    "function_call": ("call_id", "name", "arguments"),
+    "function_call_output": ("call_id", "output"),
+}
 
 
 class Message(TypedDict):
@@ -60,7 +73,7 @@ class Conversation:
         return [position for position, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 
-def to_conversation(row: Any, info: DatasetInfo, default_system: str | None = None) -> Conversation:
+def to_conversation(row: object, info: DatasetInfo, default_system: str | None = None) -> Conversation:
     """Read one row.
 
     Raises:
@@ -71,61 +84,37 @@ def to_conversation(row: Any, info: DatasetInfo, default_system: str | None = No
     for column in info.media:
         if row.get(column):
             raise RowError(f"multimodal: {column} holds {excerpt(row[column], 60)}; arpo_trl trains on text")
-    rest = {column: value for column, value in row.items() if value is not None}
-    unread: Counter[str] = Counter()
-    tools: list[list[Fields]] = []
+    rest, tools, unread = dict(row), list[list[Fields]](), Counter[str]()
     if info.formatting == "alpaca":
-        messages = _read_alpaca(row, rest, info)
+        messages = _read_alpaca(rest, info.columns)
     else:
-        messages, unread, tools = _read_sharegpt(rest, info)
-    leading = list(takewhile(lambda message: message["role"] == "system", messages))
-    system = [message for message in leading if message["content"]]
-    column = _text(row, info.columns["system"], optional=True) if "system" in info.columns else ""
-    if not system and (text := column or default_system):
-        system = [{"role": "system", "content": text}]
-    if not column or column == system[0]["content"]:  # Another message wins, as in LLaMA-Factory.
-        rest.pop(info.columns.get("system"), None)
-    if len(system) > 1:
-        system = [_join(system)]
-    messages[: len(leading)] = system
+        messages, tools, unread = _read_turns(rest, info)
+    messages = _with_system(messages, rest, info.columns.get("system", ""), default_system)
     _check_order(messages)
     if listed := to_tools(rest.pop(info.columns.get("tools"), None)):
         tools.append(listed)
     if any(other != tools[0] for other in tools):
         raise RowError("wrong type: the row has two lists of tools, and they differ")
-    unread.update(_unread_column(name, info) for name, value in rest.items() if value not in ("", [], {}))
+    unread.update(_unread_column(name, info) for name in _names_left(rest))
     return Conversation(messages, tools[0] if tools else None, unread)
 
 
-def _unread_column(name: str, info: DatasetInfo) -> str:
-    """LLaMA-Factory, too, reads system, tools and history only where the registry names them."""
-    text, key = f"not read: column `{name}` of {{}} rows", "tools" if name == "functions" else name
-    if key not in COLUMNS[info.formatting].keys() - info.columns.keys():
-        return text
-    named = json.dumps({"columns": info.columns | {key: name}}, ensure_ascii=False)[1:-1]
-    return f"{text}; to read it, write {named} in dataset_info.json"
-
-
-def _join(system: list[Message]) -> Message:
-    joined: Message = {"role": "system", "content": "\n\n".join(message["content"] for message in system)}
-    if not all(message.get("trained", True) for message in system):
-        joined["trained"] = False
-    return joined
-
-
-def _read_alpaca(row: Fields, rest: Fields, info: DatasetInfo) -> list[Message]:
-    columns = info.columns
-    messages = _read_history(rest.get(columns.get("history", "")), columns.get("history", ""))
-    prompt = _text(row, columns["prompt"], optional=columns["prompt"] in row) if "prompt" in columns else ""
-    query = _text(row, columns["query"], optional=True) if "query" in columns else ""
-    messages.append({"role": "user", "content": "\n".join(text for text in (prompt, query) if text)})
-    messages.append({"role": "assistant", "content": _text(row, columns["response"])})
-    for key in ("history", "prompt", "query", "response"):
-        rest.pop(columns.get(key, ""), None)
+def _read_alpaca(rest: Fields, columns: dict[str, str]) -> list[Message]:
+    """alpaca: the history, then instruction and input as a prompt, then output as its reply."""
+    history, prompt, query, response = (columns.get(key, "") for key in ("history", "prompt", "query", "response"))
+    messages = _read_history(rest.get(history), history)
+    asked = [
+        _text(rest.get(prompt), prompt, optional=not prompt or prompt in rest),
+        _text(rest.get(query), query, optional=True),
+    ]
+    messages.append({"role": "user", "content": "\n".join(filter(None, asked))})
+    messages.append({"role": "assistant", "content": _text(rest.get(response), response)})
+    for column in (history, prompt, query, response):
+        rest.pop(column, None)
     return messages
 
 
-def _read_history(value: Any, name: str) -> list[Message]:
+def _read_history(value: object, name: str) -> list[Message]:
     history = _parsed(value, name) or []
     if not isinstance(history, list):
         raise RowError(f"wrong type: {name} is {_kind(history)}, expected a list of [prompt, reply] pairs")
@@ -137,10 +126,10 @@ def _read_history(value: Any, name: str) -> list[Message]:
     return messages
 
 
-def _read_sharegpt(rest: Fields, info: DatasetInfo) -> tuple[list[Message], Counter[str], list[list[Fields]]]:
-    """The messages of a sharegpt or openai row, what of them is not read, and the tools that system messages hold."""
+def _read_turns(rest: Fields, info: DatasetInfo) -> tuple[list[Message], list[list[Fields]], Counter[str]]:
+    """sharegpt and openai, which differ in their tags: the messages, the tools in them, and what of them is not read."""
     column, tags = info.columns["messages"], info.tags
-    if column not in rest:
+    if rest.get(column) is None:
         raise RowError(f"missing field: {column}")
     turns = _parsed(rest.pop(column), column)
     if not isinstance(turns, list):
@@ -148,27 +137,66 @@ def _read_sharegpt(rest: Fields, info: DatasetInfo) -> tuple[list[Message], Coun
     if not turns:
         raise RowError(f"empty conversation: {column} has no messages")
     messages: list[Message] = []
-    unread: Counter[str] = Counter()
     tools: list[list[Fields]] = []
+    unread: Counter[str] = Counter()
     for position, turn in enumerate(turns):
         where = f"{column}[{position}]"
         if not isinstance(turn, dict):
             raise RowError(f"wrong type: {where} is {_kind(turn)}, expected an object")
-        fields = {key: value for key, value in turn.items() if value is not None}
-        item = fields.pop("type") if fields.get("type") in ("message", *_ITEMS) else None
-        found = _ITEMS[item](fields, where) if item in _ITEMS else _read_turn(fields, tags, where)
+        fields = dict(turn)
+        is_item = fields.get("type") in ("message", *ITEMS)
+        found = _turn_to_messages(_item_to_turn(fields, tags) if is_item else fields, tags, where)
         if found[0]["role"] == "system":
             tools += [listed for key in ("tools", "functions") if (listed := to_tools(fields.pop(key, None), where))]
         if not _is_trained(fields, where):
             for message in found:
                 message["trained"] = False
-        if item and messages and messages[-1]["role"] == found[0]["role"] == "assistant":
+        if is_item and messages and messages[-1]["role"] == found[0]["role"] == "assistant":
             _append(messages[-1], found.pop(0))
         messages += found
-        unread.update(
-            f"not read: key `{key}` of {{}} messages" for key, value in fields.items() if value not in ("", [], {})
-        )
-    return messages, unread, tools
+        unread.update(f"not read: key `{key}` of {{}} messages" for key in _names_left(fields))
+    return messages, tools, unread
+
+
+def _turn_to_messages(fields: Fields, tags: dict[str, str], where: str) -> list[Message]:
+    """A turn's messages: several where Anthropic puts the results of tools into a user's message."""
+    roles = {tags[tag]: role for tag, role in ROLES.items()}
+    key, tag = tags["content_tag"], _text(fields.pop(tags["role_tag"], None), f"{where}.{tags['role_tag']}")
+    role = roles.get(tag) or MORE_ROLES.get(tag)
+    if role is None:
+        raise RowError(f"unknown role: {where} is from {tag[:40]!r}; the tags are {', '.join(roles)}")
+    content, results = fields.pop(key, None), list[Message]()
+    if isinstance(content, list):
+        content, more, results = _read_parts(content, f"{where}.{key}")
+        fields |= more
+    calls = _parsed(fields.pop("tool_calls", None), f"{where}.tool_calls")
+    calls = calls or _parsed(fields.pop("function_call", None), f"{where}.function_call")
+    refusal = _text(fields.pop("refusal", None), f"{where}.refusal", optional=True)
+    text = _text(content, f"{where}.{key}", optional=bool(calls or refusal)) or refusal
+    if role == "function_call":
+        role = "assistant"
+        text, calls = _split_calls(text, where)
+    message: Message = {"role": role, "content": text}
+    if calls:
+        if role != "assistant":
+            raise RowError(f"wrong order: {where} is from {tag!r} and has tool_calls")
+        message["tool_calls"] = _to_calls(calls, where)
+    if role == "assistant" and (thought := _read_thought(fields, where)):
+        message["reasoning_content"] = thought
+    if isinstance(fields.get("name"), str):
+        message["name"] = fields.pop("name")
+    if isinstance(fields.get("tool_call_id"), str):
+        message["tool_call_id"] = fields.pop("tool_call_id")
+    return [*results, message] if text or calls or not results else results
+
+
+def _item_to_turn(fields: Fields, tags: dict[str, str]) -> Fields:
+    """An item of OpenAI's Responses API as the assistant's turn that has it as its only part; `fields` itself is changed."""
+    kind = fields.pop("type")
+    if kind != "message":
+        part = {"type": kind, **{key: fields.pop(key) for key in ITEMS[kind] if key in fields}}
+        fields |= {tags["role_tag"]: tags["assistant_tag"], tags["content_tag"]: [part]}
+    return fields
 
 
 def _append(message: Message, item: Message) -> None:
@@ -182,44 +210,45 @@ def _append(message: Message, item: Message) -> None:
         message["trained"] = False
 
 
-def _read_turn(fields: Fields, tags: dict[str, str], where: str) -> list[Message]:
-    """A turn's messages: several where Anthropic puts the results of tools into a user's message."""
-    roles = {
-        tags["user_tag"]: "user",
-        tags["assistant_tag"]: "assistant",
-        tags["observation_tag"]: "tool",
-        tags["function_tag"]: "function_call",
-        tags["system_tag"]: "system",
-    }
-    tag, key = _text(fields, tags["role_tag"], where), tags["content_tag"]
-    role = roles.get(tag) or MORE_ROLES.get(tag)
-    if role is None:
-        raise RowError(f"unknown role: {where} is from {tag[:40]!r}; the tags are {', '.join(roles)}")
-    del fields[tags["role_tag"]]
+def _read_parts(parts: list[Any], where: str) -> tuple[str, Fields, list[Message]]:
+    """The text of OpenAI's and Anthropic's parts, their thought and calls as keys of a turn, and the results of tools."""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[Fields] = []
     results: list[Message] = []
-    if isinstance(fields.get(key), list):
-        fields[key], more, results = _read_parts(fields[key], f"{where}.{key}")
-        fields |= more
-    calls = _parsed(fields.pop("tool_calls", None), f"{where}.tool_calls")
-    calls = calls or _parsed(fields.pop("function_call", None), f"{where}.function_call")
-    refusal = fields.pop("refusal", "")
-    content = _text(fields, key, where, optional=bool(calls or refusal)) or refusal
-    fields.pop(key, None)
-    if role == "function_call":
-        role = "assistant"
-        content, calls = _split_calls(content, where)
-    message: Message = {"role": role, "content": content}
-    if calls:
-        if role != "assistant":
-            raise RowError(f"wrong order: {where} is from {tag!r} and has tool_calls")
-        message["tool_calls"] = _to_calls(calls, where)
-    if role == "assistant" and (thought := _read_thought(fields, where)):
-        message["reasoning_content"] = thought
-    if isinstance(fields.get("name"), str):
-        message["name"] = fields.pop("name")
-    if isinstance(fields.get("tool_call_id"), str):
-        message["tool_call_id"] = fields.pop("tool_call_id")
-    return [*results, message] if content or not results else results
+    for part in parts:
+        match part:
+            case {"type": "text" | "input_text" | "output_text" | "summary_text" | "reasoning_text"}:
+                texts.append(_text(part.get("text"), f"{where}.text"))
+            case {"type": "refusal"}:
+                texts.append(_text(part.get("refusal"), f"{where}.refusal"))
+            case {"type": "thinking"}:
+                thoughts.append(_text(part.get("thinking"), f"{where}.thinking"))
+            case {"type": "reasoning"}:
+                thoughts.append(_plain(part.get("content") or part.get("summary") or "", where))
+            case {"type": "tool_use"}:
+                calls.append({"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")})
+            case {"type": "function_call"}:
+                calls.append({**part, "id": part.get("call_id")})
+            case {"type": "tool_result"}:
+                results.append(_to_result(part.get("content") or "", part.get("tool_use_id"), where))
+            case {"type": "function_call_output"}:
+                results.append(_to_result(part.get("output"), part.get("call_id"), where))
+            case _:
+                raise RowError(f"wrong type: {where} holds a part that is not text: {excerpt(part, 60)}")
+    more = {"thinking": "".join(thoughts), "tool_calls": calls}
+    return "".join(texts), {key: value for key, value in more.items() if value}, results
+
+
+def _to_result(content: object, call_id: object, where: str) -> Message:
+    result: Message = {"role": "tool", "content": _plain(content, where)}
+    if isinstance(call_id, str):
+        result["tool_call_id"] = call_id
+    return result
+
+
+def _plain(content: object, where: str) -> str:
+    return _read_parts(content, where)[0] if isinstance(content, list) else _text(content, where)
 
 
 def _read_thought(fields: Fields, where: str) -> str:
@@ -229,66 +258,6 @@ def _read_thought(fields: Fields, where: str) -> str:
     if any(text != thoughts[0] for text in thoughts):
         raise RowError(f"wrong type: {where} has {' and '.join(found)}, and they differ")
     return thoughts[0] if thoughts else ""
-
-
-def _read_parts(parts: list[Any], where: str) -> tuple[str, Fields, list[Message]]:
-    """The text of a content given in OpenAI's or Anthropic's parts, its thought and calls as keys of a turn, and results."""
-    texts: list[str] = []
-    thoughts: list[str] = []
-    calls: list[Fields] = []
-    results: list[Message] = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in TEXT_PARTS:
-            texts.append(_text(part, "text", where))
-        elif kind == "refusal":
-            texts.append(_text(part, "refusal", where))
-        elif kind == "thinking":
-            thoughts.append(_text(part, "thinking", where))
-        elif kind == "tool_use":
-            calls.append({"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")})
-        elif kind == "tool_result":
-            results.append(_to_result(part.get("content") or "", part.get("tool_use_id"), where))
-        else:
-            raise RowError(f"wrong type: {where} holds a part that is not text: {excerpt(part, 60)}")
-    more = {"thinking": "".join(thoughts), "tool_calls": calls}
-    return "".join(texts), {key: value for key, value in more.items() if value}, results
-
-
-def _to_result(content: Any, call_id: Any, where: str) -> Message:
-    if isinstance(content, list):
-        content = _read_parts(content, where)[0]
-    result: Message = {"role": "tool", "content": _text({"result": content}, "result", where)}
-    if isinstance(call_id, str):
-        result["tool_call_id"] = call_id
-    return result
-
-
-def _read_call_item(fields: Fields, where: str) -> list[Message]:
-    call = {
-        "id": fields.pop("call_id", None),
-        "name": fields.pop("name", None),
-        "arguments": fields.pop("arguments", None),
-    }
-    return [{"role": "assistant", "content": "", "tool_calls": _to_calls(call, where)}]
-
-
-def _read_result_item(fields: Fields, where: str) -> list[Message]:
-    return [_to_result(fields.pop("output", None), fields.pop("call_id", None), where)]
-
-
-def _read_reasoning_item(fields: Fields, where: str) -> list[Message]:
-    summary, content = fields.pop("summary", []), fields.pop("content", [])
-    thought = _read_parts(content or summary, where)[0]
-    return [{"role": "assistant", "content": "", "reasoning_content": thought}]
-
-
-_ITEMS = {
-    "function_call": _read_call_item,
-    "function_call_output": _read_result_item,
-    "reasoning": _read_reasoning_item,
-}
-"""Items of OpenAI's Responses API that are no messages."""
 
 
 def _is_trained(fields: Fields, where: str) -> bool:
@@ -303,6 +272,33 @@ def _is_trained(fields: Fields, where: str) -> bool:
     return trained
 
 
+def _with_system(messages: list[Message], rest: Fields, column: str, default_system: str | None) -> list[Message]:
+    """The messages behind one system message: those that lead, or else the column, or else the default one."""
+    leading = list(takewhile(lambda message: message["role"] == "system", messages))
+    given = [message for message in leading if message["content"]]
+    system: Message = given[0] if given else {"role": "system", "content": ""}
+    in_column = _text(rest.get(column), column, optional=True)
+    system["content"] = "\n\n".join(message["content"] for message in given) or in_column or default_system or ""
+    if not all(message.get("trained", True) for message in given):
+        system["trained"] = False
+    if in_column == system["content"]:  # Another message wins, as in LLaMA-Factory.
+        rest.pop(column, None)
+    return [system] * bool(system["content"]) + messages[len(leading) :]
+
+
+def _names_left(fields: Fields) -> list[str]:
+    return [name for name, value in fields.items() if value not in (None, "", [], {})]
+
+
+def _unread_column(name: str, info: DatasetInfo) -> str:
+    """LLaMA-Factory, too, reads system, tools and history only where the registry names them."""
+    text, key = f"not read: column `{name}` of {{}} rows", "tools" if name == "functions" else name
+    if key not in COLUMNS[info.formatting].keys() - info.columns.keys():
+        return text
+    named = json.dumps({"columns": info.columns | {key: name}}, ensure_ascii=False)[1:-1]
+    return f"{text}; to read it, write {named} in dataset_info.json"
+
+
 def _check_order(messages: list[Message]) -> None:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
@@ -315,7 +311,7 @@ def _check_order(messages: list[Message]) -> None:
             raise RowError(f"wrong order: message {position + 1} is an observation after {before or 'nothing'}")
 
 
-def _split_calls(content: str, where: str) -> tuple[str, Any]:
+def _split_calls(content: str, where: str) -> tuple[str, object]:
     """Text beside the call (LLaMA-Factory: `<think>..</think>` before it) is the message's content.
 
     Templates write a newline between the two, so one goes; the others are tokens, in LLaMA-Factory as well.
@@ -336,28 +332,29 @@ def _split_calls(content: str, where: str) -> tuple[str, Any]:
     raise RowError(f"wrong type: {where} is a function call but does not end in its JSON")
 
 
-def _to_calls(calls: Any, where: str) -> list[Fields]:
+def _to_calls(calls: object, where: str) -> list[Fields]:
     found = []
+    call: Any
     for call in calls if isinstance(calls, list) else [calls]:
-        given = call.get("id") if isinstance(call, dict) else None
-        if isinstance(call, dict) and "function" in call:
-            call = call["function"]
-        if not isinstance(call, dict):
-            raise RowError(f"wrong type: a call in {where} is {_kind(call)}, expected an object")
-        name = _text(call, "name", f"a call in {where}")
-        if call.get("arguments") is None:
+        function = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(function, dict):
+            raise RowError(f"wrong type: a call in {where} is {_kind(function)}, expected an object")
+        name = _text(function.get("name"), f"a call in {where}.name")
+        place = f"the arguments of {name!r} in {where}"
+        if function.get("arguments") is None:
             raise RowError(f"missing field: the call {name!r} in {where} has no arguments")
-        arguments = _parsed(call["arguments"], f"the arguments of {name!r} in {where}")
+        arguments = _parsed(function["arguments"], place)
         arguments = {} if arguments is None else arguments
         if not isinstance(arguments, dict):
-            raise RowError(f"wrong type: the arguments of {name!r} in {where} are {_kind(arguments)}, not an object")
-        _check_numbers(arguments, f"the arguments of {name!r} in {where}")
+            raise RowError(f"wrong type: {place} are {_kind(arguments)}, not an object")
+        _check_numbers(arguments, place)
         made = {"type": "function", "function": {"name": name, "arguments": arguments}}
-        found.append({"id": given, **made} if isinstance(given, str) and given else made)
+        given = call["id"] if isinstance(call.get("id"), str) else ""
+        found.append({"id": given, **made} if given else made)
     return found
 
 
-def to_tools(tools: Any, where: str = "tools") -> list[Fields] | None:
+def to_tools(tools: object, where: str = "tools") -> list[Fields] | None:
     """A row's tools, as JSON text or parsed, in the form that chat templates take. Raises RowError."""
     tools = _parsed(tools, where) or None
     if tools is None:
@@ -388,9 +385,7 @@ def _check_numbers(value: Fields, where: str) -> None:
         return
 
 
-def _text(row: Fields, key: str, where: str = "", optional: bool = False) -> str:
-    value = row.get(key)
-    where = f"{where}.{key}" if where else key
+def _text(value: object, where: str, optional: bool = False) -> str:
     if value is None:
         if optional:
             return ""
@@ -400,7 +395,7 @@ def _text(row: Fields, key: str, where: str = "", optional: bool = False) -> str
     return value
 
 
-def _parsed(value: Any, where: str) -> Any:
+def _parsed(value: object, where: str) -> object:
     """JSON text is parsed as late as here: as columns, objects of different shapes would fill each other with nulls."""
     if not isinstance(value, str):
         return value
@@ -412,6 +407,6 @@ def _parsed(value: Any, where: str) -> Any:
         raise RowError(f"wrong type: {where} is text but {error}") from None
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     return "null" if value is None else kinds.get(type(value), type(value).__name__)

@@ -245,7 +245,7 @@ def _streamed_rows(encoder: Encoder, counts: Counts, lines: StreamedLines | None
         rows = islice(read_dataset(info, recipe.streaming)[1], info.num_samples)
         for number, row in enumerate(encode_rows(rows, encoder)):
             if number >= counts.rows:
-                counts.add_row(row)
+                counts.add(row, len(row["input_ids"]))
                 fields.update(row["fields"])
                 if lines and (line := to_line(info.name, row)):
                     lines.add([line])

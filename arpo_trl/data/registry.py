@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..errors import DatasetError, RowError
@@ -24,38 +24,19 @@ from .strict_json import EXCERPT, excerpt, parse_json
 
 # Each format's columns, by key, with the name of those that have a default.
 COLUMNS: dict[str, dict[str, str | None]] = {
-    "alpaca": {
-        "prompt": "instruction",
-        "query": "input",
-        "response": "output",
-        "history": None,
-        "system": None,
-        "tools": None,
-    },
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output"}
+    | dict.fromkeys(("history", "system", "tools")),
     "sharegpt": {"messages": "conversations", "system": None, "tools": None},
     "openai": {"messages": "messages", "system": None, "tools": None},
 }
 NEEDED = ("messages", "response")
-TAGS = {
+_TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
+_SHAREGPT = ("from", "value", "human", "gpt", "observation", "function_call", "system")
+_OPENAI = ("role", "content", "user", "assistant", "tool", "function_call", "system")
+TAGS: dict[str, dict[str, str]] = {
     "alpaca": {},
-    "sharegpt": {
-        "role_tag": "from",
-        "content_tag": "value",
-        "user_tag": "human",
-        "assistant_tag": "gpt",
-        "observation_tag": "observation",
-        "function_tag": "function_call",
-        "system_tag": "system",
-    },
-    "openai": {
-        "role_tag": "role",
-        "content_tag": "content",
-        "user_tag": "user",
-        "assistant_tag": "assistant",
-        "observation_tag": "tool",
-        "function_tag": "function_call",
-        "system_tag": "system",
-    },
+    "sharegpt": dict(zip(_TAGS, _SHAREGPT, strict=True)),
+    "openai": dict(zip(_TAGS, _OPENAI, strict=True)),
 }
 REFUSED = {
     "ranking": "holds preference pairs, which SFT does not read",
@@ -68,15 +49,8 @@ MEDIA = ("images", "videos", "audios")
 SHOWN = 12
 
 
-def _without_nulls(value: Any) -> Any:
-    return {key: inner for key, inner in value.items() if inner is not None} if isinstance(value, dict) else value
-
-
-Names = Annotated[dict[str, str], BeforeValidator(_without_nulls)]
-
-
 class Entry(BaseModel):
-    """One dataset as the registry has it. As in LLaMA-Factory, null means not given."""
+    """One dataset as the registry has it."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -87,18 +61,8 @@ class Entry(BaseModel):
     split: str = "train"
     folder: str | None = None
     num_samples: Annotated[int, Field(gt=0)] | None = None
-    columns: Names = Field(default_factory=dict)
-    tags: Names = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_not_given(cls, value: Any) -> Any:
-        return _without_nulls(value)
-
-    @property
-    def others(self) -> dict[str, Any]:
-        """The entry's other keys."""
-        return self.model_extra or {}
+    columns: dict[str, str] = {}
+    tags: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -185,22 +149,25 @@ def find_registry(recipe: Recipe) -> dict[str, DatasetInfo]:
     if recipe.dataset_dir == "ONLINE":
         names = [*recipe.dataset, *recipe.eval_dataset]
         return {name: DatasetInfo(name, f"{recipe.path}: {name}", hub=name) for name in names}
-    if not recipe.dataset_dir.startswith("REMOTE:"):
-        try:
-            return read_registry(Path(recipe.dataset_dir))
-        except DatasetError as error:
-            raise DatasetError(str(recipe.error("dataset_dir", str(error)))) from None
+    try:
+        if recipe.dataset_dir.startswith("REMOTE:"):
+            return read_registry(_download_registry(recipe.dataset_dir.removeprefix("REMOTE:"), recipe.cache_dir))
+        return read_registry(Path(recipe.dataset_dir))
+    except DatasetError as error:
+        raise DatasetError(str(recipe.error("dataset_dir", str(error)))) from None
+
+
+def _download_registry(name: str, cache_dir: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    name = recipe.dataset_dir.removeprefix("REMOTE:")
     try:
-        path = hf_hub_download(name, "dataset_info.json", repo_type="dataset", cache_dir=recipe.cache_dir)
+        return Path(hf_hub_download(name, "dataset_info.json", repo_type="dataset", cache_dir=cache_dir)).parent
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = " ".join(str(error).split())[:200]
-        what = f"{name}: the hub gives no dataset_info.json of this dataset repository ({reason})"
-        raise DatasetError(str(recipe.error("dataset_dir", what))) from None
-    return read_registry(Path(path).parent)
+        raise DatasetError(
+            f"{name}: the hub gives no dataset_info.json of this dataset repository ({reason})"
+        ) from None
 
 
 def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
@@ -209,7 +176,7 @@ def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
     Raises:
         DatasetError: if it is not there, or no object of datasets.
     """
-    path = Path(dataset_dir) / "dataset_info.json"
+    path = dataset_dir / "dataset_info.json"
     if not is_file(path):
         found = "not a file" if is_dir(path.parent) and path.exists() else "no such file"
         raise DatasetError(f"{path}: {found}; expected a folder with a dataset_info.json")
@@ -224,35 +191,38 @@ def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
     return {name: _to_info(path, name, entry) for name, entry in entries.items()}
 
 
-def _to_info(path: Path, name: str, value: Any) -> DatasetInfo:
+def _to_info(path: Path, name: str, value: object) -> DatasetInfo:
     place = f"{path}: {name}"
     try:
-        entry = Entry.model_validate(value)
+        entry = Entry.model_validate(_without_nulls(value))
     except ValidationError as error:
         return DatasetInfo(name, place, mistakes=tuple(_what_is_wrong(place, wrong) for wrong in error.errors()))
-    named = {key: column for key, column in entry.columns.items() if key in COLUMNS[entry.formatting]}
     defaults = _defaults(entry.formatting)
     if entry.columns:
         defaults = {key: column for key, column in defaults.items() if key in NEEDED}
-    found = list(_findings(place, entry))
+    named = {key: column for key, column in entry.columns.items() if key in COLUMNS[entry.formatting]}
+    findings = [*_findings(place, entry)]
     return DatasetInfo(
         name=name,
         place=place,
-        formatting=entry.formatting,
         path=path.parent / entry.file_name if entry.file_name and not entry.hf_hub_url else None,
         hub=entry.hf_hub_url,
-        subset=entry.subset,
-        split=entry.split,
-        folder=entry.folder,
-        num_samples=entry.num_samples,
         columns=defaults | named,
         named={key: f"{place}.columns.{key}" for key in named},
         media=tuple(column for key, column in entry.columns.items() if key in MEDIA),
         tags=TAGS[entry.formatting] | entry.tags,
-        mistakes=tuple(text for kind, text in found if kind == "mistake"),
-        refused=tuple(text for kind, text in found if kind == "refused"),
-        notices=tuple(text for kind, text in found if kind == "notice"),
+        mistakes=tuple(text for kind, text in findings if kind == "mistake"),
+        refused=tuple(text for kind, text in findings if kind == "refused"),
+        notices=tuple(text for kind, text in findings if kind == "notice"),
+        **entry.model_dump(include={"formatting", "subset", "split", "folder", "num_samples"}),
     )
+
+
+def _without_nulls(value: object) -> object:
+    """As in LLaMA-Factory, null means not given."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return value
 
 
 def _defaults(formatting: str) -> dict[str, str]:
@@ -268,7 +238,7 @@ def _what_is_wrong(place: str, wrong: ErrorDetails) -> str:
 
 def _findings(place: str, entry: Entry) -> Iterator[tuple[str, str]]:
     """What is to be said of an entry: ("mistake", "refused" or "notice", the text)."""
-    file_name, hub, others = entry.file_name, entry.hf_hub_url, entry.others
+    file_name, hub, others = entry.file_name, entry.hf_hub_url, entry.model_extra or {}
     if file_name and re.search(r"^[a-zA-Z][\w+.-]+:/|://|::", file_name):
         yield "mistake", f"{place}.file_name: expected a path, found the address {file_name!r}; download it first"
     if not (file_name or hub or REFUSED.keys() & others.keys()):
@@ -280,24 +250,21 @@ def _findings(place: str, entry: Entry) -> Iterator[tuple[str, str]]:
         yield "mistake", f"{place}.tags: {' and '.join(same)} are both {tags[same[0]]!r}"
     for key, given in others.items():
         if key not in REFUSED:
-            known = [*Entry.model_fields, *REFUSED]
-            yield "notice", f"{place}.{key}: no such key{_nearest(key, known)}; no effect"
+            yield "notice", f"{place}.{key}: no such key{_nearest(key, [*Entry.model_fields, *REFUSED])}; no effect"
         elif given and not (hub and key != "ranking"):  # LLaMA-Factory, too, takes the hub's data first.
             yield "refused", f"{place}.{key}: the dataset {REFUSED[key]}"
     if "kto_tag" in entry.columns:
         yield "refused", f"{place}.columns.kto_tag: the dataset holds preference data, which SFT does not read"
     if entry.formatting == "alpaca" and entry.columns and not {"prompt", "query"} & entry.columns.keys():
-        yield (
-            "notice",
-            f"{place}.columns: names neither prompt nor query, so every prompt is empty, as in LLaMA-Factory",
-        )
+        text = "names neither prompt nor query, so every prompt is empty, as in LLaMA-Factory"
+        yield "notice", f"{place}.columns: {text}"
     yield from _unknown_names(f"{place}.columns", entry.formatting, entry.columns, COLUMNS)
     if entry.formatting != "alpaca":
         yield from _unknown_names(f"{place}.tags", entry.formatting, entry.tags, TAGS)
 
 
 def _unknown_names(
-    place: str, formatting: str, given: Names, table: Mapping[str, Mapping[str, str | None]]
+    place: str, formatting: str, given: dict[str, str], table: Mapping[str, Mapping[str, object]]
 ) -> Iterator[tuple[str, str]]:
     """What `columns` or `tags` hold that the format has not. LLaMA-Factory passes over it.
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any, Never
+from itertools import islice
+from typing import Never
 
 from ..errors import RowError
 
@@ -19,7 +19,7 @@ EXCERPT = 60
 SPACE, TOO_DEEP = " \t\n\r", "not JSON that can be read (nested too deeply)"
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str) -> object:
     """A whole text's value.
 
     Raises:
@@ -37,7 +37,7 @@ def parse_json(text: str) -> Any:
         raise RowError(f"not JSON ({what} at {place}): {text[:EXCERPT].strip()!r}") from None
 
 
-def decode_json(text: str, at: int) -> tuple[Any, int]:
+def decode_json(text: str, at: int) -> tuple[object, int]:
     """The value that begins at `at`, and where it ends.
 
     Raises:
@@ -46,32 +46,19 @@ def decode_json(text: str, at: int) -> tuple[Any, int]:
     """
     try:
         value, end = _DECODER.raw_decode(text, at)
+        if text.count("[", at, end) + text.count("{", at, end) > DEEPEST < _depth(value):
+            raise RowError(TOO_DEEP)
     except RecursionError:
         raise RowError(TOO_DEEP) from None
-    if text.count("[", at, end) + text.count("{", at, end) > DEEPEST:
-        layer = [value]
-        for _ in range(DEEPEST):
-            layer = [inner for outer in layer for inner in _inside(outer)]
-        if layer:
-            raise RowError(TOO_DEEP)
     return value, end
 
 
-def find_end(text: str, at: int) -> int:
-    """Where the value ends that begins at `at`, also where `decode_json` does not read it.
-
-    Raises:
-        json.JSONDecodeError: if there is none.
-        RecursionError: if it is nested so deeply that its end can't be found.
-    """
-    return json.JSONDecoder(parse_int=float).raw_decode(text, at)[1]
+def _depth(value: object) -> int:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inside), default=0)
 
 
-def _inside(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _to_object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+def _to_object(members: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(members)
     if len(value) < len(members):
         key = next(key for key, times in Counter(key for key, _ in members).items() if times > 1)
@@ -102,28 +89,7 @@ _DECODER = json.JSONDecoder(
 )
 
 
-def excerpt(value: Any, most: int) -> str:
-    """The first `most` characters of a value as JSON, whatever it holds (a date, bytes) and however large it is."""
-    text = ""
-    for piece in _to_json(value, most):
-        text += piece
-        if len(text) >= most:
-            break
-    return text[:most]
-
-
-def _to_json(value: Any, most: int) -> Iterator[str]:
-    if isinstance(value, dict):
-        for number, (key, inner) in enumerate(value.items()):
-            yield ", " if number else "{"
-            yield from _to_json(str(key), most)
-            yield ": "
-            yield from _to_json(inner, most)
-        yield "}" if value else "{}"
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield ", " if number else "["
-            yield from _to_json(inner, most)
-        yield "]" if value else "[]"
-    else:
-        yield json.dumps(value[:most] if isinstance(value, str | bytes) else value, ensure_ascii=False, default=repr)
+def excerpt(value: object, most: int) -> str:
+    """The first `most` characters of a value as JSON, whatever it holds (a date, bytes). It encodes no more than it needs."""
+    pieces = json.JSONEncoder(ensure_ascii=False, default=repr, skipkeys=True).iterencode(value)
+    return "".join(islice(pieces, most))[:most]

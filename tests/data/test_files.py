@@ -142,16 +142,26 @@ BROKEN_FILES: dict[str, tuple[str, bytes, str]] = {
     "a broken element": (
         ".json",
         b'[\n {"a": 1},\n {"a": 2,\n  "b" 3},\n {"a": 4, "c": "a long text, so that the end is far away"}]',
-        "4: not JSON (Expecting ':' delimiter near ",
+        "4: not JSON (Expecting ':' delimiter in the row that begins at line 3, near '",
     ),
-    "a comma missing": (".json", b"[{}\n{}]", "2: not JSON (expected a comma or the end of the array, found '{}]')"),
+    "a comma missing": (
+        ".json",
+        b"[{}\n{}]",
+        r"2: not JSON (Expecting a comma or the end of the array, near '[{}\n{}]')",
+    ),
     "an end missing": (
         ".json",
         b"[{},",
-        "1: not JSON (Expecting value near 'the end of the file'); the row begins at",
+        "1: not JSON (Expecting value in the row that begins at line 1, near '[{},'); nothing after it can be read: ",
     ),
-    "something after": (".json", b"[{}]\n[{}]", "2: not JSON (expected nothing after the array, found '[{}]')"),
-    "no array": (".json", b'"x"', "1: not JSON (expected an array of rows, found '\"x\"')"),
+    "something after": (".json", b"[{}]\n[{}]", r"2: not JSON (Expecting nothing after the array, near '[{}]\n[{}]')"),
+    "a comma too many": (
+        ".json",
+        b"[{},]",
+        "1: not JSON (Expecting value in the row that begins at line 1, near '[{},]')",
+    ),
+    "nested without end": (".json", b"[\n" + b"[" * 10**6, "2: not JSON (Nested too deeply, near '"),
+    "no array": (".json", b'"x"', "1: not JSON (Expecting an array of rows, near '\"x\"')"),
     "a quote never closed": (
         ".csv",
         b'a,b\n"1,2\n3,4\n',

@@ -254,6 +254,13 @@ def test_items_of_the_responses_api() -> None:
     assert found.unread == {"not read: key `id` of {} messages": 1}
 
 
+def test_a_thought_that_is_not_given_is_none() -> None:
+    """OpenAI hides it: `summary` is empty. Others write it as text."""
+    for summary, thought in (([], {}), ("", {}), ("R", {"reasoning_content": "R"})):
+        items = [{"type": "reasoning", "summary": summary}, {"type": "message", "role": "assistant", "content": "A"}]
+        assert to_conversation({"messages": items}, info("openai")).messages == [{**assistant("A"), **thought}]
+
+
 def test_anthropics_blocks() -> None:
     use = {"type": "tool_use", "id": "t1", "name": "add", "input": {"a": 1}}
     result = {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "7"}]}
@@ -460,6 +467,16 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
         "openai",
         {"messages": [{"role": "user", "content": "Q", "tool_calls": [TOOL_CALL]}]},
         "wrong order: messages[0] is from 'user' and has tool_calls",
+    ),
+    "a refusal that is no text": (
+        "openai",
+        {"messages": [{"role": "assistant", "content": None, "refusal": {"reason": "no"}}]},
+        "wrong type: messages[0].refusal is an object, expected text",
+    ),
+    "a thought of the Responses API that is a number": (
+        "openai",
+        {"messages": [{"type": "reasoning", "summary": 5}]},
+        "wrong type: messages[0].content is a number, expected text",
     ),
     "two thoughts": (
         "openai",
