@@ -6,23 +6,25 @@ python scripts/make_keys.py
 import argparse
 import dataclasses
 import json
+import re
+import subprocess
 import sys
+import textwrap
 import types
 import typing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import ParallelismConfig
 from transformers.debug_utils import DebugOption
 from transformers.utils import ExplicitEnum
 
-from arpo_trl.recipe.keys import in_words, keys
+from arpo_trl.recipe.keys import GROUPS, in_words, keys
 from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
 from arpo_trl.recipe.schema import schema_json
-from arpo_trl.recipe.sft_fields import sft_fields
 
 HERE = Path(__file__).resolve().parent.parent
+SFT_FIELDS = HERE / "arpo_trl" / "recipe" / "sft_fields.py"
 _UNIONS = (types.UnionType, typing.Union)
 TITLES = {"trl": "TRL's and transformers' own (every other field of SFTConfig)"}
 
@@ -62,33 +64,41 @@ def keys_md() -> str:
 
 
 def sft_fields_py() -> str:
-    """The fields of the installed TRL's SFTConfig as a table that needs no import of TRL, which takes seconds."""
+    """The fields of the installed TRL's SFTConfig that have no key of ours, as a model that needs no import of TRL."""
     from trl.trainer.sft_config import SFTConfig
 
+    ours = {name for group in GROUPS for name in group.model_fields}
+    ours_too = [found.name for found in dataclasses.fields(SFTConfig) if found.name in ours]
     lines = [
         f'"""The fields of SFTConfig of TRL {version("trl")} and transformers {version("transformers")}: type, default, help.',
         "",
         "Written by scripts/make_keys.py; importing TRL for them would take seconds.",
         '"""',
         "",
-        "from typing import Any, Literal, NamedTuple",
+        "from typing import Literal",
+        "",
+        "from pydantic import BaseModel, Field",
         "",
         "from .types import Number, Seed, Settings, Whole, Words, Workers",
         "",
-        "",
-        "class SftField(NamedTuple):",
-        "    type: Any",
-        "    default: Any",
-        "    help: str",
+        'OURS_TOO = """',
+        textwrap.fill(" ".join(ours_too), 119, initial_indent="    ", subsequent_indent="    "),
+        '""".split()',
         "",
         "",
-        "sft_fields: dict[str, SftField] = {",
+        "class SftKeys(BaseModel):",
     ]
     for found in dataclasses.fields(SFTConfig):
-        default = [] if found.default is dataclasses.MISSING else getattr(found.default, "value", found.default)
-        help = " ".join((found.metadata.get("help") or "").replace("%%", "%").split())
-        lines.append(f"    {found.name!r}: SftField({_type_of(found)}, {default!r}, {help!r}),")
-    return "\n".join([*lines, "}"]) + "\n"
+        if found.name not in ours | RENAMED.keys() | NO_EFFECT.keys() | REFUSED.keys():
+            default = [] if found.default is dataclasses.MISSING else getattr(found.default, "value", found.default)
+            help = " ".join((found.metadata.get("help") or "").replace("%%", "%").split())
+            lines.append(f"    {found.name}: {_type_of(found)} = Field(default={default!r}, description={help!r})")
+    return "\n".join(lines) + "\n"
+
+
+def without_words(table: str) -> list[str]:
+    """The table's lines, but not the help and the versions, which change with every release of transformers."""
+    return [re.sub(", description=.*", "", line) for line in table.splitlines()[1:]]
 
 
 def _type_of(found: dataclasses.Field[Any]) -> str:
@@ -104,13 +114,13 @@ def _type_of(found: dataclasses.Field[Any]) -> str:
     choices = found.metadata.get("choices") or [choice.value for enum in enums for choice in enum]
     if choices:
         return f"Literal{list(choices)!r}{or_none}"
-    ours = {int: "Whole", float: "Number", dict: "dict[str, Any]", type(None): "None", ParallelismConfig: "Any"}
+    ours = {int: "Whole", float: "Number", dict: "dict[str, object]", type(None): "None"}
     ours |= {list[DebugOption]: "list[str]", Literal[False]: "Literal[False]"}
     words = [
         ours.get(part) or (part.__name__ if isinstance(part, type) and not typing.get_args(part) else str(part))
         for part in parts
     ]
-    return " | ".join(words).replace("typing.", "")
+    return " | ".join(words).replace("typing.Any", "object")
 
 
 def _by_reason(table: dict[str, str]) -> list[str]:
@@ -130,23 +140,21 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if they are out of date")
     check = parser.parse_args(argv).check
-    stale = []
-    written = {
-        "arpo_trl/recipe/sft_fields.py": sft_fields_py,
-        "recipes/KEYS.md": keys_md,
-        "recipes/schema.json": schema_json,
-    }
-    for file, write in written.items():
-        path, text = HERE / file, write()
+    table, old_table = sft_fields_py(), SFT_FIELDS.read_text(encoding="utf-8")
+    stale = [str(SFT_FIELDS)] if without_words(table) != without_words(old_table) else []
+    if table != old_table and not check:
+        SFT_FIELDS.write_text(table, encoding="utf-8", newline="\n")
+        return subprocess.run([sys.executable, __file__]).returncode  # this process has imported the old table
+    for file, text in {"KEYS.md": keys_md(), "schema.json": schema_json()}.items():
+        path = HERE / "recipes" / file
         if not check:
             path.write_text(text, encoding="utf-8", newline="\n")
-        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+        elif path.read_text(encoding="utf-8") != text:
             stale.append(str(path))
     if stale:
         print(f"out of date: {', '.join(stale)}; run python scripts/make_keys.py")
     elif not check:
-        fields = len(sft_fields)
-        print(f"{len(keys())} keys, {fields} fields of SFTConfig, nothing unknown")
+        print(f"{len(keys())} keys, nothing unknown")
     return 1 if stale else 0
 
 

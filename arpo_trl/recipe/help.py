@@ -13,7 +13,6 @@ from ..errors import RecipeError, program
 from .keys import in_words, keys
 from .llamafactory import NO_EFFECT, REFUSED, RENAMED
 from .read import nearest
-from .sft_fields import sft_fields
 from .template_names import SHIPPED, THE_TOKENIZERS_OWN
 from .yaml_file import find_recipes
 
@@ -95,8 +94,6 @@ def explain_key(key: str) -> str:
         f"  mapping  {mapping}",
         f"  {help}",
     ]
-    if group != "trl" and key in sft_fields:
-        lines.append(f"  TRL: {sft_fields[key].help}")
     if key == "template":
         kinds = {"shipped, as LLaMA-Factory writes them": SHIPPED, "the tokenizer's own template": THE_TOKENIZERS_OWN}
         for said, names in kinds.items():

@@ -1,8 +1,8 @@
 """The keys of a recipe: LLaMA-Factory's names, their types, defaults and help.
 
-Every key has exactly one mapping. A field of `Recipe` is read by our code; any other field of TRL's `SFTConfig` goes
-through in `recipe.trl`; `llamafactory` says what becomes of the rest, and a key that is nowhere is a typo. The defaults
-are LLaMA-Factory's (release 0.9) where it has the key, and are written here only.
+Every key has exactly one mapping. A key of the groups below is read by our code; any other field of TRL's `SFTConfig`
+goes through in `recipe.trl`; `llamafactory` says what becomes of the rest, and a key that is nowhere is a typo. The
+defaults are LLaMA-Factory's (release 0.9) where it has the key, and are written here only.
 """
 
 import functools
@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..errors import RecipeError
-from .llamafactory import NO_EFFECT, REFUSED, RENAMED
-from .sft_fields import sft_fields
+from .sft_fields import OURS_TOO, SftKeys
 from .types import (
     Count,
     Location,
@@ -31,8 +30,6 @@ from .types import (
     from_json,
 )
 
-_CONFIG = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
-
 
 def _key(default: Any, help: str, to: str = "", unit: str = "", **limits: Any) -> Any:
     """A key of the recipe. `to`: what it is called on TRL's side, if it has another name there."""
@@ -44,8 +41,6 @@ def _key(default: Any, help: str, to: str = "", unit: str = "", **limits: Any) -
 
 
 class ModelKeys(BaseModel):
-    model_config = _CONFIG
-
     model_name_or_path: Location = _key(..., "The base model: a hub id or a local folder.")
     model_revision: str = _key("main", "Branch, tag or commit of the model on the hub.", "from_pretrained(revision)")
     trust_remote_code: bool = _key(False, "Run code that comes with the model.")
@@ -67,8 +62,6 @@ class ModelKeys(BaseModel):
 
 
 class MethodKeys(BaseModel):
-    model_config = _CONFIG
-
     stage: Stage = _key("sft", "The stage of training; sft is the one that runs here.")
     do_train: bool = _key(False, "Train.")
     finetuning_type: Literal["full", "freeze", "lora"] = _key(
@@ -113,8 +106,6 @@ class MethodKeys(BaseModel):
 
 
 class DatasetKeys(BaseModel):
-    model_config = _CONFIG
-
     dataset: Names = _key([], "Names in dataset_info.json to train on, with commas between them.")
     dataset_dir: Location = _key("data", "Folder of dataset_info.json; file names in it are relative to this folder.")
     template: TemplateName | None = _key(
@@ -161,8 +152,6 @@ class DatasetKeys(BaseModel):
 
 
 class OutputKeys(BaseModel):
-    model_config = _CONFIG
-
     output_dir: Location = _key(..., "The run's folder: checkpoints, logs and the final model.")
     overwrite_output_dir: bool = _key(
         False, "true: start over. false: go on with an unfinished run, refuse a finished one."
@@ -187,8 +176,6 @@ class OutputKeys(BaseModel):
 
 
 class TrainKeys(BaseModel):
-    model_config = _CONFIG
-
     per_device_train_batch_size: Count = _key(8, "Rows per device and step.", unit="rows")
     gradient_accumulation_steps: Count = _key(1, "Batches per update.", unit="batches")
     global_batch_size: Count | None = _key(
@@ -220,8 +207,6 @@ class TrainKeys(BaseModel):
 
 
 class EvalKeys(BaseModel):
-    model_config = _CONFIG
-
     do_eval: bool = _key(False, "Evaluate after training.")
     eval_dataset: Names = _key([], "Names in dataset_info.json to evaluate on.")
     eval_on_each_dataset: bool = _key(False, "Evaluate each of eval_dataset by itself.")
@@ -236,8 +221,6 @@ class EvalKeys(BaseModel):
 
 
 class PredictKeys(BaseModel):
-    model_config = _CONFIG
-
     do_predict: bool = _key(False, "Generate the replies of eval_dataset or val_size at the end, and score them.")
     predict_with_generate: bool = _key(False, "The same as do_predict here.", "do_predict")
     predict_during_eval: Count | None = _key(
@@ -261,22 +244,24 @@ COMMAND_LINE = Path("command line")  # the path of a recipe that no file holds
 
 @dataclass(frozen=True)
 class Source:
-    """Where a recipe comes from, and what its file holds beside the keys that are fields of `Recipe`.
+    """Where a recipe comes from.
 
     `path`: the file, or `COMMAND_LINE`. `lines`: the line of each key that the file gives. `notices`: lines to print
-    once, such as keys without effect. `trl`: the other fields of SFTConfig that the recipe gives, by TRL's names.
+    once, such as keys without effect.
     """
 
     path: Path = Path()
     lines: dict[str, int] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
-    trl: dict[str, Any] = field(default_factory=dict)
 
 
-class Recipe(PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKeys, ModelKeys):
+GROUPS = (ModelKeys, MethodKeys, DatasetKeys, OutputKeys, TrainKeys, EvalKeys, PredictKeys)
+
+
+class Recipe(SftKeys, PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKeys, ModelKeys):
     """One run, as resolved."""
 
-    model_config = _CONFIG
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
 
     source: Source = Field(default_factory=Source, exclude=True)
 
@@ -290,7 +275,8 @@ class Recipe(PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKe
 
     @property
     def trl(self) -> dict[str, Any]:
-        return self.source.trl
+        """The fields of SFTConfig that the recipe gives and no key of ours stands for."""
+        return {name: getattr(self, name) for name in SftKeys.model_fields if name in self.model_fields_set}
 
     def error(self, key: str, what: str) -> RecipeError:
         """What is wrong with a key, at its location: `recipes/x.yaml:12: lora_target: no such module`."""
@@ -300,14 +286,9 @@ class Recipe(PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKe
 
     def resolved(self) -> dict[str, Any]:
         """Every key as resolved, in plain YAML values; `read_recipe` reads it back to an equal recipe."""
-        values = self.model_dump(mode="json") | self.trl
+        values = self.model_dump(mode="json", exclude=SftKeys.model_fields.keys() - self.model_fields_set)
         short = {key: int(value) for key, value in values.items() if isinstance(value, float) and value.is_integer()}
         return values | short
-
-
-@functools.cache
-def sft_type(name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(sft_fields[name].type, config=ConfigDict(coerce_numbers_to_str=True))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -327,16 +308,13 @@ def keys() -> dict[str, Key]:
     """Every key that a recipe can have with effect, in the order of the groups."""
     table = {}
     schemas = Recipe.model_json_schema()["properties"]
-    for group in (ModelKeys, MethodKeys, DatasetKeys, OutputKeys, TrainKeys, EvalKeys, PredictKeys):
+    for group in (*GROUPS, SftKeys):
         for name, known in group.model_fields.items():
-            schema = schemas[name]
-            same = "same" if name in sft_fields else "ours"
-            mapping = f"becomes {schema['to']}" if schema["to"] else same
+            same = "same" if group is SftKeys or name in OURS_TOO else "ours"
+            mapping = f"becomes {schemas[name]['to']}" if schemas[name].get("to") else same
             default = ... if known.is_required() else known.default
-            table[name] = Key(group.__name__[:-4].lower(), schema, default, mapping, known.description or "")
-    for name, sft in sft_fields.items():
-        if name not in table and not {name} & (RENAMED.keys() | NO_EFFECT.keys() | REFUSED.keys()):
-            table[name] = Key("trl", sft_type(name).json_schema(), sft.default, "same", sft.help)
+            title = "trl" if group is SftKeys else group.__name__.removesuffix("Keys").lower()
+            table[name] = Key(title, schemas[name], default, mapping, known.description or "")
     return table
 
 

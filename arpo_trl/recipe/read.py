@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ..errors import RecipeError
-from .keys import COMMAND_LINE, Recipe, Source, in_words, keys, sft_type
+from .keys import COMMAND_LINE, Recipe, in_words, keys
 from .llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED, recognise
 from .rules import conflicts, resolve
 from .yaml_file import Given, Problems, read_file, read_overrides, shorten
@@ -82,8 +82,7 @@ def _keep_known_keys(given: dict[str, Given], problems: Problems) -> dict[str, l
 
 def _typed(given: dict[str, Given], problems: Problems) -> Recipe | None:
     """The recipe of these values, if each has its type."""
-    own: dict[str, Any] = {}
-    trl: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for key, (value, location, text) in given.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and text and takes_text(key):
             value = text
@@ -94,19 +93,14 @@ def _typed(given: dict[str, Given], problems: Problems) -> Recipe | None:
         if isinstance(value, str) and "${" in value:
             way_out = f"write the value, or give {key}=... after the path"
             problems.append((location, f"{key}: ${{...}} is not filled in here; {way_out}"))
-        elif key in Recipe.model_fields:
-            own[key] = value
         else:
-            try:
-                trl[key] = sft_type(key).validate_python(value)
-            except ValidationError as error:
-                problems.append((location, _what_is_wrong(key, value, error.errors()[0])))
+            values[key] = value
     try:
-        return Recipe(**own, source=Source(trl=trl))
+        return Recipe.model_validate(values)
     except ValidationError as error:
         for key, wrong in {str(wrong["loc"][0]): wrong for wrong in error.errors()}.items():
-            if key in own:
-                problems.append((_location(key, given), _what_is_wrong(key, own[key], wrong)))
+            if key in values:
+                problems.append((_location(key, given), _what_is_wrong(key, values[key], wrong)))
             elif (key not in given or given[key].value is None) and not any(
                 f"{key}:" == text.split(" ")[0] for _, text in problems
             ):

@@ -92,7 +92,7 @@ def _own_optimizer(recipe: Recipe, key: str) -> Iterator[tuple[str, str]]:
         yield key, "needs finetuning_type: full"
     if recipe.deepspeed:
         yield key, "does not go with deepspeed; remove one"
-    if "optim" in recipe.trl:
+    if given(recipe, "optim"):
         yield key, "optim is there too; keep one"
 
 
@@ -114,7 +114,7 @@ def _evaluates_on_nothing(recipe: Recipe) -> bool:
 
 
 def _stops_early_unseen(recipe: Recipe) -> bool:
-    watched = recipe.load_best_model_at_end or recipe.trl.get("metric_for_best_model")
+    watched = recipe.load_best_model_at_end or recipe.metric_for_best_model
     return bool(recipe.early_stopping_steps and (recipe.eval_strategy == "no" or not watched))
 
 
@@ -139,7 +139,7 @@ RULES: list[tuple[str, Callable[[Recipe], Any], str]] = [
     ("load_best_model_at_end", lambda r: r.load_best_model_at_end and r.eval_strategy == "no", "needs eval_strategy: steps or epoch"),
     ("early_stopping_steps", _stops_early_unseen, "needs eval_strategy, and load_best_model_at_end or metric_for_best_model"),
     ("interleave_probs", lambda r: r.interleave_probs and r.mix_strategy == "concat", "mix_strategy is concat; write interleave_under or interleave_over"),
-    ("streaming", lambda r: r.streaming and r.trl.get("max_steps", -1) <= 0, "its length is unknown; set max_steps"),
+    ("streaming", lambda r: r.streaming and r.max_steps <= 0, "its length is unknown; set max_steps"),
     ("max_samples", lambda r: r.streaming and r.max_samples, "does not go with streaming; set max_steps"),
     ("packing", lambda r: r.streaming and (r.packing or r.neat_packing), "does not go with streaming; remove one"),
     ("mask_history", lambda r: r.mask_history and r.train_on_prompt, "train_on_prompt asks for the opposite; keep one"),
@@ -148,12 +148,12 @@ RULES: list[tuple[str, Callable[[Recipe], Any], str]] = [
     ("disable_gradient_checkpointing", _keeps_and_drops_activations, "gradient_checkpointing asks for the opposite; keep one"),
     ("global_batch_size", lambda r: r.global_batch_size and r.gradient_accumulation_steps != 1, "gradient_accumulation_steps follows from it; remove that line"),
     ("group_by_length", lambda r: r.group_by_length and r.disable_shuffling, "disable_shuffling is on too; keep one"),
-    ("train_sampling_strategy", lambda r: "train_sampling_strategy" in r.trl and (r.group_by_length or r.disable_shuffling), "group_by_length or disable_shuffling is on too; keep one"),
+    ("train_sampling_strategy", lambda r: given(r, "train_sampling_strategy") and (r.group_by_length or r.disable_shuffling), "group_by_length or disable_shuffling is on too; keep one"),
     ("create_new_adapter", lambda r: r.create_new_adapter and not r.adapter_name_or_path, "needs adapter_name_or_path"),
     ("quantization_bit", lambda r: r.quantization_bit and r.finetuning_type != "lora", "a quantized model can't be trained whole; use lora"),
     ("pissa_init", lambda r: r.pissa_init and r.quantization_bit, "needs a model that is not quantized; remove one"),
     ("pissa_iter", lambda r: r.pissa_iter == 0, "expected a whole number above 0, or -1 for an exact SVD, found 0"),
     ("use_galore", lambda r: r.use_galore and r.use_apollo, "use_apollo is on too; keep one"),
-    ("use_dft_loss", lambda r: r.use_dft_loss and "loss_type" in r.trl, "loss_type is there too; keep one"),
+    ("use_dft_loss", lambda r: r.use_dft_loss and given(r, "loss_type"), "loss_type is there too; keep one"),
 ]
 # fmt: on

@@ -3,151 +3,106 @@
 Written by scripts/make_keys.py; importing TRL for them would take seconds.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal
+
+from pydantic import BaseModel, Field
 
 from .types import Number, Seed, Settings, Whole, Words, Workers
 
+OURS_TOO = """
+    output_dir per_device_train_batch_size num_train_epochs learning_rate warmup_steps gradient_accumulation_steps bf16
+    fp16 gradient_checkpointing logging_steps report_to run_name project eval_strategy per_device_eval_batch_size
+    save_strategy save_steps load_best_model_at_end seed deepspeed do_train do_eval do_predict resume_from_checkpoint
+    trust_remote_code truncation_mode packing padding_free
+""".split()
 
-class SftField(NamedTuple):
-    type: Any
-    default: Any
-    help: str
 
-
-sft_fields: dict[str, SftField] = {
-    'output_dir': SftField(str | None, None, 'The output directory where the model predictions and checkpoints will be written.'),
-    'per_device_train_batch_size': SftField(Whole, 8, 'The batch size per device for training.'),
-    'num_train_epochs': SftField(Number, 3.0, 'Total number of training epochs to perform.'),
-    'max_steps': SftField(Whole, -1, 'Overrides `num_train_epochs`. If set to a positive number, the total number of training steps to perform. Must be set when the training dataset does not implement `__len__` (e.g. a streaming dataset).'),
-    'learning_rate': SftField(Number, 2e-05, 'The initial learning rate for AdamW.'),
-    'lr_scheduler_type': SftField(Literal['linear', 'cosine', 'cosine_with_restarts', 'polynomial', 'constant', 'constant_with_warmup', 'inverse_sqrt', 'reduce_lr_on_plateau', 'cosine_with_min_lr', 'cosine_warmup_with_min_lr', 'warmup_stable_decay', 'greedy'], 'linear', 'The learning rate scheduler type to use. See `SchedulerType` for all possible values.'),
-    'lr_scheduler_kwargs': SftField(Settings, None, "Additional parameters for the lr_scheduler, such as {'num_cycles': 1} for cosine with hard restarts. See the documentation of each scheduler for possible values."),
-    'warmup_steps': SftField(Number, 0, 'Number of steps for a linear warmup from 0 to `learning_rate`. Can be an integer (exact steps) or a float in [0, 1) (ratio of total steps).'),
-    'optim': SftField(Literal['adamw_torch', 'adamw_torch_fused', 'adamw_torch_xla', 'adamw_torch_npu_fused', 'adafactor', 'adamw_anyprecision', 'adamw_torch_4bit', 'adamw_torch_8bit', 'ademamix', 'sgd', 'adagrad', 'adamw_bnb_8bit', 'adamw_8bit', 'ademamix_8bit', 'lion_8bit', 'lion_32bit', 'paged_adamw_32bit', 'paged_adamw_8bit', 'paged_ademamix_32bit', 'paged_ademamix_8bit', 'paged_lion_32bit', 'paged_lion_8bit', 'rmsprop', 'rmsprop_bnb', 'rmsprop_bnb_8bit', 'rmsprop_bnb_32bit', 'galore_adamw', 'galore_adamw_8bit', 'galore_adafactor', 'galore_adamw_layerwise', 'galore_adamw_8bit_layerwise', 'galore_adafactor_layerwise', 'lomo', 'adalomo', 'grokadamw', 'schedule_free_radam', 'schedule_free_adamw', 'schedule_free_sgd', 'apollo_adamw', 'apollo_adamw_layerwise', 'stable_adamw'], 'adamw_torch_fused', 'The optimizer to use. See `OptimizerNames` for the complete list.'),
-    'optim_args': SftField(str | None, None, 'Optional arguments supplied to optimizers such as AnyPrecisionAdamW, AdEMAMix, and GaLore.'),
-    'weight_decay': SftField(Number, 0.0, 'Weight decay coefficient applied by the optimizer. Automatically excluded from bias and LayerNorm parameters.'),
-    'adam_beta1': SftField(Number, 0.9, 'The exponential decay rate for the first moment estimates (momentum) in Adam-based optimizers.'),
-    'adam_beta2': SftField(Number, 0.999, 'The exponential decay rate for the second moment estimates (variance) in Adam-based optimizers.'),
-    'adam_epsilon': SftField(Number, 1e-08, 'Epsilon value for numerical stability in Adam-based optimizers.'),
-    'optim_target_modules': SftField(None | str | list[str], None, 'The target modules to optimize. Currently used for the GaLore and APOLLO algorithms.'),
-    'gradient_accumulation_steps': SftField(Whole, 1, 'Number of update steps to accumulate gradients before performing a backward/update pass. Effective batch size = per_device_train_batch_size * num_devices * gradient_accumulation_steps.'),
-    'average_tokens_across_devices': SftField(bool, True, 'Whether or not to average tokens across devices. If enabled, will use all_reduce to synchronize num_tokens_in_batch for precise loss calculation. Reference: https://github.com/huggingface/transformers/issues/34242'),
-    'max_grad_norm': SftField(Number, 1.0, 'Maximum gradient norm for gradient clipping. Set to 0 to disable.'),
-    'label_smoothing_factor': SftField(Number, 0.0, 'Label smoothing factor to prevent overconfidence. Zero means no smoothing.'),
-    'bf16': SftField(bool | None, None, 'Whether to use bf16 (mixed) precision instead of 32-bit. Requires Ampere or higher NVIDIA architecture or Intel XPU or using CPU (use_cpu) or Ascend NPU. If not set, it defaults to `True` if `fp16` is not set.'),
-    'fp16': SftField(bool, False, 'Enable float16 (FP16) mixed precision training. Consider using BF16 instead if your hardware supports it.'),
-    'bf16_full_eval': SftField(bool, False, 'Use full BF16 precision for evaluation (not just mixed precision). Faster and saves memory.'),
-    'fp16_full_eval': SftField(bool, False, 'Use full FP16 precision for evaluation (not just mixed precision). Faster and saves memory.'),
-    'tf32': SftField(bool | None, None, 'Enable TF32 mode on Ampere and newer GPUs. Provides up to 8x speedup with negligible accuracy loss.'),
-    'activation_checkpointing': SftField(bool | None, None, 'Enable activation checkpointing to trade compute for memory. Reduces memory at the cost of ~20% slower training.'),
-    'activation_checkpointing_kwargs': SftField(Settings, None, 'Keyword arguments passed to `activation_checkpointing_enable()`. `every_n_layers` checkpoints only every n-th decoder layer instead of all of them; `1` is the usual all-or-nothing behavior, and larger values give some memory back to speed. `offload` holds the saved activations in pinned host memory, which frees device memory and makes the step slower. Any other key is forwarded to `torch.utils.checkpoint.checkpoint`.'),
-    'gradient_checkpointing': SftField(bool, True, 'Enable gradient checkpointing to trade compute for memory. Reduces memory at the cost of ~20% slower training.'),
-    'gradient_checkpointing_kwargs': SftField(Settings, None, 'Deprecated alias of `activation_checkpointing_kwargs`, will be removed in v6.'),
-    'torch_compile': SftField(bool, False, 'Compile the model using `torch.compile()` for faster training.'),
-    'torch_compile_backend': SftField(str | None, None, 'Backend for `torch.compile()`. If set, automatically enables `torch_compile`.'),
-    'torch_compile_mode': SftField(str | None, None, 'Compilation mode for `torch.compile()`. If set, automatically enables `torch_compile`.'),
-    'use_liger_kernel': SftField(bool, False, 'Enable Liger Kernel optimizations: transformers patches the model\'s layers with Liger\'s Triton kernels. Deprecated in `SFTTrainer`, `DPOTrainer`, `KTOTrainer`, `GRPOTrainer` and `RLOOTrainer`, and will be removed in v2.0.0: use `model_init_kwargs={"use_kernels": True}` instead.'),
-    'liger_kernel_config': SftField(dict[str, bool] | None, None, 'Configuration for Liger Kernel. Passed as kwargs to `_apply_liger_kernel_to_instance()`. If None, uses default configuration.'),
-    'use_cache': SftField(bool, False, 'Whether or not to use cache for the model For training, this is usually not needed apart from some PEFT methods that uses `cache`.'),
-    'neftune_noise_alpha': SftField(Number | None, None, 'If not None, activates NEFTune noise embeddings. Can drastically improve performance for instruction fine-tuning. Typical range: [5.0, 15.0].'),
-    'torch_empty_cache_steps': SftField(Whole | None, None, 'Number of steps to wait before calling `torch.<device>.empty_cache()`. Helps avoid CUDA OOM at a cost of ~10% slower performance. If None, cache will not be emptied.'),
-    'auto_find_batch_size': SftField(bool, False, 'Whether to find a training batch size that will fit into memory automatically through exponential decay, avoiding CUDA Out-of-Memory errors. The evaluation batch size is not adjusted.'),
-    'logging_strategy': SftField(Literal['no', 'steps', 'epoch'], 'steps', "The logging strategy to adopt during training. Options: 'no', 'epoch', 'steps'."),
-    'logging_steps': SftField(Number, 10, 'Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, will be interpreted as ratio of total training steps.'),
-    'logging_first_step': SftField(bool, False, 'Whether to log the first `global_step` or not.'),
-    'log_on_each_node': SftField(bool, True, 'When doing a multinode distributed training, whether to log once per node or just once on the main node.'),
-    'logging_nan_inf_filter': SftField(bool, True, 'Filter out NaN and Inf training and evaluation losses when logging. Does not affect gradient computation, only logging.'),
-    'include_num_input_tokens_seen': SftField(str | bool, 'no', 'Whether to track the number of input tokens seen. Must be one of [`all`, `non_padding`, `no`] or a boolean value which map to `all` or `no`'),
-    'log_level': SftField(Literal['detail', 'debug', 'info', 'warning', 'error', 'critical', 'passive'], 'passive', "Logging level for the main process. Options: 'debug', 'info', 'warning', 'error', 'critical', 'passive'."),
-    'log_level_replica': SftField(Literal['detail', 'debug', 'info', 'warning', 'error', 'critical', 'passive'], 'warning', 'Logging level for replica processes in distributed training. Same options as `log_level`.'),
-    'disable_tqdm': SftField(bool | None, None, 'Disable tqdm progress bars. Defaults to True if log_level is warning or lower.'),
-    'report_to': SftField(None | str | list[str], 'none', "The list of integrations to report the results and logs to. Use 'all' for all installed integrations, 'none' for no integrations."),
-    'run_name': SftField(str | None, None, 'An optional descriptor for the run. Notably used for trackio, wandb, mlflow comet and swanlab logging.'),
-    'project': SftField(str, 'huggingface', 'The name of the project to use for logging. Currently, only used by Trackio.'),
-    'trackio_space_id': SftField(str | None, None, "Hugging Face Space id for live Gradio-based Trackio logging (read/write Bucket access). Use 'username/reponame', 'orgname/reponame', or 'reponame' (current user's namespace). None: log only locally, no Space. Prefer trackio_static_space_id for stable post-training dashboard links. Public unless hub_private_repo=True or org default."),
-    'trackio_bucket_id': SftField(str | None, None, 'Optional HF Bucket id when using a Trackio Space; if unset, Trackio picks a default.'),
-    'trackio_static_space_id': SftField(str | None | Literal[False], None, 'Static read-only Trackio Space over the Bucket (stable model-card links). False: no static sync on Hub push and no freeze after training. None/str: allow static Space; for local-only logging, Hub push runs sync(static); after training, freeze runs only if trackio_space_id was set (Gradio Space). str sets explicit static Space id. Public unless hub_private_repo=True or org default.'),
-    'eval_strategy': SftField(Literal['no', 'steps', 'epoch'], 'no', "When to run evaluation. Options: 'no', 'steps', 'epoch'."),
-    'eval_steps': SftField(Number | None, None, "Number of update steps between evaluations if `eval_strategy='steps'`. Defaults to `logging_steps` if not set. Should be an integer or a float in range `[0,1)`. If smaller than 1, will be interpreted as ratio of total training steps."),
-    'eval_delay': SftField(Number, 0, 'Number of epochs or steps to wait for before the first evaluation can be performed, depending on the eval_strategy.'),
-    'per_device_eval_batch_size': SftField(Whole, 8, 'The batch size per device (GPU/TPU core/CPU) for evaluation.'),
-    'prediction_loss_only': SftField(bool, False, 'When performing evaluation and generating predictions, only returns the loss.'),
-    'eval_on_start': SftField(bool, False, 'Whether to run through the entire `evaluation` step at the very beginning of training as a sanity check.'),
-    'eval_do_concat_batches': SftField(bool, True, 'Whether to recursively concat inputs/losses/labels/predictions across batches. If `False`, will instead store them as lists, with each batch kept separate.'),
-    'eval_use_gather_object': SftField(bool, False, 'Whether to run recursively gather object in a nested list/tuple/dictionary of objects from all devices.'),
-    'eval_accumulation_steps': SftField(Whole | None, None, 'Number of predictions steps to accumulate the output tensors for, before moving the results to the CPU. If unset, predictions are accumulated on the accelerator before being moved to the CPU.'),
-    'include_for_metrics': SftField(list[str], [], "Include additional data in the `compute_metrics` function. Options: 'inputs', 'loss'."),
-    'batch_eval_metrics': SftField(bool, False, 'Break eval metrics calculation into batches to save memory.'),
-    'save_only_model': SftField(bool, False, 'Save only model weights, not optimizer/scheduler/RNG state. Prevents resuming training from checkpoint.'),
-    'save_strategy': SftField(Literal['no', 'steps', 'epoch', 'best'], 'steps', "The checkpoint save strategy to adopt during training. Options: 'no', 'epoch', 'steps', 'best'."),
-    'save_steps': SftField(Number, 500, 'Save checkpoint every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, will be interpreted as ratio of total training steps.'),
-    'save_on_each_node': SftField(bool, False, 'When doing multi-node distributed training, whether to save models and checkpoints on each node, or only on the main one'),
-    'save_total_limit': SftField(Whole | None, None, 'Maximum number of checkpoints to keep. Deletes older checkpoints in `output_dir`. The best checkpoint is always retained when `load_best_model_at_end=True`.'),
-    'enable_jit_checkpoint': SftField(bool, False, "Enable JIT checkpointing on SIGTERM signal for graceful termination on preemptible workloads. Configure your orchestrator's graceful shutdown period accordingly."),
-    'push_to_hub': SftField(bool, False, 'Whether or not to push the model to the Hub every time the model is saved.'),
-    'hub_token': SftField(str | None, None, 'The token to use to push the model to the Hub. Defaults to the token from `hf auth login`.'),
-    'hub_private_repo': SftField(bool | None, None, "Whether to make the repo private. If `None` (default), the repo will be public unless the organization's default is private. This value is ignored if the repo already exists. If reporting to Trackio Spaces created or synced (including on Hub push when `trackio_space_id` is None) use the same logic for whether the Space is private."),
-    'hub_model_id': SftField(str | None, None, 'The name of the repository to keep in sync with the local `output_dir`.'),
-    'hub_strategy': SftField(Literal['end', 'every_save', 'checkpoint', 'all_checkpoints'], 'every_save', "Defines what and when to push to Hub. Options: 'end', 'every_save', 'checkpoint', 'all_checkpoints'."),
-    'hub_always_push': SftField(bool, False, "Unless `True`, the Trainer will skip pushes if the previous one wasn't finished yet."),
-    'hub_revision': SftField(str | None, None, 'The revision to use when pushing to the Hub. Can be a branch name, a tag, or a commit hash.'),
-    'load_best_model_at_end': SftField(bool, False, 'Load the best checkpoint at the end of training. Requires `eval_strategy` to be set.'),
-    'metric_for_best_model': SftField(str | None, None, "Metric to use for comparing models when `load_best_model_at_end=True`. Defaults to 'loss'."),
-    'greater_is_better': SftField(bool | None, None, 'Whether higher metric values are better. Defaults based on `metric_for_best_model`.'),
-    'ignore_data_skip': SftField(bool, False, 'When resuming training, skip fast-forwarding through the dataset to reach the previous state. If True, training starts from the beginning of the dataset.'),
-    'restore_callback_states_from_checkpoint': SftField(bool, False, 'Whether to restore the callback states from the checkpoint. If `True`, will override callbacks passed to the `Trainer` if they exist in the checkpoint.'),
-    'full_determinism': SftField(bool, False, 'Whether to call enable_full_determinism instead of set_seed for reproducibility in distributed training. Important: this will negatively impact the performance, so only use it for debugging.'),
-    'seed': SftField(Seed, 42, 'Random seed that will be set at the beginning of training.'),
-    'data_seed': SftField(Seed | None, None, 'Random seed to be used with data samplers. If not set, uses the same seed as `seed`.'),
-    'use_cpu': SftField(bool, False, 'Whether or not to use cpu. If set to False, we will use the available torch device/backend.'),
-    'accelerator_config': SftField(dict[str, Any] | str | None, None, 'Configuration for the internal Accelerate integration. Can be a path to a JSON config file or a dict.'),
-    'parallelism_config': SftField(Any | None, None, 'Parallelism configuration for the training run. Requires Accelerate `1.10.1`.'),
-    'dataloader_drop_last': SftField(bool, False, 'Drop the last incomplete batch if it is not divisible by the batch size.'),
-    'dataloader_num_workers': SftField(Workers, 0, 'Number of subprocesses to use for data loading (PyTorch only). 0 means that the data will be loaded in the main process.'),
-    'dataloader_pin_memory': SftField(bool, True, 'Whether or not to pin memory for DataLoader.'),
-    'dataloader_persistent_workers': SftField(bool, False, 'If True, the data loader will not shut down the worker processes after a dataset has been consumed once. This allows to maintain the workers Dataset instances alive. Can potentially speed up training, but will increase RAM usage.'),
-    'dataloader_prefetch_factor': SftField(Whole | None, None, 'Number of batches loaded in advance by each worker. 2 means there will be a total of 2 * num_workers batches prefetched across all workers.'),
-    'dataloader_multiprocessing_context': SftField(Literal['fork', 'spawn', 'forkserver'] | None, None, "The multiprocessing start method to use for data loading workers ('fork', 'spawn', or 'forkserver'). Defaults to PyTorch's default, except on MPS with dataloader_num_workers > 1, where it defaults to 'fork'. Use 'spawn' when streaming from sources whose objects are not fork-safe (e.g. HDFS via pyarrow). Under 'spawn', any custom collate_fn / dataset code must be importable at module level (no lambdas/closures)."),
-    'dataloader_in_order': SftField(bool, True, 'If True (default), the data loader yields batches in the order workers were dispatched. Set to False to yield batches as soon as they are ready, reducing tail latency for IterableDataset streaming workloads. Requires PyTorch >= 2.6.'),
-    'remove_unused_columns': SftField(bool, True, 'Whether or not to automatically remove the columns unused by the model forward method.'),
-    'label_names': SftField(list[str] | None, None, 'The list of keys in your dictionary of inputs that correspond to the labels.'),
-    'train_sampling_strategy': SftField(Literal['random', 'sequential', 'group_by_length', 'batch_rebalance'], 'random', "Sampler for training: 'random' (default), 'sequential', 'group_by_length', or 'batch_rebalance'."),
-    'length_column_name': SftField(str, 'length', "Column name for precomputed lengths. Ignored unless `train_sampling_strategy` is 'group_by_length' or 'batch_rebalance'."),
-    'ddp_find_unused_parameters': SftField(bool | None, None, 'When using distributed training, the value of the flag `find_unused_parameters` passed to `DistributedDataParallel`.'),
-    'ddp_bucket_cap_mb': SftField(Whole | None, None, 'When using distributed training, the value of the flag `bucket_cap_mb` passed to `DistributedDataParallel`.'),
-    'ddp_broadcast_buffers': SftField(bool | None, None, 'When using distributed training, the value of the flag `broadcast_buffers` passed to `DistributedDataParallel`.'),
-    'ddp_static_graph': SftField(bool | None, None, 'When using distributed training, the value of the flag `static_graph` passed to `DistributedDataParallel`.'),
-    'ddp_backend': SftField(Literal['nccl', 'gloo', 'mpi', 'xccl', 'hccl', 'cncl', 'mccl'] | None, None, "The backend to use for distributed training. Must be one of 'nccl', 'mpi', 'xccl', 'gloo', 'hccl'."),
-    'ddp_timeout': SftField(Whole, 1800, 'The timeout for `torch.distributed.init_process_group` calls (in seconds).'),
-    'fsdp': SftField(Words, None, 'Enable PyTorch Fully Sharded Data Parallel (FSDP) for distributed training. Pass `--fsdp` (or `fsdp=True`) to turn FSDP on.'),
-    'fsdp_config': SftField(dict[str, Any] | str | None, None, 'Tuning for FSDP (used only when `fsdp` is enabled). Either a path to a JSON config file (e.g., `fsdp_config.json`) or an already loaded dict.'),
-    'deepspeed': SftField(dict[str, Any] | str | None, None, 'Enable DeepSpeed integration. Value is a path to a JSON config file or a dict.'),
-    'debug': SftField(str | list[str], '', "Enable one or more debug features. Options: 'underflow_overflow' (detect overflow in model I/O), 'tpu_metrics_debug' (print TPU metrics)."),
-    'skip_memory_metrics': SftField(bool, True, 'Whether to skip adding memory profiler reports to metrics. Skipped by default because it slows down training.'),
-    'do_train': SftField(bool, False, 'Whether to run training. Not directly used by Trainer; intended for training/evaluation scripts.'),
-    'do_eval': SftField(bool, False, 'Whether to run evaluation. Not directly used by Trainer; intended for training/evaluation scripts.'),
-    'do_predict': SftField(bool, False, 'Whether to run predictions on the test set. Not directly used by Trainer; intended for training/evaluation scripts.'),
-    'resume_from_checkpoint': SftField(str | None, None, 'Path to a folder with a valid checkpoint for your model. Not directly used by Trainer; intended for training/evaluation scripts.'),
-    'local_rank': SftField(Whole, -1, 'When using torch.distributed.launch (Deprecated), it will pass `local_rank` in the script, so we need this for the parser. To get the local rank, prefer using the property `local_process_index`'),
-    'model_init_kwargs': SftField(Settings, None, 'Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the `model` argument of the `SFTTrainer` is provided as a string. The `revision` value is also used when loading the processing class.'),
-    'trust_remote_code': SftField(bool, False, 'Whether to allow loading models and tokenizers that ship custom Python code from the Hub. Forwarded to `AutoModelForCausalLM.from_pretrained` and `AutoProcessor.from_pretrained`.'),
-    'router_aux_loss_coef': SftField(Number | None, None, 'Coefficient of the load-balancing auxiliary loss for Mixture-of-Experts (MoE) models, added to the training loss with this weight. When not set, the value declared by the model config is used. Set to `0.0` to disable it. Fails when used with a non-MoE model.'),
-    'chat_template_path': SftField(str | None, None, "If specified, sets the model's chat template. This can either be the path to a tokenizer (local directory or Hugging Face Hub model) or a direct path to a Jinja template file. When using a Jinja file, you must ensure that any special tokens referenced in the template are added to the tokenizer and that the model's embedding layer is resized accordingly."),
-    'dataset_text_field': SftField(str, 'text', 'Name of the column that contains text data in the dataset.'),
-    'dataset_kwargs': SftField(Settings, None, 'Dictionary of optional keyword arguments for the dataset preparation. The only supported key is `skip_prepare_dataset`. When the dataset contains images, `skip_prepare_dataset` is automatically treated as `True` regardless of the provided value, since preprocessing is done on the fly.'),
-    'dataset_num_proc': SftField(Whole | None, None, 'Number of processes to use for processing the dataset.'),
-    'eos_token': SftField(str | None, None, 'Token used to indicate the end of a turn or sequence. If `None`, it defaults to `processing_class.eos_token`.'),
-    'max_length': SftField(Whole | None, 1024, 'Maximum length of the tokenized sequence. Sequences longer than `max_length` are truncated from the left or right depending on the `truncation_mode`. If `None`, no truncation is applied. When packing is enabled, this value sets the sequence length.'),
-    'truncation_mode': SftField(Literal['keep_end', 'keep_start'], 'keep_start', "Truncation mode to use when the sequence exceeds `max_length`. The only supported value is `'keep_start'`. The `'keep_end'` value is deprecated and will be removed in v2.0.0."),
-    'shuffle_dataset': SftField(bool, False, 'Whether to shuffle the dataset.'),
-    'packing': SftField(bool, False, 'Whether to group multiple sequences into fixed-length blocks to improve computational efficiency and reduce padding. Uses `max_length` to define sequence length.'),
-    'packing_strategy': SftField(Literal['bfd', 'bfd_split', 'wrapped'], 'bfd', "Strategy for packing sequences. Can be `'bfd'` (best-fit decreasing, truncates overflow), `'bfd_split'` (best-fit decreasing, splits overflow sequences), or `'wrapped'` (aggressive, cuts mid-sequence)."),
-    'padding_free': SftField(bool, False, "Whether to perform forward passes without padding by flattening all sequences in the batch into a single continuous sequence. This reduces memory usage by eliminating padding overhead. Currently, this is only supported with the FlashAttention 2 or 3, which can efficiently handle the flattened batch structure. When packing is enabled with strategy `'bfd'`, padding-free is enabled, regardless of the value of this parameter."),
-    'pad_to_multiple_of': SftField(Whole | str | None, 'auto', "If set, the sequences will be padded to a multiple of this value. `'auto'` pads to a multiple of 128 on Neuron (AWS Trainium), which compiles once per input shape, and does not pad elsewhere."),
-    'eval_packing': SftField(bool | None, None, 'Whether to pack the eval dataset. If `None`, uses the same value as `packing`.'),
-    'completion_only_loss': SftField(bool | None, None, 'Whether to compute loss only on the completion part of the sequence. If set to `True`, loss is computed only on the completion, which is supported only for prompt-completion datasets. If `False`, loss is computed on the entire sequence. If `None` (default), the behavior depends on the dataset: loss is computed on the completion for prompt-completion datasets, and on the full sequence for language modeling datasets.'),
-    'assistant_only_loss': SftField(bool, False, 'Whether to compute loss only on the assistant part of the sequence. If set to `True`, loss is computed only on the assistant responses, which is supported only for conversational datasets. If `False`, loss is computed on the entire sequence.'),
-    'loss_type': SftField(Literal['nll', 'dft', 'chunked_nll'], 'nll', "Type of loss to use. Possible values are `'nll'` (standard negative log-likelihood) and `'dft'` (Dynamic Fine-Tuning, https://huggingface.co/papers/2508.05629)."),
-    'activation_offloading': SftField(bool, False, 'Whether to offload the activations to the CPU.'),
-    'pad_token': SftField(str | None, None, 'Deprecated. Set `tokenizer.pad_token` directly and pass it as `processing_class` to the trainer instead.'),
-}
+class SftKeys(BaseModel):
+    max_steps: Whole = Field(default=-1, description='Overrides `num_train_epochs`. If set to a positive number, the total number of training steps to perform. Must be set when the training dataset does not implement `__len__` (e.g. a streaming dataset).')
+    lr_scheduler_type: Literal['linear', 'cosine', 'cosine_with_restarts', 'polynomial', 'constant', 'constant_with_warmup', 'inverse_sqrt', 'reduce_lr_on_plateau', 'cosine_with_min_lr', 'cosine_warmup_with_min_lr', 'warmup_stable_decay', 'greedy'] = Field(default='linear', description='The learning rate scheduler type to use. See `SchedulerType` for all possible values.')
+    lr_scheduler_kwargs: Settings = Field(default=None, description="Additional parameters for the lr_scheduler, such as {'num_cycles': 1} for cosine with hard restarts. See the documentation of each scheduler for possible values.")
+    optim: Literal['adamw_torch', 'adamw_torch_fused', 'adamw_torch_xla', 'adamw_torch_npu_fused', 'adafactor', 'adamw_anyprecision', 'adamw_torch_4bit', 'adamw_torch_8bit', 'ademamix', 'sgd', 'adagrad', 'adamw_bnb_8bit', 'adamw_8bit', 'ademamix_8bit', 'lion_8bit', 'lion_32bit', 'paged_adamw_32bit', 'paged_adamw_8bit', 'paged_ademamix_32bit', 'paged_ademamix_8bit', 'paged_lion_32bit', 'paged_lion_8bit', 'rmsprop', 'rmsprop_bnb', 'rmsprop_bnb_8bit', 'rmsprop_bnb_32bit', 'galore_adamw', 'galore_adamw_8bit', 'galore_adafactor', 'galore_adamw_layerwise', 'galore_adamw_8bit_layerwise', 'galore_adafactor_layerwise', 'lomo', 'adalomo', 'grokadamw', 'schedule_free_radam', 'schedule_free_adamw', 'schedule_free_sgd', 'apollo_adamw', 'apollo_adamw_layerwise', 'stable_adamw'] = Field(default='adamw_torch_fused', description='The optimizer to use. See `OptimizerNames` for the complete list.')
+    optim_args: str | None = Field(default=None, description='Optional arguments supplied to optimizers such as AnyPrecisionAdamW, AdEMAMix, and GaLore.')
+    weight_decay: Number = Field(default=0.0, description='Weight decay coefficient applied by the optimizer. Automatically excluded from bias and LayerNorm parameters.')
+    adam_beta1: Number = Field(default=0.9, description='The exponential decay rate for the first moment estimates (momentum) in Adam-based optimizers.')
+    adam_beta2: Number = Field(default=0.999, description='The exponential decay rate for the second moment estimates (variance) in Adam-based optimizers.')
+    adam_epsilon: Number = Field(default=1e-08, description='Epsilon value for numerical stability in Adam-based optimizers.')
+    optim_target_modules: None | str | list[str] = Field(default=None, description='The target modules to optimize. Currently used for the GaLore and APOLLO algorithms.')
+    average_tokens_across_devices: bool = Field(default=True, description='Whether or not to average tokens across devices. If enabled, will use all_reduce to synchronize num_tokens_in_batch for precise loss calculation. Reference: https://github.com/huggingface/transformers/issues/34242')
+    max_grad_norm: Number = Field(default=1.0, description='Maximum gradient norm for gradient clipping. Set to 0 to disable.')
+    label_smoothing_factor: Number = Field(default=0.0, description='Label smoothing factor to prevent overconfidence. Zero means no smoothing.')
+    bf16_full_eval: bool = Field(default=False, description='Use full BF16 precision for evaluation (not just mixed precision). Faster and saves memory.')
+    fp16_full_eval: bool = Field(default=False, description='Use full FP16 precision for evaluation (not just mixed precision). Faster and saves memory.')
+    tf32: bool | None = Field(default=None, description='Enable TF32 mode on Ampere and newer GPUs. Provides up to 8x speedup with negligible accuracy loss.')
+    activation_checkpointing_kwargs: Settings = Field(default=None, description='Keyword arguments passed to `activation_checkpointing_enable()`. `every_n_layers` checkpoints only every n-th decoder layer instead of all of them; `1` is the usual all-or-nothing behavior, and larger values give some memory back to speed. `offload` holds the saved activations in pinned host memory, which frees device memory and makes the step slower. Any other key is forwarded to `torch.utils.checkpoint.checkpoint`.')
+    torch_compile: bool = Field(default=False, description='Compile the model using `torch.compile()` for faster training.')
+    torch_compile_backend: str | None = Field(default=None, description='Backend for `torch.compile()`. If set, automatically enables `torch_compile`.')
+    torch_compile_mode: str | None = Field(default=None, description='Compilation mode for `torch.compile()`. If set, automatically enables `torch_compile`.')
+    liger_kernel_config: dict[str, bool] | None = Field(default=None, description='Configuration for Liger Kernel. Passed as kwargs to `_apply_liger_kernel_to_instance()`. If None, uses default configuration.')
+    use_cache: bool = Field(default=False, description='Whether or not to use cache for the model For training, this is usually not needed apart from some PEFT methods that uses `cache`.')
+    neftune_noise_alpha: Number | None = Field(default=None, description='If not None, activates NEFTune noise embeddings. Can drastically improve performance for instruction fine-tuning. Typical range: [5.0, 15.0].')
+    torch_empty_cache_steps: Whole | None = Field(default=None, description='Number of steps to wait before calling `torch.<device>.empty_cache()`. Helps avoid CUDA OOM at a cost of ~10% slower performance. If None, cache will not be emptied.')
+    auto_find_batch_size: bool = Field(default=False, description='Whether to find a training batch size that will fit into memory automatically through exponential decay, avoiding CUDA Out-of-Memory errors. The evaluation batch size is not adjusted.')
+    logging_strategy: Literal['no', 'steps', 'epoch'] = Field(default='steps', description="The logging strategy to adopt during training. Options: 'no', 'epoch', 'steps'.")
+    logging_first_step: bool = Field(default=False, description='Whether to log the first `global_step` or not.')
+    log_on_each_node: bool = Field(default=True, description='When doing a multinode distributed training, whether to log once per node or just once on the main node.')
+    logging_nan_inf_filter: bool = Field(default=True, description='Filter out NaN and Inf training and evaluation losses when logging. Does not affect gradient computation, only logging.')
+    include_num_input_tokens_seen: str | bool = Field(default='no', description='Whether to track the number of input tokens seen. Must be one of [`all`, `non_padding`, `no`] or a boolean value which map to `all` or `no`')
+    log_level: Literal['detail', 'debug', 'info', 'warning', 'error', 'critical', 'passive'] = Field(default='passive', description="Logging level for the main process. Options: 'debug', 'info', 'warning', 'error', 'critical', 'passive'.")
+    log_level_replica: Literal['detail', 'debug', 'info', 'warning', 'error', 'critical', 'passive'] = Field(default='warning', description='Logging level for replica processes in distributed training. Same options as `log_level`.')
+    disable_tqdm: bool | None = Field(default=None, description='Disable tqdm progress bars. Defaults to True if log_level is warning or lower.')
+    trackio_space_id: str | None = Field(default=None, description="Hugging Face Space id for live Gradio-based Trackio logging (read/write Bucket access). Use 'username/reponame', 'orgname/reponame', or 'reponame' (current user's namespace). None: log only locally, no Space. Prefer trackio_static_space_id for stable post-training dashboard links. Public unless hub_private_repo=True or org default.")
+    trackio_bucket_id: str | None = Field(default=None, description='Optional HF Bucket id when using a Trackio Space; if unset, Trackio picks a default.')
+    trackio_static_space_id: str | None | Literal[False] = Field(default=None, description='Static read-only Trackio Space over the Bucket (stable model-card links). False: no static sync on Hub push and no freeze after training. None/str: allow static Space; for local-only logging, Hub push runs sync(static); after training, freeze runs only if trackio_space_id was set (Gradio Space). str sets explicit static Space id. Public unless hub_private_repo=True or org default.')
+    eval_steps: Number | None = Field(default=None, description="Number of update steps between evaluations if `eval_strategy='steps'`. Defaults to `logging_steps` if not set. Should be an integer or a float in range `[0,1)`. If smaller than 1, will be interpreted as ratio of total training steps.")
+    eval_delay: Number = Field(default=0, description='Number of epochs or steps to wait for before the first evaluation can be performed, depending on the eval_strategy.')
+    prediction_loss_only: bool = Field(default=False, description='When performing evaluation and generating predictions, only returns the loss.')
+    eval_on_start: bool = Field(default=False, description='Whether to run through the entire `evaluation` step at the very beginning of training as a sanity check.')
+    eval_do_concat_batches: bool = Field(default=True, description='Whether to recursively concat inputs/losses/labels/predictions across batches. If `False`, will instead store them as lists, with each batch kept separate.')
+    eval_use_gather_object: bool = Field(default=False, description='Whether to run recursively gather object in a nested list/tuple/dictionary of objects from all devices.')
+    eval_accumulation_steps: Whole | None = Field(default=None, description='Number of predictions steps to accumulate the output tensors for, before moving the results to the CPU. If unset, predictions are accumulated on the accelerator before being moved to the CPU.')
+    include_for_metrics: list[str] = Field(default=[], description="Include additional data in the `compute_metrics` function. Options: 'inputs', 'loss'.")
+    batch_eval_metrics: bool = Field(default=False, description='Break eval metrics calculation into batches to save memory.')
+    save_only_model: bool = Field(default=False, description='Save only model weights, not optimizer/scheduler/RNG state. Prevents resuming training from checkpoint.')
+    save_on_each_node: bool = Field(default=False, description='When doing multi-node distributed training, whether to save models and checkpoints on each node, or only on the main one')
+    save_total_limit: Whole | None = Field(default=None, description='Maximum number of checkpoints to keep. Deletes older checkpoints in `output_dir`. The best checkpoint is always retained when `load_best_model_at_end=True`.')
+    enable_jit_checkpoint: bool = Field(default=False, description="Enable JIT checkpointing on SIGTERM signal for graceful termination on preemptible workloads. Configure your orchestrator's graceful shutdown period accordingly.")
+    push_to_hub: bool = Field(default=False, description='Whether or not to push the model to the Hub every time the model is saved.')
+    hub_private_repo: bool | None = Field(default=None, description="Whether to make the repo private. If `None` (default), the repo will be public unless the organization's default is private. This value is ignored if the repo already exists. If reporting to Trackio Spaces created or synced (including on Hub push when `trackio_space_id` is None) use the same logic for whether the Space is private.")
+    hub_model_id: str | None = Field(default=None, description='The name of the repository to keep in sync with the local `output_dir`.')
+    hub_strategy: Literal['end', 'every_save', 'checkpoint', 'all_checkpoints'] = Field(default='every_save', description="Defines what and when to push to Hub. Options: 'end', 'every_save', 'checkpoint', 'all_checkpoints'.")
+    hub_always_push: bool = Field(default=False, description="Unless `True`, the Trainer will skip pushes if the previous one wasn't finished yet.")
+    hub_revision: str | None = Field(default=None, description='The revision to use when pushing to the Hub. Can be a branch name, a tag, or a commit hash.')
+    metric_for_best_model: str | None = Field(default=None, description="Metric to use for comparing models when `load_best_model_at_end=True`. Defaults to 'loss'.")
+    greater_is_better: bool | None = Field(default=None, description='Whether higher metric values are better. Defaults based on `metric_for_best_model`.')
+    ignore_data_skip: bool = Field(default=False, description='When resuming training, skip fast-forwarding through the dataset to reach the previous state. If True, training starts from the beginning of the dataset.')
+    restore_callback_states_from_checkpoint: bool = Field(default=False, description='Whether to restore the callback states from the checkpoint. If `True`, will override callbacks passed to the `Trainer` if they exist in the checkpoint.')
+    full_determinism: bool = Field(default=False, description='Whether to call enable_full_determinism instead of set_seed for reproducibility in distributed training. Important: this will negatively impact the performance, so only use it for debugging.')
+    data_seed: Seed | None = Field(default=None, description='Random seed to be used with data samplers. If not set, uses the same seed as `seed`.')
+    use_cpu: bool = Field(default=False, description='Whether or not to use cpu. If set to False, we will use the available torch device/backend.')
+    accelerator_config: dict[str, object] | str | None = Field(default=None, description='Configuration for the internal Accelerate integration. Can be a path to a JSON config file or a dict.')
+    dataloader_drop_last: bool = Field(default=False, description='Drop the last incomplete batch if it is not divisible by the batch size.')
+    dataloader_num_workers: Workers = Field(default=0, description='Number of subprocesses to use for data loading (PyTorch only). 0 means that the data will be loaded in the main process.')
+    dataloader_pin_memory: bool = Field(default=True, description='Whether or not to pin memory for DataLoader.')
+    dataloader_persistent_workers: bool = Field(default=False, description='If True, the data loader will not shut down the worker processes after a dataset has been consumed once. This allows to maintain the workers Dataset instances alive. Can potentially speed up training, but will increase RAM usage.')
+    dataloader_prefetch_factor: Whole | None = Field(default=None, description='Number of batches loaded in advance by each worker. 2 means there will be a total of 2 * num_workers batches prefetched across all workers.')
+    dataloader_multiprocessing_context: Literal['fork', 'spawn', 'forkserver'] | None = Field(default=None, description="The multiprocessing start method to use for data loading workers ('fork', 'spawn', or 'forkserver'). Defaults to PyTorch's default, except on MPS with dataloader_num_workers > 1, where it defaults to 'fork'. Use 'spawn' when streaming from sources whose objects are not fork-safe (e.g. HDFS via pyarrow). Under 'spawn', any custom collate_fn / dataset code must be importable at module level (no lambdas/closures).")
+    dataloader_in_order: bool = Field(default=True, description='If True (default), the data loader yields batches in the order workers were dispatched. Set to False to yield batches as soon as they are ready, reducing tail latency for IterableDataset streaming workloads. Requires PyTorch >= 2.6.')
+    remove_unused_columns: bool = Field(default=True, description='Whether or not to automatically remove the columns unused by the model forward method.')
+    label_names: list[str] | None = Field(default=None, description='The list of keys in your dictionary of inputs that correspond to the labels.')
+    train_sampling_strategy: Literal['random', 'sequential', 'group_by_length', 'batch_rebalance'] = Field(default='random', description="Sampler for training: 'random' (default), 'sequential', 'group_by_length', or 'batch_rebalance'.")
+    length_column_name: str = Field(default='length', description="Column name for precomputed lengths. Ignored unless `train_sampling_strategy` is 'group_by_length' or 'batch_rebalance'.")
+    ddp_find_unused_parameters: bool | None = Field(default=None, description='When using distributed training, the value of the flag `find_unused_parameters` passed to `DistributedDataParallel`.')
+    ddp_bucket_cap_mb: Whole | None = Field(default=None, description='When using distributed training, the value of the flag `bucket_cap_mb` passed to `DistributedDataParallel`.')
+    ddp_broadcast_buffers: bool | None = Field(default=None, description='When using distributed training, the value of the flag `broadcast_buffers` passed to `DistributedDataParallel`.')
+    ddp_static_graph: bool | None = Field(default=None, description='When using distributed training, the value of the flag `static_graph` passed to `DistributedDataParallel`.')
+    ddp_backend: Literal['nccl', 'gloo', 'mpi', 'xccl', 'hccl', 'cncl', 'mccl'] | None = Field(default=None, description="The backend to use for distributed training. Must be one of 'nccl', 'mpi', 'xccl', 'gloo', 'hccl'.")
+    ddp_timeout: Whole = Field(default=1800, description='The timeout for `torch.distributed.init_process_group` calls (in seconds).')
+    fsdp: Words = Field(default=None, description='Enable PyTorch Fully Sharded Data Parallel (FSDP) for distributed training. Pass `--fsdp` (or `fsdp=True`) to turn FSDP on.')
+    fsdp_config: dict[str, object] | str | None = Field(default=None, description='Tuning for FSDP (used only when `fsdp` is enabled). Either a path to a JSON config file (e.g., `fsdp_config.json`) or an already loaded dict.')
+    debug: str | list[str] = Field(default='', description="Enable one or more debug features. Options: 'underflow_overflow' (detect overflow in model I/O), 'tpu_metrics_debug' (print TPU metrics).")
+    skip_memory_metrics: bool = Field(default=True, description='Whether to skip adding memory profiler reports to metrics. Skipped by default because it slows down training.')
+    pad_to_multiple_of: Whole | str | None = Field(default='auto', description="If set, the sequences will be padded to a multiple of this value. `'auto'` pads to a multiple of 128 on Neuron (AWS Trainium), which compiles once per input shape, and does not pad elsewhere.")
+    eval_packing: bool | None = Field(default=None, description='Whether to pack the eval dataset. If `None`, uses the same value as `packing`.')
+    loss_type: Literal['nll', 'dft', 'chunked_nll'] = Field(default='nll', description="Type of loss to use. Possible values are `'nll'` (standard negative log-likelihood) and `'dft'` (Dynamic Fine-Tuning, https://huggingface.co/papers/2508.05629).")
+    activation_offloading: bool = Field(default=False, description='Whether to offload the activations to the CPU.')

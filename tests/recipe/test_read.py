@@ -1,5 +1,6 @@
 """The recipe: what is read, what it means, and what is answered when it is wrong."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arpo_trl.errors import RecipeError
-from arpo_trl.recipe import read_recipe
+from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.recipe.help import explain, explain_key, list_text, usage
 from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED
 from arpo_trl.recipe.read import takes_text
-from arpo_trl.recipe.sft_fields import sft_fields
+from arpo_trl.recipe.sft_fields import OURS_TOO, SftKeys
 from arpo_trl.recipe.template_names import MULTIMODAL, SHIPPED, THE_TOKENIZERS_OWN
 
 LLAMA_FACTORY = json.loads(
@@ -425,10 +426,8 @@ def test_every_key_passes_with_the_default_that_llama_factory_gives_it(tmp_path:
     given |= {"model_name_or_path": "m", "output_dir": "o", "do_train": True, "dataset": "a"}
     recipe = read_recipe(write(tmp_path, yaml.safe_dump(given)))
     plain = read_recipe(write(tmp_path, GOOD + "finetuning_type: lora\n"))
-    # do_sample: greedy is the default here
-    same_here = {"per_device_eval_batch_size", "use_reentrant_gc", "gradient_checkpointing", "project", "do_sample"}
-    own, plain_own = recipe.model_dump(exclude=same_here), plain.model_dump(exclude=same_here)
-    assert own == plain_own
+    differs = {*OTHER_DEFAULTS, "do_sample"} - {"finetuning_type"}  # do_sample: greedy is the default here
+    assert recipe.model_dump(exclude=differs) == plain.model_dump(exclude=differs)
     (max_length,) = [line for line in recipe.notices if "max_length" in line]
     assert max_length.endswith(
         "it is a length of generation in LLaMA-Factory and of a row in TRL; write cutoff_len for rows"
@@ -503,21 +502,25 @@ def test_an_omitted_key_means_what_it_means_in_llama_factory(key: str) -> None:
 
 
 def test_every_key_of_llama_factory_and_every_field_of_sft_config_has_exactly_one_mapping() -> None:
+    from trl.trainer.sft_config import SFTConfig
+
     tables = [set(keys()), set(RENAMED), set(NO_EFFECT), set(REFUSED)]
-    for key in [*(key for part in LLAMA_FACTORY if part != "source" for key in LLAMA_FACTORY[part]), *sft_fields]:
+    llama_factorys = [key for part in LLAMA_FACTORY if part != "source" for key in LLAMA_FACTORY[part]]
+    for key in [*llama_factorys, *(field.name for field in dataclasses.fields(SFTConfig))]:
         assert sum(key in table for table in tables) == 1, key
     assert set(RENAMED.values()) <= set(keys())
     assert set(HARMLESS) <= set(REFUSED)
 
 
 def test_the_table_of_sft_config_has_its_fields_and_defaults() -> None:
-    import dataclasses
-
     from trl.trainer.sft_config import SFTConfig
 
     real = {field.name: field for field in dataclasses.fields(SFTConfig)}
-    assert list(sft_fields) == list(real)
-    for name, field in sft_fields.items():
+    own = set(Recipe.model_fields) - set(SftKeys.model_fields)
+    assert [name for name in real if name in own] == OURS_TOO
+    others = [name for name in real if name not in {*own, *RENAMED, *NO_EFFECT, *REFUSED}]
+    assert list(SftKeys.model_fields) == others
+    for name, field in SftKeys.model_fields.items():
         if real[name].default is not dataclasses.MISSING:
             assert field.default == real[name].default, name
 
@@ -579,7 +582,7 @@ def test_every_key_can_be_explained(key: str) -> None:
     assert explain_key(key).startswith(key)
 
 
-def test_explaining_a_key_gives_type_default_mapping_and_trls_own_help() -> None:
+def test_explaining_a_key_gives_type_default_mapping_and_help() -> None:
     assert explain_key("cutoff_len") == (
         "cutoff_len  (dataset)\n"
         "  type     a whole number of tokens above 0\n"
@@ -587,7 +590,7 @@ def test_explaining_a_key_gives_type_default_mapping_and_trls_own_help() -> None
         "  mapping  becomes max_length with packing\n"
         "  Longest row; what is beyond is cut."
     )
-    assert "TRL: The initial learning rate for AdamW." in explain_key("learning_rate")
+    assert "  Label smoothing factor to prevent" in explain_key("label_smoothing_factor")  # TRL's help
     listed = set(re.findall(r"[\w.-]+", explain_key("template")))
     assert listed >= SHIPPED | THE_TOKENIZERS_OWN and not listed & MULTIMODAL
     with pytest.raises(RecipeError, match=r"^lerning_rate: no such key; the nearest is learning_rate$"):

@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -77,6 +80,46 @@ def test_the_schema_refuses_a_typo_and_a_wrong_type() -> None:
 
 def test_keys_md_and_the_schema_are_up_to_date() -> None:
     assert make_keys.main(["--check"]) == 0
+
+
+@pytest.fixture
+def copied_table(tmp_path: Path) -> Path:
+    """The table of SFTConfig's fields in a copy of all that make_keys.py reads and writes."""
+    for folder in ("arpo_trl", "recipes", "scripts"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "arpo_trl" / "recipe" / "sft_fields.py"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "is_stale"),
+    [
+        ("(default=-1, description='Overrides", "(default=-1, description='Wins over", False),
+        ("of TRL 1.", "of TRL 2.", False),
+        ("max_steps: Whole = Field(default=-1,", "max_steps: Whole = Field(default=-2,", True),
+        ("max_steps: Whole =", "max_steps: Number =", True),
+        ("    max_grad_norm:", "    max_grad_nrom:", True),
+    ],
+)
+def test_the_check_compares_types_and_defaults_but_no_words(
+    copied_table: Path, monkeypatch: pytest.MonkeyPatch, ours: str, theirs: str, is_stale: bool
+) -> None:
+    monkeypatch.setattr(make_keys, "SFT_FIELDS", copied_table)
+    text = copied_table.read_text(encoding="utf-8")
+    assert text.count(ours) == 1
+    copied_table.write_text(text.replace(ours, theirs), encoding="utf-8")
+    assert make_keys.main(["--check"]) == is_stale
+
+
+@pytest.mark.slow
+def test_one_run_of_make_keys_is_enough(copied_table: Path, tmp_path: Path) -> None:
+    text = copied_table.read_text(encoding="utf-8")
+    old = "".join(line for line in text.splitlines(keepends=True) if "    weight_decay:" not in line)
+    copied_table.write_text(old, encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "scripts" / "make_keys.py")]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True, cwd=tmp_path)
+    assert copied_table.read_text(encoding="utf-8") == text
+    for name in ("KEYS.md", "schema.json"):
+        assert (tmp_path / "recipes" / name).read_bytes() == (REPOSITORY / "recipes" / name).read_bytes()
 
 
 @pytest.mark.parametrize("path", FOREIGN, ids=names(FOREIGN))

@@ -52,9 +52,7 @@ def test_check_tells_the_time_at_the_speed_of_an_earlier_run(
 
 
 def test_check_of_a_stream_says_what_is_unknown(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    stream = chat_recipe.model_copy(update={"streaming": True})
-    stream.trl["max_steps"] = 4
-    check(stream)
+    check(chat_recipe.model_copy(update={"streaming": True, "max_steps": 4}))
     assert "; the rows are read and counted as the run goes\n" in capsys.readouterr().out
 
 
