@@ -114,11 +114,11 @@ def advise_cutoff(name: str, rows: Dataset, counts: Counts, cutoff_len: int) -> 
 
     A trajectory that is one reply is only shortened, and its final answer is lost all the same.
     """
-    used, lengths = counts.rows - counts.dropped, token_lengths(rows)
-    cut = rows.select_columns("cut").with_format("numpy")["cut"][:]
-    cut_rows = np.count_nonzero(cut[lengths > 0])
+    used, cut = counts.rows - counts.dropped, rows.select_columns("cut").with_format("numpy")["cut"][:]
+    cut_rows = np.count_nonzero(cut)  # A dropped row has none.
     if cut_rows <= CUT_ROWS_ALLOWED * used:
         return
+    lengths = token_lengths(rows)
     whole = (lengths + cut)[lengths > 0]
     enough = math.ceil(np.percentile(whole, 100 * ROWS_TO_FIT, method="inverted_cdf") / 64) * 64
     tokens = np.minimum(whole, enough).sum() / lengths.sum()

@@ -10,14 +10,12 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +26,7 @@ from datasets import (
     Dataset,
     DatasetDict,
     DatasetInfo,
+    DownloadManager,
     DownloadMode,
     Features,
     List,
@@ -36,11 +35,13 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
+from filelock import FileLock
 
 from ..errors import DatasetError
 from ..recipe.keys import Recipe
+from ..run_folder import write_text
 from .audit import list_rows
-from .encode import EncodedRow, Encoder, encode_batches
+from .encode import Encoder, encode_batches
 from .files import fingerprint, read_dataset, require_unchanged
 from .labels import IGNORED
 from .registry import saved_by_llamafactory
@@ -61,9 +62,8 @@ FEATURES = Features(
 )
 TRAINED_ON = Features({name: FEATURES[name] for name in ("input_ids", "labels", "source")})
 PROCESSES_PAY_FROM = 200 << 20
-ROWS_IN_MEMORY = 100
-ABANDONED_AFTER = 24 * 3600
-TRIES = 5
+Range = tuple[int, int | None]
+Parts = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,8 @@ class EncodedDataset:
         if not lines:
             return None
         path = Path(self.rows.cache_files[0]["filename"]).with_name("row_audit.jsonl")
-        with suppress(OSError):
-            if not path.exists():
-                unfinished = path.with_name(f"{path.name}.{uuid4().hex}")  # not `write_text`: two runs may be here
-                unfinished.write_text("".join(lines), encoding="utf-8")
-                unfinished.replace(path)
+        with suppress(OSError), FileLock(f"{path}.lock"):
+            write_text(path, "".join(lines))
         return path if path.exists() else None
 
 
@@ -119,7 +116,7 @@ def load_or_encode(encoder: Encoder) -> EncodedDataset:
 class RowsBuilder(ArrowBasedBuilder):  # type: ignore[misc]
     """Encodes a dataset into the datasets cache, in as many processes as it is given ranges of rows."""
 
-    def __init__(self, encoder: Encoder, parts: dict[str, Any], ranges: list[tuple[int, int | None]]) -> None:
+    def __init__(self, encoder: Encoder, parts: Parts, ranges: list[Range]) -> None:
         self.encoder, self.parts, self.ranges = encoder, parts, ranges
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         super().__init__(dataset_name="arpo_trl", config_id=key)
@@ -127,52 +124,37 @@ class RowsBuilder(ArrowBasedBuilder):  # type: ignore[misc]
     def _info(self) -> DatasetInfo:
         return DatasetInfo(description=json.dumps(self.parts), features=FEATURES)
 
-    def _split_generators(self, dl_manager: Any) -> list[SplitGenerator]:
+    def _split_generators(self, dl_manager: DownloadManager) -> list[SplitGenerator]:
         return [SplitGenerator("train", {"ranges": self.ranges})]
 
-    def _generate_tables(self, ranges: list[tuple[int, int | None]]) -> Iterator[tuple[int, pa.Table]]:
+    def _generate_tables(self, ranges: list[Range]) -> Iterator[tuple[int, pa.Table]]:
         if len(self.ranges) > 1:
             # The processes are the parallelism, and the threads of a forked tokenizer would wait for ever.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         for start, stop in ranges:
             rows = islice(read_dataset(self.encoder.info, streaming=False)[1], start, stop)
             for number, batch in enumerate(encode_batches(rows, self.encoder)):
-                yield number, _to_table(batch)
+                yield number, pa.Table.from_pylist(batch, schema=FEATURES.arrow_schema)
         require_unchanged(self.encoder.info, self.parts["data"])
 
 
-def _encode(encoder: Encoder, parts: dict[str, Any], encode_again: bool) -> Dataset:
+def _encode(encoder: Encoder, parts: Parts, encode_again: bool) -> Dataset:
     size, _ = read_dataset(encoder.info, streaming=False)
     ranges = _ranges(encoder, size)
     builder = RowsBuilder(encoder, parts, ranges)
     mode = DownloadMode.FORCE_REDOWNLOAD if encode_again else None
-    for attempt in range(TRIES):
+    folder = Path(builder.cache_dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # until the rows are open, lest another run's overwrite_cache replaces them
         try:
             builder.download_and_prepare(download_mode=mode, num_proc=len(ranges) if len(ranges) > 1 else None)
-            empty = builder.info.splits["train"].num_examples == 0
-            return Dataset(_to_table([])) if empty else builder.as_dataset("train")
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None
-        except FileNotFoundError:  # Another run with overwrite_cache replaced it between these two lines.
-            if attempt == TRIES - 1:
-                raise
-    raise AssertionError
+        empty = builder.info.splits["train"].num_examples == 0
+        return Dataset(FEATURES.arrow_schema.empty_table()) if empty else builder.as_dataset("train")
 
 
-def _to_table(rows: list[EncodedRow]) -> pa.Table:
-    """Rows with FEATURES as columns; the tokens are laid end to end, since pyarrow reads lists of arrays one by one."""
-    columns: list[pa.Array] = []
-    for field in FEATURES.arrow_schema:
-        values = [row[field.name] for row in rows]  # type: ignore[literal-required]
-        if field.type == pa.list_(pa.int32()):
-            ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
-            columns.append(pa.ListArray.from_arrays(ends, np.concatenate([np.empty(0, np.int32), *values])))
-        else:
-            columns.append(pa.array(values, field.type))
-    return pa.table(columns, schema=FEATURES.arrow_schema)
-
-
-def _ranges(encoder: Encoder, size: int) -> list[tuple[int, int | None]]:
+def _ranges(encoder: Encoder, size: int) -> list[Range]:
     """The rows that each process encodes; `size` bytes of data must be worth the seconds that processes take to start."""
     info, recipe = encoder.info, encoder.recipe
     most = recipe.max_samples if info.num_samples is None else None
@@ -184,7 +166,7 @@ def _ranges(encoder: Encoder, size: int) -> list[tuple[int, int | None]]:
     return list(pairwise(ends))
 
 
-def _parts(encoder: Encoder, data: str) -> dict[str, Any]:
+def _parts(encoder: Encoder, data: str) -> Parts:
     """All that the encoded rows depend on, by the name under which a change is reported."""
     info, recipe, tokenizer = encoder.info, encoder.recipe, encoder.template.tokenizer
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
@@ -201,49 +183,35 @@ def _parts(encoder: Encoder, data: str) -> dict[str, Any]:
     }
 
 
-def _parts_of(rows: Dataset) -> dict[str, Any]:
+def _parts_of(rows: Dataset) -> Parts:
     """The parts that encoded rows were made of."""
     return dict(json.loads(rows.info.description))
 
 
 def _load_saved(folder: Path) -> Dataset:
-    refused = DatasetError(
+    with suppress(OSError, ValueError, TypeError, pa.ArrowException):
+        rows = load_from_disk(str(folder))
+        if isinstance(rows, Dataset) and rows.features == FEATURES and _parts_of(rows):
+            return rows
+    raise DatasetError(
         f"tokenized_path: {folder} holds no rows that arpo_trl saved; name another tokenized_path, or remove the folder"
     )
-    try:
-        rows = load_from_disk(str(folder))
-        if not isinstance(rows, Dataset) or rows.features != FEATURES or not _parts_of(rows):
-            raise refused
-    except (OSError, ValueError, TypeError, pa.ArrowException):
-        raise refused from None
-    return rows
 
 
 def _save(rows: Dataset, folder: Path) -> Dataset:
     """`save_to_disk` beside the folder and a rename, so that it is there whole or not at all."""
+    beside = folder.with_name(f"{folder.name}.unfinished")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
-    beside = folder.with_name(f"{folder.name}.unfinished-{uuid4().hex}")
-    replaced = folder.with_name(f"{folder.name}.unfinished-{uuid4().hex}")
-    try:
-        rows.save_to_disk(str(beside))
-        with suppress(FileNotFoundError):
-            folder.rename(replaced)
-        with suppress(OSError):  # Another run was quicker: its rows are the same.
-            beside.rename(folder)
-    finally:
-        for left in (beside, replaced):
-            shutil.rmtree(left, ignore_errors=True)
-    return _load_saved(folder)
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """Remove what killed runs left here: folders of ours into which nothing was written for a day."""
-    for path in parent.glob("*.unfinished-*"):
-        with suppress(OSError):
-            written = max(file.stat().st_mtime for file in (path, *path.iterdir()))
-            if time.time() - written > ABANDONED_AFTER:
-                shutil.rmtree(path, ignore_errors=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        shutil.rmtree(beside, ignore_errors=True)  # a killed run left it
+        try:
+            rows.save_to_disk(str(beside / "new"))
+            with suppress(FileNotFoundError):
+                folder.rename(beside / "old")
+            (beside / "new").rename(folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        return _load_saved(folder)
 
 
 def load_tokenized(recipe: Recipe) -> dict[str, EncodedDataset] | None:
@@ -268,39 +236,27 @@ def load_tokenized(recipe: Recipe) -> dict[str, EncodedDataset] | None:
                 f"tokenized_path: {folder}: its {name} has no column {' and '.join(sorted(missing))}; name a folder that "
                 "arpo_trl or LLaMA-Factory saved"
             )
+    found = {}
+    for name, rows in splits.items():
+        columns = rows.select_columns(["input_ids", "labels"])
+        given = {"source": f"{folder}/{name}", "format_number": FORMAT}
+        columns = columns.map(_as_ours, with_indices=True, input_columns="labels", fn_kwargs=given, features=FEATURES)
+        found[name] = EncodedDataset(name, columns, rows._fingerprint)
+    return found
+
+
+def _as_ours(labels: list[int], position: int, source: str, format_number: int) -> dict[str, object]:
+    """Our other columns of a row that LLaMA-Factory encoded. `format_number` is there for `map`'s fingerprint."""
+    trained = sum(label != IGNORED for label in labels)
     return {
-        name: EncodedDataset(name, rows.map(_with_columns, **_as_ours(folder, name, rows)), rows._fingerprint)
-        for name, rows in splits.items()
-    }
-
-
-def _as_ours(folder: Path, name: str, rows: Dataset) -> dict[str, Any]:
-    key = hashlib.sha256(f"{FORMAT} {folder.resolve()} {name} {rows._fingerprint}".encode()).hexdigest()[:16]
-    return {
-        "batched": True,
-        "batch_size": ROWS_IN_MEMORY,
-        "with_indices": True,
-        "fn_kwargs": {"source": f"{folder}/{name}"},
-        "remove_columns": rows.column_names,
-        "features": FEATURES,
-        "new_fingerprint": key,
-    }
-
-
-def _with_columns(batch: dict[str, list[Any]], positions: list[int], source: str) -> dict[str, Any]:
-    rows = len(positions)
-    trained = [int(np.count_nonzero(np.array(labels) != IGNORED)) for labels in batch["labels"]]
-    return {
-        "input_ids": batch["input_ids"],
-        "labels": batch["labels"],
-        "source": [f"{source}:{position + 1}" for position in positions],
+        "source": f"{source}:{position + 1}",
         "trained_tokens": trained,
-        "cut": [0] * rows,
-        "outcome": ["kept" if number else "dropped" for number in trained],
-        "reason": ["" if number else "no trained token" for number in trained],
-        "excerpt": [""] * rows,
-        "fields": [[]] * rows,
-        "also": [""] * rows,
+        "cut": 0,
+        "outcome": "kept" if trained else "dropped",
+        "reason": "" if trained else "no trained token",
+        "excerpt": "",
+        "fields": [],
+        "also": "",
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -16,22 +16,13 @@ import numpy.typing as npt
 from ..errors import RowError
 from ..recipe.keys import Recipe
 from .files import Row
-from .labels import (
-    IGNORED,
-    Example,
-    ExampleConfig,
-    FindOffsets,
-    Segment,
-    Tokenize,
-    carry_loss,
-    to_examples,
-    to_segments,
-)
+from .labels import IGNORED, Example, ExampleConfig, Tokenize, carry_loss, mask_replies, to_examples
 from .messages import Conversation, to_conversation
 from .registry import DatasetInfo
+from .segments import Segment, to_segments
 from .strict_json import excerpt
 from .template import Template
-from .tokenizer import check_parity, make_find_offsets, make_tokenize
+from .tokenizer import check_parity, make_tokenize
 
 BATCH_CHARACTERS = 1 << 20
 PARITY_ROWS = 32
@@ -93,17 +84,11 @@ def encode_batches(rows: Iterable[Row], encoder: Encoder) -> Iterator[list[Encod
         DatasetError: if one of the first rows fails the parity check.
     """
     rows = _check_first(iter(rows), encoder)
-    tokenizer = encoder.template.tokenizer
-    tokenize = make_tokenize(tokenizer)
-    find_offsets = make_find_offsets(tokenizer) if encoder.recipe.mask_spans else None
-
-    def encode(batch: list[Row]) -> list[EncodedRow]:
-        return list(_encode_batch(batch, encoder, tokenize, find_offsets))
-
+    tokenize = make_tokenize(encoder.template.tokenizer, with_offsets=bool(encoder.recipe.mask_spans))
     running: deque[Future[list[EncodedRow]]] = deque()
     with ThreadPoolExecutor(2) as pool:
         for batch in _batches(rows, encoder.recipe.preprocessing_batch_size):
-            running.append(pool.submit(encode, batch))
+            running.append(pool.submit(_encode_batch, batch, encoder, tokenize))
             if len(running) > 2:
                 yield running.popleft().result()
         while running:
@@ -121,36 +106,45 @@ def _check_first(rows: Iterator[Row], encoder: Encoder) -> Iterator[Row]:
     return chain(sample, rows)
 
 
-def _encode_batch(
-    rows: list[Row],
-    encoder: Encoder,
-    tokenize: Tokenize,
-    find_offsets: FindOffsets | None,
-) -> Iterator[EncodedRow]:
-    rendered: list[tuple[list[Segment], Conversation] | RowError] = []
+def _batches(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
+    batch, characters = [], 0
     for row in rows:
-        try:
-            rendered.append(_render(row, encoder))
-        except RowError as error:
-            rendered.append(error)
-    segments = [found[0] for found in rendered if not isinstance(found, RowError)]
-    examples = iter(to_examples(segments, tokenize, encoder.config, find_offsets))
-    for row, found in zip(rows, rendered):
-        result = found if isinstance(found, RowError) else _checked(next(examples), found[1], encoder.recipe)
-        yield _to_columns(row, result, encoder.recipe.cutoff_len)
+        batch.append(row)
+        characters += len(repr(row.value))
+        if len(batch) == most or characters > BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-def _render(row: Row, encoder: Encoder) -> tuple[list[Segment], Conversation]:
-    conversation, config = encoder.read(row), encoder.config
-    segments = to_segments(conversation, encoder.template, config.mask_spans)
-    if not any(carry_loss(segments, config)):
-        which = "the last" if config.mask_history else "every"
-        spans = " or all of it is masked by mask_spans" if config.mask_spans else ""
-        raise RowError(f"no trained token: {which} reply has loss: false{spans}")
-    return segments, conversation
+def _encode_batch(rows: list[Row], encoder: Encoder, tokenize: Tokenize) -> list[EncodedRow]:
+    recipe = encoder.recipe
+    rendered = [_render(row, encoder) for row in rows]
+    segments = [found[1] for found in rendered if not isinstance(found, RowError)]
+    examples = iter(to_examples(segments, tokenize, encoder.config))
+    results = [
+        found if isinstance(found, RowError) else _complete(next(examples), found[0], recipe) for found in rendered
+    ]
+    return [_to_columns(row, result, recipe.cutoff_len) for row, result in zip(rows, results)]
 
 
-def _checked(example: Example, conversation: Conversation, recipe: Recipe) -> Example | RowError:
+def _render(row: Row, encoder: Encoder) -> tuple[Conversation, list[Segment]] | RowError:
+    config, template = encoder.config, encoder.template
+    try:
+        conversation = encoder.read(row)
+        segments = mask_replies(to_segments(conversation, template), template, config.mask_spans)
+    except RowError as error:
+        return error
+    if any(carry_loss(segments, config)):
+        return conversation, segments
+    which = "the last" if config.mask_history else "every"
+    spans = " or all of it is masked by mask_spans" if config.mask_spans else ""
+    return RowError(f"no trained token: {which} reply has loss: false{spans}")
+
+
+def _complete(example: Example, conversation: Conversation, recipe: Recipe) -> Example | RowError:
+    """The example with what is known of its conversation, or why it can't be trained on."""
     if all(label == IGNORED for label in example.labels):
         more = "" if recipe.truncation_mode == "llamafactory" else ", or set truncation_mode: llamafactory"
         return RowError(f"only labels past the cutoff: raise cutoff_len ({recipe.cutoff_len}){more}")
@@ -191,21 +185,3 @@ def _outcome(result: Example | RowError, cutoff_len: int) -> tuple[str, str]:
 def _storable(text: str) -> str:
     """Arrow's strings are UTF-8: half a surrogate pair is written as its escape."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _batches(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
-    batch, characters = [], 0
-    for row in rows:
-        batch.append(row)
-        characters += _characters(row.value)
-        if len(batch) == most or characters > BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _characters(value: Any) -> int:
-    if isinstance(value, dict):
-        value = list(value.values())
-    return sum(map(_characters, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 1

@@ -24,12 +24,13 @@ from jinja2 import TemplateError
 from ..errors import RecipeError, RowError
 from ..recipe.keys import Recipe
 from ..run_folder import read_json
-from .labels import shared_start, to_segments
 from .messages import THOUGHT_KEYS, Conversation, Message
+from .segments import shared_start, to_segments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ChatTemplate = str | dict[str, str]  # one, or several by name
 ASK: Message = {"role": "user", "content": "a question"}
 REPLY: Message = {"role": "assistant", "content": "an answer"}
 CALL: dict[str, Any] = {"type": "function", "function": {"name": "search", "arguments": {"query": "a word"}}}
@@ -98,9 +99,19 @@ class Template:
         parts = [self.jinja, self.tool_jinja, special_tokens, self.enable_thinking, self.last_thought_only]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def turn_ends(self) -> list[str]:
+        """The tokens that end a reply."""
+        return [end for end in (self.end_of_turn, self.call_end) if end]
+
     def ends(self, reply: str) -> bool:
         """Whether a token that ends a turn is in the reply."""
-        return any(end in reply for end in (self.end_of_turn, self.call_end) if end)
+        return any(end in reply for end in self.turn_ends)
+
+    def without_end(self, reply: str) -> str:
+        """What of a reply stands before the token that ends it."""
+        at = max((reply.rfind(end) for end in self.turn_ends), default=-1)
+        return reply if at < 0 else reply[:at]
 
     def fit(self, conversation: Conversation) -> Conversation:
         """The conversation as the template takes it: thoughts kept, moved or left out, and ids for calls."""
@@ -206,8 +217,7 @@ def find_template(
     Raises:
         RecipeError: if it can't be rendered at all.
     """
-    given: str | dict[str, str] = tokenizer.chat_template
-    named = {name: jinja.removeprefix(WITHOUT_THOUGHT) for name, jinja in _named(given).items()}
+    named = {name: jinja.removeprefix(WITHOUT_THOUGHT) for name, jinja in _named(tokenizer.chat_template).items()}
     if "default" not in named:
         raise RecipeError(f"template: the tokenizer has templates named {', '.join(named)} and none named default")
     day = day or date.today()
@@ -252,14 +262,14 @@ def _day(recipe: Recipe) -> date:
         return date.today()
 
 
-def without_thought_by_default(chat_template: str | dict[str, str], wanted: bool) -> str | dict[str, str]:
+def without_thought_by_default(chat_template: ChatTemplate, wanted: bool) -> ChatTemplate:
     """A tokenizer's templates, which answer without a thought unless they are asked for one; or as they were before that."""
     first = WITHOUT_THOUGHT if wanted else ""
     named = {name: first + jinja.removeprefix(WITHOUT_THOUGHT) for name, jinja in _named(chat_template).items()}
     return named if isinstance(chat_template, dict) else named["default"]
 
 
-def _named(chat_template: str | dict[str, str]) -> dict[str, str]:
+def _named(chat_template: ChatTemplate) -> dict[str, str]:
     return chat_template if isinstance(chat_template, dict) else {"default": chat_template}
 
 

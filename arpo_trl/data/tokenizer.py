@@ -6,9 +6,8 @@ Its chat template is the one inference needs; `template.py` finds the one to tra
 from __future__ import annotations
 
 import copy
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -20,9 +19,10 @@ from tokenizers.processors import TemplateProcessing
 from ..errors import DatasetError
 from ..recipe.keys import Recipe
 from ..recipe.template_names import SHIPPED, THE_TOKENIZERS_OWN, check_template_name
-from .labels import IGNORED, ExampleConfig, FindOffsets, Tokenize, carry_loss, is_written, to_examples, to_segments
+from .labels import IGNORED, ExampleConfig, Tokenize, Tokens, carry_loss, to_examples
 from .messages import Conversation
-from .template import Template, find_template, shipped_template, without_thought_by_default
+from .segments import is_written, to_segments
+from .template import ChatTemplate, Template, find_template, shipped_template, without_thought_by_default
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,13 +34,29 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     Raises:
         RecipeError: if the model or the template isn't there, or no reply ends in a token of its own.
     """
+    tokenizer = _load(recipe)
+    if recipe.mask_spans and not tokenizer.is_fast:
+        raise recipe.error(
+            "mask_spans", "needs a fast tokenizer (tokenizer.json), and this model has none; remove the key"
+        )
+    tokenizer.chat_template = _read_template(recipe, tokenizer)
+    template = find_template(tokenizer)
+    if template.end_of_turn is None:
+        raise recipe.error("template", _why_no_end(recipe, template))
+    if template.thinks:
+        without_thought = recipe.enable_thinking is False
+        tokenizer.chat_template = without_thought_by_default(tokenizer.chat_template, without_thought)
+    tokenizer.eos_token = template.end_of_turn
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load(recipe: Recipe) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     name = recipe.model_name_or_path
-    local = re.match(r"[./~]|[A-Za-z]:", name) or name.count("/") > 1 or Path(name).exists()
-    if local and not Path(name).is_dir():
-        raise recipe.error("model_name_or_path", f"{name}: no such folder")
-    load = partial(
+    load: Callable[..., PreTrainedTokenizerBase] = partial(
         AutoTokenizer.from_pretrained,
         name,
         revision=recipe.model_revision,
@@ -49,66 +65,52 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     )
     try:
         try:  # Code that comes with a model runs only where transformers has none for it.
-            tokenizer: PreTrainedTokenizerBase = load(trust_remote_code=False)
+            return load(trust_remote_code=False)
         except ValueError:
             if not recipe.trust_remote_code:
                 raise
-            tokenizer = load(trust_remote_code=True)
+            return load(trust_remote_code=True)
     except Exception as error:  # tokenizers raises Exception itself for a file that it can't read
-        reason = " ".join(str(error).split())[:300]
-        where = (
+        found = (
             "no tokenizer could be loaded from it" if Path(name).is_dir() else "no such folder, nor given by the hub"
         )
-        raise recipe.error("model_name_or_path", f"{name}: {where} ({reason})") from None
-    if recipe.mask_spans and not tokenizer.is_fast:
-        raise recipe.error(
-            "mask_spans", "needs a fast tokenizer (tokenizer.json), and this model has none; remove the key"
-        )
-    tokenizer.chat_template = _read_template(recipe, tokenizer)
-    template = find_template(tokenizer)
-    if template.thinks:
-        without_thought = recipe.enable_thinking is False
-        tokenizer.chat_template = without_thought_by_default(tokenizer.chat_template, without_thought)
-    end_of_turn = template.end_of_turn
-    if end_of_turn is None and recipe.template in SHIPPED:
-        raise recipe.error(
-            "template",
-            f"{recipe.template} ends a reply with {template.after_reply.strip()!r}, which is no token of this "
-            "tokenizer; write one that ends it with the tokenizer's own eos token (template: default), or add the token "
-            "to the tokenizer and the model with the commands in docs/templates.md",
-        )
-    if end_of_turn is None:
-        raise recipe.error(
-            "template",
-            f"{recipe.template or 'the one of the tokenizer'} ends no reply with a special token, so the model could not "
-            "learn to stop; write template: default, which ends it with the tokenizer's eos token, or another template",
-        )
-    tokenizer.eos_token = end_of_turn
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+        reason = " ".join(str(error).split())[:300]
+        raise recipe.error("model_name_or_path", f"{name}: {found} ({reason})") from None
 
 
-def _read_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str]:
+def _read_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     template = recipe.template
     if template in SHIPPED:
         return shipped_template(template)
     if template is None or template in THE_TOKENIZERS_OWN:
-        own: str | dict[str, str] | None = tokenizer.chat_template
-        if not own:
-            found = "omitted" if template is None else f"{template} means the tokenizer's own"
-            raise recipe.error(
-                "template",
-                f"{found}, and the tokenizer has no chat template; write template: default or another of those that "
-                "--help template calls shipped, or the path of a .jinja file",
-            )
-        return own
+        own: ChatTemplate | None = tokenizer.chat_template
+        if own:
+            return own
+        found = "omitted" if template is None else f"{template} means the tokenizer's own"
+        raise recipe.error(
+            "template",
+            f"{found}, and the tokenizer has no chat template; write template: default or another of those that "
+            "--help template calls shipped, or the path of a .jinja file",
+        )
     if problem := check_template_name(template):
         raise recipe.error("template", problem)
     try:
         return Path(template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise recipe.error("template", f"{template}: cannot be read ({error})") from None
+
+
+def _why_no_end(recipe: Recipe, template: Template) -> str:
+    if recipe.template in SHIPPED:
+        return (
+            f"{recipe.template} ends a reply with {template.after_reply.strip()!r}, which is no token of this "
+            "tokenizer; write one that ends it with the tokenizer's own eos token (template: default), or add the token "
+            "to the tokenizer and the model with the commands in docs/templates.md"
+        )
+    return (
+        f"{recipe.template or 'the one of the tokenizer'} ends no reply with a special token, so the model could not "
+        "learn to stop; write template: default, which ends it with the tokenizer's eos token, or another template"
+    )
 
 
 def check_parity(conversation: Conversation, template: Template, config: ExampleConfig, location: str) -> None:
@@ -135,53 +137,69 @@ def check_parity(conversation: Conversation, template: Template, config: Example
     texts = [segments[0].text, segments[1].text]
     context, reply = tokenize(texts, ["", texts[0]])
     both, whole = tokenize(["".join(texts), template.render(messages, conversation.tools, False)])
-    if decode(context + reply) != decode(both):
+    if decode(context.ids + reply.ids) != decode(both.ids):
         raise refuse("the tokenizer writes a reply after its context otherwise than alone")
     if tokenizer.eos_token != template.end_of_turn:
         raise refuse(f"a turn does not end in the eos token {tokenizer.eos_token!r}")
     (example,) = to_examples([segments], tokenize, config)
-    if decode(example.input_ids) != decode(whole):
+    if decode(example.input_ids) != decode(whole.ids):
         raise refuse("the encoded text is not what the chat template renders")
     if config.train_on_prompt:
         return
     runs = [list(run) for trained, run in groupby(example.labels, lambda label: label != IGNORED) if trained]
-    ends = {tokenizer.convert_tokens_to_ids(end) for end in (template.end_of_turn, template.call_end) if end}
+    ends = {tokenizer.convert_tokens_to_ids(end) for end in template.turn_ends}
     trained = [segment for segment, carries in zip(segments, carry_loss(segments, config)) if carries]
     if sum(not ends.isdisjoint(run) for run in runs) < sum(template.ends(segment.text) for segment in trained):
         raise refuse(f"a reply is trained without its end-of-turn token {tokenizer.eos_token!r}")
     masked = decode([token for token, label in zip(example.input_ids, example.labels) if label == IGNORED])
     for message in messages:
         (text,) = tokenize([message["content"].strip()])
-        if message["role"] != "assistant" and not is_written(decode(text).strip(), masked):
+        if message["role"] != "assistant" and not is_written(decode(text.ids).strip(), masked):
             raise refuse(f"a message from {message['role']} is not wholly masked")
 
 
-def make_tokenize(tokenizer: PreTrainedTokenizerBase) -> Tokenize:
-    """A function: texts -> token ids, without special tokens added; the Rust tokenizer takes all texts at once, in parallel.
+def make_tokenize(tokenizer: PreTrainedTokenizerBase, with_offsets: bool = False) -> Tokenize:
+    """A function: texts -> tokens, without special tokens added; the Rust tokenizer takes all texts at once, in parallel.
 
     Tokenizers of SentencePiece's kind (Llama 2, Mistral, Phi-3) write a space before each text. For a text that goes on
     from another (`before`) the tokens are those it has after that one, where no space is written.
+
+    Args:
+        with_offsets: Give the characters of each token, too, which a slow tokenizer does not know.
     """
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer
+        if with_offsets:
+            # Its post-processor, which only adds special tokens, goes: RoBERTa's kind leaves a space out of its token's
+            # characters (tokenizers: `ByteLevel(trim_offsets=True)`).
+            backend = copy.deepcopy(backend)
+            backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
         backend.no_truncation()
         backend.no_padding()
 
-    def alone(texts: list[str]) -> Iterable[list[int]]:
-        if tokenizer.is_fast:
-            return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
-        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return ids
+    def alone(texts: list[str]) -> Iterable[Tokens]:
+        if not tokenizer.is_fast:
+            return map(Tokens, tokenizer(texts, add_special_tokens=False)["input_ids"])
+        if with_offsets:
+            found = backend.encode_batch(texts, add_special_tokens=False)
+            return (Tokens(encoding.ids, encoding.offsets) for encoding in found)
+        return (Tokens(encoding.ids) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
 
     find_anchor = _find_anchor(tokenizer)
 
-    def going_on(texts: list[str], before: Sequence[str] = ()) -> Iterable[list[int]]:
+    def going_on(texts: list[str], before: Sequence[str] = ()) -> Iterator[Tokens]:
         anchors = [find_anchor(text) for text in before] or [""] * len(texts)
-        known = dict(zip(found := list(set(anchors)), alone(found)))
+        different = list(set(anchors))
+        known = {anchor: tokens.ids for anchor, tokens in zip(different, alone(different))}
         joined = alone([anchor + text for anchor, text in zip(anchors, texts, strict=True)])
-        for anchor, text, ids in zip(anchors, texts, joined):
-            start = known[anchor]
-            yield ids[len(start) :] if ids[: len(start)] == start else next(iter(alone([text])))
+        for anchor, text, tokens in zip(anchors, texts, joined):
+            done = known[anchor]
+            if tokens.ids[: len(done)] == done:
+                characters = tokens.offsets[len(done) :]
+                offsets = [(max(start - len(anchor), 0), end - len(anchor)) for start, end in characters]
+                yield Tokens(tokens.ids[len(done) :], offsets)
+            else:
+                yield from alone([text])
 
     return going_on if _writes_a_space(tokenizer) else lambda texts, before=(): alone(texts)
 
@@ -195,27 +213,3 @@ def _find_anchor(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     """A function: a text -> what stands for it before another: the special token it ends in (a space may follow), or a newline."""
     added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     return lambda before: next(filter(before.endswith, added), "\n") if before else ""
-
-
-def make_find_offsets(tokenizer: PreTrainedTokenizerBase) -> FindOffsets:
-    """A function: a text, and the one before it -> the characters of each of its tokens, (start, end).
-
-    Its post-processor, which only adds special tokens, goes: RoBERTa's kind leaves a space out of its token's characters
-    (tokenizers: `ByteLevel(trim_offsets=True)`).
-    """
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.no_truncation()
-    backend.no_padding()
-    backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
-
-    find_anchor = _find_anchor(tokenizer) if _writes_a_space(tokenizer) else lambda before: ""
-
-    def find_offsets(text: str, before: str = "") -> list[tuple[int, int]]:
-        anchor = find_anchor(before)
-        known: list[int] = backend.encode(anchor, add_special_tokens=False).ids
-        joined = backend.encode(anchor + text, add_special_tokens=False)
-        if joined.ids[: len(known)] != known:
-            return find_offsets(text)
-        return [(max(start - len(anchor), 0), end - len(anchor)) for start, end in joined.offsets[len(known) :]]
-
-    return find_offsets

@@ -22,8 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
-from ..data.labels import to_segments
 from ..data.messages import Conversation, Message, to_tools
+from ..data.segments import to_segments
 from ..data.template import Template, find_template
 from ..data.tokenizer import make_tokenize
 from ..errors import RecipeError, RowError
@@ -57,7 +57,7 @@ class Chat:
         except RowError as error:
             raise RecipeError(f"{self.tokenizer.name_or_path}: {error}") from None
         tokens = make_tokenize(self.tokenizer)(pieces, ["", *pieces[:-1]])
-        ids = torch.tensor([[token for piece in tokens for token in piece]])
+        ids = torch.tensor([[token for piece in tokens for token in piece.ids]])
         output = self.model.generate(
             input_ids=ids.to(self.model.device),
             attention_mask=torch.ones_like(ids).to(self.model.device),

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from hashlib import sha256
 from itertools import islice, product
 from pathlib import Path
@@ -159,24 +158,14 @@ def test_a_killed_preparation_leaves_nothing_that_counts(bench: Bench, tiny_mode
     assert not list(bench.folder.rglob("*.incomplete"))
 
 
-def test_what_dead_runs_left_is_removed_after_a_day(bench: Bench) -> None:
+def test_what_a_killed_run_left_beside_a_tokenized_path_is_removed(bench: Bench) -> None:
     beside = bench.folder / "tokenized"
-    for name in ("d.unfinished-dead", "d.unfinished-alive", "d.unfinished-busy", "d.123", "notes"):
+    for name in ("d.unfinished/new", "d.123", "notes"):
         (beside / name).mkdir(parents=True)
         (beside / name / "rows.arrow").touch()
-    yesterday = time.time() - 25 * 3600
-    for path in [*beside.glob("*/rows.arrow"), *beside.iterdir()]:
-        if path.parent.name != "d.unfinished-busy" and path.name != "d.unfinished-alive":
-            os.utime(path, (yesterday, yesterday))
     bench.add("d", numbered(2))
     bench.prepare(tokenized_path=str(beside))
-    assert sorted(path.name for path in beside.iterdir()) == [
-        "d",
-        "d.123",
-        "d.unfinished-alive",
-        "d.unfinished-busy",
-        "notes",
-    ]
+    assert sorted(path.name for path in beside.iterdir()) == [".d.lock", "d", "d.123", "notes"]
 
 
 def test_the_format_is_raised_when_the_golden_rows_come_out_otherwise(bench: Bench) -> None:
@@ -345,4 +334,4 @@ def test_two_runs_may_encode_the_same_data_at_once(bench: Bench, tiny_model: Pat
     command = [sys.executable, str(bench.folder / "race.py"), str(tiny_model), str(bench.folder)]
     runs = [subprocess.Popen([*command, *names], env=environment) for names in ("ab", "ba")]
     assert [run.wait(timeout=300) for run in runs] == [0, 0]
-    assert not [*bench.folder.glob("cache/arpo_trl/*.unfinished-*"), *bench.folder.glob("tokenized/*.unfinished-*")]
+    assert sorted(path.name for path in (bench.folder / "tokenized").iterdir()) == [".d.lock", "d"]

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,20 @@ from arpo_trl.data.labels import (
     IGNORED,
     Example,
     ExampleConfig,
+    Tokenize,
+    Tokens,
     carry_loss,
     find_spans,
     keep_start,
+    mask_replies,
     proportional_cut,
     to_examples,
-    to_segments,
 )
 from arpo_trl.data.messages import Conversation, Message, to_conversation
 from arpo_trl.data.registry import COLUMNS, TAGS, DatasetInfo
+from arpo_trl.data.segments import Segment, to_segments
 from arpo_trl.data.template import Template, find_template
-from arpo_trl.data.tokenizer import load_tokenizer, make_find_offsets, make_tokenize
+from arpo_trl.data.tokenizer import load_tokenizer, make_tokenize
 from arpo_trl.errors import DatasetError, RowError
 from arpo_trl.recipe import Recipe
 
@@ -44,7 +47,7 @@ def template(tiny_tokenizer: PreTrainedTokenizerBase) -> Template:
 
 
 @pytest.fixture(scope="module")
-def tokenize(tiny_tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], Iterable[list[int]]]:
+def tokenize(tiny_tokenizer: PreTrainedTokenizerBase) -> Tokenize:
     return make_tokenize(tiny_tokenizer)
 
 
@@ -151,7 +154,7 @@ def test_train_on_prompt_trains_nothing_that_is_masked(template: Template, token
         conversation = chat("Q", "A", "R", "B", masked=frozenset(masked))
         assert trained_texts(conversation, template, config) == trained
         (example,) = to_examples([to_segments(conversation, template)], tokenize, config)
-        expected = [token for text in trained for token in next(iter(tokenize([text])))]
+        expected = [token for text in trained for token in next(iter(tokenize([text]))).ids]
         assert [label for label in example.labels if label != IGNORED] == expected
 
 
@@ -187,15 +190,19 @@ def golden_tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer(Recipe(model_name_or_path=str(GOLDEN / "tokenizer"), output_dir="unused"))
 
 
+def masked_segments(conversation: Conversation, template: Template, spans: Sequence[str]) -> list[Segment]:
+    return mask_replies(to_segments(conversation, template), template, spans)
+
+
 def masked_and_trained(tokenizer: Any, conversation: Conversation, *spans: str, **keys: Any) -> tuple[str, str]:
     """The text of the reply's masked tokens and of its trained ones; input_ids are those without the key."""
     config, tokenize = ExampleConfig(999, mask_spans=spans, **keys), make_tokenize(tokenizer)
-    segments = to_segments(conversation, find_template(tokenizer), spans)
+    segments = masked_segments(conversation, find_template(tokenizer), spans)
     (plain,) = to_examples([to_segments(conversation, find_template(tokenizer))], tokenize, WHOLE)
-    (example,) = to_examples([segments], tokenize, config, make_find_offsets(tokenizer))
+    (example,) = to_examples([segments], make_tokenize(tokenizer, with_offsets=True), config)
     assert example.input_ids == plain.input_ids
     assert all(label in (IGNORED, token) for token, label in zip(example.input_ids, example.labels))
-    reply = list(zip(example.input_ids, example.labels))[-len(next(iter(tokenize([segments[-1].text])))) :]
+    reply = list(zip(example.input_ids, example.labels))[-len(next(iter(tokenize([segments[-1].text]))).ids) :]
     return tuple(
         tokenizer.decode([t for t, label in reply if (label == IGNORED) == is_masked]) for is_masked in (1, 0)
     )  # type: ignore[return-value]
@@ -228,8 +235,8 @@ def test_spans_by_names_and_expressions(entries: list[str], masked: str) -> None
 
 def test_spans_are_counted() -> None:
     tokenizer = golden_tokenizer()
-    segments = to_segments(chat("Q", TRAJECTORY), find_template(tokenizer), [r"\d", "result"])
-    (example,) = to_examples([segments], make_tokenize(tokenizer), WHOLE, make_find_offsets(tokenizer))
+    segments = masked_segments(chat("Q", TRAJECTORY), find_template(tokenizer), [r"\d", "result"])
+    (example,) = to_examples([segments], make_tokenize(tokenizer, with_offsets=True), WHOLE)
     assert example.also == {
         r"mask_spans: matches of \d: {}": 3,
         "mask_spans: matches of result: {}": 1,
@@ -240,16 +247,16 @@ def test_spans_are_counted() -> None:
 def test_a_reply_that_is_masked_whole_loses_its_end_of_turn_too() -> None:
     template = find_template(golden_tokenizer())
     for text, masked in ((" <result>7</result>\n", True), ("<result>7</result>.", False), ("", False)):
-        assert to_segments(chat("Q", text), template, ["result"])[1].masked == masked
+        assert masked_segments(chat("Q", text), template, ["result"])[1].masked == masked
 
 
 def test_masked_spans_leave_prompts_as_they_are() -> None:
     """Only a reply's text is looked at; train_on_prompt trains a result that a user writes."""
     tokenizer = golden_tokenizer()
     conversation = chat("<result>7</result>", TRAJECTORY)
-    segments = to_segments(conversation, find_template(tokenizer), ["result"])
+    segments = masked_segments(conversation, find_template(tokenizer), ["result"])
     config = ExampleConfig(999, train_on_prompt=True, mask_spans=("result",))
-    (example,) = to_examples([segments], make_tokenize(tokenizer), config, make_find_offsets(tokenizer))
+    (example,) = to_examples([segments], make_tokenize(tokenizer, with_offsets=True), config)
     trained = tokenizer.decode([label for label in example.labels if label != IGNORED])
     assert trained.count("<result>") == 1 and "user\n<result>7</result>" in trained
 
@@ -266,9 +273,8 @@ def test_offsets_hold_the_space_before_a_word(trims: bool) -> None:
     tokenizer = golden_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)  # type: ignore[attr-defined]
     text = "</python> <result>\n\n日本👍🏽"
-    offsets = make_find_offsets(tokenizer)(text)
-    (ids,) = make_tokenize(tokenizer)([text])
-    assert len(offsets) == len(ids)
+    ((ids, offsets),) = make_tokenize(tokenizer, with_offsets=True)([text])
+    assert Tokens(ids) == next(iter(make_tokenize(tokenizer)([text]))) and len(offsets) == len(ids)
     assert [text[start:end] for start, end in offsets][:6] == ["</", "python", ">", " <", "result", ">\n\n"]
     assert masked_and_trained(tokenizer, chat("Q", "a <b>"), r"\s")[0] == " <"
 
@@ -327,7 +333,7 @@ def reply_text(message: Message) -> str:
 def test_any_conversation_trains_its_replies_and_nothing_else(
     conversation: Conversation,
     template: Template,
-    tokenize: Callable[[list[str]], Iterable[list[int]]],
+    tokenize: Tokenize,
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     segments = to_segments(conversation, template)
@@ -340,10 +346,10 @@ def test_any_conversation_trains_its_replies_and_nothing_else(
 
     (example,) = to_examples([segments], tokenize, WHOLE)
     assert all(label in (IGNORED, token) for token, label in zip(example.input_ids, example.labels))
-    alone = [token for text in map(reply_text, replies) for token in next(iter(tokenize([text])))]
+    alone = [token for text in map(reply_text, replies) for token in next(iter(tokenize([text]))).ids]
     assert [label for label in example.labels if label != IGNORED] == alone
     assert tiny_tokenizer.decode(example.input_ids) == tiny_tokenizer.decode(
-        [token for segment in segments for token in next(iter(tokenize([segment.text])))]
+        [token for segment in segments for token in next(iter(tokenize([segment.text]))).ids]
     )
 
 
@@ -482,9 +488,9 @@ def test_a_long_row_is_rendered_as_if_each_reply_came_after_all_of_it(
         for form in (template, numbering):
             found = to_segments(conversation, form)
             with monkeypatch.context() as context:
-                context.setattr(labels, "WINDOW", 1000)
+                context.setattr("arpo_trl.data.segments.WINDOW", 1000)
                 assert found == to_segments(conversation, form)
-    monkeypatch.setattr(labels, "MOST_REPLIES", 20)
+    monkeypatch.setattr("arpo_trl.data.segments.MOST_REPLIES", 20)
     to_segments(row, template)
     with pytest.raises(RowError, match="too long: the template writes some of its 50 replies differently"):
         to_segments(row, numbering)

@@ -15,9 +15,9 @@ import pytest
 from compare_templates import DAY, GOLDEN, conversation, golden_texts, tokens_of, trl_template
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from arpo_trl.data import labels
-from arpo_trl.data.labels import ExampleConfig, carry_loss, to_segments
+from arpo_trl.data.labels import ExampleConfig, carry_loss
 from arpo_trl.data.messages import Conversation, Message
+from arpo_trl.data.segments import to_segments
 from arpo_trl.data.template import find_template, shipped_template, template_of
 from arpo_trl.data.tokenizer import check_parity, load_tokenizer
 from arpo_trl.errors import RecipeError, RowError
@@ -55,7 +55,7 @@ def test_a_shipped_template_writes_and_trains_what_llama_factory_does(
     turns = conversation("one turn").messages[-2:] * 20
     long = to_segments(Conversation(turns), template)
     with monkeypatch.context() as context:
-        context.setattr(labels, "WINDOW", len(turns))
+        context.setattr("arpo_trl.data.segments.WINDOW", len(turns))
         assert long == to_segments(Conversation(turns), template)
 
 

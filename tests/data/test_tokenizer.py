@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from arpo_trl.data.labels import IGNORED, ExampleConfig, carry_loss, to_examples, to_segments
+from arpo_trl.data.labels import IGNORED, ExampleConfig, carry_loss, mask_replies, to_examples
 from arpo_trl.data.messages import Conversation
+from arpo_trl.data.segments import to_segments
 from arpo_trl.data.template import find_template, shipped_template
-from arpo_trl.data.tokenizer import check_parity, load_tokenizer, make_find_offsets, make_tokenize
+from arpo_trl.data.tokenizer import check_parity, load_tokenizer, make_tokenize
 from arpo_trl.errors import DatasetError, RecipeError, RowError
 from arpo_trl.recipe import Recipe
 
@@ -224,8 +225,8 @@ def test_a_tokenizer_that_writes_a_space_before_a_text_gives_the_tokens_of_the_w
     template = find_template(tokenizer)
     row = Conversation([{**Q, "content": "What is four?"}, {**A, "content": "Four it is."}, R, B])
     check_parity(row, template, CONFIG, "row")
-    segments = to_segments(row, template, [" it"])
-    (example,) = to_examples([segments], make_tokenize(tokenizer), CONFIG, make_find_offsets(tokenizer))
+    segments = mask_replies(to_segments(row, template), template, [" it"])
+    (example,) = to_examples([segments], make_tokenize(tokenizer, with_offsets=True), CONFIG)
     whole = tokenizer("".join(segment.text for segment in segments), add_special_tokens=False)["input_ids"]
     assert example.input_ids == whole
     trained = [token for token, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED]
@@ -386,12 +387,11 @@ def test_a_tokenizers_code_does_not_run_where_transformers_has_its_own(tmp_path:
 
 
 def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError) as error:
-        load_tokenizer(recipe(tmp_path / "none"))
-    assert str(error.value) == f"model_name_or_path: {tmp_path / 'none'}: no such folder"
-    with pytest.raises(RecipeError, match="model_name_or_path: a/b: no such folder, nor given by the hub") as error:
-        load_tokenizer(recipe(Path("a/b")))
-    assert "\n" not in str(error.value)
+    for name in (tmp_path / "none", Path("a/b"), Path("./a/b"), Path("a/b/c")):
+        with pytest.raises(RecipeError) as error:
+            load_tokenizer(recipe(name))
+        assert str(error.value).startswith(f"model_name_or_path: {name}: no such folder, nor given by the hub (")
+        assert "\n" not in str(error.value)
     for content in (None, "{", "{}"):
         if content:
             (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
@@ -399,3 +399,15 @@ def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="no tokenizer could be loaded from it") as error:
             load_tokenizer(recipe(tmp_path))
         assert "\n" not in str(error.value)
+
+
+def test_mask_spans_need_a_tokenizer_that_knows_the_characters_of_its_tokens(tmp_path: Path) -> None:
+    slow = ByT5Tokenizer(extra_ids=0, eos_token="</s>")
+    slow.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    slow.save_pretrained(tmp_path)
+    assert not load_tokenizer(recipe(tmp_path)).is_fast
+    with pytest.raises(RecipeError) as error:
+        load_tokenizer(recipe(tmp_path, mask_spans=["result"]))
+    assert str(error.value) == (
+        "mask_spans: needs a fast tokenizer (tokenizer.json), and this model has none; remove the key"
+    )

@@ -102,7 +102,7 @@ def test_every_later_prompt_is_training_s_own_tokens_too(
         messages = [{"role": "system", "content": row["system"]}, *turns]
         for number, start in enumerate(starts):
             pieces = chat.to_context(messages[: 2 + 2 * number], None, template)
-            assert [token for piece in tokenize(pieces) for token in piece] == ids[:start]
+            assert [token for piece in tokenize(pieces) for token in piece.ids] == ids[:start]
             prompts += 1
     assert prompts > 20
 
