@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,17 +82,11 @@ class Audit:
         unmatched = (entry for entry in self.mask_spans if matches_of(entry) not in matched)
         return lines + [f"mask_spans: {entry} matches nothing in any row" for entry in unmatched]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {name: asdict(counts) for name, counts in self.datasets.items()}
-
 
 def describe_also(also: dict[str, int]) -> list[str]:
     """For people: what was counted beside the rows (`Example.also`), the most frequent first."""
-    lines = []
-    for what, times in sorted(also.items(), key=lambda pair: -pair[1])[:SHOWN_COUNTS]:
-        before, _, after = what.rpartition("{}")
-        lines.append(printable(f"{before}{times:,}{after}"))
-    return lines
+    most = Counter(also).most_common(SHOWN_COUNTS)
+    return [printable(f"{times:,}".join(what.rsplit("{}", 1))) for what, times in most]
 
 
 def count(rows: Dataset) -> Counts:

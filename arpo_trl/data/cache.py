@@ -42,7 +42,7 @@ from ..recipe.keys import Recipe
 from ..run_folder import write_text
 from .audit import list_rows
 from .encode import Encoder, encode_batches
-from .files import fingerprint, read_dataset, require_unchanged
+from .files import fingerprint, read_dataset, require_unchanged, size_of
 from .labels import IGNORED
 from .registry import saved_by_llamafactory
 
@@ -132,15 +132,14 @@ class RowsBuilder(ArrowBasedBuilder):  # type: ignore[misc]
             # The processes are the parallelism, and the threads of a forked tokenizer would wait for ever.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         for start, stop in ranges:
-            rows = islice(read_dataset(self.encoder.info, streaming=False)[1], start, stop)
+            rows = islice(read_dataset(self.encoder.info, streaming=False), start, stop)
             for number, batch in enumerate(encode_batches(rows, self.encoder)):
                 yield number, pa.Table.from_pylist(batch, schema=FEATURES.arrow_schema)
         require_unchanged(self.encoder.info, self.parts["data"])
 
 
 def _encode(encoder: Encoder, parts: Parts, encode_again: bool) -> Dataset:
-    size, _ = read_dataset(encoder.info, streaming=False)
-    ranges = _ranges(encoder, size)
+    ranges = _ranges(encoder)
     builder = RowsBuilder(encoder, parts, ranges)
     mode = DownloadMode.FORCE_REDOWNLOAD if encode_again else None
     folder = Path(builder.cache_dir)
@@ -154,14 +153,14 @@ def _encode(encoder: Encoder, parts: Parts, encode_again: bool) -> Dataset:
         return Dataset(FEATURES.arrow_schema.empty_table()) if empty else builder.as_dataset("train")
 
 
-def _ranges(encoder: Encoder, size: int) -> list[Range]:
-    """The rows that each process encodes; `size` bytes of data must be worth the seconds that processes take to start."""
+def _ranges(encoder: Encoder) -> list[Range]:
+    """The rows that each process encodes; the data must be worth the seconds that processes take to start."""
     info, recipe = encoder.info, encoder.recipe
     most = recipe.max_samples if info.num_samples is None else None
     processes = min(recipe.preprocessing_num_workers or 1, os.cpu_count() or 1)
-    if processes == 1 or size < PROCESSES_PAY_FROM:
+    if processes == 1 or size_of(info) < PROCESSES_PAY_FROM:
         return [(0, most)]
-    total = sum(1 for _ in islice(read_dataset(info, streaming=False)[1], most))
+    total = sum(1 for _ in islice(read_dataset(info, streaming=False), most))
     ends = [total * number // processes for number in range(processes + 1)]
     return list(pairwise(ends))
 

@@ -118,21 +118,25 @@ def _changed(what: Path | str) -> DatasetError:
     return DatasetError(f"{what}: was replaced or written to while it was read; start again when nothing writes to it")
 
 
-def read_dataset(info: DatasetInfo, streaming: bool) -> tuple[int, Iterator[Row]]:
-    """A dataset's size in bytes (0: not known before it is read) and its rows, read as they are asked for.
+def read_dataset(info: DatasetInfo, streaming: bool) -> Iterator[Row]:
+    """A dataset's rows, read as they are asked for.
 
     Raises:
         DatasetError: if it isn't there.
     """
-    if info.path is None:
-        dataset = _load_hub(info, streaming)
-        size = 0 if streaming else dataset.data.nbytes
-        tables = dataset.with_format("arrow").iter(ROWS_AT_ONCE)
-        values = chain.from_iterable(map(_to_values, tables))
-        return size, (Row(f"{info.hub}:{number}", value) for number, value in enumerate(values, 1))
-    files = find_files(info.path)
-    size = sum(file.stat().st_size for file in files)
-    return size, _read_files(files) if info.split == "train" else _read_part(files, info)
+    if info.path:
+        files = find_files(info.path)
+        return _read_files(files) if info.split == "train" else _read_part(files, info)
+    tables = _load_hub(info, streaming).with_format("arrow").iter(ROWS_AT_ONCE)
+    values = chain.from_iterable(map(_to_values, tables))
+    return (Row(f"{info.hub}:{number}", value) for number, value in enumerate(values, 1))
+
+
+def size_of(info: DatasetInfo) -> int:
+    """Bytes of a dataset, on disk or as the hub's library holds it."""
+    if info.path:
+        return sum(file.stat().st_size for file in find_files(info.path))
+    return int(_load_hub(info, streaming=False).data.nbytes)
 
 
 def _read_files(files: list[Path]) -> Iterator[Row]:

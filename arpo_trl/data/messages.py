@@ -15,24 +15,18 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, NotRequired, TypedDict
 
 from ..errors import RowError
-from .registry import COLUMNS, DatasetInfo
+from .registry import COLUMNS, TAGS, DatasetInfo
 from .strict_json import decode_json, excerpt, parse_json
 
 Fields = dict[str, Any]  # a JSON object
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # DeepSeek; vLLM and OpenRouter; gpt-oss and Ollama
 LOSS_KEYS = ("loss", "train", "loss_mask", "weight")
-# A turn's role by the tag that names it in dataset_info.json, and what OpenAI calls two of them besides.
-ROLES = {
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "observation_tag": "tool",
-    "function_tag": "function_call",
-    "system_tag": "system",
-}
+# A tag of dataset_info.json -> the role, which is OpenAI's name for it; two have another name there.
+ROLES = {tag: role for tag, role in TAGS["openai"].items() if tag not in ("role_tag", "content_tag")}
 MORE_ROLES = {"developer": "system", "function": "tool"}
 # The items of OpenAI's Responses API that are no messages, each with the keys that it is read from.
 ITEMS = {
@@ -303,12 +297,11 @@ def _check_order(messages: list[Message]) -> None:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise RowError("no assistant turn")
-    for position, role in enumerate(roles):
-        before = roles[position - 1] if position else None
-        if role == "system" and position:
-            raise RowError(f"wrong order: message {position + 1} is a system message, which only the first may be")
+    for number, (before, role) in enumerate(pairwise(["nothing", *roles]), 1):
+        if role == "system" and number > 1:
+            raise RowError(f"wrong order: message {number} is a system message, which only the first may be")
         if role == "tool" and before not in ("assistant", "tool"):
-            raise RowError(f"wrong order: message {position + 1} is an observation after {before or 'nothing'}")
+            raise RowError(f"wrong order: message {number} is an observation after {before}")
 
 
 def _split_calls(content: str, where: str) -> tuple[str, object]:
@@ -356,9 +349,7 @@ def _to_calls(calls: object, where: str) -> list[Fields]:
 
 def to_tools(tools: object, where: str = "tools") -> list[Fields] | None:
     """A row's tools, as JSON text or parsed, in the form that chat templates take. Raises RowError."""
-    tools = _parsed(tools, where) or None
-    if tools is None:
-        return None
+    tools = _parsed(tools, where) or []
     found = []
     for tool in tools if isinstance(tools, list) else [tools]:
         if not isinstance(tool, dict):
@@ -372,7 +363,7 @@ def to_tools(tools: object, where: str = "tools") -> list[Fields] | None:
             function = {"parameters" if key == "input_schema" else key: value for key, value in function.items()}
         _check_numbers(function, where)
         found.append({"type": "function", "function": function})
-    return found
+    return found or None
 
 
 def _check_numbers(value: Fields, where: str) -> None:

@@ -242,7 +242,7 @@ def _streamed_rows(encoder: Encoder, counts: Counts, lines: StreamedLines | None
             raise DatasetError(problems)
 
     def examples() -> Iterator[dict[str, Any]]:
-        rows = islice(read_dataset(info, recipe.streaming)[1], info.num_samples)
+        rows = islice(read_dataset(info, recipe.streaming), info.num_samples)
         for number, row in enumerate(encode_rows(rows, encoder)):
             if number >= counts.rows:
                 counts.add(row, len(row["input_ids"]))

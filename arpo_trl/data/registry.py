@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -113,18 +114,17 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
     registry = find_registry(recipe)
     problems: list[str] = []
     infos: dict[str, DatasetInfo] = {}
-    for key, names in (("dataset", recipe.dataset), ("eval_dataset", recipe.eval_dataset)):
-        for name in names:
-            if name not in registry:
-                there = _nearest(name, registry)
-                what = f"{name}: no such dataset in {recipe.dataset_dir}/dataset_info.json{there}"
-                problems.append(str(recipe.error(key, what)))
-                continue
-            info = infos[name] = registry[name]
+    asked = [("dataset", name) for name in recipe.dataset] + [("eval_dataset", name) for name in recipe.eval_dataset]
+    for key, name in asked:
+        if info := registry.get(name):
+            infos[name] = info
             problems += [*info.mistakes, *info.refused]
-            if key == "eval_dataset" and recipe.streaming and name in recipe.dataset:
-                what = f"{name}: is streamed, since dataset names it too; hold rows out with val_size"
-                problems.append(str(recipe.error(key, what)))
+        else:
+            what = f"no such dataset in {recipe.dataset_dir}/dataset_info.json{_nearest(name, registry)}"
+            problems.append(str(recipe.error(key, f"{name}: {what}")))
+        if key == "eval_dataset" and recipe.streaming and name in recipe.dataset:
+            what = f"{name}: is streamed, since dataset names it too; hold rows out with val_size"
+            problems.append(str(recipe.error(key, what)))
     if problems:
         raise DatasetError(list(dict.fromkeys(problems)))
     return list(infos.values())
@@ -201,7 +201,7 @@ def _to_info(path: Path, name: str, value: object) -> DatasetInfo:
     if entry.columns:
         defaults = {key: column for key, column in defaults.items() if key in NEEDED}
     named = {key: column for key, column in entry.columns.items() if key in COLUMNS[entry.formatting]}
-    findings = [*_findings(place, entry)]
+    findings = [(kind, place + text) for kind, text in _findings(entry)]
     return DatasetInfo(
         name=name,
         place=place,
@@ -236,31 +236,30 @@ def _what_is_wrong(place: str, wrong: ErrorDetails) -> str:
     return f"{'.'.join([place, *map(str, keys)])}: expected {expected}, found {excerpt(wrong['input'], EXCERPT)}"
 
 
-def _findings(place: str, entry: Entry) -> Iterator[tuple[str, str]]:
-    """What is to be said of an entry: ("mistake", "refused" or "notice", the text)."""
+def _findings(entry: Entry) -> Iterator[tuple[str, str]]:
+    """What is to be said of an entry: ("mistake", "refused" or "notice", its key and the text)."""
     file_name, hub, others = entry.file_name, entry.hf_hub_url, entry.model_extra or {}
     if file_name and re.search(r"^[a-zA-Z][\w+.-]+:/|://|::", file_name):
-        yield "mistake", f"{place}.file_name: expected a path, found the address {file_name!r}; download it first"
+        yield "mistake", f".file_name: expected a path, found the address {file_name!r}; download it first"
     if not (file_name or hub or REFUSED.keys() & others.keys()):
-        yield "mistake", f"{place}: expected file_name or hf_hub_url, found neither"
+        yield "mistake", ": expected file_name or hf_hub_url, found neither"
     if not hub and {part.strip().partition("[")[0] for part in entry.split.split("+")} != {"train"}:
-        yield "mistake", f"{place}.split: expected train or a part of it, such as train[:100], found {entry.split!r}"
+        yield "mistake", f".split: expected train or a part of it, such as train[:100], found {entry.split!r}"
     tags = TAGS[entry.formatting] | entry.tags
     if same := [tag for tag in tags if list(tags.values()).count(tags[tag]) > 1]:
-        yield "mistake", f"{place}.tags: {' and '.join(same)} are both {tags[same[0]]!r}"
+        yield "mistake", f".tags: {' and '.join(same)} are both {tags[same[0]]!r}"
     for key, given in others.items():
         if key not in REFUSED:
-            yield "notice", f"{place}.{key}: no such key{_nearest(key, [*Entry.model_fields, *REFUSED])}; no effect"
+            yield "notice", f".{key}: no such key{_nearest(key, [*Entry.model_fields, *REFUSED])}; no effect"
         elif given and not (hub and key != "ranking"):  # LLaMA-Factory, too, takes the hub's data first.
-            yield "refused", f"{place}.{key}: the dataset {REFUSED[key]}"
+            yield "refused", f".{key}: the dataset {REFUSED[key]}"
     if "kto_tag" in entry.columns:
-        yield "refused", f"{place}.columns.kto_tag: the dataset holds preference data, which SFT does not read"
+        yield "refused", ".columns.kto_tag: the dataset holds preference data, which SFT does not read"
     if entry.formatting == "alpaca" and entry.columns and not {"prompt", "query"} & entry.columns.keys():
-        text = "names neither prompt nor query, so every prompt is empty, as in LLaMA-Factory"
-        yield "notice", f"{place}.columns: {text}"
-    yield from _unknown_names(f"{place}.columns", entry.formatting, entry.columns, COLUMNS)
+        yield "notice", ".columns: names neither prompt nor query, so every prompt is empty, as in LLaMA-Factory"
+    yield from _unknown_names(".columns", entry.formatting, entry.columns, COLUMNS)
     if entry.formatting != "alpaca":
-        yield from _unknown_names(f"{place}.tags", entry.formatting, entry.tags, TAGS)
+        yield from _unknown_names(".tags", entry.formatting, entry.tags, TAGS)
 
 
 def _unknown_names(
@@ -284,9 +283,8 @@ def _unknown_names(
             yield "notice", f"{text}; no effect"
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
-    known = list(known)
+def _nearest(key: str, known: Collection[str]) -> str:
     if nearest := get_close_matches(key, known, n=1):
         return f"; the nearest is {nearest[0]}"
-    shown = ", ".join(known[:SHOWN]) or "none"
+    shown = ", ".join(islice(known, SHOWN)) or "none"
     return f"; there are {shown}" + (f" and {len(known) - SHOWN:,} more" if len(known) > SHOWN else "")

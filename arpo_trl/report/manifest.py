@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import time
+from dataclasses import asdict
 from datetime import date
 from itertools import dropwhile, islice
 from pathlib import Path
@@ -84,7 +85,7 @@ def describe_run(recipe: Recipe, data: PreparedData) -> Manifest:
         data=data.fingerprints,
         template_hash=data.template_hash,
         day=data.day,
-        audit=data.audit.to_dict(),
+        audit=asdict(data.audit)["datasets"],
         world_size=PartialState().num_processes,
         versions={"arpo_trl": __version__, "python": platform.python_version(), **installed_versions(PACKAGES)},
         git_commit=git_commit(),
@@ -109,7 +110,7 @@ def find_results_form(recipe: Recipe) -> Results | None:
     inside = turns = 0
     with contextlib.suppress(RecipeError):  # the rows were encoded elsewhere, and their files are not here
         for info in select_datasets(recipe):
-            for row in islice(read_dataset(info, streaming=True)[1], LOOKED_AT):
+            for row in islice(read_dataset(info, streaming=True), LOOKED_AT):
                 with contextlib.suppress(RowError):
                     messages = to_conversation(row.value, info).messages
                     later = list(dropwhile(lambda message: message["role"] != "assistant", messages))

@@ -46,7 +46,7 @@ def preview(recipe: Recipe, rows: int) -> None:
     say(f"+ (green) is trained{masked}, the rest is context; each token is shaded other than its neighbours")
     template = template_of(recipe, tokenizer)
     for info in select_datasets(recipe):
-        read = list(islice(read_dataset(info, recipe.streaming)[1], rows))
+        read = list(islice(read_dataset(info, recipe.streaming), rows))
         found = list(encode_rows(read, Encoder(info, recipe, template)))
         plain = recipe.model_copy(update={"mask_spans": []})
         unmasked = encode_rows(read, Encoder(info, plain, template)) if recipe.mask_spans else found

@@ -179,7 +179,7 @@ def test_the_format_is_raised_when_the_golden_rows_come_out_otherwise(bench: Ben
         recipe = Recipe(model_name_or_path=str(golden / "tokenizer"), output_dir="unused", **keys)
         info = read_registry(golden / "data")[name]
         encoder = Encoder(info, recipe, template_of(recipe, load_tokenizer(recipe)))
-        for row in islice(encode_rows(read_dataset(info, streaming=False)[1], encoder), 20):
+        for row in islice(encode_rows(read_dataset(info, streaming=False), encoder), 20):
             tokens = row["input_ids"].tobytes() + row["labels"].tobytes()
             encoded.update(
                 tokens

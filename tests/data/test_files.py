@@ -370,7 +370,7 @@ def test_a_part_of_a_file_is_what_datasets_takes_for_it(split: str, tmp_path: Pa
     path = write(tmp_path / "a.jsonl", [{"n": number} for number in range(6)])
     info = DatasetInfo("d", "dataset_info.json: d", path=path, split=split)
     for streaming in (False, True):
-        assert [one.value["n"] for one in read_dataset(info, streaming)[1]] == SPLITS[split]
+        assert [one.value["n"] for one in read_dataset(info, streaming)] == SPLITS[split]
     assert (fingerprint(info, False) == fingerprint(replace(info, split="train"), False)) == (split == "train")
     theirs = datasets.load_dataset("json", data_files=str(path), split=split, cache_dir=str(tmp_path / "cache"))
     assert theirs["n"][:] == SPLITS[split]
@@ -380,7 +380,7 @@ def test_a_part_that_datasets_does_not_read_is_one_line(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"n": 1}])
     for split in ("train[a]", "train[:200%]", "train[1:2:3]"):
         with pytest.raises(DatasetError, match=r"^dataset_info.json: d.split: [^\n]+$"):
-            list(read_dataset(DatasetInfo("d", "dataset_info.json: d", path=path, split=split), False)[1])
+            list(read_dataset(DatasetInfo("d", "dataset_info.json: d", path=path, split=split), False))
 
 
 def test_a_null_of_the_row_stays_and_one_that_arrow_made_goes(bench: Bench) -> None:
@@ -399,8 +399,8 @@ def test_a_null_of_the_row_stays_and_one_that_arrow_made_goes(bench: Bench) -> N
         read_rows(folder / "train.jsonl"),
         read_rows(bench.folder / "a.parquet"),
         read_rows(saved),
-        read_dataset(hub, streaming=False)[1],
-        read_dataset(hub, streaming=True)[1],
+        read_dataset(hub, streaming=False),
+        read_dataset(hub, streaming=True),
     ):
         assert [one.value for one in rows] == [{"messages": turns}, {"messages": turns[:1]}]
 
