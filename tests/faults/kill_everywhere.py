@@ -105,6 +105,7 @@ def child(act: Callable[[], int], log: Path) -> int:
             with log.open("w") as out:
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)
+                torch.set_num_threads(1)  # replaces the parent's thread pool; transformers' threads would race for that
                 code = act()
         except BaseException:
             traceback.print_exc()
@@ -191,5 +192,4 @@ def enumerate_kills(recipe: str, folder: Path, every: int) -> None:
 
 if __name__ == "__main__":
     silence_libraries()
-    torch.set_num_threads(1)
     enumerate_kills(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
