@@ -64,8 +64,8 @@ class ModelKeys(BaseModel):
 class MethodKeys(BaseModel):
     stage: Stage = _key("sft", "The stage of training; sft is the one that runs here.")
     do_train: bool = _key(False, "Train.")
-    finetuning_type: Literal["full", "freeze", "lora"] = _key(
-        "full", "Train every weight (full), those of some layers (freeze) or an adapter (lora)."
+    finetuning_type: Literal["full", "freeze", "lora", "oft"] = _key(
+        "full", "Train every weight (full), those of some layers (freeze) or an adapter (lora, oft)."
     )
     pure_bf16: bool = _key(
         False, "Keep the master weights in bfloat16: half the memory, and small updates are lost.", "dtype"
@@ -81,11 +81,18 @@ class MethodKeys(BaseModel):
     loraplus_lr_embedding: Number = _key(1e-6, "LoRA+: learning rate of adapted embeddings.", "the optimizer", ge=0)
     pissa_init: bool = _key(False, "Start the adapter from the weight's principal directions.", "init_lora_weights")
     pissa_iter: Whole = _key(16, "Iterations of PiSSA's fast SVD; -1 is an exact SVD.", "init_lora_weights", ge=-1)
+    oft_rank: Whole = _key(0, "OFT: blocks in each layer; needs oft_block_size: 0.", "OFTConfig(r)", ge=0)
+    oft_block_size: Whole = _key(32, "OFT: size of a block.", "OFTConfig", ge=0)
+    oft_target: Names = _key(["all"], "OFT: modules to adapt, as lora_target.", "target_modules")
+    module_dropout: Number = _key(0.0, "OFT: share of blocks left out of a step.", "OFTConfig", ge=0, lt=1)
     create_new_adapter: bool = _key(False, "Merge adapter_name_or_path into the base and train a new adapter.")
     freeze_trainable_layers: Whole = _key(2, "Train the last so many layers; the first, if negative.", unit="layers")
     freeze_trainable_modules: Names = _key(["all"], "Modules of those layers that are trained (self_attn, mlp, ...).")
     freeze_extra_modules: Names = _key(
         [], "Modules outside the layers that are trained too (embed_tokens, norm, ...)."
+    )
+    use_llama_pro: bool = _key(
+        False, "LLaMA Pro: train every n-th layer, freeze_trainable_layers in all (freeze or lora)."
     )
     use_galore: bool = _key(False, "GaLore's optimizer (full only).", "optim, optim_args, optim_target_modules")
     galore_target: Names = _key(["all"], "Modules that GaLore projects.", "optim_target_modules")
@@ -103,6 +110,8 @@ class MethodKeys(BaseModel):
     apollo_proj_type: Literal["std", "right", "left"] = _key("std", "Projection.", "optim_args")
     apollo_scale_type: Literal["channel", "tensor"] = _key("channel", "What shares a scale.", "optim_args")
     apollo_layerwise: bool = _key(False, "Update layer by layer.", "optim")
+    use_muon: bool = _key(False, "Muon for the matrices inside the layers, AdamW for the rest.", "the optimizer")
+    use_adam_mini: bool = _key(False, "Adam-mini's optimizer (full only).", "the optimizer")
 
 
 class DatasetKeys(BaseModel):
@@ -277,6 +286,10 @@ class Recipe(SftKeys, PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys,
     def trl(self) -> dict[str, Any]:
         """The fields of SFTConfig that the recipe gives and no key of ours stands for."""
         return {name: getattr(self, name) for name in SftKeys.model_fields if name in self.model_fields_set}
+
+    @property
+    def trains_adapter(self) -> bool:
+        return self.finetuning_type in ("lora", "oft")
 
     def error(self, key: str, what: str) -> RecipeError:
         """What is wrong with a key, at its location: `recipes/x.yaml:12: lora_target: no such module`."""

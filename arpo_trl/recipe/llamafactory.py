@@ -97,14 +97,13 @@ _REFUSED = {
         megatron_pretrained_checkpoint export_hf_on_finish extra_config""",
     "HyperParallel is not used here; accelerate_configs/fsdp2.yaml splits a model over GPUs": """
         use_hyper_parallel hyper_parallel_args""",
-    "this optimizer is not offered; `optim` takes any of transformers' (adamw_8bit, adafactor, galore, apollo)": """
+    "BAdam 1.4 saves neither its layer nor its step, so that no run could go on; use_galore and use_apollo save memory": """
         use_badam badam_mode badam_start_block badam_switch_mode badam_switch_interval badam_update_ratio
-        badam_mask_mode badam_verbose use_adam_mini use_muon""",
+        badam_mask_mode badam_verbose""",
     "write optim: adafactor": "adafactor",
     "transformers does not hand it to APOLLO": "apollo_scale_front",
     "it would be stored beside the model; set the environment variable SWANLAB_API_KEY": "swanlab_api_key",
     "no message is sent to Lark; SwanLab's own settings send one": "swanlab_lark_webhook_url swanlab_lark_secret",
-    "finetuning_type is full, freeze or lora here": "use_llama_pro module_dropout oft_rank oft_block_size oft_target",
     "this loss is not offered; there are the usual one and use_dft_loss": """
         use_asft_loss asft_alpha use_eaft_loss eaft_alpha""",
     "this change of the model is not made here; save a changed model and name it in model_name_or_path": """
@@ -137,7 +136,7 @@ HARMLESS: dict[str, Any] = {
     "freeze_multi_modal_projector": True, "freeze_vision_tower": True, "image_max_pixels": 768 * 768,
     "image_min_pixels": 32 * 32, "init_special_tokens": "noise_init", "kto_chosen_weight": 1.0,
     "kto_rejected_weight": 1.0, "local_rank": -1, "max_length": 1024, "mixed_precision": "bf16_mixed",
-    "module_dropout": 0.0, "oft_block_size": 32, "oft_rank": 0, "oft_target": "all", "overlap_grad_reduce": True,
+    "overlap_grad_reduce": True,
     "overlap_param_gather": True, "packing_strategy": "bfd", "pipeline_model_parallel_size": 1, "ppo_buffer_size": 1,
     "ppo_epochs": 4, "ppo_target": 6.0, "pref_bco_weight": 0.0, "pref_beta": 0.1, "pref_ftx": 0.0,
     "pref_loss": "sigmoid", "reward_model_type": "lora", "sequence_parallel_size": 1,

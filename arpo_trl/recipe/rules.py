@@ -75,22 +75,27 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "interleave_probs", f"expected one share for each of {len(recipe.dataset)} datasets, found {len(shares)}"
     elif shares and (min(shares) < 0 or abs(sum(shares) - 1) > 1e-8):  # numpy's tolerance
         yield "interleave_probs", f"expected shares that sum to 1, found {', '.join(f'{share:g}' for share in shares)}"
-    for key in ("adapter_name_or_path", "loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init"):
+    for key in ("loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init"):
         if getattr(recipe, key) and recipe.finetuning_type != "lora":
             yield key, "needs finetuning_type: lora"
     # LLaMA-Factory trains an adapter when the key is omitted; a recipe that counts on that must not train every weight.
     for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target"):
         if given(recipe, key) and not given(recipe, "finetuning_type"):
             yield key, "needs finetuning_type: lora, which is not the default here"
-    for key in ("use_galore", "use_apollo"):
-        if getattr(recipe, key):
-            yield from _own_optimizer(recipe, key)
+    yield from _own_optimizers(recipe)
 
 
-def _own_optimizer(recipe: Recipe, key: str) -> Iterator[tuple[str, str]]:
-    if recipe.finetuning_type != "full":
+def _own_optimizers(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Keys that take the place of `optim`. DeepSpeed flattens the matrices that these optimizers look at."""
+    keys = [key for key in ("use_galore", "use_apollo", "use_muon", "use_adam_mini") if getattr(recipe, key)]
+    if not keys:
+        return
+    key, *others = keys + (["loraplus_lr_ratio"] if recipe.loraplus_lr_ratio else [])
+    if others:
+        yield key, f"{others[0]} is on too; keep one"
+    if key != "use_muon" and recipe.finetuning_type != "full":
         yield key, "needs finetuning_type: full"
-    if recipe.deepspeed:
+    if recipe.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         yield key, "does not go with deepspeed; remove one"
     if given(recipe, "optim"):
         yield key, "optim is there too; keep one"
@@ -150,10 +155,12 @@ RULES: list[tuple[str, Callable[[Recipe], Any], str]] = [
     ("group_by_length", lambda r: r.group_by_length and r.disable_shuffling, "disable_shuffling is on too; keep one"),
     ("train_sampling_strategy", lambda r: given(r, "train_sampling_strategy") and (r.group_by_length or r.disable_shuffling), "group_by_length or disable_shuffling is on too; keep one"),
     ("create_new_adapter", lambda r: r.create_new_adapter and not r.adapter_name_or_path, "needs adapter_name_or_path"),
-    ("quantization_bit", lambda r: r.quantization_bit and r.finetuning_type != "lora", "a quantized model can't be trained whole; use lora"),
+    ("adapter_name_or_path", lambda r: r.adapter_name_or_path and not r.trains_adapter, "needs finetuning_type: lora (or oft)"),
+    ("quantization_bit", lambda r: r.quantization_bit and not r.trains_adapter, "a quantized model can't be trained whole; use lora"),
     ("pissa_init", lambda r: r.pissa_init and r.quantization_bit, "needs a model that is not quantized; remove one"),
     ("pissa_iter", lambda r: r.pissa_iter == 0, "expected a whole number above 0, or -1 for an exact SVD, found 0"),
-    ("use_galore", lambda r: r.use_galore and r.use_apollo, "use_apollo is on too; keep one"),
+    ("use_llama_pro", lambda r: r.use_llama_pro and r.finetuning_type not in ("freeze", "lora"), "needs finetuning_type: freeze or lora"),
+    ("oft_rank", lambda r: r.finetuning_type == "oft" and bool(r.oft_rank) == bool(r.oft_block_size), "one of oft_rank and oft_block_size has to be 0, the other not"),
     ("use_dft_loss", lambda r: r.use_dft_loss and given(r, "loss_type"), "loss_type is there too; keep one"),
 ]
 # fmt: on

@@ -41,7 +41,7 @@ def write_model_card(output_dir: Path, manifest: Manifest, recipe_yaml: str) -> 
     results = read_json(output_dir / "all_results.json")
     log = read_log(output_dir / "trainer_log.jsonl")
     name, base = output_dir.resolve().name, base_model(str(manifest.recipe["model_name_or_path"]))
-    lora = manifest.recipe["finetuning_type"] == "lora"
+    lora = manifest.recipe["finetuning_type"] in ("lora", "oft")
     head = ModelCardData(
         library_name="peft" if lora else "transformers",
         pipeline_tag="text-generation",

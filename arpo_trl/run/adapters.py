@@ -1,4 +1,4 @@
-"""What belongs to LoRA: the adapter that is trained, the earlier ones under it, PiSSA, and LoRA+'s optimizer.
+"""What belongs to LoRA: the adapter that is trained, the earlier ones under it, and PiSSA.
 
 An adapter is worth nothing without the base that it was trained on. Two kinds of recipe change that base in memory, so
 each leaves the run's folder with what makes its adapter usable: earlier adapters merged into the base (the merged base
@@ -8,22 +8,21 @@ is saved beside the new adapter, which names it), and PiSSA (the adapter is turn
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.optimizers import create_loraplus_optimizer
 from peft.utils import load_peft_weights
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..recipe.keys import Recipe
-from .sft_config import to_lora_config
+from .sft_config import to_adapter_config
 
 MERGED_BASE = "merged_base"
 PISSA_START = "pissa_start"
@@ -60,18 +59,24 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
 def new_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     """The model under an untrained adapter. Raises RecipeError for modules that it does not have."""
     names = [f".{name}" for name, _ in model.named_modules()]
-    for key, wanted in (("lora_target", recipe.lora_target), ("additional_target", recipe.additional_target)):
+    target = f"{recipe.finetuning_type}_target"
+    targets = getattr(recipe, target)
+    for key, wanted in ((target, targets), ("additional_target", recipe.additional_target)):
         if unknown := [one for one in wanted if one != "all" and not any(name.endswith(f".{one}") for name in names)]:
             weights = model.named_parameters()
             there = {name.split(".")[-2] for name, weight in weights if weight.ndim > 1 or key == "additional_target"}
             raise recipe.error(key, f"no module {unknown[0]}; there are {', '.join(sorted(there))}")
-    config = to_lora_config(recipe, tied=model.config.tie_word_embeddings)
-    if "all" in recipe.lora_target:
-        config.exclude_modules = _not_for_lora(model) or None
+    config = to_adapter_config(recipe, tied=model.config.tie_word_embeddings)
+    excluded = _not_for_lora(model) if "all" in targets else []
+    if recipe.use_llama_pro:
+        chosen = trained_blocks(recipe, model.config.get_text_config().num_hidden_layers)
+        blocks = {name: re.search(r"\.(\d+)\.", name) for name in names}
+        excluded += [name[1:] for name, block in blocks.items() if block and int(block[1]) not in chosen]
+    config.exclude_modules = excluded or None
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise recipe.error("lora_target", str(error).splitlines()[0]) from error
+        raise recipe.error(target, str(error).splitlines()[0]) from error
 
 
 def _not_for_lora(model: PreTrainedModel) -> list[str]:
@@ -88,6 +93,21 @@ def _not_for_lora(model: PreTrainedModel) -> list[str]:
         if last == "conv1d":
             names |= {"conv1d", "out_proj"}
     return sorted(names)
+
+
+def trained_blocks(recipe: Recipe, blocks: int) -> range:
+    """Which of the model's blocks are trained: the last, the first, or with `use_llama_pro` every n-th.
+
+    LLaMA Pro (https://arxiv.org/abs/2401.02415) puts a new block behind each n - 1 old ones, and trains these alone.
+    """
+    count = recipe.freeze_trainable_layers
+    if recipe.use_llama_pro:
+        if count < 1 or blocks % count:
+            raise recipe.error(
+                "freeze_trainable_layers", f"use_llama_pro trains every n-th of {blocks} layers, found {count}"
+            )
+        return range(blocks // count - 1, blocks, blocks // count)
+    return range(max(0, blocks - count), blocks) if count > 0 else range(min(-count, blocks))
 
 
 def _check_adapters(recipe: Recipe, to_merge: list[str]) -> None:
@@ -164,24 +184,3 @@ def turn_pissa_into_lora(model: Any, output_dir: Path) -> None:
             warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # PEFT's advice is to do just this
             model.save_pretrained(str(output_dir), path_initial_model_for_weight_conversion=str(start))
         shutil.rmtree(start)
-
-
-# --- LoRA+ (https://arxiv.org/abs/2402.12354) ---
-
-
-def to_optimizer(recipe: Recipe, args: TrainingArguments) -> tuple[Callable[[], Any], dict[str, Any]] | None:
-    """LoRA+, in the form that Trainer takes a factory of optimizers; None where `optim` alone decides."""
-    if recipe.loraplus_lr_ratio is None:
-        return None
-
-    def create(model: PeftModel) -> torch.optim.Optimizer:
-        optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-        kwargs |= {
-            "loraplus_lr_ratio": recipe.loraplus_lr_ratio,
-            "loraplus_lr_embedding": recipe.loraplus_lr_embedding,
-            "loraplus_weight_decay": args.weight_decay,
-        }
-        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(model, optimizer_cls, **kwargs)
-        return optimizer
-
-    return lambda: create, {}

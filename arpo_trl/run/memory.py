@@ -72,6 +72,7 @@ def estimate_memory(recipe: Recipe, args: SFTConfig, model: Any, rows: Dataset) 
     blocks = model.config.get_text_config().num_hidden_layers
     activations = blocks * stream + saved // blocks if args.activation_checkpointing else saved
     copies = next((factor for name, factor in MOMENTS.items() if name in str(args.optim).lower()), 2.0)
+    copies = 1.0 if recipe.use_adam_mini else copies
     embedding, head = (layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
     return Memory(
         weights=sum(parts),
@@ -98,7 +99,7 @@ def model_shape(recipe: Recipe) -> Any:
     given = {"trust_remote_code": kwargs["trust_remote_code"], "dtype": dtype or torch.float32}
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, **given)
-        if recipe.finetuning_type == "lora":
+        if recipe.trains_adapter:
             return new_adapter(recipe, model)
         if recipe.finetuning_type == "freeze":
             freeze(recipe, model)

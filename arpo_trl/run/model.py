@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 
 from ..recipe.keys import Recipe
-from .adapters import with_adapter
+from .adapters import trained_blocks, with_adapter
 from .sft_config import load_model_config, model_init_kwargs, rope_is_ignored, to_quantization_config
 
 
@@ -22,7 +22,7 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, torch.dtype
     """
     set_seed(recipe.seed)  # Trainer's own comes after the adapter has been drawn
     model, file_dtype = _load_base(recipe)
-    if recipe.finetuning_type == "lora":
+    if recipe.trains_adapter:
         return with_adapter(recipe, model), None
     if recipe.finetuning_type == "freeze":
         freeze(recipe, model)
@@ -79,13 +79,12 @@ def _settle_balancing_loss(recipe: Recipe, config: PreTrainedConfig) -> None:
 
 
 def freeze(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Train some modules of the last blocks (of the first, if their number is negative), and modules outside them.
+    """Train some modules of some blocks, and modules outside them.
 
     As LLaMA-Factory's freeze tuning, but that a name is a module's whole name: there `norm` is `input_layernorm` too.
     """
     blocks = model.config.get_text_config().num_hidden_layers
-    count = recipe.freeze_trainable_layers
-    chosen = range(max(0, blocks - count), blocks) if count > 0 else range(min(-count, blocks))
+    chosen = trained_blocks(recipe, blocks)
     inside: set[str] = set()
     outside: set[str] = set()
     for name, parameter in model.named_parameters():
@@ -109,7 +108,8 @@ def freeze(recipe: Recipe, model: PreTrainedModel) -> None:
             raise recipe.error(key, f"no module {unknown[0]}; there are {', '.join(sorted(there))}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise recipe.error(
-            "freeze_trainable_layers", f"{count} leaves nothing to train; expected some of {blocks} layers"
+            "freeze_trainable_layers",
+            f"{recipe.freeze_trainable_layers} leaves nothing to train; expected some of {blocks} layers",
         )
     if recipe.use_reentrant_gc:
         model.enable_input_require_grads()  # a reentrant checkpoint has no gradient where its input has none

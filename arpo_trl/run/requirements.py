@@ -205,6 +205,7 @@ def _packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
         (recipe.enable_liger_kernel, "enable_liger_kernel", "liger_kernel", "remove the line"),
         (recipe.use_galore, "use_galore", "galore_torch", "use another optimizer"),
         (recipe.use_apollo, "use_apollo", "apollo_torch", "use another optimizer"),
+        (recipe.use_adam_mini, "use_adam_mini", "adam_mini", "use another optimizer"),
         (of_optim is not None, "optim", of_optim or "", "use another optimizer"),
     ]
     for wanted, key, package, or_else in needs:

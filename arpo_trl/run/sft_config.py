@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, OFTConfig
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, SchedulerType, get_scheduler
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trl.trainer.sft_config import SFTConfig
@@ -110,8 +110,17 @@ def _refused(recipe: Recipe, settings: dict[str, Any], given: dict[str, Any]) ->
     return RecipeError(problems)
 
 
-def to_lora_config(recipe: Recipe, tied: bool) -> LoraConfig:
+def to_adapter_config(recipe: Recipe, tied: bool) -> LoraConfig | OFTConfig:
     """The adapter. `tied`: whether the model's head is its embeddings."""
+    if recipe.finetuning_type == "oft":
+        return OFTConfig(
+            task_type="CAUSAL_LM",
+            r=recipe.oft_rank,
+            oft_block_size=recipe.oft_block_size,
+            module_dropout=recipe.module_dropout,
+            target_modules="all-linear" if "all" in recipe.oft_target else recipe.oft_target,
+            modules_to_save=recipe.additional_target or None,
+        )
     start: Any = True
     if recipe.pissa_init:
         start = "pissa" if recipe.pissa_iter == -1 else f"pissa_niter_{recipe.pissa_iter}"

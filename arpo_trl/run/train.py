@@ -32,12 +32,13 @@ from ..report.tracker_steps import log_by_step
 from ..report.trackers import finish_trackers, start_trackers
 from ..report.trainer_log import TrainerLog, remove_progress_bar
 from ..run_folder import match_umask, own_path, save_metrics, write_json, write_text
-from .adapters import keep_adapter_in_float32, to_optimizer, turn_pissa_into_lora
+from .adapters import keep_adapter_in_float32, turn_pissa_into_lora
 from .checkpoints import SaveAfterEpochEnd
 from .early_stopping import StopEarly
 from .evaluate import eval_datasets, run_without_training, to_inference
 from .folder_lock import own_output_dir
 from .model import load_model
+from .optimizers import to_optimizer
 from .predict import PredictOnEvaluate, compare_evaluations, predict, refuse_split_model
 from .preflight import PackingCheck, Preflight
 from .requirements import check_environment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,21 @@ import architectures
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe, read_recipe
-from arpo_trl.run.adapters import keep_adapter_in_float32, to_optimizer, turn_pissa_into_lora
+from arpo_trl.run.adapters import keep_adapter_in_float32, trained_blocks, turn_pissa_into_lora
 from arpo_trl.run.checkpoints import find_damage, newest_whole_checkpoint
 from arpo_trl.run.merge import merge
 from arpo_trl.run.model import load_model
+from arpo_trl.run.optimizers import to_optimizer
 from arpo_trl.run.sft_config import to_sft_config
 from arpo_trl.run.trainer import ArpoTrainer
 
+OFT = {"finetuning_type": "oft", "oft_block_size": 16, "module_dropout": 0.2}
 INPUT_IDS = torch.arange(300, 332).unsqueeze(0)
 ROWS = [
     {
@@ -106,6 +109,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> list
         pytest.param({"loraplus_lr_ratio": 16.0}, id="loraplus"),
         pytest.param({"pissa_init": True, "pissa_iter": -1}, id="pissa"),
         pytest.param({"pissa_init": True, "use_rslora": True}, id="pissa_fast_svd_rslora"),
+        pytest.param({"finetuning_type": "oft", "oft_block_size": 16}, id="oft"),
+        pytest.param({"use_llama_pro": True, "freeze_trainable_layers": 1}, id="llama_pro"),
         pytest.param({"lora_target": "q_proj,v_proj", "additional_target": "embed_tokens"}, id="embedding_whole"),
     ],
 )
@@ -123,7 +128,7 @@ def test_an_adapter_on_the_original_base_predicts_what_was_trained(
     assert mean <= most < 0.05
 
 
-@pytest.mark.parametrize("keys", [{"pissa_init": True}, {"use_dora": True, "loraplus_lr_ratio": 4.0}], ids=str)
+@pytest.mark.parametrize("keys", [{"pissa_init": True}, {"use_dora": True, "loraplus_lr_ratio": 4.0}, OFT], ids=str)
 def test_an_adapter_that_was_resumed_is_the_adapter_that_never_stopped(
     keys: dict[str, Any], tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -204,13 +209,101 @@ def test_of_several_adapters_the_earlier_are_merged_into_a_base_that_is_saved(
 def test_loraplus_gives_b_its_own_learning_rate(tmp_path: Path, tiny_model: Path) -> None:
     given = recipe(tmp_path, tiny_model, loraplus_lr_ratio=16.0, learning_rate=1e-3, weight_decay=0.1)
     model, _ = load_model(given)
-    factory, kwargs = to_optimizer(given, to_sft_config(given)) or (None, {})
-    assert factory is not None
-    groups = [group for group in factory()(model, **kwargs).param_groups if group["params"]]
+    groups = [group for group in create_optimizer(given, model).param_groups if group["params"]]
     assert [(group["lr"], len(group["params"]), group["weight_decay"]) for group in groups] == [
         (1e-3, 14, 0.1),
         (1.6e-2, 14, 0.1),
     ]
+
+
+def create_optimizer(given: Recipe, model: Any) -> torch.optim.Optimizer:
+    factory, kwargs = to_optimizer(given, to_sft_config(given)) or (None, {})
+    assert factory is not None
+    return factory()(model, **kwargs)
+
+
+# --- oft, LLaMA Pro ---
+
+
+def test_oft_trains_what_peft_trains(tmp_path: Path, tiny_model: Path) -> None:
+    keys = {"finetuning_type": "oft", "oft_rank": 4, "oft_block_size": 0, "module_dropout": 0.1}
+    model, _ = load_model(recipe(tmp_path, tiny_model, **keys))
+    config = OFTConfig(task_type="CAUSAL_LM", r=4, oft_block_size=0, module_dropout=0.1, target_modules="all-linear")
+    plain = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+    shapes, expected = ({n: p.shape for n, p in one.named_parameters() if p.requires_grad} for one in (model, plain))
+    assert shapes == expected and len(shapes) == 14
+    default = load_model(recipe(tmp_path, tiny_model, finetuning_type="oft"))[0].peft_config["default"]
+    assert (default.r, default.oft_block_size, default.module_dropout) == (0, 32, 0)  # LLaMA-Factory's defaults
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "trained"),
+    [(40, 8, [4, 9, 14, 19, 24, 29, 34, 39]), (32, 8, [3, 7, 11, 15, 19, 23, 27, 31]), (6, 6, [0, 1, 2, 3, 4, 5])],
+)
+def test_llama_pro_trains_every_nth_layer(layers: int, count: int, trained: list[int], tmp_path: Path) -> None:
+    given = recipe(tmp_path, tmp_path, freeze_trainable_layers=count, use_llama_pro=True)
+    assert list(trained_blocks(given, layers)) == trained
+
+
+def test_llama_pro_adapts_the_trained_layers_alone(tmp_path: Path, tiny_model: Path) -> None:
+    for target in ("all", "q_proj,up_proj"):
+        keys = {"freeze_trainable_layers": 1, "use_llama_pro": True, "lora_target": target}
+        model, _ = load_model(recipe(tmp_path, tiny_model, **keys))
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert len(names) == {"all": 14, "q_proj,up_proj": 4}[target] and all(".layers.1." in name for name in names)
+
+
+# --- Muon, Adam-mini ---
+
+
+def plain_muon(model: Any, **lr: float) -> list[torch.optim.Optimizer]:
+    """What LLaMA-Factory's use_muon does, by torch alone: its scale, 0.2 sqrt(the longer side), has a name there."""
+    names = dict(model.named_parameters())
+    inner = [names.pop(n) for n in [*names] if names[n].ndim == 2 and not re.search("embed|lm_head", n)]
+    return [
+        torch.optim.Muon(inner, **lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(names.values(), **lr, weight_decay=0.1),
+    ]
+
+
+def plain_adam_mini(model: Any, **lr: float) -> list[torch.optim.Optimizer]:
+    adam_mini = pytest.importorskip("adam_mini")
+    heads = {"dim": 64, "n_heads": 4, "n_kv_heads": 2}
+    return [adam_mini.Adam_mini(model.named_parameters(), **lr, weight_decay=0.1, **heads, verbose=False)]
+
+
+@pytest.mark.parametrize(
+    ("key", "plain"), [("use_muon", plain_muon), ("use_adam_mini", plain_adam_mini)], ids=["muon", "adam_mini"]
+)
+def test_an_optimizer_of_its_own_steps_as_the_plain_one_and_resumes(
+    key: str, plain: Any, tmp_path: Path, tiny_model: Path
+) -> None:
+    keys = {"finetuning_type": "full", key: True, "weight_decay": 0.1, "save_strategy": "steps", "save_steps": 2}
+    given = recipe(tmp_path / "whole", tiny_model, max_steps=4, **keys)
+    ours, theirs = (load_model(given)[0] for _ in range(2))
+    optimizer, plain_ones = create_optimizer(given, ours), plain(theirs, lr=given.learning_rate)
+    for _ in range(3):
+        for weight, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            weight.grad = torch.randn_like(weight)
+            other.grad = weight.grad.clone()
+        for one in (optimizer, *plain_ones):
+            one.step()
+            for group in one.param_groups:
+                group["lr"] /= 2  # as a schedule does
+    assert [n for n, weight in ours.named_parameters() if not torch.equal(weight, theirs.get_parameter(n))] == []
+
+    run(given)
+    parts = recipe(tmp_path / "parts", tiny_model, max_steps=4, **keys)
+    run(parts)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    run(parts, resume=True)
+    whole, found = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "parts"))
+    assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
+
+
+def test_muon_trains_an_adapter_too(tmp_path: Path, tiny_model: Path) -> None:
+    run(recipe(tmp_path, tiny_model, use_muon=True))
+    assert all(weight.any() for weight in load_file(tmp_path / "adapter_model.safetensors").values())
 
 
 # --- freeze ---
@@ -220,6 +313,7 @@ def test_loraplus_gives_b_its_own_learning_rate(tmp_path: Path, tiny_model: Path
     ("keys", "trained"),
     [
         ({"freeze_trainable_layers": 1}, {"1.self_attn", "1.mlp", "1.input_layernorm", "1.post_attention_layernorm"}),
+        ({"freeze_trainable_layers": 1, "use_llama_pro": True, "freeze_trainable_modules": "mlp"}, {"1.mlp"}),
         ({"freeze_trainable_layers": -1, "freeze_trainable_modules": "mlp"}, {"0.mlp"}),
         ({"freeze_trainable_modules": "self_attn,mlp"}, {"0.self_attn", "0.mlp", "1.self_attn", "1.mlp"}),
         ({"freeze_trainable_layers": 0, "freeze_extra_modules": "norm"}, {"norm.weight"}),
@@ -302,6 +396,11 @@ def test_a_quantized_base_carries_a_float32_adapter(bits: int, tmp_path: Path, t
             {"finetuning_type": "freeze", "freeze_trainable_layers": 0},
             "freeze_trainable_layers: 0 leaves nothing to train",
         ),
+        (
+            {"finetuning_type": "freeze", "freeze_trainable_layers": 3, "use_llama_pro": True},
+            "freeze_trainable_layers: use_llama_pro trains every n-th of 2 layers, found 3",
+        ),
+        ({"finetuning_type": "oft", "oft_target": "q_prj"}, "oft_target: no module q_prj; there are"),
         ({"pissa_init": True, "use_dora": True}, "pissa_init: can't become plain LoRA at the end with use_dora"),
     ],
 )

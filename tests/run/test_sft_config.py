@@ -15,7 +15,7 @@ from arpo_trl.recipe import Recipe
 from arpo_trl.recipe.keys import keys
 from arpo_trl.run import sft_config as trl_config
 from arpo_trl.run.adapters import new_adapter
-from arpo_trl.run.sft_config import model_init_kwargs, to_lora_config, to_quantization_config, to_sft_config
+from arpo_trl.run.sft_config import model_init_kwargs, to_adapter_config, to_quantization_config, to_sft_config
 
 
 def test_a_recipe_of_nothing_becomes_llama_factorys_defaults(recipe_of: Any) -> None:
@@ -215,15 +215,15 @@ def test_all_adapts_every_linear_layer_but_the_head(recipe_of: Any, tiny_model: 
 
 
 def test_the_adapters_keys_reach_peft(recipe_of: Any) -> None:
-    config = to_lora_config(recipe_of("lora_rank=4"), tied=True)
+    config = to_adapter_config(recipe_of("lora_rank=4"), tied=True)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0)
     assert config.init_lora_weights is True and config.modules_to_save is None
     lines = ["lora_alpha=3", "lora_dropout=0.1", "use_rslora=true", "use_dora=true", "additional_target=embed_tokens"]
-    config = to_lora_config(recipe_of(*lines), tied=True)
+    config = to_adapter_config(recipe_of(*lines), tied=True)
     assert config.ensure_weight_tying and (config.lora_alpha, config.lora_dropout) == (3, 0.1)
     assert config.use_rslora and config.use_dora and config.modules_to_save == ["embed_tokens"]
     for iterations, start in ((16, "pissa_niter_16"), (-1, "pissa")):
-        config = to_lora_config(recipe_of("pissa_init=true", f"pissa_iter={iterations}"), tied=True)
+        config = to_adapter_config(recipe_of("pissa_init=true", f"pissa_iter={iterations}"), tied=True)
         assert not config.ensure_weight_tying and config.init_lora_weights == start
 
 

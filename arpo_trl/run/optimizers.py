@@ -1,0 +1,79 @@
+"""The optimizers that transformers does not make by name: LoRA+, Muon and Adam-mini."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from ..recipe.keys import Recipe
+
+Create = Callable[[Any], torch.optim.Optimizer]
+
+
+def to_optimizer(recipe: Recipe, args: TrainingArguments) -> tuple[Callable[[], Create], dict[str, Any]] | None:
+    """The optimizer, in the form that Trainer takes a factory of optimizers; None where `optim` alone decides."""
+
+    def lora_plus(model: PeftModel) -> torch.optim.Optimizer:
+        """https://arxiv.org/abs/2402.12354"""
+        optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+        kwargs |= {
+            "loraplus_lr_ratio": recipe.loraplus_lr_ratio,
+            "loraplus_lr_embedding": recipe.loraplus_lr_embedding,
+            "loraplus_weight_decay": args.weight_decay,
+        }
+        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(model, optimizer_cls, **kwargs)
+        return optimizer
+
+    def muon(model: torch.nn.Module) -> torch.optim.Optimizer:
+        return MuonWithAdamW(model, args)
+
+    def adam_mini(model: PreTrainedModel) -> torch.optim.Optimizer:
+        config = model.config.get_text_config()
+        optimizer: torch.optim.Optimizer = importlib.import_module("adam_mini").Adam_mini(
+            model.named_parameters(),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            dim=config.hidden_size,
+            n_heads=config.num_attention_heads,
+            n_kv_heads=getattr(config, "num_key_value_heads", None),
+            verbose=False,
+        )
+        return optimizer
+
+    if recipe.loraplus_lr_ratio is not None:
+        return lambda: lora_plus, {}
+    if recipe.use_muon:
+        return lambda: muon, {}
+    return (lambda: adam_mini, {}) if recipe.use_adam_mini else None
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the matrices inside the blocks and AdamW for the rest, in one optimizer with one state, as LLaMA-Factory's."""
+
+    def __init__(self, model: torch.nn.Module, args: TrainingArguments) -> None:
+        inner: list[torch.nn.Parameter] = []
+        outer: list[torch.nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                is_inner = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+                (inner if is_inner else outer).append(parameter)
+        lr, decay, betas = args.learning_rate, args.weight_decay, (args.adam_beta1, args.adam_beta2)
+        self.parts: list[torch.optim.Optimizer] = []
+        if inner:
+            self.parts.append(torch.optim.Muon(inner, lr, decay, adjust_lr_fn="match_rms_adamw"))
+        if outer:
+            self.parts.append(torch.optim.AdamW(outer, lr, betas, args.adam_epsilon, decay))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.state, part.param_groups = self.state, [group]
+            part.step()
