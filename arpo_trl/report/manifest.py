@@ -47,6 +47,8 @@ MAY_CHANGE = frozenset(
     trust_remote_code include_num_input_tokens_seen
     """.split()
 ) | frozenset(PredictKeys.model_fields)
+REMOVED = frozenset({"predict_metrics"})
+"""Such keys of earlier versions."""
 
 
 class Manifest(BaseModel):
@@ -137,7 +139,7 @@ def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
     for key in sorted(earlier.recipe.keys() | now.recipe.keys()):
         default = keys()[key].default if key in keys() else None
         before, after = earlier.recipe.get(key, default), now.recipe.get(key, default)
-        if before != after and key not in MAY_CHANGE:
+        if before != after and key not in MAY_CHANGE | REMOVED:
             changes.append(f"{key}: {before!r} -> {after!r}")
     for name in sorted(earlier.data.keys() | now.data.keys()):
         if earlier.data.get(name) != now.data.get(name):

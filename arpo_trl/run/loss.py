@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+Batch = dict[str, Tensor]
+"""What the collator makes; of rows laid end to end the longest row's length, too, as an int."""
+
 TILE_POSITIONS = 512
 """Labelled positions scored at once: 512 x 151,936 float32 logits are 311 MB."""
 
@@ -80,7 +83,7 @@ def _score_tile(hidden: Tensor, labels: Tensor, head: nn.Module) -> tuple[Tensor
     return log_probs, entropy, is_top1
 
 
-def mask_repeated_rows(batch: dict[str, Tensor], new: int, packed: bool) -> None:
+def mask_repeated_rows(batch: Batch, new: int, packed: bool) -> None:
     """Mask the labels of all rows but the first `new`, so that an epoch trains as on one process.
 
     Of several processes each gets as many batches, so accelerate 1.15 (BatchSamplerShard) fills up the last ones with
@@ -95,6 +98,16 @@ def mask_repeated_rows(batch: dict[str, Tensor], new: int, packed: bool) -> None
     elif not packed:
         starts = (batch["position_ids"][0] == 0).nonzero().flatten()
         labels[:, int(starts[new]) if new < len(starts) else labels.size(1) :] = -100
+
+
+def count_tokens(batch: Batch) -> Tensor:
+    """Tokens of a batch, without padding and repeated rows."""
+    if "attention_mask" not in batch:  # laid end to end
+        return torch.tensor(batch["input_ids"].numel())
+    mask = batch["attention_mask"]
+    if "labels" in batch:  # under Ulysses they are shift_labels
+        mask = mask[(batch["labels"] != -100).any(-1)]  # repeated rows have none
+    return mask.sum()
 
 
 def token_means(sums: Tensor, prefix: str) -> dict[str, float]:

@@ -40,8 +40,9 @@ from ..recipe.keys import Recipe
 from ..report.console import say
 from ..report.tracker_steps import log_samples
 from ..run_folder import save_metrics
+from .failures import is_out_of_memory
 from .scores import SCORES, Reply, describe_scores, score_replies
-from .trainer import ArpoTrainer, is_out_of_memory
+from .trainer import ArpoTrainer
 
 SHOWN = 2000  # characters of a text in a tracker's table
 Model = PreTrainedModel | PeftModel

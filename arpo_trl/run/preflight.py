@@ -21,7 +21,8 @@ from ..machine import gpu_memory, peak_memory
 from ..recipe.keys import Recipe
 from ..report.console import say
 from ..report.log_file import format_seconds
-from .trainer import ArpoTrainer, is_out_of_memory
+from .failures import is_out_of_memory
+from .trainer import ArpoTrainer
 
 ROOM = 0.9
 """Share of a GPU that the longest batch may take: the allocator's gaps and the collectives' buffers need the rest."""
@@ -57,7 +58,7 @@ class Preflight(TrainerCallback):
         for dataset in evals.values() if isinstance(evals, dict) else [evals] if evals else []:
             with untouched(trainer):
                 inputs = trainer.data_collator(longest_batch(dataset, args.per_device_eval_batch_size)[0])
-                trainer.model.eval()  # type: ignore[union-attr]
+                trainer.model.eval()
                 trainer.prediction_step(trainer.model_wrapped, inputs, prediction_loss_only=True)
         tokens = sum(len(row["input_ids"]) for row in batch)
         steps = state.max_steps - state.global_step
@@ -133,7 +134,7 @@ def require_rows_apart(recipe: Recipe, trainer: ArpoTrainer) -> None:
     except ValueError as error:  # as Qwen3-Next's linear attention says it
         apart, reason = False, f"can't lay rows end to end: {' '.join(str(error).split())}"
     if not apart:
-        config: Any = trainer.model.config  # type: ignore[union-attr]
+        config = trainer.model.config
         keys = ("packing", "neat_packing") if recipe.packing else ("padding_free",)
         raise recipe.error(
             next((key for key in keys if key in recipe.source.lines), keys[0]),
@@ -152,9 +153,8 @@ def _rows_are_apart(trainer: ArpoTrainer) -> bool:
     model: Any = trainer.model_wrapped
     short = args.bf16 or args.fp16 or next(model.parameters()).dtype != torch.float32
     generator = torch.Generator().manual_seed(0)
-    config: Any = trainer.model.config  # type: ignore[union-attr]
     first, other, row = (
-        torch.randint(config.get_text_config().vocab_size, (size,), generator=generator).tolist()
+        torch.randint(trainer.model.config.get_text_config().vocab_size, (size,), generator=generator).tolist()
         for size in (11, 11, 13)
     )
 

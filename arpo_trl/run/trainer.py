@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import RunFailed
 from ..machine import checkpoint_bytes
 from .checkpoints import save_checkpoint
-from .loss import mask_repeated_rows, score_labelled_positions_only, token_means
+from .failures import describe_not_finite, describe_out_of_memory, is_out_of_memory
+from .loss import Batch, count_tokens, mask_repeated_rows, score_labelled_positions_only, token_means
 from .order import Endless, EpochOrder
 from .stop import Stopped
+
+EvalDataset: TypeAlias = str | Dataset | dict[str, Dataset]
 
 
 @dataclass
@@ -33,14 +39,14 @@ class Window:
     """What is summed up between two lines of the log, over all processes, and counted over the whole run.
 
     Attributes:
-        loss: The sum of the losses of the updates since the last line.
+        loss_sum: Of the updates since the last line.
         last_logged: The step of the last line.
         metrics: A value for each micro-batch since the last line.
         seen_tokens: All tokens of the run so far, padding left out.
         trained_tokens: Those of them that carry loss.
     """
 
-    loss: float = 0.0
+    loss_sum: float = 0.0
     last_logged: int = 0
     metrics: dict[str, list[float]] = field(default_factory=dict)
     seen_tokens: int = 0
@@ -59,10 +65,10 @@ class _Line(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             window = self.window
-            logs["loss"] = window.loss / max(self.state.global_step - window.last_logged, 1)
+            logs["loss"] = window.loss_sum / max(self.state.global_step - window.last_logged, 1)
             logs |= {name: sum(values) / len(values) for name, values in window.metrics.items()}
             logs |= {"num_tokens": window.seen_tokens} | (self.more_figures() if self.more_figures else {})
-            window.loss, window.last_logged, window.metrics = 0.0, self.state.global_step, {}
+            window.loss_sum, window.last_logged, window.metrics = 0.0, self.state.global_step, {}
         super().log(logs, start_time)
 
 
@@ -83,6 +89,9 @@ class ArpoTrainer(SFTTrainer, _Line):
         **kwargs: As `trl.SFTTrainer`.
     """
 
+    args: SFTConfig
+    model: PreTrainedModel | PeftModel
+
     def __init__(
         self, *, args: SFTConfig, rows: Dataset | None = None, on_save_error: str = "stop", **kwargs: Any
     ) -> None:
@@ -98,33 +107,25 @@ class ArpoTrainer(SFTTrainer, _Line):
             text_config.router_aux_loss_coef = coefficient  # TRL writes 0 where the recipe asks for no such loss
         self.rows = rows
         self.on_save_error = on_save_error
-        self.batches: list[dict[str, Tensor]] = []  # of the update in progress
+        self.batches: list[Batch] = []  # of the update in progress
         self._sums: list[Tensor] = []  # and what is known of each: see _score
-        self._last_batch = ""
+        self.last_batch = ""  # "training batch of 2 x 100 tokens"
         self._eval_sums = torch.zeros(4, dtype=torch.float64)
-        self.checkpoint_bytes = checkpoint_bytes(self.model, self.args.save_only_model)  # until one is measured
+        self.checkpoint_bytes = checkpoint_bytes(self.model, args.save_only_model)  # until one is measured
         self.pending_evaluation = self.has_stepped = False
         self.add_callback(_LogState(self))
-        model = self.accelerator.unwrap_model(self.model)
-        model.register_forward_hook(torch.compiler.disable(self._score))
         if isinstance(self.train_dataset, IterableDataset):
             self.train_dataset = Endless(self.train_dataset)
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
-            # Accelerate 1.15 rounds what leaves the model, each token's log-probability, to bfloat16 (7.68 to 7.6875),
-            # and sums gradients in it. https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/dataclasses.py
-            policy = plugin.mixed_precision_policy
-            plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
+        model = self.accelerator.unwrap_model(self.model)
+        model.register_forward_hook(torch.compiler.disable(self._score))
         if self.accelerator.device.type not in ("cuda", "xpu"):
             score_labelled_positions_only(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        _compute_outputs_in_float32(self.accelerator)
 
     # --- a step ---
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; a device without memory ends the run with what to change, a signal with a checkpoint.
-
-        Before its first step a resumed run takes the evaluation that a signal had stopped.
-        """
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`; a device without memory ends the run with what to change, a signal with a checkpoint."""
         try:
             return super().train(*args, **kwargs)
         except Stopped:
@@ -134,61 +135,62 @@ class ArpoTrainer(SFTTrainer, _Line):
             raise
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise RunFailed(self._out_of_memory()) from error
+                raise RunFailed(describe_out_of_memory(self)) from error
             raise
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        """The sampler of the recipe, in an order that a resumed run finds again.
+
+        Trainer makes it nowhere else: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L1071
+        """
         sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
         if sampler is None or isinstance(sampler, BatchRebalanceSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochOrder(sampler, seed, lambda: int(self.state.epoch or 0))
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """No batch once the run is to stop: Trainer asks for the next one before it looks, at the start of a resume."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
+        """The batches of an update, and the number of their labelled tokens on all processes.
+
+        No batch once the run is to stop: Trainer asks for the next one before it looks, at the start of a resume.
+        """
         if self.control.should_training_stop:
             return [], None
-        return super().get_batch_samples(*args, **kwargs)
+        batches = map(self._without_repeated_rows, epoch_iterator)  # drawn one by one, and counted after that
+        return super().get_batch_samples(batches, num_batches, device)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Labelled tokens of an update, without the rows that accelerate repeats to fill up an epoch's last batches."""
-        args: Any = self.args
-        ends = args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader and batch_samples
-        ends = ends and "labels" in batch_samples[-1]
-        if ends and isinstance(self.train_dataset, Dataset) and not args.dataloader_drop_last:
+    def _without_repeated_rows(self, batch: Batch) -> Batch:
+        """Mask the rows that accelerate repeats, on several processes, to fill up an epoch's last batches."""
+        args, rows = self.args, self.train_dataset
+        ends = args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader and "labels" in batch
+        if ends and isinstance(rows, Dataset) and not args.dataloader_drop_last:
             # Not the state's `remainder`: accelerate 1.15 does not know it where a resumed run skips batches.
-            remainder = len(self.train_dataset) % (args.per_device_train_batch_size * args.world_size)
+            remainder = len(rows) % (args.per_device_train_batch_size * args.world_size)
             earlier = args.process_index * args.per_device_train_batch_size
             if remainder:
-                mask_repeated_rows(batch_samples[-1], remainder - earlier, args.packing)
-        return super()._get_num_items_in_batch(batch_samples, device)
+                mask_repeated_rows(batch, remainder - earlier, self.padding_free and args.packing)
+        return batch
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """One forward and backward; a loss that is not finite ends the run by name."""
         self.batches.append(inputs)
-        self._last_batch = f"training batch of {_shape(inputs)} tokens"
+        self.last_batch = f"training batch of {_shape(inputs)} tokens"
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         if not torch.isfinite(loss):
-            raise RunFailed(self._not_finite("loss", float(loss)))
-        if "attention_mask" in inputs:
-            seen = inputs["attention_mask"]
-            if "labels" in inputs:  # under Ulysses they are shift_labels
-                seen = seen[(inputs["labels"] != -100).any(-1)]  # repeated rows have none
-            seen = seen.sum()
-        else:  # laid end to end
-            seen = torch.tensor(inputs["input_ids"].numel())
-        self._sums[-1] = torch.stack([loss.float(), seen.to(loss), *self._sums[-1]])
+            raise RunFailed(describe_not_finite(self, "loss", float(loss)))
+        self._sums[-1] = torch.stack([loss.float(), count_tokens(inputs).to(loss), *self._sums[-1]])
         return loss
 
-    def _score(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _score(self, model: nn.Module, args: object, output: Any) -> None:
         """Note entropy, first guesses that are right, and labelled tokens of a training batch: sums over its tokens.
 
         A hook of the model's forward pass, as TRL's loss hands on its sum alone. Label smoothing asks a second pass for
         these, activation checkpointing takes none of the whole model: the last pass counts.
         """
         if model.training and hasattr(output, "label_mask"):
-            parts = [output.entropy, output.is_top1, output.label_mask]
-            sums = [part.detach().float().sum() for part in parts]
+            sums = [one.detach().float().sum() for one in (output.entropy, output.is_top1, output.label_mask)]
             if self.aux_loss_enabled:
                 sums.append(output.aux_loss.detach().float())
             del self._sums[len(self.batches) - 1 :]
@@ -204,10 +206,10 @@ class ArpoTrainer(SFTTrainer, _Line):
             sums, norm = sums[:, :-1], sums[0, -1]
         # Under float16 the scaler meets infinite gradients by design: it skips the step and lowers its scale.
         if self.accelerator.scaler is None and not math.isfinite(norm):
-            raise RunFailed(self._not_finite("gradient", float(norm)))
+            raise RunFailed(describe_not_finite(self, "gradient", float(norm)))
         window = self.window
         for loss, seen, entropy, top1, labelled, *aux in sums.double().tolist():
-            window.loss += loss / self.args.world_size
+            window.loss_sum += loss / self.args.world_size
             window.seen_tokens += int(seen)
             window.trained_tokens += int(labelled)
             values = {"entropy": entropy / max(labelled, 1), "mean_token_accuracy": top1 / max(labelled, 1)}
@@ -228,59 +230,20 @@ class ArpoTrainer(SFTTrainer, _Line):
         if self.is_deepspeed_enabled:
             engine: Any = self.model_wrapped
             return torch.as_tensor(float(engine.get_global_grad_norm() or 0.0), device=self.args.device)
-        model: Any = self.model
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        norm: Any = torch.nn.utils.get_total_norm(grads)
-        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of FSDP's shards
-        return whole
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self._last_batch = f"evaluation batch of {_shape(inputs)} tokens"
-        return super().prediction_step(model, inputs, *args, **kwargs)
-
-    def _not_finite(self, what: str, value: float) -> str:
-        model: Any = self.model
-        weight = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
-        cause = (
-            f"The model itself is broken: its weight {weight} is not finite"
-            if weight
-            else "Lower learning_rate, use bf16 instead of fp16, or look at these rows"
-        )
-        return (
-            f"step {self.state.global_step + 1}: the {what} is {value}; nothing of this step was saved. "
-            f"Rows in its batch: {', '.join(self._sources_in_window()) or 'unknown'}. {cause}"
-        )
-
-    def _out_of_memory(self) -> str:
-        args, ways = self.args, []
-        if self._last_batch.startswith("evaluation"):
-            ways += ["per_device_eval_batch_size (same run)"]
-        else:
-            if args.per_device_train_batch_size > 1:
-                ways += [
-                    "per_device_train_batch_size (raise gradient_accumulation_steps, or keep global_batch_size: same run)"
-                ]
-            if not args.activation_checkpointing:
-                ways += ["gradient_checkpointing: true (slower, same run)"]
-        ways += ["cutoff_len (rows are cut)"]
-        ways += [] if hasattr(self.model, "peft_config") else ["finetuning_type: lora"]
-        return (
-            f"step {self.state.global_step + 1}: out of memory on {self.accelerator.device} with a "
-            f"{self._last_batch or 'model of this size'}. In order of what it costs, change: {'; '.join(ways)}"
-        )
-
-    def _sources_in_window(self) -> list[str]:
-        """`file:line` of each row in the batches of this step, found by its tokens: columns do not reach the model."""
-        if self.rows is None or "source" not in self.rows.column_names:
-            return []
-        wanted = {tuple(row) for batch in self.batches for row in _split_rows(batch)}
-        rows = self.rows.select_columns(["input_ids", "source"])
-        return [row["source"] for row in rows if tuple(row["input_ids"]) in wanted]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP's shards
 
     # --- an evaluation ---
 
+    def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        self.last_batch = f"evaluation batch of {_shape(inputs)} tokens"
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: EvalDataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """As `Trainer.evaluate`. The steps after it draw the random numbers that they would have drawn without it."""
         logged = len(self.state.log_history)
@@ -295,7 +258,10 @@ class ArpoTrainer(SFTTrainer, _Line):
         return metrics
 
     def evaluate_pending(self) -> None:
-        """Take the evaluation that a signal had stopped, with all that Trainer does after one."""
+        """Take the evaluation that a signal had stopped, with all that Trainer does after one.
+
+        https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L2276 (no public method)
+        """
         if self.pending_evaluation:
             self._determine_best_metric(self._evaluate(None, None), None)
             best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
@@ -303,7 +269,7 @@ class ArpoTrainer(SFTTrainer, _Line):
                 self.state.best_model_checkpoint = str(best)
 
     def _evaluate_all(
-        self, eval_dataset: Any, ignore_keys: list[str] | None, metric_key_prefix: str
+        self, eval_dataset: EvalDataset | None, ignore_keys: list[str] | None, metric_key_prefix: str
     ) -> dict[str, float]:
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(datasets, dict):
@@ -329,9 +295,12 @@ class ArpoTrainer(SFTTrainer, _Line):
         return output
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        assert self.model is not None
         if self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         scores = model(**inputs, use_cache=False, fused_lm_head=True)
@@ -366,42 +335,41 @@ class ArpoTrainer(SFTTrainer, _Line):
 
     def save_final_model(self, dtype: torch.dtype | None) -> None:
         """Save the model and tokenizer at the root of `output_dir`, the weights in `dtype` (None: as trained)."""
-        model: Any = self.accelerator.unwrap_model(self.model)
-        if dtype is None:
-            self.save_model()
-        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:  # every process takes part in gathering the weights
-            weights = self.accelerator.get_state_dict(self.model_wrapped)
+        model = self.accelerator.unwrap_model(self.model)
+        if dtype is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            weights = self.accelerator.get_state_dict(self.model_wrapped)  # every process takes part in the gathering
             if self.args.should_save:
                 tied = getattr(model, "all_tied_weights_keys", {})  # gathered, a tied head is a tensor of its own
                 self._save(state_dict={name: w.to(dtype) for name, w in weights.items() if name not in tied})
         else:
-            model.to(dtype)
+            if dtype is not None:
+                model.to(dtype)
             self.save_model()
-        if self.args.should_save and hasattr(model, "peft_config"):
+        if not self.args.should_save:
+            return
+        others = ["adapter_*"]  # beside an adapter of an earlier run, from_pretrained would load that one
+        if isinstance(model, PeftModel):
             model.generation_config.save_pretrained(self.args.output_dir)  # PEFT leaves its end-of-turn token out
-        if self.args.should_save:  # beside an adapter of an earlier run, from_pretrained would load that one
-            others = ("model*.safetensors*", "config.json") if hasattr(model, "peft_config") else ("adapter_*",)
-            for path in [path for other in others for path in Path(str(self.args.output_dir)).glob(other)]:
-                path.unlink()
+            others = ["model*.safetensors*", "config.json"]
+        output_dir = Path(str(self.args.output_dir))
+        for path in [path for other in others for path in output_dir.glob(other)]:
+            path.unlink()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is a device's, or the CPU allocator's, refusal of memory."""
-    signs = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
+def _compute_outputs_in_float32(accelerator: Accelerator) -> None:
+    """Under FSDP 2, keep what leaves the model, and the sums of gradients, out of bfloat16.
+
+    accelerate 1.15 rounds each token's log-probability to it (7.68 to 7.6875).
+    https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/dataclasses.py
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        policy = plugin.mixed_precision_policy
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
 
-def _shape(inputs: dict[str, Any]) -> str:
+def _shape(inputs: Batch) -> str:
     return " x ".join(str(n) for n in inputs["input_ids"].shape)
-
-
-def _split_rows(batch: dict[str, Tensor]) -> list[list[int]]:
-    """The token ids of each row in a batch: padded (with an attention mask) or laid end to end (position_ids)."""
-    ids = batch["input_ids"].cpu()
-    if "attention_mask" in batch:
-        return [row[mask.bool()].tolist() for row, mask in zip(ids, batch["attention_mask"].cpu(), strict=True)]
-    starts = (batch["position_ids"][0].cpu() == 0).nonzero().flatten().tolist()
-    return [ids[0, a:b].tolist() for a, b in zip(starts, [*starts[1:], ids.size(1)], strict=True)]
 
 
 # --- what Trainer forgets when a run is resumed ---
@@ -418,9 +386,8 @@ class _LogState(TrainerCallback, ExportableState):
     ) -> None:
         self.trainer.end_update()
 
-    def state(self) -> dict[str, Any]:
-        window = asdict(self.trainer.window)
-        return {"loss_sum": window.pop("loss"), "pending_evaluation": self.trainer.pending_evaluation, **window}
+    def state(self) -> dict[str, object]:
+        return {**asdict(self.trainer.window), "pending_evaluation": self.trainer.pending_evaluation}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -434,9 +401,8 @@ class _LogState(TrainerCallback, ExportableState):
         )  # declared as the list that it was made of
         saved = dict(callbacks.setdefault(type(self).__name__, {}))
         if state.global_step and saved:
-            metrics = {name: values for name, values in saved["metrics"].items() if name != "num_tokens"}
-            counts = {name: saved[name] for name in ("last_logged", "seen_tokens", "trained_tokens")}
-            self.trainer.window = Window(loss=saved["loss_sum"], metrics=metrics, **counts)
+            self.trainer.window = Window(**{one.name: saved[one.name] for one in fields(Window)})
+            self.trainer.window.metrics.pop("num_tokens", None)  # of a version that kept TRL's token count there
             self.trainer.pending_evaluation = saved.get("pending_evaluation", False)
         else:
             self.trainer.window.last_logged = state.global_step

@@ -156,5 +156,5 @@ def test_the_figures_of_a_checkpoint_of_the_version_before_go_on() -> None:
     _LogState(trainer).on_train_begin(args, state, SimpleNamespace())  # type: ignore[arg-type]
     assert not args.eval_on_start
     figures = {"entropy": [6.5, 6.25], "mean_token_accuracy": [0.5, 0.25]}
-    assert trainer.window == Window(loss=13.5, last_logged=3, metrics=figures, seen_tokens=123, trained_tokens=45)
+    assert trainer.window == Window(loss_sum=13.5, last_logged=3, metrics=figures, seen_tokens=123, trained_tokens=45)
     assert not trainer.pending_evaluation
