@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from ..errors import printable
 from .labels import matches_of
-from .registry import DatasetInfo
+from .registry import NEEDED, DatasetInfo
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -169,12 +169,13 @@ def too_many_dropped(name: str, counts: Counts, max_dropped: float, find_list: C
 
 
 def missing_columns(info: DatasetInfo, fields: Iterable[str], rows: int) -> list[str]:
-    """The problem of each column that the registry names and none of the rows has: every row would train without it."""
+    """The problem of each column that the registry names, or a row needs, and none of the rows has."""
     there = sorted(set(fields))
     found = ", ".join(there[:SHOWN_FIELDS])
+    mend, give = "mend the name, or take the key out of columns", "name theirs in columns, or set formatting"
     return [
-        f"{place}: expected a column {info.columns[key]!r}, found none in {rows:,} rows; they have {found}; mend the name, "
-        "or take the key out of columns"
-        for key, place in info.named.items()
-        if there and info.columns[key] not in there
+        f"{info.place}.columns.{key}: expected a column {column!r}, found none in {rows:,} rows; they have {found}; "
+        f"{mend if key in info.named else give}"
+        for key, column in info.columns.items()
+        if there and column not in there and (key in info.named or key in NEEDED)
     ]

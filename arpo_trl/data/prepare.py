@@ -125,7 +125,7 @@ def _judge(data: PreparedData, infos: list[DatasetInfo], recipe: Recipe) -> None
     for info in infos:
         one, counts = data.encoded[info.name], data.audit.datasets[info.name]
         is_whole = info.num_samples is not None or recipe.max_samples is None or counts.rows < recipe.max_samples
-        if info.named and (is_whole or counts.rows >= ROWS_BEFORE_JUDGED):
+        if (info.named or counts.dropped) and (is_whole or counts.rows >= ROWS_BEFORE_JUDGED):
             columns = one.rows.select_columns("fields").with_format("arrow")[:]["fields"]
             fields = pc.unique(pc.list_flatten(columns)).to_pylist()
             problems += missing_columns(info, fields, counts.rows)

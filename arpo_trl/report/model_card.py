@@ -40,7 +40,8 @@ def write_model_card(output_dir: Path, manifest: Manifest, recipe_yaml: str) -> 
     """
     results = read_json(output_dir / "all_results.json")
     log = read_log(output_dir / "trainer_log.jsonl")
-    name, base = output_dir.resolve().name, base_model(str(manifest.recipe["model_name_or_path"]))
+    trained_from = str(manifest.recipe["model_name_or_path"])
+    name, base = output_dir.resolve().name, base_model(trained_from)
     lora = manifest.recipe["finetuning_type"] in ("lora", "oft")
     head = ModelCardData(
         library_name="peft" if lora else "transformers",
@@ -59,6 +60,7 @@ def write_model_card(output_dir: Path, manifest: Manifest, recipe_yaml: str) -> 
         name=name,
         base=base.name,
         base_link=f"[{base.name}](https://huggingface.co/{base.name})" if base.is_hub_id else f"`{base.name}`",
+        base_to_load=base.name if base.is_hub_id else Path(trained_from).as_posix(),
         lora=lora,
         manifest=manifest,
         steps=read_json(output_dir / "trainer_state.json")["global_step"],

@@ -158,6 +158,17 @@ def test_a_named_column_that_no_row_has_is_refused(bench: Bench) -> None:
     ]
 
 
+def test_rows_of_another_format_say_how_to_name_their_columns(bench: Bench) -> None:
+    """`formatting` left out means alpaca, and `columns` left out its names; so it is under --preview."""
+    bench.add("d", [row()] * 3, formatting="alpaca", columns={}, tags={})
+    with pytest.raises(DatasetError) as error:
+        bench.prepare()
+    assert str(error.value).splitlines()[0] == (
+        f"{bench.folder / 'dataset_info.json'}: d.columns.response: expected a column 'output', found none in 3 rows; "
+        "they have conversations; name theirs in columns, or set formatting"
+    )
+
+
 def test_a_named_column_may_be_in_some_rows_alone(bench: Bench) -> None:
     """An Arrow file's column is there even if it is null in every row."""
     bench.add("d", [*numbered(2), row(sys="S"), row()], columns={"system": "sys"})

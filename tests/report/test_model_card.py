@@ -101,7 +101,7 @@ def test_an_adapters_card_says_how_to_merge_or_to_serve_it_beside_its_base(
     names: dict[str, Any] = {}
     exec(python, names)
     assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1] and capsys.readouterr().out
-    beside = f"vllm serve {tiny_model.name} --enable-lora --lora-modules run={run} --generation-config {run}"
+    beside = f"vllm serve {tiny_model} --enable-lora --lora-modules run={run} --generation-config {run}"
     assert beside in rest and f"vllm serve {run}-merged`" in rest
     merge = next(line for line in rest.splitlines() if line.startswith("arpo-trl merge"))
     assert main(merge.split()[1:]) == 0
