@@ -105,7 +105,8 @@ def child(act: Callable[[], int], log: Path) -> int:
             with log.open("w") as out:
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)
-                torch.set_num_threads(1)  # replaces the parent's thread pool; transformers' threads would race for that
+                # Replaces the parent's thread pool; transformers' threads would race for that.
+                torch.set_num_threads(1)
                 code = act()
         except BaseException:
             traceback.print_exc()
