@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.trainer_utils import align_special_tokens
 from transformers.utils import logging
 
@@ -83,6 +83,8 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None) -> Merged:
             f"merged, the model predicts otherwise than {adapter}: by {difference:.1e} nats, {TOLERANCE} is allowed"
         )
 
+    if (adapter / "generation_config.json").is_file():  # every token at which the run's replies end
+        merged.generation_config = GenerationConfig.from_pretrained(adapter)
     align_special_tokens(merged, tokenizer)
     merged.to(dtype).save_pretrained(output)
     tokenizer.save_pretrained(output)

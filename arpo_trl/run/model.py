@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..recipe.keys import Recipe
 from .adapters import trained_blocks, with_adapter
@@ -73,6 +73,17 @@ def _settle_balancing_loss(recipe: Recipe, config: PreTrainedConfig) -> None:
         )
     if not hasattr(config, "num_experts"):  # Granite's and Phi's mixtures: trl 1.16, add_fused_lm_head
         config.num_experts = config.num_local_experts
+
+
+def stop_after_calls(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, call_end: str | None
+) -> None:
+    """Let `generate` stop, too, at the token that ends a reply with calls, where it is another one (gpt-oss, GLM)."""
+    config = model.generation_config
+    if call_end and config is not None:
+        known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(call_end), *known]
+        config.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None))
 
 
 # --- some layers ---

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData, prepare_datasets
+from ..data.template import template_of
 from ..data.tokenizer import load_tokenizer
 from ..errors import RecipeError, RunFailed
 from ..machine import full_disk_in_a_line, missing_space
@@ -37,7 +38,7 @@ from .checkpoints import SaveAfterEpochEnd
 from .early_stopping import StopEarly
 from .evaluate import eval_datasets, run_without_training, to_inference
 from .folder_lock import own_output_dir
-from .model import load_model
+from .model import load_model, stop_after_calls
 from .optimizers import to_optimizer
 from .predict import PredictOnEvaluate, compare_evaluations, predict, refuse_split_model
 from .preflight import PackingCheck, Preflight
@@ -140,6 +141,7 @@ def make_trainer(
     )
     refuse_split_model(recipe, trainer.is_fsdp_enabled)
     keep_adapter_in_float32(model)
+    stop_after_calls(model, tokenizer, template_of(recipe, tokenizer).call_end)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
         say("FSDP needs GPUs (accelerate 1.15): each process holds the whole model, as with multi_gpu.yaml")
     return trainer

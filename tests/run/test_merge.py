@@ -106,3 +106,28 @@ def test_an_adapters_folder_says_where_its_turns_end(base: Path, tmp_path: Path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert GenerationConfig.from_pretrained(folder).eos_token_id == ends
+
+
+CALLS_END_OTHERWISE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}"
+    "{{ '<|endoftext|>' if m.tool_calls else '<|im_end|>' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_where_a_call_ends_in_a_token_of_its_own_the_model_stops_there_too(tiny_model: Path, tmp_path: Path) -> None:
+    """As gpt-oss's template has it: a full run's model, an adapter's folder, and its merged model say so."""
+    from small_run import run
+
+    template, base = tmp_path / "calls.jinja", shutil.copytree(tiny_model, tmp_path / "base")
+    template.write_text(CALLS_END_OTHERWISE, encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    generates = json.loads((base / "generation_config.json").read_text(encoding="utf-8")) | {"eos_token_id": ends[0]}
+    (base / "generation_config.json").write_text(json.dumps(generates), encoding="utf-8")
+    for kind in ("full", "lora"):
+        folder = run(tmp_path / kind, base, template=str(template), finetuning_type=kind, max_steps=1, preflight=False)
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == ends, kind
+    assert main(["merge", str(folder), str(tmp_path / "merged")]) == 0
+    assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == ends
