@@ -107,10 +107,11 @@ _REFUSED = {
     "this loss is not offered; there are the usual one and use_dft_loss": """
         use_asft_loss asft_alpha use_eaft_loss eaft_alpha""",
     "this change of the model is not made here; save a changed model and name it in model_name_or_path": """
-        shift_attn mixture_of_depths train_from_scratch new_special_tokens_config init_special_tokens""",
+        train_from_scratch new_special_tokens_config init_special_tokens""",
+    "each token passes every layer, and sees all before it; remove the line": "mixture_of_depths shift_attn",
     "add the tokens to the tokenizer and the model once (docs/templates.md has the commands), and name the new folder": """
         add_tokens add_special_tokens new_special_tokens new_normal_tokens""",
-    "FP8 is the launcher's: mixed_precision: fp8 in the accelerate config": """
+    "FP8 was never tried here; remove the line, and bf16: true computes in bfloat16": """
         fp8 fp8_backend fp8_enable_fsdp_float8_all_gather""",
     "a quantized model is trained where accelerate puts it": "quantization_device_map",
     "give the adapter's whole path in adapter_name_or_path": "adapter_folder",

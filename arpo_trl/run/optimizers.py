@@ -3,56 +3,49 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..recipe.keys import Recipe
 
-Create = Callable[[Any], torch.optim.Optimizer]
 
+def to_optimizer(recipe: Recipe, args: TrainingArguments) -> tuple[Any, dict[str, Any]] | None:
+    """A factory of an optimizer's factory, and what the latter is told beside the model: the form that Trainer takes.
 
-def to_optimizer(recipe: Recipe, args: TrainingArguments) -> tuple[Callable[[], Create], dict[str, Any]] | None:
-    """The optimizer, in the form that Trainer takes a factory of optimizers; None where `optim` alone decides."""
-
-    def lora_plus(model: PeftModel) -> torch.optim.Optimizer:
-        """https://arxiv.org/abs/2402.12354"""
-        optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-        kwargs |= {
+    None where `optim` alone decides.
+    """
+    if recipe.loraplus_lr_ratio is not None:  # https://arxiv.org/abs/2402.12354
+        optimizer_cls, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        settings |= {
+            "optimizer_cls": optimizer_cls,
             "loraplus_lr_ratio": recipe.loraplus_lr_ratio,
             "loraplus_lr_embedding": recipe.loraplus_lr_embedding,
             "loraplus_weight_decay": args.weight_decay,
         }
-        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(model, optimizer_cls, **kwargs)
-        return optimizer
-
-    def muon(model: torch.nn.Module) -> torch.optim.Optimizer:
-        return MuonWithAdamW(model, args)
-
-    def adam_mini(model: PreTrainedModel) -> torch.optim.Optimizer:
-        config = model.config.get_text_config()
-        optimizer: torch.optim.Optimizer = importlib.import_module("adam_mini").Adam_mini(
-            model.named_parameters(),
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            dim=config.hidden_size,
-            n_heads=config.num_attention_heads,
-            n_kv_heads=getattr(config, "num_key_value_heads", None),
-            verbose=False,
-        )
-        return optimizer
-
-    if recipe.loraplus_lr_ratio is not None:
-        return lambda: lora_plus, {}
+        return lambda: create_loraplus_optimizer, settings
     if recipe.use_muon:
-        return lambda: muon, {}
-    return (lambda: adam_mini, {}) if recipe.use_adam_mini else None
+        return lambda: MuonWithAdamW, {"args": args}
+    return (lambda: create_adam_mini, {"args": args}) if recipe.use_adam_mini else None
+
+
+def create_adam_mini(model: PreTrainedModel, args: TrainingArguments) -> torch.optim.Optimizer:
+    """https://arxiv.org/abs/2406.16793"""
+    config = model.config.get_text_config()
+    optimizer: torch.optim.Optimizer = importlib.import_module("adam_mini").Adam_mini(
+        model.named_parameters(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+        dim=config.hidden_size,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None),
+        verbose=False,
+    )
+    return optimizer
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

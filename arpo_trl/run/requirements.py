@@ -156,17 +156,32 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
     adapters = [("adapter_name_or_path", name, "adapter_config.json") for name in recipe.adapter_name_or_path]
     for key, name, config in [("model_name_or_path", recipe.model_name_or_path, "config.json"), *adapters]:
         folder = Path(name)
+        path: Path | None = folder / config
         if is_dir(folder):
-            if not (folder / config).is_file():
+            if not is_file(folder / config):
                 yield key, f"{name}: the folder has no {config}; expected a folder that save_pretrained wrote"
         elif folder.is_absolute() or name.startswith(".") or "\\" in name or name.count("/") > 1:
             yield key, f"{name}: no such folder; paths are relative to {Path.cwd()}"
-        elif (why := why_no_hub()) and not _is_cached(name, config, recipe):
+        elif (path := _from_hub(name, config, recipe)) is None and (why := why_no_hub()):
             yield (
                 key,
                 f"{name}: no such folder, not in the hub's cache on this machine, and {why}; give a folder's path, or "
                 f"run `hf download {name}` where the hub can be reached",
             )
+        if path and (method := _quantization_method(path)) in ("gptq", "awq", "aqlm"):
+            yield (
+                key,
+                f"{name} is quantized with {method.upper()}, which is not trained here; "
+                "name the model that is not quantized, with quantization_bit: 4 to save memory",
+            )
+
+
+def _quantization_method(config: Path) -> str:
+    """The program that quantized the model, in small letters. What else is wrong with the file, loading it says."""
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8"))["quantization_config"]["quant_method"]).lower()
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ""
 
 
 @functools.cache
@@ -186,14 +201,18 @@ def why_no_hub() -> str | None:
     return None
 
 
-def _is_cached(name: str, config: str, recipe: Recipe) -> bool:
-    from huggingface_hub import try_to_load_from_cache
+def _from_hub(name: str, file: str, recipe: Recipe) -> Path | None:
+    """A small file, from the hub's cache where the hub can't be asked. What is wrong with the name, loading it says."""
+    from huggingface_hub import hf_hub_download
 
+    offline = why_no_hub() is not None
     try:
-        found = try_to_load_from_cache(name, config, recipe.cache_dir, recipe.model_revision)
-    except ValueError:  # no name that the hub could give
-        return False
-    return isinstance(found, str)
+        path = hf_hub_download(
+            name, file, revision=recipe.model_revision, cache_dir=recipe.cache_dir, local_files_only=offline
+        )
+    except (OSError, ValueError):
+        return None
+    return Path(path)
 
 
 def _packages(recipe: Recipe) -> Iterator[tuple[str, str]]:

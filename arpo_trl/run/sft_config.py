@@ -174,20 +174,8 @@ def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
 
 
 def load_model_config(recipe: Recipe) -> PreTrainedConfig:
-    """The model's own config, as its file has it.
-
-    Raises:
-        RecipeError: the model is quantized in a way that was never trained here.
-    """
+    """The model's own config, as its file has it."""
     config: PreTrainedConfig = AutoConfig.from_pretrained(recipe.model_name_or_path, **hub_kwargs(recipe))
-    quantized: Any = getattr(config, "quantization_config", None) or {}
-    method = str(quantized.get("quant_method", "")) if isinstance(quantized, dict) else ""
-    if method in ("gptq", "awq", "aqlm"):
-        raise recipe.error(
-            "model_name_or_path",
-            f"{recipe.model_name_or_path} is quantized with {method.upper()}, which is not trained here; "
-            "name the model that is not quantized, with quantization_bit: 4 to save memory",
-        )
     return config
 
 

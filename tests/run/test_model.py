@@ -413,16 +413,6 @@ def test_what_cannot_be_loaded_is_told_in_one_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "aqlm"])
-def test_a_base_that_another_program_quantized_is_refused(method: str, tmp_path: Path, tiny_model: Path) -> None:
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": method, "bits": 4}
-    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(RecipeError, match=f"model_name_or_path: .* is quantized with {method.upper()}, which is not"):
-        load_model(recipe(tmp_path / "run", model))
-
-
 def rename(file: Path, kept: str, prefix: str = "") -> None:
     """Keep the tensors whose name contains `kept`, under their names with `prefix` before."""
     save_file({prefix + name: t for name, t in load_file(file).items() if kept in name}, file, {"format": "pt"})

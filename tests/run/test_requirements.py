@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.server
 import importlib.util
+import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 from importlib.machinery import ModuleSpec
@@ -177,6 +179,28 @@ def test_what_is_not_there_is_said_with_the_line_of_its_key(
         check_inputs(recipe_of(*with_data, *(f"{key}={value}" for key, value in keys.items())))
     assert f": {key}: {message.replace('{empty}', str(tmp_path / 'empty'))}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "aqlm"])
+def test_a_base_that_another_program_quantized_is_refused_before_torch(method: str, tmp_path: Path) -> None:
+    model, registry = tmp_path / "model", tmp_path / "dataset_info.json"
+    model.mkdir()
+    config = {"model_type": "llama", "quantization_config": {"quant_method": method, "bits": 4}}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    registry.write_text('{"d": {"file_name": "d.jsonl"}}', encoding="utf-8")
+    (tmp_path / "d.jsonl").write_text('{"instruction": "a", "output": "b"}\n', encoding="utf-8")
+    lines = [f"model_name_or_path: {model}", "output_dir: out", f"dataset_dir: {tmp_path}", "dataset: d"]
+    (tmp_path / "r.yaml").write_text("\n".join([*lines, "do_train: true"]), encoding="utf-8")
+    code = (
+        "import sys; from arpo_trl.recipe import read_recipe; from arpo_trl.run.requirements import check_inputs\n"
+        "try: check_inputs(read_recipe(sys.argv[1]))\n"
+        "except Exception as error: print(error); assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "r.yaml")], capture_output=True, text=True)
+    expected = (
+        f"r.yaml:1: model_name_or_path: {model} is quantized with {method.upper()}, which is not trained here; name"
+    )
+    assert done.returncode == 0 and expected in done.stdout, done.stderr
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(
