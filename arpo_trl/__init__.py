@@ -8,12 +8,13 @@ Nothing heavy is imported before it is used: reading a recipe needs no torch.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .errors import DatasetError, RecipeError, RowError, RunFailed
+from .recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
     from .data.prepare import prepare_datasets
-    from .errors import DatasetError, RecipeError, RowError, RunFailed
-    from .recipe import Recipe, read_recipe
     from .run.train import train
 
 __version__ = "0.1.0"
@@ -28,20 +29,10 @@ __all__ = [
     "train",
 ]
 
-_MODULES = {
-    "DatasetError": "errors",
-    "Recipe": "recipe",
-    "RecipeError": "errors",
-    "RowError": "errors",
-    "RunFailed": "errors",
-    "prepare_datasets": "data.prepare",
-    "read_recipe": "recipe",
-    "train": "run.train",
-}
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used (PEP 562)."""
-    if name not in _MODULES:
+def __getattr__(name: str) -> object:
+    """Import what needs torch when it is first used (PEP 562)."""
+    modules = {"prepare_datasets": ".data.prepare", "train": ".run.train"}
+    if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return getattr(import_module(modules[name], __name__), name)

@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from os.path import isfile
 from pathlib import Path
 
 # Windows wheels of torch have no libuv, which its store asks for by default since 2.4 (pytorch/pytorch#139990).
@@ -20,11 +21,10 @@ os.environ.setdefault("USE_LIBUV", "0")
 
 from . import __version__
 from .errors import RecipeError, RunFailed, printable, program
-from .recipe import read_recipe
-from .recipe.command_line import read_command_line
+from .recipe import Recipe, read_recipe
+from .recipe.command_line import CommandLine, read_command_line
 from .recipe.help import explain, list_text, usage
 from .recipe.starter import write_starter
-from .recipe.yaml_file import is_file
 from .report.console import silence_libraries
 from .run.requirements import check_inputs, check_packages
 
@@ -58,65 +58,79 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    if argv and argv[0] == "merge" and not is_file("merge"):
-        silence_libraries()
-        from .run.merge import merge_command
-
-        print(merge_command(argv[1:]))
-        return 0
-    if argv and argv[0] == "chat" and not is_file("chat"):
-        silence_libraries()
+    """Each command imports what it needs: a typo is answered before torch is imported."""
+    silence_libraries()
+    if not argv:
+        print(usage())
+        return 2
+    if argv[0] == "chat" and not isfile("chat"):
         from .run.chat import chat_command
 
         chat_command(argv[1:])
         return 0
+    if argv[0] == "merge" and not isfile("merge"):
+        from .run.merge import merge_command
+
+        print(merge_command(argv[1:]))
+        return 0
     line = read_command_line(argv)
-    if not argv or "help" in line.options:
-        print(explain(line.words) or usage())
-        return 0 if argv else 2
-    if "version" in line.options:
-        print(f"arpo_trl {__version__}")
-        return 0
-    if "env" in line.options:
-        from .report.environment import environment
+    commands: dict[str, Callable[[CommandLine], int | None]] = {
+        "help": lambda line: print(explain(line.words) or usage()),
+        "version": lambda line: print(f"arpo_trl {__version__}"),
+        "env": _print_environment,
+        "list": lambda line: print(printable(list_text())),
+        "init": _init,
+        "check": _check,
+        "preview": _preview,
+    }
+    command = next((commands[option] for option in commands if option in line.options), _train)
+    return command(line) or 0
 
-        print(environment())
-        return 0
-    if "list" in line.options:
-        print(printable(list_text()))
-        return 0
-    if "init" in line.options:
-        if len(line.words) != 1:
-            raise RecipeError(f"--init: expected one folder, found {len(line.words)}")
-        print("\n".join(f"wrote {path}" for path in write_starter(Path(line.words[0]))))
-        print(f"next: cd {line.words[0]} and {program()} --check recipe.yaml")
-        return 0
-    rows = 1
-    if "preview" in line.options:
-        numbers = [word for word in line.words if word.isdecimal() and not is_file(word)]
-        for word in numbers[:1]:
-            rows = int(word)
-            line.words.remove(word)
-    if len(line.words) > 1 or not (line.words or line.overrides):
-        raise RecipeError(f"expected one recipe, found {len(line.words)}: {' '.join(line.words)}\n{usage()}")
-    recipe = check_inputs(read_recipe(line.words[0] if line.words else None, line.overrides))
-    if "preview" not in line.options:
-        check_packages(recipe)
-    silence_libraries()
-    if "check" in line.options:
-        from .run.check import check
 
-        check(recipe, verbose="verbose" in line.options)
-        return 0
-    if "preview" in line.options:
-        from .report.preview import preview
+def _print_environment(line: CommandLine) -> None:
+    from .report.environment import environment
 
-        preview(recipe, rows)
-        return 0
+    print(environment())
+
+
+def _init(line: CommandLine) -> None:
+    if len(line.words) != 1:
+        raise RecipeError(f"--init: expected one folder, found {len(line.words)}")
+    print("\n".join(f"wrote {path}" for path in write_starter(Path(line.words[0]))))
+    print(f"next: cd {line.words[0]} and {program()} --check recipe.yaml")
+
+
+def _check(line: CommandLine) -> None:
+    recipe = _recipe(line)
+    check_packages(recipe)
+    from .run.check import check
+
+    check(recipe, verbose="verbose" in line.options)
+
+
+def _preview(line: CommandLine) -> None:
+    rows = next((word for word in line.words if word.isdecimal() and not isfile(word)), None)
+    if rows:
+        line.words.remove(rows)
+    recipe = _recipe(line)
+    from .report.preview import preview
+
+    preview(recipe, int(rows or 1))
+
+
+def _train(line: CommandLine) -> int:
+    recipe = _recipe(line)
+    check_packages(recipe)
     _stop_with_launcher()
     from .run.train import train
 
     return train(recipe)
+
+
+def _recipe(line: CommandLine) -> Recipe:
+    if len(line.words) > 1 or not (line.words or line.overrides):
+        raise RecipeError(f"expected one recipe, found {len(line.words)}: {' '.join(line.words)}\n{usage()}")
+    return check_inputs(read_recipe(line.words[0] if line.words else None, line.overrides))
 
 
 def _in_one_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import islice
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +21,6 @@ from pydantic_core import ErrorDetails
 
 from ..errors import DatasetError, RowError
 from ..recipe.keys import Recipe, in_words
-from ..recipe.yaml_file import is_dir, is_file
 from .strict_json import EXCERPT, excerpt, parse_json
 
 # Each format's columns, by key, with the name of those that have a default.
@@ -135,7 +135,7 @@ def saved_by_llamafactory(recipe: Recipe) -> Path | None:
     if not recipe.tokenized_path:
         return None
     folder = Path(recipe.tokenized_path)
-    return folder if any(is_file(folder / name) for name in ("dataset_dict.json", "state.json")) else None
+    return folder if any(isfile(folder / name) for name in ("dataset_dict.json", "state.json")) else None
 
 
 def find_registry(recipe: Recipe) -> dict[str, DatasetInfo]:
@@ -177,8 +177,8 @@ def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
         DatasetError: if it is not there, or no object of datasets.
     """
     path = dataset_dir / "dataset_info.json"
-    if not is_file(path):
-        found = "not a file" if is_dir(path.parent) and path.exists() else "no such file"
+    if not isfile(path):
+        found = "not a file" if isdir(path.parent) and path.exists() else "no such file"
         raise DatasetError(f"{path}: {found}; expected a folder with a dataset_info.json")
     try:
         entries = parse_json(path.read_text(encoding="utf-8-sig"))

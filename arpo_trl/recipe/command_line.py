@@ -1,6 +1,8 @@
 """The words after `arpo-trl` -> this program's own options, the recipe files, and `key=value` overrides.
 
 LLaMA-Factory's flags mean what the same lines of a recipe mean: `--key value`, `--key=value`, and `--key` for true.
+argparse reads the options. Flags are read by hand, since argparse would take the recipe in `--bf16 recipe.yaml` or the
+override in `--bf16 seed=7` for the flag's value.
 """
 
 from __future__ import annotations
@@ -9,11 +11,11 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os.path import isfile
 
 from ..errors import RecipeError
 from .keys import keys
 from .llamafactory import NO_EFFECT, REFUSED, RENAMED
-from .yaml_file import is_file
 
 OPTIONS = ("check", "verbose", "preview", "help", "list", "init", "env", "version")
 
@@ -33,56 +35,50 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     Raises:
         RecipeError: an option of this program is given a value.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option in OPTIONS:
-        parser.add_argument(f"--{option}", action="store_true")
-    parser.add_argument("-h", dest="help", action="store_true")
-    parser.add_argument("-v", dest="verbose", action="store_true")
-    own, rest = parser.parse_known_args(argv)
-    found = CommandLine({option for option in OPTIONS if getattr(own, option)})
-    if rest[:1] == ["train"] and not is_file("train"):  # as in `llamafactory-cli train RECIPE`
+        short = {"help": ["-h"], "verbose": ["-v"]}.get(option, [])
+        parser.add_argument(f"--{option}", *short, dest="options", action="append_const", const=option, default=[])
+    try:
+        own, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        option = str(error.argument_name).split("/")[0]
+        raise RecipeError(f"{option}: is an option of arpo_trl and takes no value; no key has that name") from None
+    found = CommandLine(set(own.options))
+    if rest[:1] == ["train"] and not isfile("train"):  # as in `llamafactory-cli train RECIPE`
         del rest[0]
     while rest:
         word = rest.pop(0)
         if flag := _FLAG.match(word):
             found.overrides.append(_flag_to_override(flag["key"].replace("-", "_"), flag["value"], rest))
-        elif "=" in word and not is_file(word):
+        elif "=" in word and not isfile(word):
             found.overrides.append(word)
         else:
             found.words.append(word)
     return found
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        option = re.search(r"--\w+", message)
-        if option is None:
-            raise RecipeError(message)
-        raise RecipeError(f"{option[0]}: is an option of arpo_trl and takes no value; no key has that name")
-
-
 _FLAG = re.compile(r"--(?P<key>[A-Za-z_][\w-]*)(=(?P<value>.*))?$", re.DOTALL)
-_KEY_IS = re.compile(r"(\w+)=")
 
 
 def _flag_to_override(key: str, value: str | None, rest: list[str]) -> str:
     """`key=value`; a value that is a word of its own is taken from `rest`."""
-    positive = key.removeprefix("no_")
-    if value is None and positive != key and not _is_known(key) and _is_bool(positive):
-        return f"{positive}=false"
-    if value is None:
-        value = rest.pop(0) if rest and _is_value(key, rest[0]) else "true"
-        while rest and "array" in _schema(key) and _is_value(key, rest[0]) and value != "true":
-            value = f"{value},{rest.pop(0)}"  # --lora_target q_proj v_proj
-    return f"{key}={value}"
+    if value is not None:
+        return f"{key}={value}"
+    if key.startswith("no_") and not _is_known(key) and _is_bool(key[3:]):
+        return f"{key[3:]}=false"
+    values: list[str] = []
+    while rest and _is_value(key, rest[0]) and (not values or "array" in _schema(key)):
+        values.append(rest.pop(0))  # --lora_target q_proj v_proj
+    return f"{key}={','.join(values) or 'true'}"
 
 
 def _is_value(key: str, word: str) -> bool:
     """Whether the word after a flag is its value, not the next flag, an override or the recipe."""
-    override = _KEY_IS.match(word)
-    if _FLAG.match(word) or (override and _is_known(override[1])):
+    name, equals, _ = word.partition("=")
+    if _FLAG.match(word) or (equals and _is_known(name)):
         return False
-    is_recipe = word.endswith((".yaml", ".yml")) and is_file(word)
+    is_recipe = word.endswith((".yaml", ".yml")) and isfile(word)
     return not (is_recipe and (_is_bool(key) or "array" in _schema(key)))
 
 

@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Sequence
 from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import Any
 
 from ..errors import RecipeError, program
 from .keys import in_words, keys
@@ -124,7 +123,7 @@ def _title(recipe: Path) -> str:
     return sentence + dot.strip()
 
 
-def _plain(default: Any) -> str:
+def _plain(default: object) -> str:
     if default is None or default == []:
         return "none"
     if isinstance(default, list):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.json_schema import JsonSchemaValue
 
 from ..errors import RecipeError
 from .sft_fields import OURS_TOO, SftKeys
@@ -208,7 +209,7 @@ class TrainKeys(BaseModel):
     disable_shuffling: bool = _key(False, "Take rows in their order.", "train_sampling_strategy: sequential")
     group_by_length: bool = _key(False, "Batch rows of like length.", "train_sampling_strategy: group_by_length")
     use_dft_loss: bool = _key(False, "Dynamic fine-tuning loss.", "loss_type: dft")
-    deepspeed: Annotated[Location | dict[str, Any] | None, BeforeValidator(from_json)] = _key(
+    deepspeed: Annotated[Location | dict[str, object] | None, BeforeValidator(from_json)] = _key(
         None, "DeepSpeed's JSON config; or use accelerate_configs/zero3.yaml."
     )
     seed: Seed = _key(42, "Seed of everything random.")
@@ -310,8 +311,8 @@ class Recipe(SftKeys, PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys,
 
 class Key(NamedTuple):
     group: str
-    schema: dict[str, Any]
-    default: Any
+    schema: JsonSchemaValue
+    default: object
     mapping: str
     help: str
 
@@ -336,7 +337,7 @@ _KINDS |= {"array": "a list", "object": "a mapping"}
 _BOUNDS = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "of at most"}
 
 
-def in_words(schema: dict[str, Any], bounds: bool = False) -> str:
+def in_words(schema: JsonSchemaValue, bounds: bool = False) -> str:
     """A JSON Schema as a person would say it: `a whole number of tokens`, and with bounds, ` above 0`."""
     if "anyOf" in schema:
         parts = [part | {"unit": schema.get("unit")} for part in schema["anyOf"] if part != {"type": "null"}]

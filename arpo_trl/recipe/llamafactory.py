@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Mapping
-from typing import Any
 
 from ..errors import program
 from .yaml_file import Given
@@ -129,7 +128,7 @@ _REFUSED = {
 
 # Their defaults in LLaMA-Factory (or in TRL), where these are neither null nor false.
 # fmt: off
-HARMLESS: dict[str, Any] = {
+HARMLESS: dict[str, object] = {
     "asft_alpha": 0.1, "assistant_only_loss": True, "audio_sampling_rate": 16000, "badam_mask_mode": "adjacent",
     "badam_mode": "layer", "badam_switch_interval": 50, "badam_switch_mode": "ascending", "badam_update_ratio": 0.05,
     "badam_verbose": 0, "context_parallel_size": 1, "dpo_label_smoothing": 0.0, "eaft_alpha": 1.0,

@@ -11,7 +11,6 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -120,19 +119,19 @@ def _location(key: str, given: dict[str, Given]) -> str:
     return given[key].location if key in given else "missing"
 
 
-def _as_bool(key: str, value: Any) -> Any:
+def _as_bool(key: str, value: object) -> object:
     """Quoted booleans are booleans, also where text would do."""
     if isinstance(value, str) and value.lower() in ("true", "false") and "boolean" in str(keys()[key].schema):
         return value.lower() == "true"
     return value
 
 
-def _what_is_wrong(key: str, value: Any, wrong: ErrorDetails) -> str:
+def _what_is_wrong(key: str, value: object, wrong: ErrorDetails) -> str:
     ours = str(wrong.get("ctx", {}).get("error", ""))  # what a validator of `types` says
     return f"{key}: {ours}" if ours else _expected(key, value)
 
 
-def _expected(key: str, value: Any) -> str:
+def _expected(key: str, value: object) -> str:
     bounds = isinstance(value, int | float) and not isinstance(value, bool)
     found = "null" if value is None else str(value).lower() if isinstance(value, bool) else shorten(value)
     return f"{key}: expected {in_words(keys()[key].schema, bounds)}, found {found}"

@@ -6,56 +6,69 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from .keys import PredictKeys, Recipe
-from .template_names import describe_template_name
+from .template_names import THE_TOKENIZERS_OWN
 
 
 def resolve(recipe: Recipe) -> Recipe:
     """Settle what keys decide about each other, and what this machine can't do but may do otherwise."""
-    settled: dict[str, Any] = {"lora_alpha": recipe.lora_alpha or 2 * recipe.lora_rank}
-    lines: list[str] = []
-    if recipe.warmup_steps and recipe.warmup_ratio:
-        settled["warmup_ratio"] = 0.0
-        lines.append("warmup_ratio: no effect; warmup_steps is there, and wins as in transformers 4")
-    if recipe.disable_gradient_checkpointing:
-        settled["gradient_checkpointing"] = False
-    if recipe.packing and not recipe.neat_packing:
-        lines.append("packing: conversations in a packed row do not see each other (neat_packing: true)")
-    settled["packing"] = settled["neat_packing"] = recipe.packing or recipe.neat_packing
-    if recipe.use_swanlab and not {"swanlab", "all"} & {*recipe.report_to}:
-        settled["report_to"] = [*recipe.report_to, "swanlab"]
+    sampled = any(given(recipe, key) for key in ("temperature", "top_p", "top_k"))
+    packing = recipe.packing or recipe.neat_packing
+    predict = recipe.do_predict or recipe.predict_with_generate
+    settled = recipe.model_copy(
+        update={
+            "lora_alpha": recipe.lora_alpha or 2 * recipe.lora_rank,
+            "warmup_ratio": 0.0 if recipe.warmup_steps else recipe.warmup_ratio,
+            "gradient_checkpointing": not recipe.disable_gradient_checkpointing and recipe.gradient_checkpointing,
+            "packing": packing,
+            "neat_packing": packing,
+            "report_to": _trackers(recipe),
+            "flash_attn": "sdpa" if _missing_kernel(recipe) else recipe.flash_attn,
+            "do_predict": predict,
+            "predict_with_generate": predict,
+            "do_sample": sampled if recipe.do_sample is None else recipe.do_sample,
+        }
+    )
+    notices = [*recipe.source.notices, *(f"{recipe.path}: {line}" for line in _notices(recipe, settled))]
+    if not recipe.do_train:
+        done = {"evaluated": recipe.do_eval, "asked to reply": predict}
+        said = " and ".join(what for what, asked in done.items() if asked)
+        notices.insert(0, f"{recipe.path}: do_train is not true: nothing is trained, the model is {said}")
+    return settled.model_copy(update={"source": replace(recipe.source, notices=tuple(notices))})
+
+
+def _trackers(recipe: Recipe) -> list[str]:
+    wanted = recipe.report_to
+    if recipe.use_swanlab and not {"swanlab", "all"} & {*wanted}:
+        wanted = [*wanted, "swanlab"]
+    return [name for name in wanted if not (name == "wandb" and wandb_is_disabled())]
+
+
+def _missing_kernel(recipe: Recipe) -> str | None:
     kernel = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}.get(recipe.flash_attn)
-    if kernel and importlib.util.find_spec(kernel) is None:
-        settled["flash_attn"] = "sdpa"
-        lines.append(f"flash_attn: sdpa; {recipe.flash_attn} needs the package {kernel}, which is not installed")
+    return kernel if kernel and importlib.util.find_spec(kernel) is None else None
+
+
+def _notices(recipe: Recipe, settled: Recipe) -> Iterator[str]:
+    if recipe.warmup_steps and recipe.warmup_ratio:
+        yield "warmup_ratio: no effect; warmup_steps is there, and wins as in transformers 4"
+    if recipe.packing and not recipe.neat_packing:
+        yield "packing: conversations in a packed row do not see each other (neat_packing: true)"
+    if kernel := _missing_kernel(recipe):
+        yield f"flash_attn: sdpa; {recipe.flash_attn} needs the package {kernel}, which is not installed"
     if "wandb" in recipe.report_to and wandb_is_disabled():
-        settled["report_to"] = [name for name in settled.get("report_to", recipe.report_to) if name != "wandb"]
-        lines.append("report_to: wandb is left out, since WANDB_DISABLED is set")
-    if line := describe_template_name(recipe.template):
-        lines.append(line)
-    settled["do_predict"] = settled["predict_with_generate"] = recipe.do_predict or recipe.predict_with_generate
+        yield "report_to: wandb is left out, since WANDB_DISABLED is set"
+    if recipe.template in THE_TOKENIZERS_OWN:
+        yield f"template: {recipe.template} is not shipped; the tokenizer's own template is used instead"
     defaults = {key: field.default for key, field in PredictKeys.model_fields.items() if "predict" not in key}
     unused = [key for key, default in defaults.items() if getattr(recipe, key) not in (default, False)]
-    if unused and not settled["do_predict"] and not recipe.predict_during_eval:
-        lines.append(f"{', '.join(unused)}: no effect; do_predict and predict_during_eval generate replies")
-    sampled = any(given(recipe, key) for key in ("temperature", "top_p", "top_k"))
-    settled["do_sample"] = sampled if recipe.do_sample is None else recipe.do_sample
+    if unused and not settled.do_predict and not recipe.predict_during_eval:
+        yield f"{', '.join(unused)}: no effect; do_predict and predict_during_eval generate replies"
     if recipe.trust_remote_code:
-        lines.append("trust_remote_code: the model's own code runs if transformers has none for its architecture")
+        yield "trust_remote_code: the model's own code runs if transformers has none for its architecture"
     if recipe.pure_bf16:
-        lines.append("pure_bf16: bfloat16 keeps 8 bits; at small learning rates most updates round to nothing")
-    notices = [*recipe.source.notices, *(f"{recipe.path}: {line}" for line in lines)]
-    if not recipe.do_train:
-        done = [
-            done for done, asked in (("evaluated", recipe.do_eval), ("asked to reply", recipe.do_predict)) if asked
-        ]
-        notices.insert(
-            0, f"{recipe.path}: do_train is not true: nothing is trained, the model is {' and '.join(done)}"
-        )
-    settled["source"] = replace(recipe.source, notices=tuple(notices))
-    return recipe.model_copy(update=settled)
+        yield "pure_bf16: bfloat16 keeps 8 bits; at small learning rates most updates round to nothing"
 
 
 def wandb_is_disabled() -> bool:
@@ -130,7 +143,7 @@ def _keeps_and_drops_activations(recipe: Recipe) -> bool:
 
 # The key whose line is named, when it is wrong, and what to do. One rule a line.
 # fmt: off
-RULES: list[tuple[str, Callable[[Recipe], Any], str]] = [
+RULES: list[tuple[str, Callable[[Recipe], object], str]] = [
     ("do_train", lambda r: not r.do_train and not r.do_eval and not r.do_predict and not r.predict_with_generate, "nothing to do; set do_train: true"),
     ("dataset", lambda r: r.do_train and not r.dataset, "do_train needs at least one name of dataset_info.json"),
     ("val_size", lambda r: r.val_size and not r.dataset, "holds out rows of dataset, which names none"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+
+from pydantic.json_schema import JsonSchemaValue
 
 from .keys import keys
 from .llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED
@@ -17,7 +18,7 @@ def schema_json() -> str:
     `errorMessage` and `deprecationMessage` are what yaml-language-server, in VS Code and others, shows for a refused
     key and for one without effect.
     """
-    properties: dict[str, Any] = {}
+    properties: dict[str, JsonSchemaValue] = {}
     for name, key in keys().items():
         schema = {part: value for part, value in key.schema.items() if part not in _OURS}
         may_be_null = key.default is None or key.default is False or key.default == []

@@ -46,10 +46,3 @@ def check_template_name(template: str) -> str | None:
         "expected one of LLaMA-Factory's names (--help template lists them), a path that ends in .jinja, or no template at all "
         "for the tokenizer's own"
     )
-
-
-def describe_template_name(template: str | None) -> str | None:
-    """The line for a name that means the tokenizer's own template."""
-    if template not in THE_TOKENIZERS_OWN:
-        return None
-    return f"template: {template} is not shipped; the tokenizer's own template is used instead"

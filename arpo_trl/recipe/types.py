@@ -1,38 +1,43 @@
 """The types of a recipe's values. pydantic takes true for 1 and text for a list of characters; a person would not."""
 
+from __future__ import annotations
+
 import functools
 import json
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from .template_names import check_template_name
 from .yaml_file import shorten
 
+if TYPE_CHECKING:
+    import regex
+
 LARGEST = 2**31 - 1  # of a whole number: torch and numpy count rows, tokens and steps in 64 bits, and multiply them
 
 
-def _not_a_bool(value: Any) -> Any:
+def _not_a_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError
     return value
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> object:
     if isinstance(value, int | float) and abs(value) > LARGEST:
         raise ValueError(f"expected a whole number of at most {LARGEST}, found {shorten(value)}")
     return _not_a_bool(value)
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     if isinstance(value, int | float) and 1e15 < abs(value) < float("inf"):
         raise ValueError(f"expected a number of at most 1e15, found {value}")
     return _not_a_bool(value)
 
 
-def _split(value: Any) -> Any:
+def _split(value: object) -> object:
     """`a, b` is LLaMA-Factory's way to write a list."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
@@ -45,7 +50,7 @@ TRACKERS = frozenset(
 """The names in transformers 5.23; a test compares them."""
 
 
-def _nothing_to_report(value: Any) -> Any:
+def _nothing_to_report(value: object) -> object:
     return [] if value in ("none", ["none"]) else _split(value)
 
 
@@ -64,7 +69,7 @@ _OTHER_STAGES = {
 }
 
 
-def from_json(value: Any) -> Any:
+def from_json(value: object) -> object:
     """`'{"num_cycles": 2}'` is how flags give a mapping."""
     try:
         return json.loads(value) if isinstance(value, str) else value
@@ -72,21 +77,21 @@ def from_json(value: Any) -> Any:
         return value
 
 
-def _settings(value: Any) -> Any:
+def _settings(value: object) -> object:
     found = from_json(value)
     if not isinstance(found, dict | None):
         raise ValueError(f"expected a mapping, found {shorten(value)}")
     return found
 
 
-def _in_words(value: Any) -> Any:
+def _in_words(value: object) -> object:
     """`[full_shard, auto_wrap]` is another way to write `full_shard auto_wrap`."""
     if value is True or value is False:
         return "full_shard" if value else None
     return " ".join(value) if isinstance(value, list) and all(isinstance(part, str) for part in value) else value
 
 
-def _sft_only(value: Any) -> Any:
+def _sft_only(value: object) -> object:
     if value != "sft":
         other = f"; {_OTHER_STAGES[value]}" if value in list(_OTHER_STAGES) else ""
         raise ValueError(f"expected sft, found {shorten(value)}{other}")
@@ -100,7 +105,7 @@ def _known_template(value: str) -> str:
 
 
 @functools.cache
-def compile_span(entry: str) -> Any:
+def compile_span(entry: str) -> regex.Pattern[str]:
     """An entry of mask_spans: a name stands for `<name>..</name>`, anything else is a regular expression.
 
     `.` matches line ends too. The package regex has what re has not: a limit to the time that a search takes.
@@ -108,7 +113,7 @@ def compile_span(entry: str) -> Any:
     Raises:
         ValueError: if it is no regular expression, or one that matches nothing but the empty text.
     """
-    import regex
+    import regex  # only for those who ask for spans
 
     if re.fullmatch(r"[\w-]+", entry):
         entry = rf"<{entry}(?:\s[^>]*)?>.*?</{entry}\s*>"
@@ -118,7 +123,7 @@ def compile_span(entry: str) -> Any:
         raise ValueError(f"expected a tag's name or a regular expression, found {shorten(entry)} ({error})") from None
 
 
-def _spans(value: Any) -> Any:
+def _spans(value: object) -> object:
     """Names may be written as one text with commas; a regular expression may hold commas of its own."""
     names = isinstance(value, str) and re.fullmatch(r"[\w\s,-]*", value)
     return _split(value) if names or not isinstance(value, str) else [value]
@@ -144,7 +149,7 @@ Spans = Annotated[
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 Locations = Annotated[list[Location], BeforeValidator(_split, json_schema_input_type=str | list[str])]
 Settings = Annotated[
-    dict[str, Any] | None, BeforeValidator(_settings, json_schema_input_type=dict[str, Any] | str | None)
+    dict[str, object] | None, BeforeValidator(_settings, json_schema_input_type=dict[str, object] | str | None)
 ]
 Words = Annotated[str | None, BeforeValidator(_in_words, json_schema_input_type=bool | str | list[str] | None)]
 Trackers = Annotated[

@@ -15,35 +15,33 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from os.path import isdir, isfile
 from pathlib import Path
 
 from ..data.files import check_datasets
 from ..data.registry import select_datasets
 from ..errors import DatasetError, RecipeError
 from ..recipe.keys import Recipe
-from ..recipe.yaml_file import is_dir, is_file
 from ..report.trackers import missing_trackers, wandb_login
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 SET_OFFLINE = "HF_HUB_OFFLINE is set"
 HUB_TIMEOUT = 5.0  # seconds; huggingface_hub itself tries for more than a minute
 
-
 # Words in the names of transformers' optimizers, and the package that those names need; the first that fits.
-_OPTIMIZERS = [
-    ("galore", "galore_torch"),
-    ("apollo", "apollo_torch"),
-    ("torch_4bit torch_8bit", "torchao"),
-    ("bnb 8bit 32bit paged lion ademamix", "bitsandbytes"),
-    ("schedule_free", "schedulefree"),
-    ("lomo", "lomo_optim"),
-    ("grokadamw", "grokadamw"),
-    ("stable_adamw", "optimi"),
-    ("anyprecision", "torchdistx"),
-    ("torch_xla", "torch_xla"),
-    ("npu", "torch_npu"),
-]
-_PIP = {"optimi": "torch-optimi"}  # where the package has another name than its module
+_OPTIMIZERS = {
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "torch_4bit torch_8bit": "torchao",
+    "bnb 8bit 32bit paged lion ademamix": "bitsandbytes",
+    "schedule_free": "schedulefree",
+    "lomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "stable_adamw": "optimi",
+    "anyprecision": "torchdistx",
+    "torch_xla": "torch_xla",
+    "npu": "torch_npu",
+}
 
 
 def check_inputs(recipe: Recipe) -> Recipe:
@@ -55,10 +53,7 @@ def check_inputs(recipe: Recipe) -> Recipe:
     Raises:
         RecipeError: all that is not there, each with the line of its key.
     """
-    lines = [
-        str(recipe.error(key, what))
-        for key, what in [*_template(recipe), *_configs(recipe), *_folders(recipe), *_models(recipe)]
-    ]
+    lines = [str(recipe.error(key, what)) for key, what in [*_files(recipe), *_models(recipe)]]
     if recipe.dataset_dir.startswith("REMOTE:"):
         why_no_hub()
     try:
@@ -81,8 +76,7 @@ def check_packages(recipe: Recipe) -> None:
     Raises:
         RecipeError: all that is missing, each with the way out.
     """
-    if missing := [*_packages(recipe), *(missing_trackers(recipe) if recipe.do_train else [])]:
-        raise RecipeError([str(recipe.error(key, what)) for key, what in missing])
+    _raise(recipe, [*_packages(recipe), *(missing_trackers(recipe) if recipe.do_train else [])])
 
 
 def check_device(recipe: Recipe) -> None:
@@ -96,14 +90,13 @@ def check_device(recipe: Recipe) -> None:
     missing = list(wandb_login(recipe)) if recipe.do_train else []  # an evaluation is not tracked
     if not torch.accelerator.is_available():
         for key in ("activation_offloading", "tf32"):
-            if recipe.trl.get(key):
+            if getattr(recipe, key):
                 missing.append((key, "needs a GPU; remove the line"))
         if recipe.flash_attn == "flex" and recipe.do_train:
             missing.append(("flash_attn", "flex attention trains on GPUs only; write sdpa"))
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         missing.append(("bf16", "this GPU has no bfloat16; write bf16: false (fp16: true is faster)"))
-    if missing:
-        raise RecipeError([str(recipe.error(key, what)) for key, what in missing])
+    _raise(recipe, missing)
 
 
 def check_environment(recipe: Recipe) -> None:
@@ -117,33 +110,24 @@ def check_environment(recipe: Recipe) -> None:
     check_device(recipe)
 
 
-def _template(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    if recipe.template and recipe.template.endswith(".jinja") and not is_file(recipe.template):
+def _raise(recipe: Recipe, missing: list[tuple[str, str]]) -> None:
+    if missing:
+        raise RecipeError([str(recipe.error(key, what)) for key, what in missing])
+
+
+def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.template and recipe.template.endswith(".jinja") and not isfile(recipe.template):
         yield "template", f"there is no file {recipe.template}; paths are relative to {Path.cwd()}"
-
-
-def _configs(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key in ("fsdp_config", "accelerator_config"):
-        if isinstance(path := recipe.trl.get(key), str) and (wrong := _no_json_file(path)):
+        if isinstance(path := getattr(recipe, key), str) and (wrong := _no_json_file(path)):
+            yield key, wrong
+    for key in ("output_dir", "tokenized_path", "cache_dir", "resume_from_checkpoint"):
+        if isinstance(path := getattr(recipe, key), str) and (wrong := _no_folder(path)):
             yield key, wrong
 
 
-def _folders(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    for key in ("output_dir", "tokenized_path", "cache_dir", "resume_from_checkpoint"):
-        path = getattr(recipe, key)
-        if not isinstance(path, str):
-            continue
-        try:
-            there = next(part for part in (Path(path), *Path(path).absolute().parents) if part.exists())
-        except (OSError, ValueError) as error:
-            yield key, f"{path}: no folder can have this name ({getattr(error, 'strerror', None) or error})"
-        else:
-            if not there.is_dir():
-                yield key, f"{path}: expected a folder, and {there} is a file"
-
-
 def _no_json_file(path: str) -> str | None:
-    if not is_file(path):
+    if not isfile(path):
         return f"there is no file {path}; paths are relative to {Path.cwd()}"
     try:
         json.loads(Path(path).read_text(encoding="utf-8"))
@@ -152,13 +136,21 @@ def _no_json_file(path: str) -> str | None:
     return None
 
 
+def _no_folder(path: str) -> str | None:
+    try:
+        there = next(part for part in (Path(path), *Path(path).absolute().parents) if part.exists())
+    except (OSError, ValueError) as error:
+        return f"{path}: no folder can have this name ({getattr(error, 'strerror', None) or error})"
+    return None if there.is_dir() else f"{path}: expected a folder, and {there} is a file"
+
+
 def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
     adapters = [("adapter_name_or_path", name, "adapter_config.json") for name in recipe.adapter_name_or_path]
     for key, name, config in [("model_name_or_path", recipe.model_name_or_path, "config.json"), *adapters]:
         folder = Path(name)
         path: Path | None = folder / config
-        if is_dir(folder):
-            if not is_file(folder / config):
+        if isdir(folder):
+            if not isfile(folder / config):
                 yield key, f"{name}: the folder has no {config}; expected a folder that save_pretrained wrote"
         elif folder.is_absolute() or name.startswith(".") or "\\" in name or name.count("/") > 1:
             yield key, f"{name}: no such folder; paths are relative to {Path.cwd()}"
@@ -216,27 +208,7 @@ def _from_hub(name: str, file: str, recipe: Recipe) -> Path | None:
 
 
 def _packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    yield from _deepspeed(recipe)
-    optim = str(recipe.trl.get("optim", ""))
-    of_optim = next((package for words, package in _OPTIMIZERS if any(word in optim for word in words.split())), None)
-    needs = [
-        (recipe.quantization_bit is not None, "quantization_bit", "bitsandbytes", "remove the line"),
-        (recipe.enable_liger_kernel, "enable_liger_kernel", "liger_kernel", "remove the line"),
-        (recipe.use_galore, "use_galore", "galore_torch", "use another optimizer"),
-        (recipe.use_apollo, "use_apollo", "apollo_torch", "use another optimizer"),
-        (recipe.use_adam_mini, "use_adam_mini", "adam_mini", "use another optimizer"),
-        (of_optim is not None, "optim", of_optim or "", "use another optimizer"),
-    ]
-    for wanted, key, package, or_else in needs:
-        if wanted and importlib.util.find_spec(package) is None:
-            name = _PIP.get(package, package)
-            yield key, f"needs {package}, which is not installed; pip install {name}, or {or_else}"
-
-
-def _deepspeed(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    if recipe.deepspeed is None:
-        return
-    if importlib.util.find_spec("deepspeed") is None:
+    if recipe.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
         yield (
             "deepspeed",
             "not installed; pip install deepspeed, or remove the line and launch with accelerate_configs/fsdp2.yaml "
@@ -244,3 +216,18 @@ def _deepspeed(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     elif isinstance(recipe.deepspeed, str) and (wrong := _no_json_file(recipe.deepspeed)):
         yield "deepspeed", f"{wrong}. accelerate_configs/zero3.yaml needs no such file"
+    of_optim = (
+        package for words, package in _OPTIMIZERS.items() if any(word in recipe.optim for word in words.split())
+    )
+    needs = {
+        "quantization_bit": (recipe.quantization_bit, "bitsandbytes", "remove the line"),
+        "enable_liger_kernel": (recipe.enable_liger_kernel, "liger_kernel", "remove the line"),
+        "use_galore": (recipe.use_galore, "galore_torch", "use another optimizer"),
+        "use_apollo": (recipe.use_apollo, "apollo_torch", "use another optimizer"),
+        "use_adam_mini": (recipe.use_adam_mini, "adam_mini", "use another optimizer"),
+        "optim": (True, next(of_optim, None), "use another optimizer"),
+    }
+    for key, (wanted, package, or_else) in needs.items():
+        if wanted and package and importlib.util.find_spec(package) is None:
+            name = "torch-optimi" if package == "optimi" else package
+            yield key, f"needs {package}, which is not installed; pip install {name}, or {or_else}"

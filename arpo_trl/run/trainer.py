@@ -111,12 +111,12 @@ class ArpoTrainer(SFTTrainer, _Line):
         self._sums: list[Tensor] = []  # and what is known of each: see _score
         self.last_batch = ""  # "training batch of 2 x 100 tokens"
         self._eval_sums = torch.zeros(4, dtype=torch.float64)
-        self.checkpoint_bytes = checkpoint_bytes(self.model, args.save_only_model)  # until one is measured
         self.pending_evaluation = self.has_stepped = False
         self.add_callback(_LogState(self))
         if isinstance(self.train_dataset, IterableDataset):
             self.train_dataset = Endless(self.train_dataset)
         model = self.accelerator.unwrap_model(self.model)
+        self.checkpoint_bytes = checkpoint_bytes(model, args.save_only_model)  # until one is measured
         model.register_forward_hook(torch.compiler.disable(self._score))
         if self.accelerator.device.type not in ("cuda", "xpu"):
             score_labelled_positions_only(model.get_base_model() if hasattr(model, "get_base_model") else model)

@@ -104,6 +104,10 @@ WRONG = [
     ("lr_scheduler_kwargs: {a: !!python/name:os.system ''}", "lr_scheduler_kwargs: the tag !!python/name:os.system is not read here; write a plain value"),
     ("lr_scheduler_kwargs: {a: 1, a: 2}", "lr_scheduler_kwargs: a is there twice; keep one"),
     ("eval_dataset: &x [*x]", "eval_dataset: expected a plain value"),
+    ("cutoff_len: !!int [1]", "cutoff_len: expected a plain value"),
+    ("learning_rate: !!float {a: 1}", "learning_rate: expected a plain value"),
+    ("lr_scheduler_kwargs: !!map a", "lr_scheduler_kwargs: expected a plain value"),
+    ("bf16: !!bool maybe", "bf16: expected a plain value"),
     ("run_name: ${oc.env:HOME}", "run_name: ${...} is not filled in here; write the value, or give run_name=... after the path"),
     # refused
     ("use_badam: true", "use_badam: BAdam 1.4 saves neither its layer nor its step, so that no run could go on; use_galore and use_apollo save memory"),
@@ -178,10 +182,19 @@ def test_a_value_that_is_not_read_is_the_only_problem(tmp_path: Path) -> None:
     assert len(problems(tmp_path, text)) == 1
 
 
-def test_a_recipe_that_only_evaluates_says_so_first(tmp_path: Path) -> None:
-    path = write(tmp_path, "model_name_or_path: m\noutput_dir: o\ndo_eval: true\neval_dataset: a\nuse_unsloth: true\n")
+@pytest.mark.parametrize(
+    ("line", "done"),
+    [
+        ("do_eval: true", "evaluated"),
+        ("do_predict: true", "asked to reply"),
+        ("predict_with_generate: true", "asked to reply"),
+        ("do_eval: true\npredict_with_generate: true", "evaluated and asked to reply"),
+    ],
+)
+def test_a_recipe_that_does_not_train_says_so_first(tmp_path: Path, line: str, done: str) -> None:
+    path = write(tmp_path, f"model_name_or_path: m\noutput_dir: o\n{line}\neval_dataset: a\nuse_unsloth: true\n")
     first, *_ = read_recipe(path).notices
-    assert first == f"{path}: do_train is not true: nothing is trained, the model is evaluated"
+    assert first == f"{path}: do_train is not true: nothing is trained, the model is {done}"
 
 
 def test_a_recipe_that_trains_nothing_says_so(tmp_path: Path) -> None:
