@@ -29,7 +29,7 @@ from safetensors import safe_open
 
 from arpo_trl.data import encode as encoder
 from arpo_trl.data import prepare as dataset
-from arpo_trl.data.template import shipped_template
+from arpo_trl.data.shipped_templates import shipped_template
 from arpo_trl.run.chat import find_call
 
 ROOT = Path(__file__).parents[1]

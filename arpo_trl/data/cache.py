@@ -1,7 +1,7 @@
 """Encoded datasets on disk: each is encoded once by `datasets`, under a name made of everything that its tokens depend on.
 
-`datasets` locks that name while it writes and moves the whole folder into place, so two runs may prepare the same data at
-once and a killed one leaves nothing half done. With `tokenized_path` a copy is kept there by `save_to_disk`.
+`datasets` moves the whole folder into place once it is written, so a killed run leaves nothing half done; two runs that
+prepare the same data at once wait for each other. With `tokenized_path` a copy is kept there by `save_to_disk`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -63,7 +62,7 @@ FEATURES = Features(
 TRAINED_ON = Features({name: FEATURES[name] for name in ("input_ids", "labels", "source")})
 PROCESSES_PAY_FROM = 200 << 20
 Range = tuple[int, int | None]
-Parts = dict[str, Any]
+Parts = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,9 @@ class EncodedDataset:
         if not lines:
             return None
         path = Path(self.rows.cache_files[0]["filename"]).with_name("row_audit.jsonl")
-        with suppress(OSError), FileLock(f"{path}.lock"):
-            write_text(path, "".join(lines))
+        with suppress(OSError):  # Another run may write the same lines.
+            if not path.exists():
+                write_text(path, "".join(lines))
         return path if path.exists() else None
 
 
@@ -99,7 +99,8 @@ def load_or_encode(encoder: Encoder) -> EncodedDataset:
     else:
         data = fingerprint(info, streaming=False)
     parts = _parts(encoder, data)
-    changed = [part for part in parts if found and _parts_of(found).get(part) != parts[part]]
+    before = _parts_of(found) if found else parts
+    changed = [part for part in parts if before.get(part) != parts[part]]
     encode_again = recipe.overwrite_cache and (PartialState().is_main_process or bool(changed))
     if changed and not encode_again:
         raise DatasetError(
@@ -135,7 +136,7 @@ class RowsBuilder(ArrowBasedBuilder):  # type: ignore[misc]
             rows = islice(read_dataset(self.encoder.info, streaming=False), start, stop)
             for number, batch in enumerate(encode_batches(rows, self.encoder)):
                 yield number, pa.Table.from_pylist(batch, schema=FEATURES.arrow_schema)
-        require_unchanged(self.encoder.info, self.parts["data"])
+        require_unchanged(self.encoder.info, str(self.parts["data"]))
 
 
 def _encode(encoder: Encoder, parts: Parts, encode_again: bool) -> Dataset:

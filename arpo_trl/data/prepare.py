@@ -13,9 +13,10 @@ from datetime import date
 from hashlib import blake2b, sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
@@ -41,7 +42,8 @@ from .registry import DatasetInfo, select_datasets
 from .template import Template, template_of
 
 ROWS_BEFORE_JUDGED = 1000
-STOPPING: dict[str, Any] = {
+Rows: TypeAlias = Dataset | IterableDataset
+STOPPING = {
     "interleave_under": "first_exhausted",
     "interleave_over": "all_exhausted",
     "interleave_once": "all_exhausted_without_replacement",
@@ -57,7 +59,7 @@ class PreparedData:
     `trained_on`: the datasets whose rows `train` holds.
     """
 
-    train: Dataset | IterableDataset
+    train: Rows
     eval: dict[str, Dataset]
     audit: Audit
     fingerprints: dict[str, str]
@@ -96,20 +98,20 @@ def prepare_datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prep
     template, state = template_of(recipe, tokenizer), PartialState()
     if saved := load_tokenized(recipe):
         return _from_llamafactory(saved, recipe, template)
-    encoders = [Encoder(info, recipe, template) for info in select_datasets(recipe)]
-    streams = [encoder for encoder in encoders if recipe.streaming and encoder.info.name in recipe.dataset]
+    infos = select_datasets(recipe)
+    streams = [info for info in infos if recipe.streaming and info.name in recipe.dataset]
+    stored = [info for info in infos if info not in streams]
     with state.main_process_first(), state.local_main_process_first():
-        encoded = {e.info.name: load_or_encode(e) for e in encoders if e not in streams}
-    infos = [encoder.info for encoder in encoders if encoder not in streams]
+        encoded = {info.name: load_or_encode(Encoder(info, recipe, template)) for info in stored}
     data = _unmixed(encoded, template)
     data.audit.mask_spans = [] if streams else recipe.mask_spans
     data.trained_on = recipe.dataset
-    _judge(data, infos, recipe)
+    _judge(data, stored, recipe)
     data.eval = {name: kept_rows(encoded[name].rows) for name in recipe.eval_dataset}
     if streams:
-        _add_streams(data, streams, recipe)
+        _add_streams(data, [Encoder(info, recipe, template) for info in streams], recipe)
     else:
-        _add_rows(data, infos, recipe)
+        _add_rows(data, stored, recipe)
     return data
 
 
@@ -147,8 +149,9 @@ def _add_rows(data: PreparedData, infos: list[DatasetInfo], recipe: Recipe) -> N
     before = {name: len(one) for name, one in rows.items()}
     if recipe.val_size:
         rows, held_out = _hold_out(rows, recipe)
-        data.eval["validation"] = held_out
-        _describe_held_out(data, sum(before.values()) - len(held_out) - sum(map(len, rows.values())))
+        data.eval["validation"], data.fingerprints["validation"] = held_out, _content_hash(held_out)
+        if equal := sum(before.values()) - len(held_out) - sum(map(len, rows.values())):
+            data.notices.append(f"val_size: {equal:,} rows that equal a held-out row are left out of training")
     for name, number in wanted.items():
         if number is not None and len(rows[name]):
             times = -(-number // len(rows[name]))
@@ -175,7 +178,7 @@ def _hold_out(rows: dict[str, Dataset], recipe: Recipe) -> tuple[dict[str, Datas
     return {name: joined.select(part) for name, part in inside.items()}, joined.select(chosen)
 
 
-def _digest(input_ids: Any) -> bytes:
+def _digest(input_ids: npt.ArrayLike) -> bytes:
     return blake2b(np.asarray(input_ids, np.int32).tobytes(), digest_size=16).digest()
 
 
@@ -184,14 +187,11 @@ def _digests(rows: Dataset) -> Iterator[bytes]:
         yield from map(_digest, batch["input_ids"].to_numpy())
 
 
-def _describe_held_out(data: PreparedData, equal: int | None) -> None:
-    """`equal`: rows left out of training; None of a stream, where they are not known before they are read."""
-    data.fingerprints["validation"] = sha256(b"".join(_digests(data.eval["validation"]))).hexdigest()
-    if equal:
-        data.notices.append(f"val_size: {equal:,} rows that equal a held-out row are left out of training")
+def _content_hash(rows: Dataset) -> str:
+    return sha256(b"".join(_digests(rows))).hexdigest()
 
 
-def _mix(datasets: list[Any], recipe: Recipe) -> Any:
+def _mix(datasets: list[Rows], recipe: Recipe) -> Rows:
     if not datasets:
         return _empty()
     if len(datasets) == 1 or recipe.mix_strategy == "concat":
@@ -215,33 +215,32 @@ def _add_streams(data: PreparedData, encoders: list[Encoder], recipe: Recipe) ->
         name = encoder.info.name
         data.fingerprints[name] = fingerprint(encoder.info, streaming=True)
         counts = data.audit.datasets[name] = Counts()
-        features, rows = TRAINED_ON, _streamed_rows(encoder, counts, lines)
-        streams[name] = IterableDataset.from_generator(rows, features=features)
+        streams[name] = IterableDataset.from_generator(_streamed_rows(encoder, counts, lines), features=TRAINED_ON)
     train = _mix([streams[name] for name in recipe.dataset], recipe)
     if not recipe.disable_shuffling:
         train = train.shuffle(seed=recipe.seed, buffer_size=recipe.buffer_size)
     if recipe.val_size:
-        held_out = list(train.take(int(recipe.val_size)))
-        data.eval["validation"] = Dataset.from_list(held_out, features=TRAINED_ON)
-        _describe_held_out(data, None)
+        held_out = Dataset.from_list(list(train.take(int(recipe.val_size))), features=TRAINED_ON)
+        data.eval["validation"], data.fingerprints["validation"] = held_out, _content_hash(held_out)
         # By content, since a shuffled stream begins each pass with other rows and a mixed one may repeat them.
-        digests = set(_digests(data.eval["validation"]))
+        digests = set(_digests(held_out))
         train = train.filter(lambda row: _digest(row["input_ids"]) not in digests)
     data.train = train
 
 
-def _streamed_rows(encoder: Encoder, counts: Counts, lines: StreamedLines | None) -> Callable[[], Iterator[Any]]:
+def _streamed_rows(
+    encoder: Encoder, counts: Counts, lines: StreamedLines | None
+) -> Callable[[], Iterator[dict[str, object]]]:
     """Rows are encoded as they are asked for, and counted and judged on the first pass over them."""
     info, recipe = encoder.info, encoder.recipe
     fields = set[str]()
 
     def judge() -> None:
-        path = (lambda: lines.path) if lines else (lambda: None)
-        problems = too_many_dropped(info.name, counts, recipe.max_dropped, path)
+        problems = too_many_dropped(info.name, counts, recipe.max_dropped, lambda: lines.path if lines else None)
         if problems := problems + missing_columns(info, fields, counts.rows):
             raise DatasetError(problems)
 
-    def examples() -> Iterator[dict[str, Any]]:
+    def examples() -> Iterator[dict[str, object]]:
         rows = islice(read_dataset(info, recipe.streaming), info.num_samples)
         for number, row in enumerate(encode_rows(rows, encoder)):
             if number >= counts.rows:
@@ -252,7 +251,7 @@ def _streamed_rows(encoder: Encoder, counts: Counts, lines: StreamedLines | None
                 if counts.rows % ROWS_BEFORE_JUDGED == 0:
                     judge()
             if row["outcome"] != "dropped":
-                yield {name: row[name] for name in TRAINED_ON}  # type: ignore[literal-required]
+                yield {"input_ids": row["input_ids"], "labels": row["labels"], "source": row["source"]}
         judge()
 
     return examples

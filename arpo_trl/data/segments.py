@@ -64,8 +64,7 @@ def to_segments(conversation: Conversation, template: Template) -> list[Segment]
 def _render_long(conversation: Conversation, template: Template) -> list[Segment] | None:
     """The segments of a row of many replies, at a cost in proportion to them, if that gives what the template writes.
 
-    Raises:
-        RowError: if it does not, and the row is so long that rendering all that comes before each reply takes hours.
+    If it does not, a row is refused that is so long that rendering all that comes before each reply takes hours.
     """
     messages, replies = conversation.messages[: conversation.replies[-1] + 1], len(conversation.replies)
     if replies <= 2 * WINDOW:
@@ -110,9 +109,6 @@ def _until_prompt(before: list[Message], tools: list[Fields] | None, template: T
 
     A reply may begin otherwise than the generation prompt: DeepSeek-R1's opens a thought. A reply without one begins
     before it, since the model has to write otherwise; what both share is context.
-
-    Raises:
-        RowError: if they share nothing.
     """
     if before:
         until_prompt = template.render(before, tools, True)
@@ -137,9 +133,6 @@ def _join_turns(done: str, until_prompt: str, template: Template, segments: list
 
     The end of a reply may change: gpt-oss ends the last one with <|return|>, as the model does, and an earlier one with
     <|end|>, which the model does not write there, so it is context. If only the last reply is trained, all is context.
-
-    Raises:
-        RowError: if more than that changes.
     """
     shared = shared_start(done, until_prompt)
     changed = done[len(shared) :]

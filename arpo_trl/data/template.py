@@ -9,22 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tomllib
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import date
-from importlib.resources import files
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
 from ..errors import RecipeError, RowError
+from ..processes import on_main_process
 from ..recipe.keys import Recipe
 from ..run_folder import read_json
-from .messages import THOUGHT_KEYS, Conversation, Message
+from .messages import THOUGHT_KEYS, Conversation, Fields, Message
 from .segments import shared_start, to_segments
 
 if TYPE_CHECKING:
@@ -33,13 +32,16 @@ if TYPE_CHECKING:
 ChatTemplate = str | dict[str, str]  # one, or several by name
 ASK: Message = {"role": "user", "content": "a question"}
 REPLY: Message = {"role": "assistant", "content": "an answer"}
-CALL: dict[str, Any] = {"type": "function", "function": {"name": "search", "arguments": {"query": "a word"}}}
+CALL: Fields = {"type": "function", "function": {"name": "search", "arguments": {"query": "a word"}}}
+CALLS: Message = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+FOUND: Message = {"role": "tool", "content": "found"}
+TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}
 THINKING: Message = {"role": "assistant", "content": "<think>\na thought\n</think>\n\nan answer"}
 PROBES: tuple[list[Message], ...] = (
     [ASK, REPLY, ASK, REPLY],
     [ASK, THINKING],
     [ASK, THINKING, ASK, REPLY],
-    [ASK, {**REPLY, "tool_calls": [CALL]}, {"role": "tool", "content": "found"}, REPLY, ASK, REPLY],
+    [ASK, {**REPLY, "tool_calls": [CALL]}, FOUND, REPLY, ASK, REPLY],
 )
 # Stands in front of the template that a run with enable_thinking: false saves: the model is asked as it was trained.
 WITHOUT_THOUGHT = "{%- set enable_thinking = enable_thinking | default(false) %}"
@@ -115,75 +117,51 @@ class Template:
 
     def fit(self, conversation: Conversation) -> Conversation:
         """The conversation as the template takes it: thoughts kept, moved or left out, and ids for calls."""
-        messages, last = list(conversation.messages), conversation.replies[-1]
-        for position in conversation.replies if self.thinks else ():
-            if self.last_thought_only and position < last:
-                messages[position] = {**_without_thought(messages[position]), "reasoning_content": ""}
-            elif self.enable_thinking is False:
-                messages[position] = _without_thought(messages[position])
-            elif self.split_thoughts and (thought := THOUGHT.match(messages[position]["content"])):
-                content = messages[position]["content"][thought.end() :]
-                messages[position] = {**messages[position], "content": content, "reasoning_content": thought[1]}
-        messages = [
-            self._with_thought(message) if message.get("reasoning_content") else message for message in messages
-        ]
-        tools = conversation.tools
+        messages, tools, last = list(conversation.messages), conversation.tools, conversation.replies[-1]
+        for position in conversation.replies:
+            reply = messages[position]
+            if self.thinks:
+                reply = self._fit_thought(reply, position == last)
+            if thought := reply.get("reasoning_content"):
+                reply = self._move_thought(reply, thought)
+            messages[position] = reply
         if self.tool_jinja and any(message.get("tool_calls") for message in messages):
             tools = tools or []  # Its calls ask for the template with tools, also where the row lists none.
-        return Conversation(self._with_ids(messages) if self.call_id else messages, tools, conversation.unread)
+        return Conversation(_with_ids(messages, self) if self.call_id else messages, tools, conversation.unread)
 
-    def _with_thought(self, reply: Message) -> Message:
-        """A thought that stands beside the text, where the template looks for it."""
-        thought = reply["reasoning_content"]
-        if self.thought_key is None:
-            content = f"<think>\n{thought}\n</think>\n\n{reply['content']}"
-            return _without_key({**reply, "content": content}, "reasoning_content")
-        return cast(Message, {**reply, self.thought_key: thought})
+    def _fit_thought(self, reply: Message, is_last: bool) -> Message:
+        if self.last_thought_only and not is_last:
+            return {**_without_thought(reply), "reasoning_content": ""}
+        if self.enable_thinking is False:
+            return _without_thought(reply)
+        if self.split_thoughts and (thought := THOUGHT.match(reply["content"])):
+            return {**reply, "content": reply["content"][thought.end() :], "reasoning_content": thought[1]}
+        return reply
 
-    def _with_ids(self, messages: list[Message]) -> list[Message]:
-        """An id for each call, the row's own if the template takes it, and the same for its result."""
-        form, numbers, found = self.call_id or "", count(), []
-        waiting: list[tuple[str, str]] = []
-        for message in messages:
-            if calls := message.get("tool_calls"):
-                waiting = []
-                for call, number in zip(calls, numbers):
-                    given, name = call.get("id", ""), call["function"]["name"]
-                    fits = given and (self.any_call_id or len(given) == 9) and ("{name}" not in form or name in given)
-                    waiting.append((given, given if fits else form.format(name=name, number=number)))
-                message = {**message, "tool_calls": [{**call, "id": one} for call, (_, one) in zip(calls, waiting)]}
-            elif message["role"] == "tool" and waiting:
-                own = [pair for pair in waiting if pair[0] and pair[0] == message.get("tool_call_id")]
-                answered = (own or waiting)[0]
-                waiting.remove(answered)
-                message = {**message, "tool_call_id": answered[1]}
-            found.append(message)
-        return found
+    def _move_thought(self, reply: Message, thought: str) -> Message:
+        """The reply with its thought where the template looks for it."""
+        if self.thought_key:
+            return cast(Message, {**reply, self.thought_key: thought})
+        return {**reply, "content": f"<think>\n{thought}\n</think>\n\n{reply['content']}", "reasoning_content": ""}
 
-    def render(self, messages: list[Message], tools: Any, prompt: bool) -> str:
+    def render(self, messages: list[Message], tools: list[Fields] | None, prompt: bool) -> str:
         """The template's text for these messages, with the generation prompt after it or not.
 
         Raises:
             RowError: if the template refuses them.
         """
-        jinja = self.jinja if tools is None or self.tool_jinja is None else self.tool_jinja
-        variables: dict[str, Any] = {} if self.last_thought_only else KEEP_THOUGHTS
+        variables = {} if self.last_thought_only else dict(KEEP_THOUGHTS)
         if self.enable_thinking is False:
-            variables = {**variables, "enable_thinking": False}
+            variables["enable_thinking"] = False
+        jinja = self.jinja if tools is None or self.tool_jinja is None else self.tool_jinja
+        apply: Callable[..., object] = self.tokenizer.apply_chat_template
         try:
-            given: list[Any] = list(messages)
-            text = str(
-                self.tokenizer.apply_chat_template(
-                    given,
-                    tools=tools,
-                    chat_template=jinja,
-                    add_generation_prompt=prompt,
-                    tokenize=False,
-                    **variables,
-                )
+            rendered = apply(
+                messages, tools=tools, chat_template=jinja, add_generation_prompt=prompt, tokenize=False, **variables
             )
         except (TemplateError, TypeError, ValueError, RecursionError) as error:
             raise RowError(f"the template refuses it: {error}") from None
+        text = str(rendered)
         if prompt:
             return text
         if self.begins_next and messages[-1]["role"] == "assistant":
@@ -194,11 +172,48 @@ class Template:
 def _without_thought(reply: Message) -> Message:
     """As LLaMA-Factory removes it: the newlines at the beginning of what is left go, too."""
     content = re.sub(r"<think>.*?</think>(?:\n\n)?", "", reply["content"], flags=re.DOTALL).lstrip("\n")
-    return _without_key({**reply, "content": content}, "reasoning_content")
+    kept = {key: value for key, value in reply.items() if key != "reasoning_content"}
+    return cast(Message, kept | {"content": content})
 
 
-def _without_key(message: Message, key: str) -> Message:
-    return cast(Message, {name: value for name, value in message.items() if name != key})
+def _with_ids(messages: list[Message], template: Template) -> list[Message]:
+    """An id for each call, the row's own if the template takes it, and the same for its result."""
+    form, numbers, found = template.call_id or "", count(), []
+    waiting: list[tuple[str, str]] = []  # of each call without a result: the row's id or "", and its id here
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            waiting = []
+            for call, number in zip(calls, numbers):
+                own, name = call.get("id", ""), call["function"]["name"]
+                fits = own and (template.any_call_id or len(own) == 9) and ("{name}" not in form or name in own)
+                waiting.append((own, own if fits else form.format(name=name, number=number)))
+            message = {**message, "tool_calls": [{**call, "id": one} for call, (_, one) in zip(calls, waiting)]}
+        elif message["role"] == "tool" and waiting:
+            named = [pair for pair in waiting if pair[0] and pair[0] == message.get("tool_call_id")]
+            answered = (named or waiting)[0]
+            waiting.remove(answered)
+            message = {**message, "tool_call_id": answered[1]}
+        found.append(message)
+    return found
+
+
+def template_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """`find_template` for a recipe: what it writes is the same for a run and its resume, on all processes."""
+    last_thought_only = recipe.mask_history and not recipe.preserve_thinking
+    return find_template(tokenizer, on_main_process(lambda: _day(recipe)), recipe.enable_thinking, last_thought_only)
+
+
+def _day(recipe: Recipe) -> date:
+    """The day on which the run in `output_dir` began, if it goes on; else today."""
+    resumed = recipe.resume_from_checkpoint
+    if recipe.overwrite_output_dir and not resumed:
+        return date.today()
+    folder = Path(resumed).parent if isinstance(resumed, str) else Path(recipe.output_dir)
+    manifest = read_json(folder / "run.json")
+    try:
+        return date.fromisoformat(manifest["day"])
+    except (KeyError, TypeError, ValueError):
+        return date.today()
 
 
 def find_template(
@@ -209,10 +224,7 @@ def find_template(
 ) -> Template:
     """The template to render with in training: the tokenizer's own, or TRL's training form if that one rewrites turns.
 
-    Args:
-        day: The date that a dated template writes; today's if omitted.
-        enable_thinking: As the attribute of `Template`.
-        last_thought_only: As the attribute of `Template`.
+    Args are attributes of `Template`; `day` is today where omitted.
 
     Raises:
         RecipeError: if it can't be rendered at all.
@@ -221,8 +233,8 @@ def find_template(
     if "default" not in named:
         raise RecipeError(f"template: the tokenizer has templates named {', '.join(named)} and none named default")
     day = day or date.today()
-    jinja, tool_jinja = (_dated(named[name], day) if name in named else None for name in ("default", "tool_use"))
-    bare = Template(tokenizer, str(jinja), day, tool_jinja, enable_thinking, last_thought_only)
+    tool_jinja = _dated(named["tool_use"], day) if "tool_use" in named else None
+    bare = Template(tokenizer, _dated(named["default"], day), day, tool_jinja, enable_thinking, last_thought_only)
     own = _describe(bare)
     if not _faults(own):
         return own
@@ -231,35 +243,11 @@ def find_template(
     plain = copy(tokenizer)
     plain.chat_template = named["default"]
     try:
-        jinja = get_training_chat_template(plain)
+        training = get_training_chat_template(plain)
     except ValueError:  # TRL knows no training form of it
         return own
-    form = _describe(replace(bare, jinja=_dated(jinja, day))) if jinja else own
+    form = _describe(replace(bare, jinja=_dated(training, day))) if training else own
     return form if _faults(form) < _faults(own) else own
-
-
-def template_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """`find_template` for a recipe: what it writes is the same for a run and its resume, on all processes.
-
-    Raises:
-        RecipeError: as `find_template`.
-    """
-    from ..processes import on_main_process
-
-    last_thought_only = recipe.mask_history and not recipe.preserve_thinking
-    return find_template(tokenizer, on_main_process(lambda: _day(recipe)), recipe.enable_thinking, last_thought_only)
-
-
-def _day(recipe: Recipe) -> date:
-    """The day on which the run in `output_dir` began, if it goes on; else today."""
-    resumed, folder = recipe.resume_from_checkpoint, Path(recipe.output_dir)
-    if recipe.overwrite_output_dir and not resumed:
-        return date.today()
-    manifest = read_json((Path(resumed).parent if isinstance(resumed, str) else folder) / "run.json")
-    try:
-        return date.fromisoformat(manifest["day"])
-    except (KeyError, TypeError, ValueError):
-        return date.today()
 
 
 def without_thought_by_default(chat_template: ChatTemplate, wanted: bool) -> ChatTemplate:
@@ -278,8 +266,11 @@ def _dated(jinja: str, day: date) -> str:
     return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: json.dumps(day.strftime(call[2])), jinja)
 
 
+# What a template writes, found by rendering
+
+
 def _describe(template: Template) -> Template:
-    """What it writes around a reply, found by rendering."""
+    """The template with what it writes around a reply."""
     tokenizer = template.tokenizer
     eos = str(tokenizer.eos_token or "\0")
     try:
@@ -299,36 +290,15 @@ def _describe(template: Template) -> Template:
         empty_thought=before_reply if "think>" in before_reply else "",
         epilogue=epilogue,
     )
-    template = _find_ends(template)
-    asks_to_think = {replace(template, enable_thinking=wanted).render([ASK], None, True) for wanted in (True, False)}
-    template = replace(template, **_find_keys(template))
-    split_thoughts = _splits_thoughts(template)
-    thinks = "think>" in with_prompt[len(without) :] + before_reply or len(asks_to_think) > 1 or split_thoughts
-    return replace(template, thinks=thinks, split_thoughts=split_thoughts)
+    return _find_call_ids(_find_thoughts(_find_ends(template), with_prompt[len(without) :] + before_reply))
 
 
-def _find_keys(template: Template) -> dict[str, Any]:
-    """Where it looks for a thought, and which ids of calls it writes, found by rendering."""
-
-    tool = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}
-
-    def write(more: dict[str, Any], tools: Any = None) -> str:
-        try:
-            return template.render([ASK, cast(Message, {**REPLY, **more})], tools, False)
-        except RowError:
-            return ""
-
-    def write_call(call_id: str) -> str:
-        calls = [{"id": call_id, **CALL}]
-        return write({"content": "", "tool_calls": calls}, [tool] if template.tool_jinja else None)
-
-    thought_key = next((key for key in THOUGHT_KEYS if "a thought" in write({key: "a thought"})), None)
-    nine, long = "a1B2c3D4e", "call_a1B2c3D4e5F6"
-    written = write_call(nine)
-    if nine not in written:
-        return {"thought_key": thought_key, "call_id": None}
-    form = "call{number:05}" if CALL["function"]["name"] in written else "functions.{name}:{number}"  # Kimi's
-    return {"thought_key": thought_key, "call_id": form, "any_call_id": long in write_call(long)}
+def _write(template: Template, *messages: Message, tools: list[Fields] | None = None) -> str:
+    """What it writes for the messages; nothing if it refuses them."""
+    try:
+        return template.render(list(messages), tools, False)
+    except RowError:
+        return ""
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
@@ -340,36 +310,46 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
 
 def _find_ends(template: Template) -> Template:
     """The next turn's first token, if that is what ends a reply; and the token that ends calls, if it is another one."""
-    called: Message = {**REPLY, "content": "", "tool_calls": [CALL]}
 
     def next_token(reply: Message, follows: Message) -> str | None:
-        until_reply = template.render([ASK, reply], None, False)
-        text = template.render([ASK, reply, follows], None, False).removeprefix(until_reply)
+        text = _write(template, ASK, reply, follows).removeprefix(_write(template, ASK, reply))
         first = next(iter(_special_tokens(template.tokenizer, text)), None)
         return first if first and text.startswith(first) else None
 
-    try:
-        if not template.after_reply.strip() and (end := next_token(REPLY, ASK)):
-            call_end = next_token(called, {"role": "tool", "content": "found"})
-            after_reply = template.after_reply + end
-            return replace(template, end_of_turn=end, call_end=call_end, after_reply=after_reply, begins_next=True)
-        text = template.render([ASK, called], None, False)
-    except RowError:
-        return template
+    if not template.after_reply.strip() and (end := next_token(REPLY, ASK)):
+        after_reply = template.after_reply + end
+        call_end = next_token(CALLS, FOUND) if _write(template, ASK, CALLS) else None
+        return replace(template, end_of_turn=end, call_end=call_end, after_reply=after_reply, begins_next=True)
+    text = _write(template, ASK, CALLS)
     ends = _special_tokens(template.tokenizer, text.rpartition("a word")[2])
     is_other = ends and template.end_of_turn not in ends and text.rstrip().endswith(ends[-1])
     return replace(template, call_end=ends[-1] if is_other else None)
 
 
-def _splits_thoughts(template: Template) -> bool:
-    """Whether it writes thoughts in a way of its own, and not where the text of a reply has them (gpt-oss, Qwen3.8)."""
-    try:
-        inside = template.render([ASK, THINKING], None, False)
-        thought = {template.thought_key or "reasoning_content": "a thought"}
-        beside = template.render([ASK, cast(Message, {**REPLY, **thought})], None, False)
-    except RowError:
-        return False
-    return "a thought" in beside and inside.count("</think>") != beside.count("</think>")
+def _find_thoughts(template: Template, around_reply: str) -> Template:
+    """Where it looks for a thought, if anywhere, and whether it has its own way to write one (gpt-oss, Qwen3.8)."""
+    beside = {key: _write(template, ASK, cast(Message, {**REPLY, key: "a thought"})) for key in THOUGHT_KEYS}
+    key = next((key for key, text in beside.items() if "a thought" in text), None)
+    inside = _write(template, ASK, THINKING)
+    split_thoughts = bool(key and inside) and inside.count("</think>") != beside[key or ""].count("</think>")
+    asks_to_think = {replace(template, enable_thinking=wanted).render([ASK], None, True) for wanted in (True, False)}
+    thinks = "think>" in around_reply or len(asks_to_think) > 1 or split_thoughts
+    return replace(template, thought_key=key, thinks=thinks, split_thoughts=split_thoughts)
+
+
+def _find_call_ids(template: Template) -> Template:
+    """Which ids of calls it writes."""
+
+    def write(call_id: str) -> str:
+        calls: Message = {**REPLY, "content": "", "tool_calls": [{"id": call_id, **CALL}]}
+        return _write(template, ASK, calls, tools=[TOOL] if template.tool_jinja else None)
+
+    nine, long = "a1B2c3D4e", "call_a1B2c3D4e5F6"
+    written = write(nine)
+    if nine not in written:
+        return template
+    form = "call{number:05}" if CALL["function"]["name"] in written else "functions.{name}:{number}"  # Kimi's
+    return replace(template, call_id=form, any_call_id=long in write(long))
 
 
 def _faults(template: Template) -> int:
@@ -377,9 +357,7 @@ def _faults(template: Template) -> int:
     faults = int(template.end_of_turn is None)
     for messages in PROBES:
         row = template.fit(Conversation(messages))
-        try:
-            template.render(row.messages, None, False)
-        except RowError:  # DeepSeek-V3's own can't write calls as they come here, TRL's form of it can
+        if not _write(template, *row.messages):  # DeepSeek-V3's own can't write calls as they come; TRL's form can.
             faults += messages is PROBES[-1] and "tool_calls" in template.jinja
             continue
         try:
@@ -387,39 +365,3 @@ def _faults(template: Template) -> int:
         except RowError:
             faults += 1
     return faults
-
-
-def shipped_template(name: str) -> str:
-    """The Jinja text of a template that is shipped under one of LLaMA-Factory's names: TRL's, or one put together.
-
-    The pieces that templates/names.toml has for the name stand in front, then the file of their tools, then frame.jinja.
-    Of TRL's files only Qwen2.5's is LLaMA-Factory's text; others (llama3.jinja, qwen3_instruct_2507.jinja) trim it, or
-    write tools in another way.
-
-    Raises:
-        KeyError: if nothing is shipped under that name.
-    """
-    if name == "qwen":
-        trl = find_spec("trl")  # not imported: that takes seconds
-        return Path(str(trl and trl.origin)).with_name("chat_templates").joinpath("qwen2_5.jinja").read_text("utf-8")
-    folder = files("arpo_trl.data").joinpath("templates")
-    table = tomllib.loads(folder.joinpath("names.toml").read_text(encoding="utf-8"))
-    pieces = table[name]
-    pieces = table.get(pieces.get("like"), {}) | pieces
-    default = {"begin": "", "default_system": "", "result_join": "", "system_inside": False, "tools": "react"}
-    default |= {"thought": ["<think>\n", "\n</think>\n\n"], "reasons": "thought" in pieces}
-    pieces = default | {"result": pieces["user"], "call": pieces["reply"]} | pieces
-    lines = []
-    for key, value in pieces.items():
-        if isinstance(value, list):
-            lines.append(f"{{%- set {key}_start, {key}_end = {_expression(value[0])}, {_expression(value[1])} %}}\n")
-        elif key not in ("like", "tools"):
-            lines.append(f"{{%- set {key} = {_expression(value)} %}}\n")
-    parts = (f"tools_{pieces['tools']}.jinja", "frame.jinja")
-    return "".join([*lines, *(folder.joinpath(part).read_text(encoding="utf-8") for part in parts)])
-
-
-def _expression(piece: str | bool) -> str:
-    """A piece as Jinja writes it."""
-    text = json.dumps(piece, ensure_ascii=False)
-    return text.replace("{bos}", '" ~ bos_token ~ "').replace("{eos}", '" ~ eos_token ~ "')

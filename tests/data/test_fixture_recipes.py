@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 from arpo_trl.__main__ import main
 from arpo_trl.data.labels import IGNORED
 from arpo_trl.data.prepare import prepare_datasets
-from arpo_trl.data.template import shipped_template
+from arpo_trl.data.shipped_templates import shipped_template
 from arpo_trl.data.tokenizer import load_tokenizer
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from arpo_trl.data.labels import ExampleConfig, carry_loss
 from arpo_trl.data.messages import Conversation, Message
 from arpo_trl.data.segments import to_segments
-from arpo_trl.data.template import find_template, shipped_template, template_of
+from arpo_trl.data.shipped_templates import shipped_template
+from arpo_trl.data.template import find_template, template_of
 from arpo_trl.data.tokenizer import check_parity, load_tokenizer
 from arpo_trl.errors import RecipeError, RowError
 from arpo_trl.recipe import Recipe, read_recipe

@@ -14,7 +14,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from arpo_trl.data.labels import IGNORED, ExampleConfig, carry_loss, mask_replies, to_examples
 from arpo_trl.data.messages import Conversation
 from arpo_trl.data.segments import to_segments
-from arpo_trl.data.template import find_template, shipped_template
+from arpo_trl.data.shipped_templates import shipped_template
+from arpo_trl.data.template import find_template
 from arpo_trl.data.tokenizer import check_parity, load_tokenizer, make_tokenize
 from arpo_trl.errors import DatasetError, RecipeError, RowError
 from arpo_trl.recipe import Recipe
@@ -180,6 +181,20 @@ def test_a_generation_prompt_that_shares_nothing_with_the_reply_is_refused() -> 
         to_segments(Conversation([Q, A]), find_template(make_tokenizer(other)))
 
 
+def test_a_span_is_found_up_to_the_end_of_a_reply_whose_end_of_turn_is_context() -> None:
+    """gpt-oss writes another token there than the one with which the model stops."""
+    ends_twice = (
+        "{% for m in messages %}<|user|>{{ m.role }}\n{{ m.content }}"
+        "{{ '</s>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|user|>assistant\n{% endif %}"
+    )
+    template = find_template(make_tokenizer(ends_twice))
+    result = {"role": "assistant", "content": "<result>7</result>"}
+    _, first, _, last = mask_replies(to_segments(Conversation([Q, result, R, result]), template), template, ["result"])
+    assert (first.text, last.text) == ("<result>7</result>", "<result>7</result></s>")
+    assert first.masked and last.masked and first.spans == last.spans
+
+
 # The parity check
 
 
@@ -237,7 +252,7 @@ def test_the_parity_check_refuses_a_tokenizer_that_strips_each_text() -> None:
     tokenizer = make_tokenizer("qwen2_5", eos="<|im_end|>")
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip()  # type: ignore[attr-defined]
     shown = Conversation([Q, {**A, "content": " A"}])
-    with pytest.raises(DatasetError, match="writes a reply after its context otherwise than alone"):
+    with pytest.raises(DatasetError, match="the encoded text is not what the chat template renders"):
         check_parity(shown, find_template(tokenizer), CONFIG, "row")
 
 
