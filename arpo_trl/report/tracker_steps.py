@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Collection
 
 from transformers import Trainer, TrainerState
 from transformers.integrations.integration_utils import TrackioCallback, WandbCallback, rewrite_logs
@@ -59,18 +58,3 @@ class _TrackioBySteps(TrackioCallback):
     ) -> None:
         if state.is_world_process_zero and logs:
             self._trackio.log(_figures(logs, state), step=state.global_step)
-
-
-def log_samples(trackers: Collection[str], step: int, rows: list[dict[str, str]]) -> None:
-    """Show generated replies as a table, a dictionary a row, in the trackers that have tables."""
-    if "wandb" in trackers:
-        import wandb
-
-        if wandb.run is not None:
-            table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-            wandb.log({"eval/samples": table}, step=step)
-    if "trackio" in trackers:
-        import pandas
-        import trackio
-
-        trackio.log({"eval/samples": trackio.Table(dataframe=pandas.DataFrame(rows))}, step=step)

@@ -11,7 +11,7 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,6 +104,21 @@ def _start_wandb(recipe: Recipe, args: SFTConfig, output_dir: Path, name: str, m
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         raise recipe.error("report_to", f"wandb could not begin a run ({reason}); {WANDB_WAYS_OUT}") from error
+
+
+def log_samples(trackers: Collection[str], step: int, rows: list[dict[str, str]]) -> None:
+    """Show generated replies as a table, a dictionary a row, in the trackers that have tables."""
+    if "wandb" in trackers:
+        import wandb
+
+        if wandb.run is not None:
+            table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+            wandb.log({"eval/samples": table}, step=step)
+    if "trackio" in trackers:
+        import pandas
+        import trackio
+
+        trackio.log({"eval/samples": trackio.Table(dataframe=pandas.DataFrame(rows))}, step=step)
 
 
 def finish_trackers(args: SFTConfig, output_dir: Path) -> None:

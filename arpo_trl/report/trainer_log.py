@@ -95,12 +95,7 @@ class TrainerLog(TrainerCallback):
             self.bar.set_postfix_str(self._shown, refresh=False)
 
     def on_log(
-        self,
-        args: object,
-        state: TrainerState,
-        control: object,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
+        self, args: object, state: TrainerState, control: object, logs: LogLine | None = None, **kwargs: object
     ) -> None:
         logs = logs or {}
         evaluated = {name: value for name, value in logs.items() if name.startswith("eval_")}

@@ -16,19 +16,26 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 from transformers.utils import logging
 
-from ..data.messages import Conversation, Message, to_tools
+from ..data.messages import Conversation, Fields, Message, to_tools
 from ..data.segments import to_segments
 from ..data.template import Template, find_template
 from ..data.tokenizer import make_tokenize
 from ..errors import RecipeError, RowError
 from ..report.manifest import Results, read_manifest
-from .predict import end_tokens
+from .predict import Model, end_tokens
 from .run_python import Limits, run_python
 
 CALL = re.compile(r"<(python|search|tool_call)>((?:(?!<\1>).)*)</\1>\s*\Z", re.DOTALL)
@@ -39,10 +46,10 @@ MOST_CALLS = 20  # that one question may take with --run-python
 class Chat:
     """A model and how it is talked with. `results`: where a tool's result goes."""
 
-    model: Any
+    model: Model
     tokenizer: PreTrainedTokenizerBase
     template: Template
-    tools: list[dict[str, Any]] | None
+    tools: list[Fields] | None
     results: Results
     config: GenerationConfig
 
@@ -57,10 +64,10 @@ class Chat:
         except RowError as error:
             raise RecipeError(f"{self.tokenizer.name_or_path}: {error}") from None
         tokens = make_tokenize(self.tokenizer)(pieces, ["", *pieces[:-1]])
-        ids = torch.tensor([[token for piece in tokens for token in piece.ids]])
-        output = self.model.generate(
-            input_ids=ids.to(self.model.device),
-            attention_mask=torch.ones_like(ids).to(self.model.device),
+        ids = torch.tensor([[token for piece in tokens for token in piece.ids]], device=self.model.device)
+        output = cast(GenerationMixin, self.model).generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             generation_config=self.config,
             tokenizer=self.tokenizer,
             streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
@@ -68,7 +75,7 @@ class Chat:
         return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def to_context(messages: list[Message], tools: list[dict[str, Any]] | None, template: Template) -> list[str]:
+def to_context(messages: list[Message], tools: list[Fields] | None, template: Template) -> list[str]:
     """The conversation up to the next reply, in the pieces that training tokenises each alone. Raises RowError."""
     prompt = template.render(messages, tools, True)
     conversation = Conversation(messages, tools)
@@ -96,7 +103,7 @@ def find_results_form(model: Path) -> Results | None:
     return manifest.results if manifest else None
 
 
-def read_tools(path: Path) -> list[dict[str, Any]] | None:
+def read_tools(path: Path) -> list[Fields] | None:
     """As training reads a row's `tools`: a list, or the JSON text of one; the template is given the same."""
     try:
         return to_tools(json.loads(path.read_text(encoding="utf-8")))
@@ -115,13 +122,12 @@ def load_chat(args: argparse.Namespace) -> Chat:
     tools = read_tools(args.tools) if args.tools else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map=device)
     except (OSError, ValueError) as error:  # no weights yet, or an adapter whose base is elsewhere
         reason = " ".join(str(error).split())[:200]
-        raise RecipeError(
-            f"{args.model}: can't be loaded ({reason}); give the output_dir of a finished run, from the folder where it "
-            "was started"
-        ) from None
+        way_out = "give the output_dir of a finished run, from the folder where it was started"
+        raise RecipeError(f"{args.model}: can't be loaded ({reason}); {way_out}") from None
     if not tokenizer.chat_template:
         raise RecipeError(
             f"{args.model}: its tokenizer has no chat template; give the output_dir of a run of arpo_trl"
@@ -142,8 +148,7 @@ def load_chat(args: argparse.Namespace) -> Chat:
         pad_token_id=tokenizer.pad_token_id,
         stop_strings=["</python>", "</search>"] if results == "inside" else None,
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Chat(model.to(device).eval(), tokenizer, find_template(tokenizer), tools, results or "turn", config)
+    return Chat(model.eval(), tokenizer, find_template(tokenizer), tools, results or "turn", config)
 
 
 def ask(prompt: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData, prepare_datasets
@@ -17,12 +19,12 @@ from ..report.log_file import describe_evaluation, describe_predictions
 from ..report.trainer_log import remove_progress_bar
 from ..run_folder import save_metrics
 from .model import load_model
-from .predict import PredictOnEvaluate, predict, refuse_split_model
+from .predict import Model, PredictOnEvaluate, predict, refuse_split_model
 from .preflight import require_rows_apart
 from .trainer import ArpoTrainer
 
 
-def eval_datasets(recipe: Recipe, data: PreparedData) -> Any:
+def eval_datasets(recipe: Recipe, data: PreparedData) -> Dataset | dict[str, Dataset] | None:
     """What the trainer is told: a single dataset's metrics go without its name, unless the recipe asks for it."""
     if len(data.eval) == 1 and not recipe.eval_on_each_dataset:
         return next(iter(data.eval.values()))
@@ -47,7 +49,7 @@ def run_without_training(recipe: Recipe, args: SFTConfig) -> None:
         predict(recipe, model, tokenizer, data.eval)
 
 
-def to_inference(model: Any, saved_dtype: torch.dtype | None) -> None:
+def to_inference(model: nn.Module, saved_dtype: torch.dtype | None) -> None:
     """Put a model on its device as those who use it load it: in the dtype of its file, and on a CPU in float32.
 
     A CPU is slow in bfloat16; the weights are the file's either way. An adapter's base stays as it was trained with.
@@ -60,7 +62,9 @@ def to_inference(model: Any, saved_dtype: torch.dtype | None) -> None:
         model.to(torch.float32 if device.type == "cpu" else saved_dtype)
 
 
-def _evaluate(recipe: Recipe, args: SFTConfig, model: Any, tokenizer: Any, data: PreparedData) -> None:
+def _evaluate(
+    recipe: Recipe, args: SFTConfig, model: Model, tokenizer: PreTrainedTokenizerBase, data: PreparedData
+) -> None:
     trainer = ArpoTrainer(
         model=model,
         args=args,

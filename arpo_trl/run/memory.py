@@ -6,13 +6,15 @@ have shapes and no data (as torchtitan estimates its runs). docs/measurements.md
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.audit import token_lengths
@@ -49,41 +51,44 @@ class Memory(NamedTuple):
         return self.weights + self.optimizer + max(self.gradients, self.activations + self.logits)
 
 
-def estimate_memory(recipe: Recipe, args: SFTConfig, model: Any, rows: Dataset) -> Memory | None:
+def estimate_memory(
+    recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel, rows: Dataset
+) -> Memory | None:
     """The memory of a step on the longest batch, or None for a model whose forward needs data to be followed.
 
-    Args:
-        recipe: The recipe.
-        args: What the trainer is told of it.
-        model: As `model_shape` makes it; its weights are replaced by fake ones.
-        rows: The training rows, with `labels`.
+    `model` is what `model_shape` makes, `rows` are those to train on.
     """
     count, length, labelled = _largest_batch(recipe, args, rows)
     autocast = torch.autocast("cpu", torch.bfloat16 if args.bf16 else torch.float16, enabled=args.bf16 or args.fp16)
-    parts = [_bytes(p) for p in model.parameters()]
-    trained = [_bytes(p) for p in model.parameters() if p.requires_grad]
-    with FakeTensorMode():
-        _put_on_fake_cpu(model)
-        try:
-            with autocast:
-                saved, stream = _saved_by_autograd(model, count, length)
-        except Exception:  # each model has its own way to need data: .item(), nonzero, a kernel
-            return None
-    blocks = model.config.get_text_config().num_hidden_layers
+    parts = [p.nbytes for p in model.parameters()]
+    trained = [p.nbytes for p in model.parameters() if p.requires_grad]
+    whole = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    backbone = whole.base_model  # without the head
+    try:
+        with FakeTensorMode(), autocast:
+            fakes = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+                for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers())
+            }
+            saved, stream = _saved_by_autograd(backbone, fakes, count, length)
+    except Exception:  # each model has its own way to need data: .item(), nonzero, a kernel
+        return None
+    blocks = whole.config.get_text_config().num_hidden_layers
     activations = blocks * stream + saved // blocks if args.activation_checkpointing else saved
     copies = next((factor for name, factor in MOMENTS.items() if name in str(args.optim).lower()), 2.0)
     copies = 1.0 if recipe.use_adam_mini else copies
-    embedding, head = (layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    embedding = cast(nn.Embedding, whole.get_input_embeddings()).weight
+    head = cast(nn.Linear, whole.get_output_embeddings()).weight
     return Memory(
         weights=sum(parts),
-        gradients=sum(trained) + _bytes(embedding) * embedding.requires_grad,
+        gradients=sum(trained) + embedding.nbytes * embedding.requires_grad,
         optimizer=int(copies * sum(trained)),
         activations=activations,
-        logits=_logits(head, labelled, half=args.bf16 or args.fp16) + _bytes(head) * head.requires_grad,
+        logits=_logits(head, labelled, half=args.bf16 or args.fp16) + head.nbytes * head.requires_grad,
     )
 
 
-def model_shape(recipe: Recipe) -> Any:
+def model_shape(recipe: Recipe) -> PreTrainedModel | PeftModel:
     """The model as the recipe trains it, on torch's meta device: shapes without weights.
 
     Raises:
@@ -98,7 +103,7 @@ def model_shape(recipe: Recipe) -> Any:
     dtype = getattr(config, "dtype", None) if kwargs["dtype"] == "auto" else kwargs["dtype"]
     given = {"trust_remote_code": kwargs["trust_remote_code"], "dtype": dtype or torch.float32}
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, **given)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **given)
         if recipe.trains_adapter:
             return new_adapter(recipe, model)
         if recipe.finetuning_type == "freeze":
@@ -129,25 +134,13 @@ def _largest_batch(recipe: Recipe, args: SFTConfig, rows: Dataset) -> tuple[int,
     return len(longest), int(lengths.max()), labelled
 
 
-def _put_on_fake_cpu(model: Any) -> None:
-    """Give each weight and buffer of the meta device a fake one, under a FakeTensorMode; tied ones stay tied."""
-    fakes: dict[int, Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in fakes:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    is_weight = tensors is module._parameters
-                    fakes[id(tensor)] = torch.nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
-                tensors[name] = fakes[id(tensor)]
+def _saved_by_autograd(backbone: nn.Module, tensors: dict[str, Tensor], count: int, length: int) -> tuple[int, int]:
+    """Bytes that a forward of `count` rows saves for the backward, and bytes of the stream between two blocks.
 
-
-def _saved_by_autograd(model: Any, count: int, length: int) -> tuple[int, int]:
-    """Bytes that a forward of the blocks saves for the backward, and bytes of the stream between two blocks."""
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, Any] = {}
+    `tensors` stand in for the weights and buffers of the `backbone`.
+    """
+    weights = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -155,21 +148,16 @@ def _saved_by_autograd(model: Any, count: int, length: int) -> tuple[int, int]:
             kept[storage._cdata] = storage
         return tensor
 
-    backbone = model.get_base_model().base_model if hasattr(model, "get_base_model") else model.base_model
     ids = torch.zeros(count, length, dtype=torch.long)
     mask = torch.ones(count, 1, length, length, dtype=torch.bool)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    mask_bytes = mask.untyped_storage().nbytes()
-    saved = sum(storage.nbytes() for storage in kept.values())
-    return saved - (mask_bytes if mask.untyped_storage()._cdata in kept else 0), hidden.numel() * hidden.element_size()
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        hidden: Tensor = functional_call(backbone, tensors, kwargs=inputs).last_hidden_state
+    kept.pop(mask.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in kept.values()), hidden.nbytes
 
 
 def _logits(head: Tensor, labelled: int, half: bool) -> int:
     """Bytes that one tile of logits takes: as projected, in float32, their log-softmax and its exponential."""
     copies = 2 + 3 * 4 if half else 4 + 2 * 4
     return min(labelled, TILE_POSITIONS) * head.shape[0] * copies + (2 * head.numel() if half else 0)
-
-
-def _bytes(parameter: Tensor) -> int:
-    return parameter.numel() * parameter.element_size()

@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.trainer_utils import align_special_tokens
 from transformers.utils import logging
 
@@ -76,7 +76,7 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None) -> Merged:
 
     model = PeftModel.from_pretrained(base, str(adapter))
     expected = _log_probs(model, input_ids)
-    merged: Any = model.merge_and_unload(safe_merge=True)
+    merged = model.merge_and_unload(safe_merge=True)
     difference = float((_log_probs(merged, input_ids) - expected).abs().max())
     if not difference <= TOLERANCE:  # a NaN is not
         raise RunFailed(
@@ -98,7 +98,7 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None) -> Merged:
     return Merged(dtype, float(moved.mean()), float(moved.max()))
 
 
-def _load_base(adapter: Path) -> tuple[Any, torch.dtype]:
+def _load_base(adapter: Path) -> tuple[PreTrainedModel, torch.dtype]:
     """The adapter's base in float32, and the dtype of its file."""
     name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     try:

@@ -21,24 +21,16 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from ..data.labels import IGNORED
 from ..data.prepare import prepare_datasets
 from ..errors import RecipeError, RunFailed
 from ..recipe.keys import Recipe
 from ..report.console import say
-from ..report.tracker_steps import log_samples
+from ..report.trackers import log_samples
 from ..run_folder import save_metrics
 from .failures import is_out_of_memory
 from .scores import SCORES, Reply, describe_scores, score_replies
@@ -114,7 +106,7 @@ def generate(
         after_batch: Called after each batch, equally often on every process.
     """
     state = PartialState()
-    order = sorted(range(len(prompts)), key=lambda at: (prompts[at].ends_turn, -len(prompts[at].context), at))
+    order = sorted(range(len(prompts)), key=lambda at: (prompts[at].ends_turn, -len(prompts[at].context)))
     batches = [
         group[start : start + batch_size]
         for group in (list(group) for _, group in groupby(order, lambda at: prompts[at].ends_turn))
@@ -148,10 +140,7 @@ def generate(
 
 
 def _generate_batch(
-    model: Model,
-    batch: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    config: GenerationConfig,
+    model: Model, batch: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
 ) -> list[list[int]]:
     contexts = [torch.tensor(prompt.context) for prompt in batch]
     pad = partial(pad_sequence, batch_first=True, padding_side="left")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 TAG = re.compile(r"<(/?)(think|python|search|result|answer|tool_call)>")
 _CALL = re.compile(r'<(python|search|tool_call)>|\{\s*"(?:id|type|name|function|arguments|parameters)"')
@@ -35,10 +35,10 @@ class Reply:
 
 
 class Call(NamedTuple):
-    """A tool call in a reply. `arguments`: the parsed JSON, or code or a query with whitespace made single spaces."""
+    """A tool call in a reply. `arguments`: JSON in one form, or code or a query with whitespace made single spaces."""
 
     tool: str
-    arguments: Any
+    arguments: str
 
 
 def find_calls(text: str) -> list[Call]:

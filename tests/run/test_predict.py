@@ -318,7 +318,7 @@ def test_a_resumed_run_predicts_and_trains_the_same(watched: Path, tiny_model: P
 def test_trackio_has_the_replies_as_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     script = (
-        "import trackio; from arpo_trl.report.tracker_steps import log_samples\n"
+        "import trackio; from arpo_trl.report.trackers import log_samples\n"
         "trackio.init(project='p', name='r'); log_samples(['trackio'], 3, [{'label': 'hi Ada'}]); trackio.finish()"
     )
     env = os.environ | {"TRACKIO_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
