@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.compute as pc
 
 from ..errors import printable
@@ -97,7 +98,7 @@ def count(rows: Dataset) -> Counts:
     return counts
 
 
-def token_lengths(rows: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
+def token_lengths(rows: Dataset) -> npt.NDArray[np.int64]:
     """Tokens of each row, in the rows' order: shape (rows,)."""
     batches = rows.select_columns("input_ids").with_format("arrow").iter(1000)
     lengths = [pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches]

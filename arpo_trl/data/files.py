@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import chain, count, islice
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import DatasetError, RowError, printable
 from ..recipe.keys import Recipe
@@ -353,18 +353,16 @@ def _to_values(batch: pyarrow.RecordBatch | pyarrow.Table) -> Iterator[object]:
             yield error
 
 
-def _to_value(value: Any, kind: pyarrow.DataType) -> object:
+def _to_value(value: object, kind: pyarrow.DataType) -> object:
     """Arrow gives a struct a null for every key that only others have; they are no part of the row.
 
     Columns stay, and so do the nulls of a JSON value, which `datasets` >= 5 stores as its text.
     """
     import pyarrow
 
-    if value is None:
-        return None
-    if isinstance(kind, pyarrow.JsonType):
+    if isinstance(value, str) and isinstance(kind, pyarrow.JsonType):
         return parse_json(value)
-    if pyarrow.types.is_struct(kind):
+    if isinstance(value, dict) and pyarrow.types.is_struct(kind):
         return {key.name: _to_value(value[key.name], key.type) for key in kind if value[key.name] is not None}
     if isinstance(value, list) and hasattr(kind, "value_type"):
         return [_to_value(inner, kind.value_type) for inner in value]

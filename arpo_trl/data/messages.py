@@ -5,8 +5,9 @@ assistant) and otherwise left to the chat template: LLaMA-Factory drops a row wi
 starts with the assistant; here it is kept if the template can render it, and dropped with the template's own words
 if not.
 
-A turn may be written as OpenAI's chat messages or Responses items, as Anthropic's blocks, or as ShareGPT. Whatever is
-read is taken out of a copy of the row; what is left over is counted in `Conversation.unread`.
+`_read_alpaca` reads an alpaca row; `_read_turns` a sharegpt or openai row, whose turns `_turn_to_messages` reads one by one:
+ShareGPT's, OpenAI's chat messages and Responses items, and Anthropic's blocks. Whatever is read is taken out of a copy of
+the row; what is left over is counted in `Conversation.unread`.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def _turn_to_messages(fields: Fields, tags: dict[str, str], where: str) -> list[
     if calls:
         if role != "assistant":
             raise RowError(f"wrong order: {where} is from {tag!r} and has tool_calls")
-        message["tool_calls"] = _to_calls(calls, where)
+        message["tool_calls"] = [_to_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
     if role == "assistant" and (thought := _read_thought(fields, where)):
         message["reasoning_content"] = thought
     if isinstance(fields.get("name"), str):
@@ -325,26 +326,23 @@ def _split_calls(content: str, where: str) -> tuple[str, object]:
     raise RowError(f"wrong type: {where} is a function call but does not end in its JSON")
 
 
-def _to_calls(calls: object, where: str) -> list[Fields]:
-    found = []
-    call: Any
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function", call) if isinstance(call, dict) else call
-        if not isinstance(function, dict):
-            raise RowError(f"wrong type: a call in {where} is {_kind(function)}, expected an object")
-        name = _text(function.get("name"), f"a call in {where}.name")
-        place = f"the arguments of {name!r} in {where}"
-        if function.get("arguments") is None:
-            raise RowError(f"missing field: the call {name!r} in {where} has no arguments")
-        arguments = _parsed(function["arguments"], place)
-        arguments = {} if arguments is None else arguments
-        if not isinstance(arguments, dict):
-            raise RowError(f"wrong type: {place} are {_kind(arguments)}, not an object")
-        _check_numbers(arguments, place)
-        made = {"type": "function", "function": {"name": name, "arguments": arguments}}
-        given = call["id"] if isinstance(call.get("id"), str) else ""
-        found.append({"id": given, **made} if given else made)
-    return found
+def _to_call(call: object, where: str) -> Fields:
+    given = call.get("id") if isinstance(call, dict) else None
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict):
+        raise RowError(f"wrong type: a call in {where} is {_kind(function)}, expected an object")
+    name = _text(function.get("name"), f"a call in {where}.name")
+    place = f"the arguments of {name!r} in {where}"
+    if function.get("arguments") is None:
+        raise RowError(f"missing field: the call {name!r} in {where} has no arguments")
+    arguments = _parsed(function["arguments"], place)
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise RowError(f"wrong type: {place} are {_kind(arguments)}, not an object")
+    _check_numbers(arguments, place)
+    made = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"id": given, **made} if isinstance(given, str) and given else made
 
 
 def to_tools(tools: object, where: str = "tools") -> list[Fields] | None:
