@@ -307,33 +307,12 @@ def _require_distinct(path: Path, columns: Iterable[str]) -> None:
         raise DatasetError(f"{path}: has the column {twice[0]!r} twice; rename or remove one")
 
 
-def _read_parquet(path: Path) -> Lines:
-    import pyarrow.parquet
-
-    yield from _read_batches(path, lambda: pyarrow.parquet.ParquetFile(path).iter_batches(ROWS_AT_ONCE))
-
-
 def _read_arrow(path: Path) -> Lines:
-    import pyarrow
-
-    def batches() -> Iterator[pyarrow.RecordBatch]:
-        with pyarrow.OSFile(str(path)) as source:  # A memory map ends the process if the file becomes shorter.
-            try:
-                reader = pyarrow.ipc.open_file(source)
-                yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-            except pyarrow.ArrowInvalid:
-                source.seek(0)
-                yield from pyarrow.ipc.open_stream(source)
-
-    yield from _read_batches(path, batches)
-
-
-def _read_batches(path: Path, batches: Callable[[], Iterator[pyarrow.RecordBatch]]) -> Lines:
     import pyarrow
 
     number = 0
     try:
-        for batch in batches():
+        for batch in _read_batches(path):
             batch.validate(full=True)  # Reading a value of a damaged batch can end the process.
             _require_distinct(path, batch.schema.names)
             for value in _to_values(batch):
@@ -342,6 +321,22 @@ def _read_batches(path: Path, batches: Callable[[], Iterator[pyarrow.RecordBatch
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise DatasetError(f"{path}:{number + 1}: cannot be read ({reason[:200]})") from None
+
+
+def _read_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
+    """Of Parquet, or of either form of Arrow: the file, and the stream that `datasets` writes."""
+    import pyarrow.parquet
+
+    if path.suffix.lower() == ".parquet":
+        yield from pyarrow.parquet.ParquetFile(path).iter_batches(ROWS_AT_ONCE)
+        return
+    with pyarrow.OSFile(str(path)) as source:  # A memory map ends the process if the file becomes shorter.
+        try:
+            reader = pyarrow.ipc.open_file(source)
+            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            yield from pyarrow.ipc.open_stream(source)
 
 
 def _to_values(batch: pyarrow.RecordBatch | pyarrow.Table) -> Iterator[object]:
@@ -373,6 +368,6 @@ READERS: dict[str, Callable[[Path], Lines]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": _read_arrow,
     ".arrow": _read_arrow,
 }
