@@ -122,16 +122,12 @@ class SaveAfterEpochEnd(TrainerCallback):
     def __init__(self) -> None:
         self.wanted = False
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         at_epoch_end = state.epoch % 1 == 0 or state.global_step >= state.max_steps
         if at_epoch_end and "epoch" in (args.eval_strategy, args.logging_strategy):
             self.wanted, control.should_save = control.should_save, False
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         control.should_save, self.wanted = control.should_save or self.wanted, False
 
 

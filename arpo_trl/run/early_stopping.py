@@ -15,9 +15,7 @@ class StopEarly(TrainerCallback):
     def __init__(self, patience: int) -> None:
         self.patience = patience
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         name = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
         # Without the evaluation before the first step, as transformers counts.
         values = [entry[name] for entry in state.log_history if name in entry and entry["step"]]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,12 +65,11 @@ def score_tokens(hidden: Tensor, labels: Tensor, head: nn.Module) -> tuple[Tenso
     """
     tiles = list(zip(hidden.split(TILE_POSITIONS), labels.split(TILE_POSITIONS), strict=True))
     # One tile keeps its logits for the backward pass; of several, each is computed again there.
-    score: Callable[..., Any] = _score_tile if len(tiles) == 1 else _score_tile_again_in_backward
-    return tuple(torch.cat(parts) for parts in zip(*(score(h, y, head) for h, y in tiles), strict=True))  # type: ignore[return-value]
-
-
-def _score_tile_again_in_backward(hidden: Tensor, labels: Tensor, head: nn.Module) -> Any:
-    return checkpoint(_score_tile, hidden, labels, head, use_reentrant=False, preserve_rng_state=False)
+    again = functools.partial(checkpoint, _score_tile, use_reentrant=False, preserve_rng_state=False)
+    score = _score_tile if len(tiles) == 1 else again
+    scored = [score(states, targets, head) for states, targets in tiles]
+    log_probs, entropy, is_top1 = (torch.cat(parts) for parts in zip(*scored, strict=True))
+    return log_probs, entropy, is_top1
 
 
 def _score_tile(hidden: Tensor, labels: Tensor, head: nn.Module) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,12 +9,11 @@ import contextlib
 import random
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.audit import token_lengths
 from ..machine import gpu_memory, peak_memory
@@ -23,6 +22,9 @@ from ..report.console import say
 from ..report.log_file import format_seconds
 from .failures import is_out_of_memory
 from .trainer import ArpoTrainer
+
+Row = dict[str, list[int]]
+"""Of the collator: input_ids, labels, and of packed rows their seq_lengths."""
 
 ROOM = 0.9
 """Share of a GPU that the longest batch may take: the allocator's gaps and the collectives' buffers need the rest."""
@@ -46,7 +48,9 @@ class Preflight(TrainerCallback):
         self.trainer = trainer
         self.choose_checkpointing = choose_checkpointing
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         trainer = self.trainer
         if trainer.is_deepspeed_enabled or not isinstance(trainer.train_dataset, Dataset):
             return
@@ -69,7 +73,7 @@ class Preflight(TrainerCallback):
             f"{steps:,} steps take about {format_seconds(expected)}"
         )
 
-    def _try_step(self, batch: list[dict[str, Any]]) -> tuple[float, int]:
+    def _try_step(self, batch: list[Row]) -> tuple[float, int]:
         """Seconds of a forward and backward, and the memory at its peak in bytes."""
         trainer = self.trainer
         with untouched(trainer), _optimizer_memory(trainer):
@@ -80,12 +84,12 @@ class Preflight(TrainerCallback):
             trainer.training_step(trainer.model_wrapped, inputs, (inputs["labels"][:, 1:] != -100).sum())
             return time.monotonic() - began, peak_memory()
 
-    def _choose_checkpointing(self, batch: list[dict[str, Any]]) -> None:
+    def _choose_checkpointing(self, batch: list[Row]) -> None:
         trainer, args = self.trainer, self.trainer.args
         memory = gpu_memory()
         if memory is None or trainer.is_fsdp_enabled:
             return
-        model: Any = trainer.model
+        model = trainer.model
         model.activation_checkpointing_disable()
         try:
             fits = self._try_step(batch)[1] < ROOM * memory
@@ -112,7 +116,9 @@ class PackingCheck(TrainerCallback):
         self.recipe = recipe
         self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         require_rows_apart(self.recipe, self.trainer)
 
 
@@ -150,7 +156,7 @@ def _rows_are_apart(trainer: ArpoTrainer) -> bool:
     and by exactly nothing when only the first row changes; one that is not, by 2e-4 (a convolution) or more.
     """
     args = trainer.args
-    model: Any = trainer.model_wrapped
+    model = trainer.model_wrapped
     short = args.bf16 or args.fp16 or next(model.parameters()).dtype != torch.float32
     generator = torch.Generator().manual_seed(0)
     first, other, row = (
@@ -173,7 +179,7 @@ def _rows_are_apart(trainer: ArpoTrainer) -> bool:
     return bool(moved < (1e-3 if short else 1e-4)) and bool(differs < (5e-2 if short else 1e-3))
 
 
-def longest_batch(dataset: Dataset, size: int) -> tuple[list[dict[str, Any]], float]:
+def longest_batch(dataset: Dataset, size: int) -> tuple[list[Row], float]:
     """The `size` longest rows, ready for the collator, and the mean length of all rows in tokens."""
     lengths = token_lengths(dataset)
     rows = dataset.select(np.argsort(lengths, kind="stable")[-size:])
@@ -184,15 +190,14 @@ def longest_batch(dataset: Dataset, size: int) -> tuple[list[dict[str, Any]], fl
 @contextlib.contextmanager
 def untouched(trainer: ArpoTrainer) -> Iterator[None]:
     """Put back, after the block, all that a step changes: random states, gradients, counts and metrics."""
-    model: Any = trainer.model
     rng = random.getstate(), np.random.get_state(), torch.get_rng_state()
     rng_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    sync, training = trainer.accelerator.gradient_state.sync_gradients, model.training
+    sync, training = trainer.accelerator.gradient_state.sync_gradients, trainer.model.training
     try:
         yield
     finally:
         trainer.model_wrapped.zero_grad()
-        model.train(training)
+        trainer.model.train(training)
         trainer.forget_batches()
         trainer.accelerator.gradient_state._set_sync_gradients(sync)
         random.setstate(rng[0])
@@ -207,8 +212,7 @@ def _optimizer_memory(trainer: ArpoTrainer) -> Iterator[None]:
     """Hold on the GPU what AdamW will allocate at the first step: two moments the size of each trained weight."""
     held = []
     if trainer.accelerator.device.type == "cuda":
-        model: Any = trainer.model
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
         held = [torch.empty_like(p) for p in trained for _ in range(2)]
     yield
     held.clear()

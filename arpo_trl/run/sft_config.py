@@ -16,6 +16,9 @@ from ..errors import RecipeError
 from ..recipe.keys import Recipe
 from ..recipe.rules import wandb_is_disabled
 
+Keywords = dict[str, Any]
+"""Of a library's constructor."""
+
 # The output layer stays as it is in LLaMA-Factory, whose `all` means the linear layers before it.
 _ALL_BUT_THE_HEAD = r"(?!.*(lm_head|output_layer)).*"
 _KERNELS = {"disabled": "eager", "sdpa": "sdpa", "flex": "flex_attention"}
@@ -33,11 +36,25 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
     Raises:
         RecipeError: what transformers says against a combination of keys.
     """
-    gpu = torch.accelerator.is_available()
-    checkpointing = dict(recipe.trl.get("activation_checkpointing_kwargs") or {})
-    if recipe.use_reentrant_gc is not None:
-        checkpointing["use_reentrant"] = recipe.use_reentrant_gc
-    settings: dict[str, Any] = {name: getattr(recipe, name) for name in _SAME} | {
+    settings, given = _settings(recipe), _given(recipe)
+    try:
+        config = SFTConfig(**settings | given)
+    except Exception as error:  # what transformers says against a value has many types
+        raise _refused(recipe, settings, given) from error
+    _try_scheduler(recipe, config)
+    # Of several visible GPUs a process without a launcher takes one: TRL refuses nn.DataParallel, Trainer's way to use
+    # them all (https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L1118).
+    config._n_gpu = min(config.n_gpu, 1)
+    if wandb_is_disabled():
+        config.report_to = [tracker for tracker in config.report_to or [] if tracker != "wandb"]  # left by `all`
+    if config.mixed_precision in ("bf16", "fp16") and not (config.bf16 or config.fp16):
+        config.mixed_precision = "no"  # the recipe decides what is computed, the launcher only where
+    return config
+
+
+def _settings(recipe: Recipe) -> Keywords:
+    """What LLaMA-Factory's keys mean."""
+    settings: Keywords = {name: getattr(recipe, name) for name in _SAME} | {
         # evaluation needs no more memory than training did
         "per_device_eval_batch_size": recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size,
         "report_to": recipe.report_to or "none",
@@ -56,28 +73,23 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
         ),
         "max_length": recipe.cutoff_len if recipe.packing else None,
         "dataset_kwargs": None if recipe.packing else {"skip_prepare_dataset": True},
-        "use_cpu": not gpu,
+        "use_cpu": not torch.accelerator.is_available(),
     }
     if recipe.project:
         settings["project"] = recipe.project
-    settings |= _low_rank_optimizer(recipe)
+    return settings | _low_rank_optimizer(recipe)
+
+
+def _given(recipe: Recipe) -> Keywords:
+    """The keys that are SFTConfig's own, and what follows from them."""
+    checkpointing = dict(recipe.trl.get("activation_checkpointing_kwargs") or {})
+    if recipe.use_reentrant_gc is not None:
+        checkpointing["use_reentrant"] = recipe.use_reentrant_gc
     given = recipe.trl | {"activation_checkpointing_kwargs": checkpointing or None}
     if (metric := given.get("metric_for_best_model")) and given.get("greater_is_better") is None:
         # transformers takes whatever does not end in "loss" for better when greater.
         given["greater_is_better"] = not metric.endswith(("loss", "perplexity", "entropy"))
-    try:
-        config = SFTConfig(**settings | given)
-    except Exception as error:  # what transformers says against a value has many types
-        raise _refused(recipe, settings, given) from error
-    _try_scheduler(recipe, config)
-    # Of several visible GPUs a process without a launcher takes one: TRL refuses nn.DataParallel, Trainer's way to use
-    # them all (https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L1118).
-    config._n_gpu = min(config.n_gpu, 1)
-    if wandb_is_disabled():
-        config.report_to = [tracker for tracker in config.report_to or [] if tracker != "wandb"]  # left by `all`
-    if config.mixed_precision in ("bf16", "fp16") and not (config.bf16 or config.fp16):
-        config.mixed_precision = "no"  # the recipe decides what is computed, the launcher only where
-    return config
+    return given
 
 
 def _try_scheduler(recipe: Recipe, config: SFTConfig) -> None:
@@ -92,22 +104,25 @@ def _try_scheduler(recipe: Recipe, config: SFTConfig) -> None:
         raise recipe.error(key, f"{reason}; lr_scheduler_kwargs holds what a schedule needs") from error
 
 
-def _refused(recipe: Recipe, settings: dict[str, Any], given: dict[str, Any]) -> RecipeError:
+def _refused(recipe: Recipe, settings: Keywords, given: Keywords) -> RecipeError:
     """What transformers and TRL say against each key, found by giving them one more key at a time."""
+    if reason := _objection(settings):
+        return RecipeError(f"{recipe.path}: transformers refuses: {reason}")
     problems = []
-    for key, value in [("", None), *given.items()]:
-        added = {key: value} if key else {}
-        try:
-            SFTConfig(**settings | added)
-            settings |= added
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            problems.append(
-                str(recipe.error(key, reason)) if key else f"{recipe.path}: transformers refuses: {reason}"
-            )
-            if not key:
-                break
+    for key, value in given.items():
+        if reason := _objection(settings | {key: value}):
+            problems.append(str(recipe.error(key, reason)))
+        else:
+            settings[key] = value
     return RecipeError(problems)
+
+
+def _objection(settings: Keywords) -> str | None:
+    try:
+        SFTConfig(**settings)
+    except Exception as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
 
 
 def to_adapter_config(recipe: Recipe, tied: bool) -> LoraConfig | OFTConfig:
@@ -154,7 +169,7 @@ def to_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     )
 
 
-def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
+def model_init_kwargs(recipe: Recipe) -> Keywords:
     """What `from_pretrained` is told.
 
     Weights that are trained are float32, also under bf16 autocast: in bfloat16, steps below 1/256 of a weight round to
@@ -167,7 +182,7 @@ def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
         dtype = torch.bfloat16
     elif recipe.finetuning_type == "full" or (dtype == "auto" and (whole or not torch.accelerator.is_available())):
         dtype = torch.float32
-    kwargs: dict[str, Any] = {"dtype": dtype, **hub_kwargs(recipe)}
+    kwargs: Keywords = {"dtype": dtype, **hub_kwargs(recipe)}
     if recipe.flash_attn != "auto":
         kwargs["attn_implementation"] = _KERNELS[recipe.flash_attn]
     return kwargs | _rope(recipe)
@@ -179,7 +194,7 @@ def load_model_config(recipe: Recipe) -> PreTrainedConfig:
     return config
 
 
-def hub_kwargs(recipe: Recipe) -> dict[str, Any]:
+def hub_kwargs(recipe: Recipe) -> Keywords:
     """Where the model comes from, and whether its own code may run: only if transformers has none for it."""
     return {
         "revision": recipe.model_revision,
@@ -220,28 +235,25 @@ def _accumulation(recipe: Recipe) -> int:
     return recipe.global_batch_size // at_once
 
 
-def _low_rank_optimizer(recipe: Recipe) -> dict[str, Any]:
+def _low_rank_optimizer(recipe: Recipe) -> Keywords:
     """GaLore and APOLLO, as transformers takes them. (Its GaLore keeps galore_torch's epsilon, 1e-6.)"""
-    args: dict[str, Any]
-    if recipe.use_galore:
-        name, target, layerwise = "galore_adamw", recipe.galore_target, recipe.galore_layerwise
-        args = {"rank": recipe.galore_rank, "update_proj_gap": recipe.galore_update_interval}
-        args |= {"scale": recipe.galore_scale, "proj_type": recipe.galore_proj_type}
-    elif recipe.use_apollo:
-        name, target, layerwise = "apollo_adamw", recipe.apollo_target, recipe.apollo_layerwise
-        args = {"rank": recipe.apollo_rank, "update_proj_gap": recipe.apollo_update_interval}
-        args |= {"scale": recipe.apollo_scale, "proj": recipe.apollo_proj}
-        args |= {"proj_type": recipe.apollo_proj_type, "scale_type": recipe.apollo_scale_type}
-    else:
+    if not (recipe.use_galore or recipe.use_apollo):
         return {}
+    kind, names = "galore", "rank update_interval scale proj_type"
+    if recipe.use_apollo:
+        kind, names = "apollo", "rank update_interval scale proj proj_type scale_type"
+    target, layerwise = getattr(recipe, f"{kind}_target"), getattr(recipe, f"{kind}_layerwise")
+    args = {name: getattr(recipe, f"{kind}_{name}") for name in names.split()}
     return {
-        "optim": name + "_layerwise" * layerwise,
-        "optim_args": ",".join(f"{key}={value}" for key, value in args.items()),
+        "optim": f"{kind}_adamw{'_layerwise' * layerwise}",
+        "optim_args": ",".join(f"{key}={value}" for key, value in args.items()).replace(
+            "update_interval", "update_proj_gap"
+        ),
         "optim_target_modules": _ALL_BUT_THE_HEAD if "all" in target else target,
     }
 
 
-def _rope(recipe: Recipe) -> dict[str, Any]:
+def _rope(recipe: Recipe) -> Keywords:
     """Stretch the position embeddings by the whole factor that covers cutoff_len, as LLaMA-Factory does."""
     if recipe.rope_scaling is None:
         return {}
@@ -263,12 +275,7 @@ def _rope(recipe: Recipe) -> dict[str, Any]:
 
 def rope_is_ignored(recipe: Recipe, config: PreTrainedConfig) -> RecipeError:
     """For models without rotary positions, and for those with a set of them for each type of layer (Gemma 3)."""
-    return recipe.error(
-        "rope_scaling",
-        f"{config.model_type} does not read one rope_type for all its layers; remove the line"
-        + (
-            f" and write cutoff_len: {limit} or less"
-            if (limit := getattr(config, "max_position_embeddings", 0))
-            else ""
-        ),
-    )
+    limit = getattr(config, "max_position_embeddings", 0)
+    shorter = f" and write cutoff_len: {limit} or less" if limit else ""
+    what = f"{config.model_type} does not read one rope_type for all its layers"
+    return recipe.error("rope_scaling", f"{what}; remove the line{shorter}")

@@ -29,7 +29,7 @@ class StopOnSignal(TrainerCallback):
         self.saved_step, self.training = -1, False
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         # Not earlier: before the first step there is nothing to save, and a signal may stop the process at once.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -59,24 +59,20 @@ class StopOnSignal(TrainerCallback):
             self.signum = int(signum) or None
         return self.signum is not None
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self._signalled(args) and state.global_step < state.max_steps:
             control.should_save = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.saved_step = state.global_step
         if self._signalled(args) and state.global_step < state.max_steps:
             raise Stopped
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         if self._signalled(args) and (self.training or self.saved_step == state.global_step):
             raise Stopped
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.training = False

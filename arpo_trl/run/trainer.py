@@ -170,7 +170,7 @@ class ArpoTrainer(SFTTrainer, _Line):
             remainder = len(rows) % (args.per_device_train_batch_size * args.world_size)
             earlier = args.process_index * args.per_device_train_batch_size
             if remainder:
-                mask_repeated_rows(batch, remainder - earlier, self.padding_free and args.packing)
+                mask_repeated_rows(batch, remainder - earlier, args.packing)
         return batch
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -382,7 +382,7 @@ class _LogState(TrainerCallback, ExportableState):
         self.trainer = trainer
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self.trainer.end_update()
 
@@ -390,15 +390,13 @@ class _LogState(TrainerCallback, ExportableState):
         return {**asdict(self.trainer.window), "pending_evaluation": self.trainer.pending_evaluation}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         args.eval_on_start = args.eval_on_start and not state.global_step
         # Trainer goes on with the checkpoint's save_steps, eval_steps and logging_steps, whatever the recipe says.
         state.compute_steps(args, state.max_steps)
         # A checkpoint that LLaMA-Factory or TRL wrote has no entry; Trainer's next save needs one to write into.
-        callbacks = cast(
-            "dict[str, dict[str, Any]]", state.stateful_callbacks
-        )  # declared as the list that it was made of
+        callbacks = cast("dict[str, dict[str, Any]]", state.stateful_callbacks)
         saved = dict(callbacks.setdefault(type(self).__name__, {}))
         if state.global_step and saved:
             self.trainer.window = Window(**{one.name: saved[one.name] for one in fields(Window)})
@@ -409,9 +407,7 @@ class _LogState(TrainerCallback, ExportableState):
         if state.global_step >= state.max_steps:  # killed in what follows the last step: Trainer would take one more
             control.should_training_stop = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if not self.trainer.has_stepped:  # the epoch's end came before the checkpoint
             control.should_save = control.should_evaluate = control.should_log = False
 
@@ -423,6 +419,6 @@ class ResumeEvaluation(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self.trainer.evaluate_pending()
