@@ -44,11 +44,17 @@ def test_a_shipped_recipe_becomes_an_sft_config(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=names(SHIPPED))
-def test_a_shipped_recipe_fits_the_schema_and_says_so_to_editors(path: Path) -> None:
+def test_a_shipped_recipe_fits_the_schema_and_a_copy_of_it_asks_for_none(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     jsonschema.validate(yaml.safe_load(text), SCHEMA)
-    first = re.match(r"# yaml-language-server: \$schema=(\S+)\n", text)
-    assert first and (path.parent / first[1]).resolve() == REPOSITORY / "recipes" / "schema.json"
+    assert "$schema" not in text  # "Unable to load schema", where a recipe was copied without it
+
+
+def test_vs_code_finds_the_schema_of_every_shipped_recipe() -> None:
+    settings = json.loads((REPOSITORY / ".vscode" / "settings.json").read_text(encoding="utf-8"))
+    ((schema, recipes),) = settings["yaml.schemas"].items()
+    assert REPOSITORY / schema == REPOSITORY / "recipes" / "schema.json"
+    assert sorted(REPOSITORY.glob(recipes)) == SHIPPED
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=names(SHIPPED))
@@ -160,7 +166,9 @@ def test_init_writes_what_a_first_run_needs(
         REPOSITORY / "recipes" / "schema.json"
     ).read_text("utf-8")
     os.chdir("first")
-    jsonschema.validate(yaml.safe_load(Path("recipe.yaml").read_text("utf-8")), SCHEMA)
+    text = Path("recipe.yaml").read_text("utf-8")
+    assert text.startswith("# yaml-language-server: $schema=schema.json\n") and Path("schema.json").is_file()
+    jsonschema.validate(yaml.safe_load(text), SCHEMA)
     assert main(["recipe.yaml", f"model_name_or_path={tiny_model}", "--preview", "3"]) == 0
     assert "\\boxed{391}" in capsys.readouterr().out
     os.chdir(tmp_path)
