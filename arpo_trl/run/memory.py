@@ -60,7 +60,6 @@ def estimate_memory(
     """
     count, length, labelled = _largest_batch(recipe, args, rows)
     autocast = torch.autocast("cpu", torch.bfloat16 if args.bf16 else torch.float16, enabled=args.bf16 or args.fp16)
-    parts = [p.nbytes for p in model.parameters()]
     trained = [p.nbytes for p in model.parameters() if p.requires_grad]
     whole = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
     backbone = whole.base_model  # without the head
@@ -80,7 +79,7 @@ def estimate_memory(
     embedding = cast(nn.Embedding, whole.get_input_embeddings()).weight
     head = cast(nn.Linear, whole.get_output_embeddings()).weight
     return Memory(
-        weights=sum(parts),
+        weights=sum(p.nbytes for p in model.parameters()) - _saved_by_packing(backbone, recipe.quantization_bit),
         gradients=sum(trained) + embedding.nbytes * embedding.requires_grad,
         optimizer=int(copies * sum(trained)),
         activations=activations,
@@ -132,6 +131,12 @@ def _largest_batch(recipe: Recipe, args: SFTConfig, rows: Dataset) -> tuple[int,
     if recipe.padding_free:
         return 1, int(lengths[longest].sum()), labelled
     return len(longest), int(lengths.max()), labelled
+
+
+def _saved_by_packing(backbone: nn.Module, bits: int | None) -> int:
+    """Bytes that bitsandbytes saves on each frozen linear layer but the head; its blocks' scales are left out."""
+    layers = [layer.weight for layer in backbone.modules() if isinstance(layer, nn.Linear)] if bits else []
+    return sum(weight.nbytes - weight.numel() * (bits or 0) // 8 for weight in layers if not weight.requires_grad)
 
 
 def _saved_by_autograd(backbone: nn.Module, tensors: dict[str, Tensor], count: int, length: int) -> tuple[int, int]:

@@ -59,6 +59,16 @@ def test_the_parts_are_those_of_the_loaded_model(lines: list[str], tmp_path: Pat
     assert found.logits == 120 * 1088 * (14 if half else 12) + (2 * 1088 * 64 if half else 0) + head
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_takes_less(bits: int, tmp_path: Path, tiny_model: Path) -> None:
+    """All but the scales of its blocks, 3 % of a layer of 4 bits, on a model of any size."""
+    pytest.importorskip("bitsandbytes")
+    given = recipe(tmp_path, tiny_model, "finetuning_type=lora", f"quantization_bit={bits}")
+    found = estimate_memory(given, to_sft_config(given), model_shape(given), ROWS)
+    model: Any = load_model(given)[0]
+    assert found is not None and found.weights == sum(p.nbytes for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("lines", "shape"),
     [

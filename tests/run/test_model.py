@@ -407,6 +407,8 @@ def test_a_quantized_base_carries_a_float32_adapter(bits: int, tmp_path: Path, t
 def test_what_cannot_be_loaded_is_told_in_one_line(
     keys: dict[str, Any], words: str, tmp_path: Path, tiny_model: Path
 ) -> None:
+    if "quantization_bit" in keys:
+        pytest.importorskip("bitsandbytes")
     with pytest.raises(RecipeError) as error:
         load_model(recipe(tmp_path, **{"model": tiny_model, **keys}))
     assert words in str(error.value)
