@@ -86,11 +86,8 @@ def _describe_run(
         f"time     {describe_time(recipe, args, data, total)}",
         f"disk     {disk}",
     ]
-    if (
-        isinstance(data.train, Dataset)
-        and len(data.train)
-        and (memory := estimate_memory(recipe, args, model, data.train))
-    ):
+    rows_known = isinstance(data.train, Dataset) and len(data.train) > 0
+    if rows_known and (memory := estimate_memory(recipe, args, model, data.train)):
         lines.insert(-1, f"memory   {describe_memory(memory, gpu_memory())}")
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
         needed -= sum(folder_bytes(folder) for folder in list_checkpoints(Path(recipe.output_dir)))
@@ -101,13 +98,15 @@ def _describe_run(
 def describe_rows(data: PreparedData, verbose: bool) -> list[str]:
     """What became of the rows of each dataset, and the lengths of those that are trained on."""
     lines = [f"data     {line}" for line in data.audit.lines()]
-    held_out = data.eval.get("validation")
-    if held_out is not None and isinstance(data.train, Dataset):
+    if not isinstance(data.train, Dataset):
+        return lines
+    which, held_out = "a row", data.eval.get("validation")
+    if held_out is not None:
+        which = f"of the {len(data.train):,} rows trained on"
         lines.append(
             f"         {len(held_out):,} of these rows are held out (val_size), {len(data.train):,} trained on"
         )
-    if isinstance(data.train, Dataset) and len(data.train):
-        which = f"of the {len(data.train):,} rows trained on" if held_out is not None else "a row"
+    if len(data.train):
         first, *histogram = describe_tokens(data.train)
         lines += [f"tokens   {which}: {first}", *(histogram if verbose else [])]
     return lines

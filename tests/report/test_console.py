@@ -52,6 +52,7 @@ def test_a_line_reaches_both_and_a_progress_bar_only_the_terminal(
 def test_a_librarys_warning_is_shown_once_and_is_in_the_log(
     library: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    library_logging.set_verbosity_warning()  # a merge in this process turns it down
     logger = logging.getLogger(library)
     for handler in logging.getLogger(library.split(".")[0]).handlers:
         if type(handler) is logging.StreamHandler:
