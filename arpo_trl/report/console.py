@@ -116,11 +116,11 @@ def start_bar(total: int, initial: int) -> tqdm | None:
     )
 
 
-def say(line: str) -> None:
-    """On the main process, show a line and write it to training.log. A terminal that went away ends no run."""
+def say(*lines: str) -> None:
+    """On the main process, show lines and write them to training.log. A terminal that went away ends no run."""
     from accelerate import PartialState  # not above: this module is imported before torch
 
-    if PartialState().is_main_process:
+    for line in lines if PartialState().is_main_process else ():
         with contextlib.suppress(OSError, ValueError):
             tqdm.write(printable(line))
             sys.stdout.flush()

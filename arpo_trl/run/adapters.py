@@ -44,11 +44,10 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
         base_name = str(Path(recipe.output_dir) / MERGED_BASE)
         if PartialState().is_main_process:
             model.save_pretrained(base_name)
-    goes_on = adapters != to_merge  # with the last one
-    if goes_on:
-        peft_model = _load_adapter(recipe, model, adapters[-1], is_trainable=True)
-    else:
+    if to_merge == adapters:
         peft_model = new_adapter(recipe, model)
+    else:
+        peft_model = _load_adapter(recipe, model, adapters[-1], is_trainable=True)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     peft_model.create_or_update_model_card = lambda output_dir: None  # type: ignore[method-assign] # into a user's README
     if _starts_from_pissa(peft_model) and recipe.do_train and PartialState().is_main_process:
@@ -85,14 +84,11 @@ def _not_for_lora(model: PreTrainedModel) -> list[str]:
     A router that is a Linear with a forward of its own (Llama 4, Phi-MoE) returns several tensors. Mamba's kernels
     read the weights of out_proj and conv1d past the adapter.
     """
-    names = set()
-    for name, module in model.named_modules():
-        last = name.rsplit(".", 1)[-1]
-        if isinstance(module, torch.nn.Linear) and "Router" in type(module).__name__:
-            names.add(last)
-        if last == "conv1d":
-            names |= {"conv1d", "out_proj"}
-    return sorted(names)
+    modules = {(name.rsplit(".", 1)[-1], type(module)) for name, module in model.named_modules()}
+    found = {name for name, cls in modules if issubclass(cls, torch.nn.Linear) and "Router" in cls.__name__}
+    if any(name == "conv1d" for name, _ in modules):
+        found |= {"conv1d", "out_proj"}
+    return sorted(found)
 
 
 def trained_blocks(recipe: Recipe, blocks: int) -> range:
@@ -135,7 +131,7 @@ def _load_adapter(recipe: Recipe, model: PreTrainedModel, adapter: str, is_train
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*missing adapter keys")
             peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
-            saved = {name for name in load_peft_weights(adapter, device="cpu") if ".lora_" in name}
+            saved = {name for name in load_peft_weights(adapter, device="cpu") if ".lora_" in name or ".oft_" in name}
     except (OSError, ValueError, RuntimeError, UserWarning) as error:
         reason = " ".join(str(error).split())[:300]
         raise recipe.error("adapter_name_or_path", f"{adapter} could not be loaded: {reason}") from error

@@ -79,5 +79,4 @@ def _evaluate(
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         save_metrics(Path(recipe.output_dir), "eval", metrics)
-    for line in [*describe_evaluation(metrics), *describe_predictions(metrics)]:
-        say(line)
+    say(*describe_evaluation(metrics), *describe_predictions(metrics))

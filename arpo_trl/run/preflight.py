@@ -58,8 +58,8 @@ class Preflight(TrainerCallback):
         if self.choose_checkpointing:
             self._choose_checkpointing(batch)
         seconds, peak = self._try_step(batch)
-        evals = trainer.eval_dataset
-        for dataset in evals.values() if isinstance(evals, dict) else [evals] if evals else []:
+        evals = trainer.eval_dataset or {}
+        for dataset in evals.values() if isinstance(evals, dict) else [evals]:
             with untouched(trainer):
                 inputs = trainer.data_collator(longest_batch(dataset, args.per_device_eval_batch_size)[0])
                 trainer.model.eval()
@@ -190,29 +190,25 @@ def longest_batch(dataset: Dataset, size: int) -> tuple[list[Row], float]:
 @contextlib.contextmanager
 def untouched(trainer: ArpoTrainer) -> Iterator[None]:
     """Put back, after the block, all that a step changes: random states, gradients, counts and metrics."""
-    rng = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    rng_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    sync, training = trainer.accelerator.gradient_state.sync_gradients, trainer.model.training
+    rng = random.getstate(), np.random.get_state()
+    gradient_state, training = trainer.accelerator.gradient_state, trainer.model.training
+    sync = gradient_state.sync_gradients
     try:
-        yield
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
     finally:
         trainer.model_wrapped.zero_grad()
         trainer.model.train(training)
         trainer.forget_batches()
-        trainer.accelerator.gradient_state._set_sync_gradients(sync)
+        gradient_state._set_sync_gradients(sync)
         random.setstate(rng[0])
         np.random.set_state(rng[1])
-        torch.set_rng_state(rng[2])
-        if rng_cuda:
-            torch.cuda.set_rng_state_all(rng_cuda)
 
 
 @contextlib.contextmanager
 def _optimizer_memory(trainer: ArpoTrainer) -> Iterator[None]:
     """Hold on the GPU what AdamW will allocate at the first step: two moments the size of each trained weight."""
-    held = []
-    if trainer.accelerator.device.type == "cuda":
-        trained = [p for p in trainer.model.parameters() if p.requires_grad]
-        held = [torch.empty_like(p) for p in trained for _ in range(2)]
+    trained = [p for p in trainer.model.parameters() if p.requires_grad and p.device.type == "cuda"]
+    held = [torch.empty_like(p) for p in trained for _ in range(2)]
     yield
     held.clear()

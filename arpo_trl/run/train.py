@@ -68,7 +68,7 @@ def train(recipe: Recipe) -> int:
         checkpoint, lines = on_main_process(lambda: find_resume_point(recipe)) if recipe.do_train else (None, [])
         log = logged_to(Path(recipe.output_dir) / "training.log", enabled=PartialState().is_main_process)
         with log as forget_earlier_sessions, full_disk_in_a_line():
-            say_all([*recipe.notices, *lines])
+            say(*recipe.notices, *lines)
             code = 0
             if recipe.do_train:
                 code = _train(recipe, args, checkpoint, forget_earlier_sessions)
@@ -88,7 +88,7 @@ def _train(
     manifest = describe_run(recipe, data)
     earlier = read_manifest(checkpoint.parent) if checkpoint else None
     if checkpoint:
-        say_all(on_main_process(lambda: require_same_run(earlier, manifest, recipe.allow_changed_recipe)))
+        say(*on_main_process(lambda: require_same_run(earlier, manifest, recipe.allow_changed_recipe)))
     data.write_audit(output_dir / "row_audit.jsonl")
     on_main_process(lambda: start_trackers(recipe, args, manifest, earlier))
     model, saved_dtype = load_model(recipe)
@@ -97,8 +97,8 @@ def _train(
     add_callbacks(recipe, trainer, stop, tokenizer, data, checkpoint)
     if not checkpoint:
         forget_earlier_sessions()
-        say_all(on_main_process(lambda: clear_earlier_run(output_dir)))
-    say_all(on_main_process(lambda: begin(recipe, trainer, manifest)))
+        say(*on_main_process(lambda: clear_earlier_run(output_dir)))
+    say(*on_main_process(lambda: begin(recipe, trainer, manifest)))
     try:
         trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
         evaluated = save_and_evaluate(recipe, trainer, saved_dtype)
@@ -112,14 +112,9 @@ def _train(
     finish_trackers(args, output_dir)
     if args.push_to_hub:
         push(trainer)
-    say_all(compare_evaluations(trainer.state, recipe.load_best_model_at_end))
-    say_all(end_report(recipe, trainer.state, trained, evaluated))
+    say(*compare_evaluations(trainer.state, recipe.load_best_model_at_end))
+    say(*end_report(recipe, trainer.state, trained, evaluated))
     return 0
-
-
-def say_all(lines: list[str]) -> None:
-    for line in lines:
-        say(line)
 
 
 def make_trainer(

@@ -12,7 +12,7 @@ import architectures
 import pytest
 import torch
 from datasets import Dataset
-from peft import OFTConfig, PeftModel, get_peft_model
+from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -455,13 +455,17 @@ def test_an_adapter_that_lacks_modules_is_refused(
         load_model(recipe(tmp_path / "run", tiny_model, adapter_name_or_path=str(tmp_path / "adapter")))
 
 
-def test_an_adapter_of_a_deeper_model_is_refused(tmp_path: Path, tiny_model: Path, adapters: list[Path]) -> None:
-    shutil.copytree(adapters[0], tmp_path / "adapter")
+@pytest.mark.parametrize("kind", ["lora", "oft"])
+def test_an_adapter_of_a_deeper_model_is_refused(kind: str, tmp_path: Path, tiny_model: Path) -> None:
+    configs = {"lora": LoraConfig(target_modules="all-linear"), "oft": OFTConfig(oft_block_size=16, r=0)}
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    get_peft_model(model, configs[kind]).save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     deeper = {name.replace("layers.1", "layers.2"): tensor for name, tensor in load_file(file).items()}
     save_file(load_file(file) | deeper, file, {"format": "pt"})
+    keys = {"finetuning_type": kind, "adapter_name_or_path": str(tmp_path / "adapter")}
     with pytest.raises(RecipeError, match=r"does not fit the model, which has no module for \S+layers\.2\."):
-        load_model(recipe(tmp_path / "run", tiny_model, adapter_name_or_path=str(tmp_path / "adapter")))
+        load_model(recipe(tmp_path / "run", tiny_model, **keys))
 
 
 # --- large models ---
