@@ -68,9 +68,7 @@ class MethodKeys(BaseModel):
     finetuning_type: Literal["full", "freeze", "lora", "oft"] = _key(
         "full", "Train every weight (full), those of some layers (freeze) or an adapter (lora, oft)."
     )
-    pure_bf16: bool = _key(
-        False, "Keep the master weights in bfloat16: half the memory, and small updates are lost.", "dtype"
-    )
+    pure_bf16: bool = _key(False, "Master weights in bfloat16: half the memory, small updates are lost.", "dtype")
     lora_rank: Count = _key(8, "Rank of the adapter.", "LoraConfig(r)")
     lora_alpha: Count | None = _key(None, "Scale of the adapter; twice the rank if omitted.", "LoraConfig")
     lora_dropout: Number = _key(0.0, "Dropout before the adapter.", "LoraConfig", ge=0, lt=1)
@@ -89,12 +87,8 @@ class MethodKeys(BaseModel):
     create_new_adapter: bool = _key(False, "Merge adapter_name_or_path into the base and train a new adapter.")
     freeze_trainable_layers: Whole = _key(2, "Train the last so many layers; the first, if negative.", unit="layers")
     freeze_trainable_modules: Names = _key(["all"], "Modules of those layers that are trained (self_attn, mlp, ...).")
-    freeze_extra_modules: Names = _key(
-        [], "Modules outside the layers that are trained too (embed_tokens, norm, ...)."
-    )
-    use_llama_pro: bool = _key(
-        False, "LLaMA Pro: train every n-th layer, freeze_trainable_layers in all (freeze or lora)."
-    )
+    freeze_extra_modules: Names = _key([], "Modules outside the layers that are trained too (norm, ...).")
+    use_llama_pro: bool = _key(False, "LLaMA Pro: train every n-th layer, freeze_trainable_layers in all.")
     use_galore: bool = _key(False, "GaLore's optimizer (full only).", "optim, optim_args, optim_target_modules")
     galore_target: Names = _key(["all"], "Modules that GaLore projects.", "optim_target_modules")
     galore_rank: Count = _key(16, "Rank of GaLore's gradients.", "optim_args")
@@ -119,8 +113,7 @@ class DatasetKeys(BaseModel):
     dataset: Names = _key([], "Names in dataset_info.json to train on, with commas between them.")
     dataset_dir: Location = _key("data", "Folder of dataset_info.json; file names in it are relative to this folder.")
     template: TemplateName | None = _key(
-        None,
-        "One of LLaMA-Factory's names (--help template), a path to a .jinja file, or omitted: the tokenizer's own.",
+        None, "LLaMA-Factory's name, or a .jinja file; if omitted, the tokenizer's own."
     )
     enable_thinking: bool | None = _key(
         True,
@@ -163,9 +156,7 @@ class DatasetKeys(BaseModel):
 
 class OutputKeys(BaseModel):
     output_dir: Location = _key(..., "The run's folder: checkpoints, logs and the final model.")
-    overwrite_output_dir: bool = _key(
-        False, "true: start over. false: go on with an unfinished run, refuse a finished one."
-    )
+    overwrite_output_dir: bool = _key(False, "true: start over. false: go on, or refuse a finished run.")
     resume_from_checkpoint: bool | Location | None = _key(None, "true: the newest whole checkpoint; or a path to one.")
     allow_changed_recipe: bool = _key(False, "Resume although keys that change the result differ.")
     logging_steps: Number = _key(500, "Steps between two log lines; below 1 a share of the run.", gt=0)
@@ -177,9 +168,7 @@ class OutputKeys(BaseModel):
     swanlab_project: str = _key("llamafactory", "With use_swanlab: the run's project.", "SWANLAB_PROJECT")
     swanlab_workspace: str | None = _key(None, "With use_swanlab: the run's workspace.", "SWANLAB_WORKSPACE")
     swanlab_mode: Literal["cloud", "local"] = _key("cloud", "With use_swanlab: upload the run or not.", "SWANLAB_MODE")
-    swanlab_logdir: Location | None = _key(
-        None, "With use_swanlab: the folder of its files; output_dir/swanlog if omitted.", "SWANLAB_LOG_DIR"
-    )
+    swanlab_logdir: Location | None = _key(None, "SwanLab's files; output_dir/swanlog if omitted.", "SWANLAB_LOG_DIR")
     run_name: str | None = _key(None, "Name of the run in a tracker.")
     project: str | None = _key(None, "Project of the run in W&B and Trackio; WANDB_PROJECT or huggingface if omitted.")
     on_save_error: Literal["stop", "continue"] = _key("stop", "What a failed checkpoint does to the run.")
@@ -188,9 +177,7 @@ class OutputKeys(BaseModel):
 class TrainKeys(BaseModel):
     per_device_train_batch_size: Count = _key(8, "Rows per device and step.", unit="rows")
     gradient_accumulation_steps: Count = _key(1, "Batches per update.", unit="batches")
-    global_batch_size: Count | None = _key(
-        None, "Rows per update over all devices; gradient_accumulation_steps follows.", unit="rows"
-    )
+    global_batch_size: Count | None = _key(None, "Rows per update; sets gradient_accumulation_steps.", unit="rows")
     num_train_epochs: Number = _key(3.0, "Times that every row is seen; max_steps beats it.", gt=0, le=1_000_000)
     learning_rate: Number = _key(5e-5, "Peak learning rate.", ge=0)
     warmup_ratio: Number = _key(0.0, "Share of the run that warms up.", "warmup_steps", ge=0, lt=1)
@@ -198,13 +185,9 @@ class TrainKeys(BaseModel):
     bf16: bool = _key(False, "Compute in bfloat16; master weights stay in float32.")
     fp16: bool = _key(False, "Compute in float16 with loss scaling.")
     gradient_checkpointing: bool | Literal["auto"] = _key(
-        True,
-        "Recompute activations to save memory; auto: where the longest batch would not fit the GPU.",
-        "activation_checkpointing",
+        True, "Recompute activations; auto: where the longest batch would not fit the GPU.", "activation_checkpointing"
     )
-    disable_gradient_checkpointing: bool = _key(
-        False, "Keep activations: faster, more memory.", "activation_checkpointing"
-    )
+    disable_gradient_checkpointing: bool = _key(False, "Keep activations: more memory.", "activation_checkpointing")
     use_reentrant_gc: bool | None = _key(None, "Use torch's older checkpointing.", "activation_checkpointing_kwargs")
     disable_shuffling: bool = _key(False, "Take rows in their order.", "train_sampling_strategy: sequential")
     group_by_length: bool = _key(False, "Batch rows of like length.", "train_sampling_strategy: group_by_length")
@@ -221,9 +204,7 @@ class EvalKeys(BaseModel):
     eval_dataset: Names = _key([], "Names in dataset_info.json to evaluate on.")
     eval_on_each_dataset: bool = _key(False, "Evaluate each of eval_dataset by itself.")
     val_size: Number = _key(0.0, "Part of the training rows held out: a share below 1, or a number of rows.", ge=0)
-    per_device_eval_batch_size: Count | None = _key(
-        None, "Rows per device and step of an evaluation; those of training if omitted.", unit="rows"
-    )
+    per_device_eval_batch_size: Count | None = _key(None, "Rows per device; as in training if omitted.", unit="rows")
     eval_strategy: Literal["no", "steps", "epoch"] = _key("no", "When to evaluate during training.")
     load_best_model_at_end: bool = _key(False, "End with the checkpoint that evaluated best.")
     early_stopping_steps: Count | None = _key(None, "Evaluations without progress before stopping.")
@@ -233,9 +214,7 @@ class EvalKeys(BaseModel):
 class PredictKeys(BaseModel):
     do_predict: bool = _key(False, "Generate the replies of eval_dataset or val_size at the end, and score them.")
     predict_with_generate: bool = _key(False, "The same as do_predict here.", "do_predict")
-    predict_during_eval: Count | None = _key(
-        None, "Held-out rows whose replies are generated and scored at each evaluation.", unit="rows"
-    )
+    predict_during_eval: Count | None = _key(None, "Held-out rows to reply to at each evaluation.", unit="rows")
     max_new_tokens: Count = _key(1024, "Longest generated reply.", "generate(max_new_tokens)", "tokens")
     do_sample: bool | None = _key(
         None, "Draw each token; if omitted, where temperature, top_p or top_k is given.", "generate(do_sample)"

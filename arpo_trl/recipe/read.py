@@ -127,11 +127,8 @@ def _as_bool(key: str, value: object) -> object:
 
 
 def _what_is_wrong(key: str, value: object, wrong: ErrorDetails) -> str:
-    ours = str(wrong.get("ctx", {}).get("error", ""))  # what a validator of `types` says
-    return f"{key}: {ours}" if ours else _expected(key, value)
-
-
-def _expected(key: str, value: object) -> str:
+    if ours := str(wrong.get("ctx", {}).get("error", "")):  # what a validator of `types` says
+        return f"{key}: {ours}"
     bounds = isinstance(value, int | float) and not isinstance(value, bool)
     found = "null" if value is None else str(value).lower() if isinstance(value, bool) else shorten(value)
     return f"{key}: expected {in_words(keys()[key].schema, bounds)}, found {found}"
