@@ -1,5 +1,6 @@
 """The recipe: what is read, what it means, and what is answered when it is wrong."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -169,7 +170,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Pa
     assert problems(tmp_path, text, "lora_rank=a", "seed") == [
         "line 1    cutoff_len: expected a whole number of tokens, found '4k'",
         "line 2    warmup_ration: no such key; the nearest is warmup_ratio",
-        "line 3    shift_attn: this change of the model is not made here; save a changed model and name it in model_name_or_path",
+        "line 3    shift_attn: each token passes every layer, and sees all before it; remove the line",
         "line 5    save_steps: expected a number, found 'x'",
         "missing   model_name_or_path: every recipe needs it. The base model: a hub id or a local folder.",
         "override  seed: expected key=value",
@@ -654,12 +655,32 @@ def test_no_key_is_accepted_that_no_code_reads() -> None:
         for path in package.rglob("*.py")
         if path.stem not in ("keys", "rules", "llamafactory")
     )
-    from arpo_trl.run.sft_config import _SAME  # read by their names
+    from arpo_trl.run.sft_config import _SAME  # read by their names, as is what the next test looks at
 
     unread = {name for name, key in keys().items() if key.group != "trl" and f".{name}" not in code} - {*_SAME}
     # one value only, or settled while the recipe is read, or so in any case
-    assert unread <= {"stage", "quantization_method"} | {"neat_packing", "disable_gradient_checkpointing"} | {
+    assert unread - {*LOW_RANK} <= {"stage", "quantization_method"} | {
+        "neat_packing",
+        "disable_gradient_checkpointing",
+    } | {
         "compute_accuracy",
         "use_swanlab",
         "predict_with_generate",
     }
+
+
+LOW_RANK = [key for key in keys() if key.startswith(("galore_", "apollo_"))]
+
+
+@pytest.mark.parametrize("key", LOW_RANK)
+def test_every_key_of_galore_and_apollo_changes_the_optimizer(tmp_path: Path, key: str) -> None:
+    from arpo_trl.run.sft_config import to_sft_config
+
+    choices = [*keys()[key].schema.get("enum", []), "true", "3", "mlp"]  # one of them has the key's type
+    path = write(tmp_path, GOOD + f"finetuning_type: full\nuse_{key[:6]}: true\n")
+    told = []
+    for override in ([], *([f"{key}={choice}"] for choice in choices)):
+        with contextlib.suppress(RecipeError):
+            config = to_sft_config(read_recipe(path, override))
+            told.append((config.optim, config.optim_args, config.optim_target_modules))
+    assert len(set(map(str, told))) > 1
