@@ -60,7 +60,8 @@ class TrainerLog(TrainerCallback):
     def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         earlier = lines_until(read_log(self.path), state)
         self._elapsed_before = run_seconds(earlier)
-        self._began, self._first_step = time.monotonic(), state.global_step
+        self._began = self._stepping_since = time.monotonic()
+        self._first_step = state.global_step
         self._last_time = 0.0
         self._mfu_per_token = mfu_per_token(self.trainer)
         if state.is_world_process_zero:
@@ -71,7 +72,7 @@ class TrainerLog(TrainerCallback):
         if self._last_time:
             return
         # Not in on_train_begin: the other callbacks restore the counts there, and print lines.
-        self._last_time = time.monotonic()
+        self._last_time = self._stepping_since = time.monotonic()
         self._last_seen, self._last_trained = self.trainer.window.seen_tokens, self.trainer.window.trained_tokens
         if state.is_world_process_zero:
             self.bar = start_bar(total=state.max_steps, initial=state.global_step)
@@ -103,8 +104,8 @@ class TrainerLog(TrainerCallback):
             return
         now = time.monotonic()
         elapsed = self._elapsed_before + now - self._began
-        steps = max(state.global_step - self._first_step, 1)
-        remaining = (now - self._began) / steps * (state.max_steps - state.global_step)
+        steps = state.global_step - self._first_step
+        remaining = (now - self._stepping_since) / steps * (state.max_steps - state.global_step) if steps else 0.0
         line: LogLine = {
             "current_steps": state.global_step,
             "total_steps": state.max_steps,
@@ -160,7 +161,9 @@ class TrainerLog(TrainerCallback):
         else:
             figures = "  ".join([*describe_evaluation(line), *describe_predictions(line)])
         text = f"step {line['current_steps']}/{line['total_steps']}  {figures}  "
-        text += f"{line['elapsed_time']} < {line['remaining_time']}"
+        text += str(line["elapsed_time"])
+        if line["current_steps"] > self._first_step:  # before its first step nobody knows, and LLaMA-Factory logs 0
+            text += f" < {line['remaining_time']}"
         if self.bar and not self.bar.disable and "loss" in line:
             self._shown = figures
             self.bar.set_postfix_str(figures, refresh=False)

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from arpo_trl.report import trainer_log
 from arpo_trl.report.log_file import format_seconds, mean_loss, read_log
 from arpo_trl.report.loss_plot import plot_loss, smooth
 from arpo_trl.report.trainer_log import (
@@ -121,6 +122,27 @@ def test_the_first_line_after_a_resume_counts_its_own_tokens(tiny_model: Path, t
     line = read_log(tmp_path / "log")[0]
     assert line["tokens_per_second"] == pytest.approx(200, rel=0.01)
     assert line["trained_tokens_per_second"] == pytest.approx(50, rel=0.01)
+
+
+def test_what_remains_is_told_by_the_steps_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The evaluation before the first step took 100 s; then a step of 2 s: 8 of 10 are left, not 408."""
+    clock = 0.0
+    monkeypatch.setattr(trainer_log.time, "monotonic", lambda: clock)
+    trainer: Any = SimpleNamespace(window=Window(), more_figures=None)
+    trainer.args = SimpleNamespace(bf16=False, fp16=False, device=torch.device("cpu"))
+    log = TrainerLog(trainer, tmp_path / "log", plot=False)
+    state: Any = SimpleNamespace(global_step=5, max_steps=10, epoch=1.0, is_world_process_zero=True, log_history=[])
+    log.on_train_begin(None, state, None)
+    clock = 100.0
+    log.on_log(None, state, None, logs={"eval_loss": 1.0})
+    log.on_step_begin(None, state, None)
+    clock, state.global_step = 102.0, 6
+    log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3} | trainer.more_figures())
+    assert [line["remaining_time"] for line in read_log(tmp_path / "log")] == ["0:00:00", "0:00:08"]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("eval loss 1.0000  0:01:40") and second.endswith("0:01:42 < 0:00:08")
 
 
 def test_seconds_read_as_a_clock() -> None:
