@@ -98,10 +98,10 @@ def describe_run(recipe: Recipe, data: PreparedData) -> Manifest:
 def git_commit() -> str | None:
     """The commit of the working directory, or None outside a repository."""
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return found.stdout.strip()
 
 
 def find_results_form(recipe: Recipe) -> Results | None:

@@ -108,17 +108,17 @@ def _start_wandb(recipe: Recipe, args: SFTConfig, output_dir: Path, name: str, m
 
 def log_samples(trackers: Collection[str], step: int, rows: list[dict[str, str]]) -> None:
     """Show generated replies as a table, a dictionary a row, in the trackers that have tables."""
+    import pandas
+
+    table = pandas.DataFrame(rows)
     if "wandb" in trackers:
         import wandb
 
-        if wandb.run is not None:
-            table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-            wandb.log({"eval/samples": table}, step=step)
+        wandb.log({"eval/samples": wandb.Table(dataframe=table)}, step=step)
     if "trackio" in trackers:
-        import pandas
         import trackio
 
-        trackio.log({"eval/samples": trackio.Table(dataframe=pandas.DataFrame(rows))}, step=step)
+        trackio.log({"eval/samples": trackio.Table(dataframe=table)}, step=step)
 
 
 def finish_trackers(args: SFTConfig, output_dir: Path) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
+import pandas
+
 TAG = re.compile(r"<(/?)(think|python|search|result|answer|tool_call)>")
 _CALL = re.compile(r'<(python|search|tool_call)>|\{\s*"(?:id|type|name|function|arguments|parameters)"')
 _FRACTION = re.compile(r"\\[dt]?frac\{(-?\d{1,50})\}\{(\d{1,50})\}|(-?\d{1,50})\s*/\s*(\d{1,50})")
@@ -227,20 +229,17 @@ def score_replies(replies: Sequence[Reply]) -> dict[str, float]:
 
 def describe_scores(columns: dict[str, dict[str, float]]) -> list[str]:
     """A table of scores: a line a score, a column for each model (or step) by its name."""
-    rows = [
-        [name.replace("_", " "), *(_share(scores, name) for scores in columns.values())]
+    rows = {
+        name.replace("_", " "): [_share(scores, name) for scores in columns.values()]
         for name in SCORES
         if any(name in scores for scores in columns.values())
-    ]
-    lengths = [f"{scores['tokens']:.0f}" if "tokens" in scores else "-" for scores in columns.values()]
+    }
     label = next((scores["label_tokens"] for scores in columns.values() if "label_tokens" in scores), None)
-    rows += [[f"tokens (labels: {label:.0f})", *lengths]] if label is not None else []
-    table = [["", *columns], *rows]
-    widths = [max(len(row[at]) for row in table) for at in range(len(table[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]).rstrip()
-        for row in table
-    ]
+    if label is not None:
+        lengths = [f"{scores['tokens']:.0f}" if "tokens" in scores else "-" for scores in columns.values()]
+        rows[f"tokens (labels: {label:.0f})"] = lengths
+    table: str = pandas.DataFrame.from_dict(rows, orient="index", columns=list(columns)).to_string()
+    return table.splitlines()
 
 
 def _share(scores: dict[str, float], name: str) -> str:
