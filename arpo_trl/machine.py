@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from .errors import RecipeError, RunFailed
 
 if TYPE_CHECKING:
     from torch import nn
+
+_LIMITS = ("memory.max", "memory.limit_in_bytes")  # cgroup v2 and v1
 
 
 def saved_bytes(model: nn.Module) -> int:
@@ -97,6 +101,19 @@ def peak_memory() -> int:
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that are free on this machine; on Linux at most what a container or a SLURM job may take."""
+    free = int(psutil.virtual_memory().available)
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []:
+        _, controllers, name = line.split(":", 2)  # cgroups(7): version 2 has one group, without controllers
+        group = root / "sys/fs/cgroup" / controllers / name.lstrip("/")
+        for path in [folder / file for folder in (group, *group.parents) for file in _LIMITS]:
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                free = min(free, int(path.read_text(encoding="utf-8")))
+    return free
 
 
 def gpu_memory() -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import getpass
 import io
 import platform
@@ -14,7 +15,7 @@ import small_run
 
 import arpo_trl
 from arpo_trl import machine, run_folder
-from arpo_trl.__main__ import main
+from arpo_trl.__main__ import _collector_waits, main
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.recipe.command_line import OPTIONS, read_command_line
 from arpo_trl.recipe.keys import keys
@@ -36,6 +37,14 @@ def test_the_number_of_rows_may_stand_anywhere(recipe: Path, capsys: pytest.Capt
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1] == shown[2]
     assert "greet Bob" in shown[0] and "greet Cy" not in shown[0] and "count to" not in shown[0]
+
+
+def test_the_garbage_collector_waits_for_the_libraries_and_leaves_them_alone() -> None:
+    with pytest.raises(ImportError), _collector_waits():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() > 100_000
+    gc.unfreeze()
 
 
 FLAGS = [

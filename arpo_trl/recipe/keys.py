@@ -196,7 +196,10 @@ class TrainKeys(BaseModel):
         None, "DeepSpeed's JSON config; or use accelerate_configs/zero3.yaml."
     )
     seed: Seed = _key(42, "Seed of everything random.")
-    preflight: bool = _key(True, "Try the longest batch before the first step.")
+    preflight: bool | Literal["auto"] = _key(
+        "auto",
+        "Try the longest batch before the first step; auto: not on a CPU with twice the memory that it is estimated to take.",
+    )
 
 
 class EvalKeys(BaseModel):

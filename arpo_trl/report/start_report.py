@@ -81,7 +81,7 @@ def describe_device(args: TrainingArguments) -> str:
 
 
 def missing_gpu(recipe: Recipe) -> list[str]:
-    """A line where the recipe or the launcher's config expects a GPU, and torch sees none."""
+    """What to say where the recipe or the launcher's config expects a GPU, and torch sees none."""
     keys = [key for key in ("bf16", "fp16", "pure_bf16") if getattr(recipe, key)]
     by_config = os.environ.get("ACCELERATE_USE_CPU", "true").lower() == "false"
     if torch.accelerator.is_available() or not (keys or by_config):
@@ -94,7 +94,17 @@ def missing_gpu(recipe: Recipe) -> list[str]:
             f"torch {torch.__version__} is a CPU build, as pip's own on Windows always is; "
             "https://pytorch.org/get-started/locally has the command that installs yours"
         )
-    return [f"         trains on the CPU, though {expects} expects a GPU: {cause}"]
+    lines = [f"         trains on the CPU, though {expects} expects a GPU: {cause}"]
+    if keys and keys[0] != "fp16" and not _has_bfloat16():
+        slow = f"{keys[0]}: true is slower than float32 on this CPU, which has no bfloat16 instructions"
+        lines.append(f"         {slow}; write {keys[0]}: false")
+    return lines
+
+
+def _has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16; True where torch does not know (before 2.13)."""
+    known: dict[str, int] = getattr(torch.cpu, "get_capabilities", dict)()
+    return not known or any(there for name, there in known.items() if name.endswith("bf16"))
 
 
 def describe_steps(args: TrainingArguments, total: int, data: PreparedData, packing: bool) -> str:

@@ -117,7 +117,7 @@ def describe_time(recipe: Recipe, args: SFTConfig, data: PreparedData, steps: in
     log = read_log(Path(recipe.output_dir) / "trainer_log.jsonl")
     speeds = [line["tokens_per_second"] for line in log if line.get("tokens_per_second")]
     if not speeds or not isinstance(data.train, Dataset):
-        return "not known yet; before its first step the run tries its longest batch and says how long all steps take"
+        return "not known yet; the run says it, after its longest batch was tried or with its first line of figures"
     a_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     tokens = steps * a_step * (recipe.cutoff_len if recipe.packing else float(token_lengths(data.train).mean()))
     speed = statistics.median(speeds)

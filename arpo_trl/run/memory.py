@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,6 +19,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from ..data.audit import token_lengths
 from ..data.labels import IGNORED
+from ..machine import free_memory
 from ..recipe.keys import Recipe
 from .adapters import new_adapter
 from .loss import TILE_POSITIONS
@@ -29,6 +30,8 @@ CARDS = (16, 24, 80)
 """GB of the cards that a user without one in sight may think of."""
 ROOM = 0.9
 """Share of a GPU that may be taken: the allocator's gaps and the collectives' buffers need the rest."""
+LIBRARIES = 1e9
+"""Bytes that a process on a CPU takes before its model."""
 MOMENTS = {"8bit": 2 / 4, "adafactor": 0.0, "sgd": 0.0, "lion": 1.0, "adagrad": 1.0, "rmsprop": 1.0}
 """Copies of the trained weights that an optimizer keeps; AdamW and what is not here keeps two."""
 
@@ -84,6 +87,19 @@ def estimate_memory(
         optimizer=int(copies * sum(trained)),
         activations=activations,
         logits=_logits(head, labelled, half=args.bf16 or args.fp16) + head.nbytes * head.requires_grad,
+    )
+
+
+def memory_to_spare(recipe: Recipe, args: SFTConfig, rows: Dataset | IterableDataset) -> str | None:
+    """A line that says why `preflight: auto` need not try the longest batch, or None where it must."""
+    if recipe.preflight != "auto" or args.device.type != "cpu" or args.world_size > 1 or not isinstance(rows, Dataset):
+        return None
+    memory, free = estimate_memory(recipe, args, model_shape(recipe), rows), free_memory()
+    if memory is None or memory.peak + LIBRARIES > free / 2:
+        return None
+    return (
+        f"memory   about {memory.peak / 1e9:.1f} GB for the longest batch, of {free / 1e9:.1f} GB that are free: "
+        "it is not tried (preflight: true tries it)"
     )
 
 

@@ -42,11 +42,13 @@ class Preflight(TrainerCallback):
         choose_checkpointing: Keep activations instead of recomputing them if the longest batch fits so
             (`gradient_checkpointing: auto`). Where the memory is not known, or is shared out by FSDP, they are
             recomputed.
+        spare: Said in place of the trial of the longest training rows, where there is no need of it.
     """
 
-    def __init__(self, trainer: ArpoTrainer, choose_checkpointing: bool = False) -> None:
+    def __init__(self, trainer: ArpoTrainer, choose_checkpointing: bool = False, spare: str | None = None) -> None:
         self.trainer = trainer
         self.choose_checkpointing = choose_checkpointing
+        self.spare = spare
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -54,21 +56,25 @@ class Preflight(TrainerCallback):
         trainer = self.trainer
         if trainer.is_deepspeed_enabled or not isinstance(trainer.train_dataset, Dataset):
             return
-        batch, tokens_a_row = longest_batch(trainer.train_dataset, args.per_device_train_batch_size)
-        if self.choose_checkpointing:
-            self._choose_checkpointing(batch)
-        seconds, peak = self._try_step(batch)
+        line = self.spare or self._try_training(args, state.max_steps - state.global_step)
         evals = trainer.eval_dataset or {}
         for dataset in evals.values() if isinstance(evals, dict) else [evals]:
             with untouched(trainer):
                 inputs = trainer.data_collator(longest_batch(dataset, args.per_device_eval_batch_size)[0])
                 trainer.model.eval()
                 trainer.prediction_step(trainer.model_wrapped, inputs, prediction_loss_only=True)
+        say(line)
+
+    def _try_training(self, args: TrainingArguments, steps: int) -> str:
+        """What the longest batch takes, and the time that so many steps take."""
+        batch, tokens_a_row = longest_batch(self.trainer.train_dataset, args.per_device_train_batch_size)
+        if self.choose_checkpointing:
+            self._choose_checkpointing(batch)
+        seconds, peak = self._try_step(batch)
         tokens = sum(len(row["input_ids"]) for row in batch)
-        steps = state.max_steps - state.global_step
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         expected = seconds / tokens * tokens_a_row * rows * steps
-        say(
+        return (
             f"checked  the longest batch ({tokens:,} tokens) fits: {peak / 1e9:.2f} GB at its peak; "
             f"{steps:,} steps take about {format_seconds(expected)}"
         )

@@ -38,6 +38,7 @@ from .checkpoints import SaveAfterEpochEnd
 from .early_stopping import StopEarly
 from .evaluate import eval_datasets, run_without_training, to_inference
 from .folder_lock import own_output_dir
+from .memory import memory_to_spare
 from .model import load_model, stop_after_calls
 from .optimizers import to_optimizer
 from .predict import PredictOnEvaluate, compare_evaluations, predict, refuse_split_model
@@ -151,6 +152,7 @@ def add_callbacks(
     checkpoint: Path | None,
 ) -> None:
     """Add the run's callbacks, which the trainer calls in this order at each event."""
+    spare = memory_to_spare(recipe, trainer.args, data.train)
     callbacks = [
         # before the log, which shows its scores and leaves its time out
         PredictOnEvaluate(recipe, trainer, tokenizer, data.eval) if recipe.predict_during_eval else None,
@@ -159,7 +161,7 @@ def add_callbacks(
         StartReport(recipe, data, trainer, checkpoint),
         TrainerLog(trainer, Path(recipe.output_dir) / "trainer_log.jsonl", recipe.plot_loss),
         PackingCheck(recipe, trainer),
-        Preflight(trainer, recipe.gradient_checkpointing == "auto") if recipe.preflight else None,
+        Preflight(trainer, recipe.gradient_checkpointing == "auto", spare) if recipe.preflight else None,
         SaveAfterEpochEnd(),  # after all that ask for a save
         ResumeEvaluation(trainer),  # after the log has begun
     ]

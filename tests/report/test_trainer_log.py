@@ -56,7 +56,13 @@ OURS = {
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_run.run(
-        tmp_path_factory.mktemp("finished"), tiny_model, num_train_epochs=1, max_steps=-1, val_size=2, do_eval=True
+        tmp_path_factory.mktemp("finished"),
+        tiny_model,
+        num_train_epochs=1,
+        max_steps=-1,
+        val_size=2,
+        do_eval=True,
+        preflight=True,
     )
 
 

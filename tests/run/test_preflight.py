@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_run
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
@@ -110,6 +111,27 @@ def test_it_says_the_peak_and_the_time(tmp_path: Path, tiny_model: Path, capsys:
     train(tmp_path, tiny_model, preflight=True, max_steps=1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("checked")]
     assert "GB at its peak; 1 steps take about 0:00:0" in line
+
+
+def test_with_memory_to_spare_a_run_begins_with_its_first_step(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The longest rows to evaluate on, of which the estimate says nothing, are tried all the same."""
+    passes: list[str] = []
+    for name in ("training_step", "prediction_step"):
+        method = getattr(ArpoTrainer, name)
+
+        def counted(*args: Any, name: str = name, method: Any = method, **kwargs: Any) -> Any:
+            passes.append(name)
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(ArpoTrainer, name, counted)
+    monkeypatch.setattr("arpo_trl.run.memory.free_memory", lambda: 64 << 30)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    small_run.run(tmp_path, tiny_model, max_steps=2, val_size=2, eval_strategy="steps", eval_steps=5)
+    assert passes == ["prediction_step", "training_step", "training_step", "prediction_step"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
+    assert line.endswith("of 68.7 GB that are free: it is not tried (preflight: true tries it)")
 
 
 @pytest.mark.parametrize(
