@@ -130,7 +130,7 @@ def _by_reason(table: dict[str, str]) -> list[str]:
     ]
 
 
-def _default(default: Any) -> str:
+def _default(default: object) -> str:
     if default is ...:
         return "required"
     return "" if default in (None, []) else f"`{json.dumps(default)}`"

@@ -83,12 +83,13 @@ def _typed(given: dict[str, Given], problems: Problems) -> Recipe | None:
     """The recipe of these values, if each has its type."""
     values: dict[str, object] = {}
     for key, (value, location, text) in given.items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and text and takes_text(key):
-            value = text
-        default = keys()[key].default
-        if value is None and (default in (None, []) or default is False):
+        known = keys()[key]
+        if value is None and (known.default in (None, []) or known.default is False):
             continue  # null is how LLaMA-Factory's recipes say nothing
-        value = _as_bool(key, value)
+        if isinstance(value, int | float) and text and takes_text(key):
+            value = text
+        elif isinstance(value, str) and value.lower() in ("true", "false") and "boolean" in str(known.schema):
+            value = value.lower() == "true"  # quoted, also where text would do
         if isinstance(value, str) and "${" in value:
             way_out = f"write the value, or give {key}=... after the path"
             problems.append((location, f"{key}: ${{...}} is not filled in here; {way_out}"))
@@ -117,13 +118,6 @@ def takes_text(key: str) -> bool:
 
 def _location(key: str, given: dict[str, Given]) -> str:
     return given[key].location if key in given else "missing"
-
-
-def _as_bool(key: str, value: object) -> object:
-    """Quoted booleans are booleans, also where text would do."""
-    if isinstance(value, str) and value.lower() in ("true", "false") and "boolean" in str(keys()[key].schema):
-        return value.lower() == "true"
-    return value
 
 
 def _what_is_wrong(key: str, value: object, wrong: ErrorDetails) -> str:

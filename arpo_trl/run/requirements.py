@@ -216,18 +216,18 @@ def _packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     elif isinstance(recipe.deepspeed, str) and (wrong := _no_json_file(recipe.deepspeed)):
         yield "deepspeed", f"{wrong}. accelerate_configs/zero3.yaml needs no such file"
-    of_optim = (
+    of_optim = [
         package for words, package in _OPTIMIZERS.items() if any(word in recipe.optim for word in words.split())
-    )
+    ]
     needs = {
-        "quantization_bit": (recipe.quantization_bit, "bitsandbytes", "remove the line"),
-        "enable_liger_kernel": (recipe.enable_liger_kernel, "liger_kernel", "remove the line"),
-        "use_galore": (recipe.use_galore, "galore_torch", "use another optimizer"),
-        "use_apollo": (recipe.use_apollo, "apollo_torch", "use another optimizer"),
-        "use_adam_mini": (recipe.use_adam_mini, "adam_mini", "use another optimizer"),
-        "optim": (True, next(of_optim, None), "use another optimizer"),
+        "quantization_bit": recipe.quantization_bit and "bitsandbytes",
+        "enable_liger_kernel": recipe.enable_liger_kernel and "liger_kernel",
+        "use_galore": recipe.use_galore and "galore_torch",
+        "use_apollo": recipe.use_apollo and "apollo_torch",
+        "use_adam_mini": recipe.use_adam_mini and "adam_mini",
+        "optim": of_optim and of_optim[0],
     }
-    for key, (wanted, package, or_else) in needs.items():
-        if wanted and package and importlib.util.find_spec(package) is None:
+    for key, package in needs.items():
+        if package and importlib.util.find_spec(package) is None:
             name = "torch-optimi" if package == "optimi" else package
-            yield key, f"needs {package}, which is not installed; pip install {name}, or {or_else}"
+            yield key, f"needs {package}, which is not installed; pip install {name}, or remove the line"
