@@ -25,6 +25,7 @@ def resolve(recipe: Recipe) -> Recipe:
             "neat_packing": packing,
             "report_to": _trackers(recipe),
             "flash_attn": "sdpa" if _missing_kernel(recipe) else recipe.flash_attn,
+            "preflight": recipe.preflight and not _steps_in_backward(recipe),
             "do_predict": predict,
             "predict_with_generate": predict,
             "do_sample": sampled if recipe.do_sample is None else recipe.do_sample,
@@ -65,6 +66,8 @@ def _notices(recipe: Recipe, settled: Recipe) -> Iterator[str]:
     unused = [key for key, default in defaults.items() if getattr(recipe, key) not in (default, False)]
     if unused and not settled.do_predict and not recipe.predict_during_eval:
         yield f"{', '.join(unused)}: no effect; do_predict and predict_during_eval generate replies"
+    if key := _steps_in_backward(recipe):
+        yield f"{key}: a run that goes on begins the optimizer anew (no checkpoint has it); no batch is tried before step 1"
     if recipe.trust_remote_code:
         yield "trust_remote_code: the model's own code runs if transformers has none for its architecture"
     if recipe.pure_bf16:
@@ -96,6 +99,18 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if given(recipe, key) and not given(recipe, "finetuning_type"):
             yield key, "needs finetuning_type: lora, which is not the default here"
     yield from _own_optimizers(recipe)
+    if layerwise := _steps_in_backward(recipe):
+        if recipe.gradient_accumulation_steps != 1:
+            yield layerwise, "steps at each batch; write gradient_accumulation_steps: 1"
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            yield layerwise, "trains in one process alone; remove the line"
+
+
+def _steps_in_backward(recipe: Recipe) -> str | None:
+    """The key of an optimizer that transformers steps layer by layer, in the backward."""
+    keys = {"use_galore": "galore_layerwise", "use_apollo": "apollo_layerwise"}
+    given_so = [key for use, key in keys.items() if getattr(recipe, use) and getattr(recipe, key)]
+    return next(iter(given_so), "optim" if "layerwise" in str(recipe.optim) else None)
 
 
 def _own_optimizers(recipe: Recipe) -> Iterator[tuple[str, str]]:

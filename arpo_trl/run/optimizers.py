@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from peft.optimizers import create_loraplus_optimizer
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..recipe.keys import Recipe
 
@@ -46,6 +48,28 @@ def create_adam_mini(model: PreTrainedModel, args: TrainingArguments) -> torch.o
         verbose=False,
     )
     return optimizer
+
+
+class ProjectionsOnResume(TrainerCallback):
+    """GaLore's and APOLLO's projections go on from optimizer.pt, where they are objects of their packages.
+
+    torch.load refuses such objects unless it is told of them, and optimizers leave them on the CPU.
+    """
+
+    def __init__(self) -> None:
+        for name in ("galore_torch.galore_projector", "apollo_torch.svd_projector", "apollo_torch.random_projector"):
+            if importlib.util.find_spec(name.partition(".")[0]):
+                kinds = vars(importlib.import_module(name))
+                torch.serialization.add_safe_globals(
+                    [kind for word, kind in kinds.items() if word.endswith("Projector")]
+                )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for weight, kept in kwargs["optimizer"].state.items():
+            if projector := kept.get("projector"):
+                projector.ortho_matrix = send_to_device(projector.ortho_matrix, weight.device)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

@@ -40,7 +40,7 @@ from .evaluate import eval_datasets, run_without_training, to_inference
 from .folder_lock import own_output_dir
 from .memory import memory_to_spare
 from .model import load_model, stop_after_calls
-from .optimizers import to_optimizer
+from .optimizers import ProjectionsOnResume, to_optimizer
 from .predict import PredictOnEvaluate, compare_evaluations, predict, refuse_split_model
 from .preflight import PackingCheck, Preflight
 from .requirements import check_environment
@@ -157,6 +157,7 @@ def add_callbacks(
         # before the log, which shows its scores and leaves its time out
         PredictOnEvaluate(recipe, trainer, tokenizer, data.eval) if recipe.predict_during_eval else None,
         StopEarly(recipe.early_stopping_steps) if recipe.early_stopping_steps else None,
+        ProjectionsOnResume(),
         stop,  # before the preflight, in which a signal may come
         StartReport(recipe, data, trainer, checkpoint),
         TrainerLog(trainer, Path(recipe.output_dir) / "trainer_log.jsonl", recipe.plot_loss),

@@ -140,6 +140,7 @@ WRONG = [
     ("use_muon: true\noptim: adamw_torch", "use_muon: optim is there too; keep one"),
     ("use_muon: true\ndeepspeed: z2.json", "use_muon: does not go with deepspeed; remove one"),
     ("use_muon: true\nfinetuning_type: lora\nloraplus_lr_ratio: 4", "use_muon: loraplus_lr_ratio is on too; keep one"),
+    ("use_galore: true\ngalore_layerwise: true\ngradient_accumulation_steps: 8", "galore_layerwise: steps at each batch; write gradient_accumulation_steps: 1"),
     ("use_adam_mini: true\nfinetuning_type: lora", "use_adam_mini: needs finetuning_type: full"),
     ("use_llama_pro: true\nfinetuning_type: full", "use_llama_pro: needs finetuning_type: freeze or lora"),
     ("finetuning_type: oft\noft_rank: 8", "oft_rank: one of oft_rank and oft_block_size has to be 0, the other not"),

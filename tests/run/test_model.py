@@ -22,7 +22,7 @@ from arpo_trl.run.adapters import keep_adapter_in_float32, trained_blocks, turn_
 from arpo_trl.run.checkpoints import find_damage, newest_whole_checkpoint
 from arpo_trl.run.merge import merge
 from arpo_trl.run.model import load_model
-from arpo_trl.run.optimizers import to_optimizer
+from arpo_trl.run.optimizers import ProjectionsOnResume, to_optimizer
 from arpo_trl.run.sft_config import to_sft_config
 from arpo_trl.run.trainer import ArpoTrainer
 
@@ -69,6 +69,7 @@ def run(given: Recipe, resume: bool = False) -> Any:
         optimizer_cls_and_kwargs=to_optimizer(given, args),
     )
     keep_adapter_in_float32(model)
+    trainer.add_callback(ProjectionsOnResume())
     checkpoint = newest_whole_checkpoint(Path(given.output_dir))[0] if resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_final_model(dtype)
@@ -294,6 +295,23 @@ def test_an_optimizer_of_its_own_steps_as_the_plain_one_and_resumes(
 
     run(given)
     parts = recipe(tmp_path / "parts", tiny_model, max_steps=4, **keys)
+    run(parts)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    run(parts, resume=True)
+    whole, found = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "parts"))
+    assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
+
+
+@pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated:FutureWarning")  # galore_torch's own
+@pytest.mark.parametrize(
+    "keys", [{"use_galore": True}, {"use_apollo": True}, {"use_apollo": True, "apollo_proj": "svd"}]
+)
+def test_galore_and_apollo_go_on_with_their_projections(
+    keys: dict[str, Any], tmp_path: Path, tiny_model: Path
+) -> None:
+    keys |= {"finetuning_type": "full", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    run(recipe(tmp_path / "whole", tiny_model, **keys))
+    parts = recipe(tmp_path / "parts", tiny_model, **keys)
     run(parts)
     shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
     run(parts, resume=True)
