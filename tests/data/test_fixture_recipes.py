@@ -7,17 +7,20 @@ are others. What each template writes is held against LLaMA-Factory in test_temp
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import torch
 import yaml
 from compare_templates import make_tokenizer, tokens_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from arpo_trl.__main__ import main
 from arpo_trl.data.labels import IGNORED
@@ -26,7 +29,8 @@ from arpo_trl.data.shipped_templates import shipped_template
 from arpo_trl.data.tokenizer import load_tokenizer
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
-from arpo_trl.run.requirements import check_packages
+from arpo_trl.recipe.template_names import MULTIMODAL
+from arpo_trl.run.requirements import check_inputs
 
 FIXTURES = sorted((Path(__file__).parents[1] / "recipe" / "fixtures").rglob("*.yaml"))
 WORDS = "red green blue grey pink".split()
@@ -55,6 +59,31 @@ BEFORE_THE_TEXT = {"qwen3": "<think>\n\n</think>\n\n", "mistral": " "}
 CASES = [(path, yaml.safe_load(path.read_text(encoding="utf-8")).get("template", "")) for path in FIXTURES]
 CASES += [(FIXTURES[0], template) for template in EXPECTED]
 
+EXAMPLE_FACTS = json.loads(
+    (Path(__file__).parents[1] / "recipe" / "fixtures" / "llama_factory_examples.json").read_text(encoding="utf-8")
+)
+EXAMPLES: dict[str, dict[str, Any]] = EXAMPLE_FACTS["examples"]
+REFUSED = {
+    "extras/asft/llama2_full_asft": "use_asft_loss: this loss is not offered",
+    "extras/asft/qwen2_full_asft": "use_asft_loss: this loss is not offered",
+    "extras/badam/llama3_full_sft": "use_badam: BAdam 1.4 saves neither its layer nor its step",
+    "extras/eaft/qwen25_05b_eaft_full": "use_eaft_loss: this loss is not offered",
+    "extras/fp8/llama3_fp8_deepspeed_sft": "fp8: FP8 was never tried here",
+    "extras/fp8/llama3_fp8_fsdp_sft": "fp8: FP8 was never tried here",
+    "extras/mod/llama3_full_sft": "mixture_of_depths: each token passes every layer",
+    "ktransformers/train_lora/deepseek_v2_lora_sft_kt": "use_kt: KTransformers is not used here",
+    "ktransformers/train_lora/deepseek_v3_lora_sft_kt": "use_kt: KTransformers is not used here",
+    "ktransformers/train_lora/qwen3moe_lora_sft_kt": "use_kt: KTransformers is not used here",
+    "megatron/qwen3_moe_full": "pipeline_model_parallel_size: Megatron is not used here",
+}
+QUANTIZED = [name for name in EXAMPLES if name.endswith(("_gptq", "_awq", "_aqlm"))]
+RUN = [
+    name
+    for name, keys in EXAMPLES.items()
+    if name not in REFUSED and name not in QUANTIZED and keys["template"] not in MULTIMODAL
+]
+FAMILIES = {"A3B": Qwen3MoeConfig, "qwen3": Qwen3Config, "qwen": Qwen2Config, "": LlamaConfig}  # the first that fits
+
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -74,7 +103,8 @@ def write_inputs(path: Path, template: str, place: Path) -> tuple[list[dict[str,
     make_tokenizer(*special, chat_template=jinja).save_pretrained(place / "model")
     (place / "data").mkdir()
     rows, registry = [], {}
-    for name in read_recipe(path).dataset:
+    recipe = read_recipe(path)
+    for name in dict.fromkeys([*recipe.dataset, *recipe.eval_dataset]):
         own = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}, says {name}."} for word in WORDS]
         (place / "data" / f"{name}.json").write_text(json.dumps(own), encoding="utf-8")
         registry[name] = {"file_name": f"{name}.json"}
@@ -82,6 +112,15 @@ def write_inputs(path: Path, template: str, place: Path) -> tuple[list[dict[str,
     (place / "data" / "dataset_info.json").write_text(json.dumps(registry), encoding="utf-8")
     named = {"model_name_or_path": "model", "dataset_dir": "data", "output_dir": "out", "template": template}
     return rows, [f"{key}={value}" for key, value in named.items()]
+
+
+def write_example(name: str, folder: Path) -> Path:
+    """An example of LLaMA-Factory's as a file; the fixture says what most share, and what each has of its own."""
+    own = {key: value for key, value in EXAMPLES[name].items() if key != "without"}
+    shared = {k: v for k, v in EXAMPLE_FACTS["common"].items() if k not in EXAMPLES[name].get("without", "").split()}
+    path = folder / f"{name.replace('/', '_')}.yaml"
+    path.write_text(yaml.safe_dump(shared | own), encoding="utf-8")
+    return path
 
 
 @pytest.mark.parametrize(("path", "template"), CASES, ids=[f"{path.stem}-{template}" for path, template in CASES])
@@ -101,26 +140,60 @@ def test_a_recipe_of_llama_factorys_trains_these_tokens(path: Path, template: st
     assert sorted(found) == sorted([[(False, ask), (True, reply)] for ask, reply in zip(asked, replies, strict=True)])
 
 
+def test_every_sft_example_of_llama_factory_is_read_or_refused_for_what_it_asks(tmp_path: Path) -> None:
+    """And what a refused one asks for is all that stands in its way: without those keys it is read."""
+    for name in EXAMPLES:
+        path = write_example(name, tmp_path)
+        asked = REFUSED.get(name, "template:" if EXAMPLES[name]["template"] in MULTIMODAL else None)
+        if asked is None:
+            read_recipe(path)
+            continue
+        with pytest.raises(RecipeError) as caught:
+            read_recipe(path)
+        found = re.findall(r"^  line \d+ +(\w+): (.+)", str(caught.value), re.MULTILINE)
+        assert found and asked in [f"{key}: {said}"[: len(asked)] for key, said in found]
+        read_recipe(path, [f"{key}=null" for key, _ in found])
+
+
+def test_the_examples_on_quantized_bases_are_refused_for_their_base(place: Path) -> None:
+    for name in QUANTIZED:
+        path, method = write_example(name, place), name.rpartition("_")[2]
+        (place / "model").mkdir(exist_ok=True)
+        config = {"model_type": "llama", "quantization_config": {"quant_method": method}}
+        (place / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(RecipeError, match=rf"yaml: model_name_or_path: model is quantized with {method.upper()}"):
+            check_inputs(read_recipe(path, ["model_name_or_path=model"]))
+
+
 @pytest.mark.slow  # 5 s each
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # its workers, on fewer cores
-@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
-def test_a_recipe_of_llama_factorys_passes_check_and_trains_two_steps(path: Path, place: Path) -> None:
+@pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated:FutureWarning")  # galore_torch's own
+@pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`:UserWarning")  # of the tiny model's narrow layers
+@pytest.mark.parametrize("source", [*FIXTURES, *RUN], ids=lambda source: getattr(source, "stem", source))
+def test_a_recipe_of_llama_factorys_passes_check_and_trains_two_steps(source: Path | str, place: Path) -> None:
     """As it is, but for DeepSpeed, which needs GPUs; the model is a tiny one of its family."""
-    template = yaml.safe_load(path.read_text(encoding="utf-8"))["template"]
-    _, given = write_inputs(path, template, place)
+    path = source if isinstance(source, Path) else write_example(source, place)
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    rows, given = write_inputs(path, keys["template"], place)
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    kind = Qwen2Config if template == "qwen" else LlamaConfig
+    kind = next(kind for name, kind in FAMILIES.items() if name in f"{keys['model_name_or_path']} {keys['template']}")
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 8 if keys.get("use_llama_pro") else 2}
+    if kind is Qwen3MoeConfig:
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     # 512: transformers' Qwen2 tokenizer adds a token for padding.
-    config = kind(**sizes, num_key_value_heads=2, vocab_size=512, eos_token_id=tokenizer.eos_token_id)
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(place / "model")
+    config = kind(**sizes, vocab_size=512, eos_token_id=tokenizer.eos_token_id)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(place / "model")
     given += ["deepspeed=null", "max_steps=2", "logging_steps=1", "report_to=none"]
-    try:
-        check_packages(read_recipe(path, given))
-    except RecipeError as error:
-        pytest.skip(str(error))
+    if "adapter_name_or_path" in keys:
+        get_peft_model(model, LoraConfig(target_modules="all-linear")).save_pretrained(place / "adapter")
+        given += ["adapter_name_or_path=adapter", "max_new_tokens=4"]
     assert main(["--check", str(path), *given]) == 0
     assert main([str(path), *given]) == 0
+    if not keys.get("do_train"):
+        assert (place / "out" / "generated_predictions.jsonl").read_text(encoding="utf-8").count("\n") == len(rows)
+        return
     assert json.loads((place / "out" / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
     log = [json.loads(line) for line in (place / "out" / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sum("loss" in line for line in log) == 2
