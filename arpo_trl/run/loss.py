@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ def score_labelled_positions_only(model: PreTrainedModel) -> None:
     trl_forward = model.forward
 
     @functools.wraps(trl_forward)  # `generate` reads its signature, for position_ids among others
-    def forward(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(*args: object, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: object) -> object:
         if not fused_lm_head or labels is None or "shift_labels" in kwargs:
             return trl_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         kwargs["use_cache"] = False

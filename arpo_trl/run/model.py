@@ -47,12 +47,12 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
         ) from error
     model: PreTrainedModel
     model, loaded = found
-    for keys in ("missing_keys", "unexpected_keys"):
-        if loaded[keys]:
+    for kind in ("missing", "unexpected"):
+        if keys := loaded[f"{kind}_keys"]:
             raise recipe.error(
                 "model_name_or_path",
-                f"{name}: its weights do not fit its config.json: {len(loaded[keys])} {keys.replace('_', ' ')}, "
-                f"{min(loaded[keys])} first; expected the files of one {model.config.model_type} model",
+                f"{name}: its weights do not fit its config.json: {len(keys)} {kind} keys, {min(keys)} first; "
+                f"expected the files of one {config.model_type} model",
             )
     if model.base_model is model and hasattr(model, "model"):
         model.base_model_prefix = "model"  # Llama4ForCausalLM of transformers 5.23 names one that it does not have

@@ -11,6 +11,8 @@ import datasets
 import torch
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
+Row = dict[str, object]
+
 
 class EpochOrder(Sampler[int]):
     """The order of a sampler of transformers in the epoch that the run is in.
@@ -35,7 +37,7 @@ class EpochOrder(Sampler[int]):
         return len(self.sampler)
 
 
-class Endless(IterableDataset[dict[str, Any]]):
+class Endless(IterableDataset[Row]):
     """A stream, again and again; each pass has a shuffle of its own.
 
     Trainer takes max_steps for the length of a stream's epoch: a resumed run skips the rows that it has seen, as long
@@ -45,7 +47,7 @@ class Endless(IterableDataset[dict[str, Any]]):
     def __init__(self, rows: datasets.IterableDataset) -> None:
         self.rows = rows
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()
         if worker and worker.id:  # a single reader, so that the number of workers does not change the order
             return

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -173,7 +174,7 @@ def _rows_are_apart(trainer: ArpoTrainer) -> bool:
     def log_probs(*rows: list[int]) -> torch.Tensor:
         ids = [token for one in rows for token in one]
         batch = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": [len(one) for one in rows]}])
-        batch = {name: value for name, value in trainer._prepare_inputs(batch).items() if name != "labels"}
+        batch = {name: value for name, value in send_to_device(batch, args.device).items() if name != "labels"}
         with torch.no_grad(), trainer.compute_loss_context_manager():
             logits: torch.Tensor = model(**batch, use_cache=False).logits
         return logits[0, -len(row) :].float().log_softmax(-1)
@@ -197,8 +198,7 @@ def longest_batch(dataset: Dataset, size: int) -> tuple[list[Row], float]:
 def untouched(trainer: ArpoTrainer) -> Iterator[None]:
     """Put back, after the block, all that a step changes: random states, gradients, counts and metrics."""
     rng = random.getstate(), np.random.get_state()
-    gradient_state, training = trainer.accelerator.gradient_state, trainer.model.training
-    sync = gradient_state.sync_gradients
+    sync, training = trainer.accelerator.sync_gradients, trainer.model.training
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
@@ -206,7 +206,7 @@ def untouched(trainer: ArpoTrainer) -> Iterator[None]:
         trainer.model_wrapped.zero_grad()
         trainer.model.train(training)
         trainer.forget_batches()
-        gradient_state._set_sync_gradients(sync)
+        trainer.accelerator.sync_gradients = sync
         random.setstate(rng[0])
         np.random.set_state(rng[1])
 

@@ -340,6 +340,7 @@ class ArpoTrainer(SFTTrainer, _Line):
             weights = self.accelerator.get_state_dict(self.model_wrapped)  # every process takes part in the gathering
             if self.args.should_save:
                 tied = getattr(model, "all_tied_weights_keys", {})  # gathered, a tied head is a tensor of its own
+                # the half of save_model that writes, for weights that are gathered: transformers 5.24, trainer.py#L4139
                 self._save(state_dict={name: w.to(dtype) for name, w in weights.items() if name not in tied})
         else:
             if dtype is not None:
