@@ -1,6 +1,6 @@
-"""One step on the longest batches before step 1, so that a run which would die at hour 3 dies in minute 1.
+"""What is tried before step 1, so that a run which would die at hour 3, or train what nobody meant, ends in minute 1.
 
-Nothing of it stays: no gradient, no optimizer state, no random number drawn, no count in the log.
+One step on the longest batches, and two rows laid end to end. Nothing of either stays: no gradient, no optimizer state, no random number drawn, no count in the log.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from ..recipe.keys import Recipe
 from ..report.console import say
 from ..report.log_file import format_seconds
 from .failures import is_out_of_memory
+from .memory import ROOM
 from .trainer import ArpoTrainer
 
 Row = dict[str, list[int]]
 """Of the collator: input_ids, labels, and of packed rows their seq_lengths."""
-
-ROOM = 0.9
-"""Share of a GPU that the longest batch may take: the allocator's gaps and the collectives' buffers need the rest."""
 
 
 class Preflight(TrainerCallback):
