@@ -112,7 +112,7 @@ def find_results_form(recipe: Recipe) -> Results | None:
     inside = turns = 0
     with contextlib.suppress(RecipeError):  # the rows were encoded elsewhere, and their files are not here
         for info in select_datasets(recipe):
-            for row in islice(read_dataset(info, streaming=True), LOOKED_AT):
+            for row in islice(read_dataset(info, recipe.streaming), LOOKED_AT):
                 with contextlib.suppress(RowError):
                     messages = to_conversation(row.value, info).messages
                     later = list(dropwhile(lambda message: message["role"] != "assistant", messages))

@@ -1,4 +1,4 @@
-"""Trackers, by their names in `report_to`: where they write, and what Weights & Biases is told beside the metrics.
+"""Trackers, by their names in `report_to`: where their runs begin and end, where they write, what they are told.
 
 TRL's trainer sends the metrics. Here each tracker is kept inside output_dir, unless the user's own variable names
 another place, and a resumed run goes on in the tracker's run: its id is kept in run.json.

@@ -235,6 +235,17 @@ def test_where_results_go_is_found_in_the_first_rows(
     assert find_results_form(recipe) is None
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_where_results_go_is_found_in_a_dataset_of_the_hub(streaming: bool, tmp_path: Path, tiny_model: Path) -> None:
+    row = {"conversations": [{"from": who, "value": text} for who, text in ROWS["inside"]]}
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "train.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    info = {"d": {"hf_hub_url": str(tmp_path / "repo"), "formatting": "sharegpt"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    keys = {"dataset": "d", "dataset_dir": str(tmp_path), "streaming": streaming}
+    assert find_results_form(read_recipe(small_run.write_recipe(tmp_path, tiny_model, **keys))) == "inside"
+
+
 @pytest.mark.parametrize(("dataset", "form"), [("arpo_sft_toy_inside", "inside"), ("arpo_sft_toy", "turn")])
 def test_a_chat_puts_results_where_the_run_s_manifest_has_them(
     dataset: str, form: str, tmp_path: Path, tiny_model: Path
