@@ -50,14 +50,12 @@ TRACKERS = frozenset(
 """The names in transformers 5.23; a test compares them."""
 
 
-def _nothing_to_report(value: object) -> object:
-    return [] if value in ("none", ["none"]) else _split(value)
-
-
-def _known_trackers(value: list[str]) -> list[str]:
-    if unknown := [tracker for tracker in value if tracker not in TRACKERS | {"all"}]:
-        raise ValueError(f"expected none, all, or some of {', '.join(sorted(TRACKERS))}; found {shorten(unknown[0])}")
-    return value
+def _trackers(value: object) -> object:
+    names = [] if value in ("none", ["none"]) else _split(value)
+    for name in names if isinstance(names, list) else []:
+        if name not in [*TRACKERS, "all"]:
+            raise ValueError(f"expected none, all, or some of {', '.join(sorted(TRACKERS))}; found {shorten(name)}")
+    return names
 
 
 _OTHER_STAGES = {
@@ -84,7 +82,7 @@ def _settings(value: object) -> object:
     return found
 
 
-def _in_words(value: object) -> object:
+def _to_words(value: object) -> object:
     """`[full_shard, auto_wrap]` is another way to write `full_shard auto_wrap`."""
     if value is True or value is False:
         return "full_shard" if value else None
@@ -151,11 +149,7 @@ Locations = Annotated[list[Location], BeforeValidator(_split, json_schema_input_
 Settings = Annotated[
     dict[str, object] | None, BeforeValidator(_settings, json_schema_input_type=dict[str, object] | str | None)
 ]
-Words = Annotated[str | None, BeforeValidator(_in_words, json_schema_input_type=bool | str | list[str] | None)]
-Trackers = Annotated[
-    list[str],
-    BeforeValidator(_nothing_to_report, json_schema_input_type=str | list[str]),
-    AfterValidator(_known_trackers),
-]
+Words = Annotated[str | None, BeforeValidator(_to_words, json_schema_input_type=bool | str | list[str] | None)]
+Trackers = Annotated[list[str], BeforeValidator(_trackers, json_schema_input_type=str | list[str])]
 Stage = Annotated[Literal["sft"], BeforeValidator(_sft_only, json_schema_input_type=Literal["sft"])]
 TemplateName = Annotated[Location, AfterValidator(_known_template)]
