@@ -25,7 +25,7 @@ def resolve(recipe: Recipe) -> Recipe:
             "neat_packing": packing,
             "report_to": _trackers(recipe),
             "flash_attn": "sdpa" if _missing_kernel(recipe) else recipe.flash_attn,
-            "preflight": recipe.preflight and not _steps_in_backward(recipe),
+            "preflight": False if _steps_in_backward(recipe) else recipe.preflight,  # or auto
             "do_predict": predict,
             "predict_with_generate": predict,
             "do_sample": sampled if recipe.do_sample is None else recipe.do_sample,
