@@ -61,6 +61,7 @@ FEATURES = Features(
 )
 TRAINED_ON = Features({name: FEATURES[name] for name in ("input_ids", "labels", "source")})
 PROCESSES_PAY_FROM = 200 << 20
+ROWS_IN_MEMORY = 100
 Range = tuple[int, int | None]
 Parts = dict[str, object]
 
@@ -147,7 +148,7 @@ def _encode(encoder: Encoder, parts: Parts, encode_again: bool) -> Dataset:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # until the rows are open, lest another run's overwrite_cache replaces them
         try:
-            builder.download_and_prepare(download_mode=mode, num_proc=len(ranges) if len(ranges) > 1 else None)
+            builder.download_and_prepare(download_mode=mode, num_proc=len(ranges))
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None
         empty = builder.info.splits["train"].num_examples == 0
@@ -226,22 +227,25 @@ def load_tokenized(recipe: Recipe) -> dict[str, EncodedDataset] | None:
     if folder is None:
         return None
     try:
-        found = load_from_disk(str(folder))
+        saved = load_from_disk(str(folder))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DatasetError(f"tokenized_path: {folder}: cannot be read ({error})") from None
-    splits = found if isinstance(found, DatasetDict) else {"train": found}
-    for name, rows in splits.items():
+    found = {}
+    for name, rows in (saved if isinstance(saved, DatasetDict) else {"train": saved}).items():
         if missing := {"input_ids", "labels"} - set(rows.column_names):
             raise DatasetError(
                 f"tokenized_path: {folder}: its {name} has no column {' and '.join(sorted(missing))}; name a folder that "
                 "arpo_trl or LLaMA-Factory saved"
             )
-    found = {}
-    for name, rows in splits.items():
-        columns = rows.select_columns(["input_ids", "labels"])
-        given = {"source": f"{folder}/{name}", "format_number": FORMAT}
-        columns = columns.map(_as_ours, with_indices=True, input_columns="labels", fn_kwargs=given, features=FEATURES)
-        found[name] = EncodedDataset(name, columns, rows._fingerprint)
+        ours = rows.select_columns(["input_ids", "labels"]).map(
+            _as_ours,
+            with_indices=True,
+            input_columns="labels",
+            fn_kwargs={"source": f"{folder}/{name}", "format_number": FORMAT},
+            features=FEATURES,
+            writer_batch_size=ROWS_IN_MEMORY,
+        )
+        found[name] = EncodedDataset(name, ours, rows._fingerprint)
     return found
 
 

@@ -162,28 +162,15 @@ def make_tokenize(tokenizer: PreTrainedTokenizerBase, with_offsets: bool = False
     from another (`before`) the tokens are those it has after that one, where no space is written.
     `with_offsets`: the characters of each token are found, too, which a slow tokenizer can't do.
     """
-    if tokenizer.is_fast:
-        backend = tokenizer.backend_tokenizer
-        if with_offsets:
-            # Its post-processor, which only adds special tokens, goes: RoBERTa's kind leaves a space out of its token's
-            # characters (tokenizers: `ByteLevel(trim_offsets=True)`).
-            backend = copy.deepcopy(backend)
-            backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
-        backend.no_truncation()
-        backend.no_padding()
-
-    def alone(texts: list[str]) -> Iterable[Tokens]:
-        if not tokenizer.is_fast:
-            return map(Tokens, tokenizer(texts, add_special_tokens=False)["input_ids"])
-        if with_offsets:
-            found = backend.encode_batch(texts, add_special_tokens=False)
-            return (Tokens(encoding.ids, encoding.offsets) for encoding in found)
-        return (Tokens(encoding.ids) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
-
-    find_anchor = _find_anchor(tokenizer)
+    alone = _make_alone(tokenizer, with_offsets)
+    one, line, after = (tokens.ids for tokens in alone(["a", "\n", "\na"]))
+    if one == after[len(line) :]:  # It writes no space.
+        return lambda texts, before=(): alone(texts)
+    added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
 
     def going_on(texts: list[str], before: Sequence[str] = ()) -> Iterator[Tokens]:
-        anchors = [find_anchor(text) for text in before] or [""] * len(texts)
+        # In place of the text before stands the special token that it ends in (a space may follow), or a newline.
+        anchors = [next(filter(text.endswith, added), "\n") if text else "" for text in before] or [""] * len(texts)
         different = list(set(anchors))
         known = {anchor: tokens.ids for anchor, tokens in zip(different, alone(different))}
         joined = alone([anchor + text for anchor, text in zip(anchors, texts, strict=True)])
@@ -196,15 +183,25 @@ def make_tokenize(tokenizer: PreTrainedTokenizerBase, with_offsets: bool = False
             else:
                 yield from alone([text])
 
-    return going_on if _writes_a_space(tokenizer) else lambda texts, before=(): alone(texts)
+    return going_on
 
 
-def _writes_a_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    alone, line, after = tokenizer(["a", "\n", "\na"], add_special_tokens=False)["input_ids"]
-    return bool(alone != after[len(line) :])
+def _make_alone(tokenizer: PreTrainedTokenizerBase, with_offsets: bool) -> Callable[[list[str]], Iterable[Tokens]]:
+    if not tokenizer.is_fast:
+        return lambda texts: map(Tokens, tokenizer(texts, add_special_tokens=False)["input_ids"])
+    backend = tokenizer.backend_tokenizer
+    if with_offsets:
+        # Its post-processor, which only adds special tokens, goes: RoBERTa's kind leaves a space out of its token's
+        # characters (tokenizers: `ByteLevel(trim_offsets=True)`).
+        backend = copy.deepcopy(backend)
+        backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    backend.no_truncation()
+    backend.no_padding()
 
+    def alone(texts: list[str]) -> Iterator[Tokens]:
+        if with_offsets:
+            found = backend.encode_batch(texts, add_special_tokens=False)
+            return (Tokens(encoding.ids, encoding.offsets) for encoding in found)
+        return (Tokens(encoding.ids) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
 
-def _find_anchor(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
-    """A function: a text -> what stands for it before another: the special token it ends in (a space may follow), or a newline."""
-    added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-    return lambda before: next(filter(before.endswith, added), "\n") if before else ""
+    return alone
