@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -56,13 +55,11 @@ class ProjectionsOnResume(TrainerCallback):
     torch.load refuses such objects unless it is told of them, and optimizers leave them on the CPU.
     """
 
-    def __init__(self) -> None:
-        for name in ("galore_torch.galore_projector", "apollo_torch.svd_projector", "apollo_torch.random_projector"):
-            if importlib.util.find_spec(name.partition(".")[0]):
-                kinds = vars(importlib.import_module(name))
-                torch.serialization.add_safe_globals(
-                    [kind for word, kind in kinds.items() if word.endswith("Projector")]
-                )
+    def __init__(self, optim: str) -> None:
+        for kind, module in (("galore", "galore_torch.adamw"), ("apollo", "apollo_torch.apollo")):
+            if kind in optim:
+                names = vars(importlib.import_module(module))
+                torch.serialization.add_safe_globals([names[name] for name in names if name.endswith("Projector")])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

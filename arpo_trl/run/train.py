@@ -157,7 +157,7 @@ def add_callbacks(
         # before the log, which shows its scores and leaves its time out
         PredictOnEvaluate(recipe, trainer, tokenizer, data.eval) if recipe.predict_during_eval else None,
         StopEarly(recipe.early_stopping_steps) if recipe.early_stopping_steps else None,
-        ProjectionsOnResume(),
+        ProjectionsOnResume(trainer.args.optim),
         stop,  # before the preflight, in which a signal may come
         StartReport(recipe, data, trainer, checkpoint),
         TrainerLog(trainer, Path(recipe.output_dir) / "trainer_log.jsonl", recipe.plot_loss),

@@ -69,7 +69,7 @@ def run(given: Recipe, resume: bool = False) -> Any:
         optimizer_cls_and_kwargs=to_optimizer(given, args),
     )
     keep_adapter_in_float32(model)
-    trainer.add_callback(ProjectionsOnResume())
+    trainer.add_callback(ProjectionsOnResume(args.optim))
     checkpoint = newest_whole_checkpoint(Path(given.output_dir))[0] if resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_final_model(dtype)
