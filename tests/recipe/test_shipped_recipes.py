@@ -22,7 +22,9 @@ from arpo_trl.run.sft_config import to_sft_config
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 FOREIGN = sorted((Path(__file__).parent / "fixtures").rglob("*.yaml"))
-SCHEMA = json.loads((REPOSITORY / "recipes" / "schema.json").read_text(encoding="utf-8"))
+SCHEMA = jsonschema.Draft202012Validator(
+    json.loads((REPOSITORY / "recipes" / "schema.json").read_text(encoding="utf-8"))
+)
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -46,7 +48,7 @@ def test_a_shipped_recipe_becomes_an_sft_config(path: Path) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=names(SHIPPED))
 def test_a_shipped_recipe_fits_the_schema_and_a_copy_of_it_asks_for_none(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    jsonschema.validate(yaml.safe_load(text), SCHEMA)
+    SCHEMA.validate(yaml.safe_load(text))
     assert "$schema" not in text  # "Unable to load schema", where a recipe was copied without it
 
 
@@ -70,8 +72,9 @@ def test_a_shipped_recipes_header_gives_its_command_and_its_data_is_registered(p
 
 
 def test_the_schema_refuses_a_typo_and_a_wrong_type() -> None:
+    SCHEMA.check_schema(SCHEMA.schema)
     good = yaml.safe_load((REPOSITORY / "recipes" / "qwen_toy.yaml").read_text(encoding="utf-8"))
-    jsonschema.validate(good | {"use_unsloth": True, "use_badam": False, "pref_beta": 0.1, "packing": None}, SCHEMA)
+    SCHEMA.validate(good | {"use_unsloth": True, "use_badam": False, "pref_beta": 0.1, "packing": None})
     for wrong in (
         {"use_badam": True},
         {"pref_beta": 0.2},
@@ -81,7 +84,7 @@ def test_the_schema_refuses_a_typo_and_a_wrong_type() -> None:
         {"optim": "adam"},
     ):
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(good | wrong, SCHEMA)
+            SCHEMA.validate(good | wrong)
 
 
 def test_keys_md_and_the_schema_are_up_to_date() -> None:
@@ -131,7 +134,7 @@ def test_one_run_of_make_keys_is_enough(copied_table: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("path", FOREIGN, ids=names(FOREIGN))
 def test_a_recipe_written_for_llama_factory_is_read_unchanged(path: Path) -> None:
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    jsonschema.validate(given, SCHEMA)
+    SCHEMA.validate(given)
     recipe = read_recipe(path)
     config = to_sft_config(read_recipe(path, ["deepspeed=null"]))
     unread = {key for notice in recipe.notices if "no effect" in notice for key in given if f" {key}" in notice}
@@ -168,7 +171,7 @@ def test_init_writes_what_a_first_run_needs(
     os.chdir("first")
     text = Path("recipe.yaml").read_text("utf-8")
     assert text.startswith("# yaml-language-server: $schema=schema.json\n") and Path("schema.json").is_file()
-    jsonschema.validate(yaml.safe_load(text), SCHEMA)
+    SCHEMA.validate(yaml.safe_load(text))
     assert main(["recipe.yaml", f"model_name_or_path={tiny_model}", "--preview", "3"]) == 0
     assert "\\boxed{391}" in capsys.readouterr().out
     os.chdir(tmp_path)
