@@ -155,6 +155,14 @@ def test_every_sft_example_of_llama_factory_is_read_or_refused_for_what_it_asks(
         read_recipe(path, [f"{key}=null" for key, _ in found])
 
 
+def test_the_docs_count_the_examples() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "llamafactory.md").read_text(encoding="utf-8")
+    refused = len(REFUSED) + len(QUANTIZED)
+    assert f"has {len(EXAMPLES)} SFT examples. {len(RUN)} of them pass" in text
+    assert f"{refused} are refused" in text and f"{len(EXAMPLES) - len(RUN) - refused} have templates" in text
+    assert sum(int(count) for count in re.findall(r"^\|[^|]+\| (\d+) \|", text, re.MULTILINE)) == refused
+
+
 def test_the_examples_on_quantized_bases_are_refused_for_their_base(place: Path) -> None:
     for name in QUANTIZED:
         path, method = write_example(name, place), name.rpartition("_")[2]
