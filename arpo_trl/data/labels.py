@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..errors import DatasetError
@@ -97,8 +98,8 @@ def _to_example(row: Sequence[Segment], tokens: Sequence[Tokens], config: Exampl
         example.also.update(matches_of(span.pattern) for span in segment.spans)
         if trained and segment.spans:
             # A token that reaches over a span's border is masked: part of it is not the model's to write.
-            covered = _covered(segment.text, segment.spans)
-            masked = [1 in covered[start:end] for start, end in offsets[:length]]
+            outside = _outside(segment.text, segment.spans)
+            masked = [0 in outside[start:end] for start, end in offsets[:length]]
             example.labels += [IGNORED if hidden else token for token, hidden in zip(ids, masked, strict=True)]
             example.also["mask_spans: tokens masked: {}"] += sum(masked)
         else:
@@ -118,7 +119,7 @@ def mask_replies(row: Sequence[Segment], template: Template, mask_spans: Sequenc
             continue
         text = template.without_end(reply.text)
         if spans := find_spans(text, mask_spans):
-            left = "".join(character for character, hidden in zip(text, _covered(text, spans)) if not hidden)
+            left = "".join(compress(text, _outside(text, spans)))
             segments[at] = reply._replace(spans=tuple(spans), masked=not left.strip())
     return segments
 
@@ -142,12 +143,12 @@ def find_spans(text: str, mask_spans: Sequence[str]) -> list[Span]:
     return spans
 
 
-def _covered(text: str, spans: Iterable[Span]) -> bytearray:
-    """For each character, 1 if a span holds it, else 0."""
-    covered = bytearray(len(text))
+def _outside(text: str, spans: Iterable[Span]) -> bytearray:
+    """For each character, 0 if a span holds it, else 1."""
+    outside = bytearray(b"\1" * len(text))
     for span in spans:
-        covered[span.start : span.end] = b"\1" * (span.end - span.start)
-    return covered
+        outside[span.start : span.end] = bytes(span.end - span.start)
+    return outside
 
 
 def matches_of(entry: str) -> str:
