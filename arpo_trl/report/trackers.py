@@ -28,7 +28,7 @@ TOLD_TO_WANDB = {"recipe", "audit", "versions", "git_commit", "world_size"}
 
 
 def missing_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """The trackers of `report_to` that are not installed: the key, and what to do."""
+    """The trackers of `report_to` that are not installed or lack a login: the key, and what to do. Imports no torch."""
     for tracker in recipe.report_to:
         package = {"azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
         if tracker != "all" and importlib.util.find_spec(package) is None:
@@ -36,12 +36,11 @@ def missing_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 ("use_swanlab", "false") if tracker == "swanlab" and recipe.use_swanlab else ("report_to", "none")
             )
             yield key, f"{tracker} is not installed; pip install {package}, or write {key}: {off}"
+        elif tracker == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+            yield from _wandb_login()
 
 
-def wandb_login(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """What is wrong with the login to Weights & Biases, where the recipe uses it: the key, and what to do."""
-    if "wandb" not in recipe.report_to or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return
+def _wandb_login() -> Iterator[tuple[str, str]]:
     import wandb
 
     try:

@@ -22,7 +22,7 @@ from ..data.files import check_datasets
 from ..data.registry import select_datasets
 from ..errors import DatasetError, RecipeError
 from ..recipe.keys import Recipe
-from ..report.trackers import missing_trackers, wandb_login
+from ..report.trackers import missing_trackers
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 SET_OFFLINE = "HF_HUB_OFFLINE is set"
@@ -71,23 +71,24 @@ def check_inputs(recipe: Recipe) -> Recipe:
 
 
 def check_packages(recipe: Recipe) -> None:
-    """Ask for the packages that the recipe needs, and DeepSpeed's file. Imports no torch.
+    """Ask for the packages that the recipe needs, a tracker's login, and DeepSpeed's file. Imports no torch.
 
     Raises:
         RecipeError: all that is missing, each with the way out.
     """
-    _raise(recipe, [*_packages(recipe), *(missing_trackers(recipe) if recipe.do_train else [])])
+    trackers = missing_trackers(recipe) if recipe.do_train else []  # an evaluation is not tracked
+    _raise(recipe, [*_packages(recipe), *trackers])
 
 
 def check_device(recipe: Recipe) -> None:
-    """Ask for what the recipe needs of this machine's device, and for a tracker's login.
+    """Ask for what the recipe needs of this machine's device.
 
     Raises:
         RecipeError: all that is missing, each with the way out.
     """
     import torch
 
-    missing = list(wandb_login(recipe)) if recipe.do_train else []  # an evaluation is not tracked
+    missing = []
     if not torch.accelerator.is_available():
         for key in ("activation_offloading", "tf32"):
             if getattr(recipe, key):

@@ -112,6 +112,8 @@ class ArpoTrainer(SFTTrainer, _Line):
         self.last_batch = ""  # "training batch of 2 x 100 tokens"
         self._eval_sums = torch.zeros(4, dtype=torch.float64)
         self.pending_evaluation = self.has_stepped = False
+        # by tensor, context or sequence parallelism (Ulysses)
+        self.shares_rows = getattr(self.accelerator.parallelism_config, "non_data_parallel_size", 1) > 1
         self.add_callback(_LogState(self))
         if isinstance(self.train_dataset, IterableDataset):
             self.train_dataset = Endless(self.train_dataset)
@@ -165,7 +167,7 @@ class ArpoTrainer(SFTTrainer, _Line):
         """Mask the rows that accelerate repeats, on several processes, to fill up an epoch's last batches."""
         args, rows = self.args, self.train_dataset
         ends = args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader and "labels" in batch
-        if ends and isinstance(rows, Dataset) and not args.dataloader_drop_last:
+        if ends and not self.shares_rows and isinstance(rows, Dataset) and not args.dataloader_drop_last:
             # Not the state's `remainder`: accelerate 1.15 does not know it where a resumed run skips batches.
             remainder = len(rows) % (args.per_device_train_batch_size * args.world_size)
             earlier = args.process_index * args.per_device_train_batch_size
@@ -306,9 +308,11 @@ class ArpoTrainer(SFTTrainer, _Line):
         scores = model(**inputs, use_cache=False, fused_lm_head=True)
         parts = (-scores.log_probs, scores.entropy, scores.is_top1, scores.label_mask)
         # A row per conversation, so that those which fill up the last batch of several processes are dropped again.
-        # (Laid end to end a batch is one row: of several processes, the rows that fill up count twice.)
+        # (Laid end to end a batch is one row: of several processes, the rows that fill up count twice. So they do where
+        # processes share rows: each has a part of every row, or all have the same.)
         rows = torch.stack([part.float().sum(-1) for part in parts], dim=-1)
-        self._eval_sums += self.accelerator.gather_for_metrics(rows).sum(0).double().cpu()
+        gather = self.accelerator.gather if self.shares_rows else self.accelerator.gather_for_metrics
+        self._eval_sums += gather(rows).sum(0).double().cpu()
         nll, _, _, tokens = rows.sum(0)
         return nll / tokens.clamp(min=1)
 

@@ -191,3 +191,27 @@ def test_of_packed_rows_a_batch_of_repeated_ones_alone_is_masked() -> None:
         batch = {"labels": torch.ones(1, 4, dtype=torch.long), "position_ids": torch.tensor([[0, 1, 0, 1]])}
         loss.mask_repeated_rows(batch, new, packed=True)
         assert int((batch["labels"] != -100).sum()) == left
+
+
+@pytest.mark.parametrize("shares_rows", [False, True])
+def test_of_processes_that_share_rows_none_masks_or_drops_what_only_it_has(
+    shares_rows: bool, rows: Dataset, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two, at the end of an epoch of 6 rows, 2 a batch: alone it repeats rows, under context parallelism
+    it has the second half of each."""
+    trainer = make(tmp_path, tiny_model, rows.select(range(6)))
+    assert trainer.shares_rows is False
+    trainer.shares_rows = shares_rows
+    batch = trainer.data_collator([rows[0], rows[1]])
+    labelled = int((batch["labels"] != -100).sum())
+    with monkeypatch.context() as second:
+        second.setattr(SFTConfig, "world_size", 2)
+        second.setattr(SFTConfig, "process_index", 1)
+        second.setattr(type(trainer.accelerator.gradient_state), "end_of_dataloader", True)
+        trainer._without_repeated_rows(batch)
+    assert int((batch["labels"] != -100).sum()) == (labelled if shares_rows else 0)
+    monkeypatch.setattr(trainer.accelerator, "gather_for_metrics", lambda tensor: tensor[:1])
+    two = rows.select(range(2))
+    metrics = trainer.evaluation_loop(trainer.get_eval_dataloader(two), "two rows", prediction_loss_only=True).metrics
+    first = sum(label != -100 for label in rows[0]["labels"])
+    assert int(trainer._eval_sums[3]) == (labelled if shares_rows else first) and metrics["eval_loss"] > 0
