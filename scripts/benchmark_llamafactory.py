@@ -7,11 +7,13 @@ LLaMA-Factory pins other versions of the same libraries, so it needs a venv of i
     lf/bin/pip install transformers==5.6.0 trl==0.24.0 accelerate==1.11.0 datasets==4.0.0 peft==0.18.1 ...
 
 and, on a machine without torchaudio, an empty module of that name. Both run the same file; what is measured is seen from
-outside: when each line of trainer_log.jsonl appears, and the memory of the process at its peak.
+outside: when each line of trainer_log.jsonl appears, and at its peak the memory of the process, or of an NVIDIA GPU, all of
+whose memory is taken for the run's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +120,7 @@ def _run(name: str, command: list[str], run: Path) -> dict[str, Any]:
     environment.pop("PYTHONPATH", None)
     began = time.perf_counter()
     arrived: list[float] = []
-    with tempfile.TemporaryFile() as shown:
+    with tempfile.TemporaryFile() as shown, _watch_gpu() as gpu_peak_gb:
         process = subprocess.Popen(command, stdout=shown, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
         while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
             if log.exists():
@@ -135,8 +138,22 @@ def _run(name: str, command: list[str], run: Path) -> dict[str, Any]:
         "first_step": times[0],
         "seconds": [after - before for before, after in itertools.pairwise(times)],
         "losses": losses,
-        "peak_gb": ended[2].ru_maxrss * 1024 / 1e9,  # Linux: KiB
+        "peak_gb": gpu_peak_gb() or ended[2].ru_maxrss * 1024 / 1e9,  # Linux: KiB
     }
+
+
+@contextlib.contextmanager
+def _watch_gpu() -> Iterator[Callable[[], float | None]]:
+    """Yields a function: the most memory of the GPU so far in GB, asked for ten times a second; None without a GPU."""
+    if not _has_gpu():
+        yield lambda: None
+        return
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "100"]
+    with tempfile.NamedTemporaryFile("w+") as file, subprocess.Popen(query, stdout=file) as watch:
+        try:
+            yield lambda: max(map(int, Path(file.name).read_text().split()), default=0) * 2**20 / 1e9
+        finally:
+            watch.terminate()
 
 
 def _make_model(tokenizer: str, shape: str, folder: Path) -> None:

@@ -91,6 +91,25 @@ def test_bf16_computes_near_float32_and_keeps_float32_weights(device: str, tmp_p
     assert kinds == [{torch.float32}, {torch.bfloat16}]
 
 
+@on_gpu
+def test_fp16_skips_the_steps_that_overflow_and_trains(device: str, tmp_path: Path, tiny_model: Path) -> None:
+    """Under float16 the scaler meets infinite gradients by design: they end no run."""
+    half = losses(small_run.run(tmp_path, tiny_model, fp16=True, max_steps=20))
+    assert all(loss == loss for loss in half) and half[-1] < half[0]
+
+
+@anywhere
+def test_replies_are_generated_between_steps_that_stay_as_they_were(
+    device: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    keys = {"finetuning_type": "lora", "lora_dropout": 0.3, "full_determinism": device == "cuda", "val_size": 2}
+    keys |= {"eval_strategy": "steps", "eval_steps": 2, "max_new_tokens": 8}
+    plain = small_run.run(tmp_path / "plain", tiny_model, **keys)
+    replied = small_run.run(tmp_path / "replied", tiny_model, predict_during_eval=2, do_predict=True, **keys)
+    assert losses(replied) == losses(plain)
+    assert (replied / "generated_predictions.jsonl").read_text(encoding="utf-8").count("\n") == 2
+
+
 @anywhere
 @pytest.mark.parametrize("key", ["padding_free", "packing"])
 def test_rows_laid_end_to_end_have_the_loss_of_padded_ones(
