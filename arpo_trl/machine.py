@@ -16,8 +16,6 @@ from .errors import RecipeError, RunFailed
 if TYPE_CHECKING:
     from torch import nn
 
-_LIMITS = ("memory.max", "memory.limit_in_bytes")  # cgroup v2 and v1
-
 
 def saved_bytes(model: nn.Module) -> int:
     """Bytes of the weights as a checkpoint holds them: all of them, or an adapter's."""
@@ -110,9 +108,10 @@ def free_memory(root: Path = Path("/")) -> int:
     for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []:
         _, controllers, name = line.split(":", 2)  # cgroups(7): version 2 has one group, without controllers
         group = root / "sys/fs/cgroup" / controllers / name.lstrip("/")
-        for path in [folder / file for folder in (group, *group.parents) for file in _LIMITS]:
+        for folder in (group, *group.parents):
+            limit = folder / ("memory.limit_in_bytes" if controllers else "memory.max")
             with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-                free = min(free, int(path.read_text(encoding="utf-8")))
+                free = min(free, int(limit.read_text(encoding="utf-8")))
     return free
 
 

@@ -95,16 +95,11 @@ def missing_gpu(recipe: Recipe) -> list[str]:
             "https://pytorch.org/get-started/locally has the command that installs yours"
         )
     lines = [f"         trains on the CPU, though {expects} expects a GPU: {cause}"]
-    if keys and keys[0] != "fp16" and not _has_bfloat16():
+    known: dict[str, int] = getattr(torch.cpu, "get_capabilities", dict)()  # nothing before torch 2.13
+    if keys and "bf16" in keys[0] and known and not any(known[name] for name in known if name.endswith("bf16")):
         slow = f"{keys[0]}: true is slower than float32 on this CPU, which has no bfloat16 instructions"
         lines.append(f"         {slow}; write {keys[0]}: false")
     return lines
-
-
-def _has_bfloat16() -> bool:
-    """Whether this CPU computes in bfloat16; True where torch does not know (before 2.13)."""
-    known: dict[str, int] = getattr(torch.cpu, "get_capabilities", dict)()
-    return not known or any(there for name, there in known.items() if name.endswith("bf16"))
 
 
 def describe_steps(args: TrainingArguments, total: int, data: PreparedData, packing: bool) -> str:

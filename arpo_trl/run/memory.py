@@ -97,10 +97,8 @@ def memory_to_spare(recipe: Recipe, args: SFTConfig, rows: Dataset | IterableDat
     memory, free = estimate_memory(recipe, args, model_shape(recipe), rows), free_memory()
     if memory is None or memory.peak + LIBRARIES > free / 2:
         return None
-    return (
-        f"memory   about {memory.peak / 1e9:.1f} GB for the longest batch, of {free / 1e9:.1f} GB that are free: "
-        "it is not tried (preflight: true tries it)"
-    )
+    needs = f"about {memory.peak / 1e9:.1f} GB for the longest batch, of {free / 1e9:.1f} GB that are free"
+    return f"memory   {needs}: it is not tried (preflight: true tries it)"
 
 
 def model_shape(recipe: Recipe) -> PreTrainedModel | PeftModel:
