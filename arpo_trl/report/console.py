@@ -149,7 +149,9 @@ def silence_libraries() -> None:
     # DataLoader workers on a machine without a GPU; the flag is Trainer's default, not the user's wish.
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     # TRL marks whole trainers experimental and warns of arguments that it sets itself.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers|accelerate|peft|torch)\b.*")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(trl|transformers|accelerate|peft|torch|galore_torch)\b.*"
+    )
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.(utils\.checkpoint|autograd)\b.*")
     # A checkpoint holds tied weights once; Trainer says so on every resume.
     logging.getLogger("transformers.trainer").addFilter(lambda record: TIED_HEAD_IS_MISSING not in record.getMessage())

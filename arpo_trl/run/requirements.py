@@ -95,6 +95,8 @@ def check_device(recipe: Recipe) -> None:
                 missing.append((key, "needs a GPU; remove the line"))
         if recipe.flash_attn == "flex" and recipe.do_train:
             missing.append(("flash_attn", "flex attention trains on GPUs only; write sdpa"))
+    if recipe.use_muon and not hasattr(torch.optim, "Muon"):
+        missing.append(("use_muon", "needs torch 2.9 or later; remove the line"))
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         missing.append(("bf16", "this GPU has no bfloat16; write bf16: false (fp16: true is faster)"))
     _raise(recipe, missing)

@@ -93,6 +93,14 @@ def test_what_needs_a_gpu_is_refused_without_one(recipe_of: Any) -> None:
     ]
 
 
+def test_muon_asks_for_a_torch_that_has_it(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = recipe_of("use_muon=true", "report_to=none")
+    check_device(given)
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(RecipeError, match=r"use_muon: needs torch 2\.9 or later"):
+        check_device(given)
+
+
 def test_the_trackers_that_a_recipe_may_name_are_those_of_transformers() -> None:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
