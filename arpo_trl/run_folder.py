@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+MANIFEST = "run.json"
+"""What made the run, and its status; see report/manifest.py."""
+
 
 def checkpoint_step(folder: Path) -> int:
     """The step in the name of a folder `checkpoint-<step>`."""

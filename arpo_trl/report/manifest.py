@@ -24,10 +24,9 @@ from ..data.prepare import PreparedData
 from ..data.registry import select_datasets
 from ..errors import RecipeError, RowError
 from ..recipe.keys import PredictKeys, Recipe, keys
-from ..run_folder import write_json
+from ..run_folder import MANIFEST, write_json
 from .environment import installed_versions
 
-MANIFEST = "run.json"
 RECIPE_MARK = "# the recipe of this run with every key, written by arpo_trl\n"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 LOOKED_AT = 100  # rows of each dataset, for the form of its results

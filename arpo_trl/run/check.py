@@ -29,7 +29,6 @@ from ..report.start_report import describe_setup, describe_steps
 from ..run_folder import list_checkpoints
 from .memory import describe_memory, estimate_memory, model_shape
 from .requirements import check_environment
-from .resume import refuse_output_dir
 from .rows_and_model import check_fit
 from .sft_config import to_sft_config
 
@@ -50,8 +49,6 @@ def check(recipe: Recipe, verbose: bool = False) -> None:
     """
     check_environment(recipe)
     args = to_sft_config(recipe)
-    if recipe.do_train:
-        refuse_output_dir(recipe)
     tokenizer = load_tokenizer(recipe)
     data = prepare_datasets(recipe, tokenizer)
     check_fit(recipe, args, data, tokenizer)

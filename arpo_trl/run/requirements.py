@@ -23,6 +23,7 @@ from ..data.registry import select_datasets
 from ..errors import DatasetError, RecipeError
 from ..recipe.keys import Recipe
 from ..report.trackers import missing_trackers
+from ..run_folder import MANIFEST, read_json
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 SET_OFFLINE = "HF_HUB_OFFLINE is set"
@@ -45,7 +46,7 @@ _OPTIMIZERS = {
 
 
 def check_inputs(recipe: Recipe) -> Recipe:
-    """Ask for the files, datasets and models that the recipe names. Imports no torch.
+    """Ask for the files, datasets and models that the recipe names, and an output_dir that is free. Imports no torch.
 
     Returns:
         The recipe, with what the registry says of its datasets among its notices.
@@ -53,7 +54,10 @@ def check_inputs(recipe: Recipe) -> Recipe:
     Raises:
         RecipeError: all that is not there, each with the line of its key.
     """
-    lines = [str(recipe.error(key, what)) for key, what in [*_files(recipe), *_models(recipe)]]
+    missing = [*_files(recipe), *_models(recipe)]
+    if recipe.do_train and not missing:
+        missing += _output_dir(recipe)
+    lines = [str(recipe.error(key, what)) for key, what in missing]
     if recipe.dataset_dir.startswith("REMOTE:"):
         why_no_hub()
     try:
@@ -113,6 +117,11 @@ def check_environment(recipe: Recipe) -> None:
     check_device(recipe)
 
 
+def refuse_output_dir(recipe: Recipe) -> None:
+    """Raise RecipeError where a run must not begin: beside the model it trains, or over what it did not make."""
+    _raise(recipe, list(_output_dir(recipe)))
+
+
 def _raise(recipe: Recipe, missing: list[tuple[str, str]]) -> None:
     if missing:
         raise RecipeError([str(recipe.error(key, what)) for key, what in missing])
@@ -127,6 +136,32 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key in ("output_dir", "tokenized_path", "cache_dir", "resume_from_checkpoint"):
         if isinstance(path := getattr(recipe, key), str) and (wrong := _no_folder(path)):
             yield key, wrong
+
+
+def _output_dir(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    output_dir = Path(recipe.output_dir)
+    home = output_dir.resolve()
+    for model in (recipe.model_name_or_path, *recipe.adapter_name_or_path):
+        path = Path(model).resolve()
+        if path == home:
+            yield "output_dir", f"{output_dir} is the folder of the model to be trained; name another"
+        if path.parent == home and path.name.startswith("checkpoint-"):
+            yield "output_dir", f"{output_dir} holds the model to be trained, {path.name}; name another"
+    if recipe.resume_from_checkpoint or recipe.overwrite_output_dir:
+        return
+    run = read_json(output_dir / MANIFEST)
+    status = run.get("status") if isinstance(run, dict) else None
+    if status == "finished":
+        yield (
+            "output_dir",
+            f"{output_dir} holds a finished run; name another folder, or set overwrite_output_dir: true to start over",
+        )
+    if status is None and any((output_dir / name).exists() for name in ("config.json", "adapter_config.json")):
+        yield (
+            "output_dir",
+            f"{output_dir} holds a model that this run did not write; name another folder, or set "
+            "overwrite_output_dir: true to replace it",
+        )
 
 
 def _no_json_file(path: str) -> str | None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ..errors import RecipeError
 from ..recipe.keys import Recipe
-from ..report.manifest import MANIFEST, read_manifest
-from ..run_folder import checkpoint_step, list_checkpoints
+from ..run_folder import MANIFEST, checkpoint_step, list_checkpoints
 from .checkpoints import find_damage, newest_whole_checkpoint, set_aside
+from .requirements import refuse_output_dir
 
 # What `overwrite_output_dir: true` removes beside the checkpoints: a run appends to these, or writes them at its end.
 RUN_FILES = (
@@ -52,31 +52,6 @@ def find_resume_point(recipe: Recipe) -> tuple[Path | None, list[str]]:
         )
         raise RecipeError([*lines, str(nothing)])
     return checkpoint, lines
-
-
-def refuse_output_dir(recipe: Recipe) -> None:
-    """Raise RecipeError where a run must not begin: beside the model it trains, or over what it did not make."""
-    output_dir = Path(recipe.output_dir)
-    for model in (recipe.model_name_or_path, *recipe.adapter_name_or_path):
-        path, home = Path(model).resolve(), output_dir.resolve()
-        if path == home:
-            raise recipe.error("output_dir", f"{output_dir} is the folder of the model to be trained; name another")
-        if path.parent == home and path.name.startswith("checkpoint-"):
-            raise recipe.error("output_dir", f"{output_dir} holds the model to be trained, {path.name}; name another")
-    if recipe.resume_from_checkpoint or recipe.overwrite_output_dir:
-        return
-    manifest = read_manifest(output_dir)
-    if manifest and manifest.status == "finished":
-        raise recipe.error(
-            "output_dir",
-            f"{output_dir} holds a finished run; name another folder, or set overwrite_output_dir: true to start over",
-        )
-    if not manifest and any((output_dir / f).exists() for f in ("config.json", "adapter_config.json")):
-        raise recipe.error(
-            "output_dir",
-            f"{output_dir} holds a model that this run did not write; name another folder, or set "
-            "overwrite_output_dir: true to replace it",
-        )
 
 
 def _named_checkpoint(recipe: Recipe, folder: Path, output_dir: Path) -> tuple[Path, list[str]]:

@@ -44,7 +44,7 @@ from .optimizers import ProjectionsOnResume, to_optimizer
 from .predict import PredictOnEvaluate, compare_evaluations, predict, refuse_split_model
 from .preflight import PackingCheck, Preflight
 from .requirements import check_environment
-from .resume import clear_earlier_run, find_resume_point, refuse_output_dir
+from .resume import clear_earlier_run, find_resume_point
 from .rows_and_model import check_fit
 from .sft_config import to_sft_config
 from .stop import StopOnSignal, Stopped
@@ -63,8 +63,6 @@ def train(recipe: Recipe) -> int:
     """
     check_environment(recipe)
     args = to_sft_config(recipe)
-    if recipe.do_train:
-        on_main_process(lambda: refuse_output_dir(recipe))
     with own_output_dir(recipe):
         checkpoint, lines = on_main_process(lambda: find_resume_point(recipe)) if recipe.do_train else (None, [])
         log = logged_to(Path(recipe.output_dir) / "training.log", enabled=PartialState().is_main_process)

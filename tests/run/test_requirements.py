@@ -189,26 +189,49 @@ def test_what_is_not_there_is_said_with_the_line_of_its_key(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "aqlm"])
-def test_a_base_that_another_program_quantized_is_refused_before_torch(method: str, tmp_path: Path) -> None:
-    model, registry = tmp_path / "model", tmp_path / "dataset_info.json"
-    model.mkdir()
-    config = {"model_type": "llama", "quantization_config": {"quant_method": method, "bits": 4}}
-    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    registry.write_text('{"d": {"file_name": "d.jsonl"}}', encoding="utf-8")
+def answer_before_torch(tmp_path: Path, model: Path) -> str:
+    """What `check_inputs` says of a recipe that trains this model, in a process that has not imported torch."""
+    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.jsonl"}}', encoding="utf-8")
     (tmp_path / "d.jsonl").write_text('{"instruction": "a", "output": "b"}\n', encoding="utf-8")
-    lines = [f"model_name_or_path: {model}", "output_dir: out", f"dataset_dir: {tmp_path}", "dataset: d"]
-    (tmp_path / "r.yaml").write_text("\n".join([*lines, "do_train: true"]), encoding="utf-8")
+    lines = [f"model_name_or_path: {model}", f"output_dir: {tmp_path / 'out'}", f"dataset_dir: {tmp_path}"]
+    (tmp_path / "r.yaml").write_text("\n".join([*lines, "dataset: d", "do_train: true"]), encoding="utf-8")
     code = (
         "import sys; from arpo_trl.recipe import read_recipe; from arpo_trl.run.requirements import check_inputs\n"
         "try: check_inputs(read_recipe(sys.argv[1]))\n"
         "except Exception as error: print(error); assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "r.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "aqlm"])
+def test_a_base_that_another_program_quantized_is_refused_before_torch(method: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    config = {"model_type": "llama", "quantization_config": {"quant_method": method, "bits": 4}}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     expected = (
         f"r.yaml:1: model_name_or_path: {model} is quantized with {method.upper()}, which is not trained here; name"
     )
-    assert done.returncode == 0 and expected in done.stdout, done.stderr
+    assert expected in answer_before_torch(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        ("run.json", '{"status": "finished"}', "holds a finished run; name another folder, or set"),
+        ("run.json", '{"status": "stopped"}', ""),
+        ("config.json", "{}", "holds a model that this run did not write; name another folder, or set"),
+    ],
+)
+def test_an_output_dir_that_is_taken_is_refused_before_torch(
+    file: str, text: str, expected: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).write_text(text, encoding="utf-8")
+    told = answer_before_torch(tmp_path, tiny_model)
+    assert told.startswith(f"{tmp_path}/r.yaml:2: output_dir: {tmp_path}/out {expected}") if expected else not told
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(
