@@ -40,7 +40,11 @@ _NO_EFFECT = {
     "padding never carries loss": "ignore_pad_token_for_loss",
     "activations are recomputed here without Unsloth (gradient_checkpointing), and enable_liger_kernel saves memory": """
         use_unsloth use_unsloth_gc""",
+    "FSDP wraps the model's own layers, unless fsdp_config or the accelerate config names others": """
+        fsdp_transformer_layer_cls_to_wrap""",
     "it asks for faster kernels; enable_liger_kernel has some": "use_v1_kernels",
+    "it asks for speed; nothing is computed in FP8, bf16: true computes in bfloat16": """
+        fp8 fp8_backend fp8_enable_fsdp_float8_all_gather""",
     "transformers computes norms and the loss in float32 in any case": "upcast_layernorm upcast_lmhead_output",
     "accelerate launch starts the processes here; see accelerate_configs/": """
         use_ray ray_run_name ray_storage_path ray_storage_filesystem ray_num_workers ray_init_kwargs
@@ -63,8 +67,7 @@ _REFUSED = {
         hf_hub_token hub_token push_to_hub_token""",
     "it would be stored beside the model; log in with the hub's own tool": "ms_hub_token om_hub_token",
     "the launcher decides this; see accelerate_configs/": """
-        local_rank parallelism_config tpu_num_cores tpu_metrics_debug fsdp_min_num_params
-        fsdp_transformer_layer_cls_to_wrap""",
+        local_rank parallelism_config tpu_num_cores tpu_metrics_debug fsdp_min_num_params""",
     "it belongs in the accelerate config (mixed_precision: bf16); in a recipe write bf16: true": "mixed_precision",
     "one row is not split over devices here; accelerate_configs/zero3.yaml and enable_liger_kernel save memory": """
         sequence_parallel_size""",
@@ -110,8 +113,6 @@ _REFUSED = {
     "each token passes every layer, and sees all before it; remove the line": "mixture_of_depths shift_attn",
     "add the tokens to the tokenizer and the model once (docs/templates.md has the commands), and name the new folder": """
         add_tokens add_special_tokens new_special_tokens new_normal_tokens""",
-    "FP8 was never tried here; remove the line, and bf16: true computes in bfloat16": """
-        fp8 fp8_backend fp8_enable_fsdp_float8_all_gather""",
     "a quantized model is trained where accelerate puts it": "quantization_device_map",
     "give the adapter's whole path in adapter_name_or_path": "adapter_folder",
     "the chat template decides this; give another with template": "tool_format eos_token pad_token",
@@ -132,7 +133,7 @@ HARMLESS: dict[str, object] = {
     "asft_alpha": 0.1, "assistant_only_loss": True, "audio_sampling_rate": 16000, "badam_mask_mode": "adjacent",
     "badam_mode": "layer", "badam_switch_interval": 50, "badam_switch_mode": "ascending", "badam_update_ratio": 0.05,
     "badam_verbose": 0, "context_parallel_size": 1, "dpo_label_smoothing": 0.0, "eaft_alpha": 1.0,
-    "expert_model_parallel_size": 1, "fp8_backend": "auto",
+    "expert_model_parallel_size": 1,
     "freeze_multi_modal_projector": True, "freeze_vision_tower": True, "image_max_pixels": 768 * 768,
     "image_min_pixels": 32 * 32, "init_special_tokens": "noise_init", "kto_chosen_weight": 1.0,
     "kto_rejected_weight": 1.0, "local_rank": -1, "max_length": 1024, "mixed_precision": "bf16_mixed",

@@ -166,6 +166,7 @@ RULES: list[tuple[str, Callable[[Recipe], object], str]] = [
     ("val_size", lambda r: r.streaming and 0 < r.val_size < 1, "with streaming, expected a whole number of rows"),
     ("do_eval", lambda r: r.do_eval and _evaluates_on_nothing(r), "nothing to evaluate on; set eval_dataset or val_size"),
     ("eval_strategy", lambda r: not r.do_eval and _evaluates_on_nothing(r), "nothing to evaluate on; set eval_dataset or val_size"),
+    ("eval_on_start", lambda r: r.eval_on_start and _has_no_eval_rows(r), "nothing to evaluate on; set eval_dataset or val_size"),
     ("do_predict", lambda r: r.do_predict and _has_no_eval_rows(r), "no rows to predict; set eval_dataset or val_size"),
     ("predict_with_generate", lambda r: r.predict_with_generate and not r.do_predict and _has_no_eval_rows(r), "no rows to predict; set eval_dataset or val_size"),
     ("predict_during_eval", lambda r: r.predict_during_eval and not _evaluates(r), "needs do_eval, or eval_strategy: steps or epoch"),

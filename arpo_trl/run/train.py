@@ -63,6 +63,10 @@ def train(recipe: Recipe) -> int:
     """
     check_environment(recipe)
     args = to_sft_config(recipe)
+    if recipe.fsdp and args.world_size == 1:
+        raise recipe.error(
+            "fsdp", "one process can't split a model; start several with accelerate launch, or remove it"
+        )
     with own_output_dir(recipe):
         checkpoint, lines = on_main_process(lambda: find_resume_point(recipe)) if recipe.do_train else (None, [])
         log = logged_to(Path(recipe.output_dir) / "training.log", enabled=PartialState().is_main_process)

@@ -68,8 +68,6 @@ REFUSED = {
     "extras/asft/qwen2_full_asft": "use_asft_loss: this loss is not offered",
     "extras/badam/llama3_full_sft": "use_badam: BAdam 1.4 saves neither its layer nor its step",
     "extras/eaft/qwen25_05b_eaft_full": "use_eaft_loss: this loss is not offered",
-    "extras/fp8/llama3_fp8_deepspeed_sft": "fp8: FP8 was never tried here",
-    "extras/fp8/llama3_fp8_fsdp_sft": "fp8: FP8 was never tried here",
     "extras/mod/llama3_full_sft": "mixture_of_depths: each token passes every layer",
     "ktransformers/train_lora/deepseek_v2_lora_sft_kt": "use_kt: KTransformers is not used here",
     "ktransformers/train_lora/deepseek_v3_lora_sft_kt": "use_kt: KTransformers is not used here",
@@ -179,7 +177,7 @@ def test_the_examples_on_quantized_bases_are_refused_for_their_base(place: Path)
 @pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`:UserWarning")  # of the tiny model's narrow layers
 @pytest.mark.parametrize("source", [*FIXTURES, *RUN], ids=lambda source: getattr(source, "stem", source))
 def test_a_recipe_of_llama_factorys_passes_check_and_trains_two_steps(source: Path | str, place: Path) -> None:
-    """As it is, but for DeepSpeed, which needs GPUs; the model is a tiny one of its family."""
+    """As it is, but for DeepSpeed and FSDP, which need GPUs; the model is a tiny one of its family."""
     path = source if isinstance(source, Path) else write_example(source, place)
     keys = yaml.safe_load(path.read_text(encoding="utf-8"))
     rows, given = write_inputs(path, keys["template"], place)
@@ -193,7 +191,7 @@ def test_a_recipe_of_llama_factorys_passes_check_and_trains_two_steps(source: Pa
     config = kind(**sizes, vocab_size=512, eos_token_id=tokenizer.eos_token_id)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(place / "model")
-    given += ["deepspeed=null", "max_steps=2", "logging_steps=1", "report_to=none"]
+    given += ["deepspeed=null", "fsdp=null", "max_steps=2", "logging_steps=1", "report_to=none"]
     if "adapter_name_or_path" in keys:
         get_peft_model(model, LoraConfig(target_modules="all-linear")).save_pretrained(place / "adapter")
         given += ["adapter_name_or_path=adapter", "max_new_tokens=4"]

@@ -28,13 +28,22 @@ def run_on_two(path: Path, *overrides: str) -> tuple[int, str]:
 
 
 def test_a_folder_that_is_refused_stops_both(make_recipe: MakeRecipe, output_dir: Path) -> None:
-    """Only the main process looks at the folder; the error reaches the other, and is printed once."""
+    """Both look at the folder, and one says what it holds."""
     text = '{"status": "finished", "recipe": {}, "data": {}, "versions": {}}'
     (output_dir / "run.json").write_text(text, encoding="utf-8")
     code, told = run_on_two(make_recipe())
     assert code == 1  # torchrun's own
     assert told.count("holds a finished run") == 1, told
     assert "exitcode  : 2" in told, told  # torchrun may stop the other before it has ended by itself
+
+
+def test_fsdp_is_refused_for_one_process_and_trains_on_two(make_recipe: MakeRecipe) -> None:
+    path, sharded = make_recipe(), "fsdp=full_shard auto_wrap"
+    process = start([*COMMANDS["python"], str(path), sharded])
+    told = process.communicate(timeout=100)[0]
+    assert process.returncode == 2 and "fsdp: one process can't split a model; start several with" in told, told
+    code, told = run_on_two(path, sharded)
+    assert code == 0 and "FSDP needs GPUs (accelerate 1.15): each process holds the whole model" in told, told
 
 
 def test_a_nan_on_one_stops_both(make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path) -> None:

@@ -116,6 +116,7 @@ WRONG = [
     ("max_length: 512", "max_length: it is a length of generation in LLaMA-Factory and of a row in TRL; write cutoff_len"),
     ("do_predict: true\npredict_with_generate: true", "do_predict: no rows to predict; set eval_dataset or val_size"),
     ("predict_with_generate: true", "predict_with_generate: no rows to predict; set eval_dataset or val_size"),
+    ("eval_on_start: true", "eval_on_start: nothing to evaluate on; set eval_dataset or val_size"),
     ("val_size: 0.1\npredict_during_eval: 8", "predict_during_eval: needs do_eval, or eval_strategy: steps or epoch"),
     ("image_max_pixels: 262144", "image_max_pixels: only text is trained here"),
     ("mixed_precision: bf16", "mixed_precision: it belongs in the accelerate config (mixed_precision: bf16); in a recipe write bf16: true"),
