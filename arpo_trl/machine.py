@@ -1,4 +1,4 @@
-"""What this machine has: room on the disk, memory, and what a run takes of them."""
+"""What this machine has: room on the disk, and memory."""
 
 from __future__ import annotations
 
@@ -7,30 +7,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 
 from .errors import RecipeError, RunFailed
-
-if TYPE_CHECKING:
-    from torch import nn
-
-
-def saved_bytes(model: nn.Module) -> int:
-    """Bytes of the weights as a checkpoint holds them: all of them, or an adapter's."""
-    return sum(size for size, is_trained in _sizes(model) if is_trained or not hasattr(model, "peft_config"))
-
-
-def checkpoint_bytes(model: nn.Module, save_only_model: bool) -> int:
-    """Bytes of a checkpoint: the weights, and AdamW's two moments of those that are trained."""
-    moments = 0 if save_only_model else 2 * sum(size for size, is_trained in _sizes(model) if is_trained)
-    return saved_bytes(model) + moments
-
-
-def _sizes(model: nn.Module) -> list[tuple[int, bool]]:
-    # ZeRO-3 leaves parameters empty, with their size beside them.
-    return [(getattr(p, "ds_numel", p.numel()) * p.element_size(), p.requires_grad) for p in model.parameters()]
 
 
 def folder_bytes(folder: Path) -> int:

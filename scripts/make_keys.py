@@ -19,9 +19,9 @@ from typing import Any, Literal
 from transformers.debug_utils import DebugOption
 from transformers.utils import ExplicitEnum
 
+from arpo_trl.recipe.json_schema import schema_json
 from arpo_trl.recipe.keys import GROUPS, in_words, keys
 from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
-from arpo_trl.recipe.schema import schema_json
 
 HERE = Path(__file__).resolve().parent.parent
 SFT_FIELDS = HERE / "arpo_trl" / "recipe" / "sft_fields.py"
@@ -72,7 +72,7 @@ def sft_fields_py() -> str:
     lines = [
         f'"""The fields of SFTConfig of TRL {version("trl")} and transformers {version("transformers")}: type, default, help.',
         "",
-        "Written by scripts/make_keys.py; importing TRL for them would take seconds.",
+        "The recipe's other keys are in keys.py. Written by scripts/make_keys.py; importing TRL for them would take seconds.",
         '"""',
         "",
         "from typing import Literal",

@@ -1,7 +1,7 @@
 """Rows -> encoded rows, in the rows' order: the tokens and labels of each, and what became of it.
 
-A row is read (`to_conversation`), suited to the template (`Template.fit`), rendered (`to_segments`), relieved of its
-spans (`mask_replies`), tokenised and labelled (`to_examples`), and described (`EncodedRow`), which `cache.py` stores.
+A row is read (`to_conversation`), fitted to the template (`Template.fit`), rendered (`to_segments`), its `mask_spans`
+marked (`mask_replies`), tokenised and labelled (`to_examples`), and described (`EncodedRow`), which `cache.py` stores.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from itertools import chain, count, islice
 from operator import attrgetter
 from pathlib import Path
@@ -63,8 +62,7 @@ def check_datasets(recipe: Recipe) -> Recipe:
     for info in find_registry(recipe).values() if infos else ():
         if info not in infos:
             lines += [f"{line}; no effect here: the recipe does not use it" for line in info.mistakes]
-    source = replace(recipe.source, notices=(*recipe.source.notices, *map(printable, lines)))
-    return recipe.model_copy(update={"source": source})
+    return recipe.with_notices(*map(printable, lines))
 
 
 def find_files(path: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from ..errors import RecipeError, RowError
 from ..processes import on_main_process
 from ..recipe.keys import Recipe
-from ..run_folder import read_json
+from ..run_folder import MANIFEST, read_json
 from .messages import THOUGHT_KEYS, Conversation, Fields, Message
 from .segments import shared_start, to_segments
 
@@ -209,7 +209,7 @@ def _day(recipe: Recipe) -> date:
     if recipe.overwrite_output_dir and not resumed:
         return date.today()
     folder = Path(resumed).parent if isinstance(resumed, str) else Path(recipe.output_dir)
-    manifest = read_json(folder / "run.json")
+    manifest = read_json(folder / MANIFEST)
     try:
         return date.fromisoformat(manifest["day"])
     except (KeyError, TypeError, ValueError):

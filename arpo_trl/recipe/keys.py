@@ -1,14 +1,15 @@
 """The keys of a recipe: LLaMA-Factory's names, their types, defaults and help.
 
 Every key has exactly one mapping. A key of the groups below is read by our code; any other field of TRL's `SFTConfig`
-goes through in `recipe.trl`; `llamafactory` says what becomes of the rest, and a key that is nowhere is a typo. The
-defaults are LLaMA-Factory's (release 0.9) where it has the key, and are written here only.
+goes through in `recipe.trl`; llamafactory.py says what becomes of the rest, and read.py refuses an unknown key. The
+defaults are LLaMA-Factory's (release 0.9) where it has the key, but for `finetuning_type: full`; those of TRL's other
+fields are in sft_fields.py.
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.json_schema import JsonSchemaValue
@@ -211,7 +212,6 @@ class EvalKeys(BaseModel):
     eval_strategy: Literal["no", "steps", "epoch"] = _key("no", "When to evaluate during training.")
     load_best_model_at_end: bool = _key(False, "End with the checkpoint that evaluated best.")
     early_stopping_steps: Count | None = _key(None, "Evaluations without progress before stopping.")
-    compute_accuracy: bool = _key(False, "Token accuracy; it is always logged.")
 
 
 class PredictKeys(BaseModel):
@@ -273,6 +273,11 @@ class Recipe(SftKeys, PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys,
     @property
     def trains_adapter(self) -> bool:
         return self.finetuning_type in ("lora", "oft")
+
+    def with_notices(self, *lines: str) -> Self:
+        """The same recipe with these lines to print, too; none is printed twice."""
+        notices = tuple(dict.fromkeys((*self.source.notices, *lines)))
+        return self.model_copy(update={"source": replace(self.source, notices=notices)})
 
     def error(self, key: str, what: str) -> RecipeError:
         """What is wrong with a key, at its location: `recipes/x.yaml:12: lora_target: no such module`."""

@@ -32,6 +32,9 @@ _NO_EFFECT = {
     "export is a step of its own (arpo-trl merge)": """
         export_dir export_size export_device export_legacy_format export_hub_model_id export_quantization_bit
         export_quantization_dataset export_quantization_nsamples export_quantization_maxlen""",
+    "the accuracy of each token is always logged": "compute_accuracy",
+    "a loss that is not finite ends the run": "logging_nan_inf_filter",
+    "SIGTERM saves a checkpoint in any case": "enable_jit_checkpoint",
     "tokens per second are always logged": "include_effective_tokens_per_second include_tokens_per_second",
     "weights are always saved as safetensors": "save_safetensors",
     "TensorBoard writes to output_dir/runs, or where TENSORBOARD_LOGGING_DIR says": "logging_dir",

@@ -1,6 +1,6 @@
 """The fields of SFTConfig of TRL 1.16.0 and transformers 5.24.0: type, default, help.
 
-Written by scripts/make_keys.py; importing TRL for them would take seconds.
+The recipe's other keys are in keys.py. Written by scripts/make_keys.py; importing TRL for them would take seconds.
 """
 
 from typing import Literal
@@ -46,7 +46,6 @@ class SftKeys(BaseModel):
     logging_strategy: Literal['no', 'steps', 'epoch'] = Field(default='steps', description="The logging strategy to adopt during training. Options: 'no', 'epoch', 'steps'.")
     logging_first_step: bool = Field(default=False, description='Whether to log the first `global_step` or not.')
     log_on_each_node: bool = Field(default=True, description='When doing a multinode distributed training, whether to log once per node or just once on the main node.')
-    logging_nan_inf_filter: bool = Field(default=True, description='Filter out NaN and Inf training and evaluation losses when logging. Does not affect gradient computation, only logging.')
     include_num_input_tokens_seen: str | bool = Field(default='no', description='Whether to track the number of input tokens seen. Must be one of [`all`, `non_padding`, `no`] or a boolean value which map to `all` or `no`')
     log_level: Literal['detail', 'debug', 'info', 'warning', 'error', 'critical', 'passive'] = Field(default='passive', description="Logging level for the main process. Options: 'debug', 'info', 'warning', 'error', 'critical', 'passive'.")
     log_level_replica: Literal['detail', 'debug', 'info', 'warning', 'error', 'critical', 'passive'] = Field(default='warning', description='Logging level for replica processes in distributed training. Same options as `log_level`.')
@@ -66,7 +65,6 @@ class SftKeys(BaseModel):
     save_only_model: bool = Field(default=False, description='Save only model weights, not optimizer/scheduler/RNG state. Prevents resuming training from checkpoint.')
     save_on_each_node: bool = Field(default=False, description='When doing multi-node distributed training, whether to save models and checkpoints on each node, or only on the main one')
     save_total_limit: Whole | None = Field(default=None, description='Maximum number of checkpoints to keep. Deletes older checkpoints in `output_dir`. The best checkpoint is always retained when `load_best_model_at_end=True`.')
-    enable_jit_checkpoint: bool = Field(default=False, description="Enable JIT checkpointing on SIGTERM signal for graceful termination on preemptible workloads. Configure your orchestrator's graceful shutdown period accordingly.")
     push_to_hub: bool = Field(default=False, description='Whether or not to push the model to the Hub every time the model is saved.')
     hub_private_repo: bool | None = Field(default=None, description="Whether to make the repo private. If `None` (default), the repo will be public unless the organization's default is private. This value is ignored if the repo already exists. If reporting to Trackio Spaces created or synced (including on Hub push when `trackio_space_id` is None) use the same logic for whether the Space is private.")
     hub_model_id: str | None = Field(default=None, description='The name of the repository to keep in sync with the local `output_dir`.')

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 from ..errors import RecipeError
-from .schema import schema_json
+from .json_schema import schema_json
 
 PACKAGE = Path(__file__).parents[1]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import subprocess
 import time
@@ -46,7 +45,7 @@ MAY_CHANGE = frozenset(
     trust_remote_code include_num_input_tokens_seen
     """.split()
 ) | frozenset(PredictKeys.model_fields)
-REMOVED = frozenset({"predict_metrics"})
+REMOVED = frozenset({"predict_metrics", "compute_accuracy", "logging_nan_inf_filter", "enable_jit_checkpoint"})
 """Such keys of earlier versions."""
 
 
@@ -82,7 +81,7 @@ def describe_run(recipe: Recipe, data: PreparedData) -> Manifest:
     """The manifest of a run that begins now."""
     return Manifest(
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        recipe=json.loads(json.dumps(recipe.resolved())),
+        recipe=recipe.resolved(),
         data=data.fingerprints,
         template_hash=data.template_hash,
         day=data.day,
@@ -181,5 +180,5 @@ def require_same_run(earlier: Manifest | None, now: Manifest, allow_changed_reci
 
 def recipe_text(recipe: Recipe) -> str:
     """The recipe as resolved, in YAML, so that the output folder alone tells how the model was made."""
-    resolved = json.loads(json.dumps(recipe.resolved()))
+    resolved = recipe.resolved()
     return f"{RECIPE_MARK}{yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)}"

@@ -96,4 +96,4 @@ def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[
             yield text
             waiting = []
     if waiting:
-        yield str(tokenizer.decode(waiting))
+        yield str(tokenizer.decode(waiting, clean_up_tokenization_spaces=False))

@@ -1,4 +1,7 @@
-"""What the start of a run prints: model, device, data, steps, disk, output."""
+"""What the start of a run prints: model, device, data, steps, disk, output.
+
+Before it come the recipe's notices, after it the preflight's line.
+"""
 
 from __future__ import annotations
 

@@ -55,7 +55,9 @@ class TrainerLog(TrainerCallback):
         self._evaluated, self._shown, self._unwritten = 0, "", ""
         self._eval_began = 0.0
         self._figures: dict[str, float] = {}
-        trainer.more_figures = self.figures  # in the line before any callback sees it: the trackers send them, too
+        trainer.take_figures = (
+            self.take_figures
+        )  # in the line before any callback sees it: the trackers send them, too
 
     def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         earlier = lines_until(read_log(self.path), state)
@@ -135,8 +137,8 @@ class TrainerLog(TrainerCallback):
                 os.truncate(self.path, size)  # half a line
             say(f"{self.path} could not be written ({error}); the run goes on, and writes the line with the next")
 
-    def figures(self) -> dict[str, float]:
-        """What a line has beside loss and learning rate, of the steps since this was last called."""
+    def take_figures(self) -> dict[str, float]:
+        """What a line has beside loss and learning rate, of the steps since the last line: once for each line."""
         now, seen, trained = time.monotonic(), self.trainer.window.seen_tokens, self.trainer.window.trained_tokens
         took = max(now - self._last_time, 1e-9)
         speed = (seen - self._last_seen) / took

@@ -35,7 +35,7 @@ from ..data.template import Template, find_template
 from ..data.tokenizer import make_tokenize
 from ..errors import RecipeError, RowError
 from ..report.manifest import Results, read_manifest
-from .predict import Model, end_tokens
+from .predict import Model, decode, end_tokens
 from .run_python import Limits, run_python
 
 CALL = re.compile(r"<(python|search|tool_call)>((?:(?!<\1>).)*)</\1>\s*\Z", re.DOTALL)
@@ -72,7 +72,7 @@ class Chat:
             tokenizer=self.tokenizer,
             streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
-        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        return decode(self.tokenizer, output[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
 
 
 def to_context(messages: list[Message], tools: list[Fields] | None, template: Template) -> list[str]:

@@ -20,13 +20,14 @@ from ..data.labels import IGNORED
 from ..data.prepare import PreparedData, prepare_datasets
 from ..data.tokenizer import load_tokenizer
 from ..errors import RecipeError
-from ..machine import checkpoint_bytes, folder_bytes, free_space, gpu_memory, missing_space, saved_bytes
+from ..machine import folder_bytes, free_space, gpu_memory, missing_space
 from ..recipe.keys import Recipe
 from ..recipe.rules import resolve
 from ..report.console import say
 from ..report.log_file import format_seconds, read_log
 from ..report.start_report import describe_setup, describe_steps
 from ..run_folder import list_checkpoints
+from .checkpoints import checkpoint_bytes, saved_bytes
 from .memory import describe_memory, estimate_memory, model_shape
 from .requirements import check_environment
 from .rows_and_model import check_fit
@@ -47,7 +48,7 @@ def check(recipe: Recipe, verbose: bool = False) -> None:
         RecipeError: what would stop the run before its first step: keys, packages, the output folder, rows, the
             disk's room. The weights and adapters themselves are not looked at.
     """
-    check_environment(recipe)
+    recipe = check_environment(recipe)
     args = to_sft_config(recipe)
     tokenizer = load_tokenizer(recipe)
     data = prepare_datasets(recipe, tokenizer)
@@ -171,7 +172,7 @@ def describe_checkpoints(
     recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel, saved: Sequence[int]
 ) -> tuple[int, str]:
     """Bytes that the run will leave on disk, from the model's shape alone, and the words that say so."""
-    checkpoint = checkpoint_bytes(model, args.save_only_model)
+    checkpoint = checkpoint_bytes(model, args)
     kept = min(len(saved), args.save_total_limit or len(saved))
     at_once = min(len(saved), kept + 1)  # the oldest goes once the newest is whole
     needed = at_once * checkpoint + saved_bytes(model)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -37,6 +38,31 @@ FILES = "files.json"
 # What a resume reads. FSDP and DeepSpeed keep all but the first in folders of their own.
 MODEL_ONLY = "it holds the model only, as save_only_model: true asks for"
 NEEDED = {"rng_state.pth": "rng_state*.pth", "optimizer.pt": "optimizer.*", "scheduler.pt": "scheduler.pt"}
+
+
+MOMENTS = {"8bit": 2 / 4, "adafactor": 0.0, "sgd": 0.0, "lion": 1.0, "adagrad": 1.0, "rmsprop": 1.0}
+"""Copies of the trained weights that an optimizer keeps; AdamW and what is not here keeps two."""
+
+
+def moments(args: TrainingArguments) -> float:
+    """Copies of the trained weights that the optimizer keeps."""
+    return next((copies for name, copies in MOMENTS.items() if name in str(args.optim).lower()), 2.0)
+
+
+def checkpoint_bytes(model: nn.Module, args: TrainingArguments) -> int:
+    """Bytes of a checkpoint: the weights, and the optimizer's copies of those that are trained."""
+    copies = 0.0 if args.save_only_model else moments(args)
+    return saved_bytes(model) + int(copies * sum(size for size, is_trained in _sizes(model) if is_trained))
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Bytes of the weights as a checkpoint holds them: all of them, or an adapter's."""
+    return sum(size for size, is_trained in _sizes(model) if is_trained or not hasattr(model, "peft_config"))
+
+
+def _sizes(model: nn.Module) -> list[tuple[int, bool]]:
+    # ZeRO-3 leaves parameters empty, with their size beside them.
+    return [(getattr(p, "ds_numel", p.numel()) * p.element_size(), p.requires_grad) for p in model.parameters()]
 
 
 def save_checkpoint(trainer: ArpoTrainer, write: Callable[[], None]) -> None:

@@ -22,6 +22,7 @@ from ..data.labels import IGNORED
 from ..machine import free_memory
 from ..recipe.keys import Recipe
 from .adapters import new_adapter
+from .checkpoints import moments
 from .loss import TILE_POSITIONS
 from .model import freeze
 from .sft_config import load_model_config, model_init_kwargs
@@ -32,8 +33,6 @@ ROOM = 0.9
 """Share of a GPU that may be taken: the allocator's gaps and the collectives' buffers need the rest."""
 LIBRARIES = 1e9
 """Bytes that a process on a CPU takes before its model."""
-MOMENTS = {"8bit": 2 / 4, "adafactor": 0.0, "sgd": 0.0, "lion": 1.0, "adagrad": 1.0, "rmsprop": 1.0}
-"""Copies of the trained weights that an optimizer keeps; AdamW and what is not here keeps two."""
 
 
 class Memory(NamedTuple):
@@ -77,8 +76,7 @@ def estimate_memory(
         return None
     blocks = whole.config.get_text_config().num_hidden_layers
     activations = blocks * stream + saved // blocks if args.activation_checkpointing else saved
-    copies = next((factor for name, factor in MOMENTS.items() if name in str(args.optim).lower()), 2.0)
-    copies = 1.0 if recipe.use_adam_mini else copies
+    copies = 1.0 if recipe.use_adam_mini else moments(args)
     embedding = cast(nn.Embedding, whole.get_input_embeddings()).weight
     head = cast(nn.Linear, whole.get_output_embeddings()).weight
     return Memory(

@@ -1,6 +1,7 @@
 """What is tried before step 1, so that a run which would die at hour 3, or train what nobody meant, ends in minute 1.
 
-One step on the longest batches, and two rows laid end to end. Nothing of either stays: no gradient, no optimizer state, no random number drawn, no count in the log.
+One step on the longest batches, and two rows laid end to end. Nothing of either stays: no gradient, no optimizer state,
+no random number drawn, no count in the log.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import replace
 from os.path import isdir, isfile
 from pathlib import Path
 
@@ -69,8 +68,7 @@ def check_inputs(recipe: Recipe) -> Recipe:
     if lines:
         raise RecipeError(lines)
     if why_no_hub.cache_info().currsize and (why := why_no_hub()) not in (None, SET_OFFLINE):
-        notices = (*recipe.source.notices, f"{recipe.path}: {why}; what the hub would give is taken from its cache")
-        return recipe.model_copy(update={"source": replace(recipe.source, notices=notices)})
+        return recipe.with_notices(f"{recipe.path}: {why}; what the hub would give is taken from its cache")
     return recipe
 
 
@@ -106,15 +104,16 @@ def check_device(recipe: Recipe) -> None:
     _raise(recipe, missing)
 
 
-def check_environment(recipe: Recipe) -> None:
-    """All of the above.
+def check_environment(recipe: Recipe) -> Recipe:
+    """All of the above; the recipe as `check_inputs` returns it.
 
     Raises:
         RecipeError: what is missing, each with the way out.
     """
-    check_inputs(recipe)
+    recipe = check_inputs(recipe)
     check_packages(recipe)
     check_device(recipe)
+    return recipe
 
 
 def refuse_output_dir(recipe: Recipe) -> None:

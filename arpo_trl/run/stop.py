@@ -1,4 +1,7 @@
-"""What SIGTERM and Ctrl-C do: the step in progress is finished and saved, then the run stops."""
+"""What SIGTERM and Ctrl-C do: the step in progress is finished and saved, then the run stops.
+
+Its exit code, 128 + the signal's number, and its last lines are train.py's.
+"""
 
 from __future__ import annotations
 

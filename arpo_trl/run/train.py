@@ -61,7 +61,7 @@ def train(recipe: Recipe) -> int:
         RecipeError: something that the user can mend, before the first step.
         RunFailed: the run began and cannot go on.
     """
-    check_environment(recipe)
+    recipe = check_environment(recipe)
     args = to_sft_config(recipe)
     if recipe.fsdp and args.world_size == 1:
         raise recipe.error(
@@ -101,12 +101,18 @@ def _train(
     if not checkpoint:
         forget_earlier_sessions()
         say(*on_main_process(lambda: clear_earlier_run(output_dir)))
-    say(*on_main_process(lambda: begin(recipe, trainer, manifest)))
+    say(*on_main_process(lambda: write_start_files(recipe, trainer, manifest)))
     try:
         trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
         evaluated = save_and_evaluate(recipe, trainer, saved_dtype)
     except Stopped:
-        return say_how_to_go_on(recipe, trainer, manifest, stop)
+        assert stop.signum is not None
+        if trainer.is_world_process_zero():
+            manifest.write(output_dir, "stopped")
+        say(*describe_stop(recipe, trainer.state.global_step, stop.signum))
+        return 128 + stop.signum
+    log = read_log(output_dir / "trainer_log.jsonl")
+    trained["train_loss"] = mean_loss(log, trainer.state.global_step) or trained["train_loss"]  # since the resume
     write_results(recipe, trainer, manifest, trained, evaluated)
     if recipe.do_predict:
         stop.restore_default_handlers()
@@ -174,7 +180,7 @@ def add_callbacks(
         trainer.add_callback(callback)
 
 
-def begin(recipe: Recipe, trainer: ArpoTrainer, manifest: Manifest) -> list[str]:
+def write_start_files(recipe: Recipe, trainer: ArpoTrainer, manifest: Manifest) -> list[str]:
     """Write what the folder has before the first step; a line for each file that is a user's own.
 
     Raises:
@@ -208,18 +214,12 @@ def save_and_evaluate(recipe: Recipe, trainer: ArpoTrainer, saved_dtype: torch.d
     return trainer.evaluate_final_weights() if args.do_eval and rounds else metrics
 
 
-def say_how_to_go_on(recipe: Recipe, trainer: ArpoTrainer, manifest: Manifest, stop: StopOnSignal) -> int:
-    """Say where a signal stopped the run; the exit code."""
-    output_dir, step = Path(recipe.output_dir), trainer.state.global_step
-    assert stop.signum is not None
-    if trainer.is_world_process_zero():
-        manifest.write(output_dir, "stopped")
+def describe_stop(recipe: Recipe, step: int, signum: int) -> list[str]:
+    """Where a signal stopped the run, and how to go on."""
     saved = f"at step {step}, checkpoint saved" if step else "before the first step, nothing to save"
-    if step and not (output_dir / f"checkpoint-{step}").is_dir():  # on_save_error: continue
+    if step and not (Path(recipe.output_dir) / f"checkpoint-{step}").is_dir():  # on_save_error: continue
         saved = f"at step {step}, which could not be saved"
-    say(f"stopped by {signal.Signals(stop.signum).name} {saved}")
-    say(f"to go on: {resume_command(recipe)}")
-    return 128 + stop.signum
+    return [f"stopped by {signal.Signals(signum).name} {saved}", f"to go on: {resume_command(recipe)}"]
 
 
 def push(trainer: ArpoTrainer) -> None:
@@ -243,8 +243,6 @@ def write_results(
 ) -> None:
     """Leave the run's figures, plot and model card beside the final model."""
     output_dir = Path(recipe.output_dir)
-    log = read_log(output_dir / "trainer_log.jsonl")
-    trained["train_loss"] = mean_loss(log, trainer.state.global_step) or trained["train_loss"]  # since the resume
     if not trainer.is_world_process_zero():
         return
     save_metrics(output_dir, "train", trained)
@@ -253,7 +251,7 @@ def write_results(
     write_json(output_dir / "trainer_state.json", asdict(trainer.state))
     if recipe.plot_loss:
         try:
-            plot_loss(log, output_dir / "training_loss.png")
+            plot_loss(read_log(output_dir / "trainer_log.jsonl"), output_dir / "training_loss.png")
         except OSError as error:  # on Windows, one that a viewer has open
             say(f"training_loss.png could not be written ({error}); the run is saved")
     write_model_card(output_dir, manifest, recipe_text(recipe))

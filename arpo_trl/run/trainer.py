@@ -24,8 +24,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import RunFailed
-from ..machine import checkpoint_bytes
-from .checkpoints import save_checkpoint
+from .checkpoints import checkpoint_bytes, save_checkpoint
 from .failures import describe_not_finite, describe_out_of_memory, is_out_of_memory
 from .loss import Batch, count_tokens, mask_repeated_rows, score_labelled_positions_only, token_means
 from .order import Endless, EpochOrder
@@ -53,26 +52,26 @@ class Window:
     trained_tokens: int = 0
 
 
-class _Line(Trainer):
+class _LogFigures(Trainer):
     """Stands between `SFTTrainer` and `Trainer`, to give a line of the log its figures after TRL has given its own.
 
     Trainer starts its loss average, and TRL its metrics and its token count, at zero on resume; here they go on.
     """
 
     window: Window
-    more_figures: Callable[[], dict[str, float]] | None
+    take_figures: Callable[[], dict[str, float]] | None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             window = self.window
             logs["loss"] = window.loss_sum / max(self.state.global_step - window.last_logged, 1)
             logs |= {name: sum(values) / len(values) for name, values in window.metrics.items()}
-            logs |= {"num_tokens": window.seen_tokens} | (self.more_figures() if self.more_figures else {})
+            logs |= {"num_tokens": window.seen_tokens} | (self.take_figures() if self.take_figures else {})
             window.loss_sum, window.last_logged, window.metrics = 0.0, self.state.global_step, {}
         super().log(logs, start_time)
 
 
-class ArpoTrainer(SFTTrainer, _Line):
+class ArpoTrainer(SFTTrainer, _LogFigures):
     """`SFTTrainer` whose checkpoints are whole or marked, whose runs resume exactly, and which stops at a NaN.
 
     Its evaluation means over tokens, and keeps no logits. transformers means over batches: a batch of two short replies
@@ -99,7 +98,7 @@ class ArpoTrainer(SFTTrainer, _Line):
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None  # only whole ones replace others
         # Trainer would replace a NaN loss by the running average and log 0: the step below raises instead.
         args.logging_nan_inf_filter = False
-        self.window, self.more_figures = Window(), None
+        self.window, self.take_figures = Window(), None
         text_config = kwargs["model"].config.get_text_config()
         coefficient = getattr(text_config, "router_aux_loss_coef", None)
         super().__init__(args=args, **kwargs)
@@ -118,7 +117,7 @@ class ArpoTrainer(SFTTrainer, _Line):
         if isinstance(self.train_dataset, IterableDataset):
             self.train_dataset = Endless(self.train_dataset)
         model = self.accelerator.unwrap_model(self.model)
-        self.checkpoint_bytes = checkpoint_bytes(model, args.save_only_model)  # until one is measured
+        self.checkpoint_bytes = checkpoint_bytes(model, args)  # until one is measured
         model.register_forward_hook(torch.compiler.disable(self._score))
         if self.accelerator.device.type not in ("cuda", "xpu"):
             score_labelled_positions_only(model.get_base_model() if hasattr(model, "get_base_model") else model)

@@ -124,7 +124,7 @@ def test_the_first_line_after_a_resume_counts_its_own_tokens(tiny_model: Path, t
     log.on_step_begin(None, state, None)
     log._last_time -= 10
     trainer.window.seen_tokens, trainer.window.trained_tokens = 1_002_000, 500_500
-    log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3} | trainer.more_figures())
+    log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3} | trainer.take_figures())
     line = read_log(tmp_path / "log")[0]
     assert line["tokens_per_second"] == pytest.approx(200, rel=0.01)
     assert line["trained_tokens_per_second"] == pytest.approx(50, rel=0.01)
@@ -136,7 +136,7 @@ def test_what_remains_is_told_by_the_steps_alone(
     """The evaluation before the first step took 100 s; then a step of 2 s: 8 of 10 are left, not 408."""
     clock = 0.0
     monkeypatch.setattr(trainer_log.time, "monotonic", lambda: clock)
-    trainer: Any = SimpleNamespace(window=Window(), more_figures=None)
+    trainer: Any = SimpleNamespace(window=Window(), take_figures=None)
     trainer.args = SimpleNamespace(bf16=False, fp16=False, device=torch.device("cpu"))
     log = TrainerLog(trainer, tmp_path / "log", plot=False)
     state: Any = SimpleNamespace(global_step=5, max_steps=10, epoch=1.0, is_world_process_zero=True, log_history=[])
@@ -145,7 +145,7 @@ def test_what_remains_is_told_by_the_steps_alone(
     log.on_log(None, state, None, logs={"eval_loss": 1.0})
     log.on_step_begin(None, state, None)
     clock, state.global_step = 102.0, 6
-    log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3} | trainer.more_figures())
+    log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3} | trainer.take_figures())
     assert [line["remaining_time"] for line in read_log(tmp_path / "log")] == ["0:00:00", "0:00:08"]
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("eval loss 1.0000  0:01:40") and second.endswith("0:01:42 < 0:00:08")

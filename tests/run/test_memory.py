@@ -14,12 +14,13 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Trainer
 
 from arpo_trl.machine import free_memory
 from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import Recipe
 from arpo_trl.run import memory
+from arpo_trl.run.checkpoints import checkpoint_bytes
 from arpo_trl.run.memory import Memory, describe_memory, estimate_memory, memory_to_spare, model_shape
 from arpo_trl.run.model import load_model
 from arpo_trl.run.sft_config import to_sft_config
@@ -33,6 +34,21 @@ def recipe(folder: Path, model: Path, *lines: str) -> Recipe:
     keys = f"model_name_or_path: {model}\noutput_dir: {folder}/out\ndo_train: true\ndataset: a\n"
     path.write_text(f"{keys}per_device_train_batch_size: 2\n", encoding="utf-8")
     return read_recipe(path, ["finetuning_type=full", *lines] if "finetuning_type=lora" not in lines else lines)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"])
+def test_a_checkpoint_takes_the_weights_and_the_optimizers_state(optim: str, tmp_path: Path, tiny_model: Path) -> None:
+    args = to_sft_config(recipe(tmp_path, tiny_model, f"optim={optim}"))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    optimizer = cls(model.parameters(), **kwargs)
+    model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    optimizer.step()
+    state = sum(x.nbytes for one in optimizer.state.values() for x in one.values() if torch.is_tensor(x))
+    weights = sum(p.nbytes for p in model.parameters())
+    assert checkpoint_bytes(model, args) == pytest.approx(weights + state, rel=0.05)
+    args.save_only_model = True
+    assert checkpoint_bytes(model, args) == weights
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,14 @@ from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe
 from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.types import TRACKERS
-from arpo_trl.run.requirements import _packages, check_device, check_inputs, check_packages, why_no_hub
+from arpo_trl.run.requirements import (
+    _packages,
+    check_device,
+    check_environment,
+    check_inputs,
+    check_packages,
+    why_no_hub,
+)
 from arpo_trl.run.sft_config import to_sft_config
 
 
@@ -187,6 +194,16 @@ def test_what_is_not_there_is_said_with_the_line_of_its_key(
         check_inputs(recipe_of(*with_data, *(f"{key}={value}" for key, value in keys.items())))
     assert f": {key}: {message.replace('{empty}', str(tmp_path / 'empty'))}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_registry_says_is_among_the_notices_once(
+    recipe_of: Any, with_data: list[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    """`train` and `check` ask again for what the command line has asked for, and are called from Python without it."""
+    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.jsonl", "colums": {}}}', encoding="utf-8")
+    recipe = check_environment(recipe_of(*with_data, f"model_name_or_path={tiny_model}"))
+    assert sum("colums" in line for line in recipe.notices) == 1
+    assert check_environment(recipe).notices == recipe.notices
 
 
 def answer_before_torch(tmp_path: Path, model: Path) -> str:

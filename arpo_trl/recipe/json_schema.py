@@ -9,18 +9,18 @@ from pydantic.json_schema import JsonSchemaValue
 from .keys import keys
 from .llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED
 
-_OURS = ("to", "unit", "title", "default", "description")  # in the types' schemas, and said otherwise here
+_LEFT_OUT = ("to", "unit", "title", "default", "description")  # set anew below, or of no use to an editor
 
 
 def schema_json() -> str:
-    """What `read_recipe` takes without a problem, unquoted.
+    """The schema as JSON: the recipes that `read_recipe` accepts, but for numbers and booleans in quotes.
 
     `errorMessage` and `deprecationMessage` are what yaml-language-server, in VS Code and others, shows for a refused
     key and for one without effect.
     """
     properties: dict[str, JsonSchemaValue] = {}
     for name, key in keys().items():
-        schema = {part: value for part, value in key.schema.items() if part not in _OURS}
+        schema = {part: value for part, value in key.schema.items() if part not in _LEFT_OUT}
         may_be_null = key.default is None or key.default is False or key.default == []
         if may_be_null and schema.get("type") != "null" and {"type": "null"} not in schema.get("anyOf", []):
             schema = {"anyOf": [schema, {"type": "null"}]}
