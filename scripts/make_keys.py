@@ -1,4 +1,4 @@
-"""Write recipes/KEYS.md, recipes/schema.json and arpo_trl/recipe/sft_fields.py from the code and the installed TRL.
+"""Write recipes/KEYS.md, recipes/schema.json and arpo_trl/recipe/keys_of_trl.py from the code and the installed TRL.
 
 python scripts/make_keys.py
 """
@@ -24,7 +24,7 @@ from arpo_trl.recipe.keys import GROUPS, in_words, keys
 from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
 
 HERE = Path(__file__).resolve().parent.parent
-SFT_FIELDS = HERE / "arpo_trl" / "recipe" / "sft_fields.py"
+KEYS_OF_TRL = HERE / "arpo_trl" / "recipe" / "keys_of_trl.py"
 _UNIONS = (types.UnionType, typing.Union)
 TITLES = {"trl": "TRL's and transformers' own (every other field of SFTConfig)"}
 
@@ -63,7 +63,7 @@ def keys_md() -> str:
     return "\n".join(lines) + "\n"
 
 
-def sft_fields_py() -> str:
+def keys_of_trl_py() -> str:
     """The fields of the installed TRL's SFTConfig that have no key of ours, as a model that needs no import of TRL."""
     from trl.trainer.sft_config import SFTConfig
 
@@ -140,10 +140,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if they are out of date")
     check = parser.parse_args(argv).check
-    table, old_table = sft_fields_py(), SFT_FIELDS.read_text(encoding="utf-8")
-    stale = [str(SFT_FIELDS)] if without_words(table) != without_words(old_table) else []
+    table, old_table = keys_of_trl_py(), KEYS_OF_TRL.read_text(encoding="utf-8")
+    stale = [str(KEYS_OF_TRL)] if without_words(table) != without_words(old_table) else []
     if table != old_table and not check:
-        SFT_FIELDS.write_text(table, encoding="utf-8", newline="\n")
+        KEYS_OF_TRL.write_text(table, encoding="utf-8", newline="\n")
         return subprocess.run([sys.executable, __file__]).returncode  # this process has imported the old table
     for file, text in {"KEYS.md": keys_md(), "schema.json": schema_json()}.items():
         path = HERE / "recipes" / file

@@ -3,7 +3,7 @@
 Every key has exactly one mapping. A key of the groups below is read by our code; any other field of TRL's `SFTConfig`
 goes through in `recipe.trl`; llamafactory.py says what becomes of the rest, and read.py refuses an unknown key. The
 defaults are LLaMA-Factory's (release 0.9) where it has the key, but for `finetuning_type: full`; those of TRL's other
-fields are in sft_fields.py.
+fields are in keys_of_trl.py.
 """
 
 import functools
@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.json_schema import JsonSchemaValue
 
 from ..errors import RecipeError
-from .sft_fields import OURS_TOO, SftKeys
+from .keys_of_trl import OURS_TOO, SftKeys
 from .types import (
     Count,
     Location,

@@ -17,9 +17,9 @@ from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.recipe.help import explain, explain_key, list_text, usage
 from arpo_trl.recipe.keys import keys
+from arpo_trl.recipe.keys_of_trl import OURS_TOO, SftKeys
 from arpo_trl.recipe.llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED
 from arpo_trl.recipe.read import takes_text
-from arpo_trl.recipe.sft_fields import OURS_TOO, SftKeys
 from arpo_trl.recipe.template_names import MULTIMODAL, SHIPPED, THE_TOKENIZERS_OWN
 
 LLAMA_FACTORY = json.loads(

@@ -96,7 +96,7 @@ def copied_table(tmp_path: Path) -> Path:
     """The table of SFTConfig's fields in a copy of all that make_keys.py reads and writes."""
     for folder in ("arpo_trl", "recipes", "scripts"):
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    return tmp_path / "arpo_trl" / "recipe" / "sft_fields.py"
+    return tmp_path / "arpo_trl" / "recipe" / "keys_of_trl.py"
 
 
 @pytest.mark.parametrize(
