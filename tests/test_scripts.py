@@ -13,22 +13,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import benchmark_preparation
 import compare_golden
+import datasets.builder
 import make_tiny_model
 import make_toy_dataset
 import pytest
 import torch
 from benchmark import MODES
 from benchmark_steps import spread, take_turns, times_trl
+from multiprocess import Pool
 from safetensors import safe_open
 
-from arpo_trl.data import encode as encoder
-from arpo_trl.data import prepare as dataset
+from arpo_trl.data import cache
 from arpo_trl.data.shipped_templates import shipped_template
 from arpo_trl.run.chat import find_call
 
@@ -331,15 +331,13 @@ def test_benchmark_preparation_makes_trls_tokens_with_one_process_and_two(tmp_pa
 def test_benchmark_preparation_really_encodes_with_two_processes(tiny_model: Path, tmp_path: Path, monkeypatch):
     pids: set[int] = set()
 
-    class Pool(ProcessPoolExecutor):
-        def shutdown(self, *args: Any, **kwargs: Any) -> None:
-            pids.update(self._processes or ())
-            super().shutdown(*args, **kwargs)
+    def open_pool(processes: int) -> Any:
+        pool = Pool(processes)
+        pids.update(process.pid for process in pool._pool)
+        return pool
 
-    monkeypatch.setattr(encoder, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(
-        dataset, "PROCESSES_PAY_FROM", dataset.PROCESSES_PAY_FROM
-    )  # the benchmark sets it: set it back
+    monkeypatch.setattr(datasets.builder, "Pool", open_pool)
+    monkeypatch.setattr(cache, "PROCESSES_PAY_FROM", cache.PROCESSES_PAY_FROM)  # the benchmark sets it: set it back
     path = benchmark_preparation.make_rows(tmp_path, 2100)  # three batches: preprocessing_batch_size is 1000
     prepare = benchmark_preparation.our_preparation(path, str(tiny_model))
     assert prepare(1) > 0
