@@ -112,7 +112,7 @@ def copied_table(tmp_path: Path) -> Path:
 def test_the_check_compares_types_and_defaults_but_no_words(
     copied_table: Path, monkeypatch: pytest.MonkeyPatch, ours: str, theirs: str, is_stale: bool
 ) -> None:
-    monkeypatch.setattr(make_keys, "SFT_FIELDS", copied_table)
+    monkeypatch.setattr(make_keys, "KEYS_OF_TRL", copied_table)
     text = copied_table.read_text(encoding="utf-8")
     assert text.count(ours) == 1
     copied_table.write_text(text.replace(ours, theirs), encoding="utf-8")
