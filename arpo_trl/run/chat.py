@@ -35,7 +35,8 @@ from ..data.template import Template, find_template
 from ..data.tokenizer import make_tokenize
 from ..errors import RecipeError, RowError
 from ..report.manifest import Results, read_manifest
-from .predict import Model, decode, end_tokens
+from .model import end_tokens
+from .predict import Model, decode
 from .run_python import Limits, run_python
 
 CALL = re.compile(r"<(python|search|tool_call)>((?:(?!<\1>).)*)</\1>\s*\Z", re.DOTALL)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .loss import Batch
+from .loss import Batch, row_starts
 
 if TYPE_CHECKING:
     from .trainer import ArpoTrainer
@@ -72,5 +72,5 @@ def _split_rows(batch: Batch) -> Iterable[list[int]]:
     ids = batch["input_ids"].cpu()
     if "attention_mask" in batch:
         return [row[mask.bool()].tolist() for row, mask in zip(ids, batch["attention_mask"].cpu(), strict=True)]
-    starts = (batch["position_ids"][0].cpu() == 0).nonzero().flatten().tolist()
+    starts = row_starts(batch)
     return [ids[0, a:b].tolist() for a, b in zip(starts, [*starts[1:], ids.size(1)], strict=True)]

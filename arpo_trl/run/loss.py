@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from ..data.labels import IGNORED
+
 Batch = dict[str, Tensor]
 """What the collator makes; of rows laid end to end the longest row's length, too, as an int."""
 
@@ -43,7 +45,7 @@ def score_labelled_positions_only(model: PreTrainedModel) -> None:
         kwargs["use_cache"] = False
         hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         labels = labels[:, 1:]
-        mask = labels != -100
+        mask = labels != IGNORED
         scores = score_tokens(hidden[mask], labels[mask], model.get_output_embeddings())
         log_probs, entropy, is_top1 = (s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores)
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
@@ -89,12 +91,17 @@ def mask_repeated_rows(batch: Batch, new: int, packed: bool) -> None:
     """
     labels = batch["labels"]
     if "attention_mask" in batch:
-        labels[max(new, 0) :] = -100
+        labels[max(new, 0) :] = IGNORED
     elif new <= 0:
-        labels[:] = -100
+        labels[:] = IGNORED
     elif not packed:
-        starts = (batch["position_ids"][0] == 0).nonzero().flatten()
-        labels[:, int(starts[new]) if new < len(starts) else labels.size(1) :] = -100
+        starts = row_starts(batch)
+        labels[:, starts[new] if new < len(starts) else labels.size(1) :] = IGNORED
+
+
+def row_starts(batch: Batch) -> list[int]:
+    """Where each row of a batch that is laid end to end begins: where a position is 0."""
+    return [int(start) for start in (batch["position_ids"][0] == 0).nonzero().flatten()]
 
 
 def count_tokens(batch: Batch) -> Tensor:
@@ -103,7 +110,7 @@ def count_tokens(batch: Batch) -> Tensor:
         return torch.tensor(batch["input_ids"].numel())
     mask = batch["attention_mask"]
     if "labels" in batch:  # under Ulysses they are shift_labels
-        mask = mask[(batch["labels"] != -100).any(-1)]  # repeated rows have none
+        mask = mask[(batch["labels"] != IGNORED).any(-1)]  # repeated rows have none
     return mask.sum()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -81,9 +81,16 @@ def stop_after_calls(
     """Let `generate` stop, too, at the token that ends a reply with calls, where it is another one (gpt-oss, GLM)."""
     config = model.generation_config
     if call_end and config is not None:
-        known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(call_end), *known]
-        config.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None))
+        config.eos_token_id = end_tokens(model, tokenizer, cast(int, tokenizer.convert_tokens_to_ids(call_end)))
+
+
+def end_tokens(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, call_end: int | None = None
+) -> list[int]:
+    """The ids that end a reply: the end-of-turn token, that of a call, and those of the model's generation config."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, call_end, *(own if isinstance(own, list) else [own])]
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 # --- some layers ---

@@ -33,6 +33,7 @@ from ..report.console import say
 from ..report.trackers import log_samples
 from ..run_folder import save_metrics
 from .failures import is_out_of_memory
+from .model import end_tokens
 from .scores import SCORES, Reply, describe_scores, score_replies
 from .trainer import ArpoTrainer
 
@@ -175,13 +176,6 @@ def to_generation_config(recipe: Recipe, model: Model, tokenizer: PreTrainedToke
         eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a reply: the template's end-of-turn token, and those of the model's own generation config."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 def predict_replies(

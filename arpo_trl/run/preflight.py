@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.audit import token_lengths
+from ..data.labels import IGNORED
 from ..machine import gpu_memory, peak_memory
 from ..recipe.keys import Recipe
 from ..report.console import say
@@ -87,7 +88,7 @@ class Preflight(TrainerCallback):
             inputs = trainer.data_collator(batch)
             # Trainer's loop sets it before each step, and TRL divides a mixture's balancing loss by it.
             trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-            trainer.training_step(trainer.model_wrapped, inputs, (inputs["labels"][:, 1:] != -100).sum())
+            trainer.training_step(trainer.model_wrapped, inputs, (inputs["labels"][:, 1:] != IGNORED).sum())
             return time.monotonic() - began, peak_memory()
 
     def _choose_checkpointing(self, batch: list[Row]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import peft.peft_model
 import torch
 import transformers.modeling_utils
-from runs import differing, log_without_times
+from runs import FILE_OPERATIONS, differing, log_without_times
 
 from arpo_trl.__main__ import main
 from arpo_trl.report.console import silence_libraries
@@ -59,15 +59,7 @@ class Copies:
         return wrapped
 
     def hook(self, event: str, args: Any) -> None:
-        if self.busy or event not in (
-            "open",
-            "os.rename",
-            "os.remove",
-            "os.rmdir",
-            "os.mkdir",
-            "os.chmod",
-            "os.truncate",
-        ):
+        if self.busy or event not in FILE_OPERATIONS:
             return
         if event == "open" and (not isinstance(args[0], str) or not isinstance(args[2], int) or not args[2] & WRITES):
             return

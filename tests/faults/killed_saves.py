@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import make_trainer
+from runs import FILE_OPERATIONS, make_trainer
 from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
@@ -57,16 +57,7 @@ def child(trainer: Any, first_step: int, die_at: int | None) -> None:
 
     def count(event: str, args: Any) -> None:
         nonlocal operations
-        if event in (
-            "open",
-            "os.rename",
-            "os.remove",
-            "os.rmdir",
-            "os.mkdir",
-            "os.chmod",
-            "os.scandir",
-            "shutil.rmtree",
-        ):
+        if event in FILE_OPERATIONS | {"os.scandir", "shutil.rmtree"}:
             operations += 1
             if operations == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)

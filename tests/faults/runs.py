@@ -23,6 +23,10 @@ TIMES = {"elapsed_time", "remaining_time", "elapsed_seconds", "tokens_per_second
 MEASURED = TIMES | {"peak_memory_gb"}
 
 
+FILE_OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate"}
+"""Audit events of what changes a folder."""
+
+
 class StopAt(TrainerCallback):  # type: ignore[misc]
     """Saves and stops, as a signal does."""
 
