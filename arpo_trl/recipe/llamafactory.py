@@ -1,5 +1,6 @@
 """LLaMA-Factory's keys that are no field of Recipe: other names, keys without effect, refused keys."""
 
+import math
 import shlex
 from collections.abc import Mapping
 
@@ -41,17 +42,32 @@ _NO_EFFECT = {
     "output_dir has to be on a file system that every node sees": "data_shared_file_system",
     "transformers 5 always loads this way": "low_cpu_mem_usage",
     "padding never carries loss": "ignore_pad_token_for_loss",
-    "activations are recomputed here without Unsloth (gradient_checkpointing), and enable_liger_kernel saves memory": """
-        use_unsloth use_unsloth_gc""",
+    "gradient_checkpointing recomputes activations here, and enable_liger_kernel saves memory": """
+        use_unsloth use_unsloth_gc recompute_granularity recompute_method recompute_num_layers""",
     "FSDP wraps the model's own layers, unless fsdp_config or the accelerate config names others": """
-        fsdp_transformer_layer_cls_to_wrap""",
+        fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params""",
+    "KTransformers, which keeps experts in CPU memory, is not used; accelerate_configs/zero3_offload.yaml offloads a model": """
+        use_kt kt_optimize_rule cpu_infer chunk_size kt_weight_path kt_expert_checkpoint_path""",
+    "Megatron is not used; accelerate_configs/fsdp2.yaml splits a model, the loss is the mean over a step's labelled tokens": """
+        use_mca use_megatron_bridge tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size
+        virtual_pipeline_model_parallel_size sequence_parallel account_for_embedding_in_pipeline_split
+        account_for_loss_in_pipeline_split bias_activation_fusion apply_rope_fusion masked_softmax_fusion
+        cross_entropy_loss_fusion use_distributed_optimizer overlap_param_gather overlap_grad_reduce
+        calculate_per_token_loss""",
+    "transformers computes the experts; their balancing loss, which Megatron adds, needs moe_aux_loss_coef": """
+        expert_model_parallel_size moe_grouped_gemm moe_token_dispatcher_type""",
+    "HyperParallel is not used; accelerate_configs/fsdp2.yaml splits a model": "use_hyper_parallel hyper_parallel_args",
+    "one row is not split over GPUs; accelerate_configs/zero3.yaml and enable_liger_kernel save memory": """
+        sequence_parallel_size""",
+    "the model is saved as Hugging Face's in any case": "export_hf_on_finish",
+    "a quantized model is trained where accelerate puts it": "quantization_device_map",
     "it asks for faster kernels; enable_liger_kernel has some": "use_v1_kernels",
     "it asks for speed; nothing is computed in FP8, bf16: true computes in bfloat16": """
         fp8 fp8_backend fp8_enable_fsdp_float8_all_gather""",
     "transformers computes norms and the loss in float32 in any case": "upcast_layernorm upcast_lmhead_output",
     "accelerate launch starts the processes here; see accelerate_configs/": """
         use_ray ray_run_name ray_storage_path ray_storage_filesystem ray_num_workers ray_init_kwargs
-        resources_per_worker placement_strategy master_addr master_port""",
+        resources_per_worker placement_strategy master_addr master_port local_rank tpu_num_cores tpu_metrics_debug""",
     "the run is not profiled; trainer_log.jsonl has the tokens per second of each log line": """
         enable_torch_profiler profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_active_steps
         profiler_repeat profiler_record_shapes profiler_profile_memory profiler_with_stack profile_modules""",
@@ -69,11 +85,8 @@ _REFUSED = {
     "it would be stored beside the model; run `hf auth login` instead": """
         hf_hub_token hub_token push_to_hub_token""",
     "it would be stored beside the model; log in with the hub's own tool": "ms_hub_token om_hub_token",
-    "the launcher decides this; see accelerate_configs/": """
-        local_rank parallelism_config tpu_num_cores tpu_metrics_debug fsdp_min_num_params""",
+    "the launcher decides this; see accelerate_configs/": "parallelism_config",
     "it belongs in the accelerate config (mixed_precision: bf16); in a recipe write bf16: true": "mixed_precision",
-    "one row is not split over devices here; accelerate_configs/zero3.yaml and enable_liger_kernel save memory": """
-        sequence_parallel_size""",
     "only text is trained here": """
         media_dir image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels
         video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate freeze_vision_tower
@@ -87,21 +100,13 @@ _REFUSED = {
         reward_model_quantization_bit reward_model_type""",
     "it belongs to an inference server; start that with the saved model": """
         vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen
-        sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend""",
-    "KTransformers is not used here; accelerate_configs/zero3_offload.yaml trains large models in CPU memory": """
-        use_kt kt_optimize_rule kt_maxlen kt_use_cuda_graph kt_mode kt_force_think cpu_infer chunk_size mode
-        kt_weight_path kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num
-        kt_lora_expert_intermediate_size""",
-    "Megatron is not used here; accelerate_configs/fsdp2.yaml splits a model over GPUs": """
-        use_mca use_megatron_bridge tensor_model_parallel_size pipeline_model_parallel_size
-        expert_model_parallel_size context_parallel_size virtual_pipeline_model_parallel_size sequence_parallel
-        recompute_granularity recompute_method recompute_num_layers account_for_embedding_in_pipeline_split
-        account_for_loss_in_pipeline_split bias_activation_fusion apply_rope_fusion masked_softmax_fusion
-        cross_entropy_loss_fusion moe_grouped_gemm moe_token_dispatcher_type calculate_per_token_loss
-        use_distributed_optimizer overlap_param_gather overlap_grad_reduce use_packed_sequences
-        megatron_pretrained_checkpoint export_hf_on_finish extra_config""",
-    "HyperParallel is not used here; accelerate_configs/fsdp2.yaml splits a model over GPUs": """
-        use_hyper_parallel hyper_parallel_args""",
+        sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend kt_maxlen kt_use_cuda_graph kt_mode
+        kt_force_think mode""",
+    "no expert is added to the model; lora_target: all adapts those that it has": """
+        kt_use_lora_experts kt_lora_expert_num kt_lora_expert_intermediate_size""",
+    "write packing: true": "use_packed_sequences",
+    "give the model in Hugging Face's format in model_name_or_path": "megatron_pretrained_checkpoint",
+    "Megatron is not used here; write what is asked for as keys of this recipe": "extra_config",
     "BAdam 1.4 saves neither its layer nor its step, so that no run could go on; use_galore and use_apollo save memory": """
         use_badam badam_mode badam_start_block badam_switch_mode badam_switch_interval badam_update_ratio
         badam_mask_mode badam_verbose""",
@@ -113,10 +118,11 @@ _REFUSED = {
         use_asft_loss asft_alpha use_eaft_loss eaft_alpha""",
     "this change of the model is not made here; save a changed model and name it in model_name_or_path": """
         train_from_scratch new_special_tokens_config init_special_tokens""",
-    "each token passes every layer, and sees all before it; remove the line": "mixture_of_depths shift_attn",
+    "each token sees all before it; remove the line": "shift_attn",
+    "LLaMA-Factory 0.9.5 itself fails at it (mixture-of-depth 1.2.0, transformers 4.55 to 5.6); remove the line": """
+        mixture_of_depths""",
     "add the tokens to the tokenizer and the model once (docs/templates.md has the commands), and name the new folder": """
         add_tokens add_special_tokens new_special_tokens new_normal_tokens""",
-    "a quantized model is trained where accelerate puts it": "quantization_device_map",
     "give the adapter's whole path in adapter_name_or_path": "adapter_folder",
     "the chat template decides this; give another with template": "tool_format eos_token pad_token",
     "rows are tokenized with their special tokens whole": "split_special_tokens",
@@ -135,17 +141,16 @@ _REFUSED = {
 HARMLESS: dict[str, object] = {
     "asft_alpha": 0.1, "assistant_only_loss": True, "audio_sampling_rate": 16000, "badam_mask_mode": "adjacent",
     "badam_mode": "layer", "badam_switch_interval": 50, "badam_switch_mode": "ascending", "badam_update_ratio": 0.05,
-    "badam_verbose": 0, "context_parallel_size": 1, "dpo_label_smoothing": 0.0, "eaft_alpha": 1.0,
-    "expert_model_parallel_size": 1,
+    "badam_verbose": 0, "dpo_label_smoothing": 0.0, "eaft_alpha": 1.0,
     "freeze_multi_modal_projector": True, "freeze_vision_tower": True, "image_max_pixels": 768 * 768,
-    "image_min_pixels": 32 * 32, "init_special_tokens": "noise_init", "kto_chosen_weight": 1.0,
-    "kto_rejected_weight": 1.0, "local_rank": -1, "max_length": 1024, "mixed_precision": "bf16_mixed",
-    "overlap_grad_reduce": True,
-    "overlap_param_gather": True, "packing_strategy": "bfd", "pipeline_model_parallel_size": 1, "ppo_buffer_size": 1,
+    "image_min_pixels": 32 * 32, "init_special_tokens": "noise_init", "kt_maxlen": 4096, "kt_mode": "normal",
+    "kt_use_cuda_graph": True, "kto_chosen_weight": 1.0,
+    "kto_rejected_weight": 1.0, "max_length": 1024, "mixed_precision": "bf16_mixed", "mode": "normal",
+    "packing_strategy": "bfd", "ppo_buffer_size": 1,
     "ppo_epochs": 4, "ppo_target": 6.0, "pref_bco_weight": 0.0, "pref_beta": 0.1, "pref_ftx": 0.0,
-    "pref_loss": "sigmoid", "reward_model_type": "lora", "sequence_parallel_size": 1,
+    "pref_loss": "sigmoid", "reward_model_type": "lora",
     "sglang_lora_backend": "triton", "sglang_maxlen": 4096, "sglang_mem_fraction": 0.7, "sglang_tp_size": -1,
-    "simpo_gamma": 0.5, "tensor_model_parallel_size": 1, "use_distributed_optimizer": True, "video_fps": 2.0,
+    "simpo_gamma": 0.5, "video_fps": 2.0,
     "video_max_pixels": 256 * 256, "video_maxlen": 128, "video_min_pixels": 16 * 16, "vllm_gpu_util": 0.7,
     "vllm_max_lora_rank": 32, "vllm_maxlen": 4096,
 }
@@ -154,6 +159,9 @@ HARMLESS: dict[str, object] = {
 NO_EFFECT = {key: reason for reason, keys in _NO_EFFECT.items() for key in keys.split()}
 REFUSED = {key: reason for reason, keys in _REFUSED.items() for key in keys.split()}
 
+# How many GPUs share a row in Megatron (mcore_adapter's and LLaMA-Factory's bridge to it) and in sequence parallelism
+_SPLITS_ROWS = """
+    tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size sequence_parallel_size""".split()
 _V1_KEYS = {"model", "train_dataset", "peft_config", "kernel_config", "quant_config", "dist_config", "model_class"}
 _INFERENCE_KEYS = {"infer_backend", "infer_dtype", "do_sample", "vllm_maxlen", "vllm_enforce_eager", "sglang_maxlen"}
 
@@ -183,3 +191,17 @@ def recognise(given: Mapping[str, Given]) -> str | None:
             f"this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: {command}"
         )
     return None
+
+
+def batch_grows(given: Mapping[str, Given]) -> str | None:
+    """What to say where several GPUs would share a row: here each has its own, so that a step takes more rows."""
+    values = {key: one.value for key, one in given.items()}
+    names = [*_SPLITS_ROWS, *(["expert_model_parallel_size"] if values.get("use_megatron_bridge") is True else [])]
+    sizes = {key: size for key in names if isinstance(size := values.get(key), int) and 1 < size < 10_000}
+    times, steps = math.prod(sizes.values()), values.get("gradient_accumulation_steps") or 1
+    if times == 1 or values.get("global_batch_size"):
+        return None
+    keeps = f"1/{times} of the GPUs keeps the batch"
+    if isinstance(steps, int) and steps % times == 0:
+        keeps = f"gradient_accumulation_steps: {steps // times} instead of them keeps the batch"
+    return f"{', '.join(sizes)}: each GPU has rows of its own here, {times} times as many a step; {keeps}"

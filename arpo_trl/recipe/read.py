@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from ..errors import RecipeError
 from .keys import COMMAND_LINE, Recipe, in_words, keys
-from .llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED, recognise
+from .llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED, batch_grows, recognise
 from .rules import conflicts, resolve
 from .yaml_file import Given, Problems, read_file, read_overrides, shorten
 
@@ -34,12 +34,14 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     path, all_read = COMMAND_LINE if path is None else Path(path), not problems
     if other_form := recognise(given):
         raise RecipeError(f"{path}: {other_form}")
+    larger = batch_grows(given)
     no_effect = _keep_known_keys(given, problems)
     recipe = _typed(given, problems)
     if recipe:
         lines = {key: int(location[5:]) for key, (_, location, _) in given.items() if location.startswith("line ")}
-        notices = tuple(f"{path}: {', '.join(names)}: no effect; {why}" for why, names in no_effect.items())
-        source = replace(recipe.source, path=path, lines=lines, notices=notices)
+        notices = [f"{path}: {', '.join(names)}: no effect; {why}" for why, names in no_effect.items()]
+        notices += [f"{path}: {larger}"] if larger else []
+        source = replace(recipe.source, path=path, lines=lines, notices=tuple(notices))
         recipe = recipe.model_copy(update={"source": source})
         if all_read:  # a value that was not read could settle a conflict
             problems += [(_location(key, given), f"{key}: {why}") for key, why in conflicts(recipe)]

@@ -153,6 +153,8 @@ def silence_libraries() -> None:
         "ignore", category=FutureWarning, module=r"(trl|transformers|accelerate|peft|torch|galore_torch)\b.*"
     )
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.(utils\.checkpoint|autograd)\b.*")
+    # peft 0.21 looks for the rank of fused experts among modules alone: https://github.com/huggingface/peft/pull/3588
+    warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match", module="peft")
     # A checkpoint holds tied weights once; Trainer says so on every resume.
     logging.getLogger("transformers.trainer").addFilter(lambda record: TIED_HEAD_IS_MISSING not in record.getMessage())
     # It looks for a kernel on the hub as soon as it is imported, on a machine that will never use it.

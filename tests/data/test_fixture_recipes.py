@@ -20,7 +20,16 @@ import torch
 import yaml
 from compare_templates import make_tokenizer, tokens_of
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from arpo_trl.__main__ import main
 from arpo_trl.data.labels import IGNORED
@@ -68,11 +77,7 @@ REFUSED = {
     "extras/asft/qwen2_full_asft": "use_asft_loss: this loss is not offered",
     "extras/badam/llama3_full_sft": "use_badam: BAdam 1.4 saves neither its layer nor its step",
     "extras/eaft/qwen25_05b_eaft_full": "use_eaft_loss: this loss is not offered",
-    "extras/mod/llama3_full_sft": "mixture_of_depths: each token passes every layer",
-    "ktransformers/train_lora/deepseek_v2_lora_sft_kt": "use_kt: KTransformers is not used here",
-    "ktransformers/train_lora/deepseek_v3_lora_sft_kt": "use_kt: KTransformers is not used here",
-    "ktransformers/train_lora/qwen3moe_lora_sft_kt": "use_kt: KTransformers is not used here",
-    "megatron/qwen3_moe_full": "pipeline_model_parallel_size: Megatron is not used here",
+    "extras/mod/llama3_full_sft": "mixture_of_depths: LLaMA-Factory 0.9.5 itself fails at it",
 }
 QUANTIZED = [name for name in EXAMPLES if name.endswith(("_gptq", "_awq", "_aqlm"))]
 RUN = [
@@ -80,7 +85,20 @@ RUN = [
     for name, keys in EXAMPLES.items()
     if name not in REFUSED and name not in QUANTIZED and keys["template"] not in MULTIMODAL
 ]
-FAMILIES = {"A3B": Qwen3MoeConfig, "qwen3": Qwen3Config, "qwen": Qwen2Config, "": LlamaConfig}  # the first that fits
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+QWEN_EXPERTS = EXPERTS | {"num_experts": 4}
+DEEPSEEK_EXPERTS = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+DEEPSEEK_EXPERTS |= {"first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 16}
+DEEPSEEK_EXPERTS |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+FAMILIES: dict[str, tuple[Any, dict[str, int]]] = {  # the first whose name fits
+    "DeepSeek-V2": (DeepseekV2Config, DEEPSEEK_EXPERTS),
+    "DeepSeek-V3": (DeepseekV3Config, DEEPSEEK_EXPERTS),
+    "A22B": (Qwen3MoeConfig, QWEN_EXPERTS),
+    "A3B": (Qwen3MoeConfig, QWEN_EXPERTS),
+    "qwen3": (Qwen3Config, {}),
+    "qwen": (Qwen2Config, {}),
+    "": (LlamaConfig, {}),
+}
 
 
 @pytest.fixture
@@ -182,13 +200,13 @@ def test_a_recipe_of_llama_factorys_passes_check_and_trains_two_steps(source: Pa
     keys = yaml.safe_load(path.read_text(encoding="utf-8"))
     rows, given = write_inputs(path, keys["template"], place)
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
-    kind = next(kind for name, kind in FAMILIES.items() if name in f"{keys['model_name_or_path']} {keys['template']}")
+    kind, own = next(
+        two for name, two in FAMILIES.items() if name in f"{keys['model_name_or_path']} {keys['template']}"
+    )
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
     sizes |= {"num_hidden_layers": 8 if keys.get("use_llama_pro") else 2}
-    if kind is Qwen3MoeConfig:
-        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     # 512: transformers' Qwen2 tokenizer adds a token for padding.
-    config = kind(**sizes, vocab_size=512, eos_token_id=tokenizer.eos_token_id)
+    config = kind(**(sizes | own), vocab_size=512, eos_token_id=tokenizer.eos_token_id)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(place / "model")
     given += ["deepspeed=null", "fsdp=null", "max_steps=2", "logging_steps=1", "report_to=none"]

@@ -121,8 +121,9 @@ WRONG = [
     ("image_max_pixels: 262144", "image_max_pixels: only text is trained here"),
     ("mixed_precision: bf16", "mixed_precision: it belongs in the accelerate config (mixed_precision: bf16); in a recipe write bf16: true"),
     ("swanlab_api_key: k", "swanlab_api_key: it would be stored beside the model; set the environment variable SWANLAB_API_KEY"),
-    ("use_megatron_bridge: true", "use_megatron_bridge: Megatron is not used here; accelerate_configs/fsdp2.yaml splits a model over GPUs"),
-    ("sequence_parallel_size: 4", "sequence_parallel_size: one row is not split over devices here; accelerate_configs/zero3.yaml and enable_liger_kernel save memory"),
+    ("extra_config: x.json", "extra_config: Megatron is not used here; write what is asked for as keys of this recipe"),
+    ("use_packed_sequences: true", "use_packed_sequences: write packing: true"),
+    ("kt_lora_expert_num: 2", "kt_lora_expert_num: no expert is added to the model; lora_target: all adapts those that it has"),
     ("ppo_epochs: 2", "ppo_epochs: it belongs to stage ppo, which TRL no longer has; its GRPOTrainer and RLOOTrainer are for reinforcement learning"),
     ("vllm_maxlen: 8192", "vllm_maxlen: it belongs to an inference server; start that with the saved model"),
     # together
@@ -172,7 +173,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Pa
     assert problems(tmp_path, text, "lora_rank=a", "seed") == [
         "line 1    cutoff_len: expected a whole number of tokens, found '4k'",
         "line 2    warmup_ration: no such key; the nearest is warmup_ratio",
-        "line 3    shift_attn: each token passes every layer, and sees all before it; remove the line",
+        "line 3    shift_attn: each token sees all before it; remove the line",
         "line 5    save_steps: expected a number, found 'x'",
         "missing   model_name_or_path: every recipe needs it. The base model: a hub id or a local folder.",
         "override  seed: expected key=value",
@@ -463,6 +464,26 @@ def test_keys_that_ask_only_for_speed_pass_with_a_line(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "".join(f"{key}: true\n" for key in keys))
     notices = read_recipe(path).notices
     assert all(any(key in line.split(": no effect; ")[0] for line in notices) for key in keys) and len(notices) == 5
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("pipeline_model_parallel_size: 4\ntensor_model_parallel_size: 2\ngradient_accumulation_steps: 16", "8 times as many a step; gradient_accumulation_steps: 2 instead of them keeps the batch"),
+        ("pipeline_model_parallel_size: 4\ngradient_accumulation_steps: 6", "4 times as many a step; 1/4 of the GPUs keeps the batch"),
+        ("sequence_parallel_size: 2", "2 times as many a step; 1/2 of the GPUs keeps the batch"),
+        ("expert_model_parallel_size: 2\ncontext_parallel_size: 3", "3 times as many a step; 1/3 of the GPUs keeps the batch"),
+        ("expert_model_parallel_size: 2\nuse_megatron_bridge: true", "2 times as many a step; 1/2 of the GPUs keeps the batch"),
+        ("expert_model_parallel_size: 2\ntensor_model_parallel_size: 1\nsequence_parallel: true", None),
+        ("pipeline_model_parallel_size: 4\nglobal_batch_size: 64", None),
+    ],
+)  # fmt: skip
+def test_gpus_that_would_share_a_row_are_told_of_the_larger_batch(
+    tmp_path: Path, lines: str, said: str | None
+) -> None:
+    notices = read_recipe(write(tmp_path, f"{GOOD}{lines}\n")).notices
+    told = [line.split("of its own here, ")[1] for line in notices if "rows of its own" in line]
+    assert told == [said] * (said is not None)
 
 
 def test_swanlab_of_llama_factory_becomes_a_tracker(tmp_path: Path) -> None:
