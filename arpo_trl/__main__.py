@@ -21,7 +21,7 @@ from pathlib import Path
 os.environ.setdefault("USE_LIBUV", "0")
 
 from . import __version__
-from .errors import RecipeError, RunFailed, printable, program
+from .errors import RecipeError, RunFailed, in_one_line, printable, program
 from .recipe import Recipe, read_recipe
 from .recipe.command_line import CommandLine, read_command_line
 from .recipe.help import explain, list_text, usage
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         notes = getattr(error, "__notes__", None)  # where training.log has the traceback
         if notes:
-            print(printable("; ".join([_in_one_line(error), *notes])), file=sys.stderr)
+            print(printable("; ".join([_describe(error), *notes])), file=sys.stderr)
         else:
             print(printable(traceback.format_exc()), file=sys.stderr, end="")
         return 1
@@ -148,12 +148,12 @@ def _recipe(line: CommandLine) -> Recipe:
     return check_inputs(read_recipe(line.words[0] if line.words else None, line.overrides))
 
 
-def _in_one_line(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     """What a library raised: its kind, its words, and the last line of ours that it passed."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [(Path(frame.filename), frame.lineno) for frame in frames if HERE in Path(frame.filename).parents]
     location = f" (arpo_trl/{ours[-1][0].relative_to(HERE).as_posix()}:{ours[-1][1]})" if ours else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'without a word'}{location}"
+    return f"{type(error).__name__}: {in_one_line(error)}{location}"
 
 
 def _stop_with_launcher() -> None:

@@ -20,6 +20,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def in_one_line(error: BaseException) -> str:
+    """What a library raised, for a line of ours: no more than 500 characters, and its kind where it says nothing."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from .errors import RecipeError, RunFailed
+from .errors import RecipeError, RunFailed, in_one_line
 
 
 def folder_bytes(folder: Path) -> int:
@@ -59,9 +59,8 @@ def full_disk_in_a_line() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (RecipeError, RunFailed)) or not is_full_disk(error):
             raise
-        reason = " ".join(str(error).split())[:300]
         raise RunFailed(
-            f"disk full ({reason}); free some space and give the same command again: it goes on from the last whole "
+            f"disk full ({in_one_line(error)}); free some space and give the same command again: it goes on from the last whole "
             "checkpoint (with overwrite_output_dir: true, add resume_from_checkpoint=true)"
         ) from error
 

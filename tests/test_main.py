@@ -16,6 +16,7 @@ import small_run
 import arpo_trl
 from arpo_trl import machine, run_folder
 from arpo_trl.__main__ import _collector_waits, main
+from arpo_trl.errors import in_one_line
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.recipe.command_line import OPTIONS, read_command_line
 from arpo_trl.recipe.keys import keys
@@ -194,3 +195,8 @@ def test_a_file_that_windows_holds_for_a_moment_is_replaced_all_the_same(
     monkeypatch.setattr(sys, "platform", "win32")
     run_folder.write_json(tmp_path / "run.json", 2)
     assert run_folder.read_json(tmp_path / "run.json") == 2 and not refusals
+
+
+def test_what_a_library_raised_becomes_part_of_a_line() -> None:
+    assert in_one_line(OSError("no\n  such\tfile")) == "no such file"
+    assert in_one_line(ValueError()) == "ValueError" and len(in_one_line(ValueError("x" * 9999))) == 500

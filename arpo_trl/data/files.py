@@ -17,7 +17,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import DatasetError, RowError, printable
+from ..errors import DatasetError, RowError, in_one_line, printable
 from ..recipe.keys import Recipe
 from .registry import DatasetInfo, find_registry, select_datasets
 from .strict_json import decode_json, parse_json
@@ -185,8 +185,7 @@ def _load_hub(info: DatasetInfo, streaming: bool) -> Dataset | IterableDataset:
     try:
         return load_dataset(info.hub, info.subset, data_dir=info.folder, split=info.split, streaming=streaming)
     except Exception as error:  # load_dataset raises what its many backends raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DatasetError(f"{info.place}: {info.hub} cannot be loaded ({reason[0][:200]})") from None
+        raise DatasetError(f"{info.place}: {info.hub} cannot be loaded ({in_one_line(error)})") from None
 
 
 def _read_jsonl(path: Path) -> Lines:
@@ -317,8 +316,7 @@ def _read_arrow(path: Path) -> Lines:
                 number += 1
                 yield number, value
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise DatasetError(f"{path}:{number + 1}: cannot be read ({reason[:200]})") from None
+        raise DatasetError(f"{path}:{number + 1}: cannot be read ({in_one_line(error)})") from None
 
 
 def _read_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:

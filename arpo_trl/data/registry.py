@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from ..errors import DatasetError, RowError
+from ..errors import DatasetError, RowError, in_one_line
 from ..recipe.keys import Recipe, in_words
 from .strict_json import EXCERPT, excerpt, parse_json
 
@@ -164,10 +164,8 @@ def _download_registry(name: str, cache_dir: str | None) -> Path:
     try:
         return Path(hf_hub_download(name, "dataset_info.json", repo_type="dataset", cache_dir=cache_dir)).parent
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DatasetError(
-            f"{name}: the hub gives no dataset_info.json of this dataset repository ({reason})"
-        ) from None
+        what = f"the hub gives no dataset_info.json of this dataset repository ({in_one_line(error)})"
+        raise DatasetError(f"{name}: {what}") from None
 
 
 def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:

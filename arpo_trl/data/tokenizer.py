@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers.processors import TemplateProcessing
 
-from ..errors import DatasetError
+from ..errors import DatasetError, in_one_line
 from ..recipe.keys import Recipe
 from ..recipe.template_names import SHIPPED, THE_TOKENIZERS_OWN, check_template_name
 from .labels import IGNORED, ExampleConfig, Tokenize, Tokens, carry_loss, to_examples
@@ -75,8 +75,7 @@ def _load(recipe: Recipe) -> PreTrainedTokenizerBase:
         found = (
             "no tokenizer could be loaded from it" if Path(name).is_dir() else "no such folder, nor given by the hub"
         )
-        reason = " ".join(str(error).split())[:300]
-        raise recipe.error("model_name_or_path", f"{name}: {found} ({reason})") from None
+        raise recipe.error("model_name_or_path", f"{name}: {found} ({in_one_line(error)})") from None
 
 
 def _read_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:

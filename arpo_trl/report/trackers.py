@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import in_one_line
 from .console import say
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def _wandb_login() -> Iterator[tuple[str, str]]:
         if not wandb.login(prompt=False):
             yield "report_to", f"wandb has no login; {WANDB_WAYS_OUT}"
     except wandb.Error as error:  # a key that the server refuses, or no server
-        yield "report_to", f"wandb login failed ({' '.join(str(error).split())[:200]}); {WANDB_WAYS_OUT}"
+        yield "report_to", f"wandb login failed ({in_one_line(error)}); {WANDB_WAYS_OUT}"
 
 
 def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier: Manifest | None) -> None:
@@ -101,8 +102,8 @@ def _start_wandb(recipe: Recipe, args: SFTConfig, output_dir: Path, name: str, m
             config=manifest.model_dump(include=TOLD_TO_WANDB),
         )
     except wandb.Error as error:
-        reason = " ".join(str(error).split())
-        raise recipe.error("report_to", f"wandb could not begin a run ({reason}); {WANDB_WAYS_OUT}") from error
+        what = f"wandb could not begin a run ({in_one_line(error)}); {WANDB_WAYS_OUT}"
+        raise recipe.error("report_to", what) from error
 
 
 def log_samples(trackers: Collection[str], step: int, rows: list[dict[str, str]]) -> None:

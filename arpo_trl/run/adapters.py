@@ -21,6 +21,7 @@ from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from ..errors import in_one_line
 from ..recipe.keys import Recipe
 from .sft_config import to_adapter_config
 
@@ -75,7 +76,7 @@ def new_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise recipe.error(target, str(error).splitlines()[0]) from error
+        raise recipe.error(target, in_one_line(error)) from error
 
 
 def _not_for_lora(model: PreTrainedModel) -> list[str]:
@@ -133,8 +134,8 @@ def _load_adapter(recipe: Recipe, model: PreTrainedModel, adapter: str, is_train
             peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
             saved = {name for name in load_peft_weights(adapter, device="cpu") if ".lora_" in name or ".oft_" in name}
     except (OSError, ValueError, RuntimeError, UserWarning) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise recipe.error("adapter_name_or_path", f"{adapter} could not be loaded: {reason}") from error
+        what = f"{adapter} could not be loaded: {in_one_line(error)}"
+        raise recipe.error("adapter_name_or_path", what) from error
     if extra := saved - get_peft_model_state_dict(peft_model).keys():
         raise recipe.error(
             "adapter_name_or_path", f"{adapter} does not fit the model, which has no module for {min(extra)}"

@@ -33,7 +33,7 @@ from ..data.messages import Conversation, Fields, Message, to_tools
 from ..data.segments import to_segments
 from ..data.template import Template, find_template
 from ..data.tokenizer import make_tokenize
-from ..errors import RecipeError, RowError
+from ..errors import RecipeError, RowError, in_one_line
 from ..report.manifest import Results, read_manifest
 from .model import end_tokens
 from .predict import Model, decode
@@ -126,9 +126,8 @@ def load_chat(args: argparse.Namespace) -> Chat:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map=device)
     except (OSError, ValueError) as error:  # no weights yet, or an adapter whose base is elsewhere
-        reason = " ".join(str(error).split())[:200]
         way_out = "give the output_dir of a finished run, from the folder where it was started"
-        raise RecipeError(f"{args.model}: can't be loaded ({reason}); {way_out}") from None
+        raise RecipeError(f"{args.model}: can't be loaded ({in_one_line(error)}); {way_out}") from None
     if not tokenizer.chat_template:
         raise RecipeError(
             f"{args.model}: its tokenizer has no chat template; give the output_dir of a run of arpo_trl"

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..errors import RunFailed
+from ..errors import RunFailed, in_one_line
 from ..machine import free_space, is_full_disk, missing_space
 from ..report.console import say
 from ..run_folder import checkpoint_step, list_checkpoints, match_umask, read_json, write_json
@@ -127,7 +127,7 @@ def _list_files(folder: Path, durable: bool) -> int:
 
 
 def _stop_or_go_on(trainer: ArpoTrainer, folder: Path, error: Exception) -> None:
-    reason = " ".join(str(error).split())
+    reason = in_one_line(error)
     if is_full_disk(error):
         needed, free = trainer.checkpoint_bytes / 1e9, free_space(folder.parent) / 1e9
         reason = f"disk full ({reason}); a checkpoint takes {needed:.3f} GB, {free:.3f} are free"

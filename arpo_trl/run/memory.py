@@ -19,6 +19,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from ..data.audit import token_lengths
 from ..data.labels import IGNORED
+from ..errors import in_one_line
 from ..machine import free_memory
 from ..recipe.keys import Recipe
 from .adapters import new_adapter
@@ -109,8 +110,8 @@ def model_shape(recipe: Recipe) -> PreTrainedModel | PeftModel:
     try:
         config = load_model_config(recipe)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise recipe.error("model_name_or_path", f"{recipe.model_name_or_path}: no model there ({reason})") from None
+        what = f"{recipe.model_name_or_path}: no model there ({in_one_line(error)})"
+        raise recipe.error("model_name_or_path", what) from None
     dtype = getattr(config, "dtype", None) if kwargs["dtype"] == "auto" else kwargs["dtype"]
     given = {"trust_remote_code": kwargs["trust_remote_code"], "dtype": dtype or torch.float32}
     with torch.device("meta"):

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..errors import in_one_line
 from ..recipe.keys import Recipe
 from .adapters import trained_blocks, with_adapter
 from .sft_config import load_model_config, model_init_kwargs, rope_is_ignored, to_quantization_config
@@ -42,9 +43,7 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise recipe.error(
-            "model_name_or_path", f"{name} could not be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise recipe.error("model_name_or_path", f"{name} could not be loaded: {in_one_line(error)}") from error
     model: PreTrainedModel
     model, loaded = found
     for kind in ("missing", "unexpected"):

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..data.audit import token_lengths
 from ..data.labels import IGNORED
+from ..errors import in_one_line
 from ..machine import gpu_memory, peak_memory
 from ..recipe.keys import Recipe
 from ..report.console import say
@@ -145,7 +146,7 @@ def require_rows_apart(recipe: Recipe, trainer: ArpoTrainer) -> None:
             apart = _rows_are_apart(trainer)
         reason = "lets rows that are laid end to end see each other"
     except ValueError as error:  # as Qwen3-Next's linear attention says it
-        apart, reason = False, f"can't lay rows end to end: {' '.join(str(error).split())}"
+        apart, reason = False, f"can't lay rows end to end: {in_one_line(error)}"
     if not apart:
         config = trainer.model.config
         keys = ("packing", "neat_packing") if recipe.packing else ("padding_free",)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, Sched
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trl.trainer.sft_config import SFTConfig
 
-from ..errors import RecipeError
+from ..errors import RecipeError, in_one_line
 from ..recipe.keys import Recipe
 from ..recipe.rules import wandb_is_disabled
 
@@ -100,7 +100,7 @@ def _try_scheduler(recipe: Recipe, config: SFTConfig) -> None:
         get_scheduler(name, optimizer, 0, 10, scheduler_specific_kwargs=dict(settings or {}))
     except (TypeError, ValueError) as error:
         key = "lr_scheduler_kwargs" if settings else "lr_scheduler_type"
-        reason = f"{name.value}: {str(error).splitlines()[0]}"
+        reason = f"{name.value}: {in_one_line(error)}"
         raise recipe.error(key, f"{reason}; lr_scheduler_kwargs holds what a schedule needs") from error
 
 
@@ -121,7 +121,7 @@ def _objection(settings: Keywords) -> str | None:
     try:
         SFTConfig(**settings)
     except Exception as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return in_one_line(error)
     return None
 
 

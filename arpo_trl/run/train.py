@@ -18,7 +18,7 @@ from trl.trainer.sft_config import SFTConfig
 from ..data.prepare import PreparedData, prepare_datasets
 from ..data.template import template_of
 from ..data.tokenizer import load_tokenizer
-from ..errors import RecipeError, RunFailed
+from ..errors import RecipeError, RunFailed, in_one_line
 from ..machine import full_disk_in_a_line, missing_space
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
@@ -227,10 +227,9 @@ def push(trainer: ArpoTrainer) -> None:
     try:
         trainer.push_to_hub()
     except Exception as error:  # the Hub's client raises what its many backends raise
-        reason = " ".join(str(error).split())[:300]
         folder, hub_id = trainer.args.output_dir, trainer.hub_model_id
         raise RunFailed(
-            f"push_to_hub: the model is saved in {folder} and was not uploaded ({reason}); hf upload {hub_id} {folder}"
+            f"push_to_hub: the model is saved in {folder} and was not uploaded ({in_one_line(error)}); hf upload {hub_id} {folder}"
         ) from error
 
 
