@@ -19,11 +19,13 @@ def folder_bytes(folder: Path) -> int:
 
 def free_space(folder: Path) -> int:
     """Bytes free on the disk of `folder`, which need not be there yet; 0 where there is no such disk."""
-    folder = folder.absolute()
-    for place in (folder, *folder.parents):
-        if place.exists():
-            return shutil.disk_usage(place).free
-    return 0
+    there = nearest_there(folder)
+    return shutil.disk_usage(there).free if there else 0
+
+
+def nearest_there(path: Path) -> Path | None:
+    """The path, if it is there, or else the nearest folder above it that is; None on a drive that is not there."""
+    return next((place for place in (path, *path.absolute().parents) if place.exists()), None)
 
 
 def missing_space(folder: Path, needed: int, what: str) -> str | None:

@@ -21,6 +21,7 @@ from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.recipe.command_line import OPTIONS, read_command_line
 from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
+from arpo_trl.run.requirements import check_inputs
 
 
 @pytest.fixture
@@ -169,12 +170,13 @@ def test_a_console_without_chinese_shows_escapes(recipe: Path, monkeypatch: pyte
         assert escaped in stream.buffer.getvalue().decode("cp1252")  # type: ignore[attr-defined]
 
 
-def test_a_drive_that_is_not_there_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drive_that_is_not_there_has_no_room(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "exists", lambda path, **kwargs: False)
     assert machine.free_space(Path("Z:/run")) == 0
     assert str(machine.missing_space(Path("/run"), 1, "a checkpoint")).startswith(
         "there is no drive /; point output_dir"
     )
+    assert check_inputs(read_recipe(recipe))  # the drive's own error comes where its room is asked for
 
 
 def test_a_file_that_windows_holds_for_a_moment_is_replaced_all_the_same(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import get_model_param_count
 
 from ..data.prepare import PreparedData
 from ..machine import free_space
@@ -56,9 +58,8 @@ def describe_setup(recipe: Recipe, model: PreTrainedModel | PeftModel, args: Tra
 def describe_model(model: PreTrainedModel | PeftModel) -> str:
     """How many parameters there are, and how many are trained (an adapter's)."""
     total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
-    if any(hasattr(p, "ds_numel") for p in model.parameters()):  # ZeRO-3 leaves parameters empty, their size beside
-        sizes = [(int(getattr(p, "ds_numel", 0)), p.requires_grad) for p in model.parameters()]
-        total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    if is_deepspeed_zero3_enabled():  # which leaves parameters empty, with their size beside them
+        total, trained = get_model_param_count(model), get_model_param_count(model, trainable_only=True)
     if total == trained:
         return f"{total:,} parameters, all trained"
     return f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.2g} %)"

@@ -20,6 +20,7 @@ from pathlib import Path
 from ..data.files import check_datasets
 from ..data.registry import select_datasets
 from ..errors import DatasetError, RecipeError
+from ..machine import nearest_there
 from ..recipe.keys import Recipe
 from ..report.trackers import missing_trackers
 from ..run_folder import MANIFEST, read_json
@@ -175,10 +176,10 @@ def _no_json_file(path: str) -> str | None:
 
 def _no_folder(path: str) -> str | None:
     try:
-        there = next(part for part in (Path(path), *Path(path).absolute().parents) if part.exists())
+        there = nearest_there(Path(path))
     except (OSError, ValueError) as error:
         return f"{path}: no folder can have this name ({getattr(error, 'strerror', None) or error})"
-    return None if there.is_dir() else f"{path}: expected a folder, and {there} is a file"
+    return f"{path}: expected a folder, and {there} is a file" if there and not there.is_dir() else None
 
 
 def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import small_run
 import torch
+from transformers import AutoModelForCausalLM, trainer_pt_utils
 
+from arpo_trl.report import start_report
 from arpo_trl.report.end_report import resume_command
 from arpo_trl.report.log_file import read_log
 from arpo_trl.report.manifest import read_manifest
-from arpo_trl.report.start_report import missing_gpu
+from arpo_trl.report.start_report import describe_model, missing_gpu
 
 pytestmark = small_run.QUIET
 
@@ -90,3 +92,17 @@ def test_a_plot_that_cannot_be_written_does_not_fail_a_run_that_is_saved(tiny_mo
     assert "training_loss.png could not be written" in said and said.count("\n") > 10
     first = read_log(run / "trainer_log.jsonl")[0]
     assert first["current_steps"] == 0 and first["eval_loss"] > 0
+
+
+def test_zero3_s_empty_parameters_count_as_large_as_they_are(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed leaves their size beside them, as `ds_numel`."""
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.lm_head.requires_grad_(False)
+    whole = describe_model(model)
+    for parameter in model.parameters():
+        parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
+    for module in (start_report, trainer_pt_utils):
+        monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
+    assert describe_model(model) == whole and " trained (" in whole
