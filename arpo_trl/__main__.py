@@ -27,6 +27,7 @@ from .recipe.command_line import CommandLine, read_command_line
 from .recipe.help import explain, list_text, usage
 from .recipe.starter import write_starter
 from .report.console import silence_libraries
+from .run.arguments import chat_arguments, merge_arguments
 from .run.requirements import check_inputs, check_packages
 
 HERE = Path(__file__).parent
@@ -65,14 +66,16 @@ def _run(argv: Sequence[str]) -> int:
         print(usage())
         return 2
     if argv[0] == "chat" and not isfile("chat"):
+        args = chat_arguments(argv[1:])
         with _collector_waits():
             from .run.chat import chat_command
-        chat_command(argv[1:])
+        chat_command(args)
         return 0
     if argv[0] == "merge" and not isfile("merge"):
+        args = merge_arguments(argv[1:])
         with _collector_waits():
             from .run.merge import merge_command
-        print(merge_command(argv[1:]))
+        print(merge_command(args))
         return 0
     line = read_command_line(argv)
     commands: dict[str, Callable[[CommandLine], int | None]] = {

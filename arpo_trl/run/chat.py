@@ -1,19 +1,9 @@
-"""`arpo-trl chat MODEL`: talk with a trained model; where it calls a tool, go on as ARPO rolls out.
-
-    arpo-trl chat checkpoints/tiny_cpu                                    until an empty line
-    arpo-trl chat checkpoints/tiny_cpu --prompt "Who founded Karamont?"   one question
-    arpo-trl chat checkpoints/tool_calls_demo --tools tools.json          tools as a row's `tools` has them
-    arpo-trl chat checkpoints/tiny_cpu --run-python                       <python> blocks are really run
-
-After a call you type the tool's result. It is given as a turn, or inside the model's turn, as its training data has it.
-"""
+"""`arpo-trl chat MODEL`: a conversation with a trained model, in which tools are called. Its words: arguments.py."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -29,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..data.messages import Conversation, Fields, Message, to_tools
+from ..data.messages import Conversation, Fields, Message
 from ..data.segments import to_segments
 from ..data.template import Template, find_template
 from ..data.tokenizer import make_tokenize
@@ -104,23 +94,12 @@ def find_results_form(model: Path) -> Results | None:
     return manifest.results if manifest else None
 
 
-def read_tools(path: Path) -> list[Fields] | None:
-    """As training reads a row's `tools`: a list, or the JSON text of one; the template is given the same."""
-    try:
-        return to_tools(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RowError) as error:
-        raise RecipeError(f"--tools: {path}: {error}; expected a JSON file with what a row has in `tools`") from None
-
-
 def load_chat(args: argparse.Namespace) -> Chat:
     """Load the model.
 
     Raises:
-        RecipeError: it isn't there, or its template can't be rendered.
+        RecipeError: its files can't be read, or its template can't be rendered.
     """
-    if not (args.model / "tokenizer_config.json").is_file():
-        raise RecipeError(f"{args.model}: no model here; give the output_dir of a finished run")
-    tools = read_tools(args.tools) if args.tools else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,7 +127,7 @@ def load_chat(args: argparse.Namespace) -> Chat:
         pad_token_id=tokenizer.pad_token_id,
         stop_strings=["</python>", "</search>"] if results == "inside" else None,
     )
-    return Chat(model.eval(), tokenizer, find_template(tokenizer), tools, results or "turn", config)
+    return Chat(model.eval(), tokenizer, find_template(tokenizer), args.tools, results or "turn", config)
 
 
 def ask(prompt: str) -> str:
@@ -192,28 +171,12 @@ def answer(chat: Chat, messages: list[Message], limits: Limits | None, one_quest
     return True
 
 
-def chat_command(argv: Sequence[str]) -> None:
-    """Run the words after `arpo-trl chat`.
+def chat_command(args: argparse.Namespace) -> None:
+    """Ask and answer, until nothing is typed. `args`: of `chat_arguments`.
 
     Raises:
-        RecipeError: the model or a file isn't there.
+        RecipeError: the model can't be loaded.
     """
-    parser = argparse.ArgumentParser(
-        prog="arpo-trl chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder, or an adapter folder")
-    parser.add_argument("--prompt", help="answer this and stop")
-    parser.add_argument("--system", help="the system prompt (default: the chat template's own)")
-    parser.add_argument("--tools", type=Path, metavar="FILE.json", help="the tools that the model is told of")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="tokens between two results at most (512)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default): always the likeliest token")
-    parser.add_argument(
-        "--results", choices=("turn", "inside"), help="where results go (default: as in the run's training data)"
-    )
-    parser.add_argument("--run-python", action="store_true", help="run <python> blocks on this machine, as you")
-    parser.add_argument("--time-limit", type=float, default=Limits.seconds, help="seconds of a program (20)")
-    parser.add_argument("--memory-limit", type=int, default=Limits.megabytes, help="MB of a program (1024)")
-    args = parser.parse_args(argv)
     logging.disable_progress_bar()
     chat = load_chat(args)
     limits = Limits(args.time_limit, args.memory_limit) if args.run_python else None

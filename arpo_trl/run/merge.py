@@ -1,14 +1,8 @@
-"""`arpo-trl merge ADAPTER OUTPUT`: an adapter and its base as one model, for programs that load whole models only.
-
-OUTPUT is a model folder in the base model's dtype, with the adapter's tokenizer and chat template; its configs stop at
-the tokenizer's end-of-turn token. The sum is taken in float32 and must predict what the adapter predicts; OUTPUT is
-read back.
-"""
+"""`arpo-trl merge ADAPTER OUTPUT`: an adapter and its base as one model. Its words: arguments.py."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,17 +29,8 @@ class Merged(NamedTuple):
     most: float
 
 
-def merge_command(argv: Sequence[str]) -> str:
-    """Run the words after `arpo-trl merge` and return what to print."""
-    parser = argparse.ArgumentParser(
-        prog="arpo-trl merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="the output_dir of a LoRA run")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="a folder that is not there yet")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the base model's file if omitted"
-    )
-    args = parser.parse_args(argv)
+def merge_command(args: argparse.Namespace) -> str:
+    """Merge, and return what to print. `args`: of `merge_arguments`."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     merged = merge(args.adapter, args.output, args.dtype)
@@ -58,17 +43,12 @@ def merge_command(argv: Sequence[str]) -> str:
 
 
 def merge(adapter: Path, output: Path, dtype_name: str | None = None) -> Merged:
-    """Write the merged model.
+    """Write the merged model into a folder that is empty, or not there yet.
 
     Raises:
-        RecipeError: a folder is not what it should be, or the base model isn't there.
+        RecipeError: the base model isn't there.
         RunFailed: the sum predicts something else than the adapter, or `output` does not hold the sum.
     """
-    for name in ("adapter_config.json", "tokenizer_config.json"):
-        if not (adapter / name).is_file():
-            raise RecipeError(f"{adapter}: no {name} here; give the output_dir of a LoRA run")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise RecipeError(f"{output}: not empty; give a folder that is not there yet")
     base, own_dtype = _load_base(adapter)
     dtype: torch.dtype = getattr(torch, dtype_name) if dtype_name else own_dtype
     tokenizer = AutoTokenizer.from_pretrained(adapter)

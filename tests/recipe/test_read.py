@@ -622,6 +622,24 @@ def test_help_is_one_screen_in_under_a_second_without_torch(tmp_path: Path) -> N
     assert seconds < 1
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("chat --help", 0, "usage: arpo-trl chat "),
+        ("merge --help", 0, "usage: arpo-trl merge "),
+        ("chat nothing", 2, "nothing: no model here; give the output_dir of a finished run"),
+        ("chat . --tools t.json", 2, "--tools: t.json: [Errno 2] No such file or directory"),
+        ("merge nothing out", 2, "nothing: no adapter_config.json here; give the output_dir of a LoRA run"),
+    ],
+)
+def test_chat_and_merge_look_at_their_words_and_folders_before_torch(
+    tmp_path: Path, words: str, code: int, said: str
+) -> None:
+    done, seconds = run(*words.split(), cwd=tmp_path)
+    assert done.returncode == code and (done.stdout + done.stderr).startswith(said), done
+    assert seconds < 1
+
+
 @pytest.mark.parametrize("key", [*keys(), *RENAMED, *NO_EFFECT, *REFUSED])
 def test_every_key_can_be_explained(key: str) -> None:
     assert explain_key(key).startswith(key)
