@@ -128,6 +128,11 @@ def read_manifest(output_dir: Path) -> Manifest | None:
         return None
 
 
+def find_manifest(model: Path) -> Manifest | None:
+    """That of the run which wrote a model; a checkpoint's is in the folder above."""
+    return read_manifest(model) or read_manifest(model.parent)
+
+
 def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
     """What differs between two manifests and would change the course of the run, a line each.
 

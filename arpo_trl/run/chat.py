@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -24,7 +23,7 @@ from ..data.segments import to_segments
 from ..data.template import Template, find_template
 from ..data.tokenizer import make_tokenize
 from ..errors import RecipeError, RowError, in_one_line
-from ..report.manifest import Results, read_manifest
+from ..report.manifest import Results, find_manifest
 from .model import end_tokens
 from .predict import Model, decode
 from .run_python import Limits, run_python
@@ -88,12 +87,6 @@ def as_message(tag: str, result: str) -> Message:
     return {"role": "user", "content": f"<result>\n{result}\n</result>"}
 
 
-def find_results_form(model: Path) -> Results | None:
-    """Where the training data had results, by the run's manifest: a checkpoint's is in the folder above."""
-    manifest = read_manifest(model) or read_manifest(model.parent)
-    return manifest.results if manifest else None
-
-
 def load_chat(args: argparse.Namespace) -> Chat:
     """Load the model.
 
@@ -111,7 +104,8 @@ def load_chat(args: argparse.Namespace) -> Chat:
         raise RecipeError(
             f"{args.model}: its tokenizer has no chat template; give the output_dir of a run of arpo_trl"
         )
-    results = args.results or find_results_form(args.model)
+    manifest = find_manifest(args.model)
+    results = args.results or (manifest and manifest.results)
     if results is None and args.run_python:
         print(
             "results  as turns: no run.json says where its data has them; --results inside puts them into its own turn"

@@ -14,6 +14,7 @@ from transformers.trainer_utils import align_special_tokens
 from transformers.utils import logging
 
 from ..errors import RecipeError, RunFailed
+from ..report.manifest import find_manifest
 from ..run_folder import match_umask
 
 TEXT = "Question: which primes lie between 10 and 20?\n<python>\nprint([11, 13, 17, 19])\n</python>\nAnswer: 答案 17."
@@ -69,6 +70,8 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None) -> Merged:
     merged.to(dtype).save_pretrained(output)
     tokenizer.save_pretrained(output)
     match_umask(output)
+    if manifest := find_manifest(adapter):  # `chat` reads in it where results go, and people what made the model
+        manifest.write(output, "finished")
     weights = merged.state_dict()
     read_back = AutoModelForCausalLM.from_pretrained(output, dtype=dtype)
     wrong = [name for name, tensor in read_back.state_dict().items() if not torch.equal(tensor, weights[name])]

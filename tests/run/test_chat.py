@@ -26,7 +26,7 @@ from arpo_trl.data.template import find_template
 from arpo_trl.data.tokenizer import load_tokenizer, make_tokenize
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe, read_recipe
-from arpo_trl.report.manifest import find_results_form
+from arpo_trl.report.manifest import find_manifest, find_results_form
 from arpo_trl.run import chat
 from arpo_trl.run.run_python import Limits, run_python
 
@@ -246,14 +246,24 @@ def test_where_results_go_is_found_in_a_dataset_of_the_hub(streaming: bool, tmp_
     assert find_results_form(read_recipe(small_run.write_recipe(tmp_path, tiny_model, **keys))) == "inside"
 
 
-@pytest.mark.parametrize(("dataset", "form"), [("arpo_sft_toy_inside", "inside"), ("arpo_sft_toy", "turn")])
+@pytest.mark.parametrize(
+    ("dataset", "form", "stops"),
+    [("arpo_sft_toy_inside", "inside", ["</python>", "</search>"]), ("arpo_sft_toy", "turn", None)],
+)
 def test_a_chat_puts_results_where_the_run_s_manifest_has_them(
-    dataset: str, form: str, tmp_path: Path, tiny_model: Path
+    dataset: str, form: str, stops: list[str] | None, tmp_path: Path, tiny_model: Path
 ) -> None:
     data = {"dataset": dataset, "dataset_dir": str(ROOT / "recipes"), "max_samples": 2, "tokenized_path": None}
-    run = small_run.run(tmp_path, tiny_model, **data, cutoff_len=1024, max_steps=1, preflight=False)
-    assert chat.find_results_form(run) == chat.find_results_form(run / "checkpoint-1") == form
-    assert chat.find_results_form(tiny_model) is None
+    keys = {"finetuning_type": "lora", "cutoff_len": 1024, "max_steps": 1, "preflight": False}
+    run = small_run.run(tmp_path, tiny_model, **data, **keys)
+    for adapter in (run, run / "checkpoint-1"):
+        merged = tmp_path / f"merged {adapter.name}" / "model"
+        assert main(["merge", str(adapter), str(merged)]) == 0
+        for model in (adapter, merged):
+            assert chat.load_chat(chat_args(model)).config.stop_strings == stops, model
+            made = find_manifest(model)
+            assert made and (made.results, made.recipe["output_dir"]) == (form, str(run)), model
+    assert find_manifest(tiny_model) is None
 
 
 # --- run_python ---
