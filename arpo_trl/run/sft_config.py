@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ Keywords = dict[str, Any]
 _ALL_BUT_THE_HEAD = r"(?!.*(lm_head|output_layer)).*"
 _KERNELS = {"disabled": "eager", "sdpa": "sdpa", "flex": "flex_attention"}
 _KERNELS |= {"fa2": "flash_attention_2", "fa3": "flash_attention_3"}
+_FSDP: dict[str, Keywords] = {"full_shard": {"reshard_after_forward": True}, "offload": {"cpu_offload": True}}
+_FSDP |= {"shard_grad_op": {"reshard_after_forward": False}, "auto_wrap": {}}
 _SAME = """
     output_dir trust_remote_code do_train do_eval do_predict eval_strategy load_best_model_at_end
     per_device_train_batch_size num_train_epochs learning_rate logging_steps save_strategy save_steps run_name
@@ -85,11 +89,26 @@ def _given(recipe: Recipe) -> Keywords:
     checkpointing = dict(recipe.trl.get("activation_checkpointing_kwargs") or {})
     if recipe.use_reentrant_gc is not None:
         checkpointing["use_reentrant"] = recipe.use_reentrant_gc
-    given = recipe.trl | {"activation_checkpointing_kwargs": checkpointing or None}
+    given = recipe.trl | _fsdp(recipe) | {"activation_checkpointing_kwargs": checkpointing or None}
     if (metric := given.get("metric_for_best_model")) and given.get("greater_is_better") is None:
         # transformers takes whatever does not end in "loss" for better when greater.
         given["greater_is_better"] = not metric.endswith(("loss", "perplexity", "entropy"))
     return given
+
+
+def _fsdp(recipe: Recipe) -> Keywords:
+    """`fsdp: full_shard auto_wrap` as true and settings of fsdp_config. Other words, and FSDP 1's, transformers reads.
+
+    It warns of the words, and will drop them: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/training_args.py#L2889
+    """
+    words, config = (recipe.fsdp or "").split(), recipe.fsdp_config or {}
+    if isinstance(config, str):
+        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    versions = {str(config.get(name, 2)) for name in ("version", "fsdp_version")} if isinstance(config, dict) else ()
+    if not words or not _FSDP.keys() >= {*words} or versions != {"2"}:
+        return {}
+    meant = [setting for word in reversed(words) for setting in _FSDP[word].items()]  # of two, the first counts
+    return {"fsdp": True, "fsdp_config": dict(meant) | config}
 
 
 def _try_scheduler(recipe: Recipe, config: SFTConfig) -> None:

@@ -1,5 +1,7 @@
 """What TRL, PEFT and transformers are told of a recipe."""
 
+import copy
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -45,6 +47,37 @@ def test_rows_arrive_finished_so_trl_neither_cuts_nor_prepares_them(recipe_of: A
 def test_a_machine_without_a_gpu_is_found_out(recipe_of: Any) -> None:
     config = to_sft_config(recipe_of("bf16=true"))
     assert config.use_cpu is not torch.accelerator.is_available() and config.bf16
+
+
+@pytest.mark.parametrize(
+    "config", ["null", "{}", "{fsdp_reshard_after_forward: false}", "{cpu_offload: false}", "f.json"]
+)
+@pytest.mark.parametrize(
+    "words", ["full_shard auto_wrap", "shard_grad_op offload", "full_shard shard_grad_op", "true"]
+)
+def test_fsdp_s_words_mean_what_transformers_reads_in_them_without_its_warning(
+    words: str, config: str, recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("f.json").write_text('{"reshard_after_forward": false, "fsdp_version": "2"}', encoding="utf-8")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    recipe = recipe_of(f"fsdp={words}", f"fsdp_config={config}")
+    ours = to_sft_config(recipe)
+    assert "deprecated" not in caplog.text
+    given: Any = {"fsdp": recipe.fsdp, "fsdp_config": copy.deepcopy(recipe.fsdp_config), "use_cpu": ours.use_cpu}
+    theirs = SFTConfig(output_dir="o", gradient_checkpointing=None, bf16=False, **given)
+    assert "deprecated" in caplog.text and ours.fsdp is theirs.fsdp is True
+    assert (ours.fsdp_config, ours.fsdp_plugin_args) == (theirs.fsdp_config, theirs.fsdp_plugin_args)
+
+
+@pytest.mark.parametrize("keys", [("fsdp=hybrid_shard",), ("fsdp=all",), ("fsdp=full_shard", "fsdp_config=f.json")])
+def test_what_fsdp_cannot_mean_is_told_by_its_line(
+    keys: tuple[str, ...], recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("f.json").write_text("[1]", encoding="utf-8")
+    with pytest.raises(RecipeError, match=": fsdp"):
+        to_sft_config(recipe_of(*keys))
 
 
 def test_of_several_visible_gpus_a_process_without_a_launcher_takes_one(
