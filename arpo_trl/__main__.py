@@ -27,8 +27,7 @@ from .recipe.command_line import CommandLine, read_command_line
 from .recipe.help import explain, list_text, usage
 from .recipe.starter import write_starter
 from .report.console import silence_libraries
-from .run.arguments import chat_arguments, merge_arguments
-from .run.requirements import check_inputs, check_packages
+from .run.requirements import check_environment, check_inputs
 
 HERE = Path(__file__).parent
 
@@ -66,12 +65,16 @@ def _run(argv: Sequence[str]) -> int:
         print(usage())
         return 2
     if argv[0] == "chat" and not isfile("chat"):
+        from .run.arguments import chat_arguments
+
         args = chat_arguments(argv[1:])
         with _collector_waits():
             from .run.chat import chat_command
         chat_command(args)
         return 0
     if argv[0] == "merge" and not isfile("merge"):
+        from .run.arguments import merge_arguments
+
         args = merge_arguments(argv[1:])
         with _collector_waits():
             from .run.merge import merge_command
@@ -105,8 +108,7 @@ def _init(line: CommandLine) -> None:
 
 
 def _check(line: CommandLine) -> None:
-    recipe = _recipe(line)
-    check_packages(recipe)
+    recipe = check_environment(_recipe(line))
     with _collector_waits():
         from .run.check import check
     check(recipe, verbose="verbose" in line.options)
@@ -116,19 +118,18 @@ def _preview(line: CommandLine) -> None:
     rows = next((word for word in line.words if word.isdecimal() and not isfile(word)), None)
     if rows:
         line.words.remove(rows)
-    recipe = _recipe(line)
+    recipe = check_inputs(_recipe(line))
     with _collector_waits():
         from .report.preview import preview
     preview(recipe, int(rows or 1))
 
 
 def _train(line: CommandLine) -> int:
-    recipe = _recipe(line)
-    check_packages(recipe)
+    recipe = check_environment(_recipe(line))
     _stop_with_launcher()
     with _collector_waits():
-        from .run.train import train
-    return train(recipe)
+        from .run.train import run
+    return run(recipe)
 
 
 @contextlib.contextmanager
@@ -148,7 +149,7 @@ def _collector_waits() -> Iterator[None]:
 def _recipe(line: CommandLine) -> Recipe:
     if len(line.words) > 1 or not (line.words or line.overrides):
         raise RecipeError(f"expected one recipe, found {len(line.words)}: {' '.join(line.words)}\n{usage()}")
-    return check_inputs(read_recipe(line.words[0] if line.words else None, line.overrides))
+    return read_recipe(line.words[0] if line.words else None, line.overrides)
 
 
 def _describe(error: Exception) -> str:

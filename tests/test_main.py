@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import getpass
 import io
@@ -16,11 +17,12 @@ import small_run
 import arpo_trl
 from arpo_trl import machine, run_folder
 from arpo_trl.__main__ import _collector_waits, main
-from arpo_trl.errors import in_one_line
+from arpo_trl.errors import RecipeError, in_one_line
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.recipe.command_line import OPTIONS, read_command_line
 from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
+from arpo_trl.run import check, requirements, train
 from arpo_trl.run.requirements import check_inputs
 
 
@@ -133,6 +135,31 @@ def test_a_long_text_on_the_command_line_is_read(recipe: Path, capsys: pytest.Ca
     assert text.strip() in capsys.readouterr().out.replace("\n", "")
     assert main(["x" * 300]) == 2
     assert "File name too long" in capsys.readouterr().err
+
+
+def test_what_a_run_needs_is_asked_for_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B's login is a request to its server. Python's `train` has no command line before it."""
+    asked: list[str] = []
+
+    def stop(recipe: Recipe) -> None:
+        raise RecipeError("asked for the device")
+
+    for name in ("check_inputs", "check_packages"):
+        real = getattr(requirements, name)
+        monkeypatch.setattr(
+            requirements, name, lambda recipe, name=name, real=real: asked.append(name) or real(recipe)
+        )
+    for module in (check, train):
+        monkeypatch.setattr(module, "check_device", stop)
+    for call in (
+        lambda: main([str(recipe)]),
+        lambda: main([str(recipe), "--check"]),
+        lambda: arpo_trl.train(read_recipe(recipe)),
+    ):
+        with contextlib.suppress(RecipeError):
+            assert call() == 2
+        assert asked == ["check_inputs", "check_packages"]
+        asked.clear()
 
 
 def test_the_version_and_the_environment_are_told(capsys: pytest.CaptureFixture[str]) -> None:

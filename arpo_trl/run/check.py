@@ -29,7 +29,7 @@ from ..report.start_report import describe_setup, describe_steps
 from ..run_folder import list_checkpoints
 from .checkpoints import checkpoint_bytes, saved_bytes
 from .memory import describe_memory, estimate_memory, model_shape
-from .requirements import check_environment
+from .requirements import check_device
 from .rows_and_model import check_fit
 from .sft_config import to_sft_config
 
@@ -41,14 +41,14 @@ def check(recipe: Recipe, verbose: bool = False) -> None:
     """Everything but training; printed to stdout: first what the run would do and cost, then the recipe.
 
     Args:
-        recipe: The recipe.
+        recipe: As `check_environment` returns it.
         verbose: Print every key and a histogram of the rows' lengths, not only what differs from the defaults.
 
     Raises:
-        RecipeError: what would stop the run before its first step: keys, packages, the output folder, rows, the
-            disk's room. The weights and adapters themselves are not looked at.
+        RecipeError: what would stop the run before its first step: the device, rows, the disk's room. The weights and
+            adapters themselves are not looked at.
     """
-    recipe = check_environment(recipe)
+    check_device(recipe)
     args = to_sft_config(recipe)
     tokenizer = load_tokenizer(recipe)
     data = prepare_datasets(recipe, tokenizer)

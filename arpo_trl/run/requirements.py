@@ -45,6 +45,13 @@ _OPTIMIZERS = {
 }
 
 
+def check_environment(recipe: Recipe) -> Recipe:
+    """`check_inputs` and `check_packages`: once for a run, by the command line or by `train`. Imports no torch."""
+    recipe = check_inputs(recipe)
+    check_packages(recipe)
+    return recipe
+
+
 def check_inputs(recipe: Recipe) -> Recipe:
     """Ask for the files, datasets and models that the recipe names, and an output_dir that is free. Imports no torch.
 
@@ -103,18 +110,6 @@ def check_device(recipe: Recipe) -> None:
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         missing.append(("bf16", "this GPU has no bfloat16; write bf16: false (fp16: true is faster)"))
     _raise(recipe, missing)
-
-
-def check_environment(recipe: Recipe) -> Recipe:
-    """All of the above; the recipe as `check_inputs` returns it.
-
-    Raises:
-        RecipeError: what is missing, each with the way out.
-    """
-    recipe = check_inputs(recipe)
-    check_packages(recipe)
-    check_device(recipe)
-    return recipe
 
 
 def refuse_output_dir(recipe: Recipe) -> None:

@@ -43,7 +43,7 @@ from .model import load_model, stop_after_calls
 from .optimizers import ProjectionsOnResume, to_optimizer
 from .predict import PredictOnEvaluate, compare_evaluations, predict, refuse_split_model
 from .preflight import PackingCheck, Preflight
-from .requirements import check_environment
+from .requirements import check_device, check_environment
 from .resume import clear_earlier_run, find_resume_point
 from .rows_and_model import check_fit
 from .sft_config import to_sft_config
@@ -52,7 +52,7 @@ from .trainer import ArpoTrainer, ResumeEvaluation
 
 
 def train(recipe: Recipe) -> int:
-    """Run a recipe: data, model, training, final model.
+    """Run a recipe: what it needs, data, model, training, final model.
 
     Returns:
         The exit code: 0 when the run is finished, 128 + the signal's number when a signal stopped it.
@@ -61,7 +61,12 @@ def train(recipe: Recipe) -> int:
         RecipeError: something that the user can mend, before the first step.
         RunFailed: the run began and cannot go on.
     """
-    recipe = check_environment(recipe)
+    return run(check_environment(recipe))
+
+
+def run(recipe: Recipe) -> int:
+    """`train` for a recipe that `check_environment` has returned."""
+    check_device(recipe)
     args = to_sft_config(recipe)
     if recipe.fsdp and args.world_size == 1:
         raise recipe.error(

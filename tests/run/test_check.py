@@ -11,6 +11,7 @@ import pytest
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe
 from arpo_trl.run.check import check, checkpoint_steps, count_steps
+from arpo_trl.run.requirements import check_environment
 
 
 def test_check_says_what_the_run_would_do(
@@ -97,7 +98,7 @@ def test_check_refuses_a_disk_that_is_too_small(chat_recipe: Recipe, monkeypatch
 def test_check_needs_a_model_not_only_a_tokenizer(chat_recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any) -> None:
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(RecipeError, match=r"model_name_or_path: .*: the folder has no config.json") as error:
-        check(chat_recipe.model_copy(update={"model_name_or_path": str(tmp_path / "tokenizer")}))
+        check_environment(chat_recipe.model_copy(update={"model_name_or_path": str(tmp_path / "tokenizer")}))
     assert "\n" not in str(error.value)
 
 

@@ -199,7 +199,6 @@ def test_what_is_not_there_is_said_with_the_line_of_its_key(
 def test_what_the_registry_says_is_among_the_notices_once(
     recipe_of: Any, with_data: list[str], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """`train` and `check` ask again for what the command line has asked for, and are called from Python without it."""
     (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.jsonl", "colums": {}}}', encoding="utf-8")
     recipe = check_environment(recipe_of(*with_data, f"model_name_or_path={tiny_model}"))
     assert sum("colums" in line for line in recipe.notices) == 1
