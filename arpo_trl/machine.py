@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
 from .errors import RecipeError, RunFailed, in_one_line
 
 
@@ -84,6 +82,8 @@ def peak_memory() -> int:
 
 def free_memory(root: Path = Path("/")) -> int:
     """Bytes of main memory that are free on this machine; on Linux at most what a container or a SLURM job may take."""
+    import psutil  # not above: a wrong recipe is answered without it
+
     free = int(psutil.virtual_memory().available)
     groups = root / "proc/self/cgroup"
     for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..errors import RecipeError, RunFailed, printable
 
@@ -75,6 +74,8 @@ class _LogFile(logging.FileHandler):
 @contextlib.contextmanager
 def _handlers(log: logging.Handler) -> Iterator[None]:
     """Add `log` to our logger and the libraries', and a terminal to those that have none."""
+    from tqdm.contrib.logging import logging_redirect_tqdm  # not above: a wrong recipe is answered without asyncio
+
     libraries = [logging.getLogger(name) for name in LIBRARIES]
     before = [(logger, logger.handlers) for logger in (_LOG, *libraries)]
     raises, logging.raiseExceptions = logging.raiseExceptions, False  # a terminal that went away
