@@ -108,6 +108,12 @@ class MethodKeys(BaseModel):
     apollo_layerwise: bool = _key(False, "Update layer by layer.", "optim")
     use_muon: bool = _key(False, "Muon for the matrices inside the layers, AdamW for the rest.", "the optimizer")
     use_adam_mini: bool = _key(False, "Adam-mini's optimizer (full only).", "the optimizer")
+    use_badam: bool = _key(False, "BAdam: train one block at a time, weights in their file's dtype.", "the optimizer")
+    badam_start_block: Whole | None = _key(None, "The first block; that of badam_switch_mode if omitted.", ge=0)
+    badam_switch_mode: Literal["ascending", "descending", "random", "fixed"] = _key(
+        "ascending", "Which block is next."
+    )
+    badam_switch_interval: Count = _key(50, "Steps before the next block.", unit="steps")
 
 
 class DatasetKeys(BaseModel):

@@ -75,6 +75,8 @@ _NO_EFFECT = {
     "no token is added; where the tokenizer lacks the template's, the run stops and says what to do": "resize_vocab",
     "a PiSSA adapter always becomes plain LoRA when the run ends": "pissa_convert",
     "the report at the start says what is trained": "print_param_status",
+    "BAdam 1.4 prints each block that it goes on to": "badam_verbose",
+    "BAdam's layer mode has no masks": "badam_update_ratio badam_mask_mode",
     "transformers 5 has dropped it": """
         past_index ray_scope mp_parameters half_precision_backend fp16_backend fp16_opt_level torchdynamo use_ipex
         use_mps_device use_legacy_prediction_loop include_inputs_for_metrics sortish_sampler jit_mode_eval""",
@@ -107,9 +109,7 @@ _REFUSED = {
     "write packing: true": "use_packed_sequences",
     "give the model in Hugging Face's format in model_name_or_path": "megatron_pretrained_checkpoint",
     "Megatron is not used here; write what is asked for as keys of this recipe": "extra_config",
-    "BAdam 1.4 saves neither its layer nor its step, so that no run could go on; use_galore and use_apollo save memory": """
-        use_badam badam_mode badam_start_block badam_switch_mode badam_switch_interval badam_update_ratio
-        badam_mask_mode badam_verbose""",
+    "BAdam 1.4 saves neither the masks of its ratio mode nor where it is in them; write layer": "badam_mode",
     "write optim: adafactor": "adafactor",
     "transformers does not hand it to APOLLO": "apollo_scale_front",
     "it would be stored beside the model; set the environment variable SWANLAB_API_KEY": "swanlab_api_key",
@@ -139,9 +139,8 @@ _REFUSED = {
 # Their defaults in LLaMA-Factory (or in TRL), where these are neither null nor false.
 # fmt: off
 HARMLESS: dict[str, object] = {
-    "asft_alpha": 0.1, "assistant_only_loss": True, "audio_sampling_rate": 16000, "badam_mask_mode": "adjacent",
-    "badam_mode": "layer", "badam_switch_interval": 50, "badam_switch_mode": "ascending", "badam_update_ratio": 0.05,
-    "badam_verbose": 0, "dpo_label_smoothing": 0.0, "eaft_alpha": 1.0,
+    "asft_alpha": 0.1, "assistant_only_loss": True, "audio_sampling_rate": 16000, "badam_mode": "layer",
+    "dpo_label_smoothing": 0.0, "eaft_alpha": 1.0,
     "freeze_multi_modal_projector": True, "freeze_vision_tower": True, "image_max_pixels": 768 * 768,
     "image_min_pixels": 32 * 32, "init_special_tokens": "noise_init", "kt_maxlen": 4096, "kt_mode": "normal",
     "kt_use_cuda_graph": True, "kto_chosen_weight": 1.0,

@@ -99,6 +99,8 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if given(recipe, key) and not given(recipe, "finetuning_type"):
             yield key, "needs finetuning_type: lora, which is not the default here"
     yield from _own_optimizers(recipe)
+    if recipe.use_badam and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield "use_badam", "trains in one process alone; remove the line"
     if layerwise := _steps_in_backward(recipe):
         if recipe.gradient_accumulation_steps != 1:
             yield layerwise, "steps at each batch; write gradient_accumulation_steps: 1"
@@ -115,7 +117,8 @@ def _steps_in_backward(recipe: Recipe) -> str | None:
 
 def _own_optimizers(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Keys that take the place of `optim`. DeepSpeed flattens the matrices that these optimizers look at."""
-    keys = [key for key in ("use_galore", "use_apollo", "use_muon", "use_adam_mini") if getattr(recipe, key)]
+    own = "use_galore use_apollo use_muon use_adam_mini use_badam".split()
+    keys = [key for key in own if getattr(recipe, key)]
     if not keys:
         return
     key, *others = keys + (["loraplus_lr_ratio"] if recipe.loraplus_lr_ratio else [])
@@ -179,6 +182,8 @@ RULES: list[tuple[str, Callable[[Recipe], object], str]] = [
     ("mask_history", lambda r: r.mask_history and r.train_on_prompt, "train_on_prompt asks for the opposite; keep one"),
     ("bf16", lambda r: r.bf16 and r.fp16, "fp16 is on too; keep one"),
     ("pure_bf16", lambda r: r.pure_bf16 and r.fp16, "fp16 is on too; keep one"),
+    ("fp16", lambda r: r.fp16 and r.use_badam, "does not go with use_badam; write bf16: true"),
+    ("badam_switch_mode", lambda r: r.use_badam and r.badam_switch_mode == "fixed" and r.badam_start_block is None, "fixed needs badam_start_block"),
     ("disable_gradient_checkpointing", _keeps_and_drops_activations, "gradient_checkpointing asks for the opposite; keep one"),
     ("global_batch_size", lambda r: r.global_batch_size and r.gradient_accumulation_steps != 1, "gradient_accumulation_steps follows from it; remove that line"),
     ("group_by_length", lambda r: r.group_by_length and r.disable_shuffling, "disable_shuffling is on too; keep one"),

@@ -78,6 +78,8 @@ def estimate_memory(
     blocks = whole.config.get_text_config().num_hidden_layers
     activations = blocks * stream + saved // blocks if args.activation_checkpointing else saved
     copies = 1.0 if recipe.use_adam_mini else moments(args)
+    if recipe.use_badam:  # float32: the block, its gradient and its moments
+        copies = 16 / whole.dtype.itemsize
     embedding = cast(nn.Embedding, whole.get_input_embeddings()).weight
     head = cast(nn.Linear, whole.get_output_embeddings()).weight
     return Memory(
@@ -118,8 +120,7 @@ def model_shape(recipe: Recipe) -> PreTrainedModel | PeftModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **given)
         if recipe.trains_adapter:
             return new_adapter(recipe, model)
-        if recipe.finetuning_type == "freeze":
-            freeze(recipe, model)
+        freeze(recipe, model)
     return model
 
 

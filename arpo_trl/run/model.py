@@ -25,8 +25,7 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, torch.dtype
     model, file_dtype = _load_base(recipe)
     if recipe.trains_adapter:
         return with_adapter(recipe, model), None
-    if recipe.finetuning_type == "freeze":
-        freeze(recipe, model)
+    freeze(recipe, model)
     return model, file_dtype
 
 
@@ -96,6 +95,30 @@ def end_tokens(
 
 
 def freeze(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Freeze what the recipe does not train, or not at first."""
+    if recipe.use_badam:
+        _train_one_block(recipe, model)
+    elif recipe.finetuning_type == "freeze":
+        _train_some_modules(recipe, model)
+    else:
+        return
+    if recipe.use_reentrant_gc:
+        model.enable_input_require_grads()  # a reentrant checkpoint has no gradient where its input has none
+
+
+def _train_one_block(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Train the first block: the step that takes most memory. The optimizer goes on from block to block."""
+    found = [(re.match(r".*layers\.[^.]*\.", name), parameter) for name, parameter in model.named_parameters()]
+    blocks = list(dict.fromkeys(match[0] for match, _ in found if match))
+    if not blocks:
+        raise recipe.error("use_badam", f"{model.config.model_type} has no blocks named layers; remove the line")
+    if (start := recipe.badam_start_block or 0) >= len(blocks):
+        raise recipe.error("badam_start_block", f"expected a number below {len(blocks)}, found {start}")
+    for match, parameter in found:
+        parameter.requires_grad = match is not None and match[0] == blocks[0]
+
+
+def _train_some_modules(recipe: Recipe, model: PreTrainedModel) -> None:
     """Train some modules of some blocks, and modules outside them.
 
     As LLaMA-Factory's freeze tuning, but that a name is a module's whole name: there `norm` is `input_layernorm` too.
@@ -128,5 +151,3 @@ def freeze(recipe: Recipe, model: PreTrainedModel) -> None:
             "freeze_trainable_layers",
             f"{recipe.freeze_trainable_layers} leaves nothing to train; expected some of {blocks} layers",
         )
-    if recipe.use_reentrant_gc:
-        model.enable_input_require_grads()  # a reentrant checkpoint has no gradient where its input has none

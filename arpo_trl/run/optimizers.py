@@ -1,8 +1,10 @@
-"""The optimizers that transformers does not make by name: LoRA+, Muon and Adam-mini."""
+"""The optimizers that transformers does not make by name: LoRA+, Muon, Adam-mini and BAdam."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from accelerate.utils import send_to_device
 from peft.optimizers import create_loraplus_optimizer
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import RunFailed
 from ..recipe.keys import Recipe
 
 
@@ -29,6 +32,8 @@ def to_optimizer(recipe: Recipe, args: TrainingArguments) -> tuple[Any, dict[str
         return lambda: create_loraplus_optimizer, settings
     if recipe.use_muon:
         return lambda: MuonWithAdamW, {"args": args}
+    if recipe.use_badam:
+        return lambda: BlockByBlock, {"args": args, "recipe": recipe}
     return (lambda: create_adam_mini, {"args": args}) if recipe.use_adam_mini else None
 
 
@@ -91,3 +96,48 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.state, part.param_groups = self.state, [group]
             part.step()
+
+
+class BlockByBlock(torch.optim.Optimizer):
+    """BAdam (https://arxiv.org/abs/2404.02827), with all of its state: BAdam 1.4 saves that of the block's AdamW alone.
+
+    Its own groups say which weights there are and how fast they learn; which of them step, its `blocks` decide.
+    """
+
+    def __init__(self, model: torch.nn.Module, args: TrainingArguments, recipe: Recipe) -> None:
+        optimizer_cls, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        adamw = optimizer_cls(model.parameters(), weight_decay=args.weight_decay, **settings)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(None):  # a resume trains another block
+            warnings.simplefilter("ignore")  # it names every weight that is float32
+            self.blocks = importlib.import_module("badam").BlockOptimizer(
+                adamw,
+                list(model.named_parameters()),
+                switch_block_every=recipe.badam_switch_interval,
+                start_block=recipe.badam_start_block,
+                switch_mode=recipe.badam_switch_mode,
+            )
+        super().__init__(self.blocks.param_groups, {})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.blocks.param_groups = self.param_groups  # its learning rate
+        self.blocks.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Beside the groups: the block (`active_param_prefixs`), the one after it, and what the block has in float32."""
+        blocks, names = self.blocks, "global_step active_param_prefixs current_block_idx block_order"
+        return super().state_dict() | {
+            "place": {name: getattr(blocks, name, None) for name in names.split()},
+            "weights": [weight.detach() for weight in blocks.param_idx2hp.values()],
+            "adamw": blocks.base_optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "place" not in state_dict:
+            raise RunFailed("use_badam: the checkpoint has no block to go on with; another optimizer wrote it")
+        super().load_state_dict(state_dict)
+        vars(self.blocks).update(state_dict["place"])
+        self.blocks._switch_trainable_params_single_gpu(0)
+        self.blocks.base_optimizer.load_state_dict(state_dict["adamw"])
+        with torch.no_grad():
+            for weight, saved in zip(self.blocks.param_idx2hp.values(), state_dict["weights"], strict=True):
+                weight.copy_(saved)

@@ -258,6 +258,7 @@ def _packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "use_galore": recipe.use_galore and "galore_torch",
         "use_apollo": recipe.use_apollo and "apollo_torch",
         "use_adam_mini": recipe.use_adam_mini and "adam_mini",
+        "use_badam": recipe.use_badam and "badam",
         "optim": of_optim and of_optim[0],
     }
     for key, package in needs.items():

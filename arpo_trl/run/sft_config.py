@@ -199,6 +199,8 @@ def model_init_kwargs(recipe: Recipe) -> Keywords:
     whole = recipe.additional_target or recipe.finetuning_type == "freeze"
     if recipe.pure_bf16:
         dtype = torch.bfloat16
+    elif recipe.use_badam:
+        dtype = "auto"  # it keeps the block that it trains in float32
     elif recipe.finetuning_type == "full" or (dtype == "auto" and (whole or not torch.accelerator.is_available())):
         dtype = torch.float32
     kwargs: Keywords = {"dtype": dtype, **hub_kwargs(recipe)}

@@ -111,7 +111,6 @@ WRONG = [
     ("bf16: !!bool maybe", "bf16: expected a plain value"),
     ("run_name: ${oc.env:HOME}", "run_name: ${...} is not filled in here; write the value, or give run_name=... after the path"),
     # refused
-    ("use_badam: true", "use_badam: BAdam 1.4 saves neither its layer nor its step, so that no run could go on; use_galore and use_apollo save memory"),
     ("hf_hub_token: hf_x", "hf_hub_token: it would be stored beside the model; run `hf auth login` instead"),
     ("max_length: 512", "max_length: it is a length of generation in LLaMA-Factory and of a row in TRL; write cutoff_len"),
     ("do_predict: true\npredict_with_generate: true", "do_predict: no rows to predict; set eval_dataset or val_size"),
@@ -144,6 +143,11 @@ WRONG = [
     ("use_muon: true\nfinetuning_type: lora\nloraplus_lr_ratio: 4", "use_muon: loraplus_lr_ratio is on too; keep one"),
     ("use_galore: true\ngalore_layerwise: true\ngradient_accumulation_steps: 8", "galore_layerwise: steps at each batch; write gradient_accumulation_steps: 1"),
     ("use_adam_mini: true\nfinetuning_type: lora", "use_adam_mini: needs finetuning_type: full"),
+    ("use_badam: true\nfinetuning_type: lora", "use_badam: needs finetuning_type: full"),
+    ("use_badam: true\nbadam_mode: ratio", "badam_mode: BAdam 1.4 saves neither the masks of its ratio mode nor where it is in them; write layer"),
+    ("use_badam: true\nfp16: true", "fp16: does not go with use_badam; write bf16: true"),
+    ("use_badam: true\nbadam_switch_mode: fixed", "badam_switch_mode: fixed needs badam_start_block"),
+    ("badam_switch_interval: -1", "badam_switch_interval: expected a whole number of steps above 0, found -1"),
     ("use_llama_pro: true\nfinetuning_type: full", "use_llama_pro: needs finetuning_type: freeze or lora"),
     ("finetuning_type: oft\noft_rank: 8", "oft_rank: one of oft_rank and oft_block_size has to be 0, the other not"),
     ("adapter_name_or_path: a", "adapter_name_or_path: needs finetuning_type: lora (or oft)"),
@@ -670,6 +674,17 @@ def test_keys_are_listed_by_group_and_in_whole_words() -> None:
             assert line.split()[-2] in known
     assert explain(["bf16", "cutoff_len"]) == f"{explain_key('bf16')}\n\n{explain_key('cutoff_len')}"
     assert "default  adamw_torch_fused" in explain(["optim"])
+
+
+@pytest.mark.parametrize("keys", ["use_badam", "use_galore\ngalore_layerwise"])
+def test_what_changes_between_steps_trains_in_one_process(
+    keys: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    text = GOOD + "".join(f"\n{key}: true" for key in keys.split())
+    with pytest.raises(RecipeError, match=f"{keys.split()[-1]}: trains in one process alone; remove the line"):
+        read_recipe(write(tmp_path, text))
+    read_recipe(write(tmp_path, GOOD))
 
 
 def test_messages_name_the_program_as_it_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from arpo_trl.errors import RecipeError
+from arpo_trl.errors import RecipeError, RunFailed
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.run.adapters import keep_adapter_in_float32, trained_blocks, turn_pissa_into_lora
 from arpo_trl.run.checkpoints import find_damage, newest_whole_checkpoint
@@ -25,6 +25,7 @@ from arpo_trl.run.model import load_model
 from arpo_trl.run.optimizers import ProjectionsOnResume, to_optimizer
 from arpo_trl.run.sft_config import to_sft_config
 from arpo_trl.run.trainer import ArpoTrainer
+from arpo_trl.run_folder import checkpoint_step, list_checkpoints
 
 OFT = {"finetuning_type": "oft", "oft_block_size": 16, "module_dropout": 0.2}
 INPUT_IDS = torch.arange(300, 332).unsqueeze(0)
@@ -322,6 +323,87 @@ def test_galore_and_apollo_go_on_with_their_projections(
 def test_muon_trains_an_adapter_too(tmp_path: Path, tiny_model: Path) -> None:
     run(recipe(tmp_path, tiny_model, use_muon=True))
     assert all(weight.any() for weight in load_file(tmp_path / "adapter_model.safetensors").values())
+
+
+# --- BAdam ---
+
+
+BADAM = {"finetuning_type": "full", "use_badam": True, "badam_switch_interval": 3, "weight_decay": 0.1}
+
+
+def test_badam_is_adamw_in_float32_on_one_block_after_the_other(tmp_path: Path, tiny_model: Path) -> None:
+    """The first block has a step less: BAdam 1.4 counts the next step before it compares."""
+    given = recipe(tmp_path, tiny_model, **BADAM)
+    ours, theirs = (load_model(given)[0] for _ in range(2))
+    assert ours.dtype == torch.bfloat16  # the file's
+    optimizer, before = create_optimizer(given, ours), -1
+    for step, block in enumerate([0, 0, 1, 1, 1, 0, 0, 0]):
+        trained = {n: p for n, p in theirs.named_parameters() if f"layers.{block}." in n}
+        assert {n for n, p in ours.named_parameters() if p.requires_grad} == {*trained}
+        if block != before:
+            copies = {name: weight.detach().float() for name, weight in trained.items()}
+            plain, before = torch.optim.AdamW(copies.values(), weight_decay=0.1, fused=True), block
+        for name, copy in copies.items():
+            ours.get_parameter(name).grad = torch.randn_like(trained[name])
+            copy.grad = ours.get_parameter(name).grad.float()
+        for group in (*optimizer.param_groups, *plain.param_groups):
+            group["lr"] = 1e-2 / (step + 1)  # as a schedule does
+        optimizer.step()
+        plain.step()
+        for name, weight in trained.items():
+            weight.data.copy_(copies[name])
+        assert [n for n, weight in ours.named_parameters() if not torch.equal(weight, theirs.get_parameter(n))] == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps"),
+    [
+        ("random", (4, 2)),  # in a block, and where one has just begun
+        *(
+            pytest.param(mode, (5, 4, 3, 2, 1), marks=pytest.mark.slow)
+            for mode in ("ascending", "descending", "random")
+        ),
+    ],
+)
+def test_badam_goes_on_in_its_block(mode: str, steps: tuple[int], tmp_path: Path, tiny_model: Path) -> None:
+    keys = BADAM | {"badam_switch_mode": mode, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+    given = recipe(tmp_path, tiny_model, **keys)
+    run(given)
+    whole = load_file(tmp_path / "model.safetensors")
+    before = load_file(tiny_model / "model.safetensors")
+    trained = {n for n in whole if not torch.equal(whole[n], before[n])}
+    assert {re.sub(r"(layers\.\d).*", r"\1", name) for name in trained} <= {"model.layers.0", "model.layers.1"}
+    for step in steps:
+        for folder in list_checkpoints(tmp_path):
+            if checkpoint_step(folder) > step:
+                shutil.rmtree(folder)
+        run(given, resume=True)
+        found = load_file(tmp_path / "model.safetensors")
+        assert [name for name in whole if not torch.equal(whole[name], found[name])] == [], step
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_by_badam(tmp_path: Path, tiny_model: Path) -> None:
+    keys = {"finetuning_type": "full", "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    run(recipe(tmp_path, tiny_model, **keys))
+    with pytest.raises(RunFailed, match="use_badam: the checkpoint has no block to go on with"):
+        run(recipe(tmp_path, tiny_model, **keys | BADAM | {"max_steps": 2}), resume=True)
+
+
+def test_badam_trains_through_a_reentrant_checkpoint(tmp_path: Path, tiny_model: Path) -> None:
+    weights = []
+    for reentrant in (False, True):
+        run(recipe(tmp_path, tiny_model, **BADAM, use_reentrant_gc=reentrant, max_steps=3))
+        weights.append(load_file(tmp_path / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_badam_names_what_its_blocks_lack(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(RecipeError, match="badam_start_block: expected a number below 2, found 2"):
+        load_model(recipe(tmp_path, tiny_model, **BADAM, badam_start_block=2))
+    config = AutoConfig.for_model("gpt2", n_layer=1, n_embd=32, n_head=2, vocab_size=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(RecipeError, match="use_badam: gpt2 has no blocks named layers; remove the line"):
+        load_model(recipe(tmp_path, tmp_path / "gpt2", **BADAM))
 
 
 # --- freeze ---
