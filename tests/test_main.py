@@ -76,6 +76,7 @@ FLAGS = [
     ("--default_system a=b", "default_system: a=b"),
     ("--lr_scheduler_kwargs '{\"num_cycles\": 2}'", "lr_scheduler_kwargs: {num_cycles: 2}"),
     ("--run_name 007", "run_name: '007'"),
+    ("--flash_attn --num_layer_trainable 3", "flash_attn: fa2\nfreeze_trainable_layers: 3"),
 ]
 BASE = "model_name_or_path: m\noutput_dir: o\nstage: sft\ndo_train: true\ndataset: a\n"
 BASE_FLAGS = ["--stage", "sft", "--do_train", "--model_name_or_path", "m", "--output_dir", "o", "--dataset", "a"]
@@ -113,6 +114,12 @@ def test_a_flag_that_is_no_key_is_named_with_the_nearest(capsys: pytest.CaptureF
     assert capsys.readouterr().err == (
         "command line: 1 problem\n  override  lerning_rate: no such key; the nearest is learning_rate\n"
     )
+
+
+@pytest.mark.parametrize("flag", ["model_name_or_path", "dataset", "template", "checkpoint_dir", "lora_target"])
+def test_a_flag_whose_value_is_missing_is_not_read_as_true(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"--{flag}", *BASE_FLAGS]) == 2
+    assert capsys.readouterr().err == f"--{flag}: expected a value after it\n"
 
 
 def test_flags_alone_check_and_preview_as_a_recipe_does(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     """Sort the words of a command line.
 
     Raises:
-        RecipeError: an option of this program is given a value.
+        RecipeError: an option of this program is given a value, or a key that needs one is given none.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option in OPTIONS:
@@ -70,6 +70,8 @@ def _flag_to_override(key: str, value: str | None, rest: list[str]) -> str:
     values: list[str] = []
     while rest and _is_value(key, rest[0]) and (not values or "array" in _schema(key)):
         values.append(rest.pop(0))  # --lora_target q_proj v_proj
+    if not values and "'string'" in _schema(key) and "'enum'" not in _schema(key) and not _is_bool(key):
+        raise RecipeError(f"--{key}: expected a value after it")
     return f"{key}={','.join(values) or 'true'}"
 
 

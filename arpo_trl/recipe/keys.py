@@ -17,12 +17,14 @@ from pydantic.json_schema import JsonSchemaValue
 from ..errors import RecipeError
 from .keys_of_trl import OURS_TOO, SftKeys
 from .types import (
+    Attention,
     Count,
     Location,
     Locations,
     Names,
     Number,
     Numbers,
+    Rows,
     Seed,
     Spans,
     Stage,
@@ -49,7 +51,7 @@ class ModelKeys(BaseModel):
     cache_dir: Location | None = _key(None, "Where downloaded models are kept.", "from_pretrained(cache_dir)")
     use_fast_tokenizer: bool = _key(True, "Use the Rust tokenizer.", "from_pretrained(use_fast)")
     adapter_name_or_path: Locations = _key([], "LoRA adapters to start from, with commas between them.")
-    flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3", "flex"] = _key(
+    flash_attn: Attention = _key(
         "auto", "Attention kernel; fa2 without flash-attn falls back to sdpa.", "from_pretrained(attn_implementation)"
     )
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = _key(
@@ -134,7 +136,7 @@ class DatasetKeys(BaseModel):
         "keep_start", "keep_start: a plain cut. llamafactory: its proportional cut, for exact comparison."
     )
     max_dropped: Number = _key(0.05, "Share of rows that may be dropped before the run stops.", ge=0, le=1)
-    max_samples: Count | None = _key(None, "Take at most this many rows of each dataset.", unit="rows")
+    max_samples: Rows | None = _key(None, "Take at most this many rows of each dataset.", unit="rows")
     mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = _key(
         "concat",
         "One after another, or in turns until the first ends (under), the last ends (over: the others begin again) or "

@@ -10,12 +10,16 @@ from .yaml_file import Given
 # Another name for a key: older names, and TRL's names for what LLaMA-Factory calls otherwise.
 RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
+    "badam_switch_block_every": "badam_switch_interval",
     "cache_path": "tokenized_path",
     "chat_template_path": "template",
+    "checkpoint_dir": "adapter_name_or_path",
     "dataset_num_proc": "preprocessing_num_workers",
     "evaluation_strategy": "eval_strategy",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "name_module_trainable": "freeze_trainable_modules",
     "no_cuda": "use_cpu",
+    "num_layer_trainable": "freeze_trainable_layers",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "push_to_hub_model_id": "hub_model_id",
@@ -77,6 +81,11 @@ _NO_EFFECT = {
     "the report at the start says what is trained": "print_param_status",
     "BAdam 1.4 prints each block that it goes on to": "badam_verbose",
     "BAdam's layer mode has no masks": "badam_update_ratio badam_mask_mode",
+    "only text is trained here": """
+        media_dir image_dir image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches image_resolution
+        video_max_pixels video_min_pixels video_fps video_maxlen video_resolution use_audio_in_video
+        audio_sampling_rate freeze_vision_tower freeze_multi_modal_projector""",
+    "truncation_mode says what is cut": "reserved_label_len",
     "transformers 5 has dropped it": """
         past_index ray_scope mp_parameters half_precision_backend fp16_backend fp16_opt_level torchdynamo use_ipex
         use_mps_device use_legacy_prediction_loop include_inputs_for_metrics sortish_sampler jit_mode_eval""",
@@ -89,19 +98,18 @@ _REFUSED = {
     "it would be stored beside the model; log in with the hub's own tool": "ms_hub_token om_hub_token",
     "the launcher decides this; see accelerate_configs/": "parallelism_config",
     "it belongs in the accelerate config (mixed_precision: bf16); in a recipe write bf16: true": "mixed_precision",
-    "only text is trained here": """
-        media_dir image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels
-        video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate freeze_vision_tower
-        freeze_multi_modal_projector freeze_language_model train_mm_proj_only image_resolution video_resolution""",
+    "only text is trained here": "visual_inputs freeze_language_model train_mm_proj_only",
+    "a dataset's split is named in dataset_info.json": "split",
+    "write cutoff_len, the length of prompt and reply together": "max_source_length max_target_length",
     "it belongs to stage dpo, which TRL's DPOTrainer trains": """
         pref_beta pref_ftx pref_bco_weight pref_loss dpo_beta dpo_loss dpo_ftx dpo_label_smoothing simpo_gamma
-        ref_model ref_model_adapters ref_model_quantization_bit ld_alpha""",
+        ref_model ref_model_adapters ref_model_quantization_bit ld_alpha orpo_beta""",
     "it belongs to stage kto, which TRL's KTOTrainer trains": "kto_beta kto_chosen_weight kto_rejected_weight",
     "it belongs to stage ppo, which TRL no longer has; its GRPOTrainer and RLOOTrainer are for reinforcement learning": """
         ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards reward_model reward_model_adapters
-        reward_model_quantization_bit reward_model_type""",
+        reward_model_quantization_bit reward_model_type ppo_logger""",
     "it belongs to an inference server; start that with the saved model": """
-        vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen
+        vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config vllm_dtype sglang_maxlen
         sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend kt_maxlen kt_use_cuda_graph kt_mode
         kt_force_think mode""",
     "no expert is added to the model; lora_target: all adapts those that it has": """
@@ -139,18 +147,13 @@ _REFUSED = {
 # Their defaults in LLaMA-Factory (or in TRL), where these are neither null nor false.
 # fmt: off
 HARMLESS: dict[str, object] = {
-    "asft_alpha": 0.1, "assistant_only_loss": True, "audio_sampling_rate": 16000, "badam_mode": "layer",
-    "dpo_label_smoothing": 0.0, "eaft_alpha": 1.0,
-    "freeze_multi_modal_projector": True, "freeze_vision_tower": True, "image_max_pixels": 768 * 768,
-    "image_min_pixels": 32 * 32, "init_special_tokens": "noise_init", "kt_maxlen": 4096, "kt_mode": "normal",
-    "kt_use_cuda_graph": True, "kto_chosen_weight": 1.0,
-    "kto_rejected_weight": 1.0, "max_length": 1024, "mixed_precision": "bf16_mixed", "mode": "normal",
-    "packing_strategy": "bfd", "ppo_buffer_size": 1,
+    "asft_alpha": 0.1, "assistant_only_loss": True, "badam_mode": "layer", "dpo_label_smoothing": 0.0,
+    "eaft_alpha": 1.0, "init_special_tokens": "noise_init", "kt_maxlen": 4096, "kt_mode": "normal",
+    "kt_use_cuda_graph": True, "kto_chosen_weight": 1.0, "kto_rejected_weight": 1.0, "max_length": 1024,
+    "mixed_precision": "bf16_mixed", "mode": "normal", "packing_strategy": "bfd", "ppo_buffer_size": 1,
     "ppo_epochs": 4, "ppo_target": 6.0, "pref_bco_weight": 0.0, "pref_beta": 0.1, "pref_ftx": 0.0,
-    "pref_loss": "sigmoid", "reward_model_type": "lora",
-    "sglang_lora_backend": "triton", "sglang_maxlen": 4096, "sglang_mem_fraction": 0.7, "sglang_tp_size": -1,
-    "simpo_gamma": 0.5, "video_fps": 2.0,
-    "video_max_pixels": 256 * 256, "video_maxlen": 128, "video_min_pixels": 16 * 16, "vllm_gpu_util": 0.7,
+    "pref_loss": "sigmoid", "reward_model_type": "lora", "sglang_lora_backend": "triton", "sglang_maxlen": 4096,
+    "sglang_mem_fraction": 0.7, "sglang_tp_size": -1, "simpo_gamma": 0.5, "split": "train", "vllm_gpu_util": 0.7,
     "vllm_max_lora_rank": 32, "vllm_maxlen": 4096,
 }
 # fmt: on
@@ -172,6 +175,8 @@ def recognise(given: Mapping[str, Given]) -> str | None:
         return str(given[key].value) if key in given and given[key].value else or_else
 
     model, adapter = value("model_name_or_path"), value("adapter_name_or_path")
+    if any(key.startswith(("top.", "train.")) for key in given):
+        return "this is what LLaMA Board saves, no recipe; its button Preview command shows flags, which are read here"
     if _V1_KEYS & given.keys() and not model:
         found = ", ".join(f"{key}:" for key in given if key in _V1_KEYS)
         return f"this is LLaMA-Factory's v1 form ({found}), which is not read here; write its usual keys (--help all)"

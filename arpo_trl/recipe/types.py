@@ -31,6 +31,17 @@ def _whole(value: object) -> object:
     return _not_a_bool(value)
 
 
+def _at_most(value: object) -> object:
+    """More rows than can be counted: all of them, as in LLaMA-Factory."""
+    return min(value, LARGEST) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _attention(value: object) -> object:
+    """How LLaMA-Factory's releases until 0.7 wrote it: true and false, then off."""
+    older = {True: "fa2", False: "auto", "off": "disabled"}
+    return older.get(value, value) if isinstance(value, bool | str) else value
+
+
 def _number(value: object) -> object:
     if isinstance(value, int | float) and 1e15 < abs(value) < float("inf"):
         raise ValueError(f"expected a number of at most 1e15, found {value}")
@@ -135,6 +146,8 @@ def _is_span(value: str) -> str:
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
+Rows = Annotated[Count, BeforeValidator(_at_most)]
+Attention = Annotated[Literal["auto", "disabled", "sdpa", "fa2", "fa3", "flex"], BeforeValidator(_attention)]
 Seed = Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_not_a_bool)]  # numpy's range
 Workers = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Names = Annotated[list[str], BeforeValidator(_split, json_schema_input_type=str | list[str])]

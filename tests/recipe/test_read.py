@@ -117,7 +117,9 @@ WRONG = [
     ("predict_with_generate: true", "predict_with_generate: no rows to predict; set eval_dataset or val_size"),
     ("eval_on_start: true", "eval_on_start: nothing to evaluate on; set eval_dataset or val_size"),
     ("val_size: 0.1\npredict_during_eval: 8", "predict_during_eval: needs do_eval, or eval_strategy: steps or epoch"),
-    ("image_max_pixels: 262144", "image_max_pixels: only text is trained here"),
+    ("freeze_language_model: true", "freeze_language_model: only text is trained here"),
+    ("split: all", "split: a dataset's split is named in dataset_info.json"),
+    ("max_source_length: 512", "max_source_length: write cutoff_len, the length of prompt and reply together"),
     ("mixed_precision: bf16", "mixed_precision: it belongs in the accelerate config (mixed_precision: bf16); in a recipe write bf16: true"),
     ("swanlab_api_key: k", "swanlab_api_key: it would be stored beside the model; set the environment variable SWANLAB_API_KEY"),
     ("extra_config: x.json", "extra_config: Megatron is not used here; write what is asked for as keys of this recipe"),
@@ -351,6 +353,7 @@ OTHER_FORMS = [
     ("model: m\ntrain_dataset: d\npeft_config: {name: lora}\noutput_dir: o\n", "this is LLaMA-Factory's v1 form (model:, train_dataset:, peft_config:), which is not read here; write its usual keys (--help all)"),
     ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\nexport_dir: out\nexport_size: 5\n", "this is an export recipe of LLaMA-Factory; merge the adapter with: python -m arpo_trl merge a out"),
     ("model_name_or_path: m\nexport_dir: out\n", "this is an export recipe of LLaMA-Factory without an adapter; a trained model needs no export here"),
+    ("top.model_path: m\ntop.template: qwen\ntrain.dataset: [a]\ntrain.output_dir: o\n", "this is what LLaMA Board saves, no recipe; its button Preview command shows flags, which are read here"),
     ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\ninfer_backend: huggingface\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python -m arpo_trl chat a"),
     ("model_name_or_path: m\ntemplate: qwen\ninfer_backend: vllm\nvllm_enforce_eager: true\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python -m arpo_trl chat m"),
     ("model_name_or_path: m\nstage: sft\ntemplate: qwen\ndo_sample: false\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python -m arpo_trl chat m"),
@@ -442,6 +445,29 @@ def test_keys_without_effect_are_said_once_by_reason(tmp_path: Path) -> None:
         f"{path}: save_safetensors: no effect; weights are always saved as safetensors",
         f"{path}: temperature, top_p: no effect; do_predict and predict_during_eval generate replies",
     ]
+
+
+def test_a_text_recipe_copied_from_one_for_images_is_read_and_says_what_has_no_effect(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "template: qwen\nimage_max_pixels: 262144\nfreeze_vision_tower: false\n")
+    assert read_recipe(path).notices == [
+        f"{path}: image_max_pixels, freeze_vision_tower: no effect; only text is trained here"
+    ]
+
+
+def test_keys_of_llama_factorys_older_releases_mean_what_the_newer_ones_mean(tmp_path: Path) -> None:
+    old = (
+        "finetuning_type: freeze\nnum_layer_trainable: -3\nname_module_trainable: mlp,self_attn\nflash_attn: off\n"
+        "evaluation_strategy: no\nsft_packing: yes\nsplit: train\nreserved_label_len: 1\nmax_samples: 10000000000000\n"
+    )
+    new = (
+        "finetuning_type: freeze\nfreeze_trainable_layers: -3\nfreeze_trainable_modules: [mlp, self_attn]\n"
+        "flash_attn: disabled\neval_strategy: no\npacking: true\nmax_samples: 2147483647\n"
+    )
+    read = read_recipe(write(tmp_path, GOOD + old))
+    assert read.resolved() == read_recipe(write(tmp_path, GOOD + new)).resolved()
+    assert f"{tmp_path / 'r.yaml'}: reserved_label_len: no effect; truncation_mode says what is cut" in read.notices
+    assert read_recipe(write(tmp_path, GOOD + "flash_attn: true\n")).resolved()["flash_attn"] in ("fa2", "sdpa")
+    assert read_recipe(write(tmp_path, GOOD + "flash_attn: false\n")).flash_attn == "auto"
 
 
 def test_refused_keys_that_ask_for_nothing_pass(tmp_path: Path) -> None:
