@@ -201,6 +201,10 @@ class TrainKeys(BaseModel):
     disable_shuffling: bool = _key(False, "Take rows in their order.", "train_sampling_strategy: sequential")
     group_by_length: bool = _key(False, "Batch rows of like length.", "train_sampling_strategy: group_by_length")
     use_dft_loss: bool = _key(False, "Dynamic fine-tuning loss.", "loss_type: dft")
+    use_eaft_loss: bool = _key(False, "Entropy-adaptive loss: a token weighs as much as the model is uncertain there.")
+    eaft_alpha: Number = _key(1.0, "With use_eaft_loss: exponent of that weight.", ge=0)
+    use_asft_loss: bool = _key(False, "Dynamic fine-tuning loss, held near the model as it was at the start.")
+    asft_alpha: Number = _key(0.1, "With use_asft_loss: weight of the KL divergence from that model.", ge=0)
     deepspeed: Annotated[Location | dict[str, object] | None, BeforeValidator(from_json)] = _key(
         None, "DeepSpeed's JSON config; or use accelerate_configs/zero3.yaml."
     )

@@ -122,8 +122,6 @@ _REFUSED = {
     "transformers does not hand it to APOLLO": "apollo_scale_front",
     "it would be stored beside the model; set the environment variable SWANLAB_API_KEY": "swanlab_api_key",
     "no message is sent to Lark; SwanLab's own settings send one": "swanlab_lark_webhook_url swanlab_lark_secret",
-    "this loss is not offered; there are the usual one and use_dft_loss": """
-        use_asft_loss asft_alpha use_eaft_loss eaft_alpha""",
     "this change of the model is not made here; save a changed model and name it in model_name_or_path": """
         train_from_scratch new_special_tokens_config init_special_tokens""",
     "each token sees all before it; remove the line": "shift_attn",
@@ -147,8 +145,8 @@ _REFUSED = {
 # Their defaults in LLaMA-Factory (or in TRL), where these are neither null nor false.
 # fmt: off
 HARMLESS: dict[str, object] = {
-    "asft_alpha": 0.1, "assistant_only_loss": True, "badam_mode": "layer", "dpo_label_smoothing": 0.0,
-    "eaft_alpha": 1.0, "init_special_tokens": "noise_init", "kt_maxlen": 4096, "kt_mode": "normal",
+    "assistant_only_loss": True, "badam_mode": "layer", "dpo_label_smoothing": 0.0,
+    "init_special_tokens": "noise_init", "kt_maxlen": 4096, "kt_mode": "normal",
     "kt_use_cuda_graph": True, "kto_chosen_weight": 1.0, "kto_rejected_weight": 1.0, "max_length": 1024,
     "mixed_precision": "bf16_mixed", "mode": "normal", "packing_strategy": "bfd", "ppo_buffer_size": 1,
     "ppo_epochs": 4, "ppo_target": 6.0, "pref_bco_weight": 0.0, "pref_beta": 0.1, "pref_ftx": 0.0,

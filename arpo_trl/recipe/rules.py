@@ -98,6 +98,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target"):
         if given(recipe, key) and not given(recipe, "finetuning_type"):
             yield key, "needs finetuning_type: lora, which is not the default here"
+    yield from _losses(recipe)
     yield from _own_optimizers(recipe)
     if recipe.use_badam and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield "use_badam", "trains in one process alone; remove the line"
@@ -106,6 +107,20 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield layerwise, "steps at each batch; write gradient_accumulation_steps: 1"
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             yield layerwise, "trains in one process alone; remove the line"
+
+
+def _losses(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Keys of which each has a loss of its own. Only the usual one is smoothed, TRL's two have the routers' beside them."""
+    asked = [key for key in ("use_eaft_loss", "use_asft_loss", "use_dft_loss") if getattr(recipe, key)]
+    own = [key for key in asked if key != "use_dft_loss"]
+    if given(recipe, "loss_type") and (asked or recipe.loss_type == "dft"):
+        asked.append("loss_type")
+    if asked and recipe.label_smoothing_factor:
+        asked.append("label_smoothing_factor")
+    if own and recipe.moe_aux_loss_coef:
+        asked.append("moe_aux_loss_coef")
+    if len(asked) > 1:
+        yield asked[0], f"{asked[1]} is there too; keep one"
 
 
 def _steps_in_backward(recipe: Recipe) -> str | None:
@@ -195,6 +210,6 @@ RULES: list[tuple[str, Callable[[Recipe], object], str]] = [
     ("pissa_iter", lambda r: r.pissa_iter == 0, "expected a whole number above 0, or -1 for an exact SVD, found 0"),
     ("use_llama_pro", lambda r: r.use_llama_pro and r.finetuning_type not in ("freeze", "lora"), "needs finetuning_type: freeze or lora"),
     ("oft_rank", lambda r: r.finetuning_type == "oft" and bool(r.oft_rank) == bool(r.oft_block_size), "one of oft_rank and oft_block_size has to be 0, the other not"),
-    ("use_dft_loss", lambda r: r.use_dft_loss and given(r, "loss_type"), "loss_type is there too; keep one"),
+    ("use_asft_loss", lambda r: r.use_asft_loss and r.quantization_bit, "needs a model that is not quantized; remove one"),
 ]
 # fmt: on

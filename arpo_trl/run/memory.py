@@ -82,12 +82,16 @@ def estimate_memory(
         copies = 16 / whole.dtype.itemsize
     embedding = cast(nn.Embedding, whole.get_input_embeddings()).weight
     head = cast(nn.Linear, whole.get_output_embeddings()).weight
+    half = args.bf16 or args.fp16
+    reference = sum(p.numel() for p in model.parameters()) * (2 if half else 4) if recipe.use_asft_loss else 0
     return Memory(
-        weights=sum(p.nbytes for p in model.parameters()) - _saved_by_packing(backbone, recipe.quantization_bit),
+        weights=sum(p.nbytes for p in model.parameters())
+        - _saved_by_packing(backbone, recipe.quantization_bit)
+        + reference,
         gradients=sum(trained) + embedding.nbytes * embedding.requires_grad,
         optimizer=int(copies * sum(trained)),
         activations=activations,
-        logits=_logits(head, labelled, half=args.bf16 or args.fp16) + head.nbytes * head.requires_grad,
+        logits=_logits(head, labelled, half) * (2 if reference else 1) + head.nbytes * head.requires_grad,
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl.trainer.sft_config import SFTConfig
 
 from ..errors import in_one_line
 from ..recipe.keys import Recipe
@@ -71,6 +73,13 @@ def _settle_balancing_loss(recipe: Recipe, config: PreTrainedConfig) -> None:
         )
     if not hasattr(config, "num_experts"):  # Granite's and Phi's mixtures: trl 1.16, add_fused_lm_head
         config.num_experts = config.num_local_experts
+
+
+def frozen_copy(model: PreTrainedModel | PeftModel, args: SFTConfig) -> PreTrainedModel:
+    """The model as it is now, with its adapter, in the dtype that the run computes in: for a loss to compare with."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    found = copy.deepcopy(model.get_base_model() if isinstance(model, PeftModel) else model).requires_grad_(False)
+    return cast(PreTrainedModel, found.to(dtype=dtype).eval())
 
 
 def stop_after_calls(

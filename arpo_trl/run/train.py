@@ -38,8 +38,9 @@ from .checkpoints import SaveAfterEpochEnd
 from .early_stopping import StopEarly
 from .evaluate import eval_datasets, run_without_training, to_inference
 from .folder_lock import own_output_dir
+from .loss import to_objective
 from .memory import memory_to_spare
-from .model import load_model, stop_after_calls
+from .model import frozen_copy, load_model, stop_after_calls
 from .optimizers import ProjectionsOnResume, to_optimizer
 from .predict import PredictOnEvaluate, compare_evaluations, predict, refuse_split_model
 from .preflight import PackingCheck, Preflight
@@ -147,6 +148,8 @@ def make_trainer(
         optimizer_cls_and_kwargs=to_optimizer(recipe, args),
         rows=data.train if isinstance(data.train, Dataset) else None,  # naming a stream's rows would read it anew
         on_save_error=recipe.on_save_error,
+        objective=to_objective(recipe),
+        reference=frozen_copy(model, args) if recipe.use_asft_loss else None,
     )
     refuse_split_model(recipe, trainer.is_fsdp_enabled)
     keep_adapter_in_float32(model)

@@ -26,7 +26,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from ..errors import RunFailed
 from .checkpoints import checkpoint_bytes, save_checkpoint
 from .failures import describe_not_finite, describe_out_of_memory, is_out_of_memory
-from .loss import Batch, count_tokens, mask_repeated_rows, score_labelled_positions_only, token_means
+from .loss import Batch, Objective, count_tokens, mask_repeated_rows, score_labelled_positions_only, token_means
 from .order import Endless, EpochOrder
 from .stop import Stopped
 
@@ -85,6 +85,8 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         rows: The rows behind the training batches, with columns `input_ids` and `source` ("file:line"), to name the
             rows of a batch that fails. With packing these are the rows before packing.
         on_save_error: "stop" ends the run when a checkpoint cannot be written, "continue" goes on without it.
+        objective: The training loss, where TRL has none of its name.
+        reference: The model that it compares with, if it does.
         **kwargs: As `trl.SFTTrainer`.
     """
 
@@ -92,7 +94,14 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
     model: PreTrainedModel | PeftModel
 
     def __init__(
-        self, *, args: SFTConfig, rows: Dataset | None = None, on_save_error: str = "stop", **kwargs: Any
+        self,
+        *,
+        args: SFTConfig,
+        rows: Dataset | None = None,
+        on_save_error: str = "stop",
+        objective: Objective | None = None,
+        reference: PreTrainedModel | None = None,
+        **kwargs: Any,
     ) -> None:
         args = copy.copy(args)
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None  # only whole ones replace others
@@ -119,8 +128,9 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         model = self.accelerator.unwrap_model(self.model)
         self.checkpoint_bytes = checkpoint_bytes(model, args)  # until one is measured
         model.register_forward_hook(torch.compiler.disable(self._score))
-        if self.accelerator.device.type not in ("cuda", "xpu"):
-            score_labelled_positions_only(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        if objective or self.accelerator.device.type not in ("cuda", "xpu"):
+            whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+            score_labelled_positions_only(whole, objective, reference and reference.to(self.accelerator.device))
         _compute_outputs_in_float32(self.accelerator)
 
     # --- a step ---

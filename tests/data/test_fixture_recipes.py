@@ -73,9 +73,6 @@ EXAMPLE_FACTS = json.loads(
 )
 EXAMPLES: dict[str, dict[str, Any]] = EXAMPLE_FACTS["examples"]
 REFUSED = {
-    "extras/asft/llama2_full_asft": "use_asft_loss: this loss is not offered",
-    "extras/asft/qwen2_full_asft": "use_asft_loss: this loss is not offered",
-    "extras/eaft/qwen25_05b_eaft_full": "use_eaft_loss: this loss is not offered",
     "extras/mod/llama3_full_sft": "mixture_of_depths: LLaMA-Factory 0.9.5 itself fails at it",
 }
 QUANTIZED = [name for name in EXAMPLES if name.endswith(("_gptq", "_awq", "_aqlm"))]

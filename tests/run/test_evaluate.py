@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_config import SFTConfig
 
 from arpo_trl.report.log_file import read_log
+from arpo_trl.run.loss import Objective, entropy_adaptive
 from arpo_trl.run.train import train
 from arpo_trl.run.trainer import ArpoTrainer
 
@@ -32,7 +34,9 @@ def rows(lengths: list[int]) -> Dataset:
 SHORT, LONG = rows([4, 5, 30, 6, 28]), rows([40, 3, 50])
 
 
-def evaluate(model: Path, folder: Path, datasets: Any, batch: int = 2, **changes: Any) -> dict[str, float]:
+def evaluate(
+    model: Path, folder: Path, datasets: Any, batch: int = 2, objective: Objective | None = None, **changes: Any
+) -> dict[str, float]:
     values: dict[str, Any] = {
         "use_cpu": True,
         "bf16": False,
@@ -53,6 +57,7 @@ def evaluate(model: Path, folder: Path, datasets: Any, batch: int = 2, **changes
         train_dataset=SHORT,
         eval_dataset=datasets,
         processing_class=AutoTokenizer.from_pretrained(model),
+        objective=objective,
     )
     return trainer.evaluate()
 
@@ -77,6 +82,7 @@ def token_losses(model: Path, dataset: Dataset) -> list[float]:
         (8, {}),
         (2, {"padding_free": True}),
         (2, {"loss_type": "dft"}),
+        (2, {"objective": partial(entropy_adaptive, alpha=1.0)}),
         pytest.param(
             2,
             {"label_smoothing_factor": 0.3},

@@ -22,7 +22,7 @@ from arpo_trl.recipe.keys import Recipe
 from arpo_trl.run import memory
 from arpo_trl.run.checkpoints import checkpoint_bytes
 from arpo_trl.run.memory import Memory, describe_memory, estimate_memory, memory_to_spare, model_shape
-from arpo_trl.run.model import load_model
+from arpo_trl.run.model import frozen_copy, load_model
 from arpo_trl.run.sft_config import to_sft_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -74,6 +74,17 @@ def test_the_parts_are_those_of_the_loaded_model(lines: list[str], tmp_path: Pat
     assert found.activations == pytest.approx(saved, rel=0.02)  # fake tensors have no hidden padding
     half = args.bf16
     assert found.logits == 120 * 1088 * (14 if half else 12) + (2 * 1088 * 64 if half else 0) + head
+
+
+@pytest.mark.parametrize("lines", [[], ["bf16=true"], ["bf16=true", "finetuning_type=lora"]], ids=" ".join)
+def test_the_reference_model_of_asft_is_one_of_the_weights(lines: list[str], tmp_path: Path, tiny_model: Path) -> None:
+    given = recipe(tmp_path, tiny_model, "use_asft_loss=true", *lines)
+    args = to_sft_config(given)
+    model, _ = load_model(given)
+    reference = frozen_copy(model, args)
+    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16 if args.bf16 else torch.float32}
+    found = estimate_memory(given, args, model_shape(given), ROWS)
+    assert found and found.weights == sum(p.nbytes for one in (model, reference) for p in one.parameters())
 
 
 @pytest.mark.parametrize("bits", [4, 8])

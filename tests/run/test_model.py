@@ -20,8 +20,9 @@ from arpo_trl.errors import RecipeError, RunFailed
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.run.adapters import keep_adapter_in_float32, trained_blocks, turn_pissa_into_lora
 from arpo_trl.run.checkpoints import find_damage, newest_whole_checkpoint
+from arpo_trl.run.loss import to_objective
 from arpo_trl.run.merge import merge
-from arpo_trl.run.model import load_model
+from arpo_trl.run.model import frozen_copy, load_model
 from arpo_trl.run.optimizers import ProjectionsOnResume, to_optimizer
 from arpo_trl.run.sft_config import to_sft_config
 from arpo_trl.run.trainer import ArpoTrainer
@@ -68,6 +69,8 @@ def run(given: Recipe, resume: bool = False) -> Any:
         train_dataset=Dataset.from_list(ROWS),
         processing_class=AutoTokenizer.from_pretrained(given.model_name_or_path),
         optimizer_cls_and_kwargs=to_optimizer(given, args),
+        objective=to_objective(given),
+        reference=frozen_copy(model, args) if given.use_asft_loss else None,
     )
     keep_adapter_in_float32(model)
     trainer.add_callback(ProjectionsOnResume(args.optim))
@@ -317,6 +320,20 @@ def test_galore_and_apollo_go_on_with_their_projections(
     shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
     run(parts, resume=True)
     whole, found = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "parts"))
+    assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_asft_goes_on_beside_the_model_of_the_start(method: str, tmp_path: Path, tiny_model: Path) -> None:
+    keys = {"finetuning_type": method, "use_asft_loss": True, "asft_alpha": 5.0}
+    keys |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    run(recipe(tmp_path / "whole", tiny_model, **keys))
+    parts = recipe(tmp_path / "parts", tiny_model, **keys)
+    run(parts)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    run(parts, resume=True)
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    whole, found = (load_file(tmp_path / folder / name) for folder in ("whole", "parts"))
     assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import small_run
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Gemma2Config
 
 from arpo_trl.__main__ import main
 
@@ -43,6 +43,35 @@ def test_what_does_not_go_together_is_refused_with_the_keys_line(
         f"{recipe}:{line}: model_name_or_path: {model} has embeddings for {size:,} tokens, and {data / 'counting.json'}:1:39 "
         f"has token {new:,} ('<new_{new}>'); resize the model once"
     )
+
+
+@pytest.mark.parametrize("key", ["use_eaft_loss", "use_asft_loss"])
+def test_a_loss_that_this_launch_or_model_does_not_allow_is_refused(
+    key: str, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the way out that it names is one: use_dft_loss, or no FSDP."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    data = small_run.write_data(tmp_path / "data")
+    recipe = small_run.write_recipe(tmp_path, model, dataset="counting", dataset_dir=str(data))
+    with monkeypatch.context() as patched:
+        patched.setenv("ACCELERATE_USE_FSDP", "true")
+        assert main(["--check", str(recipe), f"{key}=true"]) == (2 if key == "use_asft_loss" else 0)
+        refused = (
+            f"{recipe}: {key}: needs a whole second model on each process; launch with accelerate_configs/multi_gpu"
+        )
+        assert (refused in capsys.readouterr().err) == (key == "use_asft_loss")
+    assert main(["--check", str(recipe), f"{key}=true"]) == 0
+    config = Gemma2Config(
+        vocab_size=AutoConfig.from_pretrained(tiny_model).vocab_size,
+        hidden_size=16,
+        num_hidden_layers=1,
+        intermediate_size=16,
+        head_dim=16,
+    )
+    config.save_pretrained(model)
+    assert main(["--check", str(recipe), f"{key}=true"]) == 2
+    assert f"{recipe}: {key}: gemma2 scales its logits, which this loss does not; use_dft" in capsys.readouterr().err
+    assert main(["--check", str(recipe), "use_dft_loss=true"]) == 0
 
 
 @pytest.mark.parametrize(

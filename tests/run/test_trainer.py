@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_run
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
+from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
@@ -19,10 +23,12 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from arpo_trl.errors import RunFailed
 from arpo_trl.run import loss
-from arpo_trl.run.loss import score_tokens
+from arpo_trl.run.loss import score_tokens, to_objective
+from arpo_trl.run.model import frozen_copy
 from arpo_trl.run.trainer import ArpoTrainer
 
 STEPS = 20
+TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,7 @@ def config(folder: Path, **changes: Any) -> SFTConfig:
 def make(folder: Path, tiny_model: Path, rows: Dataset, cls: type[SFTTrainer] = ArpoTrainer, **changes: Any) -> Any:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     extra = {"rows": rows} if cls is ArpoTrainer else {}
+    extra |= {name: changes.pop(name) for name in ("objective", "reference") if name in changes}
     return cls(
         model=model,
         args=config(folder, **changes),
@@ -78,8 +85,28 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def hand_written_losses(tiny_model: Path, rows: Dataset, accumulation: int) -> Iterator[float]:
-    """AdamW, cosine with warm-up, clipping at 1.0, cross-entropy over all labelled tokens of a step."""
+def cross_entropy(logits: Tensor, targets: Tensor, at_start: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, targets, reduction="none")
+
+
+def eaft(logits: Tensor, targets: Tensor, at_start: Tensor, alpha: float) -> Tensor:
+    """Cross-entropy times (the entropy of the 20 likeliest tokens / 3) ** alpha."""
+    entropy = Categorical(logits=logits.detach().sort(descending=True).values[:, :20]).entropy()
+    return cross_entropy(logits, targets, at_start) * (entropy / 3) ** alpha
+
+
+def asft(logits: Tensor, targets: Tensor, at_start: Tensor, alpha: float) -> Tensor:
+    """Cross-entropy times p, and alpha times the divergence from the model at the start."""
+    nll = cross_entropy(logits, targets, at_start)
+    divergence = kl_divergence(Categorical(logits=at_start), Categorical(logits=logits))
+    return nll * (-nll).exp().detach() + alpha * divergence
+
+
+def hand_written_losses(
+    tiny_model: Path, rows: Dataset, accumulation: int, token_loss: TokenLoss = cross_entropy
+) -> Iterator[float]:
+    """AdamW, cosine with warm-up, clipping at 1.0, the mean of a loss over all labelled tokens of a step."""
+    start = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=2, num_training_steps=STEPS)
@@ -90,9 +117,11 @@ def hand_written_losses(tiny_model: Path, rows: Dataset, accumulation: int) -> I
         total = sum(label != -100 for row in batch for label in row["labels"][1:])
         loss = torch.zeros(())
         for row in batch:
-            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
-            targets = torch.tensor(row["labels"][1:])
-            loss = loss + functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / total
+            ids, targets = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+            logits, mask = model(ids).logits[0, :-1], targets != -100
+            with torch.no_grad():
+                at_start = start(ids).logits[0, :-1]
+            loss = loss + token_loss(logits[mask], targets[mask], at_start[mask]).sum() / total
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -110,6 +139,40 @@ def test_every_loss_is_that_of_a_hand_written_loop(
     assert found[0] == pytest.approx(expected[0], abs=1e-5)
     assert found == pytest.approx(expected, abs=1e-4)
     assert sum(expected[10:]) < sum(expected[:10]) - 0.1  # it trains
+
+
+@pytest.mark.parametrize("tile", [512, 16])
+@pytest.mark.parametrize(
+    ("keys", "token_loss"),
+    [
+        ({"use_eaft_loss": True}, partial(eaft, alpha=1.0)),
+        ({"use_eaft_loss": True, "eaft_alpha": 0.5}, partial(eaft, alpha=0.5)),
+        ({"use_asft_loss": True}, partial(asft, alpha=0.1)),
+        ({"use_asft_loss": True, "asft_alpha": 2.0}, partial(asft, alpha=2.0)),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_the_losses_that_trl_has_not_are_those_of_a_hand_written_loop(
+    keys: dict[str, Any],
+    token_loss: TokenLoss,
+    tile: int,
+    tmp_path: Path,
+    tiny_model: Path,
+    rows: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss, "TILE_POSITIONS", tile)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model.get_output_embeddings().weight.data *= 8  # surer than a new model, whose every entropy is about ln 20
+    certain = tmp_path / "model"
+    model.save_pretrained(certain)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(certain)
+    objective = to_objective(small_run.make_recipe(tmp_path, certain, **keys))
+    own = {"objective": objective, "reference": frozen_copy(model, config(tmp_path))}
+    trainer = make(tmp_path, certain, rows, gradient_accumulation_steps=2, **own)
+    expected = list(hand_written_losses(certain, rows, 2, token_loss))
+    assert losses(trainer) == pytest.approx(expected, abs=1e-4)
+    assert abs(sum(expected) - sum(hand_written_losses(certain, rows, 2))) > STEPS / 4
 
 
 def test_losses_accuracy_and_entropy_are_those_of_trl(tmp_path: Path, tiny_model: Path, rows: Dataset) -> None:
