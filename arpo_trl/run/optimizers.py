@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from peft.optimizers import create_loraplus_optimizer
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import RunFailed
+from ..errors import RecipeError
 from ..recipe.keys import Recipe
 
 
@@ -120,6 +120,9 @@ class BlockByBlock(torch.optim.Optimizer):
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         self.blocks.param_groups = self.param_groups  # its learning rate
+        for weight in self.blocks.param_idx2lp.values():
+            if weight.grad is None:  # a router's bias (Ernie 4.5, AFMoE): BAdam 1.4 wants a gradient of each weight
+                weight.grad = torch.zeros_like(weight)
         self.blocks.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,7 +136,7 @@ class BlockByBlock(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "place" not in state_dict:
-            raise RunFailed("use_badam: the checkpoint has no block to go on with; another optimizer wrote it")
+            raise RecipeError("use_badam: the checkpoint has no block to go on with; name a new output_dir")
         super().load_state_dict(state_dict)
         vars(self.blocks).update(state_dict["place"])
         self.blocks._switch_trainable_params_single_gpu(0)

@@ -16,7 +16,7 @@ from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from arpo_trl.errors import RecipeError, RunFailed
+from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.run.adapters import keep_adapter_in_float32, trained_blocks, turn_pissa_into_lora
 from arpo_trl.run.checkpoints import find_damage, newest_whole_checkpoint
@@ -402,7 +402,7 @@ def test_badam_goes_on_in_its_block(mode: str, steps: tuple[int], tmp_path: Path
 def test_a_checkpoint_of_another_optimizer_is_refused_by_badam(tmp_path: Path, tiny_model: Path) -> None:
     keys = {"finetuning_type": "full", "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     run(recipe(tmp_path, tiny_model, **keys))
-    with pytest.raises(RunFailed, match="use_badam: the checkpoint has no block to go on with"):
+    with pytest.raises(RecipeError, match="use_badam: the checkpoint has no block to go on with"):
         run(recipe(tmp_path, tiny_model, **keys | BADAM | {"max_steps": 2}), resume=True)
 
 
@@ -412,6 +412,19 @@ def test_badam_trains_through_a_reentrant_checkpoint(tmp_path: Path, tiny_model:
         run(recipe(tmp_path, tiny_model, **BADAM, use_reentrant_gc=reentrant, max_steps=3))
         weights.append(load_file(tmp_path / "model.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_badam_leaves_a_weight_without_a_gradient_as_it_is(tmp_path: Path, tiny_model: Path) -> None:
+    keys = {"vocab_size": 1024, "pad_token_id": 0, **architectures.FAMILIES["ernie4_5_moe"]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("ernie4_5_moe", **keys))
+    model.save_pretrained(tmp_path / "moe")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "moe")
+    keys = BADAM | {"badam_switch_mode": "descending", "weight_decay": 0.0}
+    run(recipe(tmp_path, tmp_path / "moe", **keys))
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "moe", tmp_path))
+    assert {n for n in after if ".layers.1." in n and torch.equal(before[n], after[n])} == {
+        "model.layers.1.mlp.moe_statics.e_score_correction_bias"
+    }
 
 
 def test_badam_names_what_its_blocks_lack(tmp_path: Path, tiny_model: Path) -> None:
