@@ -45,6 +45,8 @@ BLOCKS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+LATENT = {"num_key_value_heads": 4, "moe_intermediate_size": 64, "q_lora_rank": 32, "kv_lora_rank": 16}
+LATENT |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 NARROW = {"head_dim": 16}
 SLIDING = {"sliding_window": 16}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16}
@@ -53,10 +55,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "afmoe": BASE | NARROW | SLIDING | EXPERTS | {"moe_intermediate_size": 64, "num_dense_layers": 1},
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
     "cohere2": BASE | SLIDING,
-    "deepseek_v3": BASE
-    | ROUTED
-    | {"num_key_value_heads": 4, "moe_intermediate_size": 64, "q_lora_rank": 32, "kv_lora_rank": 16}
-    | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    "deepseek_v2": BASE | ROUTED | LATENT | {"n_shared_experts": 1},
+    "deepseek_v3": BASE | ROUTED | LATENT,
     "ernie4_5": BASE | NARROW,
     "ernie4_5_moe": BASE | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64},
     "exaone4": BASE,

@@ -7,6 +7,7 @@ is saved beside the new adapter, which names it), and PiSSA (the adapter is turn
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -16,8 +17,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -58,25 +60,57 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
 
 def new_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     """The model under an untrained adapter. Raises RecipeError for modules that it does not have."""
-    names = [f".{name}" for name, _ in model.named_modules()]
     target = f"{recipe.finetuning_type}_target"
     targets = getattr(recipe, target)
+    config = to_adapter_config(recipe, tied=model.config.tie_word_embeddings)
+    try:
+        fused = _fused_by_peft(model, config)
+    except ValueError as error:
+        raise recipe.error(target, str(error)) from error
+    if fused is not None:
+        for key in ("lora_dropout", "use_dora", "pissa_init"):
+            if getattr(recipe, key):
+                way_out = "remove the line, or name other layers in lora_target"
+                raise recipe.error(key, f"PEFT's LoRA of experts has none; {way_out}")
+    names = [f".{name}" for name, _ in model.named_modules()]
     for key, wanted in ((target, targets), ("additional_target", recipe.additional_target)):
-        if unknown := [one for one in wanted if one != "all" and not any(name.endswith(f".{one}") for name in names)]:
+        known = [*names, *(f".{name}" for name in fused or () if key == target)]
+        if unknown := [one for one in wanted if one != "all" and not any(name.endswith(f".{one}") for name in known)]:
             weights = model.named_parameters()
             there = {name.split(".")[-2] for name, weight in weights if weight.ndim > 1 or key == "additional_target"}
             raise recipe.error(key, f"no module {unknown[0]}; there are {', '.join(sorted(there))}")
-    config = to_adapter_config(recipe, tied=model.config.tie_word_embeddings)
     excluded = _not_for_lora(model) if "all" in targets else []
     if recipe.use_llama_pro:
         chosen = trained_blocks(recipe, model.config.get_text_config().num_hidden_layers)
         blocks = {name: re.search(r"\.(\d+)\.", name) for name in names}
         excluded += [name[1:] for name, block in blocks.items() if block and int(block[1]) not in chosen]
     config.exclude_modules = excluded or None
+    if isinstance(config, LoraConfig) and fused and not recipe.quantization_bit:
+        beside = [name.split(".") for name in _linear_layers(model) if name.rpartition(".")[2] in fused]
+        config.target_parameters = sorted({".".join([*name[-2:], "weight"]) for name in beside})
     try:
         return get_peft_model(model, config)
     except ValueError as error:
         raise recipe.error(target, in_one_line(error)) from error
+
+
+def _fused_by_peft(model: PreTrainedModel, config: LoraConfig | OFTConfig) -> set[str] | None:
+    """Names of targets (gate_proj, ...) for which PEFT 0.21 adapts the fused experts of transformers 5, and these alone.
+
+    Linear layers of these names, in shared experts and dense blocks, would be left out. None: it adapts no experts.
+    """
+    converted = copy.deepcopy(config)
+    convert_peft_config_for_transformers(converted, model, None)
+    if not isinstance(converted, LoraConfig) or not converted.target_parameters:
+        return None
+    given = config.target_modules
+    names = {name.rpartition(".")[2] for name in _linear_layers(model)} if isinstance(given, str) else {*(given or ())}
+    return names - {*(converted.target_modules or ())}
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    head = model.get_output_embeddings()
+    return [name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear) and one is not head]
 
 
 def _not_for_lora(model: PreTrainedModel) -> list[str]:

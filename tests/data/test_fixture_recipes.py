@@ -190,7 +190,9 @@ def test_the_examples_on_quantized_bases_are_refused_for_their_base(place: Path)
 @pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated:FutureWarning")  # galore_torch's own
 @pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`:UserWarning")  # of the tiny model's narrow layers
 @pytest.mark.parametrize("source", [*FIXTURES, *RUN], ids=lambda source: getattr(source, "stem", source))
-def test_a_recipe_of_llama_factorys_passes_check_and_trains_two_steps(source: Path | str, place: Path) -> None:
+def test_a_recipe_of_llama_factorys_passes_check_and_trains_two_steps(
+    source: Path | str, place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """As it is, but for DeepSpeed and FSDP, which need GPUs; the model is a tiny one of its family."""
     path = source if isinstance(source, Path) else write_example(source, place)
     keys = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -211,6 +213,7 @@ def test_a_recipe_of_llama_factorys_passes_check_and_trains_two_steps(source: Pa
         given += ["adapter_name_or_path=adapter", "max_new_tokens=4"]
     assert main(["--check", str(path), *given]) == 0
     assert main([str(path), *given]) == 0
+    assert "Traceback" not in capfd.readouterr().err
     if not keys.get("do_train"):
         assert (place / "out" / "generated_predictions.jsonl").read_text(encoding="utf-8").count("\n") == len(rows)
         return

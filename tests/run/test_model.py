@@ -227,6 +227,58 @@ def create_optimizer(given: Recipe, model: Any) -> torch.optim.Optimizer:
     return factory()(model, **kwargs)
 
 
+# --- mixtures of experts ---
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [
+        ("deepseek_v2", "all"),
+        ("deepseek_v3", "kv_b_proj,gate_proj,up_proj,down_proj"),
+        ("qwen3_moe", "q_proj,gate_proj,up_proj,down_proj"),  # it has no layers of these names but its experts
+    ],
+)
+def test_an_adapter_trains_experts_shared_experts_and_dense_blocks(family: str, target: str, tmp_path: Path) -> None:
+    """With the losses of a plain loop, and as it is saved; PEFT alone leaves out all but the fused experts."""
+    base = tmp_path / "model"
+    plain_base = architectures.make_model(family, base)
+    layers = (name for name, one in plain_base.named_modules() if isinstance(one, torch.nn.Linear))
+    wanted = {name for name in layers if name != "lm_head" and (target == "all" or name.split(".")[-1] in target)}
+    given = recipe(tmp_path / "run", base, lora_target=target, per_device_train_batch_size=16, logging_steps=1)
+    model: Any = load_model(given)[0]
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), weight_decay=0.0)
+    ids, labels = (torch.tensor([row[key] for row in ROWS]) for key in ("input_ids", "labels"))
+    losses = []
+    for lr in (5e-3, 2.5e-3):
+        optimizer.param_groups[0]["lr"] = lr
+        loss = model(input_ids=ids, labels=labels).loss
+        losses.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    trainer = run(given)
+    assert [line["loss"] for line in trainer.state.log_history[:2]] == pytest.approx(losses)
+    again = on_its_base(tmp_path / "run")
+    moved = {n.split(".lora_B")[0][17:] for n, p in again.named_parameters() if ".lora_B" in n and p.abs().sum() > 0}
+    assert wanted <= moved and any(name.endswith("mlp.experts") for name in moved)
+    assert torch.equal(predict(again), predict(trainer.model))
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+def test_what_peft_has_not_for_fused_experts_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    base = tmp_path / "model"
+    architectures.make_model("qwen3_moe", base)
+    with pytest.raises(RecipeError, match=r"lora_target: .*gate_proj without also targeting up_proj"):
+        load_model(recipe(tmp_path, base, lora_target="q_proj,gate_proj"))
+    load_model(recipe(tmp_path, base, lora_target="q_proj,gate_proj,up_proj"))
+    for keys in ({"lora_dropout": 0.1}, {"use_dora": True}, {"pissa_init": True}):
+        with pytest.raises(RecipeError, match=rf"{next(iter(keys))}: PEFT's LoRA of experts has none"):
+            load_model(recipe(tmp_path, base, **keys))
+        load_model(recipe(tmp_path, base, **keys, lora_target="q_proj,v_proj"))
+
+
 # --- oft, LLaMA Pro ---
 
 
