@@ -63,8 +63,10 @@ def _parse(path: Path) -> tuple[_Loader, yaml.Node | None]:
     except RecursionError:
         raise RecipeError(f"{path}: not read (its values are nested too deeply)") from None
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{path}:{line}: not YAML ({error.problem or error.context})") from None
+        context = error.context or ""  # an open quote or a key without its colon is found lines later
+        mark = error.context_mark if context.startswith("while scanning a ") else error.problem_mark
+        problem = "expected key: value, with a space after the colon" if context.endswith("key") else error.problem
+        raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: not YAML ({problem or context})") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: not YAML text in UTF-8 ({str(error).splitlines()[0]})") from None
     except ValueError as error:  # a NUL in the path
