@@ -56,6 +56,9 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
             )
     if model.base_model is model and hasattr(model, "model"):
         model.base_model_prefix = "model"  # Llama4ForCausalLM of transformers 5.23 names one that it does not have
+    for module in found[0].modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # Linear4bit's; bitsandbytes 0.50 packs a layer's weights in
+            module.support_avx512bf16_for_cpu = False  # an evaluation, and they have no gradients from then on
     types = [getattr(module, "rope_type", None) for module in model.modules()]
     if "rope_parameters" in kwargs and recipe.rope_scaling not in types:
         raise rope_is_ignored(recipe, config)

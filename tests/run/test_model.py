@@ -548,6 +548,21 @@ def test_a_quantized_base_carries_a_float32_adapter(bits: int, tmp_path: Path, t
     assert any(bool(tensor.any()) for name, tensor in saved.items() if "lora_B" in name)
 
 
+def test_a_4_bit_base_has_the_same_gradients_after_an_evaluation(tmp_path: Path, tiny_model: Path) -> None:
+    """On CPUs with AVX512_BF16 bitsandbytes keeps the layout that it packs a layer's weights into for inference."""
+    pytest.importorskip("bitsandbytes")
+    model, _ = load_model(recipe(tmp_path, tiny_model, quantization_bit=4))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.train().zero_grad()
+        model(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    before, _ = gradients(), predict(model)
+    torch.testing.assert_close(gradients(), before, rtol=0, atol=0)
+    assert any(bool(tensor.any()) for tensor in before.values())
+
+
 # --- refusals ---
 
 
