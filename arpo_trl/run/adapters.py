@@ -79,6 +79,8 @@ def new_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
             weights = model.named_parameters()
             there = {name.split(".")[-2] for name, weight in weights if weight.ndim > 1 or key == "additional_target"}
             raise recipe.error(key, f"no module {unknown[0]}; there are {', '.join(sorted(there))}")
+    if "all" in targets and getattr(model, "quantization_method", None) in ("gptq", "awq", "aqlm"):
+        config.target_modules = sorted({name.rpartition(".")[2] for name in _linear_layers(model)})
     excluded = _not_for_lora(model) if "all" in targets else []
     if recipe.use_llama_pro:
         chosen = trained_blocks(recipe, model.config.get_text_config().num_hidden_layers)
@@ -109,8 +111,12 @@ def _fused_by_peft(model: PreTrainedModel, config: LoraConfig | OFTConfig) -> se
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:
-    head = model.get_output_embeddings()
-    return [name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear) and one is not head]
+    """All but the head, torch's own or not: PEFT's all-linear finds none of GPTQ's, AWQ's and AQLM's."""
+    modules = model.named_modules()
+    linear = [
+        (name, one) for name, one in modules if isinstance(one, torch.nn.Linear) or "Linear" in type(one).__name__
+    ]
+    return [name for name, one in linear if one is not model.get_output_embeddings()]
 
 
 def _not_for_lora(model: PreTrainedModel) -> list[str]:

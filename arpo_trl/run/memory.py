@@ -6,7 +6,7 @@ have shapes and no data (as torchtitan estimates its runs). docs/measurements.md
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -77,6 +77,10 @@ def estimate_memory(
         return None
     blocks = whole.config.get_text_config().num_hidden_layers
     activations = blocks * stream + saved // blocks if args.activation_checkpointing else saved
+    packed = getattr(whole.config, "quantization_config", None) or {}
+    if packed.get("quant_method") in ("gptq", "awq"):  # the backward needs what the forward unpacked
+        unpacked = sum(weight.nbytes for weight in _packed(backbone))
+        activations += unpacked // blocks if args.activation_checkpointing else unpacked
     copies = 1.0 if recipe.use_adam_mini else moments(args)
     if recipe.use_badam:  # float32: the block, its gradient and its moments
         copies = 16 / whole.dtype.itemsize
@@ -84,10 +88,9 @@ def estimate_memory(
     head = cast(nn.Linear, whole.get_output_embeddings()).weight
     half = args.bf16 or args.fp16
     reference = sum(p.numel() for p in model.parameters()) * (2 if half else 4) if recipe.use_asft_loss else 0
+    spared = _saved_by_packing(backbone, recipe.quantization_bit, packed)
     return Memory(
-        weights=sum(p.nbytes for p in model.parameters())
-        - _saved_by_packing(backbone, recipe.quantization_bit)
-        + reference,
+        weights=sum(p.nbytes for p in model.parameters()) - spared + reference,
         gradients=sum(trained) + embedding.nbytes * embedding.requires_grad,
         optimizer=int(copies * sum(trained)),
         activations=activations,
@@ -151,10 +154,25 @@ def _largest_batch(recipe: Recipe, args: SFTConfig, rows: Dataset) -> tuple[int,
     return len(longest), int(lengths.max()), labelled
 
 
-def _saved_by_packing(backbone: nn.Module, bits: int | None) -> int:
-    """Bytes that bitsandbytes saves on each frozen linear layer but the head; its blocks' scales are left out."""
-    layers = [layer.weight for layer in backbone.modules() if isinstance(layer, nn.Linear)] if bits else []
-    return sum(weight.nbytes - weight.numel() * (bits or 0) // 8 for weight in layers if not weight.requires_grad)
+def _packed(backbone: nn.Module) -> list[Tensor]:
+    """The weights that quantization packs: those of frozen linear layers but the head."""
+    layers = [layer.weight for layer in backbone.modules() if isinstance(layer, nn.Linear)]
+    return [weight for weight in layers if not weight.requires_grad]
+
+
+def _saved_by_packing(backbone: nn.Module, bits: int | None, packed: dict[str, Any]) -> int:
+    """Bytes that quantization saves: by bitsandbytes, whose scales are left out, or as the base's config says."""
+    kept, books = float(bits or 0), 0
+    if packed.get("quant_method") == "aqlm":
+        book = packed["in_group_size"] * packed["out_group_size"]
+        kept = packed["num_codebooks"] * (8 if packed["nbits_per_codebook"] <= 8 else 16) / book
+        books = packed["num_codebooks"] * 2 ** packed["nbits_per_codebook"] * book
+    elif group := packed.get("group_size"):
+        kept = packed["bits"] + (16 + packed["bits"]) / abs(group)  # -1: a group is a whole column, and costs nothing
+    if not kept:
+        return 0
+    weights = _packed(backbone)
+    return sum(w.nbytes - int(w.numel() * kept / 8) - books * w.element_size() for w in weights)
 
 
 def _saved_by_autograd(backbone: nn.Module, tensors: dict[str, Tensor], count: int, length: int) -> tuple[int, int]:

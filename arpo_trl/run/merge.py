@@ -85,7 +85,14 @@ def _load_base(adapter: Path) -> tuple[PreTrainedModel, torch.dtype]:
     """The adapter's base in float32, and the dtype of its file."""
     name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     try:
-        dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
+        config = AutoConfig.from_pretrained(name)
+        method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+        if method in ("gptq", "awq", "aqlm"):
+            raise RecipeError(
+                f"{adapter}: its base {name} is quantized with {method.upper()}, and no adapter can be merged into it; "
+                "use the two as they are, as arpo-trl chat does"
+            )
+        dtype = config.dtype or torch.float32
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), dtype
     except (OSError, ValueError):
         raise RecipeError(

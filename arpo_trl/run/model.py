@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.sft_config import SFTConfig
 
 from ..errors import in_one_line
 from ..recipe.keys import Recipe
 from .adapters import trained_blocks, with_adapter
-from .sft_config import load_model_config, model_init_kwargs, rope_is_ignored, to_quantization_config
+from .sft_config import load_model_config, model_init_kwargs, rope_is_ignored, settle_packed, to_quantization_config
 
 
 def load_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, torch.dtype | None]:
@@ -37,16 +40,26 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
     name = recipe.model_name_or_path
     try:
         config = load_model_config(recipe)
-        quantization = to_quantization_config(recipe)
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            name, quantization_config=quantization, output_loading_info=True, **kwargs
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+        given = kwargs
+        if quantization := to_quantization_config(recipe):
+            given = kwargs | {"quantization_config": quantization}  # a None would hide that the base is quantized
+        elif settle_packed(config):
+            given = _for_packed(recipe, config, kwargs)
+        found: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **given)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise recipe.error("model_name_or_path", f"{name} could not be loaded: {in_one_line(error)}") from error
     model: PreTrainedModel
     model, loaded = found
+    layer: Any
+    for layer in model.modules():
+        if hasattr(
+            layer, "linear_mode"
+        ):  # gptqmodel 7.7: a first forward in eval mode takes a kernel without a backward
+            layer.linear_mode = "train"
+        if hasattr(layer, "codebooks"):  # peft 0.21 adds in place to AQLM's output, a view where there is a bias
+            layer.register_forward_hook(lambda layer, args, output: output.clone())
     for kind in ("missing", "unexpected"):
         if keys := loaded[f"{kind}_keys"]:
             raise recipe.error(
@@ -64,6 +77,24 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
         raise rope_is_ignored(recipe, config)
     _settle_balancing_loss(recipe, model.config.get_text_config())
     return model, getattr(config, "dtype", None)
+
+
+def _for_packed(recipe: Recipe, config: PreTrainedConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What `from_pretrained` is told of a base that is quantized already: the config that `settle_packed` changed."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or is_deepspeed_zero3_enabled():
+        raise recipe.error(
+            "model_name_or_path",
+            f"{recipe.model_name_or_path} is quantized already, and can't be split by FSDP or DeepSpeed ZeRO-3; "
+            "launch with accelerate_configs/multi_gpu.yaml",
+        )
+    rope: dict[str, Any] = {
+        key: kwargs[key] for key in ("rope_parameters", "max_position_embeddings") if key in kwargs
+    }
+    config.update(rope)
+    given = {key: value for key, value in kwargs.items() if key not in rope} | {"config": config}
+    if torch.accelerator.is_available():
+        given["device_map"] = {"": PartialState().device}  # the kernel is chosen for the device
+    return given
 
 
 def _settle_balancing_loss(recipe: Recipe, config: PreTrainedConfig) -> None:

@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from os.path import isdir, isfile
 from pathlib import Path
+from typing import Any
 
 from ..data.files import check_datasets
 from ..data.registry import select_datasets
@@ -44,6 +45,9 @@ _OPTIMIZERS = {
     "npu": "torch_npu",
 }
 
+# Who quantized a base, and the packages that read it: transformers 5.24 reads AWQ with gptqmodel, PEFT asks for optimum
+_PACKED = {"gptq": "gptqmodel optimum", "awq": "gptqmodel optimum", "aqlm": "aqlm"}
+
 
 def check_environment(recipe: Recipe) -> Recipe:
     """`check_inputs` and `check_packages`: once for a run, by the command line or by `train`. Imports no torch."""
@@ -62,6 +66,9 @@ def check_inputs(recipe: Recipe) -> Recipe:
         RecipeError: all that is not there, each with the line of its key.
     """
     missing = [*_files(recipe), *_models(recipe)]
+    method = "" if missing else _packed_with(recipe).get("quant_method", "")
+    if method:
+        missing += _on_packed(recipe, method)
     if recipe.do_train and not missing:
         missing += _output_dir(recipe)
     lines = [str(recipe.error(key, what)) for key, what in missing]
@@ -75,6 +82,9 @@ def check_inputs(recipe: Recipe) -> Recipe:
         lines.append(str(error))
     if lines:
         raise RecipeError(lines)
+    if method and recipe.quantization_bit:
+        unread = recipe.error("quantization_bit", f"has no effect: the model is quantized with {method.upper()}")
+        recipe = recipe.model_copy(update={"quantization_bit": None}).with_notices(str(unread))
     if why_no_hub.cache_info().currsize and (why := why_no_hub()) not in (None, SET_OFFLINE):
         return recipe.with_notices(f"{recipe.path}: {why}; what the hub would give is taken from its cache")
     return recipe
@@ -105,6 +115,8 @@ def check_device(recipe: Recipe) -> None:
                 missing.append((key, "needs a GPU; remove the line"))
         if recipe.flash_attn == "flex" and recipe.do_train:
             missing.append(("flash_attn", "flex attention trains on GPUs only; write sdpa"))
+        if recipe.do_train and _packed_with(recipe).get("nbits_per_codebook") == 8:  # aqlm 1.1.7
+            missing.append(("model_name_or_path", "AQLM's kernel for codebooks of 8 bits trains on GPUs only"))
     if recipe.use_muon and not hasattr(torch.optim, "Muon"):
         missing.append(("use_muon", "needs torch 2.9 or later; remove the line"))
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -181,32 +193,46 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
     adapters = [("adapter_name_or_path", name, "adapter_config.json") for name in recipe.adapter_name_or_path]
     for key, name, config in [("model_name_or_path", recipe.model_name_or_path, "config.json"), *adapters]:
         folder = Path(name)
-        path: Path | None = folder / config
         if isdir(folder):
             if not isfile(folder / config):
                 yield key, f"{name}: the folder has no {config}; expected a folder that save_pretrained wrote"
         elif folder.is_absolute() or name.startswith(".") or "\\" in name or name.count("/") > 1:
             yield key, f"{name}: no such folder; paths are relative to {Path.cwd()}"
-        elif (path := _from_hub(name, config, recipe)) is None and (why := why_no_hub()):
+        elif _from_hub(name, config, recipe) is None and (why := why_no_hub()):
             yield (
                 key,
                 f"{name}: no such folder, not in the hub's cache on this machine, and {why}; give a folder's path, or "
                 f"run `hf download {name}` where the hub can be reached",
             )
-        if path and (method := _quantization_method(path)) in ("gptq", "awq", "aqlm"):
-            yield (
-                key,
-                f"{name} is quantized with {method.upper()}, which is not trained here; "
-                "name the model that is not quantized, with quantization_bit: 4 to save memory",
-            )
 
 
-def _quantization_method(config: Path) -> str:
-    """The program that quantized the model, in small letters. What else is wrong with the file, loading it says."""
+def _packed_with(recipe: Recipe) -> dict[str, Any]:
+    """How the base is quantized, if by a name in `_PACKED`. What else is wrong with its config, loading it says."""
+    folder = Path(recipe.model_name_or_path)
+    path = folder / "config.json" if isdir(folder) else _from_hub(recipe.model_name_or_path, "config.json", recipe)
     try:
-        return str(json.loads(config.read_text(encoding="utf-8"))["quantization_config"]["quant_method"]).lower()
+        packed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["quantization_config"] if path else {}
+        return packed if packed["quant_method"] in _PACKED else {}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return ""
+        return {}
+
+
+def _on_packed(recipe: Recipe, method: str) -> Iterator[tuple[str, str]]:
+    """What a base that is quantized with `method` lacks, and what can't be done with it."""
+    base = f"{recipe.model_name_or_path} is quantized with {method.upper()}"
+    if missing := [package for package in _PACKED[method].split() if importlib.util.find_spec(package) is None]:
+        yield (
+            "model_name_or_path",
+            f"{base}, which needs {' and '.join(missing)}; pip install {' '.join(missing)}, or name the model that is "
+            "not quantized, with quantization_bit: 4 to save memory",
+        )
+    if recipe.do_train and not recipe.trains_adapter:
+        yield "finetuning_type", f"{base} and can't be trained whole; write finetuning_type: lora"
+    for key in ("use_dora", "pissa_init", "use_asft_loss"):
+        if getattr(recipe, key):
+            yield key, f"{base}, which does not go with it; remove the line"
+    if len(recipe.adapter_name_or_path) > (not recipe.create_new_adapter):
+        yield "adapter_name_or_path", f"{base}, and no adapter can be merged into it; train on one, not on a new one"
 
 
 @functools.cache

@@ -188,6 +188,19 @@ def to_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     )
 
 
+def settle_packed(config: PreTrainedConfig) -> bool:
+    """Have a base that GPTQ, AWQ or AQLM quantized unpacked by what has a backward. Returns whether one did."""
+    packed: Keywords = getattr(config, "quantization_config", None) or {}
+    method = packed.get("quant_method")
+    if method in ("gptq", "awq"):
+        packed["backend"] = "auto_trainable"  # the fastest kernels of gptqmodel have none
+    elif method == "aqlm" and (names := packed.get("linear_weights_not_to_quantize")):
+        # Its files name weights. transformers 5.24 looks for modules, and would replace the head that is not quantized:
+        # https://github.com/huggingface/transformers/pull/44577
+        packed["linear_weights_not_to_quantize"] = [name.removesuffix(".weight") for name in names]
+    return method in ("gptq", "awq", "aqlm")
+
+
 def model_init_kwargs(recipe: Recipe) -> Keywords:
     """What `from_pretrained` is told.
 

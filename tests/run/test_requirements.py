@@ -221,16 +221,69 @@ def answer_before_torch(tmp_path: Path, model: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "aqlm"])
-def test_a_base_that_another_program_quantized_is_refused_before_torch(method: str, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
+def write_quantized(folder: Path, method: str) -> Path:
+    """The config of a base that is quantized already."""
+    folder.mkdir(exist_ok=True)
     config = {"model_type": "llama", "quantization_config": {"quant_method": method, "bits": 4}}
-    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    expected = (
-        f"r.yaml:1: model_name_or_path: {model} is quantized with {method.upper()}, which is not trained here; name"
-    )
-    assert expected in answer_before_torch(tmp_path, model)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("method", "package"), [("gptq", "gptqmodel"), ("awq", "gptqmodel"), ("aqlm", "aqlm")])
+def test_a_quantized_base_asks_for_its_package_before_torch(method: str, package: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    model = write_quantized(tmp_path / "model", method)
+    told = answer_before_torch(tmp_path, model)
+    assert f"r.yaml:1: model_name_or_path: {model} is quantized with {method.upper()}, which needs {package}" in told
+    assert f"; pip install {package}" in told
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["finetuning_type=full"], "finetuning_type: {base} and can't be trained whole; write finetuning_type: lora"),
+        (["use_dora=true"], "use_dora: {base}, which does not go with it; remove the line"),
+        (["pissa_init=true"], "pissa_init: {base}, which does not go with it; remove the line"),
+        (["adapter_name_or_path=a,b"], "adapter_name_or_path: {base}, and no adapter can be merged into it; train on"),
+        (
+            ["adapter_name_or_path=a", "create_new_adapter=true"],
+            "adapter_name_or_path: {base}, and no adapter can be merged into it; train on one, not on a new one",
+        ),
+        (["adapter_name_or_path=a"], None),
+        (["quantization_bit=4"], None),
+        (["finetuning_type=full", "do_train=false", "do_predict=true", "eval_dataset=d", "dataset=null"], None),
+    ],
+)
+def test_what_a_quantized_base_cannot_carry_is_told_with_its_line(
+    lines: list[str],
+    expected: str | None,
+    installed: set[str],
+    recipe_of: Any,
+    with_data: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        Path(name, "adapter_config.json").write_text("{}", encoding="utf-8")
+    base = f"{write_quantized(Path('m'), 'gptq')} is quantized with GPTQ"
+    given = recipe_of(*with_data, *lines)
+    with pytest.raises(RecipeError) as caught:
+        check_inputs(given)
+    assert f"{base}, which needs gptqmodel and optimum; pip install gptqmodel optimum, or name" in str(caught.value)
+    installed |= {"gptqmodel", "optimum"}
+    if expected:
+        with pytest.raises(RecipeError) as caught:
+            check_inputs(given)
+        assert expected.format(base=base) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        return
+    told = check_inputs(given)
+    assert told.quantization_bit is None
+    unread = "quantization_bit: has no effect: the model is quantized with GPTQ"
+    assert [line for line in told.notices if unread in line] == [f"{given.path}: {unread}"] * ("bit" in lines[0])
 
 
 @pytest.mark.parametrize(
