@@ -21,6 +21,7 @@ from ..run_folder import save_metrics
 from .model import load_model
 from .predict import Model, PredictOnEvaluate, predict, refuse_split_model
 from .preflight import require_rows_apart
+from .rows_and_model import check_fit
 from .trainer import ArpoTrainer
 
 
@@ -40,6 +41,7 @@ def run_without_training(recipe: Recipe, args: SFTConfig) -> None:
     refuse_split_model(recipe, is_fsdp=False)  # without an optimizer, FSDP splits nothing: each process has the model
     tokenizer = load_tokenizer(recipe)
     data = prepare_datasets(recipe, tokenizer)
+    check_fit(recipe, args, data, tokenizer)
     data.write_audit(Path(recipe.output_dir) / "row_audit.jsonl")
     model, saved_dtype = load_model(recipe)
     if recipe.do_eval:

@@ -39,10 +39,11 @@ def test_what_does_not_go_together_is_refused_with_the_keys_line(
     tokenizer.save_pretrained(model)
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": f"<new_{new}>"}]
     (data / "counting.json").write_text(json.dumps(rows), encoding="utf-8")
-    assert refused().startswith(
-        f"{recipe}:{line}: model_name_or_path: {model} has embeddings for {size:,} tokens, and {data / 'counting.json'}:1:39 "
-        f"has token {new:,} ('<new_{new}>'); resize the model once"
-    )
+    for overrides in ((), ("do_train=false", "do_eval=true", "dataset=null", "eval_dataset=counting")):
+        assert refused(*overrides).startswith(
+            f"{recipe}:{line}: model_name_or_path: {model} has embeddings for {size:,} tokens, and "
+            f"{data / 'counting.json'}:1:39 has token {new:,} ('<new_{new}>'); resize the model once"
+        )
 
 
 @pytest.mark.parametrize("key", ["use_eaft_loss", "use_asft_loss"])
