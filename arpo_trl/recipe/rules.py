@@ -164,15 +164,24 @@ def _evaluates_on_nothing(recipe: Recipe) -> bool:
     return _evaluates(recipe) and _has_no_eval_rows(recipe)
 
 
-def _stops_early_unseen(recipe: Recipe) -> bool:
-    watched = recipe.load_best_model_at_end or recipe.metric_for_best_model
-    return bool(recipe.early_stopping_steps and (recipe.eval_strategy == "no" or not watched))
+def _knows_no_best(recipe: Recipe) -> bool:
+    return recipe.eval_strategy == "no" or not (recipe.load_best_model_at_end or recipe.metric_for_best_model)
+
+
+def _is_no_metric(recipe: Recipe) -> bool:
+    """Whether metric_for_best_model names what no evaluation has: transformers would say so at the first one."""
+    name = (recipe.metric_for_best_model or "loss").removeprefix("eval_")
+    return not name.endswith(METRICS) and not (recipe.predict_during_eval and name.startswith("predict_"))
 
 
 def _keeps_and_drops_activations(recipe: Recipe) -> bool:
     asked = given(recipe, "gradient_checkpointing") and recipe.gradient_checkpointing
     return bool(recipe.disable_gradient_checkpointing and asked)
 
+
+METRICS = ("loss", "perplexity", "entropy", "mean_token_accuracy")
+"""Of an evaluation, and as `<dataset>_loss` of each of several; predict_during_eval adds `predict_<score>`."""
+_NEEDS_A_BEST = "needs eval_strategy, and load_best_model_at_end or metric_for_best_model"
 
 # The key whose line is named, when it is wrong, and what to do. One rule a line.
 # fmt: off
@@ -189,7 +198,9 @@ RULES: list[tuple[str, Callable[[Recipe], object], str]] = [
     ("predict_with_generate", lambda r: r.predict_with_generate and not r.do_predict and _has_no_eval_rows(r), "no rows to predict; set eval_dataset or val_size"),
     ("predict_during_eval", lambda r: r.predict_during_eval and not _evaluates(r), "needs do_eval, or eval_strategy: steps or epoch"),
     ("load_best_model_at_end", lambda r: r.load_best_model_at_end and r.eval_strategy == "no", "needs eval_strategy: steps or epoch"),
-    ("early_stopping_steps", _stops_early_unseen, "needs eval_strategy, and load_best_model_at_end or metric_for_best_model"),
+    ("early_stopping_steps", lambda r: r.early_stopping_steps and _knows_no_best(r), _NEEDS_A_BEST),
+    ("save_strategy", lambda r: r.save_strategy == "best" and _knows_no_best(r), f"best {_NEEDS_A_BEST}"),
+    ("metric_for_best_model", _is_no_metric, f"no evaluation has it; expected {', '.join(METRICS)}, or predict_<score> with predict_during_eval"),
     ("interleave_probs", lambda r: r.interleave_probs and r.mix_strategy == "concat", "mix_strategy is concat; write interleave_under or interleave_over"),
     ("streaming", lambda r: r.streaming and r.max_steps <= 0, "its length is unknown; set max_steps"),
     ("max_samples", lambda r: r.streaming and r.max_samples, "does not go with streaming; set max_steps"),

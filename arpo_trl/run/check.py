@@ -163,7 +163,9 @@ def checkpoint_steps(args: SFTConfig, an_epoch: int, total: int) -> list[int]:
     """The steps after which a checkpoint is written; with save_strategy: steps the last step is always one."""
     if args.save_strategy == "no":
         return []
-    every = an_epoch if args.save_strategy == "epoch" else args.save_steps
+    best = args.save_strategy == "best"  # at most after each evaluation
+    strategy, steps = (args.eval_strategy, args.eval_steps) if best else (args.save_strategy, args.save_steps)
+    every = an_epoch if strategy == "epoch" or not steps else steps
     every = math.ceil(every * total) if every < 1 else int(every)
     return sorted({*range(every, total + 1, every), total})
 

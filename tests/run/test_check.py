@@ -127,3 +127,10 @@ def test_steps_are_counted_as_the_trainer_does(changes: dict[str, Any], steps: t
 def test_a_checkpoint_is_written_every_so_often_and_at_the_end(strategy: str, every: float, steps: list[int]) -> None:
     args: Any = SimpleNamespace(save_strategy=strategy, save_steps=every)
     assert checkpoint_steps(args, an_epoch=3, total=7) == steps
+
+
+def test_of_the_best_there_may_be_a_checkpoint_after_each_evaluation() -> None:
+    args: Any = SimpleNamespace(save_strategy="best", save_steps=100, eval_strategy="steps", eval_steps=3)
+    assert checkpoint_steps(args, an_epoch=3, total=7) == [3, 6, 7]
+    args.eval_strategy = "epoch"
+    assert checkpoint_steps(args, an_epoch=2, total=7) == [2, 4, 6, 7]

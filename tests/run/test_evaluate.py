@@ -18,8 +18,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_config import SFTConfig
 
+from arpo_trl.recipe.rules import METRICS
 from arpo_trl.report.log_file import read_log
-from arpo_trl.run.loss import Objective, entropy_adaptive
+from arpo_trl.run.loss import Objective, entropy_adaptive, token_means
 from arpo_trl.run.train import train
 from arpo_trl.run.trainer import ArpoTrainer
 
@@ -214,3 +215,7 @@ def test_two_processes_find_the_same_losses_and_one_of_them_writes(tiny_model: P
         for name in a.keys() & {"loss", "eval_loss", "eval_counting_loss", "eval_greetings_loss", "trained_tokens"}:
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
     assert shown.count("done     in") == 1 and shown.count("model    ") == 2
+
+
+def test_the_best_may_be_of_each_metric_that_an_evaluation_has() -> None:
+    assert {f"eval_{name}" for name in METRICS} == token_means(torch.ones(4), "eval").keys()

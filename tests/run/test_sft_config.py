@@ -169,12 +169,13 @@ def test_every_key_that_stands_in_sft_config_is_tried_above() -> None:
 @pytest.mark.parametrize(
     ("metric", "greater"),
     [("loss", False), ("eval_a_loss", False), ("perplexity", False), ("eval_entropy", False),
-     ("eval_mean_token_accuracy", True), ("rouge-l", True)],
+     ("eval_mean_token_accuracy", True), ("predict_right_tool", True)],
 )  # fmt: skip
 def test_the_best_is_the_lowest_of_what_should_be_low(
     metric: str, greater: bool, strategy: str, recipe_of: Any
 ) -> None:
     evaluated = ("val_size=2", "eval_strategy=steps", "save_strategy=steps", "save_steps=10", "eval_steps=10")
+    evaluated += ("predict_during_eval=2",)
     config = to_sft_config(recipe_of(*evaluated, strategy, f"metric_for_best_model={metric}"))
     assert config.greater_is_better is greater
     given = recipe_of(*evaluated, strategy, f"metric_for_best_model={metric}", f"greater_is_better={not greater}")
