@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.messages import Fields, to_tools
+from ..data.strict_json import parse_json
 from ..errors import RecipeError, RowError
+from ..machine import nearest_there
 from .run_python import Limits
 
 CHAT = """Talk with a trained model; where it calls a tool, go on as ARPO rolls out.
@@ -48,6 +49,9 @@ def chat_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, default=Limits.seconds, help="seconds of a program (20)")
     parser.add_argument("--memory-limit", type=int, default=Limits.megabytes, help="MB of a program (1024)")
     args = parser.parse_args(argv)
+    limits = (args.max_new_tokens, args.time_limit, args.memory_limit)
+    if not (all(limit > 0 for limit in limits) and args.temperature >= 0):
+        parser.error("--max-new-tokens, --time-limit and --memory-limit have to be above 0, --temperature 0 or more")
     if not (args.model / "tokenizer_config.json").is_file():
         raise RecipeError(f"{args.model}: no model here; give the output_dir of a finished run")
     return args
@@ -56,7 +60,7 @@ def chat_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def read_tools(path: str) -> list[Fields] | None:
     """As training reads a row's `tools`: a list, or the JSON text of one; the template is given the same."""
     try:
-        return to_tools(json.loads(Path(path).read_text(encoding="utf-8")))
+        return to_tools(parse_json(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, RowError) as error:
         raise RecipeError(f"--tools: {path}: {error}; expected a JSON file with what a row has in `tools`") from None
 
@@ -77,8 +81,9 @@ def merge_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("adapter_config.json", "tokenizer_config.json"):
         if not (args.adapter / name).is_file():
             raise RecipeError(f"{args.adapter}: no {name} here; give the output_dir of a LoRA run")
-    if args.output.exists() and not (args.output.is_dir() and not any(args.output.iterdir())):
-        raise RecipeError(f"{args.output}: not empty; give a folder that is not there yet")
+    there = nearest_there(args.output)
+    if there and (not there.is_dir() or (there == args.output and any(there.iterdir()))):
+        raise RecipeError(f"{there}: not an empty folder; give one that is not there yet")
     return args
 
 

@@ -107,7 +107,11 @@ def test_every_later_prompt_is_training_s_own_tokens_too(
     assert prompts > 20
 
 
-@pytest.mark.parametrize("text", [None, "{", '[{"description": "no name"}]'], ids=["no file", "not JSON", "no name"])
+@pytest.mark.parametrize(
+    "text",
+    [None, "{", '[{"description": "no name"}]', "[" * 100_000],
+    ids=["no file", "not JSON", "no name", "nested too deeply"],
+)
 def test_tools_that_cannot_be_read_are_named(
     tiny_model: Path, tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +121,24 @@ def test_tools_that_cannot_be_read_are_named(
     assert re.fullmatch(
         r"--tools: .*tools\.json: .*; expected a JSON file with what a row has in .*\n", capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max-new-tokens", "0"),
+        ("time-limit", "-1"),
+        ("time-limit", "nan"),
+        ("memory-limit", "0"),
+        ("temperature", "-1"),
+    ],
+)
+def test_a_limit_that_leaves_nothing_is_refused(
+    option: str, value: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["chat", str(tiny_model), "--prompt", "hi", f"--{option}", value])
+    assert "have to be above 0, --temperature 0 or more" in capsys.readouterr().err
 
 
 def test_a_folder_without_weights_or_model_is_named_in_one_line(
