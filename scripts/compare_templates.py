@@ -50,6 +50,9 @@ FAMILIES = {
     "phi": {"Phi-3": "phi3", "Phi-3.5": "phi3_5"},
     "qwen": {"Qwen2.5": "qwen2_5"},
     "qwen3": {"Qwen3": "qwen3", "Qwen3 2507": "qwen3_instruct_2507"},
+    "qwen3_5": {"Qwen3.5": "qwen3_5_think"},
+    "qwen3_5_nothink": {"Qwen3.5": "qwen3_5_nothink"},
+    "qwen3_6": {"Qwen3.6": "qwen3_6"},
     "qwen3_nothink": {"Qwen3 2507": "qwen3_instruct_2507", "Qwen3": "qwen3"},
 }
 

@@ -6,8 +6,8 @@ SHIPPED = frozenset(
     """
     alpaca chatml chatml_de cohere cpm4 dbrx deepseek deepseek3 deepseekcoder deepseekr1 default ernie
     ernie_nothink exaone falcon_h1 gemma granite3 hunyuan hunyuan_small hy3 intern2 llama2 llama2_zh llama3 mimo
-    mimo_v2 mistral moonlight olmo openchat openchat-3.6 opencoder phi phi4 phi_small qwen qwen3 qwen3_nothink
-    sailor seed_coder smollm smollm2 starchat telechat2 vicuna xuanyuan yi yuan zephyr
+    mimo_v2 mistral moonlight olmo openchat openchat-3.6 opencoder phi phi4 phi_small qwen qwen3 qwen3_5
+    qwen3_5_nothink qwen3_6 qwen3_nothink sailor seed_coder smollm smollm2 starchat telechat2 vicuna xuanyuan yi yuan zephyr
     """.split()
 )
 """Written by arpo_trl/data/templates as LLaMA-Factory writes them."""
@@ -28,7 +28,7 @@ MULTIMODAL = frozenset(
     intern_vl keye_vl kimi_vl lfm2_vl llama4 llava llava_next llava_next_llama3 llava_next_mistral
     llava_next_qwen llava_next_video llava_next_video_mistral llava_next_video_yi llava_next_yi mimo_vl
     mimo_vl_nothink minicpm_o minicpm_v minicpm_v_4_6 ministral3 mistral_small mllama moss_vl paligemma
-    paligemma_chat pixtral qwen2_audio qwen2_omni qwen2_vl qwen3_5 qwen3_5_nothink qwen3_6 qwen3_omni
+    paligemma_chat pixtral qwen2_audio qwen2_omni qwen2_vl qwen3_omni
     qwen3_omni_nothink qwen3_vl qwen3_vl_nothink video_llava yi_vl youtu_vl
     """.split()
 )

@@ -48,8 +48,9 @@ class StartReport(TrainerCallback):
 
 def describe_setup(recipe: Recipe, model: PreTrainedModel | PeftModel, args: TrainingArguments) -> list[str]:
     """The model and the device, as a run and `--check` show them."""
+    part = ", the text part alone" * model.config.model_type.endswith("_text")  # Qwen3.5's, whose file can see, too
     return [
-        f"model    {recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}",
+        f"model    {recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}{part}",
         f"device   {describe_device(args)}",
         *missing_gpu(recipe),
     ]

@@ -28,6 +28,10 @@ from transformers import (
     DeepseekV3Config,
     LlamaConfig,
     Qwen2Config,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -59,12 +63,15 @@ EXPECTED = {
     "qwen": QWEN,
     "qwen3": (PLAIN, "<|im_end|>\n"),
     "qwen3_nothink": (PLAIN, "<|im_end|>\n"),
+    "qwen3_5": (PLAIN, "<|im_end|>\n"),
+    "qwen3_5_nothink": (PLAIN, "<|im_end|>\n"),
+    "qwen3_6": (PLAIN, "<|im_end|>\n"),
     "chatml": (PLAIN, "<|im_end|>\n"),
     "default": ("Human: Say red.</s>\nAssistant:", "</s>\n"),
     "mistral": ("<s>[INST] Say red.[/INST]", "</s>"),
     "gemma": ("<s><start_of_turn>user\nSay red.<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>\n"),
 }
-BEFORE_THE_TEXT = {"qwen3": "<think>\n\n</think>\n\n", "mistral": " "}
+BEFORE_THE_TEXT = dict.fromkeys(("qwen3", "qwen3_5", "qwen3_6"), "<think>\n\n</think>\n\n") | {"mistral": " "}
 CASES = [(path, yaml.safe_load(path.read_text(encoding="utf-8")).get("template", "")) for path in FIXTURES]
 CASES += [(FIXTURES[0], template) for template in EXPECTED]
 
@@ -82,11 +89,14 @@ QWEN_EXPERTS = EXPERTS | {"num_experts": 4}
 DEEPSEEK_EXPERTS = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 DEEPSEEK_EXPERTS |= {"first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 16}
 DEEPSEEK_EXPERTS |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+QWEN_3_5 = {"head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
 FAMILIES: dict[str, tuple[Any, dict[str, int]]] = {  # the first whose name fits
     "DeepSeek-V2": (DeepseekV2Config, DEEPSEEK_EXPERTS),
     "DeepSeek-V3": (DeepseekV3Config, DEEPSEEK_EXPERTS),
     "A22B": (Qwen3MoeConfig, QWEN_EXPERTS),
     "A3B": (Qwen3MoeConfig, QWEN_EXPERTS),
+    "Qwen3.5-397B": (Qwen3_5MoeTextConfig, QWEN_EXPERTS | {"shared_expert_intermediate_size": 64} | QWEN_3_5),
+    "Qwen3.5": (Qwen3_5TextConfig, QWEN_3_5),
     "qwen3": (Qwen3Config, {}),
     "qwen": (Qwen2Config, {}),
     "": (LlamaConfig, {}),
@@ -213,3 +223,29 @@ def test_a_recipe_of_llama_factorys_passes_check_and_trains_two_steps(
     assert json.loads((place / "out" / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
     log = [json.loads(line) for line in (place / "out" / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sum("loss" in line for line in log) == 2
+
+
+def test_a_model_that_also_sees_is_trained_and_saved_without_its_eyes_and_this_is_told(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, given = write_inputs(FIXTURES[0], "qwen3_5", place)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    text = sizes | {"num_key_value_heads": 2, "vocab_size": 512} | QWEN_3_5
+    seeing = {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+    whole = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=seeing)).eval()
+    whole.save_pretrained(place / "model")
+    given += [
+        "finetuning_type=full",
+        "max_steps=1",
+        "learning_rate=1e-12",
+        "bf16=false",
+        "report_to=none",
+        "deepspeed=",
+    ]
+    for words in (["--check"], []):
+        assert main([*words, str(FIXTURES[0]), *given]) == 0
+        assert ", the text part alone\n" in capsys.readouterr().out
+    saved = AutoModelForCausalLM.from_pretrained(place / "out").eval()
+    assert not [name for name in saved.state_dict() if "visual" in name]
+    row = torch.arange(20)[None]
+    torch.testing.assert_close(saved(input_ids=row).logits, whole(input_ids=row).logits, rtol=1e-4, atol=1e-5)
