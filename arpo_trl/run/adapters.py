@@ -168,14 +168,16 @@ def _load_adapter(recipe: Recipe, model: PreTrainedModel, adapter: str, is_train
     PEFT 0.21 warns of what the adapter lacks and trains that anew; of what the model lacks it says nothing
     (https://github.com/huggingface/peft/issues/2699).
     """
+    hub: dict[str, Any] = {"revision": recipe.model_revision, "cache_dir": recipe.cache_dir}  # as LLaMA-Factory
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*missing adapter keys")
-            peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
-            saved = {name for name in load_peft_weights(adapter, device="cpu") if ".lora_" in name or ".oft_" in name}
+            peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable, **hub)
+            weights = load_peft_weights(adapter, device="cpu", **hub)
     except (OSError, ValueError, RuntimeError, UserWarning) as error:
         what = f"{adapter} could not be loaded: {in_one_line(error)}"
         raise recipe.error("adapter_name_or_path", what) from error
+    saved = {name for name in weights if ".lora_" in name or ".oft_" in name}
     if extra := saved - get_peft_model_state_dict(peft_model).keys():
         raise recipe.error(
             "adapter_name_or_path", f"{adapter} does not fit the model, which has no module for {min(extra)}"

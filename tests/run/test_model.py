@@ -194,6 +194,21 @@ def test_one_adapter_is_trained_on(tmp_path: Path, tiny_model: Path, adapters: l
     assert sum(p.requires_grad for p in model.parameters()) == 2 * 14  # A and B of 7 layers in 2 blocks
 
 
+def test_an_adapter_of_the_hub_is_taken_at_the_model_s_revision_and_from_its_cache(
+    tmp_path: Path, tiny_model: Path, adapters: list[Path]
+) -> None:
+    """As in LLaMA-Factory."""
+    for name, revision, adapter in (("a", "main", adapters[0]), ("b", "v1", adapters[1])):
+        shutil.copytree(adapter, tmp_path / "models--me--adapter" / "snapshots" / name)
+        ref = tmp_path / "models--me--adapter" / "refs" / revision
+        ref.parent.mkdir(exist_ok=True)
+        ref.write_text(name)
+    keys = {"adapter_name_or_path": "me/adapter", "model_revision": "v1", "cache_dir": str(tmp_path)}
+    model, _ = load_model(recipe(tmp_path / "run", tiny_model, **keys))
+    torch.testing.assert_close(predict(model), predict(on_its_base(adapters[1])))
+    assert model.peft_config["default"].revision is None  # of the base
+
+
 @pytest.mark.parametrize("new", [False, True], ids=["the_last_is_trained_on", "create_new_adapter"])
 def test_of_several_adapters_the_earlier_are_merged_into_a_base_that_is_saved(
     new: bool, tmp_path: Path, tiny_model: Path, adapters: list[Path]
