@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_model_param_count
 
@@ -31,9 +31,7 @@ class StartReport(TrainerCallback):
     def __init__(self, recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, checkpoint: Path | None) -> None:
         self.recipe, self.data, self.trainer, self.checkpoint = recipe, data, trainer, checkpoint
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         model, data, going_on = self.trainer.accelerator.unwrap_model(self.trainer.model), self.data, self.checkpoint
         for line in [
             *describe_setup(self.recipe, model, args),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from typing import Any
 
 from transformers import Trainer, TrainerState
 from transformers.integrations.integration_utils import TrackioCallback, WandbCallback, rewrite_logs
@@ -28,16 +29,8 @@ def _figures(logs: dict[str, float], state: TrainerState) -> dict[str, float]:
 
 
 class _WandbBySteps(WandbCallback):
-    def on_log(
-        self,
-        args: object,
-        state: TrainerState,
-        control: object,
-        model: object = None,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
-        if self._wandb.run is not None and logs:  # none but on the main process
+    def on_log(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:  # type: ignore[override]
+        if self._wandb.run is not None and (logs := kwargs["logs"]):  # none but on the main process
             self._wandb.run.summary.update({name: logs[name] for name in AT_THE_END & logs.keys()})
             self._wandb.log(_figures(logs, state), step=state.global_step)
 
@@ -47,14 +40,6 @@ class _TrackioBySteps(TrackioCallback):
         with contextlib.redirect_stdout(io.StringIO()):  # a command that lacks TRACKIO_DIR; `start_trackers` says it
             super().setup(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def on_log(
-        self,
-        args: object,
-        state: TrainerState,
-        control: object,
-        model: object = None,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
-        if state.is_world_process_zero and logs:
+    def on_log(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:  # type: ignore[override]
+        if state.is_world_process_zero and (logs := kwargs["logs"]):
             self._trackio.log(_figures(logs, state), step=state.global_step)

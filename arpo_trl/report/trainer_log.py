@@ -55,9 +55,7 @@ class TrainerLog(TrainerCallback):
         self._evaluated, self._shown, self._unwritten = 0, "", ""
         self._eval_began = 0.0
         self._figures: dict[str, float] = {}
-        trainer.take_figures = (
-            self.take_figures
-        )  # in the line before any callback sees it: the trackers send them, too
+        trainer.take_figures = self.take_figures  # in the line before a callback sees it: trackers send them, too
 
     def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         earlier = lines_until(read_log(self.path), state)

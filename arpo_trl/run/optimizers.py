@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from peft.optimizers import create_loraplus_optimizer
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..errors import RecipeError
 from ..recipe.keys import Recipe
@@ -66,9 +66,7 @@ class ProjectionsOnResume(TrainerCallback):
                 names = vars(importlib.import_module(module))
                 torch.serialization.add_safe_globals([names[name] for name in names if name.endswith("Projector")])
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: Any) -> None:
         for weight, kept in kwargs["optimizer"].state.items():
             if projector := kept.get("projector"):
                 projector.ortho_matrix = send_to_device(projector.ortho_matrix, weight.device)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..data.audit import token_lengths
 from ..data.labels import IGNORED
@@ -52,9 +52,7 @@ class Preflight(TrainerCallback):
         self.choose_checkpointing = choose_checkpointing
         self.spare = spare
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
         trainer = self.trainer
         if trainer.is_deepspeed_enabled or not isinstance(trainer.train_dataset, Dataset):
             return
@@ -124,9 +122,7 @@ class PackingCheck(TrainerCallback):
         self.recipe = recipe
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
         require_rows_apart(self.recipe, self.trainer)
 
 

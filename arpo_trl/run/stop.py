@@ -31,9 +31,7 @@ class StopOnSignal(TrainerCallback):
         self.signum: int | None = None
         self.saved_step, self.training = -1, False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
         # Not earlier: before the first step there is nothing to save, and a signal may stop the process at once.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -71,9 +69,7 @@ class StopOnSignal(TrainerCallback):
         if self._signalled(args) and state.global_step < state.max_steps:
             raise Stopped
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
         if self._signalled(args) and (self.training or self.saved_step == state.global_step):
             raise Stopped
 

@@ -395,9 +395,7 @@ class _LogState(TrainerCallback, ExportableState):
     def __init__(self, trainer: ArpoTrainer) -> None:
         self.trainer = trainer
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_pre_optimizer_step(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         self.trainer.end_update()
 
     def state(self) -> dict[str, object]:
@@ -432,7 +430,5 @@ class ResumeEvaluation(TrainerCallback):
     def __init__(self, trainer: ArpoTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
         self.trainer.evaluate_pending()
