@@ -33,9 +33,8 @@ def missing_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for tracker in recipe.report_to:
         package = {"azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
         if tracker != "all" and importlib.util.find_spec(package) is None:
-            key, off = (
-                ("use_swanlab", "false") if tracker == "swanlab" and recipe.use_swanlab else ("report_to", "none")
-            )
+            by_key = tracker == "swanlab" and recipe.use_swanlab
+            key, off = ("use_swanlab", "false") if by_key else ("report_to", "none")
             yield key, f"{tracker} is not installed; pip install {package}, or write {key}: {off}"
         elif tracker == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
             yield from _wandb_login()

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -95,10 +95,8 @@ class TrainerLog(TrainerCallback):
         if self.bar:
             self.bar.set_postfix_str(self._shown, refresh=False)
 
-    def on_log(
-        self, args: object, state: TrainerState, control: object, logs: LogLine | None = None, **kwargs: object
-    ) -> None:
-        logs = logs or {}
+    def on_log(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
+        logs: LogLine = kwargs["logs"]
         evaluated = {name: value for name, value in logs.items() if name.startswith("eval_")}
         if not state.is_world_process_zero or not ("loss" in logs or evaluated):
             return

@@ -30,11 +30,7 @@ read back.
 
 
 def chat_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Those of `chat`.
-
-    Raises:
-        RecipeError: the model or a file isn't there.
-    """
+    """Those of `chat`. Raises RecipeError where the model or a file isn't there."""
     parser = _parser("chat", CHAT)
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder, or an adapter folder")
     parser.add_argument("--prompt", help="answer this and stop")
@@ -49,8 +45,7 @@ def chat_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, default=Limits.seconds, help="seconds of a program (20)")
     parser.add_argument("--memory-limit", type=int, default=Limits.megabytes, help="MB of a program (1024)")
     args = parser.parse_args(argv)
-    limits = (args.max_new_tokens, args.time_limit, args.memory_limit)
-    if not (all(limit > 0 for limit in limits) and args.temperature >= 0):
+    if not (args.max_new_tokens > 0 < args.time_limit and args.memory_limit > 0 <= args.temperature):
         parser.error("--max-new-tokens, --time-limit and --memory-limit have to be above 0, --temperature 0 or more")
     if not (args.model / "tokenizer_config.json").is_file():
         raise RecipeError(f"{args.model}: no model here; give the output_dir of a finished run")
@@ -66,11 +61,7 @@ def read_tools(path: str) -> list[Fields] | None:
 
 
 def merge_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Those of `merge`.
-
-    Raises:
-        RecipeError: a folder is not what it should be.
-    """
+    """Those of `merge`. Raises RecipeError where a folder is not what it should be."""
     parser = _parser("merge", MERGE)
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="the output_dir of a LoRA run")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a folder that is not there yet")

@@ -108,7 +108,7 @@ def load_chat(args: argparse.Namespace) -> Chat:
     results = args.results or (manifest and manifest.results)
     if results is None and args.run_python:
         print(
-            "results  as turns: no run.json says where its data has them; --results inside puts them into its own turn"
+            "results  as turns: no run.json says where they go; --results inside puts them into the model's own turn"
         )
     config = GenerationConfig(
         max_new_tokens=args.max_new_tokens,

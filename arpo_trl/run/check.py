@@ -101,9 +101,7 @@ def describe_rows(data: PreparedData, verbose: bool) -> list[str]:
     which, held_out = "a row", data.eval.get("validation")
     if held_out is not None:
         which = f"of the {len(data.train):,} rows trained on"
-        lines.append(
-            f"         {len(held_out):,} of these rows are held out (val_size), {len(data.train):,} trained on"
-        )
+        lines += [f"         {len(held_out):,} of these rows are held out (val_size), {len(data.train):,} trained on"]
     if len(data.train):
         first, *histogram = describe_tokens(data.train)
         lines += [f"tokens   {which}: {first}", *(histogram if verbose else [])]

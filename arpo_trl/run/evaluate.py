@@ -77,7 +77,7 @@ def _evaluate(
     remove_progress_bar(trainer)
     require_rows_apart(recipe, trainer)
     if recipe.predict_during_eval:
-        trainer.add_callback(PredictOnEvaluate(recipe, trainer, tokenizer, data.eval))
+        trainer.add_callback(PredictOnEvaluate(recipe, trainer, data.eval))
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         save_metrics(Path(recipe.output_dir), "eval", metrics)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -34,6 +35,8 @@ ROOM = 0.9
 """Share of a GPU that may be taken: the allocator's gaps and the collectives' buffers need the rest."""
 LIBRARIES = 1e9
 """Bytes that a process on a CPU takes before its model."""
+Row = dict[str, list[int]]
+"""Of the collator: input_ids, labels, and of packed rows their seq_lengths."""
 
 
 class Memory(NamedTuple):
@@ -144,14 +147,22 @@ def describe_memory(memory: Memory, gpu: int | None) -> str:
 
 def _largest_batch(recipe: Recipe, args: SFTConfig, rows: Dataset) -> tuple[int, int, int]:
     """Rows, tokens a row, and labelled tokens in all of a batch filled with the longest rows."""
-    lengths = token_lengths(rows)
-    longest = lengths.argsort()[-args.per_device_train_batch_size :]
-    labelled = sum(sum(label != IGNORED for label in rows[int(i)]["labels"]) for i in longest)
+    batch, _ = longest_batch(rows, args.per_device_train_batch_size)
+    lengths = [len(row["input_ids"]) for row in batch]
+    labelled = sum(label != IGNORED for row in batch for label in row["labels"])
     if recipe.packing:
         return 1, recipe.cutoff_len * args.per_device_train_batch_size, labelled
     if recipe.padding_free:
-        return 1, int(lengths[longest].sum()), labelled
-    return len(longest), int(lengths.max()), labelled
+        return 1, sum(lengths), labelled
+    return len(batch), max(lengths), labelled
+
+
+def longest_batch(dataset: Dataset, size: int) -> tuple[list[Row], float]:
+    """The `size` longest rows, ready for the collator, and the mean length of all rows in tokens."""
+    lengths = token_lengths(dataset)
+    rows = dataset.select(np.argsort(lengths, kind="stable")[-size:])
+    names = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
+    return list(rows.select_columns(names)), float(lengths.mean())
 
 
 def _packed(backbone: nn.Module) -> list[Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -289,23 +289,18 @@ class PredictOnEvaluate(TrainerCallback):
     after it are as if it had not been: random states, and, added before the log's callback, also their time.
     """
 
-    def __init__(
-        self, recipe: Recipe, trainer: ArpoTrainer, tokenizer: PreTrainedTokenizerBase, eval_rows: dict[str, Dataset]
-    ) -> None:
-        self.recipe, self.trainer, self.tokenizer = recipe, trainer, tokenizer
+    def __init__(self, recipe: Recipe, trainer: ArpoTrainer, eval_rows: dict[str, Dataset]) -> None:
+        self.recipe, self.trainer = recipe, trainer
+        self.tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
         each = -(-(recipe.predict_during_eval or 0) // len(eval_rows))
         rows = {name: part.select(range(min(each, len(part)))) for name, part in eval_rows.items()}
-        self.prompts = eval_prompts(recipe, tokenizer, trainer.accelerator.unwrap_model(trainer.model), rows)
+        self.prompts = eval_prompts(recipe, self.tokenizer, trainer.accelerator.unwrap_model(trainer.model), rows)
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if metrics is None or "eval_loss" not in metrics:
+        metrics: dict[str, float] = kwargs["metrics"]
+        if "eval_loss" not in metrics:
             return  # a part of an evaluation
         trainer = self.trainer
 

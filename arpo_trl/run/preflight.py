@@ -17,7 +17,6 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from ..data.audit import token_lengths
 from ..data.labels import IGNORED
 from ..errors import in_one_line
 from ..machine import gpu_memory, peak_memory
@@ -25,11 +24,8 @@ from ..recipe.keys import Recipe
 from ..report.console import say
 from ..report.log_file import format_seconds
 from .failures import is_out_of_memory
-from .memory import ROOM
+from .memory import ROOM, Row, longest_batch
 from .trainer import ArpoTrainer
-
-Row = dict[str, list[int]]
-"""Of the collator: input_ids, labels, and of packed rows their seq_lengths."""
 
 
 class Preflight(TrainerCallback):
@@ -181,14 +177,6 @@ def _rows_are_apart(trainer: ArpoTrainer) -> bool:
     spread = alone.std()
     moved, differs = ((after - one).abs().mean() / spread for one in (after_other, alone))
     return bool(moved < (1e-3 if short else 1e-4)) and bool(differs < (5e-2 if short else 1e-3))
-
-
-def longest_batch(dataset: Dataset, size: int) -> tuple[list[Row], float]:
-    """The `size` longest rows, ready for the collator, and the mean length of all rows in tokens."""
-    lengths = token_lengths(dataset)
-    rows = dataset.select(np.argsort(lengths, kind="stable")[-size:])
-    names = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
-    return list(rows.select_columns(names)), float(lengths.mean())
 
 
 @contextlib.contextmanager

@@ -193,19 +193,8 @@ def exact_match(reply: Reply) -> bool:
     return reply.predict.strip() == reply.label.strip()
 
 
-SCORES: dict[str, Callable[[Reply], bool | None]] = {
-    score.__name__: score
-    for score in (
-        stopped,
-        well_formed,
-        tool_called,
-        right_tool,
-        right_arguments,
-        answer_as_text,
-        answer_as_number,
-        exact_match,
-    )
-}
+_ALL = (stopped, well_formed, tool_called, right_tool, right_arguments, answer_as_text, answer_as_number, exact_match)
+SCORES: dict[str, Callable[[Reply], bool | None]] = {score.__name__: score for score in _ALL}
 
 
 def score_replies(replies: Sequence[Reply]) -> dict[str, float]:

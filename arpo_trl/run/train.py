@@ -103,7 +103,7 @@ def _train(
     model, saved_dtype = load_model(recipe)
     trainer = make_trainer(recipe, args, model, tokenizer, data)
     stop = StopOnSignal()
-    add_callbacks(recipe, trainer, stop, tokenizer, data, checkpoint)
+    add_callbacks(recipe, trainer, stop, data, checkpoint)
     if not checkpoint:
         forget_earlier_sessions()
         say(*on_main_process(lambda: clear_earlier_run(output_dir)))
@@ -160,18 +160,13 @@ def make_trainer(
 
 
 def add_callbacks(
-    recipe: Recipe,
-    trainer: ArpoTrainer,
-    stop: StopOnSignal,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-    checkpoint: Path | None,
+    recipe: Recipe, trainer: ArpoTrainer, stop: StopOnSignal, data: PreparedData, checkpoint: Path | None
 ) -> None:
     """Add the run's callbacks, which the trainer calls in this order at each event."""
     spare = memory_to_spare(recipe, trainer.args, data.train)
     callbacks = [
         # before the log, which shows its scores and leaves its time out
-        PredictOnEvaluate(recipe, trainer, tokenizer, data.eval) if recipe.predict_during_eval else None,
+        PredictOnEvaluate(recipe, trainer, data.eval) if recipe.predict_during_eval else None,
         StopEarly(recipe.early_stopping_steps) if recipe.early_stopping_steps else None,
         ProjectionsOnResume(trainer.args.optim),
         stop,  # before the preflight, in which a signal may come
@@ -242,11 +237,7 @@ def push(trainer: ArpoTrainer) -> None:
 
 
 def write_results(
-    recipe: Recipe,
-    trainer: ArpoTrainer,
-    manifest: Manifest,
-    trained: dict[str, float],
-    evaluated: dict[str, float],
+    recipe: Recipe, trainer: ArpoTrainer, manifest: Manifest, trained: dict[str, float], evaluated: dict[str, float]
 ) -> None:
     """Leave the run's figures, plot and model card beside the final model."""
     output_dir = Path(recipe.output_dir)

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from runs import differing, log_without_times, make_rows, make_trainer, train
 
 from arpo_trl.run import preflight
-from arpo_trl.run.preflight import Preflight, longest_batch, untouched
+from arpo_trl.run.memory import longest_batch
+from arpo_trl.run.preflight import Preflight, untouched
 from arpo_trl.run.trainer import ArpoTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
