@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import shlex
@@ -140,6 +141,8 @@ def silence_libraries() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if importlib.util.find_spec("logbar"):  # gptqmodel's, which shows its banner wherever peft is imported
+        importlib.import_module("logbar").LogBar.shared().setLevel("ERROR")
     main_process = os.environ.get("RANK", "0") == "0"
     if not (main_process and sys.stdout.isatty() and sys.stderr.isatty()):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too

@@ -78,8 +78,9 @@ def new_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
         if unknown := [one for one in wanted if one != "all" and not any(name.endswith(f".{one}") for name in known)]:
             weights = model.named_parameters()
             there = {name.split(".")[-2] for name, weight in weights if weight.ndim > 1 or key == "additional_target"}
+            there |= {name.rpartition(".")[2] for name in _linear_layers(model)}  # also where the weights are packed
             raise recipe.error(key, f"no module {unknown[0]}; there are {', '.join(sorted(there))}")
-    if "all" in targets and getattr(model, "quantization_method", None) in ("gptq", "awq", "aqlm"):
+    if "all" in targets and hasattr(model, "quantization_method"):
         config.target_modules = sorted({name.rpartition(".")[2] for name in _linear_layers(model)})
     excluded = _not_for_lora(model) if "all" in targets else []
     if recipe.use_llama_pro:

@@ -173,7 +173,7 @@ def _packed(backbone: nn.Module) -> list[Tensor]:
 
 def _saved_by_packing(backbone: nn.Module, bits: int | None, packed: dict[str, Any]) -> int:
     """Bytes that quantization saves: by bitsandbytes, whose scales are left out, or as the base's config says."""
-    kept, books = float(bits or 0), 0
+    kept, books = float(bits or 4 * packed.get("load_in_4bit", False) or 8 * packed.get("load_in_8bit", False)), 0
     if packed.get("quant_method") == "aqlm":
         book = packed["in_group_size"] * packed["out_group_size"]
         kept = packed["num_codebooks"] * (8 if packed["nbits_per_codebook"] <= 8 else 16) / book

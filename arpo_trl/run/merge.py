@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..errors import RecipeError, RunFailed
 from ..report.manifest import find_manifest
 from ..run_folder import match_umask
+from .requirements import PACKED
 
 TEXT = "Question: which primes lie between 10 and 20?\n<python>\nprint([11, 13, 17, 19])\n</python>\nAnswer: 答案 17."
 TOLERANCE = 1e-3
@@ -87,7 +88,7 @@ def _load_base(adapter: Path) -> tuple[PreTrainedModel, torch.dtype]:
     try:
         config = AutoConfig.from_pretrained(name)
         method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-        if method in ("gptq", "awq", "aqlm"):
+        if method in PACKED:
             raise RecipeError(
                 f"{adapter}: its base {name} is quantized with {method.upper()}, and no adapter can be merged into it; "
                 "use the two as they are, as arpo-trl chat does"

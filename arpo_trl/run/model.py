@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.sft_config import SFTConfig
@@ -29,7 +30,10 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, torch.dtype
     set_seed(recipe.seed)  # Trainer's own comes after the adapter has been drawn
     model, file_dtype = _load_base(recipe)
     if recipe.trains_adapter:
-        return with_adapter(recipe, model), None
+        peft_model = with_adapter(recipe, model)
+        codes = [name for name, p in peft_model.named_parameters() if p.dtype is torch.int16]  # AQLM's
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(peft_model, codes)  # no backend sends them
+        return peft_model, None
     freeze(recipe, model)
     return model, file_dtype
 
@@ -52,14 +56,6 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
         raise recipe.error("model_name_or_path", f"{name} could not be loaded: {in_one_line(error)}") from error
     model: PreTrainedModel
     model, loaded = found
-    layer: Any
-    for layer in model.modules():
-        if hasattr(
-            layer, "linear_mode"
-        ):  # gptqmodel 7.7: a first forward in eval mode takes a kernel without a backward
-            layer.linear_mode = "train"
-        if hasattr(layer, "codebooks"):  # peft 0.21 adds in place to AQLM's output, a view where there is a bias
-            layer.register_forward_hook(lambda layer, args, output: output.clone())
     for kind in ("missing", "unexpected"):
         if keys := loaded[f"{kind}_keys"]:
             raise recipe.error(
@@ -69,14 +65,26 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
             )
     if model.base_model is model and hasattr(model, "model"):
         model.base_model_prefix = "model"  # Llama4ForCausalLM of transformers 5.23 names one that it does not have
-    for module in found[0].modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # Linear4bit's; bitsandbytes 0.50 packs a layer's weights in
-            module.support_avx512bf16_for_cpu = False  # an evaluation, and they have no gradients from then on
+    _keep_gradients(model)
     types = [getattr(module, "rope_type", None) for module in model.modules()]
     if "rope_parameters" in kwargs and recipe.rope_scaling not in types:
         raise rope_is_ignored(recipe, config)
     _settle_balancing_loss(recipe, model.config.get_text_config())
     return model, getattr(config, "dtype", None)
+
+
+def _keep_gradients(model: PreTrainedModel) -> None:
+    """Have quantized layers pass their gradients on, also after an evaluation."""
+    layer: Any
+    for layer in model.modules():
+        # In an evaluation a Linear4bit of bitsandbytes 0.50 packs its weights for a kernel that has no gradients, and the
+        # first forward of a layer of gptqmodel 7.7 takes such a kernel for good. Both on CPUs.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+        if hasattr(layer, "linear_mode"):
+            layer.linear_mode = "train"
+        if hasattr(layer, "codebooks"):  # peft 0.21 adds in place to AQLM's output, a view where there is a bias
+            layer.register_forward_hook(lambda layer, args, output: output.clone())
 
 
 def _for_packed(recipe: Recipe, config: PreTrainedConfig, kwargs: dict[str, Any]) -> dict[str, Any]:

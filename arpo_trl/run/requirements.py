@@ -46,7 +46,7 @@ _OPTIMIZERS = {
 }
 
 # Who quantized a base, and the packages that read it: transformers 5.24 reads AWQ with gptqmodel, PEFT asks for optimum
-_PACKED = {"gptq": "gptqmodel optimum", "awq": "gptqmodel optimum", "aqlm": "aqlm"}
+PACKED = {"gptq": "gptqmodel optimum", "awq": "gptqmodel optimum", "aqlm": "aqlm", "bitsandbytes": "bitsandbytes"}
 
 
 def check_environment(recipe: Recipe) -> Recipe:
@@ -207,12 +207,12 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _packed_with(recipe: Recipe) -> dict[str, Any]:
-    """How the base is quantized, if by a name in `_PACKED`. What else is wrong with its config, loading it says."""
+    """How the base is quantized, if by a name in `PACKED`. What else is wrong with its config, loading it says."""
     folder = Path(recipe.model_name_or_path)
     path = folder / "config.json" if isdir(folder) else _from_hub(recipe.model_name_or_path, "config.json", recipe)
     try:
         packed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["quantization_config"] if path else {}
-        return packed if packed["quant_method"] in _PACKED else {}
+        return packed if packed["quant_method"] in PACKED else {}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
 
@@ -220,7 +220,7 @@ def _packed_with(recipe: Recipe) -> dict[str, Any]:
 def _on_packed(recipe: Recipe, method: str) -> Iterator[tuple[str, str]]:
     """What a base that is quantized with `method` lacks, and what can't be done with it."""
     base = f"{recipe.model_name_or_path} is quantized with {method.upper()}"
-    if missing := [package for package in _PACKED[method].split() if importlib.util.find_spec(package) is None]:
+    if missing := [package for package in PACKED[method].split() if importlib.util.find_spec(package) is None]:
         yield (
             "model_name_or_path",
             f"{base}, which needs {' and '.join(missing)}; pip install {' '.join(missing)}, or name the model that is "
@@ -229,7 +229,7 @@ def _on_packed(recipe: Recipe, method: str) -> Iterator[tuple[str, str]]:
     if recipe.do_train and not recipe.trains_adapter:
         yield "finetuning_type", f"{base} and can't be trained whole; write finetuning_type: lora"
     for key in ("use_dora", "pissa_init", "use_asft_loss"):
-        if getattr(recipe, key):
+        if getattr(recipe, key) and (key, method) != ("use_dora", "bitsandbytes"):
             yield key, f"{base}, which does not go with it; remove the line"
     if len(recipe.adapter_name_or_path) > (not recipe.create_new_adapter):
         yield "adapter_name_or_path", f"{base}, and no adapter can be merged into it; train on one, not on a new one"

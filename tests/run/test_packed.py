@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from datasets import Dataset
 from packed_model import pack
 from safetensors.torch import load_file
 from small_run import make_recipe, train
+from test_distributed import launch, write_recipe
 from test_model import INPUT_IDS, OFT, ROWS, recipe, run
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.run import memory
@@ -132,6 +134,59 @@ def test_a_first_forward_without_training_leaves_the_gradients(method: str, base
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert any(grad.any() for grad in gradients[0].values())
     assert [name for name, grad in gradients[0].items() if not torch.equal(grad, gradients[1][name])] == []
+
+
+@METHODS
+def test_two_processes_train_as_one_with_twice_the_batch(method: str, base: Path, tmp_path: Path) -> None:
+    losses = []
+    for processes, rows in (("1", 4), ("2", 2)):
+        (tmp_path / processes).mkdir()
+        path = write_recipe(
+            tmp_path / processes, base, finetuning_type="lora", per_device_train_batch_size=rows, learning_rate=1e-2
+        )
+        launch(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                processes,
+                "-m",
+                "arpo_trl",
+                str(path),
+            ]
+        )
+        lines = (tmp_path / processes / "run" / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
+        losses.append([found["loss"] for line in lines if "loss" in (found := json.loads(line))])
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], abs=2e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_that_bitsandbytes_saved_trains_too(bits: int, tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    saved = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=saved).save_pretrained(base)
+    keys = {"bf16": True, "max_steps": 20, "logging_steps": 1, "learning_rate": 1e-2}
+    given = recipe(tmp_path / "out", base, **keys)
+    found = estimate_memory(given, to_sft_config(given), model_shape(given), Dataset.from_list(ROWS))
+    trainer = run(given)
+    assert found is not None
+    assert found.weights == pytest.approx(sum(p.nbytes for p in trainer.model.parameters()), rel=0.01)
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < losses[0] - 0.2
+    again = load_model(recipe(tmp_path / "again", base, adapter_name_or_path=str(tmp_path / "out"), **keys))[0]
+    assert torch.equal(logits(again, True), logits(trainer.model, True))
+    with pytest.raises(RecipeError, match="is quantized with BITSANDBYTES, and no adapter can be merged into it"):
+        merge(tmp_path / "out", tmp_path / "merged")
+
+
+@METHODS
+def test_an_unknown_target_is_told_with_those_that_are_there(method: str, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no module q_prj; there are down_proj, embed_tokens, gate_proj, k_proj, "):
+        load_model(recipe(tmp_path / "out", base, lora_target="q_prj"))
 
 
 @METHODS
