@@ -39,7 +39,7 @@ def chat_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="tokens between two results at most (512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default): always the likeliest token")
     parser.add_argument(
-        "--results", choices=("turn", "inside"), help="where results go (default: as in the run's training data)"
+        "--results", choices=("turn", "inside"), help="where results go (default: as in the run's data)"
     )
     parser.add_argument("--run-python", action="store_true", help="run <python> blocks on this machine, as you")
     parser.add_argument("--time-limit", type=float, default=Limits.seconds, help="seconds of a program (20)")
@@ -65,9 +65,7 @@ def merge_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser("merge", MERGE)
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="the output_dir of a LoRA run")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a folder that is not there yet")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the base model's file if omitted"
-    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="the base model's if omitted")
     args = parser.parse_args(argv)
     for name in ("adapter_config.json", "tokenizer_config.json"):
         if not (args.adapter / name).is_file():

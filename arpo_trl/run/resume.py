@@ -14,15 +14,8 @@ from .checkpoints import find_damage, newest_whole_checkpoint, set_aside
 from .requirements import refuse_output_dir
 
 # What `overwrite_output_dir: true` removes beside the checkpoints: a run appends to these, or writes them at its end.
-RUN_FILES = (
-    MANIFEST,
-    "trainer_log.jsonl",
-    "training_loss.png",
-    "train_results.json",
-    "eval_results.json",
-    "all_results.json",
-    "trainer_state.json",
-)
+RUN_FILES = f"""{MANIFEST} trainer_log.jsonl training_loss.png train_results.json eval_results.json
+    all_results.json trainer_state.json""".split()
 
 
 def find_resume_point(recipe: Recipe) -> tuple[Path | None, list[str]]:
