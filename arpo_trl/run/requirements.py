@@ -115,8 +115,9 @@ def check_device(recipe: Recipe) -> None:
                 missing.append((key, "needs a GPU; remove the line"))
         if recipe.flash_attn == "flex" and recipe.do_train:
             missing.append(("flash_attn", "flex attention trains on GPUs only; write sdpa"))
-        if recipe.do_train and _packed_with(recipe).get("nbits_per_codebook") == 8:  # aqlm 1.1.7
-            missing.append(("model_name_or_path", "AQLM's kernel for codebooks of 8 bits trains on GPUs only"))
+        if recipe.do_train and _packed_with(recipe).get("nbits_per_codebook") == 8:
+            what = "aqlm 1.1.7 has no backward for codebooks of 8 bits on a CPU; name a model with 16 (1x16)"
+            missing.append(("model_name_or_path", what))
     if recipe.use_muon and not hasattr(torch.optim, "Muon"):
         missing.append(("use_muon", "needs torch 2.9 or later; remove the line"))
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
