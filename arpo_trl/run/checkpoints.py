@@ -38,8 +38,6 @@ FILES = "files.json"
 # What a resume reads. FSDP and DeepSpeed keep all but the first in folders of their own.
 MODEL_ONLY = "it holds the model only, as save_only_model: true asks for"
 NEEDED = {"rng_state.pth": "rng_state*.pth", "optimizer.pt": "optimizer.*", "scheduler.pt": "scheduler.pt"}
-
-
 MOMENTS = {"8bit": 2 / 4, "adafactor": 0.0, "sgd": 0.0, "lion": 1.0, "adagrad": 1.0, "rmsprop": 1.0}
 """Copies of the trained weights that an optimizer keeps; AdamW and what is not here keeps two."""
 
