@@ -17,6 +17,7 @@ from ..errors import RecipeError, RunFailed
 from ..report.manifest import find_manifest
 from ..run_folder import match_umask
 from .requirements import PACKED
+from .sft_config import unpack_whole
 
 TEXT = "Question: which primes lie between 10 and 20?\n<python>\nprint([11, 13, 17, 19])\n</python>\nAnswer: 答案 17."
 TOLERANCE = 1e-3
@@ -94,7 +95,7 @@ def _load_base(adapter: Path) -> tuple[PreTrainedModel, torch.dtype]:
                 "use the two as they are, as arpo-trl chat does"
             )
         dtype = config.dtype or torch.float32
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), dtype
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **unpack_whole(config)), dtype
     except (OSError, ValueError):
         raise RecipeError(
             f"{adapter / 'adapter_config.json'}: base_model_name_or_path: no model at {name!r}, looked for from "

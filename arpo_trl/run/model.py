@@ -18,7 +18,14 @@ from trl.trainer.sft_config import SFTConfig
 from ..errors import in_one_line
 from ..recipe.keys import Recipe
 from .adapters import trained_blocks, with_adapter
-from .sft_config import load_model_config, model_init_kwargs, rope_is_ignored, settle_packed, to_quantization_config
+from .sft_config import (
+    load_model_config,
+    model_init_kwargs,
+    rope_is_ignored,
+    settle_packed,
+    to_quantization_config,
+    unpack_whole,
+)
 
 
 def load_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, torch.dtype | None]:
@@ -44,7 +51,7 @@ def _load_base(recipe: Recipe) -> tuple[PreTrainedModel, torch.dtype | None]:
     name = recipe.model_name_or_path
     try:
         config = load_model_config(recipe)
-        given = kwargs
+        given = kwargs | unpack_whole(config)
         if quantization := to_quantization_config(recipe):
             given = kwargs | {"quantization_config": quantization}  # a None would hide that the base is quantized
         elif settle_packed(config):

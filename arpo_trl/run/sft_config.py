@@ -10,8 +10,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, OFTConfig
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, SchedulerType, get_scheduler
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    SchedulerType,
+    get_scheduler,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 from trl.trainer.sft_config import SFTConfig
 
 from ..errors import RecipeError, in_one_line
@@ -199,6 +206,16 @@ def settle_packed(config: PreTrainedConfig) -> bool:
         # https://github.com/huggingface/transformers/pull/44577
         packed["linear_weights_not_to_quantize"] = [name.removesuffix(".weight") for name in names]
     return method in ("gptq", "awq", "aqlm")
+
+
+def unpack_whole(config: PreTrainedConfig) -> Keywords:
+    """What `from_pretrained` is told of a base in MXFP4 or FP8 (gpt-oss, DeepSeek-V3): as in LLaMA-Factory, unpack it all.
+
+    transformers 5.24 does so by itself only where it finds no kernel for them, and these have no backward.
+    """
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method", "")
+    made = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}.get(method)
+    return {"quantization_config": made(dequantize=True)} if made else {}
 
 
 def model_init_kwargs(recipe: Recipe) -> Keywords:

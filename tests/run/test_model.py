@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GptOssConfig, LlamaConfig
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe, read_recipe
@@ -24,7 +24,7 @@ from arpo_trl.run.loss import to_objective
 from arpo_trl.run.merge import merge
 from arpo_trl.run.model import frozen_copy, load_model
 from arpo_trl.run.optimizers import ProjectionsOnResume, to_optimizer
-from arpo_trl.run.sft_config import to_sft_config
+from arpo_trl.run.sft_config import to_sft_config, unpack_whole
 from arpo_trl.run.trainer import ArpoTrainer
 from arpo_trl.run_folder import checkpoint_step, list_checkpoints
 
@@ -402,6 +402,75 @@ def test_asft_goes_on_beside_the_model_of_the_start(method: str, tmp_path: Path,
     name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     whole, found = (load_file(tmp_path / folder / name) for folder in ("whole", "parts"))
     assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
+
+
+# --- bases in MXFP4 and FP8 ---
+
+
+def write_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
+    """A tiny gpt-oss as its files are; the weights that they stand for."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32, "vocab_size": 1088}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **heads)).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, rows, columns = weights[name].shape
+        codes = torch.randint(0, 16, (experts, columns, rows // 32, 32))  # two in a byte; a scale for 32 of them
+        weights[f"{name}_blocks"] = (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+        weights[f"{name}_scales"] = torch.full(
+            (experts, columns, rows // 32), 121, dtype=torch.uint8
+        )  # 2 ** (121 - 127)
+        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        values = torch.cat([values, -values])[codes].reshape(experts, columns, rows).transpose(1, 2) / 64
+        weights[name] = values.contiguous()
+    return weights
+
+
+def write_fp8(folder: Path) -> dict[str, torch.Tensor]:
+    """A tiny llama in FP8, as DeepSeek-V3's files are; the weights that they stand for."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 1088}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads)).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith("proj.weight")]:
+        scale = weights[name].abs().max() / 448
+        weights[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        weights[f"{name}_blocks"] = (weights[name] / scale).to(torch.float8_e4m3fn)
+        weights[name] = weights[f"{name}_blocks"].float() * scale
+    return weights
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(("kind", "write"), [("mxfp4", write_mxfp4), ("fp8", write_fp8)], ids=["mxfp4", "fp8"])
+def test_a_base_in_four_or_eight_bit_floats_is_unpacked_and_trains(
+    kind: str, write: Any, method: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    base = tmp_path / "base"
+    weights = write(base)
+    stored = {name: weight for name, weight in weights.items() if f"{name}_blocks" not in weights}
+    if kind == "fp8":
+        stored = {name.removesuffix("_blocks"): weight for name, weight in stored.items()}
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": kind}
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+
+    assert unpack_whole(AutoConfig.from_pretrained(base))["quantization_config"].dequantize
+    given = recipe(tmp_path / "run", base, finetuning_type=method, bf16=True)
+    loaded = load_model(given)[0]
+    names = dict((loaded.get_base_model() if isinstance(loaded, PeftModel) else loaded).named_parameters())
+    names = {name.replace(".base_layer", ""): weight for name, weight in names.items()}
+    for name in [name for name in weights if f"{name}_blocks" in weights]:
+        found = names[name if name in names else name.replace(".experts", ".experts.base_layer")]
+        torch.testing.assert_close(found.float(), weights[name].float(), rtol=1e-2, atol=1e-4)
+    trainer = run(given)
+    assert trainer.state.log_history[-1]["train_loss"] > 0
+    if method == "full":
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+        assert not hasattr(saved.config, "quantization_config")
+    else:
+        on_its_base(tmp_path / "run")
 
 
 def test_muon_trains_an_adapter_too(tmp_path: Path, tiny_model: Path) -> None:
