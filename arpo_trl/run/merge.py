@@ -14,6 +14,7 @@ from transformers.trainer_utils import align_special_tokens
 from transformers.utils import logging
 
 from ..errors import RecipeError, RunFailed
+from ..machine import free_space
 from ..report.manifest import find_manifest
 from ..run_folder import match_umask
 from .requirements import PACKED
@@ -50,7 +51,7 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None) -> Merged:
 
     Raises:
         RecipeError: the base model isn't there.
-        RunFailed: the sum predicts something else than the adapter, or `output` does not hold the sum.
+        RunFailed: the sum predicts something else than the adapter, or `output` has no room for it or does not hold it.
     """
     base, own_dtype = _load_base(adapter)
     dtype: torch.dtype = getattr(torch, dtype_name) if dtype_name else own_dtype
@@ -69,7 +70,13 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None) -> Merged:
     if (adapter / "generation_config.json").is_file():  # every token at which the run's replies end
         merged.generation_config = GenerationConfig.from_pretrained(adapter)
     align_special_tokens(merged, tokenizer)
-    merged.to(dtype).save_pretrained(output)
+    needed, free = sum(weight.nbytes for weight in merged.to(dtype).parameters()), free_space(output)
+    if free < needed:
+        raise RunFailed(
+            f"{output}: disk full: the merged model takes {needed / 1e9:.3f} GB, and there are {free / 1e9:.3f} GB free; free "
+            "some space, or give a folder on another disk"
+        )
+    merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
     match_umask(output)
     if manifest := find_manifest(adapter):  # `chat` reads in it where results go, and people what made the model

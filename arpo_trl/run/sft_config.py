@@ -10,13 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, OFTConfig
-from transformers import (
-    AutoConfig,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    SchedulerType,
-    get_scheduler,
-)
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, SchedulerType, get_scheduler
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 from trl.trainer.sft_config import SFTConfig

@@ -40,6 +40,17 @@ def adapter(base: Path, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
+def test_a_full_disk_is_seen_before_anything_is_written(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto").parameters())
+    for free, code in ((size - 1, 1), (size, 0)):
+        monkeypatch.setattr("arpo_trl.run.merge.free_space", lambda folder, free=free: free)
+        assert main(["merge", str(adapter), str(tmp_path / "merged")]) == code
+        assert (tmp_path / "merged").exists() == (not code)
+        assert ("disk full: the merged model takes 0.000 GB" in capsys.readouterr().err) == bool(code)
+
+
 def test_the_merged_model_keeps_the_dtype_and_the_template_and_stops_at_the_end_of_a_turn(
     adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
