@@ -61,6 +61,8 @@ def describe_model(model: PreTrainedModel | PeftModel) -> str:
         total, trained = get_model_param_count(model), get_model_param_count(model, trainable_only=True)
     if total == trained:
         return f"{total:,} parameters, all trained"
+    if getattr(model, "quantization_method", None) in ("gptq", "awq", "aqlm"):  # whose weights are other tensors
+        return f"{trained:,} parameters trained beside a quantized base"
     return f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.2g} %)"
 
 

@@ -115,7 +115,10 @@ def test_a_whole_run_checks_trains_and_evaluates(
         eval_dataset="greetings",
     )
     assert train(given) == 0
-    assert f"quantization_bit: has no effect: the model is quantized with {method.upper()}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"quantization_bit: has no effect: the model is quantized with {method.upper()}" in said
+    trained = sum(tensor.numel() for tensor in load_file(tmp_path / "run" / "adapter_model.safetensors").values())
+    assert f"{base}: {trained:,} parameters trained beside a quantized base" in said
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
     with pytest.raises(RecipeError, match=f"is quantized with {method.upper()}, and no adapter can be merged into it"):
         merge(tmp_path / "run", tmp_path / "merged")
