@@ -100,13 +100,12 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield key, "needs finetuning_type: lora, which is not the default here"
     yield from _losses(recipe)
     yield from _own_optimizers(recipe)
-    if recipe.use_badam and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        yield "use_badam", "trains in one process alone; remove the line"
-    if layerwise := _steps_in_backward(recipe):
-        if recipe.gradient_accumulation_steps != 1:
-            yield layerwise, "steps at each batch; write gradient_accumulation_steps: 1"
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            yield layerwise, "trains in one process alone; remove the line"
+    layerwise = _steps_in_backward(recipe)
+    if layerwise and recipe.gradient_accumulation_steps != 1:
+        yield layerwise, "steps at each batch; write gradient_accumulation_steps: 1"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        for alone in filter(None, ("use_badam" if recipe.use_badam else None, layerwise)):
+            yield alone, "trains in one process alone; remove the line"
 
 
 def _losses(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -27,7 +27,7 @@ from .adapters import new_adapter
 from .checkpoints import moments
 from .loss import TILE_POSITIONS
 from .model import freeze
-from .sft_config import load_model_config, model_init_kwargs
+from .sft_config import load_model_config, model_init_kwargs, quantization_of
 
 CARDS = (16, 24, 80)
 """GB of the cards that a user without one in sight may think of."""
@@ -80,7 +80,7 @@ def estimate_memory(
         return None
     blocks = whole.config.get_text_config().num_hidden_layers
     activations = blocks * stream + saved // blocks if args.activation_checkpointing else saved
-    packed = getattr(whole.config, "quantization_config", None) or {}
+    packed = quantization_of(whole.config)
     if packed.get("quant_method") in ("gptq", "awq"):  # the backward needs what the forward unpacked
         unpacked = sum(weight.nbytes for weight in _packed(backbone))
         activations += unpacked // blocks if args.activation_checkpointing else unpacked

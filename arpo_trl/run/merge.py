@@ -18,7 +18,7 @@ from ..machine import free_space
 from ..report.manifest import find_manifest
 from ..run_folder import match_umask
 from .requirements import PACKED
-from .sft_config import unpack_whole
+from .sft_config import quantization_of, unpack_whole
 
 TEXT = "Question: which primes lie between 10 and 20?\n<python>\nprint([11, 13, 17, 19])\n</python>\nAnswer: 答案 17."
 TOLERANCE = 1e-3
@@ -95,7 +95,7 @@ def _load_base(adapter: Path) -> tuple[PreTrainedModel, torch.dtype]:
     name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     try:
         config = AutoConfig.from_pretrained(name)
-        method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+        method = quantization_of(config).get("quant_method")
         if method in PACKED:
             raise RecipeError(
                 f"{adapter}: its base {name} is quantized with {method.upper()}, and no adapter can be merged into it; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 from typing import Any, cast
 
@@ -12,7 +11,6 @@ from accelerate import PartialState
 from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.sft_config import SFTConfig
 
 from ..errors import in_one_line
@@ -23,6 +21,7 @@ from .sft_config import (
     model_init_kwargs,
     rope_is_ignored,
     settle_packed,
+    splits_model,
     to_quantization_config,
     unpack_whole,
 )
@@ -96,7 +95,7 @@ def _keep_gradients(model: PreTrainedModel) -> None:
 
 def _for_packed(recipe: Recipe, config: PreTrainedConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
     """What `from_pretrained` is told of a base that is quantized already: the config that `settle_packed` changed."""
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or is_deepspeed_zero3_enabled():
+    if splits_model(recipe):
         raise recipe.error(
             "model_name_or_path",
             f"{recipe.model_name_or_path} is quantized already, and can't be split by FSDP or DeepSpeed ZeRO-3; "

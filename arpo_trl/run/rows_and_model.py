@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData
 from ..recipe.keys import Recipe
 from .loss import has_scaled_logits
-from .sft_config import load_model_config
+from .sft_config import load_model_config, splits_model
 
 _RESIZE = "resize the model once (model.resize_token_embeddings(len(tokenizer))), save both and name that folder"
 
@@ -50,8 +47,7 @@ def _refuse_loss(recipe: Recipe, args: SFTConfig, config: PreTrainedConfig) -> N
     if key and has_scaled_logits(config):
         raise recipe.error(key, f"{config.model_type} scales its logits, which this loss does not; use_dft_loss does")
     needs = "whole rows" if getattr(args.parallelism_config, "non_data_parallel_size", 1) > 1 else None
-    fsdp = recipe.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if recipe.use_asft_loss and (fsdp or is_deepspeed_zero3_enabled()):
+    if recipe.use_asft_loss and splits_model(recipe):
         needs = "a whole second model"
     if key and needs:
         raise recipe.error(key, f"needs {needs} on each process; launch with accelerate_configs/multi_gpu.yaml")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, OFTConfig
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, SchedulerType, get_scheduler
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 from trl.trainer.sft_config import SFTConfig
@@ -189,9 +190,20 @@ def to_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     )
 
 
+def splits_model(recipe: Recipe) -> bool:
+    """Whether FSDP or ZeRO-3 will split the model: asked before there is an Accelerator, after `to_sft_config`."""
+    fsdp = recipe.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return bool(fsdp or is_deepspeed_zero3_enabled())
+
+
+def quantization_of(config: PreTrainedConfig) -> Keywords:
+    """How a base is quantized already, as its config.json says; empty if it isn't."""
+    return getattr(config, "quantization_config", None) or {}
+
+
 def settle_packed(config: PreTrainedConfig) -> bool:
     """Have a base that GPTQ, AWQ or AQLM quantized unpacked by what has a backward. Returns whether one did."""
-    packed: Keywords = getattr(config, "quantization_config", None) or {}
+    packed = quantization_of(config)
     method = packed.get("quant_method")
     if method in ("gptq", "awq"):
         packed["backend"] = "auto_trainable"  # the fastest kernels of gptqmodel have none
@@ -207,8 +219,7 @@ def unpack_whole(config: PreTrainedConfig) -> Keywords:
 
     transformers 5.24 does so by itself only where it finds no kernel for them, and these have no backward.
     """
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method", "")
-    made = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}.get(method)
+    made = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}.get(quantization_of(config).get("quant_method", ""))
     return {"quantization_config": made(dequantize=True)} if made else {}
 
 
