@@ -81,6 +81,19 @@ def run(given: Recipe, resume: bool = False) -> Any:
     return trainer
 
 
+def assert_a_resume_is_exact(folder: Path, model: Path, *files: str, **keys: Any) -> None:
+    """A run of four steps, and one that goes on from its checkpoint-2, end with the same tensors in `files`."""
+    keys |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    run(recipe(folder / "whole", model, **keys))
+    parts = recipe(folder / "parts", model, **keys)
+    run(parts)
+    shutil.rmtree(folder / "parts" / "checkpoint-4")
+    run(parts, resume=True)
+    for file in files:
+        whole, found = (load_file(folder / name / file) for name in ("whole", "parts"))
+        assert whole and [name for name in whole if not torch.equal(whole[name], found[name])] == []
+
+
 def predict(model: Any) -> torch.Tensor:
     with torch.inference_mode():
         logits: torch.Tensor = model.eval()(input_ids=INPUT_IDS).logits.float()
@@ -137,15 +150,8 @@ def test_an_adapter_on_the_original_base_predicts_what_was_trained(
 def test_an_adapter_that_was_resumed_is_the_adapter_that_never_stopped(
     keys: dict[str, Any], tmp_path: Path, tiny_model: Path
 ) -> None:
-    keys |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.2}
-    run(recipe(tmp_path / "whole", tiny_model, **keys))
-    parts = recipe(tmp_path / "parts", tiny_model, **keys)
-    run(parts)
-    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
-    run(parts, resume=True)
-    for name in ("checkpoint-4/adapter_model.safetensors", "adapter_model.safetensors"):
-        whole, found = (load_file(tmp_path / folder / name) for folder in ("whole", "parts"))
-        assert [key for key in whole if not torch.equal(whole[key], found[key])] == []
+    files = ("checkpoint-4/adapter_model.safetensors", "adapter_model.safetensors")
+    assert_a_resume_is_exact(tmp_path, tiny_model, *files, **keys, lora_dropout=0.2)
 
 
 def test_a_run_in_the_folder_of_an_earlier_one_leaves_one_model(tmp_path: Path, tiny_model: Path) -> None:
@@ -350,8 +356,8 @@ def plain_adam_mini(model: Any, **lr: float) -> list[torch.optim.Optimizer]:
 def test_an_optimizer_of_its_own_steps_as_the_plain_one_and_resumes(
     key: str, plain: Any, tmp_path: Path, tiny_model: Path
 ) -> None:
-    keys = {"finetuning_type": "full", key: True, "weight_decay": 0.1, "save_strategy": "steps", "save_steps": 2}
-    given = recipe(tmp_path / "whole", tiny_model, max_steps=4, **keys)
+    keys = {"finetuning_type": "full", key: True, "weight_decay": 0.1}
+    given = recipe(tmp_path, tiny_model, **keys)
     ours, theirs = (load_model(given)[0] for _ in range(2))
     optimizer, plain_ones = create_optimizer(given, ours), plain(theirs, lr=given.learning_rate)
     for _ in range(3):
@@ -364,13 +370,7 @@ def test_an_optimizer_of_its_own_steps_as_the_plain_one_and_resumes(
                 group["lr"] /= 2  # as a schedule does
     assert [n for n, weight in ours.named_parameters() if not torch.equal(weight, theirs.get_parameter(n))] == []
 
-    run(given)
-    parts = recipe(tmp_path / "parts", tiny_model, max_steps=4, **keys)
-    run(parts)
-    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
-    run(parts, resume=True)
-    whole, found = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "parts"))
-    assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
+    assert_a_resume_is_exact(tmp_path, tiny_model, "model.safetensors", **keys)
 
 
 @pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated:FutureWarning")  # galore_torch's own
@@ -380,28 +380,14 @@ def test_an_optimizer_of_its_own_steps_as_the_plain_one_and_resumes(
 def test_galore_and_apollo_go_on_with_their_projections(
     keys: dict[str, Any], tmp_path: Path, tiny_model: Path
 ) -> None:
-    keys |= {"finetuning_type": "full", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    run(recipe(tmp_path / "whole", tiny_model, **keys))
-    parts = recipe(tmp_path / "parts", tiny_model, **keys)
-    run(parts)
-    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
-    run(parts, resume=True)
-    whole, found = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "parts"))
-    assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
+    assert_a_resume_is_exact(tmp_path, tiny_model, "model.safetensors", finetuning_type="full", **keys)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_asft_goes_on_beside_the_model_of_the_start(method: str, tmp_path: Path, tiny_model: Path) -> None:
     keys = {"finetuning_type": method, "use_asft_loss": True, "asft_alpha": 5.0}
-    keys |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    run(recipe(tmp_path / "whole", tiny_model, **keys))
-    parts = recipe(tmp_path / "parts", tiny_model, **keys)
-    run(parts)
-    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
-    run(parts, resume=True)
-    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
-    whole, found = (load_file(tmp_path / folder / name) for folder in ("whole", "parts"))
-    assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
+    file = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    assert_a_resume_is_exact(tmp_path, tiny_model, file, **keys)
 
 
 # --- bases in MXFP4 and FP8 ---
@@ -602,20 +588,13 @@ def test_freeze_trains_the_layers_and_modules_that_it_names(
 
 
 def test_freeze_changes_what_it_names_alone_and_resumes(tmp_path: Path, tiny_model: Path) -> None:
-    keys = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "bf16": True, "use_reentrant_gc": True}
+    keys: dict[str, Any] = {"bf16": True, "use_reentrant_gc": True}
     keys |= {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_trainable_modules": "mlp"}
-    run(recipe(tmp_path / "whole", tiny_model, **keys))
-    parts = recipe(tmp_path / "parts", tiny_model, **keys)
-    run(parts)
-    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
-    run(parts, resume=True)
-    base, whole, found = (
-        load_file(folder / "model.safetensors") for folder in (tiny_model, tmp_path / "whole", tmp_path / "parts")
-    )
+    assert_a_resume_is_exact(tmp_path, tiny_model, "model.safetensors", **keys)
+    base, whole = (load_file(folder / "model.safetensors") for folder in (tiny_model, tmp_path / "whole"))
     assert {name for name in base if not torch.equal(base[name], whole[name])} == {
         f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")
     }
-    assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
 
 
 # --- quantized ---

@@ -15,7 +15,7 @@ from packed_model import pack
 from safetensors.torch import load_file
 from small_run import make_recipe, train
 from test_distributed import launch, write_recipe
-from test_model import INPUT_IDS, OFT, ROWS, recipe, run
+from test_model import INPUT_IDS, OFT, ROWS, assert_a_resume_is_exact, recipe, run
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from arpo_trl.errors import RecipeError
@@ -74,14 +74,7 @@ def test_the_base_is_what_its_file_says_and_the_adapter_learns(
 def test_a_resumed_run_is_the_one_that_never_stopped(
     method: str, keys: dict[str, Any], base: Path, tmp_path: Path
 ) -> None:
-    keys = keys | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.2}
-    run(recipe(tmp_path / "whole", base, **keys))
-    parts = recipe(tmp_path / "parts", base, **keys)
-    run(parts)
-    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
-    run(parts, resume=True)
-    whole, found = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("whole", "parts"))
-    assert whole and [key for key in whole if not torch.equal(whole[key], found[key])] == []
+    assert_a_resume_is_exact(tmp_path, base, "adapter_model.safetensors", **keys, lora_dropout=0.2)
 
 
 @METHODS
@@ -194,6 +187,8 @@ def test_an_unknown_target_is_told_with_those_that_are_there(method: str, base: 
 
 @METHODS
 def test_fsdp_is_refused_in_a_line(method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="is quantized already, and can't be split by FSDP"):
+        load_model(recipe(tmp_path / "by_recipe", base, fsdp="full_shard auto_wrap"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RecipeError, match="is quantized already, and can't be split by FSDP"):
         load_model(recipe(tmp_path / "out", base))
