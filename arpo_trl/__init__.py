@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING
 
 from .errors import DatasetError, RecipeError, RowError, RunFailed
 from .recipe import Recipe, read_recipe
+from .version import __version__
 
 if TYPE_CHECKING:
     from .data.prepare import prepare_datasets
-    from .run.train import train
+    from .train.train import train
 
-__version__ = "0.1.0"
 __all__ = [
     "DatasetError",
     "Recipe",
     "RecipeError",
     "RowError",
     "RunFailed",
+    "__version__",
     "prepare_datasets",
     "read_recipe",
     "train",
@@ -32,7 +33,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import what needs torch when it is first used (PEP 562)."""
-    modules = {"prepare_datasets": ".data.prepare", "train": ".run.train"}
+    modules = {"prepare_datasets": ".data.prepare", "train": ".train.train"}
     if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(modules[name], __name__), name)

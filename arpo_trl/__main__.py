@@ -20,14 +20,14 @@ from pathlib import Path
 # Windows wheels of torch have no libuv, which its store asks for by default since 2.4 (pytorch/pytorch#139990).
 os.environ.setdefault("USE_LIBUV", "0")
 
-from . import __version__
 from .errors import RecipeError, RunFailed, in_one_line, printable, program
 from .recipe import Recipe, read_recipe
 from .recipe.command_line import CommandLine, read_command_line
 from .recipe.help import explain, list_text, usage
 from .recipe.starter import write_starter
 from .report.console import silence_libraries
-from .run.requirements import check_environment, check_inputs
+from .train.requirements import check_environment, check_inputs
+from .version import __version__
 
 HERE = Path(__file__).parent
 
@@ -65,19 +65,19 @@ def _run(argv: Sequence[str]) -> int:
         print(usage())
         return 2
     if argv[0] == "chat" and not isfile("chat"):
-        from .run.arguments import chat_arguments
+        from .arguments import chat_arguments
 
         args = chat_arguments(argv[1:])
         with _collector_waits():
-            from .run.chat import chat_command
+            from .generate.chat import chat_command
         chat_command(args)
         return 0
     if argv[0] == "merge" and not isfile("merge"):
-        from .run.arguments import merge_arguments
+        from .arguments import merge_arguments
 
         args = merge_arguments(argv[1:])
         with _collector_waits():
-            from .run.merge import merge_command
+            from .model.merge import merge_command
         print(merge_command(args))
         return 0
     line = read_command_line(argv)
@@ -110,7 +110,7 @@ def _init(line: CommandLine) -> None:
 def _check(line: CommandLine) -> None:
     recipe = check_environment(_recipe(line))
     with _collector_waits():
-        from .run.check import check
+        from .train.check import check
     check(recipe, verbose="verbose" in line.options)
 
 
@@ -128,7 +128,7 @@ def _train(line: CommandLine) -> int:
     recipe = check_environment(_recipe(line))
     _stop_with_launcher()
     with _collector_waits():
-        from .run.train import run
+        from .train.train import run
     return run(recipe)
 
 

@@ -101,3 +101,11 @@ def gpu_memory() -> int | None:
     import torch
 
     return torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is a device's, or the CPU allocator's, refusal of memory."""
+    import torch
+
+    signs = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)

@@ -30,7 +30,7 @@ from safetensors import safe_open
 
 from arpo_trl.data import cache
 from arpo_trl.data.shipped_templates import shipped_template
-from arpo_trl.run.chat import find_call
+from arpo_trl.generate.chat import find_call
 
 ROOT = Path(__file__).parents[1]
 INSIDE = [json.loads(line) for line in make_toy_dataset.TOY_DATA_INSIDE.read_text(encoding="utf-8").splitlines()]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
-from .. import __version__
+from ..version import __version__
 
 PACKAGES = """torch transformers trl accelerate datasets peft tokenizers safetensors huggingface_hub numpy pyarrow pydantic
     bitsandbytes deepspeed flash_attn liger_kernel""".split()

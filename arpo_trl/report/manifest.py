@@ -16,7 +16,6 @@ import yaml
 from accelerate import PartialState
 from pydantic import BaseModel, BeforeValidator, JsonValue
 
-from .. import __version__
 from ..data.files import read_dataset
 from ..data.messages import to_conversation
 from ..data.prepare import PreparedData
@@ -24,6 +23,7 @@ from ..data.registry import select_datasets
 from ..errors import RecipeError, RowError
 from ..recipe.keys import PredictKeys, Recipe, keys
 from ..run_folder import MANIFEST, write_json
+from ..version import __version__
 from .environment import installed_versions
 
 RECIPE_MARK = "# the recipe of this run with every key, written by arpo_trl\n"

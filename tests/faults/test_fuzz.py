@@ -23,8 +23,8 @@ from arpo_trl.errors import RecipeError, RowError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import keys
 from arpo_trl.report.manifest import read_manifest
-from arpo_trl.run.checkpoints import find_damage
 from arpo_trl.run_folder import read_json
+from arpo_trl.train.checkpoints import find_damage
 
 NAMES = sorted(keys())
 TEXT = st.text(max_size=12)

@@ -22,10 +22,10 @@ from conftest import MakeRecipe
 from runs import differing, log_without_times
 
 from arpo_trl.__main__ import main
-from arpo_trl.run.checkpoints import find_damage
-from arpo_trl.run.preflight import Preflight
-from arpo_trl.run.trainer import ArpoTrainer
 from arpo_trl.run_folder import list_checkpoints
+from arpo_trl.train.checkpoints import find_damage
+from arpo_trl.train.preflight import Preflight
+from arpo_trl.train.trainer import ArpoTrainer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that a process can catch")
 

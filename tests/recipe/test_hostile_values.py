@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from arpo_trl.errors import LONGEST_LINE, RecipeError
+from arpo_trl.model.sft_config import to_sft_config
 from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
 from arpo_trl.recipe.yaml_file import LARGEST_FILE
-from arpo_trl.run.requirements import check_inputs, check_packages
-from arpo_trl.run.sft_config import to_sft_config
+from arpo_trl.train.requirements import check_inputs, check_packages
 
 VALUES = {
     "digits": "9" * 5000,

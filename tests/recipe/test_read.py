@@ -751,7 +751,7 @@ def test_no_key_is_accepted_that_no_code_reads() -> None:
         for path in package.rglob("*.py")
         if path.stem not in ("keys", "rules", "llamafactory")
     )
-    from arpo_trl.run.sft_config import _SAME  # read by their names, as is what the next test looks at
+    from arpo_trl.model.sft_config import _SAME  # read by their names, as is what the next test looks at
 
     unread = {name for name, key in keys().items() if key.group != "trl" and f".{name}" not in code} - {*_SAME}
     # one value only, or settled while the recipe is read, or so in any case
@@ -769,7 +769,7 @@ LOW_RANK = [key for key in keys() if key.startswith(("galore_", "apollo_"))]
 
 @pytest.mark.parametrize("key", LOW_RANK)
 def test_every_key_of_galore_and_apollo_changes_the_optimizer(tmp_path: Path, key: str) -> None:
-    from arpo_trl.run.sft_config import to_sft_config
+    from arpo_trl.model.sft_config import to_sft_config
 
     choices = [*keys()[key].schema.get("enum", []), "true", "3", "mlp"]  # one of them has the key's type
     path = write(tmp_path, GOOD + f"finetuning_type: full\nuse_{key[:6]}: true\n")

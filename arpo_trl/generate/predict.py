@@ -1,0 +1,286 @@
+"""The replies that a model generates on held-out rows, each after its true context, and their scores.
+
+Contexts are cut out of the encoded rows: a run of labels is a reply, and what stands before it, the teacher's earlier
+turns and tool results included, is its context. So they are training's own tokens, by the only code that makes any.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from ..data.labels import IGNORED
+from ..data.prepare import prepare_datasets
+from ..errors import RecipeError, RunFailed
+from ..machine import is_out_of_memory
+from ..model.model import end_tokens
+from ..recipe.keys import Recipe
+from ..report.console import say
+from ..run_folder import save_metrics
+from .scores import Reply, describe_scores, score_replies
+
+SHOWN = 2000  # characters of a text in a tracker's table
+Model = PreTrainedModel | PeftModel
+CALL_ENDS = ["</python>", "</search>", "</tool_call>"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A reply to ask for, in token ids. `label` ends with its end-of-turn token.
+
+    `ends_turn`: False where a masked span, such as a tool's result, follows inside the same turn; the model is then
+    asked for what stands before it, up to the end of its call.
+    """
+
+    context: list[int]
+    label: list[int]
+    ends_turn: bool
+    source: str
+    dataset: str
+
+
+@dataclass(frozen=True)
+class Prediction(Reply):
+    """The model's reply to a prompt: texts to score, and the token ids that it wrote."""
+
+    prompt: Prompt
+    ids: list[int]
+
+
+def find_prompts(rows: Dataset, dataset: str, end_tokens: Collection[int]) -> tuple[list[Prompt], int]:
+    """A prompt for each trained reply of a dataset's encoded rows; and how many replies the cutoff took the end of."""
+    prompts: list[Prompt] = []
+    cut = 0
+    for row in rows:
+        ids, end = row["input_ids"], 0
+        for is_reply, run in groupby(row["labels"], lambda label: label != IGNORED):
+            start, end = end, end + len(list(run))
+            label = ids[start:end]
+            last = next((at for at, token in enumerate(label) if token in end_tokens), None)
+            if not is_reply or not start:
+                continue
+            if last is None and end == len(ids):
+                cut += 1
+            else:
+                label = label if last is None else label[: last + 1]
+                prompts.append(Prompt(ids[:start], label, last is not None, row["source"], dataset))
+    return prompts, cut
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    config: GenerationConfig,
+    batch_size: int,
+    seed: int,
+    after_batch: Callable[[], object] = lambda: None,
+) -> list[list[int]]:
+    """The reply's token ids for each prompt, in the prompts' order, the same on every process.
+
+    Batches are of like length, the longest first, and are those of one process however many share them: what a row is
+    padded with can change the last digits of its scores. The random state and the model's mode are left as they were.
+
+    Args:
+        model: Whole on this process.
+        config: With the model's end-of-turn and padding tokens.
+        batch_size: Prompts of a batch.
+        seed: Of what is sampled.
+        after_batch: Called after each batch, equally often on every process.
+    """
+    state = PartialState()
+    order = sorted(range(len(prompts)), key=lambda at: (prompts[at].ends_turn, -len(prompts[at].context)))
+    batches = [
+        group[start : start + batch_size]
+        for group in (list(group) for _, group in groupby(order, lambda at: prompts[at].ends_turn))
+        for start in range(0, len(group), batch_size)
+    ]
+    found: list[tuple[int, list[int]]] = []
+    was_training = model.training
+    model.eval()
+    gpus = [state.device.index or 0] if state.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=gpus):
+            for first in range(0, len(batches), state.num_processes):
+                number = first + state.process_index
+                if number < len(batches):
+                    torch.manual_seed(seed + number)
+                    batch = [prompts[at] for at in batches[number]]
+                    found += zip(batches[number], _generate_batch(model, batch, tokenizer, config), strict=True)
+                after_batch()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed(
+            f"out of memory on {state.device} while {batch_size} replies were generated at a time; lower "
+            "per_device_eval_batch_size (same replies but for rounding), or max_new_tokens, or cutoff_len"
+        ) from error
+    finally:
+        model.train(was_training)
+    if state.num_processes > 1:
+        found = gather_object(found)
+    return [ids for _, ids in sorted(found)]
+
+
+def _generate_batch(
+    model: Model, batch: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
+) -> list[list[int]]:
+    contexts = [torch.tensor(prompt.context) for prompt in batch]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = pad(contexts, padding_value=float(config.pad_token_id)).to(model.device)
+    mask = pad([torch.ones_like(context) for context in contexts]).to(model.device)
+    # Inside a turn no end-of-turn follows a call: whoever runs the tool stops the model there.
+    if not batch[0].ends_turn:
+        config = GenerationConfig(**config.to_dict() | {"stop_strings": CALL_ENDS})
+    written = cast(GenerationMixin, model).generate(
+        input_ids=ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer
+    )
+    replies = []
+    for row in written[:, ids.shape[1] :].tolist():
+        last = next((at for at, token in enumerate(row) if token in config.eos_token_id), len(row))
+        replies.append(row[: last + 1])
+    return replies
+
+
+def to_generation_config(recipe: Recipe, model: Model, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """How replies are generated. Each setting is given, since the model's own would stand in for one that is not."""
+    sampling = {"temperature": recipe.temperature, "top_p": recipe.top_p, "top_k": recipe.top_k}
+    greedy = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' defaults, which have no effect
+    return GenerationConfig(
+        max_new_tokens=recipe.max_new_tokens,
+        max_length=None,
+        do_sample=bool(recipe.do_sample),
+        **(sampling if recipe.do_sample else greedy),
+        num_beams=recipe.num_beams,
+        repetition_penalty=recipe.repetition_penalty,
+        length_penalty=recipe.length_penalty,
+        use_cache=True,
+        eos_token_id=end_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def predict_replies(
+    recipe: Recipe,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    after_batch: Callable[[], object] = lambda: None,
+) -> list[Prediction]:
+    """The model's answers to the prompts, in their order; `after_batch` as for `generate`."""
+    config = to_generation_config(recipe, model, tokenizer)
+    batch_size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size
+    written = generate(model, prompts, tokenizer, config, batch_size, recipe.seed, after_batch)
+    return [
+        _to_prediction(prompt, ids, tokenizer, config.eos_token_id)
+        for prompt, ids in zip(prompts, written, strict=True)
+    ]
+
+
+def _to_prediction(
+    prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase, ends: Collection[int]
+) -> Prediction:
+    """Both texts with their special tokens, which some templates write calls with, up to the end of the turn."""
+    stopped = bool(ids) and ids[-1] in ends
+    text = decode(tokenizer, ids[: len(ids) - stopped])
+    if not prompt.ends_turn and (stops := [at + len(end) for end in CALL_ENDS if (at := text.find(end)) >= 0]):
+        text, stopped = text[: min(stops)], True
+    label = decode(tokenizer, prompt.label[: len(prompt.label) - prompt.ends_turn])
+    return Prediction(text, label, stopped, len(ids), len(prompt.label), prompt, ids)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = False) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
+
+
+# --- a run's predictions ---
+
+
+def refuse_split_model(recipe: Recipe, is_fsdp: bool) -> None:
+    """Replies are generated by a whole model on each process.
+
+    Raises:
+        RecipeError: the recipe asks for replies, and FSDP or ZeRO-3 splits the model.
+    """
+    key = "do_predict" if recipe.do_predict else "predict_during_eval" if recipe.predict_during_eval else None
+    split = "FSDP" if is_fsdp else "DeepSpeed ZeRO-3" if is_deepspeed_zero3_enabled() else None
+    if key and split:
+        raise recipe.error(
+            key,
+            f"replies are generated by a whole model on each process, and {split} splits it; remove the key, and after "
+            f"training predict with the saved model: the same recipe with do_train=false do_predict=true "
+            f"model_name_or_path={recipe.output_dir}, launched with accelerate_configs/multi_gpu.yaml",
+        )
+
+
+def eval_prompts(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: Model, eval_rows: dict[str, Dataset]
+) -> list[Prompt]:
+    """The prompts of all datasets to evaluate on. Rows whose labels do not tell replies from contexts are encoded again."""
+    if recipe.train_on_prompt or recipe.truncation_mode != "keep_start":
+        changes = {"train_on_prompt": False, "truncation_mode": "keep_start", "tokenized_path": None}
+        eval_rows = prepare_datasets(recipe.model_copy(update=changes), tokenizer).eval
+    ends = end_tokens(model, tokenizer)
+    prompts: list[Prompt] = []
+    for name, rows in eval_rows.items():
+        found, cut = find_prompts(rows, name, ends)
+        prompts += found
+        if cut:
+            say(f"predict  {name}: {cut:,} replies end past cutoff_len {recipe.cutoff_len} and are not asked for")
+    if not prompts:
+        raise RecipeError(f"{recipe.path}: do_predict: no reply ends within cutoff_len {recipe.cutoff_len}; raise it")
+    return prompts
+
+
+def predict(recipe: Recipe, model: Model, tokenizer: PreTrainedTokenizerBase, eval_rows: dict[str, Dataset]) -> None:
+    """Write generated_predictions.jsonl (LLaMA-Factory's prompt, predict, label; and source) and predict_results.json."""
+    prompts = eval_prompts(recipe, tokenizer, model, eval_rows)
+    began = time.monotonic()
+    predictions = predict_replies(recipe, model, tokenizer, prompts)
+    seconds = time.monotonic() - began
+    if not PartialState().is_main_process:
+        return
+    output_dir = Path(recipe.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / "generated_predictions.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(
+            json.dumps(to_line(one, tokenizer, recipe.skip_special_tokens), ensure_ascii=False) + "\n"
+            for one in predictions
+        )
+    scores = score_replies(predictions)
+    results = {f"predict_{name}": value for name, value in scores.items()}
+    results |= {"predict_runtime": seconds, "predict_samples_per_second": len(predictions) / seconds}
+    if recipe.eval_on_each_dataset:
+        for name in eval_rows:
+            part = [one for one in predictions if one.prompt.dataset == name]
+            results |= {f"predict_{name}_{score}": value for score, value in score_replies(part).items()}
+    save_metrics(output_dir, "predict", results)
+    rows = len({(one.prompt.dataset, one.prompt.source) for one in predictions})
+    say(f"predict  {len(predictions):,} replies of {rows:,} rows are in {output_dir / 'generated_predictions.jsonl'}")
+    for line in describe_scores({"right": scores}):
+        say(f"         {line}")
+
+
+def to_line(one: Prediction, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> dict[str, str]:
+    """A line of generated_predictions.jsonl."""
+    return {
+        "prompt": decode(tokenizer, one.prompt.context),
+        "predict": decode(tokenizer, one.ids, skip_special_tokens),
+        "label": decode(tokenizer, one.prompt.label, skip_special_tokens),
+        "source": one.prompt.source,
+    }

@@ -1,0 +1,1 @@
+"""Recipe -> SFTConfig, model, adapter, optimizer; memory; merging."""

@@ -1,0 +1,119 @@
+"""What the loss and its companions are computed from: the score of each labelled token.
+
+On GPUs TRL's fused head does this; here is what takes its place on devices without Triton, and for losses that TRL
+does not have.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+from ..data.labels import IGNORED
+
+Scores = tuple[Tensor, Tensor, Tensor]
+
+Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""What takes the place of log p in training, from: log p of each label, shape (tokens,); the log-softmax over the
+vocabulary, shape (tokens, vocabulary); and that of the reference model, or None without one."""
+
+TILE_POSITIONS = 512
+"""Labelled positions scored at once: 512 x 151,936 float32 logits are 311 MB."""
+
+
+def has_scaled_logits(config: PreTrainedConfig) -> bool:
+    """Whether the model's logits are not its head's, or its loss has the routers' in it."""
+    scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    return any(getattr(config, name, None) for name in scales) or getattr(config, "output_router_logits", False)
+
+
+def score_labelled_positions_only(
+    model: PreTrainedModel, objective: Objective | None = None, reference: PreTrainedModel | None = None
+) -> None:
+    """Project only the positions that carry a label, in tiles, with a plain log-softmax.
+
+    On devices without Triton, TRL's fused head projects every position and walks the logits in several float32
+    passes (trl 1.16, trl/trainer/utils.py: `compact = _use_triton(...)`). The loss is the same to float rounding. To
+    be dropped when TRL scores labelled positions everywhere.
+
+    With an `objective`, its values are the log-probabilities that TRL takes the loss from in training. The forward of
+    a model with scaled or soft-capped logits, or with a balancing loss, is left to TRL.
+    """
+    if has_scaled_logits(model.config.get_text_config()):
+        return
+    trl_forward = model.forward
+
+    @functools.wraps(trl_forward)  # `generate` reads its signature, for position_ids among others
+    def forward(*args: object, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: object) -> object:
+        if not fused_lm_head or labels is None or "shift_labels" in kwargs:
+            return trl_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        kwargs["use_cache"] = False
+        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        labels = labels[:, 1:]
+        mask = labels != IGNORED
+        trains = objective if model.training else None
+        other = None
+        if trains and reference is not None:
+            with torch.no_grad():
+                states = reference.base_model(*args, **kwargs).last_hidden_state[:, :-1][mask]
+            other = states, reference.get_output_embeddings()
+        scores = score_tokens(hidden[mask], labels[mask], model.get_output_embeddings(), trains, other)
+        log_probs, entropy, is_top1 = (s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores)
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+
+    model.forward = forward
+
+
+def score_tokens(
+    hidden: Tensor,
+    labels: Tensor,
+    head: nn.Module,
+    objective: Objective | None = None,
+    reference: tuple[Tensor, nn.Module] | None = None,
+) -> Scores:
+    """Log-probability of each label, entropy of its distribution, and whether it is the most likely token.
+
+    Args:
+        hidden: Shape (tokens, hidden_size).
+        labels: Shape (tokens,).
+        head: The output projection, hidden_size -> vocabulary.
+        objective: What takes the place of the log-probability.
+        reference: `hidden` and `head` of the reference model, where the objective compares with one.
+
+    Returns:
+        Three float32 tensors of shape (tokens,); only the first carries a gradient.
+    """
+    others, other_head = ([reference[0]], reference[1]) if reference else ([], None)
+    tiles = list(zip(*(tensor.split(TILE_POSITIONS) for tensor in (hidden, labels, *others)), strict=True))
+    score = functools.partial(_score_tile, head, objective, other_head)
+    # One tile keeps its logits for the backward pass; of several, each is computed again there.
+    again = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
+    scored = [(score if len(tiles) == 1 else again)(*tile) for tile in tiles]
+    log_probs, entropy, is_top1 = (torch.cat(parts) for parts in zip(*scored, strict=True))
+    return log_probs, entropy, is_top1
+
+
+def _score_tile(
+    head: nn.Module,
+    objective: Objective | None,
+    other_head: nn.Module | None,
+    hidden: Tensor,
+    labels: Tensor,
+    other_hidden: Tensor | None = None,
+) -> Scores:
+    log_softmax = torch.log_softmax(head(hidden).float(), dim=-1)
+    log_probs = log_softmax.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        reference = None if other_head is None else torch.log_softmax(other_head(other_hidden).float(), dim=-1)
+    if objective:
+        log_probs = objective(log_probs, log_softmax, reference)
+    with torch.no_grad():
+        entropy = -(log_softmax.exp().mul_(log_softmax)).sum(-1)
+        is_top1 = (log_softmax.argmax(-1) == labels).float()
+    return log_probs, entropy, is_top1

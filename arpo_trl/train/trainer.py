@@ -1,0 +1,436 @@
+"""The places in which TRL's `SFTTrainer` is changed, each with its reason."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState, TrainerCallback
+from transformers.trainer_pt_utils import BatchRebalanceSampler
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from ..errors import RunFailed
+from ..machine import is_out_of_memory
+from ..model.token_scores import Objective, score_labelled_positions_only
+from .checkpoints import checkpoint_bytes, save_checkpoint
+from .failures import describe_not_finite, describe_out_of_memory
+from .loss import Batch, count_tokens, mask_repeated_rows, token_means
+from .order import Endless, EpochOrder
+from .stop import Stopped
+
+EvalDataset: TypeAlias = str | Dataset | dict[str, Dataset]
+
+
+@dataclass
+class Window:
+    """What is summed up between two lines of the log, over all processes, and counted over the whole run.
+
+    Attributes:
+        loss_sum: Of the updates since the last line.
+        last_logged: The step of the last line.
+        metrics: A value for each micro-batch since the last line.
+        seen_tokens: All tokens of the run so far, padding left out.
+        trained_tokens: Those of them that carry loss.
+    """
+
+    loss_sum: float = 0.0
+    last_logged: int = 0
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    seen_tokens: int = 0
+    trained_tokens: int = 0
+
+
+class _LogFigures(Trainer):
+    """Stands between `SFTTrainer` and `Trainer`, to give a line of the log its figures after TRL has given its own.
+
+    Trainer starts its loss average, and TRL its metrics and its token count, at zero on resume; here they go on.
+    """
+
+    window: Window
+    take_figures: Callable[[], dict[str, float]] | None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            window = self.window
+            logs["loss"] = window.loss_sum / max(self.state.global_step - window.last_logged, 1)
+            logs |= {name: sum(values) / len(values) for name, values in window.metrics.items()}
+            logs |= {"num_tokens": window.seen_tokens} | (self.take_figures() if self.take_figures else {})
+            window.loss_sum, window.last_logged, window.metrics = 0.0, self.state.global_step, {}
+        super().log(logs, start_time)
+
+
+class ArpoTrainer(SFTTrainer, _LogFigures):
+    """`SFTTrainer` whose checkpoints are whole or marked, whose runs resume exactly, and which stops at a NaN.
+
+    Its evaluation means over tokens, and keeps no logits. transformers means over batches: a batch of two short replies
+    weighs as much as one of two long ones, and the same model has another loss at another batch size. Here `eval_loss`
+    is the mean of -log p over all labelled tokens of a dataset, whatever the training loss adds to that (DFT, label
+    smoothing, the routers' loss), and `eval_perplexity` is its exponential; `eval_entropy` and
+    `eval_mean_token_accuracy` are over the same tokens. Several datasets have a loss each, as `eval_<name>_loss`, and
+    `eval_loss` is that of all of them together.
+
+    Args:
+        rows: The rows behind the training batches, with columns `input_ids` and `source` ("file:line"), to name the
+            rows of a batch that fails. With packing these are the rows before packing.
+        on_save_error: "stop" ends the run when a checkpoint cannot be written, "continue" goes on without it.
+        objective: The training loss, where TRL has none of its name.
+        reference: The model that it compares with, if it does.
+        **kwargs: As `trl.SFTTrainer`.
+    """
+
+    args: SFTConfig
+    model: PreTrainedModel | PeftModel
+
+    def __init__(
+        self,
+        *,
+        args: SFTConfig,
+        rows: Dataset | None = None,
+        on_save_error: str = "stop",
+        objective: Objective | None = None,
+        reference: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = copy.copy(args)
+        self.save_total_limit, args.save_total_limit = args.save_total_limit, None  # only whole ones replace others
+        # Trainer would replace a NaN loss by the running average and log 0: the step below raises instead.
+        args.logging_nan_inf_filter = False
+        self.window, self.take_figures = Window(), None
+        text_config = kwargs["model"].config.get_text_config()
+        coefficient = getattr(text_config, "router_aux_loss_coef", None)
+        super().__init__(args=args, **kwargs)
+        if coefficient is not None and not self.aux_loss_enabled:
+            text_config.router_aux_loss_coef = coefficient  # TRL writes 0 where the recipe asks for no such loss
+        self.rows = rows
+        self.on_save_error = on_save_error
+        self.batches: list[Batch] = []  # of the update in progress
+        self._sums: list[Tensor] = []  # and what is known of each: see _score
+        self.last_batch = ""  # "training batch of 2 x 100 tokens"
+        self._eval_sums = torch.zeros(4, dtype=torch.float64)
+        self.pending_evaluation = self.has_stepped = False
+        # by tensor, context or sequence parallelism (Ulysses)
+        self.shares_rows = getattr(self.accelerator.parallelism_config, "non_data_parallel_size", 1) > 1
+        self.add_callback(_LogState(self))
+        if isinstance(self.train_dataset, IterableDataset):
+            self.train_dataset = Endless(self.train_dataset)
+        model = self.accelerator.unwrap_model(self.model)
+        self.checkpoint_bytes = checkpoint_bytes(model, args)  # until one is measured
+        model.register_forward_hook(torch.compiler.disable(self._score))
+        if objective or self.accelerator.device.type not in ("cuda", "xpu"):
+            whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+            score_labelled_positions_only(whole, objective, reference and reference.to(self.accelerator.device))
+        _compute_outputs_in_float32(self.accelerator)
+
+    # --- a step ---
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`; a device without memory ends the run with what to change, a signal with a checkpoint."""
+        try:
+            return super().train(*args, **kwargs)
+        except Stopped:
+            if self.pending_evaluation and self.state.global_step:
+                self._save_checkpoint(self.model_wrapped, None)
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise RunFailed(describe_out_of_memory(self)) from error
+            raise
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        """The sampler of the recipe, in an order that a resumed run finds again.
+
+        Trainer makes it nowhere else: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L1071
+        """
+        sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+        if sampler is None or isinstance(sampler, BatchRebalanceSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochOrder(sampler, seed, lambda: int(self.state.epoch or 0))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
+        """The batches of an update, and the number of their labelled tokens on all processes.
+
+        No batch once the run is to stop: Trainer asks for the next one before it looks, at the start of a resume.
+        """
+        if self.control.should_training_stop:
+            return [], None
+        batches = map(self._without_repeated_rows, epoch_iterator)  # drawn one by one, and counted after that
+        return super().get_batch_samples(batches, num_batches, device)
+
+    def _without_repeated_rows(self, batch: Batch) -> Batch:
+        """Mask the rows that accelerate repeats, on several processes, to fill up an epoch's last batches."""
+        args, rows = self.args, self.train_dataset
+        ends = args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader and "labels" in batch
+        if ends and not self.shares_rows and isinstance(rows, Dataset) and not args.dataloader_drop_last:
+            # Not the state's `remainder`: accelerate 1.15 does not know it where a resumed run skips batches.
+            remainder = len(rows) % (args.per_device_train_batch_size * args.world_size)
+            earlier = args.process_index * args.per_device_train_batch_size
+            if remainder:
+                mask_repeated_rows(batch, remainder - earlier, args.packing)
+        return batch
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """One forward and backward; a loss that is not finite ends the run by name."""
+        self.batches.append(inputs)
+        self.last_batch = f"training batch of {_shape(inputs)} tokens"
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        if not torch.isfinite(loss):
+            raise RunFailed(describe_not_finite(self, "loss", float(loss)))
+        self._sums[-1] = torch.stack([loss.float(), count_tokens(inputs).to(loss), *self._sums[-1]])
+        return loss
+
+    def _score(self, model: nn.Module, args: object, output: Any) -> None:
+        """Note entropy, first guesses that are right, and labelled tokens of a training batch: sums over its tokens.
+
+        A hook of the model's forward pass, as TRL's loss hands on its sum alone. Label smoothing asks a second pass for
+        these, activation checkpointing takes none of the whole model: the last pass counts.
+        """
+        if model.training and hasattr(output, "label_mask"):
+            sums = [one.detach().float().sum() for one in (output.entropy, output.is_top1, output.label_mask)]
+            if self.aux_loss_enabled:
+                sums.append(output.aux_loss.detach().float())
+            del self._sums[len(self.batches) - 1 :]
+            self._sums.append(torch.stack(sums))
+
+    def end_update(self) -> None:
+        """Add what the batches of an update were to the window, before the optimizer's step; a gradient that is not
+        finite ends the run by name."""
+        norm = self._gradient_norm()
+        sums = torch.stack(self._sums)  # shape (batches, 5 or 6)
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(torch.cat([sums, norm.expand(len(sums), 1)], dim=1))
+            sums, norm = sums[:, :-1], sums[0, -1]
+        # Under float16 the scaler meets infinite gradients by design: it skips the step and lowers its scale.
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            raise RunFailed(describe_not_finite(self, "gradient", float(norm)))
+        window = self.window
+        for loss, seen, entropy, top1, labelled, *aux in sums.double().tolist():
+            window.loss_sum += loss / self.args.world_size
+            window.seen_tokens += int(seen)
+            window.trained_tokens += int(labelled)
+            values = {"entropy": entropy / max(labelled, 1), "mean_token_accuracy": top1 / max(labelled, 1)}
+            if aux:
+                values["aux_loss"] = aux[0] / self.args.world_size
+            for name, value in values.items():
+                window.metrics.setdefault(name, []).append(value)
+        self.has_stepped = True
+        self.forget_batches()
+
+    def forget_batches(self) -> None:
+        """Drop the batches of the update in progress."""
+        self.batches.clear()
+        self._sums.clear()
+
+    def _gradient_norm(self) -> Tensor:
+        """Of this process's part of the gradients; only whether it is finite is asked."""
+        if self.is_deepspeed_enabled:
+            engine: Any = self.model_wrapped
+            return torch.as_tensor(float(engine.get_global_grad_norm() or 0.0), device=self.args.device)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP's shards
+
+    # --- an evaluation ---
+
+    def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        self.last_batch = f"evaluation batch of {_shape(inputs)} tokens"
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def evaluate(
+        self,
+        eval_dataset: EvalDataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As `Trainer.evaluate`. The steps after it draw the random numbers that they would have drawn without it."""
+        logged = len(self.state.log_history)
+        self.pending_evaluation = True
+        try:
+            with torch.random.fork_rng(devices=[]):
+                metrics = self._evaluate_all(eval_dataset, ignore_keys, metric_key_prefix)
+        except Stopped:
+            del self.state.log_history[logged:]
+            raise
+        self.pending_evaluation = False
+        return metrics
+
+    def evaluate_pending(self) -> None:
+        """Take the evaluation that a signal had stopped, with all that Trainer does after one.
+
+        https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L2276 (no public method)
+        """
+        if self.pending_evaluation:
+            self._determine_best_metric(self._evaluate(None, None), None)
+            best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+            if best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+
+    def _evaluate_all(
+        self, eval_dataset: EvalDataset | None, ignore_keys: list[str] | None, metric_key_prefix: str
+    ) -> dict[str, float]:
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(datasets, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics: dict[str, float] = {}
+        sums = torch.zeros(4, dtype=torch.float64)
+        for name, dataset in datasets.items():
+            metrics |= super().evaluate(
+                name if eval_dataset is None else dataset, ignore_keys, f"{metric_key_prefix}_{name}"
+            )
+            sums += self._eval_sums
+        overall = token_means(sums, metric_key_prefix)
+        self.log(dict(overall))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, overall)
+        return metrics | overall
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._eval_sums = torch.zeros(4, dtype=torch.float64)
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output: EvalLoopOutput = super().evaluation_loop(*args, **kwargs)
+        assert output.metrics is not None
+        output.metrics.update(token_means(self._eval_sums, metric_key_prefix))
+        return output
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        scores = model(**inputs, use_cache=False, fused_lm_head=True)
+        parts = (-scores.log_probs, scores.entropy, scores.is_top1, scores.label_mask)
+        # A row per conversation, so that those which fill up the last batch of several processes are dropped again.
+        # (Laid end to end a batch is one row: of several processes, the rows that fill up count twice. So they do where
+        # processes share rows: each has a part of every row, or all have the same.)
+        rows = torch.stack([part.float().sum(-1) for part in parts], dim=-1)
+        gather = self.accelerator.gather if self.shares_rows else self.accelerator.gather_for_metrics
+        self._eval_sums += gather(rows).sum(0).double().cpu()
+        nll, _, _, tokens = rows.sum(0)
+        return nll / tokens.clamp(min=1)
+
+    def evaluate_final_weights(self) -> dict[str, float]:
+        """The metrics of the weights that the run ends with: those in its log, or else of one more evaluation."""
+        step = self.state.global_step
+        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
+            step = self.state.best_global_step
+        logged = [entry for entry in self.state.log_history if entry["step"] == step]
+        known = {k: v for entry in logged for k, v in entry.items() if k.startswith("eval_")}
+        return known if "eval_loss" in known else self.evaluate()
+
+    # --- a checkpoint ---
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """See checkpoints.py. Trainer has no public method for a save.
+
+        https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L3363
+        """
+        save_checkpoint(self, lambda: super(ArpoTrainer, self)._save_checkpoint(model, trial))  # type: ignore[no-untyped-call]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL writes one into every checkpoint, with base model None for a local path; `train` writes one at the end."""
+
+    def save_final_model(self, dtype: torch.dtype | None) -> None:
+        """Save the model and tokenizer at the root of `output_dir`, the weights in `dtype` (None: as trained)."""
+        model = self.accelerator.unwrap_model(self.model)
+        if dtype is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            weights = self.accelerator.get_state_dict(self.model_wrapped)  # every process takes part in the gathering
+            if self.args.should_save:
+                tied = getattr(model, "all_tied_weights_keys", {})  # gathered, a tied head is a tensor of its own
+                # the half of save_model that writes, for weights that are gathered: transformers 5.24, trainer.py#L4139
+                self._save(state_dict={name: w.to(dtype) for name, w in weights.items() if name not in tied})
+        else:
+            if dtype is not None:
+                model.to(dtype)
+            self.save_model()
+        if not self.args.should_save:
+            return
+        others = ["adapter_*"]  # beside an adapter of an earlier run, from_pretrained would load that one
+        if isinstance(model, PeftModel):
+            model.generation_config.save_pretrained(self.args.output_dir)  # PEFT leaves its end-of-turn token out
+            others = ["model*.safetensors*", "config.json"]
+        output_dir = Path(str(self.args.output_dir))
+        for path in [path for other in others for path in output_dir.glob(other)]:
+            path.unlink()
+
+
+def _compute_outputs_in_float32(accelerator: Accelerator) -> None:
+    """Under FSDP 2, keep what leaves the model, and the sums of gradients, out of bfloat16.
+
+    accelerate 1.15 rounds each token's log-probability to it (7.68 to 7.6875).
+    https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/dataclasses.py
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        policy = plugin.mixed_precision_policy
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
+
+
+def _shape(inputs: Batch) -> str:
+    return " x ".join(str(n) for n in inputs["input_ids"].shape)
+
+
+# --- what Trainer forgets when a run is resumed ---
+
+
+class _LogState(TrainerCallback, ExportableState):
+    """Ends each update, and carries the half-finished log line and the token counts through a checkpoint."""
+
+    def __init__(self, trainer: ArpoTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: object, state: TrainerState, control: object, **_: object) -> None:
+        self.trainer.end_update()
+
+    def state(self) -> dict[str, object]:
+        return {**asdict(self.trainer.window), "pending_evaluation": self.trainer.pending_evaluation}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        args.eval_on_start = args.eval_on_start and not state.global_step
+        # Trainer goes on with the checkpoint's save_steps, eval_steps and logging_steps, whatever the recipe says.
+        state.compute_steps(args, state.max_steps)
+        # A checkpoint that LLaMA-Factory or TRL wrote has no entry; Trainer's next save needs one to write into.
+        callbacks = cast("dict[str, dict[str, Any]]", state.stateful_callbacks)
+        saved = dict(callbacks.setdefault(type(self).__name__, {}))
+        if state.global_step and saved:
+            self.trainer.window = Window(**{one.name: saved[one.name] for one in fields(Window)})
+            self.trainer.window.metrics.pop("num_tokens", None)  # of a version that kept TRL's token count there
+            self.trainer.pending_evaluation = saved.get("pending_evaluation", False)
+        else:
+            self.trainer.window.last_logged = state.global_step
+        if state.global_step >= state.max_steps:  # killed in what follows the last step: Trainer would take one more
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if not self.trainer.has_stepped:  # the epoch's end came before the checkpoint
+            control.should_save = control.should_evaluate = control.should_log = False
+
+
+class ResumeEvaluation(TrainerCallback):
+    """Takes the evaluation that a signal had stopped, before the next step. Add it last: the log must have begun."""
+
+    def __init__(self, trainer: ArpoTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
+        self.trainer.evaluate_pending()

@@ -1,0 +1,355 @@
+"""A chat's prompts are training's own tokens; results go where the training data has them; programs have limits."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import small_run
+import torch
+from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
+
+from arpo_trl.__main__ import main
+from arpo_trl.data.encode import Encoder, encode_rows
+from arpo_trl.data.files import Row
+from arpo_trl.data.labels import IGNORED
+from arpo_trl.data.registry import read_registry
+from arpo_trl.data.template import find_template
+from arpo_trl.data.tokenizer import load_tokenizer, make_tokenize
+from arpo_trl.errors import RecipeError
+from arpo_trl.generate import chat
+from arpo_trl.generate.run_python import Limits, run_python
+from arpo_trl.recipe import Recipe, read_recipe
+from arpo_trl.report.manifest import find_manifest, find_results_form
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("reply", "call"),
+    [
+        ("<think>a</think>\n<python>\nprint(1)\n</python>", ("python", "print(1)")),
+        ("<search>who</search> ", ("search", "who")),
+        ('text\n<tool_call>\n{"name": "f"}\n</tool_call>', ("tool_call", '{"name": "f"}')),
+        ("<python>1</python> <result>\n1\n</result><python>2</python>", ("python", "2")),
+        ("<python>1</python> <result>\n1\n</result><search>2</search>", ("search", "2")),
+        ("<python>1</python> and so <answer>1</answer>", None),
+        ("<python>cut off", None),
+        ("no call", None),
+    ],
+)
+def test_find_call_finds_the_call_that_a_reply_ends_with(reply: str, call: tuple[str, str] | None) -> None:
+    assert chat.find_call(reply) == call
+
+
+def test_the_command_answers_one_prompt(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", str(tiny_model), "--prompt", "你好", "--max-new-tokens", "4"]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out != "", captured.err) == (True, "")
+
+
+TOLD = json.loads((ROOT / "recipes" / "data" / "tool_calls_demo.json").read_text(encoding="utf-8"))[0]
+
+
+def encoded(tiny_model: Path, dataset: str, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    recipe = Recipe(model_name_or_path=str(tiny_model), output_dir="unused")
+    encoder = Encoder(read_registry(ROOT / "recipes")[dataset], recipe, find_template(load_tokenizer(recipe)))
+    [trained] = encode_rows([Row("told", row)], encoder)
+    return trained["input_ids"].tolist(), trained["labels"].tolist()
+
+
+@pytest.mark.parametrize("text", [TOLD["tools"], json.dumps(TOLD["tools"])], ids=["a list", "a row's text"])
+def test_the_model_is_told_of_tools_as_in_training(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    prompts: list[list[int]] = []
+    generate = Qwen2ForCausalLM.generate
+
+    def recorded(self: Qwen2ForCausalLM, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        prompts.append(input_ids[0].tolist())
+        return generate(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "generate", recorded)
+    (tmp_path / "tools.json").write_text(text, encoding="utf-8")
+    question = TOLD["conversations"][0]["value"]
+    options = ["--tools", str(tmp_path / "tools.json"), "--prompt", question, "--max-new-tokens", "2"]
+    assert main(["chat", str(tiny_model), *options]) == 0
+    ids, labels = encoded(tiny_model, "tool_calls_demo", TOLD)
+    first_reply = next(at for at, label in enumerate(labels) if label != IGNORED)
+    assert prompts == [ids[:first_reply]]
+
+
+def test_every_later_prompt_is_training_s_own_tokens_too(
+    tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with (ROOT / "recipes" / "data" / "arpo_sft_toy.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(next(lines)) for _ in range(10)]
+    template, tokenize = find_template(tiny_tokenizer), make_tokenize(tiny_tokenizer)
+    prompts = 0
+    for row in rows:
+        ids, labels = encoded(tiny_model, "arpo_sft_toy", row)
+        starts = [at for at in range(1, len(ids)) if labels[at - 1] == IGNORED != labels[at]]
+        roles = {"human": "user", "gpt": "assistant"}
+        turns = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+        messages = [{"role": "system", "content": row["system"]}, *turns]
+        for number, start in enumerate(starts):
+            pieces = chat.to_context(messages[: 2 + 2 * number], None, template)
+            assert [token for piece in tokenize(pieces) for token in piece.ids] == ids[:start]
+            prompts += 1
+    assert prompts > 20
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "{", '[{"description": "no name"}]', "[" * 100_000],
+    ids=["no file", "not JSON", "no name", "nested too deeply"],
+)
+def test_tools_that_cannot_be_read_are_named(
+    tiny_model: Path, tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (tmp_path / "tools.json").write_text(text, encoding="utf-8")
+    assert main(["chat", str(tiny_model), "--tools", str(tmp_path / "tools.json")]) == 2
+    assert re.fullmatch(
+        r"--tools: .*tools\.json: .*; expected a JSON file with what a row has in .*\n", capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max-new-tokens", "0"),
+        ("time-limit", "-1"),
+        ("time-limit", "nan"),
+        ("memory-limit", "0"),
+        ("temperature", "-1"),
+    ],
+)
+def test_a_limit_that_leaves_nothing_is_refused(
+    option: str, value: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["chat", str(tiny_model), "--prompt", "hi", f"--{option}", value])
+    assert "have to be above 0, --temperature 0 or more" in capsys.readouterr().err
+
+
+def test_a_folder_without_weights_or_model_is_named_in_one_line(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert main(["chat", str(tmp_path / "run"), "--prompt", "hi"]) == 2
+    assert re.fullmatch(
+        r".*run: can't be loaded \(.+\); give the output_dir of a finished run.*\n", capsys.readouterr().err
+    )
+    assert main(["chat", str(tmp_path)]) == 2
+    assert "no model here; give the output_dir of a finished run" in capsys.readouterr().err
+
+
+# --- where results go ---
+
+Written = Callable[[list[str], list[str]], list[tuple[list[dict[str, Any]], str]]]
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Written:
+    """Makes the model write given texts, and the user type; returns what the model was given each time."""
+
+    def make(texts: list[str], typed: list[str]) -> list[tuple[list[dict[str, Any]], str]]:
+        seen: list[tuple[list[dict[str, Any]], str]] = []
+        writes, types = iter(texts), iter(typed)
+
+        def go_on(self: chat.Chat, messages: list[dict[str, Any]], turn: str) -> str:
+            seen.append((list(messages), turn))
+            return next(writes)
+
+        monkeypatch.setattr(chat.Chat, "go_on", go_on)
+        monkeypatch.setattr("builtins.input", lambda prompt: next(types))
+        return seen
+
+    return make
+
+
+SEARCH, PYTHON = "<search>Karamont</search>", "<python>\nprint(6 * 7)\n</python>"
+
+
+def test_a_typed_result_is_a_turn_of_its_own(
+    tiny_model: Path, written: Written, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = written([SEARCH, "<answer>Kasivik</answer>", SEARCH], ["Who founded it?", "Kasivik", "And?", "", ""])
+    assert main(["chat", str(tiny_model), "--system", "Be brief.", "--results", "turn"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["[search would be called here with: Karamont]"] * 2
+    assert [message["role"] for message in seen[1][0]] == ["system", "user", "assistant", "user"]
+    assert seen[1][0][-1]["content"] == "<result>\nKasivik\n</result>"
+    assert [turn for _, turn in seen] == ["", "", ""]
+
+
+def test_a_result_inside_the_turn_is_written_as_arpo_s_rollout_does(tiny_model: Path, written: Written) -> None:
+    seen = written([SEARCH, "<answer>Kasivik</answer>", "bye"], ["Who founded it?", "Kasivik", "thanks", ""])
+    assert main(["chat", str(tiny_model), "--results", "inside"]) == 0
+    assert [message["role"] for message in seen[1][0]] == ["user"]
+    turn = f"{SEARCH} <result>\nKasivik\n</result>"
+    assert seen[1][1] == turn
+    assert seen[2][0][1] == {"role": "assistant", "content": turn + "<answer>Kasivik</answer>"}
+
+
+def test_a_program_is_run_only_where_asked_for(
+    tiny_model: Path, written: Written, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = written([PYTHON, "done"], [])
+    assert main(["chat", str(tiny_model), "--prompt", "6 * 7?", "--run-python", "--results", "inside"]) == 0
+    assert seen[1][1] == f"{PYTHON} <result>\n42\n</result>"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("<python> is run on this machine, as you: 20 s, 1024 MB of memory, files of 1 MB")
+    assert said[1:] == ["[result of <python>]", "42"]
+    seen = written([PYTHON], [])
+    assert main(["chat", str(tiny_model), "--prompt", "6 * 7?"]) == 0
+    assert len(seen) == 1 and capsys.readouterr().out == "[python would be called here with: print(6 * 7)]\n"
+
+
+def test_a_model_that_calls_for_ever_is_stopped(
+    tiny_model: Path, written: Written, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "MOST_CALLS", 2)
+    written(["<python>print(1)</python>"] * 3, [])
+    assert main(["chat", str(tiny_model), "--prompt", "hi", "--run-python"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "[stopped after 2 calls]"
+
+
+def test_inside_a_turn_the_model_stops_where_the_call_ends(tiny_model: Path) -> None:
+    args = chat_args(tiny_model, results="inside")
+    assert chat.load_chat(args).config.stop_strings == ["</python>", "</search>"]
+    assert chat.load_chat(chat_args(tiny_model, results="turn")).config.stop_strings is None
+
+
+def chat_args(model: Path, **changes: Any) -> Any:
+    values = {"model": model, "tools": None, "results": None, "run_python": False, "max_new_tokens": 4}
+    return type("Args", (), values | {"temperature": 0.0} | changes)()
+
+
+SYSTEM = ("system", "Results come between <result> and </result>.")
+ROWS = {
+    "turn": [("human", "q"), ("gpt", SEARCH), ("human", "<result>\na\n</result>"), ("gpt", "<answer>a</answer>")],
+    "tool": [("human", "q"), ("gpt", SEARCH), ("observation", "a"), ("gpt", "<answer>a</answer>")],
+    "inside": [SYSTEM, ("human", "q"), ("gpt", f"{SEARCH} <result>\na\n</result><answer>a</answer>")],
+    "none": [SYSTEM, ("human", "Is <result> a tag?"), ("gpt", "a")],
+}
+
+
+@pytest.mark.parametrize(("rows", "form"), [("turn", "turn"), ("tool", "turn"), ("inside", "inside"), ("none", None)])
+def test_where_results_go_is_found_in_the_first_rows(
+    rows: str, form: str | None, tmp_path: Path, tiny_model: Path
+) -> None:
+    row = {"conversations": [{"from": who, "value": text} for who, text in ROWS[rows]]}
+    (tmp_path / "d.json").write_text(json.dumps([row, {"broken": 1}]), encoding="utf-8")
+    info = {"d": {"file_name": "d.json", "formatting": "sharegpt"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    recipe = read_recipe(small_run.write_recipe(tmp_path, tiny_model, dataset="d", dataset_dir=str(tmp_path)))
+    assert find_results_form(recipe) == form
+    (tmp_path / "d.json").unlink()
+    assert find_results_form(recipe) is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_where_results_go_is_found_in_a_dataset_of_the_hub(streaming: bool, tmp_path: Path, tiny_model: Path) -> None:
+    row = {"conversations": [{"from": who, "value": text} for who, text in ROWS["inside"]]}
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "train.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    info = {"d": {"hf_hub_url": str(tmp_path / "repo"), "formatting": "sharegpt"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    keys = {"dataset": "d", "dataset_dir": str(tmp_path), "streaming": streaming}
+    assert find_results_form(read_recipe(small_run.write_recipe(tmp_path, tiny_model, **keys))) == "inside"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "form", "stops"),
+    [("arpo_sft_toy_inside", "inside", ["</python>", "</search>"]), ("arpo_sft_toy", "turn", None)],
+)
+def test_a_chat_puts_results_where_the_run_s_manifest_has_them(
+    dataset: str, form: str, stops: list[str] | None, tmp_path: Path, tiny_model: Path
+) -> None:
+    data = {"dataset": dataset, "dataset_dir": str(ROOT / "recipes"), "max_samples": 2, "tokenized_path": None}
+    keys = {"finetuning_type": "lora", "cutoff_len": 1024, "max_steps": 1, "preflight": False}
+    run = small_run.run(tmp_path, tiny_model, **data, **keys)
+    for adapter in (run, run / "checkpoint-1"):
+        merged = tmp_path / f"merged {adapter.name}" / "model"
+        assert main(["merge", str(adapter), str(merged)]) == 0
+        for model in (adapter, merged):
+            assert chat.load_chat(chat_args(model)).config.stop_strings == stops, model
+            made = find_manifest(model)
+            assert made and (made.results, made.recipe["output_dir"]) == (form, str(run)), model
+    assert find_manifest(tiny_model) is None
+
+
+# --- run_python ---
+
+
+@pytest.mark.parametrize(
+    ("code", "result"),
+    [
+        ("print(6 * 7)", "42"),
+        ("for n in range(2):\n    print(n)", "0\n1"),
+        ("print('é中')\nx = {}\nx['a']", "é中\nKeyError: 'a'"),
+        ("print(", "SyntaxError: '(' was never closed"),
+        ("x = bytearray(10 ** 10)", "MemoryError"),
+        ("import sys\nprint(1)\nsys.exit(3)", "1\nexit status 3"),
+        ("input()", "EOFError: EOF when reading a line"),
+        ("import os\nprint(os.listdir(), 'SECRET' in os.environ)", "[] False"),
+        ("import os\nos.kill(os.getpid(), 9)", "killed by SIGKILL"),
+        ("print(__name__)", "__main__"),
+        ("", ""),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+def test_a_program_gives_what_it_prints(code: str, result: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "1")
+    assert run_python(code, Limits(seconds=20, megabytes=256)) == result
+
+
+def test_timeout_ends_a_program_with_all_that_it_started() -> None:
+    code = "import subprocess, sys\nprint(1, flush=True)\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(98765)'])"
+    began = time.monotonic()
+    assert run_python(code, Limits(seconds=2)) == "1\nstopped after 2 s"
+    assert time.monotonic() - began < 8
+    deadline = time.monotonic() + 5
+    while any("98765" in " ".join(line) for line in command_lines()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any("98765" in " ".join(line) for line in command_lines())
+
+
+def command_lines() -> Iterator[list[str]]:
+    for process in psutil.process_iter(["cmdline"]):
+        yield process.info["cmdline"] or []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+def test_output_without_end_is_cut_and_fills_no_disk() -> None:
+    result = run_python("while True:\n    print('x' * 1000)", Limits(seconds=10))
+    assert len(result) < 11_000 and "(cut after 10000 characters)" in result
+
+
+def test_a_recipe_that_is_called_chat_is_still_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("chat").write_text("model_name_or_path: m\n", encoding="utf-8")
+    assert main(["chat"]) == 2
+    assert "chat: " in capsys.readouterr().err and [path.name for path in Path().iterdir()] == ["chat"]
+
+
+def test_a_template_that_refuses_the_conversation_is_told_in_a_line(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "m")
+    jinja = (tiny_model / "chat_template.jinja").read_text(encoding="utf-8")
+    refuses = "{%- if messages | length > 2 %}{{ raise_exception('one question only') }}{%- endif %}" + jinja
+    (tmp_path / "m" / "chat_template.jinja").write_text(refuses, encoding="utf-8")
+    talk = chat.load_chat(chat_args(tmp_path / "m"))
+    user = {"role": "user", "content": "hi"}
+    with pytest.raises(RecipeError, match="one question only"):
+        talk.go_on([user, {"role": "assistant", "content": "a"}, user], "")

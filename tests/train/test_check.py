@@ -1,0 +1,136 @@
+"""`--check` says what a run would do and cost, and loads no weights to say it."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from arpo_trl.errors import RecipeError
+from arpo_trl.recipe import Recipe
+from arpo_trl.train.check import check, checkpoint_steps, count_steps
+from arpo_trl.train.requirements import check_environment
+
+
+def test_check_says_what_the_run_would_do(
+    chat_recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**9))
+    check(chat_recipe)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(
+        line.startswith("data     d: 11 rows: 10 kept, 0 shortened, 0 lost their final answer, 1 dropped; ")
+        for line in lines
+    )
+    said = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line and not line.startswith(" ")}
+    assert list(said) == "model device data tokens steps time memory disk recipe".split()
+    assert re.search(r": [\d,]+ parameters, all trained, float32$", said["model"])
+    assert re.fullmatch(r"a row: mean .*p95.*; .* carry loss \(.*%\)", said["tokens"])
+    assert said["steps"].startswith("6: 2 epochs, 4 rows a step (2 a device x 2 accumulated), about ")
+    assert said["time"].startswith("not known yet; ")
+    assert said["disk"].startswith("3 checkpoints of 0.00 GB (after step 2, 4, 6), 3 kept; ")
+    assert said["disk"].endswith("1.00 GB free")
+    assert "  save_steps: 2" in lines and not any("cutoff_len" in line for line in lines)
+
+
+def test_check_tells_every_key_when_asked(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    check(chat_recipe, verbose=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert "  cutoff_len: 2048" in lines and any("##" in line for line in lines)
+
+
+def test_check_tells_the_time_at_the_speed_of_an_earlier_run(
+    chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = Path(chat_recipe.output_dir) / "trainer_log.jsonl"
+    log.parent.mkdir()
+    log.write_text("".join(json.dumps({"tokens_per_second": speed}) + "\n" for speed in (1, 2, 500)), encoding="utf-8")
+    check(chat_recipe)
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("time"))
+    assert re.match(r"time     about 0:\d\d:\d\d, at the 2 tokens/s of the earlier run in ", said)
+
+
+def test_check_of_a_stream_says_what_is_unknown(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    check(chat_recipe.model_copy(update={"streaming": True, "max_steps": 4}))
+    assert "; the rows are read and counted as the run goes\n" in capsys.readouterr().out
+
+
+def test_check_of_an_evaluation_says_what_is_evaluated(
+    chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(chat_recipe.model_copy(update={"do_train": False, "do_eval": True, "dataset": [], "eval_dataset": ["d"]}))
+    assert capsys.readouterr().out.startswith("data     d: 11 rows: 10 kept, ")
+
+
+def test_check_counts_what_is_trained_on_not_what_is_held_out(
+    chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(chat_recipe.model_copy(update={"val_size": 0.4}))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("steps    4: 2 epochs") for line in lines)
+    assert "         4 of these rows are held out (val_size), 6 trained on" in lines
+    whole = int(
+        next(line for line in lines if line.startswith("data     d: ")).split("; ")[1].split()[0].replace(",", "")
+    )
+    tokens = next(line for line in lines if line.startswith("tokens   of the 6 rows trained on: "))
+    seen = int(tokens.split(" carry loss")[0].split(" of ")[-1].replace(",", ""))
+    assert 0 < seen < whole
+
+
+def test_check_counts_an_adapter_alone(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    check(chat_recipe.model_copy(update={"finetuning_type": "lora"}))
+    parameters = next(line for line in capsys.readouterr().out.splitlines() if " trained (" in line).split(": ", 1)[1]
+    whole, trained = (int(part.split()[0].replace(",", "")) for part in parameters.split(" parameters, "))
+    assert 0 < trained < whole / 2
+
+
+def test_check_refuses_a_disk_that_is_too_small(chat_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
+    reason = (
+        r"output_dir: disk full: the whole run needs 0.007 GB and .*out has 0.000 GB free; free some space, keep fewer"
+    )
+    with pytest.raises(RecipeError, match=reason):
+        check(chat_recipe)
+
+
+def test_check_needs_a_model_not_only_a_tokenizer(chat_recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(RecipeError, match=r"model_name_or_path: .*: the folder has no config.json") as error:
+        check_environment(chat_recipe.model_copy(update={"model_name_or_path": str(tmp_path / "tokenizer")}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, (3, 6)),
+        ({"world_size": 2}, (2, 4)),
+        ({"max_steps": 5}, (3, 5)),
+        ({"num_train_epochs": 0.5}, (3, 2)),
+        ({"per_device_train_batch_size": 100}, (1, 2)),
+        ({"per_device_train_batch_size": 4, "dataloader_drop_last": True}, (1, 2)),
+    ],
+)
+def test_steps_are_counted_as_the_trainer_does(changes: dict[str, Any], steps: tuple[int, int]) -> None:
+    given = {"per_device_train_batch_size": 2, "world_size": 1, "gradient_accumulation_steps": 2}
+    given |= {"dataloader_drop_last": False}
+    args: Any = SimpleNamespace(**(given | {"max_steps": -1, "num_train_epochs": 2} | changes))
+    assert count_steps(args, rows=10) == steps
+
+
+@pytest.mark.parametrize(
+    ("strategy", "every", "steps"),
+    [("no", 2, []), ("steps", 3, [3, 6, 7]), ("steps", 0.5, [4, 7]), ("epoch", 2, [3, 6, 7]), ("steps", 100, [7])],
+)
+def test_a_checkpoint_is_written_every_so_often_and_at_the_end(strategy: str, every: float, steps: list[int]) -> None:
+    args: Any = SimpleNamespace(save_strategy=strategy, save_steps=every)
+    assert checkpoint_steps(args, an_epoch=3, total=7) == steps
+
+
+def test_of_the_best_there_may_be_a_checkpoint_after_each_evaluation() -> None:
+    args: Any = SimpleNamespace(save_strategy="best", save_steps=100, eval_strategy="steps", eval_steps=3)
+    assert checkpoint_steps(args, an_epoch=3, total=7) == [3, 6, 7]
+    args.eval_strategy = "epoch"
+    assert checkpoint_steps(args, an_epoch=2, total=7) == [2, 4, 6, 7]

@@ -1,0 +1,345 @@
+"""What a recipe needs and this machine lacks is said before anything is loaded."""
+
+from __future__ import annotations
+
+import http.server
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+from arpo_trl.data.registry import select_datasets
+from arpo_trl.errors import RecipeError
+from arpo_trl.model.sft_config import to_sft_config
+from arpo_trl.recipe import Recipe
+from arpo_trl.recipe.keys import keys
+from arpo_trl.recipe.types import TRACKERS
+from arpo_trl.train.requirements import (
+    _packages,
+    check_device,
+    check_environment,
+    check_inputs,
+    check_packages,
+    why_no_hub,
+)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The packages that are found; empty unless a test adds some."""
+    keys()  # reads transformers' sources, which would not be found either
+    found: set[str] = set()
+
+    def find_spec(name: str) -> ModuleSpec | None:
+        return ModuleSpec(name, None) if name in found else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    return found
+
+
+@pytest.fixture
+def with_data(tmp_path: Path) -> list[str]:
+    """Lines for a dataset that is there."""
+    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.jsonl"}}', encoding="utf-8")
+    (tmp_path / "d.jsonl").touch()
+    return [f"dataset_dir={tmp_path}", "dataset=d"]
+
+
+def check_machine(recipe: Recipe) -> None:
+    check_packages(recipe)
+    check_device(recipe)
+
+
+def missing(recipe: Recipe) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        check_machine(recipe)
+    lines = str(caught.value).split("\n")
+    assert all(line.startswith(f"{recipe.path}") for line in lines)
+    return [line.partition(f"{recipe.path}")[2].partition(": ")[2] for line in lines]
+
+
+def test_all_that_is_missing_is_said_at_once_with_the_way_out(recipe_of: Any, installed: set[str]) -> None:
+    recipe = recipe_of("deepspeed=z3.json", "quantization_bit=4", "report_to=wandb", "enable_liger_kernel=true")
+    assert missing(recipe) == [
+        "deepspeed: not installed; pip install deepspeed, or remove the line and launch with "
+        "accelerate_configs/fsdp2.yaml (multi_gpu.yaml where the whole model fits one GPU)",
+        "quantization_bit: needs bitsandbytes, which is not installed; pip install bitsandbytes, or remove the line",
+        "enable_liger_kernel: needs liger_kernel, which is not installed; pip install liger_kernel, or remove the line",
+        "report_to: wandb is not installed; pip install wandb, or write report_to: none",
+    ]
+
+
+def test_a_recipe_that_needs_nothing_more_passes(recipe_of: Any, installed: set[str]) -> None:
+    check_machine(recipe_of("bf16=true", "report_to=none"))
+
+
+def test_a_missing_deepspeed_file_is_named(recipe_of: Any, installed: set[str], tmp_path: Path) -> None:
+    installed.add("deepspeed")
+    (line,) = missing(recipe_of("deepspeed=z3.json"))
+    assert line.startswith(f"deepspeed: there is no file z3.json; paths are relative to {Path.cwd()}")
+    (tmp_path / "z3.json").write_text("{}", encoding="utf-8")
+    check_machine(recipe_of(f"deepspeed={tmp_path / 'z3.json'}"))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
+def test_what_needs_a_gpu_is_refused_without_one(recipe_of: Any) -> None:
+    assert missing(recipe_of("activation_offloading=true", "tf32=true", "flash_attn=flex")) == [
+        "activation_offloading: needs a GPU; remove the line",
+        "tf32: needs a GPU; remove the line",
+        "flash_attn: flex attention trains on GPUs only; write sdpa",
+    ]
+
+
+def test_muon_asks_for_a_torch_that_has_it(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = recipe_of("use_muon=true", "report_to=none")
+    check_device(given)
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(RecipeError, match=r"use_muon: needs torch 2\.9 or later"):
+        check_device(given)
+
+
+def test_the_trackers_that_a_recipe_may_name_are_those_of_transformers() -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(INTEGRATION_TO_CALLBACK) == TRACKERS
+
+
+@pytest.mark.parametrize(
+    ("line", "package"),
+    [
+        ("use_galore=true", "galore_torch"),
+        ("use_apollo=true", "apollo_torch"),
+        ("optim=galore_adamw", "galore_torch"),
+        ("optim=paged_adamw_8bit", "bitsandbytes"),
+    ],
+)
+def test_an_optimizers_package_is_asked_for(recipe_of: Any, installed: set[str], line: str, package: str) -> None:
+    recipe = recipe_of("finetuning_type=full", line)
+    assert f"needs {package}, which is not installed" in missing(recipe)[0]
+    installed.add(package)
+    check_machine(recipe)
+
+
+def test_every_optimizers_package_is_known(recipe_of: Any, installed: set[str]) -> None:
+    """None of them is there, and transformers asks for one wherever `check_packages` does."""
+    names = keys()["optim"].schema["enum"]
+    torchs_own = [name for name in names if not [*_packages(recipe_of(f"optim={name}"))]]
+    assert sorted(torchs_own) == ["adafactor", "adagrad", "adamw_torch", "adamw_torch_fused", "rmsprop", "sgd"]
+    for name in torchs_own:
+        assert Trainer.get_optimizer_cls_and_kwargs(to_sft_config(recipe_of(f"optim={name}")))
+
+
+class Wandb:
+    def __init__(self, logged_in: bool):
+        self.logged_in = logged_in
+
+    def login(self, prompt: bool) -> bool:
+        assert prompt is False  # nobody is there to answer
+        return self.logged_in
+
+
+def test_wandb_needs_a_login_unless_it_is_offline(
+    recipe_of: Any, installed: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed.add("wandb")
+    monkeypatch.delitem(os.environ, "WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(logged_in=False))
+    assert missing(recipe_of("report_to=wandb")) == [
+        "report_to: wandb has no login; run `wandb login`, or set WANDB_MODE=offline, or write report_to: none"
+    ]
+    monkeypatch.setitem(os.environ, "WANDB_MODE", "offline")
+    check_machine(recipe_of("report_to=wandb"))
+    monkeypatch.delitem(os.environ, "WANDB_MODE")
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(logged_in=True))
+    check_machine(recipe_of("report_to=wandb"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model_name_or_path", "/nowhere/m", "/nowhere/m: no such folder; paths are relative to "),
+        ("model_name_or_path", "./m", "./m: no such folder; paths are relative to "),
+        ("model_name_or_path", "a/b/c", "a/b/c: no such folder; paths are relative to "),
+        ("model_name_or_path", "x" * 300, f"{'x' * 300}: no such folder, not in the hub's cache"),
+        ("model_name_or_path", "{empty}", "{empty}: the folder has no config.json"),
+        ("adapter_name_or_path", "{empty}", "{empty}: the folder has no adapter_config.json"),
+        ("adapter_name_or_path", "/nowhere/a", "/nowhere/a: no such folder"),
+        (
+            "dataset_dir",
+            "/nowhere",
+            "/nowhere/dataset_info.json: no such file; expected a folder with a dataset_info.json",
+        ),
+        ("dataset_dir", "x" * 300, f"{'x' * 300}/dataset_info.json: no such file"),
+        ("dataset", "e", "e: no such dataset in "),
+        ("eval_dataset", "e", "e: no such dataset in "),
+        ("template", "my.jinja", "there is no file my.jinja; paths are relative to "),
+    ],
+)
+def test_what_is_not_there_is_said_with_the_line_of_its_key(
+    recipe_of: Any, with_data: list[str], tmp_path: Path, tiny_model: Path, key: str, value: str, message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    keys = {"model_name_or_path": str(tiny_model), key: value.replace("{empty}", str(tmp_path / "empty"))}
+    with pytest.raises(RecipeError) as caught:
+        check_inputs(recipe_of(*with_data, *(f"{key}={value}" for key, value in keys.items())))
+    assert f": {key}: {message.replace('{empty}', str(tmp_path / 'empty'))}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_registry_says_is_among_the_notices_once(
+    recipe_of: Any, with_data: list[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.jsonl", "colums": {}}}', encoding="utf-8")
+    recipe = check_environment(recipe_of(*with_data, f"model_name_or_path={tiny_model}"))
+    assert sum("colums" in line for line in recipe.notices) == 1
+    assert check_environment(recipe).notices == recipe.notices
+
+
+def answer_before_torch(tmp_path: Path, model: Path) -> str:
+    """What `check_inputs` says of a recipe that trains this model, in a process that has not imported torch."""
+    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.jsonl"}}', encoding="utf-8")
+    (tmp_path / "d.jsonl").write_text('{"instruction": "a", "output": "b"}\n', encoding="utf-8")
+    lines = [f"model_name_or_path: {model}", f"output_dir: {tmp_path / 'out'}", f"dataset_dir: {tmp_path}"]
+    (tmp_path / "r.yaml").write_text("\n".join([*lines, "dataset: d", "do_train: true"]), encoding="utf-8")
+    code = (
+        "import sys; from arpo_trl.recipe import read_recipe; from arpo_trl.train.requirements import check_inputs\n"
+        "try: check_inputs(read_recipe(sys.argv[1]))\n"
+        "except Exception as error: print(error); assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "r.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def write_quantized(folder: Path, method: str) -> Path:
+    """The config of a base that is quantized already."""
+    folder.mkdir(exist_ok=True)
+    config = {"model_type": "llama", "quantization_config": {"quant_method": method, "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("method", "package"), [("gptq", "gptqmodel"), ("awq", "gptqmodel"), ("aqlm", "aqlm")])
+def test_a_quantized_base_asks_for_its_package_before_torch(method: str, package: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    model = write_quantized(tmp_path / "model", method)
+    told = answer_before_torch(tmp_path, model)
+    assert f"r.yaml:1: model_name_or_path: {model} is quantized with {method.upper()}, which needs {package}" in told
+    assert f"; pip install {package}" in told
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["finetuning_type=full"], "finetuning_type: {base} and can't be trained whole; write finetuning_type: lora"),
+        (["use_dora=true"], "use_dora: {base}, which does not go with it; remove the line"),
+        (["pissa_init=true"], "pissa_init: {base}, which does not go with it; remove the line"),
+        (["adapter_name_or_path=a,b"], "adapter_name_or_path: {base}, and no adapter can be merged into it; train on"),
+        (
+            ["adapter_name_or_path=a", "create_new_adapter=true"],
+            "adapter_name_or_path: {base}, and no adapter can be merged into it; train on one, not on a new one",
+        ),
+        (["adapter_name_or_path=a"], None),
+        (["quantization_bit=4"], None),
+        (["finetuning_type=full", "do_train=false", "do_predict=true", "eval_dataset=d", "dataset=null"], None),
+    ],
+)
+def test_what_a_quantized_base_cannot_carry_is_told_with_its_line(
+    lines: list[str],
+    expected: str | None,
+    installed: set[str],
+    recipe_of: Any,
+    with_data: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        Path(name, "adapter_config.json").write_text("{}", encoding="utf-8")
+    base = f"{write_quantized(Path('m'), 'gptq')} is quantized with GPTQ"
+    given = recipe_of(*with_data, *lines)
+    with pytest.raises(RecipeError) as caught:
+        check_inputs(given)
+    assert f"{base}, which needs gptqmodel and optimum; pip install gptqmodel optimum, or name" in str(caught.value)
+    installed |= {"gptqmodel", "optimum"}
+    if expected:
+        with pytest.raises(RecipeError) as caught:
+            check_inputs(given)
+        assert expected.format(base=base) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        return
+    told = check_inputs(given)
+    assert told.quantization_bit is None
+    unread = "quantization_bit: has no effect: the model is quantized with GPTQ"
+    assert [line for line in told.notices if unread in line] == [f"{given.path}: {unread}"] * ("bit" in lines[0])
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        ("run.json", '{"status": "finished"}', "holds a finished run; name another folder, or set"),
+        ("run.json", '{"status": "stopped"}', ""),
+        ("config.json", "{}", "holds a model that this run did not write; name another folder, or set"),
+    ],
+)
+def test_an_output_dir_that_is_taken_is_refused_before_torch(
+    file: str, text: str, expected: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).write_text(text, encoding="utf-8")
+    told = answer_before_torch(tmp_path, tiny_model)
+    assert told.startswith(f"{tmp_path}/r.yaml:2: output_dir: {tmp_path}/out {expected}") if expected else not told
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(
+    recipe_of: Any, with_data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")  # where nobody listens any more
+    why_no_hub.cache_clear()
+    with pytest.raises(RecipeError, match=rf"m: no such folder, .*, and http://127.0.0.1:{port} can't be reached"):
+        check_inputs(recipe_of(*with_data))
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    snapshot = tmp_path / "models--m" / "snapshots" / "abc"  # huggingface_hub's cache
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc", encoding="utf-8")
+    (snapshot / "config.json").touch()
+    assert "can't be reached" in check_inputs(recipe_of(*with_data, f"cache_dir={tmp_path}")).notices[-1]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        why_no_hub.cache_clear()
+        check_inputs(recipe_of(*with_data))  # it answers, though with an error: huggingface_hub will say what is wrong
+        hub.shutdown()
+    why_no_hub.cache_clear()
+
+
+def test_a_registry_on_the_hub_and_none_are_found_as_in_llama_factory(recipe_of: Any, tmp_path: Path) -> None:
+    (online,) = select_datasets(recipe_of("dataset_dir=ONLINE", "dataset=owner/rows"))
+    assert (online.hub, online.formatting, online.columns["prompt"]) == ("owner/rows", "alpaca", "instruction")
+    snapshot = tmp_path / "datasets--owner--registry" / "snapshots" / "abc"  # huggingface_hub's cache
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc", encoding="utf-8")
+    (snapshot / "dataset_info.json").write_text('{"d": {"hf_hub_url": "owner/d"}}', encoding="utf-8")
+    (remote,) = select_datasets(recipe_of("dataset_dir=REMOTE:owner/registry", f"cache_dir={tmp_path}", "dataset=d"))
+    assert remote.hub == "owner/d"
+    with pytest.raises(RecipeError, match=r"dataset_dir: owner/none: the hub gives no dataset_info.json"):
+        select_datasets(recipe_of("dataset_dir=REMOTE:owner/none", f"cache_dir={tmp_path}", "dataset=d"))

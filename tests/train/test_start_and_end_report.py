@@ -1,0 +1,108 @@
+"""What a run says before its first step: a GPU that is not there, and the command that goes on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import small_run
+import torch
+from transformers import AutoModelForCausalLM, trainer_pt_utils
+
+from arpo_trl.report import start_report
+from arpo_trl.report.end_report import resume_command
+from arpo_trl.report.log_file import read_log
+from arpo_trl.report.manifest import read_manifest
+from arpo_trl.train.start_report import describe_model, missing_gpu
+
+pytestmark = small_run.QUIET
+
+
+@pytest.mark.parametrize(
+    ("keys", "use_cpu", "cuda", "said"),
+    [
+        ((), None, None, ""),
+        ((), "True", None, ""),
+        (("bf16=true",), None, None, "though bf16: true expects a GPU: torch .* is a CPU build.*https://pytorch.org"),
+        (("fp16=true",), None, "13.0", "though fp16: true expects a GPU: .* does `nvidia-smi`"),
+        ((), "False", None, "though the accelerate config expects a GPU"),
+    ],
+)
+def test_a_gpu_that_is_expected_and_not_seen_is_told(
+    keys: tuple[str, ...],
+    use_cpu: str | None,
+    cuda: str | None,
+    said: str,
+    recipe_of: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if use_cpu:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)
+    line = "".join(missing_gpu(recipe_of(*keys)))
+    assert re.search(said, line) if said else line == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "capabilities", "said"),
+    [
+        ("bf16", {"avx2": True, "avx512_bf16": False, "amx_bf16": False, "num_sockets": 1}, True),
+        ("pure_bf16", {"neon": True, "bf16": False}, True),
+        ("bf16", {"avx512_bf16": True, "amx_bf16": False}, False),
+        ("bf16", {"neon": True, "bf16": True}, False),
+        ("bf16", {}, False),
+        ("fp16", {"avx512_bf16": False}, False),
+    ],
+)
+def test_a_cpu_that_is_slower_in_bfloat16_is_told(
+    key: str, capabilities: dict[str, int], said: bool, recipe_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN held to such a CPU's instructions (ONEDNN_MAX_CPU_ISA): 1.2 times slower under AVX-512, 6 under AVX2."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    text = "\n".join(missing_gpu(recipe_of(f"{key}=true")))
+    assert (f"no bfloat16 instructions; write {key}: false" in text) is said
+
+
+def test_the_command_that_goes_on_is_one_for_every_shell_of_windows(
+    recipe_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of("overwrite_output_dir=true")
+    argv = ["arpo_trl", str(recipe.path), "run_name=my run"]
+    for platform, quoted in (("linux", "'run_name=my run'"), ("win32", '"run_name=my run"')):
+        monkeypatch.setattr("arpo_trl.report.end_report.sys", SimpleNamespace(platform=platform, argv=argv))
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+        expected = f"python -m arpo_trl {recipe.path.as_posix()} {quoted} resume_from_checkpoint=true"
+        assert resume_command(recipe) == expected
+
+
+def test_a_plot_that_cannot_be_written_does_not_fail_a_run_that_is_saved(tiny_model: Path, tmp_path: Path) -> None:
+    """And an evaluation before the first step is the log's first line: what the base model could."""
+    (tmp_path / "run" / "training_loss.png.tmp").mkdir(parents=True)  # as good as one that a viewer has open
+    run = small_run.run(tmp_path, tiny_model, val_size=2, eval_on_start=True)
+    manifest = read_manifest(run)
+    assert manifest and manifest.status == "finished"
+    said = (run / "training.log").read_text(encoding="utf-8")
+    assert "training_loss.png could not be written" in said and said.count("\n") > 10
+    first = read_log(run / "trainer_log.jsonl")[0]
+    assert first["current_steps"] == 0 and first["eval_loss"] > 0
+
+
+def test_zero3_s_empty_parameters_count_as_large_as_they_are(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed leaves their size beside them, as `ds_numel`."""
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.lm_head.requires_grad_(False)
+    whole = describe_model(model)
+    for parameter in model.parameters():
+        parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
+    for module in (start_report, trainer_pt_utils):
+        monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
+    assert describe_model(model) == whole and " trained (" in whole

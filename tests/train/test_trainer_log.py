@@ -1,0 +1,243 @@
+"""trainer_log.jsonl, the plot and the figures in them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib.image
+import pytest
+import small_run
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from arpo_trl.report import trainer_log
+from arpo_trl.report.log_file import format_seconds, mean_loss, read_log
+from arpo_trl.report.loss_plot import plot_loss, smooth
+from arpo_trl.train.trainer import Window
+from arpo_trl.train.trainer_log import (
+    TrainerLog,
+    mean_context,
+    mfu_per_token,
+    peak_memory,
+)
+
+pytestmark = small_run.QUIET
+
+LLAMA_FACTORY = {
+    "current_steps",
+    "total_steps",
+    "loss",
+    "lr",
+    "epoch",
+    "percentage",
+    "elapsed_time",
+    "remaining_time",
+}
+OURS = {
+    "elapsed_seconds",
+    "grad_norm",
+    "mean_token_accuracy",
+    "entropy",
+    "seen_tokens",
+    "trained_tokens",
+    "tokens_per_second",
+    "trained_tokens_per_second",
+    "peak_memory_gb",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run.run(
+        tmp_path_factory.mktemp("finished"),
+        tiny_model,
+        num_train_epochs=1,
+        max_steps=-1,
+        val_size=2,
+        do_eval=True,
+        preflight=True,
+    )
+
+
+def test_a_log_line_has_llama_factorys_names_and_ours(finished: Path) -> None:
+    lines = [line for line in read_log(finished / "trainer_log.jsonl") if "loss" in line]
+    assert [set(line) for line in lines] == [LLAMA_FACTORY | OURS] * 5
+    assert [line["current_steps"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["percentage"] for line in lines] == [20.0, 40.0, 60.0, 80.0, 100.0]
+    assert lines[-1]["remaining_time"] == "0:00:00" and lines[-1]["epoch"] == 1
+    assert all(line["elapsed_seconds"] > 0 and line["peak_memory_gb"] > 0.01 for line in lines)
+
+
+def test_tokens_are_those_of_the_data(finished: Path) -> None:
+    audit = json.loads((finished / "run.json").read_text(encoding="utf-8"))["audit"]["counting"]
+    last = [line for line in read_log(finished / "trainer_log.jsonl") if "loss" in line][-1]
+    assert 0 < last["trained_tokens"] < last["seen_tokens"] < audit["tokens"]  # two rows were held out
+    assert last["trained_tokens"] < audit["trained_tokens"]
+
+
+def test_the_start_and_the_end_of_a_run_are_told(finished: Path) -> None:
+    text = (finished / "training.log").read_text(encoding="utf-8")
+    words = [line.split()[0] for line in text.splitlines()]
+    assert words == [
+        "#",
+        *"model device data validation: steps disk output checked".split(),
+        *["step"] * 6,
+        "done",
+        "model",
+    ]
+    assert "steps    5: 1 epoch, 2 rows a step, about" in text
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text('{"current_steps": 1}\n{"current_st', encoding="utf-8")
+    assert read_log(tmp_path / "log") == [{"current_steps": 1}]
+    assert read_log(tmp_path / "none") == []
+
+
+def test_the_mean_loss_is_over_all_steps_of_all_sessions() -> None:
+    lines = [
+        {"current_steps": 2, "loss": 4.0},
+        {"current_steps": 2, "eval_loss": 9.0},
+        {"current_steps": 3, "loss": 1.0},
+    ]
+    assert mean_loss(lines, steps=3) == 3.0
+    assert mean_loss(lines, steps=4) is None and mean_loss([], steps=4) is None
+
+
+def test_the_first_line_after_a_resume_counts_its_own_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    class Trainer:
+        window = Window()
+
+    trainer: Any = Trainer()
+    trainer.args = SimpleNamespace(bf16=False, fp16=False, device=torch.device("cpu"))
+    log = TrainerLog(trainer, tmp_path / "log", plot=False)
+    state = SimpleNamespace(global_step=5, max_steps=9, epoch=1.0, is_world_process_zero=True, log_history=[])
+    log.on_train_begin(None, state, None)
+    trainer.window.seen_tokens, trainer.window.trained_tokens = 1_000_000, 500_000  # restored after our callback
+    log.on_step_begin(None, state, None)
+    log._last_time -= 10
+    trainer.window.seen_tokens, trainer.window.trained_tokens = 1_002_000, 500_500
+    log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3} | trainer.take_figures())
+    line = read_log(tmp_path / "log")[0]
+    assert line["tokens_per_second"] == pytest.approx(200, rel=0.01)
+    assert line["trained_tokens_per_second"] == pytest.approx(50, rel=0.01)
+
+
+def test_what_remains_is_told_by_the_steps_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The evaluation before the first step took 100 s; then a step of 2 s: 8 of 10 are left, not 408."""
+    clock = 0.0
+    monkeypatch.setattr(trainer_log.time, "monotonic", lambda: clock)
+    trainer: Any = SimpleNamespace(window=Window(), take_figures=None)
+    trainer.args = SimpleNamespace(bf16=False, fp16=False, device=torch.device("cpu"))
+    log = TrainerLog(trainer, tmp_path / "log", plot=False)
+    state: Any = SimpleNamespace(global_step=5, max_steps=10, epoch=1.0, is_world_process_zero=True, log_history=[])
+    log.on_train_begin(None, state, None)
+    clock = 100.0
+    log.on_log(None, state, None, logs={"eval_loss": 1.0})
+    log.on_step_begin(None, state, None)
+    clock, state.global_step = 102.0, 6
+    log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3} | trainer.take_figures())
+    assert [line["remaining_time"] for line in read_log(tmp_path / "log")] == ["0:00:00", "0:00:08"]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("eval loss 1.0000  0:01:40") and second.endswith("0:01:42 < 0:00:08")
+
+
+def test_seconds_read_as_a_clock() -> None:
+    assert [format_seconds(s) for s in (0.2, 59.6, 3600, 360_000)] == ["0:00:00", "0:01:00", "1:00:00", "100:00:00"]
+
+
+def test_a_process_without_a_gpu_has_a_peak_too() -> None:
+    assert peak_memory() > 10_000_000
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=300))
+def test_a_smoothed_curve_stays_between_the_extremes(values: list[float]) -> None:
+    smoothed = smooth(values)
+    assert len(smoothed) == len(values)
+    assert all(min(values) - 1e-6 <= value <= max(values) + 1e-6 for value in smoothed)
+
+
+# --- the plot ---
+
+
+def write_log(folder: Path, steps: int, evals: tuple[str, ...] = ()) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        loss = 1 + 2 * math.exp(-step / 60) + 0.2 * math.sin(step * 2.7)
+        lines.append({"current_steps": step, "loss": loss, "lr": 7e-6 * (1 - step / (steps + 1))})
+        if step % 50 == 0:
+            lines += [{"current_steps": step, name: loss + 0.1 * (i + 1)} for i, name in enumerate(evals)]
+    for step in range(100, steps + 1, 100):
+        (folder / f"checkpoint-{step}").mkdir(exist_ok=True)
+    (folder / "checkpoint-best").mkdir(exist_ok=True)  # a user's own
+    log = folder / "trainer_log.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return log
+
+
+@pytest.mark.parametrize(
+    ("steps", "evals"),
+    [(1, ()), (5, ()), (250, ()), (250, ("eval_loss",)), (250, ("eval_a_loss", "eval_b_loss", "eval_loss"))],
+)
+def test_a_plot_is_drawn_at_any_length(steps: int, evals: tuple[str, ...], tmp_path: Path) -> None:
+    picture = tmp_path / "运行" / "training_loss.png"  # a folder that the plot's font cannot write
+    plot_loss(read_log(write_log(picture.parent, steps, evals)), picture)
+    pixels = matplotlib.image.imread(str(picture))
+    assert pixels.shape == (540, 960, 4)
+    assert (pixels[..., :3].min(axis=-1) < 0.9).sum() > 5_000
+    assert list(picture.parent.glob("*.tmp")) == []
+
+
+def test_no_plot_is_drawn_of_nothing(tmp_path: Path) -> None:
+    plot_loss([], tmp_path / "training_loss.png")
+    assert not (tmp_path / "training_loss.png").exists()
+
+
+# --- MFU ---
+
+
+def test_the_mean_context_is_that_of_the_average_token() -> None:
+    assert mean_context(Dataset.from_dict({"input_ids": [[0] * 2, [0] * 6]})) == 5  # (2 * 2 + 6 * 6) / 8
+    packed = Dataset.from_dict({"input_ids": [[0] * 8], "seq_lengths": [[2, 6]]})
+    assert mean_context(packed) == 5
+
+
+def trainer_on(device: str, model: Any) -> Any:
+    args = SimpleNamespace(bf16=True, fp16=False, device=torch.device(device), world_size=2)
+    unwrap = SimpleNamespace(unwrap_model=lambda m: m)
+    rows = Dataset.from_dict({"input_ids": [[0] * 100]})
+    return SimpleNamespace(args=args, accelerator=unwrap, model=model, train_dataset=rows)
+
+
+def test_mfu_is_six_flops_per_weight_and_token_over_the_peak(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model))
+    assert mfu_per_token(trainer_on("cpu", model)) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2)
+    config = model.config
+    attention = (
+        12
+        * config.num_hidden_layers
+        * config.num_attention_heads
+        * (config.hidden_size // config.num_attention_heads)
+        * 100
+    )
+    flops = 6 * weights + attention  # PaLM, appendix B; the tied embedding is counted once, as the head
+    assert mfu_per_token(trainer_on("cuda", model)) == pytest.approx(100 * flops / (2 * 989e12), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "norm" in name
+    assert mfu_per_token(trainer_on("cuda", model)) == pytest.approx(100 * flops * 2 / 3 / (2 * 989e12), rel=1e-6)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A device of tomorrow")
+    assert mfu_per_token(trainer_on("cuda", model)) is None
