@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from arpo_trl.errors import RunFailed
+from arpo_trl.model import token_scores
 from arpo_trl.model.model import frozen_copy
 from arpo_trl.model.token_scores import score_tokens
 from arpo_trl.train.loss import mask_repeated_rows, to_objective
