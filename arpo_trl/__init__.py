@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from .errors import DatasetError, RecipeError, RowError, RunFailed
 from .recipe import Recipe, read_recipe
-from .version import __version__
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .data.prepare import prepare_datasets
-    from .train.train import train
+    from .training.train import train
 
 __all__ = [
     "DatasetError",
@@ -24,7 +24,6 @@ __all__ = [
     "RecipeError",
     "RowError",
     "RunFailed",
-    "__version__",
     "prepare_datasets",
     "read_recipe",
     "train",
@@ -33,7 +32,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import what needs torch when it is first used (PEP 562)."""
-    modules = {"prepare_datasets": ".data.prepare", "train": ".train.train"}
+    modules = {"prepare_datasets": ".data.prepare", "train": ".training.train"}
     if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(modules[name], __name__), name)

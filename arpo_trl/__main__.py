@@ -26,7 +26,7 @@ from .recipe.command_line import CommandLine, read_command_line
 from .recipe.help import explain, list_text, usage
 from .recipe.starter import write_starter
 from .report.console import silence_libraries
-from .train.requirements import check_environment, check_inputs
+from .training.requirements import check_environment, check_inputs
 from .version import __version__
 
 HERE = Path(__file__).parent
@@ -110,7 +110,7 @@ def _init(line: CommandLine) -> None:
 def _check(line: CommandLine) -> None:
     recipe = check_environment(_recipe(line))
     with _collector_waits():
-        from .train.check import check
+        from .training.check import check
     check(recipe, verbose="verbose" in line.options)
 
 
@@ -128,7 +128,7 @@ def _train(line: CommandLine) -> int:
     recipe = check_environment(_recipe(line))
     _stop_with_launcher()
     with _collector_waits():
-        from .train.train import run
+        from .training.train import run
     return run(recipe)
 
 

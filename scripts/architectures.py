@@ -27,8 +27,8 @@ from arpo_trl.data.tokenizer import load_tokenizer
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.report.console import silence_libraries
-from arpo_trl.train.train import train
-from arpo_trl.train.trainer_log import read_log
+from arpo_trl.training.train import train
+from arpo_trl.training.trainer_log import read_log
 
 DOCS = Path(__file__).parents[1] / "docs" / "architectures.md"
 COLUMNS = ("family", "model", "full", "LoRA", "padding_free", "packing", "balancing loss")

@@ -237,8 +237,8 @@ def _measure(
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from arpo_trl.train.trainer import ArpoTrainer
-    from arpo_trl.train.trainer_log import peak_memory
+    from arpo_trl.training.trainer import ArpoTrainer
+    from arpo_trl.training.trainer_log import peak_memory
 
     class Stopwatch(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

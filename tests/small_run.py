@@ -1,4 +1,4 @@
-"""A small run of `arpo_trl.train.train.train`, in this process: 12 rows, 4 steps, the tiny model, on the CPU."""
+"""A small run of `arpo_trl.training.train.train`, in this process: 12 rows, 4 steps, the tiny model, on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from arpo_trl.recipe import Recipe, read_recipe
-from arpo_trl.train.train import train
+from arpo_trl.training.train import train
 
 # peft 0.21 still asks for transformers' old name of activation checkpointing.
 QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

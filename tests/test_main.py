@@ -22,8 +22,8 @@ from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.recipe.command_line import OPTIONS, read_command_line
 from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
-from arpo_trl.train import check, requirements, train
-from arpo_trl.train.requirements import check_inputs
+from arpo_trl.training import check, requirements, train
+from arpo_trl.training.requirements import check_inputs
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_two_recipes_are_one_too_many(recipe: Path, capsys: pytest.CaptureFixtur
 def test_what_nobody_expected_shows_its_traceback_where_no_log_has_it(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arpo_trl.train.check.describe_tokens", lambda rows: 1 / 0)
+    monkeypatch.setattr("arpo_trl.training.check.describe_tokens", lambda rows: 1 / 0)
     assert main([str(recipe), "--check"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("Traceback") and err.rstrip().endswith("ZeroDivisionError: division by zero")

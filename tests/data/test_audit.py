@@ -16,8 +16,8 @@ from arpo_trl.data import prepare as dataset
 from arpo_trl.data.audit import Counts, advise_cutoff
 from arpo_trl.errors import DatasetError, RecipeError
 from arpo_trl.recipe import Recipe
-from arpo_trl.train.check import check
-from arpo_trl.train.train import train
+from arpo_trl.training.check import check
+from arpo_trl.training.train import train
 
 
 def test_more_dropped_than_allowed_stops_the_run_with_the_first_reasons(bench: Bench) -> None:

@@ -28,7 +28,7 @@ from transformers import (
 from arpo_trl.data.prepare import prepare_datasets
 from arpo_trl.data.tokenizer import load_tokenizer
 from arpo_trl.recipe import read_recipe
-from arpo_trl.train.train import train
+from arpo_trl.training.train import train
 
 # As mistralai/Mistral-7B-Instruct-v0.2 has it; TRL 1.16 ships none of Mistral's.
 MISTRAL = (

@@ -29,7 +29,7 @@ from runs import FILE_OPERATIONS, differing, log_without_times
 from arpo_trl.__main__ import main
 from arpo_trl.report.console import silence_libraries
 from arpo_trl.run_folder import list_checkpoints
-from arpo_trl.train import train  # noqa: F401  (all that a run imports)
+from arpo_trl.training import train  # noqa: F401  (all that a run imports)
 
 WRITES = os.O_WRONLY | os.O_RDWR
 TIMES = ("_runtime", "_per_second", "total_flos")

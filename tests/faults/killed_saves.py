@@ -24,7 +24,7 @@ from runs import FILE_OPERATIONS, make_trainer
 from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
-from arpo_trl.train.checkpoints import IN_PROGRESS, newest_whole_checkpoint
+from arpo_trl.training.checkpoints import IN_PROGRESS, newest_whole_checkpoint
 
 
 def prepare(folder: Path, model: Path, limit: int | None) -> Any:

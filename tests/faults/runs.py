@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, s
 from trl import SFTConfig
 
 from arpo_trl.report.log_file import read_log
-from arpo_trl.train.checkpoints import newest_whole_checkpoint
-from arpo_trl.train.preflight import Preflight
-from arpo_trl.train.trainer import ArpoTrainer
-from arpo_trl.train.trainer_log import TrainerLog
+from arpo_trl.training.checkpoints import newest_whole_checkpoint
+from arpo_trl.training.preflight import Preflight
+from arpo_trl.training.trainer import ArpoTrainer
+from arpo_trl.training.trainer_log import TrainerLog
 
 TIMES = {"elapsed_time", "remaining_time", "elapsed_seconds", "tokens_per_second", "trained_tokens_per_second"}
 MEASURED = TIMES | {"peak_memory_gb"}

@@ -18,7 +18,7 @@ from kill_everywhere import child, difference
 
 from arpo_trl.__main__ import main
 from arpo_trl.report.console import silence_libraries
-from arpo_trl.train import checkpoints, train
+from arpo_trl.training import checkpoints, train
 
 
 def mount(size: int, disk: Path, *flags: str) -> None:

@@ -169,7 +169,7 @@ def test_a_changed_run_is_refused_from_end_to_end(
     make_recipe: MakeRecipe, output_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Edited data and another learning rate: exit code 2, nothing is lost; allowed, the run ends."""
-    from arpo_trl.train import trainer as trainer_module
+    from arpo_trl.training import trainer as trainer_module
 
     with pytest.MonkeyPatch.context() as patch:
 

@@ -13,7 +13,7 @@ from runs import differing, train
 from safetensors.torch import load_file, save_file
 
 from arpo_trl.run_folder import list_checkpoints
-from arpo_trl.train.checkpoints import FILES, IN_PROGRESS, find_damage, newest_whole_checkpoint
+from arpo_trl.training.checkpoints import FILES, IN_PROGRESS, find_damage, newest_whole_checkpoint
 
 READ_ON_RESUME = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from arpo_trl.__main__ import main
 from arpo_trl.errors import RunFailed
 from arpo_trl.run_folder import list_checkpoints, match_umask
-from arpo_trl.train import checkpoints
-from arpo_trl.train.checkpoints import find_damage
+from arpo_trl.training import checkpoints
+from arpo_trl.training.checkpoints import find_damage
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_full_disk_stops_the_run_with_its_last_checkpoint_whole(
 ) -> None:
     """One line says disk full; the checkpoint before is whole; nothing is left of the failed one."""
     if not checked:
-        monkeypatch.setattr("arpo_trl.train.checkpoints.missing_space", lambda *args: None)
+        monkeypatch.setattr("arpo_trl.training.checkpoints.missing_space", lambda *args: None)
     with pytest.raises(RunFailed, match=r"checkpoint-2 could not be saved.*disk full.*goes on from the last") as error:
         every_step(small_disk / "run", tiny_model).train()
     assert "\n" not in str(error.value)

@@ -24,7 +24,7 @@ from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import keys
 from arpo_trl.report.manifest import read_manifest
 from arpo_trl.run_folder import read_json
-from arpo_trl.train.checkpoints import find_damage
+from arpo_trl.training.checkpoints import find_damage
 
 NAMES = sorted(keys())
 TEXT = st.text(max_size=12)

@@ -12,7 +12,7 @@ import pytest
 from runs import train
 
 from arpo_trl.run_folder import list_checkpoints
-from arpo_trl.train.checkpoints import newest_whole_checkpoint
+from arpo_trl.training.checkpoints import newest_whole_checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL, which Windows has not")
 

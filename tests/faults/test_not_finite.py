@@ -14,7 +14,7 @@ from arpo_trl.__main__ import main
 from arpo_trl.errors import RunFailed
 from arpo_trl.machine import is_out_of_memory
 from arpo_trl.run_folder import list_checkpoints
-from arpo_trl.train import trainer as trainer_module
+from arpo_trl.training import trainer as trainer_module
 
 
 class _Times(torch.autograd.Function):

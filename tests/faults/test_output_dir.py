@@ -15,8 +15,8 @@ from arpo_trl.__main__ import main
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.run_folder import list_checkpoints
-from arpo_trl.train.checkpoints import FILES
-from arpo_trl.train.resume import find_resume_point
+from arpo_trl.training.checkpoints import FILES
+from arpo_trl.training.resume import find_resume_point
 
 
 def resume(path: Path, **changes: Any) -> tuple[Path | None, list[str]]:
@@ -221,7 +221,7 @@ def test_a_run_killed_in_its_final_save_is_finished_by_the_same_command(
         def interrupt(*args: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("arpo_trl.train.trainer.ArpoTrainer.save_final_model", interrupt)
+        patch.setattr("arpo_trl.training.trainer.ArpoTrainer.save_final_model", interrupt)
         assert main([str(path)]) == 130
     run = tmp_path / "run"
     assert json.loads((run / "run.json").read_text())["status"] == "running"

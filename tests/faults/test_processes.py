@@ -13,7 +13,7 @@ from test_full_disk import small_disk  # noqa: F401  (a fixture)
 from test_signals import COMMANDS, start
 
 from arpo_trl.run_folder import list_checkpoints
-from arpo_trl.train.checkpoints import find_damage
+from arpo_trl.training.checkpoints import find_damage
 
 pytestmark = pytest.mark.slow
 

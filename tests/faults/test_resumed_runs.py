@@ -17,9 +17,9 @@ from transformers import TrainerState
 from arpo_trl.__main__ import main
 from arpo_trl.report.log_file import lines_until
 from arpo_trl.run_folder import list_checkpoints
-from arpo_trl.train.early_stopping import StopEarly
-from arpo_trl.train.stop import StopOnSignal
-from arpo_trl.train.trainer import ArpoTrainer, Window, _LogState
+from arpo_trl.training.early_stopping import StopEarly
+from arpo_trl.training.stop import StopOnSignal
+from arpo_trl.training.trainer import ArpoTrainer, Window, _LogState
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process can catch")
 

@@ -23,9 +23,9 @@ from runs import differing, log_without_times
 
 from arpo_trl.__main__ import main
 from arpo_trl.run_folder import list_checkpoints
-from arpo_trl.train.checkpoints import find_damage
-from arpo_trl.train.preflight import Preflight
-from arpo_trl.train.trainer import ArpoTrainer
+from arpo_trl.training.checkpoints import find_damage
+from arpo_trl.training.preflight import Preflight
+from arpo_trl.training.trainer import ArpoTrainer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that a process can catch")
 

@@ -14,7 +14,7 @@ from conftest import MakeRecipe
 
 from arpo_trl.__main__ import main
 from arpo_trl.recipe import read_recipe
-from arpo_trl.train.folder_lock import LOCK, own_output_dir
+from arpo_trl.training.folder_lock import LOCK, own_output_dir
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL, which Windows has not")
 

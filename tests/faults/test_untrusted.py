@@ -14,7 +14,7 @@ from conftest import MakeRecipe
 from runs import make_trainer
 
 from arpo_trl.__main__ import main
-from arpo_trl.train.checkpoints import FILES
+from arpo_trl.training.checkpoints import FILES
 
 
 class Planted:

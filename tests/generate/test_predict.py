@@ -23,7 +23,7 @@ from arpo_trl.generate import predict as predict_module
 from arpo_trl.generate.predict import Prompt, find_prompts, generate, refuse_split_model
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.report.log_file import read_log
-from arpo_trl.train.train import train
+from arpo_trl.training.train import train
 
 pytestmark = small_run.QUIET
 TOY = {
@@ -134,7 +134,7 @@ def test_after_training_the_saved_model_is_what_predicts_and_a_signal_ends_it(
         handlers.append(signal.getsignal(signal.SIGTERM))
         predict_module.predict(*args)
 
-    monkeypatch.setattr("arpo_trl.train.train.predict", recorded)
+    monkeypatch.setattr("arpo_trl.training.train.predict", recorded)
     changes = {"eval_dataset": "greetings", "do_predict": True, "max_new_tokens": 8, "per_device_eval_batch_size": 2}
     changes |= {"learning_rate": 1e-2, "max_steps": 30, "dataset": "greetings"}
     trained = small_run.run(tmp_path / "a", tiny_model, **changes)

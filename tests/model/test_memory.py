@@ -23,7 +23,7 @@ from arpo_trl.model.model import frozen_copy, load_model
 from arpo_trl.model.sft_config import to_sft_config
 from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import Recipe
-from arpo_trl.train.checkpoints import checkpoint_bytes
+from arpo_trl.training.checkpoints import checkpoint_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 ROWS = Dataset.from_list([{"input_ids": [5] * n, "labels": [-100] * 10 + [5] * (n - 10)} for n in (20, 80, 60, 30)])
@@ -192,7 +192,7 @@ from arpo_trl.model.adapters import keep_adapter_in_float32
 from arpo_trl.model.memory import estimate_memory, model_shape
 from arpo_trl.model.model import load_model
 from arpo_trl.model.sft_config import to_sft_config
-from arpo_trl.train.trainer import ArpoTrainer
+from arpo_trl.training.trainer import ArpoTrainer
 
 def status(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

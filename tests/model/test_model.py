@@ -24,9 +24,9 @@ from arpo_trl.model.optimizers import ProjectionsOnResume, to_optimizer
 from arpo_trl.model.sft_config import to_sft_config, unpack_whole
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.run_folder import checkpoint_step, list_checkpoints
-from arpo_trl.train.checkpoints import find_damage, newest_whole_checkpoint
-from arpo_trl.train.loss import to_objective
-from arpo_trl.train.trainer import ArpoTrainer
+from arpo_trl.training.checkpoints import find_damage, newest_whole_checkpoint
+from arpo_trl.training.loss import to_objective
+from arpo_trl.training.trainer import ArpoTrainer
 
 OFT = {"finetuning_type": "oft", "oft_block_size": 16, "module_dropout": 0.2}
 INPUT_IDS = torch.arange(300, 332).unsqueeze(0)

@@ -15,7 +15,7 @@ from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
 from arpo_trl.recipe.yaml_file import LARGEST_FILE
-from arpo_trl.train.requirements import check_inputs, check_packages
+from arpo_trl.training.requirements import check_inputs, check_packages
 
 VALUES = {
     "digits": "9" * 5000,

@@ -17,7 +17,7 @@ from arpo_trl.__main__ import main
 from arpo_trl.errors import RecipeError
 from arpo_trl.model.sft_config import to_sft_config
 from arpo_trl.recipe import read_recipe
-from arpo_trl.train.requirements import check_packages
+from arpo_trl.training.requirements import check_packages
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = sorted((REPOSITORY / "recipes").rglob("*.yaml"))

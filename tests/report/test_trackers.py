@@ -23,8 +23,8 @@ import small_run
 from arpo_trl.errors import RecipeError
 from arpo_trl.report.manifest import Manifest
 from arpo_trl.report.trackers import start_trackers
-from arpo_trl.train import train as train_module
-from arpo_trl.train.stop import StopOnSignal
+from arpo_trl.training import train as train_module
+from arpo_trl.training.stop import StopOnSignal
 
 pytestmark = small_run.QUIET
 

@@ -25,8 +25,8 @@ from arpo_trl.errors import RunFailed
 from arpo_trl.model import token_scores
 from arpo_trl.model.model import frozen_copy
 from arpo_trl.model.token_scores import score_tokens
-from arpo_trl.train.loss import mask_repeated_rows, to_objective
-from arpo_trl.train.trainer import ArpoTrainer
+from arpo_trl.training.loss import mask_repeated_rows, to_objective
+from arpo_trl.training.trainer import ArpoTrainer
 
 STEPS = 20
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]

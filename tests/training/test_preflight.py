@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from runs import differing, log_without_times, make_rows, make_trainer, train
 
 from arpo_trl.model.memory import longest_batch
-from arpo_trl.train import preflight
-from arpo_trl.train.preflight import Preflight, untouched
-from arpo_trl.train.trainer import ArpoTrainer
+from arpo_trl.training import preflight
+from arpo_trl.training.preflight import Preflight, untouched
+from arpo_trl.training.trainer import ArpoTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 

@@ -24,7 +24,7 @@ from arpo_trl.model.sft_config import to_sft_config
 from arpo_trl.recipe import Recipe
 from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.types import TRACKERS
-from arpo_trl.train.requirements import (
+from arpo_trl.training.requirements import (
     _packages,
     check_device,
     check_environment,
@@ -212,7 +212,7 @@ def answer_before_torch(tmp_path: Path, model: Path) -> str:
     lines = [f"model_name_or_path: {model}", f"output_dir: {tmp_path / 'out'}", f"dataset_dir: {tmp_path}"]
     (tmp_path / "r.yaml").write_text("\n".join([*lines, "dataset: d", "do_train: true"]), encoding="utf-8")
     code = (
-        "import sys; from arpo_trl.recipe import read_recipe; from arpo_trl.train.requirements import check_inputs\n"
+        "import sys; from arpo_trl.recipe import read_recipe; from arpo_trl.training.requirements import check_inputs\n"
         "try: check_inputs(read_recipe(sys.argv[1]))\n"
         "except Exception as error: print(error); assert 'torch' not in sys.modules\n"
     )

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
-from arpo_trl.train.trainer import ArpoTrainer
+from arpo_trl.training.trainer import ArpoTrainer
 
 # Flex attention compiles itself, with flags and decorators that torch 2.13 has deprecated; on a CPU that takes a minute.
 FLEX = pytest.param(

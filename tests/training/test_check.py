@@ -10,8 +10,8 @@ import pytest
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe
-from arpo_trl.train.check import check, checkpoint_steps, count_steps
-from arpo_trl.train.requirements import check_environment
+from arpo_trl.training.check import check, checkpoint_steps, count_steps
+from arpo_trl.training.requirements import check_environment
 
 
 def test_check_says_what_the_run_would_do(

@@ -27,7 +27,7 @@ from arpo_trl.model.memory import estimate_memory, model_shape
 from arpo_trl.model.sft_config import to_sft_config
 from arpo_trl.recipe import Recipe
 from arpo_trl.report.log_file import read_log
-from arpo_trl.train import preflight
+from arpo_trl.training import preflight
 
 pytestmark = small_run.QUIET
 

@@ -12,11 +12,11 @@ import small_run
 import torch
 from transformers import AutoModelForCausalLM, trainer_pt_utils
 
-from arpo_trl.report import start_report
 from arpo_trl.report.end_report import resume_command
 from arpo_trl.report.log_file import read_log
 from arpo_trl.report.manifest import read_manifest
-from arpo_trl.train.start_report import describe_model, missing_gpu
+from arpo_trl.training import start_report
+from arpo_trl.training.start_report import describe_model, missing_gpu
 
 pytestmark = small_run.QUIET
 

@@ -1,6 +1,6 @@
 """Several processes on this machine's CPU: the same run as one process, and an end with a reason when one dies.
 
-The slow ones (FSDP2, DeepSpeed, two machines, a killed process): OMP_NUM_THREADS=1 pytest -m slow tests/train/test_distributed.py
+The slow ones (FSDP2, DeepSpeed, two machines, a killed process): OMP_NUM_THREADS=1 pytest -m slow tests/training/test_distributed.py
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.report.log_file import read_log
-from arpo_trl.train.train import train
+from arpo_trl.training.train import train
 
 ROOT = Path(__file__).parents[2]
 TIMES = {"elapsed_time", "remaining_time", "elapsed_seconds", "tokens_per_second", "trained_tokens_per_second"}
@@ -53,7 +53,7 @@ def set_device(self):
 PartialState._prepare_backend, PartialState.set_device = prepare_backend, set_device
 
 from arpo_trl.__main__ import main
-from arpo_trl.train.trainer import ArpoTrainer
+from arpo_trl.training.trainer import ArpoTrainer
 
 save = ArpoTrainer.save_final_model
 def save_final_model(self, dtype):
