@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from ..errors import RowError
 from .registry import COLUMNS, TAGS, DatasetInfo
@@ -56,16 +56,29 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row's messages and tools. `unread`: how often each thing that is not read occurs, by a text with {} for the number."""
+    """A row's messages and tools, or one side of a pair.
+
+    `unread`: how often each thing that is not read occurs, by a text with {} for the number. `prompt`: how many of the
+    messages are the prompt of a pair, whose replies are not trained on; None for a row that is no pair.
+    """
 
     messages: list[Message]
     tools: list[Fields] | None = None
     unread: Counter[str] = field(default_factory=Counter)
+    prompt: int | None = None
 
     @property
     def replies(self) -> list[int]:
         """The positions of the assistant's messages."""
         return [position for position, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+
+class Turns(NamedTuple):
+    """The messages of a list of turns, the tools in them, and what of them is not read."""
+
+    messages: list[Message]
+    tools: list[list[Fields]]
+    unread: Counter[str]
 
 
 def to_conversation(row: object, info: DatasetInfo, default_system: str | None = None) -> Conversation:
@@ -74,18 +87,29 @@ def to_conversation(row: object, info: DatasetInfo, default_system: str | None =
     Raises:
         RowError: if the row is malformed.
     """
+    rest, tools, unread = to_fields(row, info), list[list[Fields]](), Counter[str]()
+    if info.formatting == "alpaca":
+        messages = _read_alpaca(rest, info.columns)
+    else:
+        messages, tools, unread = _read_turns(rest, info)
+    return complete(Turns(messages, tools, unread), rest, info, default_system)
+
+
+def to_fields(row: object, info: DatasetInfo) -> Fields:
+    """Return a copy of the row. Raises RowError if it is no object or not text alone."""
     if not isinstance(row, dict):
         raise RowError(f"not an object but {_kind(row)}")
     for column in info.media:
         if row.get(column):
             raise RowError(f"multimodal: {column} holds {excerpt(row[column], 60)}; arpo_trl trains on text")
-    rest, tools, unread = dict(row), list[list[Fields]](), Counter[str]()
-    if info.formatting == "alpaca":
-        messages = _read_alpaca(rest, info.columns)
-    else:
-        messages, tools, unread = _read_turns(rest, info)
+    return dict(row)
+
+
+def complete(turns: Turns, rest: Fields, info: DatasetInfo, default_system: str | None) -> Conversation:
+    """Return the conversation of these turns and of the row's columns that were not read yet, which leave `rest`."""
+    messages, tools, unread = turns
     messages = _with_system(messages, rest, info.columns.get("system", ""), default_system)
-    _check_order(messages)
+    check_order(messages)
     if listed := to_tools(rest.pop(info.columns.get("tools"), None)):
         tools.append(listed)
     if any(other != tools[0] for other in tools):
@@ -96,17 +120,23 @@ def to_conversation(row: object, info: DatasetInfo, default_system: str | None =
 
 def _read_alpaca(rest: Fields, columns: dict[str, str]) -> list[Message]:
     """alpaca: the history, then instruction and input as a prompt, then output as its reply."""
-    history, prompt, query, response = (columns.get(key, "") for key in ("history", "prompt", "query", "response"))
+    messages, response = read_alpaca_prompt(rest, columns), columns.get("response", "")
+    messages.append({"role": "assistant", "content": _text(rest.get(response), response)})
+    rest.pop(response, None)
+    return messages
+
+
+def read_alpaca_prompt(rest: Fields, columns: dict[str, str]) -> list[Message]:
+    """Return the history, then instruction and input as a user message, which leave `rest`."""
+    history, prompt, query = (columns.get(key, "") for key in ("history", "prompt", "query"))
     messages = _read_history(rest.get(history), history)
     asked = [
         _text(rest.get(prompt), prompt, optional=not prompt or prompt in rest),
         _text(rest.get(query), query, optional=True),
     ]
-    messages.append({"role": "user", "content": "\n".join(filter(None, asked))})
-    messages.append({"role": "assistant", "content": _text(rest.get(response), response)})
-    for column in (history, prompt, query, response):
+    for column in (history, prompt, query):
         rest.pop(column, None)
-    return messages
+    return [*messages, {"role": "user", "content": "\n".join(filter(None, asked))}]
 
 
 def _read_history(value: object, name: str) -> list[Message]:
@@ -121,12 +151,16 @@ def _read_history(value: object, name: str) -> list[Message]:
     return messages
 
 
-def _read_turns(rest: Fields, info: DatasetInfo) -> tuple[list[Message], list[list[Fields]], Counter[str]]:
-    """sharegpt and openai, which differ in their tags: the messages, the tools in them, and what of them is not read."""
-    column, tags = info.columns["messages"], info.tags
+def _read_turns(rest: Fields, info: DatasetInfo) -> Turns:
+    """sharegpt and openai, which differ in their tags."""
+    column = info.columns["messages"]
     if rest.get(column) is None:
         raise RowError(f"missing field: {column}")
-    turns = _parsed(rest.pop(column), column)
+    return read_turns(_parsed(rest.pop(column), column), column, info.tags)
+
+
+def read_turns(turns: object, column: str, tags: dict[str, str]) -> Turns:
+    """Read a list of turns. Raises RowError, which names the column."""
     if not isinstance(turns, list):
         raise RowError(f"wrong type: {column} is {_kind(turns)}, expected a list of messages")
     if not turns:
@@ -150,7 +184,7 @@ def _read_turns(rest: Fields, info: DatasetInfo) -> tuple[list[Message], list[li
             _append(messages[-1], found.pop(0))
         messages += found
         unread.update(f"not read: key `{key}` of {{}} messages" for key in _names_left(fields))
-    return messages, tools, unread
+    return Turns(messages, tools, unread)
 
 
 def _turn_to_messages(fields: Fields, tags: dict[str, str], where: str) -> list[Message]:
@@ -294,7 +328,7 @@ def _unread_column(name: str, info: DatasetInfo) -> str:
     return f"{text}; to read it, write {named} in dataset_info.json"
 
 
-def _check_order(messages: list[Message]) -> None:
+def check_order(messages: list[Message]) -> None:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise RowError("no assistant turn")
