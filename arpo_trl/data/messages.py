@@ -120,9 +120,8 @@ def complete(turns: Turns, rest: Fields, info: DatasetInfo, default_system: str 
 
 def _read_alpaca(rest: Fields, columns: dict[str, str]) -> list[Message]:
     """alpaca: the history, then instruction and input as a prompt, then output as its reply."""
-    messages, response = read_alpaca_prompt(rest, columns), columns.get("response", "")
-    messages.append({"role": "assistant", "content": _text(rest.get(response), response)})
-    rest.pop(response, None)
+    messages, response = read_alpaca_prompt(rest, columns), columns["response"]
+    messages.append({"role": "assistant", "content": _text(rest.pop(response, None), response)})
     return messages
 
 
