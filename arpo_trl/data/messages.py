@@ -110,7 +110,7 @@ def complete(turns: Turns, rest: Fields, info: DatasetInfo, default_system: str 
     messages, tools, unread = turns
     messages = _with_system(messages, rest, info.columns.get("system", ""), default_system)
     check_order(messages)
-    if listed := to_tools(rest.pop(info.columns.get("tools"), None)):
+    if listed := to_tools(rest.pop(info.columns.get("tools", ""), None)):
         tools.append(listed)
     if any(other != tools[0] for other in tools):
         raise RowError("wrong type: the row has two lists of tools, and they differ")
