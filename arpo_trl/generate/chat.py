@@ -23,12 +23,12 @@ from ..data.segments import to_segments
 from ..data.template import Template, find_template
 from ..data.tokenizer import make_tokenize
 from ..errors import RecipeError, RowError, in_one_line
-from ..model.model import end_tokens
 from ..report.manifest import Results, find_manifest
-from .predict import Model, decode
+from .predict import Model, decode, generation_config
 from .run_python import Limits, run_python
+from .tags import TOOL_ENDS, TOOL_TAGS
 
-CALL = re.compile(r"<(python|search|tool_call)>((?:(?!<\1>).)*)</\1>\s*\Z", re.DOTALL)
+CALL = re.compile(rf"<({'|'.join(TOOL_TAGS)}|tool_call)>((?:(?!<\1>).)*)</\1>\s*\Z", re.DOTALL)
 MOST_CALLS = 20  # that one question may take with --run-python
 
 
@@ -110,16 +110,13 @@ def load_chat(args: argparse.Namespace) -> Chat:
         print(
             "results  as turns: no run.json says where they go; --results inside puts them into the model's own turn"
         )
-    config = GenerationConfig(
+    config = generation_config(
+        model,
+        tokenizer,
         max_new_tokens=args.max_new_tokens,
         do_sample=args.temperature > 0,
         temperature=args.temperature or 1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        eos_token_id=end_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        stop_strings=["</python>", "</search>"] if results == "inside" else None,
+        stop_strings=TOOL_ENDS if results == "inside" else None,
     )
     return Chat(model.eval(), tokenizer, find_template(tokenizer), args.tools, results or "turn", config)
 

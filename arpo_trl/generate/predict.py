@@ -1,7 +1,7 @@
-"""The replies that a model generates on held-out rows, each after its true context, and their scores.
+"""Generate replies on held-out rows, each after its true context, and score them.
 
-Contexts are cut out of the encoded rows: a run of labels is a reply, and what stands before it, the teacher's earlier
-turns and tool results included, is its context. So they are training's own tokens, by the only code that makes any.
+Contexts are taken from the encoded rows: a run of labels is a reply, and everything before it is its context, including
+the teacher's earlier turns and tool results. So prompts have exactly the tokens of training.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -26,25 +26,25 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..data.labels import IGNORED
 from ..data.prepare import prepare_datasets
-from ..errors import RecipeError, RunFailed
+from ..errors import RunFailed
 from ..machine import is_out_of_memory
 from ..model.model import end_tokens
 from ..recipe.keys import Recipe
 from ..report.console import say
 from ..run_folder import save_metrics
 from .scores import Reply, describe_scores, score_replies
+from .tags import CALL_ENDS
 
-SHOWN = 2000  # characters of a text in a tracker's table
+SHOWN = 2000  # characters of each text in a tracker's table
 Model = PreTrainedModel | PeftModel
-CALL_ENDS = ["</python>", "</search>", "</tool_call>"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A reply to ask for, in token ids. `label` ends with its end-of-turn token.
+    """A context and the reply expected after it, in token ids. `label` ends with its end-of-turn token.
 
-    `ends_turn`: False where a masked span, such as a tool's result, follows inside the same turn; the model is then
-    asked for what stands before it, up to the end of its call.
+    `ends_turn`: False where a masked span, such as a tool's result, follows inside the same turn; the model then
+    generates up to the end of its call.
     """
 
     context: list[int]
@@ -56,14 +56,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prediction(Reply):
-    """The model's reply to a prompt: texts to score, and the token ids that it wrote."""
+    """The model's reply to a prompt: the texts to score and the generated token ids."""
 
     prompt: Prompt
     ids: list[int]
 
 
 def find_prompts(rows: Dataset, dataset: str, end_tokens: Collection[int]) -> tuple[list[Prompt], int]:
-    """A prompt for each trained reply of a dataset's encoded rows; and how many replies the cutoff took the end of."""
+    """Return a prompt for each trained reply of the encoded rows, and the number of replies that the cutoff truncated."""
     prompts: list[Prompt] = []
     cut = 0
     for row in rows:
@@ -91,16 +91,16 @@ def generate(
     seed: int,
     after_batch: Callable[[], object] = lambda: None,
 ) -> list[list[int]]:
-    """The reply's token ids for each prompt, in the prompts' order, the same on every process.
+    """Return the token ids of each reply, in the order of the prompts, on every process.
 
-    Batches are of like length, the longest first, and are those of one process however many share them: what a row is
-    padded with can change the last digits of its scores. The random state and the model's mode are left as they were.
+    Batches group prompts of similar length, longest first, and don't depend on the number of processes: padding can
+    change the last digits of a row's logits. The random state and the model's mode are restored.
 
     Args:
-        model: Whole on this process.
-        config: With the model's end-of-turn and padding tokens.
-        batch_size: Prompts of a batch.
-        seed: Of what is sampled.
+        model: The full model, not split across processes.
+        config: Includes the model's end-of-turn and padding tokens.
+        batch_size: Prompts per batch.
+        seed: Seed for sampling.
         after_batch: Called after each batch, equally often on every process.
     """
     state = PartialState()
@@ -127,8 +127,8 @@ def generate(
         if not is_out_of_memory(error):
             raise
         raise RunFailed(
-            f"out of memory on {state.device} while {batch_size} replies were generated at a time; lower "
-            "per_device_eval_batch_size (same replies but for rounding), or max_new_tokens, or cutoff_len"
+            f"out of memory on {state.device} while generating {batch_size} replies at a time. Lower "
+            "per_device_eval_batch_size (same replies up to rounding), max_new_tokens or cutoff_len"
         ) from error
     finally:
         model.train(was_training)
@@ -144,7 +144,7 @@ def _generate_batch(
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     ids = pad(contexts, padding_value=float(config.pad_token_id)).to(model.device)
     mask = pad([torch.ones_like(context) for context in contexts]).to(model.device)
-    # Inside a turn no end-of-turn follows a call: whoever runs the tool stops the model there.
+    # Inside a turn, no end-of-turn follows a call: the program that runs the tool stops the model there.
     if not batch[0].ends_turn:
         config = GenerationConfig(**config.to_dict() | {"stop_strings": CALL_ENDS})
     written = cast(GenerationMixin, model).generate(
@@ -158,21 +158,25 @@ def _generate_batch(
 
 
 def to_generation_config(recipe: Recipe, model: Model, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """How replies are generated. Each setting is given, since the model's own would stand in for one that is not."""
+    """Return the generation settings of a recipe."""
     sampling = {"temperature": recipe.temperature, "top_p": recipe.top_p, "top_k": recipe.top_k}
-    greedy = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # transformers' defaults, which have no effect
-    return GenerationConfig(
+    return generation_config(
+        model,
+        tokenizer,
         max_new_tokens=recipe.max_new_tokens,
-        max_length=None,
         do_sample=bool(recipe.do_sample),
-        **(sampling if recipe.do_sample else greedy),
+        **(sampling if recipe.do_sample else {}),
         num_beams=recipe.num_beams,
         repetition_penalty=recipe.repetition_penalty,
         length_penalty=recipe.length_penalty,
-        use_cache=True,
-        eos_token_id=end_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def generation_config(model: Model, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> GenerationConfig:
+    """Return these settings over neutral defaults; without them `generate` would use those of the model's own file."""
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0, "max_length": None}
+    ends = {"eos_token_id": end_tokens(model, tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    return GenerationConfig(**neutral | ends | {"use_cache": True} | settings)
 
 
 def predict_replies(
@@ -182,7 +186,7 @@ def predict_replies(
     prompts: Sequence[Prompt],
     after_batch: Callable[[], object] = lambda: None,
 ) -> list[Prediction]:
-    """The model's answers to the prompts, in their order; `after_batch` as for `generate`."""
+    """Return the model's replies in the order of the prompts. `after_batch`: see `generate`."""
     config = to_generation_config(recipe, model, tokenizer)
     batch_size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size
     written = generate(model, prompts, tokenizer, config, batch_size, recipe.seed, after_batch)
@@ -195,7 +199,7 @@ def predict_replies(
 def _to_prediction(
     prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase, ends: Collection[int]
 ) -> Prediction:
-    """Both texts with their special tokens, which some templates write calls with, up to the end of the turn."""
+    """Decode reply and label up to the end of the turn, with special tokens, which some templates use for calls."""
     stopped = bool(ids) and ids[-1] in ends
     text = decode(tokenizer, ids[: len(ids) - stopped])
     if not prompt.ends_turn and (stops := [at + len(end) for end in CALL_ENDS if (at := text.find(end)) >= 0]):
@@ -208,30 +212,26 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_toke
     return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
 
 
-# --- a run's predictions ---
+# --- predictions of a run ---
 
 
 def refuse_split_model(recipe: Recipe, is_fsdp: bool) -> None:
-    """Replies are generated by a whole model on each process.
-
-    Raises:
-        RecipeError: the recipe asks for replies, and FSDP or ZeRO-3 splits the model.
-    """
+    """Raise RecipeError if replies are to be generated while FSDP or ZeRO-3 splits the model across processes."""
     key = "do_predict" if recipe.do_predict else "predict_during_eval" if recipe.predict_during_eval else None
     split = "FSDP" if is_fsdp else "DeepSpeed ZeRO-3" if is_deepspeed_zero3_enabled() else None
     if key and split:
         raise recipe.error(
             key,
-            f"replies are generated by a whole model on each process, and {split} splits it; remove the key, and after "
-            f"training predict with the saved model: the same recipe with do_train=false do_predict=true "
-            f"model_name_or_path={recipe.output_dir}, launched with accelerate_configs/multi_gpu.yaml",
+            f"not supported with {split}: generation needs the full model on each process. Remove the key and, after "
+            f"training, run the same recipe with do_train=false do_predict=true "
+            f"model_name_or_path={recipe.output_dir} under accelerate_configs/multi_gpu.yaml",
         )
 
 
 def eval_prompts(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: Model, eval_rows: dict[str, Dataset]
 ) -> list[Prompt]:
-    """The prompts of all datasets to evaluate on. Rows whose labels do not tell replies from contexts are encoded again."""
+    """Return the prompts of all evaluation datasets. Rows whose labels also cover prompts are encoded again."""
     if recipe.train_on_prompt or recipe.truncation_mode != "keep_start":
         changes = {"train_on_prompt": False, "truncation_mode": "keep_start", "tokenized_path": None}
         eval_rows = prepare_datasets(recipe.model_copy(update=changes), tokenizer).eval
@@ -241,14 +241,14 @@ def eval_prompts(
         found, cut = find_prompts(rows, name, ends)
         prompts += found
         if cut:
-            say(f"predict  {name}: {cut:,} replies end past cutoff_len {recipe.cutoff_len} and are not asked for")
+            say(f"predict  {name}: {cut:,} replies skipped, they are truncated at cutoff_len {recipe.cutoff_len}")
     if not prompts:
-        raise RecipeError(f"{recipe.path}: do_predict: no reply ends within cutoff_len {recipe.cutoff_len}; raise it")
+        raise recipe.error("do_predict", f"no reply ends within cutoff_len {recipe.cutoff_len}. Raise cutoff_len")
     return prompts
 
 
 def predict(recipe: Recipe, model: Model, tokenizer: PreTrainedTokenizerBase, eval_rows: dict[str, Dataset]) -> None:
-    """Write generated_predictions.jsonl (LLaMA-Factory's prompt, predict, label; and source) and predict_results.json."""
+    """Write generated_predictions.jsonl (LLaMA-Factory's prompt, predict and label, plus source) and predict_results.json."""
     prompts = eval_prompts(recipe, tokenizer, model, eval_rows)
     began = time.monotonic()
     predictions = predict_replies(recipe, model, tokenizer, prompts)
@@ -271,13 +271,13 @@ def predict(recipe: Recipe, model: Model, tokenizer: PreTrainedTokenizerBase, ev
             results |= {f"predict_{name}_{score}": value for score, value in score_replies(part).items()}
     save_metrics(output_dir, "predict", results)
     rows = len({(one.prompt.dataset, one.prompt.source) for one in predictions})
-    say(f"predict  {len(predictions):,} replies of {rows:,} rows are in {output_dir / 'generated_predictions.jsonl'}")
+    say(f"predict  {len(predictions):,} replies of {rows:,} rows, see {output_dir / 'generated_predictions.jsonl'}")
     for line in describe_scores({"right": scores}):
         say(f"         {line}")
 
 
 def to_line(one: Prediction, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> dict[str, str]:
-    """A line of generated_predictions.jsonl."""
+    """Return a line of generated_predictions.jsonl."""
     return {
         "prompt": decode(tokenizer, one.prompt.context),
         "predict": decode(tokenizer, one.ids, skip_special_tokens),

@@ -1,4 +1,4 @@
-"""Every trained reply is asked for by itself, after training's own tokens, in batches that change nothing."""
+"""Each trained reply is generated after the exact tokens of training, in batches that change nothing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def row(*pieces: tuple[list[int], bool]) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "source": "d.json:7"}
 
 
-def test_each_reply_is_asked_for_after_all_that_stands_before_it() -> None:
+def test_each_reply_is_generated_after_everything_before_it() -> None:
     found, cut = find_prompts(
         [row(([1, 2], False), ([3, END, 8], True), ([4], False), ([5, 6, END], True))], "d", {END}
     )
@@ -59,11 +59,11 @@ def test_each_reply_is_asked_for_after_all_that_stands_before_it() -> None:
     assert cut == 0
 
 
-def test_a_reply_whose_end_the_cutoff_took_is_not_asked_for_but_counted() -> None:
+def test_a_truncated_reply_is_skipped_and_counted() -> None:
     assert find_prompts([row(([1], False), ([3, 4], True))], "d", {END}) == ([], 1)
 
 
-def test_a_masked_result_inside_a_turn_parts_the_reply_in_two() -> None:
+def test_a_masked_result_inside_a_turn_splits_the_reply() -> None:
     found, cut = find_prompts([row(([1], False), ([3, 4], True), ([5, 5], False), ([6, END], True))], "d", {END})
     assert [(one.context, one.label, one.ends_turn) for one in found] == [
         ([1], [3, 4], False),
@@ -198,23 +198,23 @@ def test_a_call_inside_a_turn_ends_the_reply(model_and_prompts: Any, monkeypatch
 
 
 @pytest.mark.parametrize(("fsdp", "zero3", "split"), [(True, False, "FSDP"), (False, True, "DeepSpeed ZeRO-3")])
-def test_a_split_model_is_refused_with_the_way_out(
+def test_a_split_model_is_rejected_with_the_fix(
     fsdp: bool, zero3: bool, split: str, recipe_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predict_module, "is_deepspeed_zero3_enabled", lambda: zero3)
     for key in ("do_predict=true", "predict_during_eval=4"):
         recipe: Recipe = recipe_of(key, "val_size=0.1", "do_eval=true")
         with pytest.raises(
-            RecipeError, match=rf"{split} splits it; remove the key, and .*do_train=false do_predict=true"
+            RecipeError, match=rf"not supported with {split}: .* Remove the key and, .*do_train=false do_predict=true"
         ):
             refuse_split_model(recipe, fsdp)
     refuse_split_model(recipe_of("val_size=0.1", "do_eval=true"), fsdp)
 
 
-def test_no_memory_is_answered_with_what_to_lower(model_and_prompts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_names_the_settings_to_lower(model_and_prompts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer, prompts = model_and_prompts
     monkeypatch.setattr(type(model), "generate", lambda *_, **__: torch.empty(10**15))
-    with pytest.raises(RunFailed, match="2 replies were generated at a time; lower per_device_eval_batch_size"):
+    with pytest.raises(RunFailed, match="while generating 2 replies at a time. Lower per_device_eval_batch_size"):
         generate(model, prompts, tokenizer, config_of(tokenizer), 2, seed=0)
 
 
@@ -227,12 +227,12 @@ def test_two_processes_predict_what_one_predicts(predicted: Path, tiny_model: Pa
     assert lines_of(tmp_path) == lines_of(predicted)
 
 
-def test_a_dataset_without_a_whole_reply_is_said(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_dataset_without_a_complete_reply_is_reported(tiny_model: Path, tmp_path: Path) -> None:
     question = [{"role": "user", "content": "count to 24"}]
     prompt = AutoTokenizer.from_pretrained(tiny_model).apply_chat_template(question, add_generation_prompt=True)
     keys = {"dataset": None, "eval_dataset": "counting", "do_train": False, "do_predict": True}
     recipe = small_run.make_recipe(tmp_path, tiny_model, **keys, cutoff_len=len(prompt["input_ids"]) + 1)
-    with pytest.raises(RecipeError, match=r"do_predict: no reply ends within cutoff_len \d+; raise it"):
+    with pytest.raises(RecipeError, match=r"do_predict: no reply ends within cutoff_len \d+. Raise cutoff_len"):
         train(recipe)
 
 
@@ -326,7 +326,7 @@ def test_trackio_has_the_replies_as_a_table(monkeypatch: pytest.MonkeyPatch, tmp
     assert any(b"hi Ada" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_a_one_turn_trajectory_is_asked_for_call_by_call_where_its_results_are_masked(
+def test_a_one_turn_trajectory_with_masked_results_is_generated_call_by_call(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     reply = "<think>a</think><python>1</python> <result>\n1\n</result><answer>\\boxed{1}</answer>"

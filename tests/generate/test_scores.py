@@ -7,7 +7,8 @@ from fractions import Fraction
 import pytest
 
 from arpo_trl.generate import scores
-from arpo_trl.generate.scores import Reply, describe_scores, find_answer, find_calls, score_replies, to_number
+from arpo_trl.generate.scores import Reply, describe_scores, find_answer, score_replies, to_number
+from arpo_trl.generate.tags import find_calls
 
 PYTHON = "<think>I compute it.</think>\n<python>\nprint(2 + 3)\n</python>"
 TOOL_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 3}}\n</tool_call>'

@@ -1,0 +1,97 @@
+"""The tags of ARPO's trajectories, and the tool calls in a reply. Pure functions over text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from typing import NamedTuple
+
+TOOL_TAGS = ("python", "search")
+"""A call is `<python>code</python>` or `<search>query</search>`: the tag is the tool's name."""
+TOOL_ENDS = [f"</{tag}>" for tag in TOOL_TAGS]
+CALL_ENDS = [*TOOL_ENDS, "</tool_call>"]
+"""What ends a call inside a reply. Qwen's templates write `<tool_call>` around JSON."""
+RESULT = "<result>"
+TAG = re.compile(rf"<(/?)(think|{'|'.join(TOOL_TAGS)}|result|answer|tool_call)>")
+_CALL = re.compile(rf'<({"|".join(TOOL_TAGS)}|tool_call)>|\{{\s*"(?:id|type|name|function|arguments|parameters)"')
+
+
+class Call(NamedTuple):
+    """A tool call as the model wrote it. `arguments`: code, a query, or the JSON text of the arguments."""
+
+    tool: str
+    arguments: str
+
+
+def find_calls(text: str) -> list[Call]:
+    """Return the closed tool calls of a reply, in order, up to the first `<result>` in it.
+
+    Recognized are ARPO's `<python>` and `<search>`, `<tool_call>` around JSON or any other form, and JSON objects with
+    a name and arguments (or parameters), as Mistral's and Llama's templates write them. JSON is returned in one
+    canonical form, other text as it is.
+    """
+    text = text.partition(RESULT)[0]
+    calls: list[Call] = []
+    at = 0
+    while match := _CALL.search(text, at):
+        start, at = match.start(), match.end()
+        if not (tag := match[1]):
+            call, at = _json_call(text, start, or_else=at)
+            calls += [call] if call else []
+            continue
+        end = text.find(f"</{tag}>", at)
+        if end < 0:
+            break  # an unclosed tag calls nothing, nor does anything inside it
+        inside, at = text[at:end], end
+        if tag == "tool_call":
+            calls += find_calls(inside) or [_call_in_another_form(inside)]
+        else:
+            calls.append(Call(tag, inside.strip()))
+    return calls
+
+
+def _json_call(text: str, start: int, or_else: int) -> tuple[Call | None, int]:
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None, or_else
+    if isinstance(value.get("function"), dict):
+        value = value["function"]
+    arguments = value.get("arguments", value.get("parameters"))
+    if not isinstance(value.get("name"), str) or arguments is None:
+        return None, or_else
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):  # text that is not JSON is the only argument
+            arguments = _DECODER.decode(arguments)
+    return Call(value["name"], json.dumps(arguments, sort_keys=True)), end
+
+
+def _call_in_another_form(text: str) -> Call:
+    """Qwen3-Coder writes `<function=name>`, GLM the name on its own line; broken JSON may still contain a name."""
+    name = re.search(r'"name"\s*:\s*"([^"]*)"', text) or re.match(r"\s*(?:<function=)?([\w.-]+)", text)
+    return Call(name[1] if name else "", text.strip())
+
+
+def _float(digits: str) -> int | float:
+    """Read 1.0 as the number 1, as JSON and the tool that reads it do."""
+    number = float(digits)
+    return int(number) if number.is_integer() else number
+
+
+_DECODER = json.JSONDecoder(parse_float=_float)
+
+
+def is_well_formed(text: str, label: str = "") -> bool:
+    """Return whether the text has tags and each one opens and closes before the next one opens.
+
+    A tag that the label closes but does not open (reasoning, which the generation prompt opens) is open at the start.
+    """
+    first = TAG.search(label)
+    inside = first[2] if first and first[1] else ""
+    tags = TAG.findall(text)
+    for closes, name in tags:
+        if inside != (name if closes else ""):
+            return False
+        inside = "" if closes else name
+    return bool(tags) and not inside
