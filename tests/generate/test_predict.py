@@ -214,7 +214,7 @@ def test_a_split_model_is_rejected_with_the_fix(
 def test_out_of_memory_names_the_settings_to_lower(model_and_prompts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer, prompts = model_and_prompts
     monkeypatch.setattr(type(model), "generate", lambda *_, **__: torch.empty(10**15))
-    with pytest.raises(RunFailed, match="while generating 2 replies at a time. Lower per_device_eval_batch_size"):
+    with pytest.raises(RunFailed, match=r"while generating 2 replies at a time\. Lower per_device_eval_batch_size"):
         generate(model, prompts, tokenizer, config_of(tokenizer), 2, seed=0)
 
 
@@ -232,7 +232,7 @@ def test_a_dataset_without_a_complete_reply_is_reported(tiny_model: Path, tmp_pa
     prompt = AutoTokenizer.from_pretrained(tiny_model).apply_chat_template(question, add_generation_prompt=True)
     keys = {"dataset": None, "eval_dataset": "counting", "do_train": False, "do_predict": True}
     recipe = small_run.make_recipe(tmp_path, tiny_model, **keys, cutoff_len=len(prompt["input_ids"]) + 1)
-    with pytest.raises(RecipeError, match=r"do_predict: no reply ends within cutoff_len \d+. Raise cutoff_len"):
+    with pytest.raises(RecipeError, match=r"do_predict: no reply ends within cutoff_len \d+\. Raise cutoff_len"):
         train(recipe)
 
 
@@ -326,9 +326,7 @@ def test_trackio_has_the_replies_as_a_table(monkeypatch: pytest.MonkeyPatch, tmp
     assert any(b"hi Ada" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_a_one_turn_trajectory_with_masked_results_is_generated_call_by_call(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_one_turn_trajectory_with_masked_results_is_generated_call_by_call(tiny_model: Path, tmp_path: Path) -> None:
     reply = "<think>a</think><python>1</python> <result>\n1\n</result><answer>\\boxed{1}</answer>"
     (tmp_path / "d.json").write_text(json.dumps([{"instruction": "q", "output": reply}]), encoding="utf-8")
     (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8")
