@@ -23,7 +23,7 @@ os.environ.setdefault("USE_LIBUV", "0")
 from .errors import RecipeError, RunFailed, in_one_line, printable, program
 from .recipe import Recipe, read_recipe
 from .recipe.command_line import CommandLine, read_command_line
-from .recipe.help import explain, list_text, usage
+from .recipe.help import explain, usage
 from .recipe.starter import write_starter
 from .report.console import silence_libraries
 from .training.requirements import check_environment, check_inputs
@@ -85,7 +85,6 @@ def _run(argv: Sequence[str]) -> int:
         "help": lambda line: print(explain(line.words) or usage()),
         "version": lambda line: print(f"arpo_trl {__version__}"),
         "env": _print_environment,
-        "list": lambda line: print(printable(list_text())),
         "init": _init,
         "check": _check,
         "preview": _preview,

@@ -27,7 +27,7 @@ from arpo_trl.data.segments import to_segments
 from arpo_trl.data.shipped_templates import shipped_template
 from arpo_trl.data.template import find_template
 from arpo_trl.errors import RecipeError, RowError
-from arpo_trl.recipe.template_names import SHIPPED
+from arpo_trl.recipe.llamafactory import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "templates.md"

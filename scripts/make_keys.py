@@ -19,9 +19,9 @@ from typing import Any, Literal
 from transformers.debug_utils import DebugOption
 from transformers.utils import ExplicitEnum
 
-from arpo_trl.recipe.json_schema import schema_json
 from arpo_trl.recipe.keys import GROUPS, in_words, keys
-from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
+from arpo_trl.recipe.llamafactory import IGNORED, NOT_SUPPORTED, RENAMED
+from arpo_trl.recipe.starter import schema_json
 
 HERE = Path(__file__).resolve().parent.parent
 KEYS_OF_TRL = HERE / "arpo_trl" / "recipe" / "keys_of_trl.py"
@@ -32,12 +32,12 @@ TITLES = {"trl": "TRL's and transformers' own (every other field of SFTConfig)"}
 def keys_md() -> str:
     """The table of all keys, by group, and after it the other names, the keys without effect and the refused ones."""
     known = keys()
-    counts = f"{len(known)} keys with effect, {len(RENAMED)} other names, {len(NO_EFFECT)} accepted without effect"
+    counts = f"{len(known)} keys with effect, {len(RENAMED)} other names, {len(IGNORED)} accepted without effect"
     lines = [
         "# Every key of a recipe",
         "",
         "Written by `python scripts/make_keys.py`; change the code, not this file.",
-        f"{counts}, {len(REFUSED)} refused. `python -m arpo_trl --help KEY` explains one.",
+        f"{counts}, {len(NOT_SUPPORTED)} refused. `python -m arpo_trl --help KEY` explains one.",
         "",
         "- **same**: the field of that name in TRL's `SFTConfig`. **ours**: read by arpo_trl. Otherwise: what it becomes.",
         "- An omitted key means its default: LLaMA-Factory's where LLaMA-Factory has the key. So does null where that is none.",
@@ -52,14 +52,14 @@ def keys_md() -> str:
         ]
         for name, key in known.items():
             if key.group == group:
-                kind = in_words(key.schema, bounds=True)
+                kind = in_words(key.schema)
                 cells = [f"`{name}`", kind, _default(key.default), key.mapping, key.help]
                 lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     lines += ["", "## Other names", "", "| written | means |", "|---|---|"]
     lines += [f"| `{old}` | `{new}` |" for old, new in RENAMED.items()]
-    lines += ["", "## Accepted without effect", "", "Said once when the run starts.", "", *_by_reason(NO_EFFECT)]
+    lines += ["", "## Accepted without effect", "", "Said once when the run starts.", "", *_by_reason(IGNORED)]
     refused = "An error, unless the value is null, false or LLaMA-Factory's default, which ask for nothing."
-    lines += ["", "## Refused", "", refused, "", *_by_reason(REFUSED)]
+    lines += ["", "## Refused", "", refused, "", *_by_reason(NOT_SUPPORTED)]
     return "\n".join(lines) + "\n"
 
 
@@ -89,7 +89,7 @@ def keys_of_trl_py() -> str:
         "class SftKeys(BaseModel):",
     ]
     for found in dataclasses.fields(SFTConfig):
-        if found.name not in ours | RENAMED.keys() | NO_EFFECT.keys() | REFUSED.keys():
+        if found.name not in ours | RENAMED.keys() | IGNORED.keys() | NOT_SUPPORTED.keys():
             default = [] if found.default is dataclasses.MISSING else getattr(found.default, "value", found.default)
             help = " ".join((found.metadata.get("help") or "").replace("%%", "%").split())
             lines.append(f"    {found.name}: {_type_of(found)} = Field(default={default!r}, description={help!r})")

@@ -11,7 +11,7 @@ import yaml
 
 from arpo_trl.__main__ import main
 from arpo_trl.recipe.keys import keys
-from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
+from arpo_trl.recipe.llamafactory import IGNORED, NOT_SUPPORTED, RENAMED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,5 +61,5 @@ def test_every_key_of_llama_factorys_is_counted() -> None:
     fixtures = Path(__file__).parent / "recipe" / "fixtures" / "llama_factory_keys.json"
     found = json.loads(fixtures.read_text(encoding="utf-8"))
     theirs = found["defaults"].keys() | found["other_defaults"].keys()
-    answered = keys().keys() | RENAMED.keys() | NO_EFFECT.keys() | REFUSED.keys()
+    answered = keys().keys() | RENAMED.keys() | IGNORED.keys() | NOT_SUPPORTED.keys()
     assert f"Each of its {len(theirs)} keys" in README and theirs <= answered

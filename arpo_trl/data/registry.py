@@ -230,7 +230,7 @@ def _defaults(formatting: str) -> dict[str, str]:
 def _what_is_wrong(place: str, wrong: ErrorDetails) -> str:
     keys = wrong["loc"]
     schema = Entry.model_json_schema()["properties"][keys[0]] if keys else {"type": "object"}
-    expected = in_words(schema, bounds=True) if len(keys) < 2 else "text"
+    expected = in_words(schema) if len(keys) < 2 else "a string"
     return f"{'.'.join([place, *map(str, keys)])}: expected {expected}, found {excerpt(wrong['input'], EXCERPT)}"
 
 

@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 
 from ..errors import DatasetError, in_one_line
 from ..recipe.keys import Recipe
-from ..recipe.template_names import SHIPPED, THE_TOKENIZERS_OWN, check_template_name
+from ..recipe.llamafactory import SHIPPED, TOKENIZERS_OWN, check_template_name
 from .labels import IGNORED, ExampleConfig, Tokenize, Tokens, carry_loss, to_examples
 from .messages import Conversation
 from .segments import is_written, to_segments
@@ -82,7 +82,7 @@ def _read_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ChatTe
     template = recipe.template
     if template in SHIPPED:
         return shipped_template(template)
-    if template is None or template in THE_TOKENIZERS_OWN:
+    if template is None or template in TOKENIZERS_OWN:
         own: ChatTemplate | None = tokenizer.chat_template
         if own:
             return own

@@ -1,7 +1,7 @@
-"""The words after `arpo-trl` -> this program's own options, the recipe files, and `key=value` overrides.
+"""Command line -> options, recipe files, and `key=value` overrides.
 
-LLaMA-Factory's flags mean what the same lines of a recipe mean: `--key value`, `--key=value`, and `--key` for true.
-argparse reads the options. Flags are read by hand, since argparse would take the recipe in `--bf16 recipe.yaml` or the
+LLaMA-Factory's flags mean the same as the lines of a recipe: `--key value`, `--key=value`, and `--key` for true.
+argparse reads the options. Flags are parsed here, because argparse would take the recipe in `--bf16 recipe.yaml` or the
 override in `--bf16 seed=7` for the flag's value.
 """
 
@@ -15,14 +15,14 @@ from os.path import isfile
 
 from ..errors import RecipeError
 from .keys import keys
-from .llamafactory import NO_EFFECT, REFUSED, RENAMED
+from .llamafactory import IGNORED, NOT_SUPPORTED, RENAMED
 
-OPTIONS = ("check", "verbose", "preview", "help", "list", "init", "env", "version")
+OPTIONS = ("check", "verbose", "preview", "help", "init", "env", "version")
 
 
 @dataclass
 class CommandLine:
-    """`options`: those of `OPTIONS` that are there. `words`: recipe files, and what belongs to an option."""
+    """`options`: those of `OPTIONS` that are set. `words`: recipe files and arguments of options."""
 
     options: set[str]
     words: list[str] = field(default_factory=list)
@@ -33,36 +33,36 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     """Sort the words of a command line.
 
     Raises:
-        RecipeError: an option of this program is given a value, or a key that needs one is given none.
+        RecipeError: an option has a value, or a key that needs one has none.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option in OPTIONS:
         short = {"help": ["-h"], "verbose": ["-v"]}.get(option, [])
         parser.add_argument(f"--{option}", *short, dest="options", action="append_const", const=option, default=[])
     try:
-        own, rest = parser.parse_known_args(argv)
+        parsed, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         option = str(error.argument_name).split("/")[0]
-        raise RecipeError(f"{option}: is an option of arpo_trl and takes no value; no key has that name") from None
-    found = CommandLine(set(own.options))
+        raise RecipeError(f"{option}: an option, not a key; it takes no value") from None
+    line = CommandLine(set(parsed.options))
     if rest[:1] == ["train"] and not isfile("train"):  # as in `llamafactory-cli train RECIPE`
         del rest[0]
     while rest:
         word = rest.pop(0)
         if flag := _FLAG.match(word):
-            found.overrides.append(_flag_to_override(flag["key"].replace("-", "_"), flag["value"], rest))
+            line.overrides.append(_flag_to_override(flag["key"].replace("-", "_"), flag["value"], rest))
         elif "=" in word and not isfile(word):
-            found.overrides.append(word)
+            line.overrides.append(word)
         else:
-            found.words.append(word)
-    return found
+            line.words.append(word)
+    return line
 
 
 _FLAG = re.compile(r"--(?P<key>[A-Za-z_][\w-]*)(=(?P<value>.*))?$", re.DOTALL)
 
 
 def _flag_to_override(key: str, value: str | None, rest: list[str]) -> str:
-    """`key=value`; a value that is a word of its own is taken from `rest`."""
+    """Return `key=value`, taking the value from `rest` if it is a separate word."""
     if value is not None:
         return f"{key}={value}"
     if key.startswith("no_") and not _is_known(key) and _is_bool(key[3:]):
@@ -71,12 +71,12 @@ def _flag_to_override(key: str, value: str | None, rest: list[str]) -> str:
     while rest and _is_value(key, rest[0]) and (not values or "array" in _schema(key)):
         values.append(rest.pop(0))  # --lora_target q_proj v_proj
     if not values and "'string'" in _schema(key) and "'enum'" not in _schema(key) and not _is_bool(key):
-        raise RecipeError(f"--{key}: expected a value after it")
+        raise RecipeError(f"--{key}: expected a value")
     return f"{key}={','.join(values) or 'true'}"
 
 
 def _is_value(key: str, word: str) -> bool:
-    """Whether the word after a flag is its value, not the next flag, an override or the recipe."""
+    """Return whether the word after a flag is its value, not the next flag, an override or the recipe."""
     name, equals, _ = word.partition("=")
     if _FLAG.match(word) or (equals and _is_known(name)):
         return False
@@ -94,4 +94,4 @@ def _is_bool(key: str) -> bool:
 
 
 def _is_known(key: str) -> bool:
-    return any(key in table for table in (keys(), RENAMED, NO_EFFECT, REFUSED))
+    return any(key in table for table in (keys(), RENAMED, IGNORED, NOT_SUPPORTED))

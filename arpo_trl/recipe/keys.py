@@ -315,6 +315,11 @@ class Key(NamedTuple):
     mapping: str
     help: str
 
+    @property
+    def may_be_null(self) -> bool:
+        """Whether null means the default: none, false, or an empty list."""
+        return self.default in (None, []) or self.default is False
+
 
 @functools.cache
 def keys() -> dict[str, Key]:
@@ -331,22 +336,20 @@ def keys() -> dict[str, Key]:
     return table
 
 
-_KINDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+_KINDS = {"integer": "an integer", "number": "a number", "boolean": "true or false", "string": "a string"}
 _KINDS |= {"array": "a list", "object": "a mapping"}
-_BOUNDS = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "of at most"}
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
 
-def in_words(schema: JsonSchemaValue, bounds: bool = False) -> str:
-    """A JSON Schema as a person would say it: `a whole number of tokens`, and with bounds, ` above 0`."""
+def in_words(schema: JsonSchemaValue) -> str:
+    """Return a JSON Schema as text, such as `an integer > 0` or `one of steps, epoch`."""
     if "anyOf" in schema:
-        parts = [part | {"unit": schema.get("unit")} for part in schema["anyOf"] if part != {"type": "null"}]
-        return " or ".join(dict.fromkeys(in_words(part, bounds) for part in parts))
+        return " or ".join(
+            dict.fromkeys(map(in_words, (part for part in schema["anyOf"] if part != {"type": "null"})))
+        )
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
     if "const" in schema:
         return str(schema["const"]).lower()
-    words = _KINDS.get(schema.get("type", ""), "anything")
-    if schema.get("unit"):
-        words += f" of {schema['unit']}"
-    limits = [f" {said} {schema[limit]:.15g}" for limit, said in _BOUNDS.items() if limit in schema]
-    return words + " and".join(limits) if bounds else words
+    bounds = [f"{sign} {schema[limit]:.15g}" for limit, sign in _BOUNDS.items() if limit in schema]
+    return f"{_KINDS.get(schema.get('type', ''), 'anything')} {' and '.join(bounds)}".rstrip()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from .keys import PredictKeys, Recipe
-from .template_names import THE_TOKENIZERS_OWN
+from .llamafactory import TOKENIZERS_OWN
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -60,7 +60,7 @@ def _notices(recipe: Recipe, settled: Recipe) -> Iterator[str]:
         yield f"flash_attn: sdpa; {recipe.flash_attn} needs the package {kernel}, which is not installed"
     if "wandb" in recipe.report_to and wandb_is_disabled():
         yield "report_to: wandb is left out, since WANDB_DISABLED is set"
-    if recipe.template in THE_TOKENIZERS_OWN:
+    if recipe.template in TOKENIZERS_OWN:
         yield f"template: {recipe.template} is not shipped; the tokenizer's own template is used instead"
     defaults = {key: field.default for key, field in PredictKeys.model_fields.items() if "predict" not in key}
     unused = [key for key, default in defaults.items() if getattr(recipe, key) not in (default, False)]

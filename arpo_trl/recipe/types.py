@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from .template_names import check_template_name
+from .llamafactory import check_template_name
 from .yaml_file import shorten
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ from arpo_trl.data.shipped_templates import shipped_template
 from arpo_trl.data.tokenizer import load_tokenizer
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
-from arpo_trl.recipe.template_names import MULTIMODAL
+from arpo_trl.recipe.llamafactory import MULTIMODAL
 
 FIXTURES = sorted((Path(__file__).parents[1] / "recipe" / "fixtures").rglob("*.yaml"))
 WORDS = "red green blue grey pink".split()
@@ -80,7 +80,7 @@ EXAMPLE_FACTS = json.loads(
 )
 EXAMPLES: dict[str, dict[str, Any]] = EXAMPLE_FACTS["examples"]
 REFUSED = {
-    "extras/mod/llama3_full_sft": "mixture_of_depths: LLaMA-Factory 0.9.5 itself fails at it",
+    "extras/mod/llama3_full_sft": "mixture_of_depths: not supported; it fails in LLaMA-Factory 0.9.5 too",
 }
 QUANTIZED = [name for name in EXAMPLES if name.endswith(("_gptq", "_awq", "_aqlm"))]
 RUN = [name for name, keys in EXAMPLES.items() if name not in REFUSED and keys["template"] not in MULTIMODAL]

@@ -43,7 +43,7 @@ MISTAKES = {
     ),
     "a column that is no name": (
         '{"file_name": "d", "columns": {"prompt": 3}}',
-        ["d.columns.prompt: expected text, found 3"],
+        ["d.columns.prompt: expected a string, found 3"],
     ),
     "columns that are no object": (
         '{"file_name": "d", "columns": ["prompt"]}',
@@ -73,22 +73,22 @@ MISTAKES = {
         '{"file_name": "d", "split": "test"}',
         ["d.split: expected train or a part of it, such as train[:100], found 'test'"],
     ),
-    "a file name that is no text": ('{"file_name": 7}', ["d.file_name: expected text, found 7"]),
+    "a file name that is no text": ('{"file_name": 7}', ["d.file_name: expected a string, found 7"]),
     "no source": ('{"formatting": "sharegpt"}', ["d: expected file_name or hf_hub_url, found neither"]),
     "a source of null": ('{"file_name": null}', ["d: expected file_name or hf_hub_url, found neither"]),
     "samples below one": (
         '{"file_name": "d", "num_samples": 0}',
-        ["d.num_samples: expected a whole number above 0, found 0"],
+        ["d.num_samples: expected an integer > 0, found 0"],
     ),
     "samples that are true": (
         '{"file_name": "d", "num_samples": true}',
-        ["d.num_samples: expected a whole number above 0, found true"],
+        ["d.num_samples: expected an integer > 0, found true"],
     ),
     "an entry that is no object": ('"d.json"', ['d: expected a mapping, found "d.json"']),
     "an entry of null": ("null", ["d: expected a mapping, found null"]),
     "two at once": (
         '{"file_name": 7, "split": ["x"]}',
-        ["d.file_name: expected text, found 7", 'd.split: expected text, found ["x"]'],
+        ["d.file_name: expected a string, found 7", 'd.split: expected a string, found ["x"]'],
     ),
 }
 

@@ -23,7 +23,7 @@ from arpo_trl.data.template import find_template, template_of
 from arpo_trl.data.tokenizer import check_parity, load_tokenizer
 from arpo_trl.errors import RecipeError, RowError
 from arpo_trl.recipe import Recipe, read_recipe
-from arpo_trl.recipe.template_names import MULTIMODAL, SHIPPED, THE_TOKENIZERS_OWN, check_template_name
+from arpo_trl.recipe.llamafactory import MULTIMODAL, SHIPPED, TOKENIZERS_OWN, check_template_name
 
 OWN = (
     "{% for m in messages %}<own>{{ m.role }} {{ m.content }}</own>{% endfor %}"
@@ -67,7 +67,7 @@ def test_the_table_of_the_docs_is_what_the_templates_write() -> None:
     assert "\n".join(lines) in text
     assert all("shipped: 4 of 4" in line for line in lines if "shipped" in line)
     assert f"all {len(SHIPPED)} of them" in text
-    assert all(f"`{name}`" in text for name in SHIPPED | THE_TOKENIZERS_OWN)
+    assert all(f"`{name}`" in text for name in SHIPPED | TOKENIZERS_OWN)
 
 
 def test_the_docs_way_to_add_a_templates_tokens_makes_it_run(tmp_path: Path, tiny_model: Path) -> None:
@@ -91,12 +91,12 @@ def test_every_name_of_llama_factorys_is_shipped_or_means_the_tokenizers_own(tmp
     table = tomllib.loads(files("arpo_trl.data").joinpath("templates/names.toml").read_text(encoding="utf-8"))
     assert table.keys() | {"qwen"} == SHIPPED
     assert GOLDEN["templates"].keys() >= SHIPPED
-    assert not SHIPPED & THE_TOKENIZERS_OWN and not MULTIMODAL & (SHIPPED | THE_TOKENIZERS_OWN)
+    assert not SHIPPED & TOKENIZERS_OWN and not MULTIMODAL & (SHIPPED | TOKENIZERS_OWN)
     make_tokenizer().save_pretrained(tmp_path)
     for name in GOLDEN["names"]:
         assert check_template_name(name) is None
         if name not in SHIPPED:
-            assert name in THE_TOKENIZERS_OWN
+            assert name in TOKENIZERS_OWN
             assert load_tokenizer(recipe(tmp_path, template=name)).chat_template == OWN
 
 
@@ -104,9 +104,9 @@ def test_every_name_that_a_release_of_llama_factorys_has_is_known() -> None:
     """The fixture holds the names of its 19 releases read, of its examples and of its repository."""
     facts = Path(__file__).parents[1] / "recipe" / "fixtures" / "llama_factory_templates.json"
     names = json.loads(facts.read_text(encoding="utf-8"))
-    assert {*names["text"]} == SHIPPED | THE_TOKENIZERS_OWN and {*GOLDEN["names"]} <= {*names["text"]}
+    assert {*names["text"]} == SHIPPED | TOKENIZERS_OWN and {*GOLDEN["names"]} <= {*names["text"]}
     assert {*names["multimodal"]} == MULTIMODAL
-    assert all("for images, sound or video" in str(check_template_name(name)) for name in MULTIMODAL)
+    assert all("for images, video or sound" in str(check_template_name(name)) for name in MULTIMODAL)
 
 
 LINES = "model_name_or_path: m\noutput_dir: out\ndo_train: true\ndataset: a\ntemplate: "
@@ -117,11 +117,11 @@ LINES = "model_name_or_path: m\noutput_dir: out\ndo_train: true\ndataset: a\ntem
     [
         (
             "qwn3",
-            "line 5  template: there is no template 'qwn3'; the nearest is qwen3; expected one of LLaMA-Factory's",
+            "line 5  template: unknown template 'qwn3'; did you mean qwen3? Use a LLaMA-Factory name",
         ),
         (
             "qwen2_vl",
-            "line 5  template: qwen2_vl is a template for images, sound or video, which are not trained here;",
+            "line 5  template: qwen2_vl is a template for images, video or sound, which are not supported;",
         ),
     ],
 )

@@ -106,7 +106,6 @@ def test_any_command_line(folder: Path, data: Any) -> None:
         "--preview",
         "--help",
         "-h",
-        "--list",
         "--",
         "",
         "=",

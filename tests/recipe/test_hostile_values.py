@@ -13,7 +13,7 @@ from arpo_trl.errors import LONGEST_LINE, RecipeError
 from arpo_trl.model.sft_config import to_sft_config
 from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import keys
-from arpo_trl.recipe.llamafactory import NO_EFFECT, REFUSED, RENAMED
+from arpo_trl.recipe.llamafactory import IGNORED, NOT_SUPPORTED, RENAMED
 from arpo_trl.recipe.yaml_file import LARGEST_FILE
 from arpo_trl.training.requirements import check_inputs, check_packages
 
@@ -54,7 +54,7 @@ VALUES = {
     "JSON": "'{\"a\": 1}'",
     "half of JSON": "'{'",
 }
-ALL = [*keys(), *RENAMED, *NO_EFFECT, *REFUSED]
+ALL = [*keys(), *RENAMED, *IGNORED, *NOT_SUPPORTED]
 
 
 @pytest.fixture

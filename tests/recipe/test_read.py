@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe, read_recipe
-from arpo_trl.recipe.help import explain, explain_key, list_text, usage
+from arpo_trl.recipe.help import explain, explain_key, usage
 from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.keys_of_trl import OURS_TOO, SftKeys
-from arpo_trl.recipe.llamafactory import HARMLESS, NO_EFFECT, REFUSED, RENAMED
+from arpo_trl.recipe.llamafactory import IGNORED, MULTIMODAL, NO_OP, NOT_SUPPORTED, RENAMED, SHIPPED, TOKENIZERS_OWN
 from arpo_trl.recipe.read import takes_text
-from arpo_trl.recipe.template_names import MULTIMODAL, SHIPPED, THE_TOKENIZERS_OWN
 
 LLAMA_FACTORY = json.loads(
     (Path(__file__).parent / "fixtures" / "llama_factory_keys.json").read_text(encoding="utf-8")
@@ -48,22 +47,22 @@ def problems(folder: Path, text: str, *overrides: str) -> list[str]:
 
 WRONG = [
     # types
-    ("cutoff_len: 4k", "cutoff_len: expected a whole number of tokens, found '4k'"),
-    ("cutoff_len: true", "cutoff_len: expected a whole number of tokens, found true"),
-    ("cutoff_len: 0", "cutoff_len: expected a whole number of tokens above 0, found 0"),
-    ("cutoff_len: null", "cutoff_len: expected a whole number of tokens, found null"),
-    ("per_device_train_batch_size: 2.5", "per_device_train_batch_size: expected a whole number of rows above 0, found 2.5"),
-    ("learning_rate: [1, 2]", "learning_rate: expected a number, found [1, 2]"),
-    ("learning_rate: -1", "learning_rate: expected a number of at least 0, found -1"),
-    ("learning_rate: .inf", "learning_rate: expected a number of at least 0, found inf"),
-    ("learning_rate: fast", "learning_rate: expected a number, found 'fast'"),
+    ("cutoff_len: 4k", "cutoff_len: expected an integer > 0, found '4k'"),
+    ("cutoff_len: true", "cutoff_len: expected an integer > 0, found true"),
+    ("cutoff_len: 0", "cutoff_len: expected an integer > 0, found 0"),
+    ("cutoff_len: null", "cutoff_len: expected an integer > 0, found null"),
+    ("per_device_train_batch_size: 2.5", "per_device_train_batch_size: expected an integer > 0, found 2.5"),
+    ("learning_rate: [1, 2]", "learning_rate: expected a number >= 0, found [1, 2]"),
+    ("learning_rate: -1", "learning_rate: expected a number >= 0, found -1"),
+    ("learning_rate: .inf", "learning_rate: expected a number >= 0, found inf"),
+    ("learning_rate: fast", "learning_rate: expected a number >= 0, found 'fast'"),
     ("bf16: maybe", "bf16: expected true or false, found 'maybe'"),
     ("bf16: 2", "bf16: expected true or false, found 2"),
-    ("warmup_ratio: 1", "warmup_ratio: expected a number of at least 0 and below 1, found 1"),
-    ("lora_dropout: 1.5", "lora_dropout: expected a number of at least 0 and below 1, found 1.5"),
-    ("lora_target: {q: 1}", "lora_target: expected text or a list, found {'q': 1}"),
-    ("interleave_probs: 0.5,half", "interleave_probs: expected a number or text or a list, found '0.5,half'"),
-    ("run_name: [a]", "run_name: expected text, found ['a']"),
+    ("warmup_ratio: 1", "warmup_ratio: expected a number >= 0 and < 1, found 1"),
+    ("lora_dropout: 1.5", "lora_dropout: expected a number >= 0 and < 1, found 1.5"),
+    ("lora_target: {q: 1}", "lora_target: expected a string or a list, found {'q': 1}"),
+    ("interleave_probs: 0.5,half", "interleave_probs: expected a number or a string or a list, found '0.5,half'"),
+    ("run_name: [a]", "run_name: expected a string, found ['a']"),
     ("finetuning_type: vera", "finetuning_type: expected one of full, freeze, lora, oft, found 'vera'"),
     ("quantization_bit: 3", "quantization_bit: expected one of 4, 8, found 3"),
     ("quantization_method: hqq", "quantization_method: expected one of bnb, bitsandbytes, found 'hqq'"),
@@ -75,30 +74,30 @@ WRONG = [
     ("stage: kto", "stage: expected sft, found 'kto'; TRL's KTOTrainer trains on replies that were judged good or bad"),
     ("stage: grpo", "stage: expected sft, found 'grpo'"),
     # beyond what torch and numpy count
-    ("seed: 4294967296", "seed: expected a whole number of at least 0 and below 4294967296, found 4294967296"),
-    ("data_seed: -1", "data_seed: expected a whole number of at least 0 and below 4294967296, found -1"),
+    ("seed: 4294967296", "seed: expected an integer >= 0 and < 4294967296, found 4294967296"),
+    ("data_seed: -1", "data_seed: expected an integer >= 0 and < 4294967296, found -1"),
     ("per_device_train_batch_size: 1180591620717411303424", "per_device_train_batch_size: expected a whole number of at most 2147483647, found 1180591620717411303424"),
     ("max_steps: 1180591620717411303424", "max_steps: expected a whole number of at most 2147483647, found 1180591620717411303424"),
     ("num_train_epochs: 1e300", "num_train_epochs: expected a number of at most 1e15, found 1e+300"),
-    ("num_train_epochs: 1e7", "num_train_epochs: expected a number above 0 and of at most 1000000, found 10000000.0"),
-    ("dataloader_num_workers: -1", "dataloader_num_workers: expected a whole number of at least 0, found -1"),
+    ("num_train_epochs: 1e7", "num_train_epochs: expected a number > 0 and <= 1000000, found 10000000.0"),
+    ("dataloader_num_workers: -1", "dataloader_num_workers: expected an integer >= 0, found -1"),
     # types of SFTConfig's own fields
-    ("save_steps: true", "save_steps: expected a number, found true"),
-    ("save_steps: 0", "save_steps: expected a number above 0, found 0"),
-    ("num_train_epochs: -1", "num_train_epochs: expected a number above 0 and of at most 1000000, found -1"),
+    ("save_steps: true", "save_steps: expected a number > 0, found true"),
+    ("save_steps: 0", "save_steps: expected a number > 0, found 0"),
+    ("num_train_epochs: -1", "num_train_epochs: expected a number > 0 and <= 1000000, found -1"),
     ("eval_steps: true", "eval_steps: expected a number, found true"),
-    ("max_steps: 1.5", "max_steps: expected a whole number, found 1.5"),
+    ("max_steps: 1.5", "max_steps: expected an integer, found 1.5"),
     ("hub_strategy: never", "hub_strategy: expected one of end, every_save, checkpoint, all_checkpoints, found 'never'"),
     ("weight_decay: none", "weight_decay: expected a number, found 'none'"),
     ("lr_scheduler_kwargs: [3]", "lr_scheduler_kwargs: expected a mapping, found [3]"),
     ("lr_scheduler_kwargs: '{a'", "lr_scheduler_kwargs: expected a mapping, found '{a'"),
     ("report_to: wandbb", "report_to: expected none, all, or some of azure_ml, clearml, codecarbon, comet_ml, dagshub, dvclive, flyte, kubeflow, mlflow, neptune, swanlab, tensorboard, trackio, wandb; found 'wandbb'"),
     # names
-    ("warmup_ration: 0.1", "warmup_ration: no such key; the nearest is warmup_ratio"),
-    ("Learning_rate: 1", "Learning_rate: no such key; the nearest is learning_rate"),
-    ("qwertz: 1", "qwertz: no such key; --help all lists them"),
-    ("env: {A: b}", "env: no such key; --help all lists them"),
-    ("use_liger_kernel: true\nenable_liger_kernel: false", "use_liger_kernel: means enable_liger_kernel, which is there too; keep one"),
+    ("warmup_ration: 0.1", "warmup_ration: unknown key; did you mean warmup_ratio?"),
+    ("Learning_rate: 1", "Learning_rate: unknown key; did you mean learning_rate?"),
+    ("qwertz: 1", "qwertz: unknown key; --help all lists all keys"),
+    ("env: {A: b}", "env: unknown key; --help all lists all keys"),
+    ("use_liger_kernel: true\nenable_liger_kernel: false", "use_liger_kernel: an alias of enable_liger_kernel, which is also set; keep one"),
     # YAML
     ("dataset: b", "dataset: already on line 4; keep one"),
     ("seed: !!python/object/apply:os.getpid []", "seed: the tag !!python/object/apply:os.getpid is not read here; write a plain value"),
@@ -109,24 +108,24 @@ WRONG = [
     ("learning_rate: !!float {a: 1}", "learning_rate: expected a plain value"),
     ("lr_scheduler_kwargs: !!map a", "lr_scheduler_kwargs: expected a plain value"),
     ("bf16: !!bool maybe", "bf16: expected a plain value"),
-    ("run_name: ${oc.env:HOME}", "run_name: ${...} is not filled in here; write the value, or give run_name=... after the path"),
+    ("run_name: ${oc.env:HOME}", "run_name: ${...} interpolation is not supported; write the value, or pass run_name=... on the command line"),
     # refused
-    ("hf_hub_token: hf_x", "hf_hub_token: it would be stored beside the model; run `hf auth login` instead"),
-    ("max_length: 512", "max_length: it is a length of generation in LLaMA-Factory and of a row in TRL; write cutoff_len"),
+    ("hf_hub_token: hf_x", "hf_hub_token: not supported; it would be saved with the model. Run `hf auth login` instead"),
+    ("max_length: 512", "max_length: not supported; LLaMA-Factory means a generation length, TRL a row length; use cutoff_len for rows"),
     ("do_predict: true\npredict_with_generate: true", "do_predict: no rows to predict; set eval_dataset or val_size"),
     ("predict_with_generate: true", "predict_with_generate: no rows to predict; set eval_dataset or val_size"),
     ("eval_on_start: true", "eval_on_start: nothing to evaluate on; set eval_dataset or val_size"),
     ("val_size: 0.1\npredict_during_eval: 8", "predict_during_eval: needs do_eval, or eval_strategy: steps or epoch"),
-    ("freeze_language_model: true", "freeze_language_model: only text is trained here"),
-    ("split: all", "split: a dataset's split is named in dataset_info.json"),
-    ("max_source_length: 512", "max_source_length: write cutoff_len, the length of prompt and reply together"),
-    ("mixed_precision: bf16", "mixed_precision: it belongs in the accelerate config (mixed_precision: bf16); in a recipe write bf16: true"),
-    ("swanlab_api_key: k", "swanlab_api_key: it would be stored beside the model; set the environment variable SWANLAB_API_KEY"),
-    ("extra_config: x.json", "extra_config: Megatron is not used here; write what is asked for as keys of this recipe"),
-    ("use_packed_sequences: true", "use_packed_sequences: write packing: true"),
-    ("kt_lora_expert_num: 2", "kt_lora_expert_num: no expert is added to the model; lora_target: all adapts those that it has"),
-    ("ppo_epochs: 2", "ppo_epochs: it belongs to stage ppo, which TRL no longer has; its GRPOTrainer and RLOOTrainer are for reinforcement learning"),
-    ("vllm_maxlen: 8192", "vllm_maxlen: it belongs to an inference server; start that with the saved model"),
+    ("freeze_language_model: true", "freeze_language_model: not supported; only text is trained"),
+    ("split: all", "split: not supported; set the dataset's split in dataset_info.json"),
+    ("max_source_length: 512", "max_source_length: not supported; use cutoff_len, which counts prompt and reply together"),
+    ("mixed_precision: bf16", "mixed_precision: not supported; use bf16: true, or mixed_precision: bf16 in the Accelerate config"),
+    ("swanlab_api_key: k", "swanlab_api_key: not supported; it would be saved with the model. Set the environment variable SWANLAB_API_KEY instead"),
+    ("extra_config: x.json", "extra_config: not supported; use this recipe's own keys instead of Megatron's"),
+    ("use_packed_sequences: true", "use_packed_sequences: not supported; use packing: true"),
+    ("kt_lora_expert_num: 2", "kt_lora_expert_num: not supported; experts are not added to a model; lora_target: all adapts its own experts"),
+    ("ppo_epochs: 2", "ppo_epochs: not supported; it belongs to stage ppo, which TRL has removed; use its GRPOTrainer or RLOOTrainer"),
+    ("vllm_maxlen: 8192", "vllm_maxlen: not supported; it belongs to an inference server; start one with the saved model"),
     # together
     ("val_size: 0.1\neval_dataset: b", "val_size: eval_dataset is there too; keep one"),
     ("val_size: 1.5", "val_size: expected a share or whole rows, found 1.5"),
@@ -157,10 +156,10 @@ WRONG = [
     ("loss_type: nll\nuse_dft_loss: true", "use_dft_loss: loss_type is there too; keep one"),
     ("use_adam_mini: true\nfinetuning_type: lora", "use_adam_mini: needs finetuning_type: full"),
     ("use_badam: true\nfinetuning_type: lora", "use_badam: needs finetuning_type: full"),
-    ("use_badam: true\nbadam_mode: ratio", "badam_mode: BAdam 1.4 saves neither the masks of its ratio mode nor where it is in them; write layer"),
+    ("use_badam: true\nbadam_mode: ratio", "badam_mode: not supported; BAdam 1.4 does not save the state of its ratio mode; use layer"),
     ("use_badam: true\nfp16: true", "fp16: does not go with use_badam; write bf16: true"),
     ("use_badam: true\nbadam_switch_mode: fixed", "badam_switch_mode: fixed needs badam_start_block"),
-    ("badam_switch_interval: -1", "badam_switch_interval: expected a whole number of steps above 0, found -1"),
+    ("badam_switch_interval: -1", "badam_switch_interval: expected an integer > 0, found -1"),
     ("use_llama_pro: true\nfinetuning_type: full", "use_llama_pro: needs finetuning_type: freeze or lora"),
     ("finetuning_type: oft\noft_rank: 8", "oft_rank: one of oft_rank and oft_block_size has to be 0, the other not"),
     ("adapter_name_or_path: a", "adapter_name_or_path: needs finetuning_type: lora (or oft)"),
@@ -188,13 +187,13 @@ def test_a_wrong_recipe_gets_one_line_that_says_what_to_do(tmp_path: Path, lines
 def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = "cutoff_len: 4k\nwarmup_ration: 0.1\nshift_attn: true\noutput_dir: o\nsave_steps: x\n"
     assert problems(tmp_path, text, "lora_rank=a", "seed") == [
-        "line 1    cutoff_len: expected a whole number of tokens, found '4k'",
-        "line 2    warmup_ration: no such key; the nearest is warmup_ratio",
-        "line 3    shift_attn: each token sees all before it; remove the line",
-        "line 5    save_steps: expected a number, found 'x'",
-        "missing   model_name_or_path: every recipe needs it. The base model: a hub id or a local folder.",
+        "line 1    cutoff_len: expected an integer > 0, found '4k'",
+        "line 2    warmup_ration: unknown key; did you mean warmup_ratio?",
+        "line 3    shift_attn: not supported; every token attends to all tokens before it; remove the line",
+        "line 5    save_steps: expected a number > 0, found 'x'",
+        "missing   model_name_or_path: required. The base model: a hub id or a local folder.",
         "override  seed: expected key=value",
-        "override  lora_rank: expected a whole number, found 'a'",
+        "override  lora_rank: expected an integer > 0, found 'a'",
     ]
 
 
@@ -257,7 +256,7 @@ def test_a_missing_recipe_names_those_that_exist(tmp_path: Path, monkeypatch: py
 @settings(max_examples=300, deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from([*keys(), *RENAMED, *NO_EFFECT, *REFUSED, "x"]),
+        st.sampled_from([*keys(), *RENAMED, *IGNORED, *NOT_SUPPORTED, "x"]),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
             lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
@@ -364,15 +363,15 @@ def test_llama_factorys_predict_recipe_is_read_and_is_greedy_unless_it_samples(
 
 
 OTHER_FORMS = [
-    ("model: m\ntrain_dataset: d\npeft_config: {name: lora}\noutput_dir: o\n", "this is LLaMA-Factory's v1 form (model:, train_dataset:, peft_config:), which is not read here; write its usual keys (--help all)"),
-    ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\nexport_dir: out\nexport_size: 5\n", "this is an export recipe of LLaMA-Factory; merge the adapter with: python -m arpo_trl merge a out"),
-    ("model_name_or_path: m\nexport_dir: out\n", "this is an export recipe of LLaMA-Factory without an adapter; a trained model needs no export here"),
-    ("top.model_path: m\ntop.template: qwen\ntrain.dataset: [a]\ntrain.output_dir: o\n", "this is what LLaMA Board saves, no recipe; its button Preview command shows flags, which are read here"),
-    ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\ninfer_backend: huggingface\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python -m arpo_trl chat a"),
-    ("model_name_or_path: m\ntemplate: qwen\ninfer_backend: vllm\nvllm_enforce_eager: true\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python -m arpo_trl chat m"),
-    ("model_name_or_path: m\nstage: sft\ntemplate: qwen\ndo_sample: false\n", "this is a chat or api recipe of LLaMA-Factory, which trains nothing; talk with the model by: python -m arpo_trl chat m"),
-    ("model_name_or_path: 'my model'\nadapter_name_or_path: a b\nexport_dir: the out\n", "this is an export recipe of LLaMA-Factory; merge the adapter with: python -m arpo_trl merge 'a b' 'the out'"),
-    ("model_name_or_path: m\ntask: mmlu_test\ntemplate: qwen\nlang: en\nn_shot: 5\nsave_dir: s\n", "this is a benchmark recipe of LLaMA-Factory; benchmarks are not run here (lm-evaluation-harness runs them)"),
+    ("model: m\ntrain_dataset: d\npeft_config: {name: lora}\noutput_dir: o\n", "LLaMA-Factory's v1 format (model:, train_dataset:, peft_config:) is not supported; use its flat keys (--help all)"),
+    ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\nexport_dir: out\nexport_size: 5\n", "this is a LLaMA-Factory export recipe; to merge the adapter, run: python -m arpo_trl merge a out"),
+    ("model_name_or_path: m\nexport_dir: out\n", "this is a LLaMA-Factory export recipe without an adapter; a trained model needs no export"),
+    ("top.model_path: m\ntop.template: qwen\ntrain.dataset: [a]\ntrain.output_dir: o\n", "LLaMA Board's saved settings are not supported; pass the flags shown by its Preview command button"),
+    ("model_name_or_path: m\nadapter_name_or_path: a\ntemplate: qwen\ninfer_backend: huggingface\n", "this is a LLaMA-Factory chat or API recipe; to chat with the model, run: python -m arpo_trl chat a"),
+    ("model_name_or_path: m\ntemplate: qwen\ninfer_backend: vllm\nvllm_enforce_eager: true\n", "this is a LLaMA-Factory chat or API recipe; to chat with the model, run: python -m arpo_trl chat m"),
+    ("model_name_or_path: m\nstage: sft\ntemplate: qwen\ndo_sample: false\n", "this is a LLaMA-Factory chat or API recipe; to chat with the model, run: python -m arpo_trl chat m"),
+    ("model_name_or_path: 'my model'\nadapter_name_or_path: a b\nexport_dir: the out\n", "this is a LLaMA-Factory export recipe; to merge the adapter, run: python -m arpo_trl merge 'a b' 'the out'"),
+    ("model_name_or_path: m\ntask: mmlu_test\ntemplate: qwen\nlang: en\nn_shot: 5\nsave_dir: s\n", "LLaMA-Factory's benchmark recipes are not supported; use lm-evaluation-harness"),
 ]  # fmt: skip
 
 
@@ -456,7 +455,7 @@ def test_windows_files_are_read(tmp_path: Path) -> None:
 def test_keys_without_effect_are_said_once_by_reason(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "top_p: 0.4\ntemperature: 1\nsave_safetensors: true\n")
     assert read_recipe(path).notices == [
-        f"{path}: save_safetensors: no effect; weights are always saved as safetensors",
+        f"{path}: save_safetensors: ignored; weights are always saved as safetensors",
         f"{path}: temperature, top_p: no effect; do_predict and predict_during_eval generate replies",
     ]
 
@@ -464,7 +463,7 @@ def test_keys_without_effect_are_said_once_by_reason(tmp_path: Path) -> None:
 def test_a_text_recipe_copied_from_one_for_images_is_read_and_says_what_has_no_effect(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "template: qwen\nimage_max_pixels: 262144\nfreeze_vision_tower: false\n")
     assert read_recipe(path).notices == [
-        f"{path}: image_max_pixels, freeze_vision_tower: no effect; only text is trained here"
+        f"{path}: image_max_pixels, freeze_vision_tower: ignored; only text is trained"
     ]
 
 
@@ -479,14 +478,14 @@ def test_keys_of_llama_factorys_older_releases_mean_what_the_newer_ones_mean(tmp
     )
     read = read_recipe(write(tmp_path, GOOD + old))
     assert read.resolved() == read_recipe(write(tmp_path, GOOD + new)).resolved()
-    assert f"{tmp_path / 'r.yaml'}: reserved_label_len: no effect; truncation_mode says what is cut" in read.notices
+    assert f"{tmp_path / 'r.yaml'}: reserved_label_len: ignored; truncation is set by truncation_mode" in read.notices
     assert read_recipe(write(tmp_path, GOOD + "flash_attn: true\n")).resolved()["flash_attn"] in ("fa2", "sdpa")
     assert read_recipe(write(tmp_path, GOOD + "flash_attn: false\n")).flash_attn == "auto"
 
 
 def test_refused_keys_that_ask_for_nothing_pass(tmp_path: Path) -> None:
-    lines = [f"{key}: {json.dumps(value)}" for key, value in HARMLESS.items() if key != "max_length"]
-    lines += [f"{key}: {('null', 'false')[len(key) % 2]}" for key in REFUSED if key not in HARMLESS]
+    lines = [f"{key}: {json.dumps(value)}" for key, value in NO_OP.items() if key != "max_length"]
+    lines += [f"{key}: {('null', 'false')[len(key) % 2]}" for key in NOT_SUPPORTED if key not in NO_OP]
     assert read_recipe(write(tmp_path, GOOD + "\n".join(lines))).notices == []
 
 
@@ -498,26 +497,24 @@ def test_every_key_passes_with_the_default_that_llama_factory_gives_it(tmp_path:
     differs = {*OTHER_DEFAULTS, "do_sample"} - {"finetuning_type"}  # do_sample: greedy is the default here
     assert recipe.model_dump(exclude=differs) == plain.model_dump(exclude=differs)
     (max_length,) = [line for line in recipe.notices if "max_length" in line]
-    assert max_length.endswith(
-        "it is a length of generation in LLaMA-Factory and of a row in TRL; write cutoff_len for rows"
-    )
+    assert max_length.endswith("LLaMA-Factory means a generation length, TRL a row length; use cutoff_len for rows")
 
 
 def test_keys_that_ask_only_for_speed_pass_with_a_line(tmp_path: Path) -> None:
     keys = "use_unsloth use_unsloth_gc use_v1_kernels use_ray upcast_layernorm enable_torch_profiler".split()
     path = write(tmp_path, GOOD + "".join(f"{key}: true\n" for key in keys))
     notices = read_recipe(path).notices
-    assert all(any(key in line.split(": no effect; ")[0] for line in notices) for key in keys) and len(notices) == 5
+    assert all(any(key in line.split(": ignored; ")[0] for line in notices) for key in keys) and len(notices) == 5
 
 
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ("pipeline_model_parallel_size: 4\ntensor_model_parallel_size: 2\ngradient_accumulation_steps: 16", "8 times as many a step; gradient_accumulation_steps: 2 instead of them keeps the batch"),
-        ("pipeline_model_parallel_size: 4\ngradient_accumulation_steps: 6", "4 times as many a step; 1/4 of the GPUs keeps the batch"),
-        ("sequence_parallel_size: 2", "2 times as many a step; 1/2 of the GPUs keeps the batch"),
-        ("expert_model_parallel_size: 2\ncontext_parallel_size: 3", "3 times as many a step; 1/3 of the GPUs keeps the batch"),
-        ("expert_model_parallel_size: 2\nuse_megatron_bridge: true", "2 times as many a step; 1/2 of the GPUs keeps the batch"),
+        ("pipeline_model_parallel_size: 4\ntensor_model_parallel_size: 2\ngradient_accumulation_steps: 16", "8x as many per step; set gradient_accumulation_steps: 2 to keep the batch size"),
+        ("pipeline_model_parallel_size: 4\ngradient_accumulation_steps: 6", "4x as many per step; use 1/4 of the GPUs to keep the batch size"),
+        ("sequence_parallel_size: 2", "2x as many per step; use 1/2 of the GPUs to keep the batch size"),
+        ("expert_model_parallel_size: 2\ncontext_parallel_size: 3", "3x as many per step; use 1/3 of the GPUs to keep the batch size"),
+        ("expert_model_parallel_size: 2\nuse_megatron_bridge: true", "2x as many per step; use 1/2 of the GPUs to keep the batch size"),
         ("expert_model_parallel_size: 2\ntensor_model_parallel_size: 1\nsequence_parallel: true", None),
         ("pipeline_model_parallel_size: 4\nglobal_batch_size: 64", None),
     ],
@@ -526,7 +523,7 @@ def test_gpus_that_would_share_a_row_are_told_of_the_larger_batch(
     tmp_path: Path, lines: str, said: str | None
 ) -> None:
     notices = read_recipe(write(tmp_path, f"{GOOD}{lines}\n")).notices
-    told = [line.split("of its own here, ")[1] for line in notices if "rows of its own" in line]
+    told = [line.split("its own rows here, ")[1] for line in notices if "its own rows here" in line]
     assert told == [said] * (said is not None)
 
 
@@ -576,7 +573,7 @@ OTHER_DEFAULTS = {
 }
 
 
-@pytest.mark.parametrize("key", [key for key in LLAMA_FACTORY["defaults"] if key not in NO_EFFECT])
+@pytest.mark.parametrize("key", [key for key in LLAMA_FACTORY["defaults"] if key not in IGNORED])
 def test_an_omitted_key_means_what_it_means_in_llama_factory(key: str) -> None:
     default = LLAMA_FACTORY["defaults"][key]
     ours = keys()[RENAMED.get(key, key)].default
@@ -593,12 +590,12 @@ def test_an_omitted_key_means_what_it_means_in_llama_factory(key: str) -> None:
 def test_every_key_of_llama_factory_and_every_field_of_sft_config_has_exactly_one_mapping() -> None:
     from trl.trainer.sft_config import SFTConfig
 
-    tables = [set(keys()), set(RENAMED), set(NO_EFFECT), set(REFUSED)]
+    tables = [set(keys()), set(RENAMED), set(IGNORED), set(NOT_SUPPORTED)]
     llama_factorys = [key for part in LLAMA_FACTORY if part != "source" for key in LLAMA_FACTORY[part]]
     for key in [*llama_factorys, *(field.name for field in dataclasses.fields(SFTConfig))]:
         assert sum(key in table for table in tables) == 1, key
     assert set(RENAMED.values()) <= set(keys())
-    assert set(HARMLESS) <= set(REFUSED)
+    assert set(NO_OP) <= set(NOT_SUPPORTED)
 
 
 def test_the_table_of_sft_config_has_its_fields_and_defaults() -> None:
@@ -607,7 +604,7 @@ def test_the_table_of_sft_config_has_its_fields_and_defaults() -> None:
     real = {field.name: field for field in dataclasses.fields(SFTConfig)}
     own = set(Recipe.model_fields) - set(SftKeys.model_fields)
     assert [name for name in real if name in own] == OURS_TOO
-    others = [name for name in real if name not in {*own, *RENAMED, *NO_EFFECT, *REFUSED}]
+    others = [name for name in real if name not in {*own, *RENAMED, *IGNORED, *NOT_SUPPORTED}]
     assert list(SftKeys.model_fields) == others
     for name, field in SftKeys.model_fields.items():
         if real[name].default is not dataclasses.MISSING:
@@ -636,7 +633,7 @@ def run(*arguments: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], f
 def test_a_typo_is_answered_in_under_a_second_without_torch(tmp_path: Path) -> None:
     write(tmp_path, GOOD + "lerning_rate: 1\n")
     done, seconds = run("r.yaml", cwd=tmp_path)
-    assert done.stderr == "r.yaml: 1 problem\n  line 5  lerning_rate: no such key; the nearest is learning_rate\n"
+    assert done.stderr == "r.yaml: 1 problem\n  line 5  lerning_rate: unknown key; did you mean learning_rate?\n"
     assert (done.returncode, done.stdout.strip()) == (2, "")
     assert seconds < 1
 
@@ -684,7 +681,7 @@ def test_chat_and_merge_look_at_their_words_and_folders_before_torch(
     assert seconds < 1
 
 
-@pytest.mark.parametrize("key", [*keys(), *RENAMED, *NO_EFFECT, *REFUSED])
+@pytest.mark.parametrize("key", [*keys(), *RENAMED, *IGNORED, *NOT_SUPPORTED])
 def test_every_key_can_be_explained(key: str) -> None:
     assert explain_key(key).startswith(key)
 
@@ -692,15 +689,15 @@ def test_every_key_can_be_explained(key: str) -> None:
 def test_explaining_a_key_gives_type_default_mapping_and_help() -> None:
     assert explain_key("cutoff_len") == (
         "cutoff_len  (dataset)\n"
-        "  type     a whole number of tokens above 0\n"
+        "  type     an integer > 0\n"
         "  default  2048\n"
         "  mapping  becomes max_length with packing\n"
         "  Longest row; what is beyond is cut."
     )
     assert "  Label smoothing factor to prevent" in explain_key("label_smoothing_factor")  # TRL's help
     listed = set(re.findall(r"[\w.-]+", explain_key("template")))
-    assert listed >= SHIPPED | THE_TOKENIZERS_OWN and not listed & MULTIMODAL
-    with pytest.raises(RecipeError, match=r"^lerning_rate: no such key; the nearest is learning_rate$"):
+    assert listed >= SHIPPED | TOKENIZERS_OWN and not listed & MULTIMODAL
+    with pytest.raises(RecipeError, match=r"^lerning_rate: unknown key; did you mean learning_rate\?$"):
         explain_key("lerning_rate")
 
 
@@ -731,17 +728,6 @@ def test_messages_name_the_program_as_it_was_called(tmp_path: Path, monkeypatch:
     for called, name in (("/x/bin/arpo-trl", "arpo-trl"), ("/x/arpo_trl/__main__.py", "python -m arpo_trl")):
         monkeypatch.setattr(sys, "argv", [called])
         assert all(line.startswith(f"{name} ") for line in usage().splitlines()[:8])
-
-
-def test_the_list_names_recipes_and_datasets(tmp_path: Path) -> None:
-    assert list_text(tmp_path).startswith("no recipe")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "dataset_info.json").write_text('{"a": {}, "b": {}}', encoding="utf-8")
-    write(tmp_path, "# yaml-language-server: $schema=schema.json\n#\n# What it\n# trains. How.\n" + GOOD)
-    assert list_text(tmp_path).splitlines() == [
-        f"{tmp_path / 'r.yaml'}  What it trains.",
-        f"{tmp_path / 'data' / 'dataset_info.json'}  a, b",
-    ]
 
 
 def test_no_key_is_accepted_that_no_code_reads() -> None:

@@ -137,7 +137,7 @@ def test_a_recipe_written_for_llama_factory_is_read_unchanged(path: Path) -> Non
     SCHEMA.validate(given)
     recipe = read_recipe(path)
     config = to_sft_config(read_recipe(path, ["deepspeed=null"]))
-    unread = {key for notice in recipe.notices if "no effect" in notice for key in given if f" {key}" in notice}
+    unread = {key for notice in recipe.notices if "ignored" in notice for key in given if f" {key}" in notice}
     assert unread == given.keys() & {"ray_num_workers", "use_v1_kernels"}  # placement and speed
     assert recipe.dataset == given["dataset"].split(",")
     assert config.learning_rate == float(given.get("learning_rate", 5e-5))
@@ -160,7 +160,7 @@ def test_init_writes_what_a_first_run_needs(
 ) -> None:
     assert main(["--init", "first"]) == 0
     written = [Path(line.removeprefix("wrote ")) for line in capsys.readouterr().out.splitlines()[:-1]]
-    assert [path.name for path in written[:4]] == ["recipe.yaml", "schema.json", "dataset_info.json", "rows.jsonl"]
+    assert [path.name for path in written[:3]] == ["recipe.yaml", "dataset_info.json", "rows.jsonl"]
     for config in (REPOSITORY / "accelerate_configs").glob("*.yaml"):
         assert (tmp_path / "first" / "accelerate_configs" / config.name).read_text("utf-8") == config.read_text(
             "utf-8"
@@ -176,5 +176,5 @@ def test_init_writes_what_a_first_run_needs(
     assert "\\boxed{391}" in capsys.readouterr().out
     os.chdir(tmp_path)
     assert main(["--init", "first"]) == 2
-    assert capsys.readouterr().err.startswith("first/recipe.yaml: is there already; --init FOLDER writes into ")
+    assert capsys.readouterr().err.startswith("first/recipe.yaml: already exists; choose another folder")
     assert main(["--init"]) == 2 and main(["--init", "/dev/null/x"]) == 2

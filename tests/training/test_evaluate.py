@@ -185,7 +185,7 @@ def test_a_model_can_be_evaluated_without_training(
     monkeypatch.delenv("WANDB_MODE")  # nobody is logged in: an evaluation tells no tracker, and needs no login
     assert train(recipe) == 0
     log = (tmp_path / "run" / "training.log").read_text(encoding="utf-8")
-    assert "save_safetensors: no effect" in log and "eval counting loss" in log
+    assert "save_safetensors: ignored" in log and "eval counting loss" in log
     found = json.loads((tmp_path / "run" / "eval_results.json").read_text(encoding="utf-8"))
     expected = json.loads((watched / "eval_results.json").read_text(encoding="utf-8"))
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=0.02)  # saved in bfloat16
