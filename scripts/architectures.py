@@ -1,7 +1,7 @@
-"""Try this package on a small random model of each text family of transformers, and write docs/architectures.md's table.
+"""Try this package on a small random model of each text family of transformers, and write docs/reference/architectures.md's table.
 
     python scripts/architectures.py                   the table, on the terminal
-    python scripts/architectures.py --write           and into docs/architectures.md
+    python scripts/architectures.py --write           and into docs/reference/architectures.md
     python scripts/architectures.py llama gpt_oss     of some families
 
 Every cell is a run of two steps, from a recipe to the saved model. About five minutes on one core.
@@ -30,7 +30,7 @@ from arpo_trl.report.console import silence_libraries
 from arpo_trl.training.train import train
 from arpo_trl.training.trainer_log import read_log
 
-DOCS = Path(__file__).parents[1] / "docs" / "architectures.md"
+DOCS = Path(__file__).parents[1] / "docs" / "reference" / "architectures.md"
 COLUMNS = ("family", "model", "full", "LoRA", "padding_free", "packing", "balancing loss")
 
 BASE: dict[str, Any] = {
@@ -236,7 +236,7 @@ def read_table(text: str) -> dict[str, dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help=f"some of {', '.join(FAMILIES)}")
-    parser.add_argument("--write", action="store_true", help="write the table into docs/architectures.md")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/reference/architectures.md")
     args = parser.parse_args()
     silence_libraries()
     lines = []

@@ -1,4 +1,4 @@
-"""Compare chat templates with what LLaMA-Factory's write and train, and write the table of docs/templates.md.
+"""Compare chat templates with what LLaMA-Factory's write and train, and write the table of docs/reference/templates.md.
 
     python scripts/compare_templates.py
 
@@ -30,7 +30,7 @@ from arpo_trl.errors import RecipeError, RowError
 from arpo_trl.recipe.llamafactory import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs" / "templates.md"
+DOCS = ROOT / "docs" / "reference" / "templates.md"
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "templates.json").read_text(encoding="utf-8"))
 DAY = date(2026, 11, 25)  # on which LLaMA-Factory wrote its dated prompt for tools
 

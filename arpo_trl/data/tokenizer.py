@@ -105,7 +105,7 @@ def _why_no_end(recipe: Recipe, template: Template) -> str:
         return (
             f"{recipe.template} ends a reply with {template.after_reply.strip()!r}, which is no token of this "
             "tokenizer; write one that ends it with the tokenizer's own eos token (template: default), or add the token "
-            "to the tokenizer and the model with the commands in docs/templates.md"
+            "to the tokenizer and the model with the commands in docs/reference/templates.md"
         )
     return (
         f"{recipe.template or 'the one of the tokenizer'} ends no reply with a special token, so the model could not "

@@ -125,7 +125,7 @@ def require_rows_apart(recipe: Recipe, trainer: ArpoTrainer) -> None:
     """Try the model on two rows laid end to end, where the recipe has them so.
 
     Of transformers 5.24's models some build their mask without position_ids, and some carry a state from row to row
-    (https://github.com/huggingface/transformers/issues/39997; docs/architectures.md lists them).
+    (https://github.com/huggingface/transformers/issues/39997; docs/reference/architectures.md lists them).
 
     Raises:
         RecipeError: the second row is predicted otherwise after another first one, or otherwise than alone.

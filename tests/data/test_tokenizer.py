@@ -361,7 +361,7 @@ def test_a_shipped_template_and_a_file_replace_the_tokenizers_own(tmp_path: Path
             {"template": "granite3"},
             "template: granite3 ends a reply with '<|end_of_text|>', which is no token of this tokenizer; write one that "
             "ends it with the tokenizer's own eos token (template: default), or add the token to the tokenizer and the "
-            "model with the commands in docs/templates.md",
+            "model with the commands in docs/reference/templates.md",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""docs/architectures.md says what is measured: every family trains with the plain loss, packs exactly or is refused."""
+"""docs/reference/architectures.md says what is measured: every family trains with the plain loss, packs exactly or is refused."""
 
 from __future__ import annotations
 
