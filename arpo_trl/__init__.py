@@ -1,10 +1,10 @@
-"""Supervised fine-tuning of tool-using chat models from LLaMA-Factory recipes, on Accelerate and TRL.
+"""Train tool-using chat models from LLaMA-Factory recipes, on Accelerate and TRL.
 
     from arpo_trl import read_recipe, train
 
     train(read_recipe("recipes/qwen_toy.yaml", ["max_steps=10"]))
 
-Nothing heavy is imported before it is used: reading a recipe needs no torch.
+torch is imported on first use: reading a recipe does not need it.
 """
 
 from importlib import import_module
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Import what needs torch when it is first used (PEP 562)."""
+    """Import what needs torch on first use (PEP 562)."""
     modules = {"prepare_datasets": ".data.prepare", "train": ".training.train"}
     if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,6 @@
-"""The command line: `arpo-trl [RECIPE] [key=value ...] [--key value ...] [--check | --preview N]`.
+"""Command line: `arpo-trl [RECIPE] [key=value ...] [--key value ...] [--check | --preview N]`.
 
-Turns errors into exit codes: 0 done, 1 the run failed, 2 the user can mend it before training, 130 and 143 stopped by
-Ctrl-C and SIGTERM.
+Exit codes: 0 done, 1 run failed, 2 configuration error, 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from os.path import isfile
 from pathlib import Path
 
-# Windows wheels of torch have no libuv, which its store asks for by default since 2.4 (pytorch/pytorch#139990).
+# torch's store defaults to libuv since 2.4, which torch's Windows wheels lack (pytorch/pytorch#139990).
 os.environ.setdefault("USE_LIBUV", "0")
 
 from .errors import RecipeError, RunFailed, in_one_line, printable, program
@@ -35,19 +34,19 @@ HERE = Path(__file__).parent
 def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # A cp1252 console has no Chinese; it is shown escaped.
+        if isinstance(stream, io.TextIOWrapper):  # a cp1252 console escapes Chinese instead of failing
             stream.reconfigure(errors="backslashreplace")
     try:
         return _run(argv)
     except RecipeError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process has the same to say
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process raises the same error
             print(error, file=sys.stderr)
         return 2
     except RunFailed as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped at once by Ctrl-C", file=sys.stderr)
+        print("interrupted by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
         notes = getattr(error, "__notes__", None)  # where training.log has the traceback
@@ -59,29 +58,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    """Each command imports what it needs: a typo is answered before torch is imported."""
+    """Run a command, which imports what it needs: a typo is reported before torch is imported."""
     silence_libraries()
     if not argv:
         print(usage())
         return 2
-    if argv[0] == "chat" and not isfile("chat"):
-        from .arguments import chat_arguments
-
-        args = chat_arguments(argv[1:])
-        with _collector_waits():
-            from .generate.chat import chat_command
-        chat_command(args)
-        return 0
-    if argv[0] == "merge" and not isfile("merge"):
-        from .arguments import merge_arguments
-
-        args = merge_arguments(argv[1:])
-        with _collector_waits():
-            from .model.merge import merge_command
-        print(merge_command(args))
+    subcommands: dict[str, Callable[[Sequence[str]], None]] = {"chat": _chat, "merge": _merge}
+    if argv[0] in subcommands and not isfile(argv[0]):
+        subcommands[argv[0]](argv[1:])
         return 0
     line = read_command_line(argv)
-    commands: dict[str, Callable[[CommandLine], int | None]] = {
+    options: dict[str, Callable[[CommandLine], None]] = {
         "help": lambda line: print(explain(line.words) or usage()),
         "version": lambda line: print(f"arpo_trl {__version__}"),
         "env": _print_environment,
@@ -89,8 +76,29 @@ def _run(argv: Sequence[str]) -> int:
         "check": _check,
         "preview": _preview,
     }
-    command = next((commands[option] for option in commands if option in line.options), _train)
-    return command(line) or 0
+    for option, command in options.items():
+        if option in line.options:
+            command(line)
+            return 0
+    return _train(line)
+
+
+def _chat(argv: Sequence[str]) -> None:
+    from .arguments import chat_arguments
+
+    args = chat_arguments(argv)
+    with gc_paused():
+        from .generate.chat import chat_command
+    chat_command(args)
+
+
+def _merge(argv: Sequence[str]) -> None:
+    from .arguments import merge_arguments
+
+    args = merge_arguments(argv)
+    with gc_paused():
+        from .model.merge import merge_command
+    print(merge_command(args))
 
 
 def _print_environment(line: CommandLine) -> None:
@@ -103,12 +111,12 @@ def _init(line: CommandLine) -> None:
     if len(line.words) != 1:
         raise RecipeError(f"--init: expected one folder, found {len(line.words)}")
     print("\n".join(f"wrote {path}" for path in write_starter(Path(line.words[0]))))
-    print(f"next: cd {line.words[0]} and {program()} --check recipe.yaml")
+    print(f"next: cd {line.words[0]} && {program()} --check recipe.yaml")
 
 
 def _check(line: CommandLine) -> None:
     recipe = check_environment(_recipe(line))
-    with _collector_waits():
+    with gc_paused():
         from .training.check import check
     check(recipe, verbose="verbose" in line.options)
 
@@ -118,7 +126,7 @@ def _preview(line: CommandLine) -> None:
     if rows:
         line.words.remove(rows)
     recipe = check_inputs(_recipe(line))
-    with _collector_waits():
+    with gc_paused():
         from .report.preview import preview
     preview(recipe, int(rows or 1))
 
@@ -126,16 +134,16 @@ def _preview(line: CommandLine) -> None:
 def _train(line: CommandLine) -> int:
     recipe = check_environment(_recipe(line))
     _stop_with_launcher()
-    with _collector_waits():
+    with gc_paused():
         from .training.train import run
     return run(recipe)
 
 
 @contextlib.contextmanager
-def _collector_waits() -> Iterator[None]:
-    """Import libraries without Python's garbage collector, and let it never look at what they made.
+def gc_paused() -> Iterator[None]:
+    """Import libraries with the garbage collector off, and exclude their objects from later collections.
 
-    That is a million objects, and looking through them again and again is a quarter of the time until the first step.
+    There are a million of them: collecting them again and again takes a quarter of the time until the first step.
     """
     gc.disable()
     try:
@@ -152,15 +160,15 @@ def _recipe(line: CommandLine) -> Recipe:
 
 
 def _describe(error: Exception) -> str:
-    """What a library raised: its kind, its words, and the last line of ours that it passed."""
+    """Return a library's error in one line: its type, its message, and the last line of this package in its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [(Path(frame.filename), frame.lineno) for frame in frames if HERE in Path(frame.filename).parents]
-    location = f" (arpo_trl/{ours[-1][0].relative_to(HERE).as_posix()}:{ours[-1][1]})" if ours else ""
+    lines = [(Path(frame.filename), frame.lineno) for frame in frames if HERE in Path(frame.filename).parents]
+    location = f" (arpo_trl/{lines[-1][0].relative_to(HERE).as_posix()}:{lines[-1][1]})" if lines else ""
     return f"{type(error).__name__}: {in_one_line(error)}{location}"
 
 
 def _stop_with_launcher() -> None:
-    """On Linux, ask for a SIGTERM when the launcher dies: `accelerate launch` does not pass its own on."""
+    """On Linux, request a SIGTERM when the launcher dies, because `accelerate launch` does not forward its own."""
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         import ctypes
 
@@ -170,7 +178,7 @@ def _stop_with_launcher() -> None:
 
 
 def entry() -> None:
-    """The console command `arpo-trl`."""
+    """Run the console command `arpo-trl`."""
     sys.exit(main(sys.argv[1:]))
 
 

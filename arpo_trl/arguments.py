@@ -1,4 +1,4 @@
-"""The words after `arpo-trl chat` and `arpo-trl merge`: read, and the folders looked at, before torch is imported."""
+"""Arguments of `arpo-trl chat` and `arpo-trl merge`. They are parsed and their folders checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -12,70 +12,68 @@ from .errors import RecipeError, RowError
 from .generate.run_python import Limits
 from .machine import nearest_there
 
-CHAT = """Talk with a trained model; where it calls a tool, go on as ARPO rolls out.
+CHAT = """Chat with a trained model. When it calls a tool, you type the tool's result.
 
     arpo-trl chat checkpoints/tiny_cpu                                    until an empty line
     arpo-trl chat checkpoints/tiny_cpu --prompt "Who founded Karamont?"   one question
-    arpo-trl chat checkpoints/tool_calls_demo --tools tools.json          tools as a row's `tools` has them
-    arpo-trl chat checkpoints/tiny_cpu --run-python                       <python> blocks are really run
+    arpo-trl chat checkpoints/tool_calls_demo --tools tools.json          with tools, as in a row's tools column
+    arpo-trl chat checkpoints/tiny_cpu --run-python                       run <python> blocks
 
-After a call you type the tool's result. It is given as a turn, or inside the model's turn, as its training data has it.
+A result is inserted as a turn or inside the model's turn, as in the model's training data.
 """
-MERGE = """Write an adapter and its base as one model, for programs that load whole models only.
+MERGE = """Merge an adapter into its base model, for programs that only load complete models.
 
-OUTPUT is a model folder in the base model's dtype, with the adapter's tokenizer and chat template; its configs stop at
-the tokenizer's end-of-turn token. The sum is taken in float32 and must predict what the adapter predicts; OUTPUT is
-read back.
+OUTPUT is a model folder in the base model's dtype with the adapter's tokenizer and chat template. Its configs stop at
+the tokenizer's end-of-turn token. Weights are added in float32; OUTPUT is read back and must predict what the adapter
+predicts.
 """
 
 
 def chat_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Those of `chat`. Raises RecipeError where the model or a file isn't there."""
+    """Parse the arguments of `chat`. Raises RecipeError if the model or a file is missing."""
     parser = _parser("chat", CHAT)
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder, or an adapter folder")
-    parser.add_argument("--prompt", help="answer this and stop")
-    parser.add_argument("--system", help="the system prompt (default: the chat template's own)")
-    parser.add_argument("--tools", type=read_tools, metavar="FILE.json", help="the tools that the model is told of")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="tokens between two results at most (512)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default): always the likeliest token")
-    parser.add_argument(
-        "--results", choices=("turn", "inside"), help="where results go (default: as in the run's data)"
-    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="model folder or adapter folder")
+    parser.add_argument("--prompt", help="answer one prompt and exit")
+    parser.add_argument("--system", help="system prompt (default: the chat template's)")
+    parser.add_argument("--tools", type=read_tools, metavar="FILE.json", help="tools to offer the model")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="max tokens between two results (512)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature (0: greedy)")
+    parser.add_argument("--results", choices=("turn", "inside"), help="where results go (default: as in training)")
     parser.add_argument("--run-python", action="store_true", help="run <python> blocks on this machine, as you")
-    parser.add_argument("--time-limit", type=float, default=Limits.seconds, help="seconds of a program (20)")
-    parser.add_argument("--memory-limit", type=int, default=Limits.megabytes, help="MB of a program (1024)")
+    parser.add_argument("--time-limit", type=float, default=Limits.seconds, help="seconds per program (20)")
+    parser.add_argument("--memory-limit", type=int, default=Limits.megabytes, help="MB per program (1024)")
     args = parser.parse_args(argv)
     if not (args.max_new_tokens > 0 < args.time_limit and args.memory_limit > 0 <= args.temperature):
-        parser.error("--max-new-tokens, --time-limit and --memory-limit have to be above 0, --temperature 0 or more")
+        parser.error("--max-new-tokens, --time-limit and --memory-limit must be > 0, --temperature >= 0")
     if not (args.model / "tokenizer_config.json").is_file():
-        raise RecipeError(f"{args.model}: no model here; give the output_dir of a finished run")
+        raise RecipeError(f"{args.model}: not a model folder. Use the output_dir of a finished run")
     return args
 
 
 def read_tools(path: str) -> list[Fields] | None:
-    """As training reads a row's `tools`: a list, or the JSON text of one; the template is given the same."""
+    """Read tools as training reads a row's `tools`: a list, or the JSON text of a list."""
     try:
         return to_tools(parse_json(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, RowError) as error:
-        raise RecipeError(f"--tools: {path}: {error}; expected a JSON file with what a row has in `tools`") from None
+        raise RecipeError(f"--tools: {path}: {error}. Use a JSON file with the content of a row's `tools`") from None
 
 
 def merge_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Those of `merge`. Raises RecipeError where a folder is not what it should be."""
+    """Parse the arguments of `merge`. Raises RecipeError if a folder is not what it should be."""
     parser = _parser("merge", MERGE)
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="the output_dir of a LoRA run")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="a folder that is not there yet")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="the base model's if omitted")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="output_dir of a LoRA run")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to create")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the base model's")
     args = parser.parse_args(argv)
     for name in ("adapter_config.json", "tokenizer_config.json"):
         if not (args.adapter / name).is_file():
-            raise RecipeError(f"{args.adapter}: no {name} here; give the output_dir of a LoRA run")
-    there = nearest_there(args.output)
-    if there and (not there.is_dir() or (there == args.output and any(there.iterdir()))):
-        raise RecipeError(f"{there}: not an empty folder; give one that is not there yet")
+            raise RecipeError(f"{args.adapter}: {name} is missing. Use the output_dir of a LoRA run")
+    existing = nearest_there(args.output)
+    if existing and (not existing.is_dir() or (existing == args.output and any(existing.iterdir()))):
+        raise RecipeError(f"{existing}: exists and is not an empty folder. Choose another one")
     return args
 
 
 def _parser(command: str, text: str) -> argparse.ArgumentParser:
-    kind = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=f"arpo-trl {command}", description=text, formatter_class=kind)
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"arpo-trl {command}", description=text, formatter_class=formatter)

@@ -1,6 +1,6 @@
-"""The errors of this package. Their texts are finished: location, what was found, what was expected, the way out.
+"""Errors of this package. Their messages are complete: location, what is wrong (found, expected), and the fix.
 
-`RecipeError` and its kind end in exit code 2, `RunFailed` in 1; a `RowError` ends a row, and the audit says which.
+`RecipeError` and its subclasses end in exit code 2, `RunFailed` in 1. A `RowError` drops a row; the audit lists it.
 """
 
 import re
@@ -8,49 +8,47 @@ import sys
 from pathlib import Path
 
 LONGEST_LINE = 2000  # characters
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def program() -> str:
-    """How this program was called, for a message that names a command."""
+    """Return how this program was called, for messages that show a command."""
     return "arpo-trl" if Path(sys.argv[0]).stem.startswith("arpo-trl") else "python -m arpo_trl"
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal would obey: control characters and marks of writing direction are escaped."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Escape what a terminal would interpret: control characters and marks of writing direction."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def in_one_line(error: BaseException) -> str:
-    """What a library raised, for a line of ours: no more than 500 characters, and its kind where it says nothing."""
+    """Return a library's message as one line of at most 500 characters, or the error's type if it has no message."""
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
-_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
 class RecipeError(Exception):
-    """What a user can mend before training starts."""
+    """A configuration error, reported before training starts."""
 
     def __init__(self, problems: str | list[str]):
         lines = (problems if isinstance(problems, str) else "\n".join(problems)).split("\n")
-        super().__init__(printable("\n".join(map(_without_its_middle, lines))))
+        super().__init__(printable("\n".join(map(_shorten, lines))))
 
 
-def _without_its_middle(line: str) -> str:
-    """A line that names a path or a value of any length stays one that a person reads."""
+def _shorten(line: str) -> str:
+    """Cut the middle out of a line that quotes a very long path or value."""
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
 
 
 class DatasetError(RecipeError):
-    """Data that the user can mend: the registry, a file, or too many of its rows."""
+    """An error in the data: in dataset_info.json, in a file, or in too many rows."""
 
 
 class RowError(Exception):
-    """Why a row can't be used, as the audit gives it."""
+    """The reason why a row can't be used, as listed in the audit."""
 
 
 class RunFailed(Exception):
-    """A run that began and cannot go on."""
+    """A failure after the run has started."""
 
     def __init__(self, problem: str):
         super().__init__(printable(problem))

@@ -16,7 +16,7 @@ import small_run
 
 import arpo_trl
 from arpo_trl import machine, run_folder
-from arpo_trl.__main__ import _collector_waits, main
+from arpo_trl.__main__ import gc_paused, main
 from arpo_trl.errors import RecipeError, in_one_line
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.recipe.command_line import OPTIONS, read_command_line
@@ -43,8 +43,8 @@ def test_the_number_of_rows_may_stand_anywhere(recipe: Path, capsys: pytest.Capt
     assert "greet Bob" in shown[0] and "greet Cy" not in shown[0] and "count to" not in shown[0]
 
 
-def test_the_garbage_collector_waits_for_the_libraries_and_leaves_them_alone() -> None:
-    with pytest.raises(ImportError), _collector_waits():
+def test_the_garbagegc_paused_for_the_libraries_and_leaves_them_alone() -> None:
+    with pytest.raises(ImportError), gc_paused():
         assert not gc.isenabled()
         raise ImportError
     assert gc.isenabled() and gc.get_freeze_count() > 100_000

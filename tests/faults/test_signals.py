@@ -106,7 +106,7 @@ def test_the_second_ctrl_c_stops_at_once(
     """Exit code 130 and nothing saved of the step; the run goes on from the checkpoint before."""
     at_call(monkeypatch, "training_step", 3, send(signal.SIGINT, signal.SIGINT))
     assert main([str(make_recipe())]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "stopped at once by Ctrl-C"
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted by Ctrl-C"
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
 
 

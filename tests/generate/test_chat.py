@@ -119,7 +119,7 @@ def test_tools_that_cannot_be_read_are_named(
         (tmp_path / "tools.json").write_text(text, encoding="utf-8")
     assert main(["chat", str(tiny_model), "--tools", str(tmp_path / "tools.json")]) == 2
     assert re.fullmatch(
-        r"--tools: .*tools\.json: .*; expected a JSON file with what a row has in .*\n", capsys.readouterr().err
+        r"--tools: .*tools\.json: .*\. Use a JSON file with the content of a row.s `tools`\n", capsys.readouterr().err
     )
 
 
@@ -138,7 +138,7 @@ def test_a_limit_that_leaves_nothing_is_refused(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["chat", str(tiny_model), "--prompt", "hi", f"--{option}", value])
-    assert "have to be above 0, --temperature 0 or more" in capsys.readouterr().err
+    assert "must be > 0, --temperature >= 0" in capsys.readouterr().err
 
 
 def test_a_folder_without_weights_or_model_is_named_in_one_line(
@@ -150,7 +150,7 @@ def test_a_folder_without_weights_or_model_is_named_in_one_line(
         r".*run: can't be loaded \(.+\); give the output_dir of a finished run.*\n", capsys.readouterr().err
     )
     assert main(["chat", str(tmp_path)]) == 2
-    assert "no model here; give the output_dir of a finished run" in capsys.readouterr().err
+    assert "not a model folder. Use the output_dir of a finished run" in capsys.readouterr().err
 
 
 # --- where results go ---

@@ -104,12 +104,12 @@ def test_a_base_that_is_not_there_is_named(
 
 def test_folders_are_looked_at_first(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(tmp_path), "merged"]) == 2
-    assert "no adapter_config.json here; give the output_dir of a LoRA run" in capsys.readouterr().err
+    assert "adapter_config.json is missing. Use the output_dir of a LoRA run" in capsys.readouterr().err
     assert main(["merge", str(adapter), str(adapter)]) == 2
-    assert f"{adapter}: not an empty folder; give one that is not there yet" in capsys.readouterr().err
+    assert f"{adapter}: exists and is not an empty folder. Choose another one" in capsys.readouterr().err
     file = adapter / "adapter_config.json"
     assert main(["merge", str(adapter), str(file / "merged")]) == 2
-    assert f"{file}: not an empty folder; give one that is not there yet" in capsys.readouterr().err
+    assert f"{file}: exists and is not an empty folder. Choose another one" in capsys.readouterr().err
 
 
 def test_an_adapters_folder_says_where_its_turns_end(base: Path, tmp_path: Path) -> None:

@@ -668,9 +668,9 @@ def test_help_is_one_screen_in_under_a_second_without_torch(tmp_path: Path) -> N
     [
         ("chat --help", 0, "usage: arpo-trl chat "),
         ("merge --help", 0, "usage: arpo-trl merge "),
-        ("chat nothing", 2, "nothing: no model here; give the output_dir of a finished run"),
+        ("chat nothing", 2, "nothing: not a model folder. Use the output_dir of a finished run"),
         ("chat . --tools t.json", 2, "--tools: t.json: [Errno 2] No such file or directory"),
-        ("merge nothing out", 2, "nothing: no adapter_config.json here; give the output_dir of a LoRA run"),
+        ("merge nothing out", 2, "nothing: adapter_config.json is missing. Use the output_dir of a LoRA run"),
     ],
 )
 def test_chat_and_merge_look_at_their_words_and_folders_before_torch(
