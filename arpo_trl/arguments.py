@@ -9,7 +9,7 @@ from pathlib import Path
 from .data.messages import Fields, to_tools
 from .data.strict_json import parse_json
 from .errors import RecipeError, RowError
-from .generate.run_python import Limits
+from .generate.sandbox import Limits
 from .machine import nearest_there
 
 CHAT = """Chat with a trained model. When it calls a tool, you type the tool's result.

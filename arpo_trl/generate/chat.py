@@ -25,7 +25,7 @@ from ..data.tokenizer import make_tokenize
 from ..errors import RecipeError, RowError, in_one_line
 from ..report.manifest import Results, find_manifest
 from .predict import Model, decode, generation_config
-from .run_python import Limits, run_python
+from .sandbox import Limits, describe_isolation, run_python
 from .tags import TOOL_ENDS, TOOL_TAGS
 
 CALL = re.compile(rf"<({'|'.join(TOOL_TAGS)}|tool_call)>((?:(?!<\1>).)*)</\1>\s*\Z", re.DOTALL)
@@ -143,7 +143,7 @@ def answer(chat: Chat, messages: list[Message], limits: Limits | None, one_quest
             break
         tag, text = call
         if tag == "python" and limits:
-            result = run_python(text, limits)
+            result = str(run_python(text, limits))
             print(f"[result of <python>]\n{result}")
         else:
             print(f"[{tag} would be called here with: {text}]")
@@ -172,7 +172,7 @@ def chat_command(args: argparse.Namespace) -> None:
     chat = load_chat(args)
     limits = Limits(args.time_limit, args.memory_limit) if args.run_python else None
     if limits:
-        print(f"<python> is run on this machine, as you: {limits}; not kept from your files or the network")
+        print(f"python   {describe_isolation(limits)}")
     messages: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
     while text := args.prompt or ask("you: "):
         messages.append({"role": "user", "content": text})

@@ -1,0 +1,280 @@
+"""Run a program that a model wrote, contained as far as this system allows, and commands of the user."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+GUARD = Path(__file__).with_name("guard.py")
+_RUNNER = """
+import sys
+code = sys.stdin.read()
+sys.argv = [""]
+try:
+    exec(compile(code, "<python>", "exec"), {"__name__": "__main__"})
+except Exception as error:
+    import traceback
+    sys.stdout.flush()
+    print(traceback.format_exception_only(error)[-1].strip())
+    sys.stdout.flush()
+    import os
+    os._exit(86)
+"""
+RAISED = 86  # exit code of a program that ended with an exception, which it printed
+DISK_BYTES = 16 << 20
+GRACE = 5.0  # seconds after a limit in which the guard itself has to end
+_CALLS = itertools.count()
+UNUSED_USER = 1_900_000_000  # plus a process id
+
+
+class Isolation(NamedTuple):
+    """How a program is contained; `as_nobody`: root runs it as an unused user."""
+
+    mode: Literal["namespaces", "bubblewrap", "none"]
+    as_nobody: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a tool call: seconds, megabytes of memory, processes, and characters of output."""
+
+    seconds: float = 20
+    megabytes: int = 1024
+    processes: int = 32
+    output: int = 10_000
+
+
+class Outcome(NamedTuple):
+    """What a program printed. `error`: why it failed, or "". `seconds`: wall-clock time."""
+
+    text: str
+    error: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return "\n".join(part for part in (self.text, self.error) if part)
+
+
+def run_python(code: str, limits: Limits) -> Outcome:
+    """Run a program and return what it printed; if it raised, the last line of its traceback is the error."""
+    command = [sys.executable, "-I", "-X", "utf8", "-c", _RUNNER]
+    if sys.platform == "win32":
+        return _run(command, code, limits, _environment(), memory_bytes=limits.megabytes << 20)
+    outcome = _run_guarded(command, code, limits, find_isolation())
+    if outcome.error == f"exit status {RAISED}":
+        printed, _, last = outcome.text.rpartition("\n")
+        return Outcome(printed, last, outcome.seconds)
+    return outcome
+
+
+def run_command(command: Sequence[str], query: str, limits: Limits) -> Outcome:
+    """Run a command of the user, who trusts it: in the current folder, with the user's environment."""
+    return _run(command, query, limits, os.environ, folder=Path())
+
+
+def describe_isolation(limits: Limits) -> str:
+    """Return one line: the limits of a program, and what it can't reach."""
+    numbers = f"{limits.seconds:g} s, {limits.megabytes} MB, {limits.processes} processes"
+    if sys.platform == "win32":
+        return f"{limits.seconds:g} s, {limits.megabytes} MB; not contained: it can use your files and the network"
+    isolation = find_isolation()
+    if isolation.mode != "none":
+        where = "user namespaces" if isolation.mode == "namespaces" else isolation.mode
+        return f"{numbers}; no network, writes only to an empty folder that is deleted ({where}); can read your files"
+    user = "an unused user" if isolation.as_nobody else "you"
+    return f"{numbers}, as {user}; not contained: it can use the network and this user's files (install bubblewrap)"
+
+
+@functools.cache
+def find_isolation() -> Isolation:
+    """Return the strongest isolation that works on this system, found by trying."""
+    if sys.platform == "win32":
+        return Isolation("none")
+    candidates = [Isolation("namespaces")] if sys.platform == "linux" else []
+    candidates += [Isolation("bubblewrap")] if shutil.which("bwrap") else []
+    candidates = [*candidates, Isolation("none")]
+    if os.getuid() == 0:
+        candidates = [found for each in candidates for found in (each._replace(as_nobody=True), each)]
+    for isolation in candidates:
+        with contextlib.suppress(OSError):
+            code = "open('a', 'w').write('1'); print(open('a').read())"
+            outcome = _run_guarded([sys.executable, "-I", "-c", code], "", Limits(seconds=20), isolation)
+            if outcome[:2] == ("1", ""):
+                return isolation
+    return Isolation("none")
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
+
+
+def _run_guarded(command: Sequence[str], text: str, limits: Limits, isolation: Isolation) -> Outcome:
+    user = UNUSED_USER + os.getpid() % 100_000 * 1000 + next(_CALLS) % 1000 if isolation.as_nobody else None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        if user is not None:
+            os.chown(folder, user, user)
+        settings: dict[str, Any] = {
+            "mode": isolation.mode,
+            "user": user,
+            "parent": os.getpid(),
+            "counts_alone": user is not None or isolation.mode == "namespaces",
+            "folder": folder,
+            "seconds": limits.seconds,
+            "memory_bytes": limits.megabytes << 20,
+            "processes": limits.processes,
+            "disk_bytes": DISK_BYTES,
+            "command": list(command),
+        }
+        read, write = os.pipe()
+        settings["status"] = write
+        argv = [sys.executable, "-I", "-S", str(GUARD), json.dumps(settings)]
+        if isolation.mode == "bubblewrap":
+            argv = [*_bubblewrap(folder), *argv]
+        try:
+            environment = _environment() | {"HOME": folder, "TMPDIR": folder}
+            outcome = _run(argv, text, limits, environment, Path(folder), GRACE, status=write)
+            os.set_blocking(read, False)
+            try:
+                ending = os.read(read, 100).decode()
+            except BlockingIOError:  # a process that escaped holds the other end
+                ending = ""
+            if not ending:
+                _kill_marked(folder)
+            return outcome._replace(error=_describe_ending(ending, limits))
+        finally:
+            os.close(read)
+
+
+def _bubblewrap(folder: str) -> list[str]:
+    """Return bwrap's command: no network, processes of its namespace only, everything but the folder read-only."""
+    options = "--unshare-all --die-with-parent --new-session --cap-drop ALL --ro-bind / / --dev /dev --proc /proc"
+    return ["bwrap", *options.split(), "--size", str(DISK_BYTES), "--tmpfs", folder, "--chdir", folder, "--"]
+
+
+def _kill_marked(folder: str) -> None:
+    """Kill every process with this HOME: the guard was killed, so its descendants may have other parents now."""
+    mark = f"HOME={folder}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def _describe_ending(ending: str, limits: Limits) -> str:
+    kind, _, number = ending.partition(" ")
+    descriptions = {
+        "time": f"stopped after {limits.seconds:g} s",
+        "memory": f"stopped: more than {limits.megabytes} MB of memory",
+        "processes": f"stopped: more than {limits.processes} processes",
+        "": "killed",
+    }
+    if kind == "exit":
+        return "" if number == "0" else f"exit status {number}"
+    return f"killed by {signal.Signals(int(number)).name}" if kind == "signal" else descriptions[kind]
+
+
+def _run(
+    command: Sequence[str],
+    text: str,
+    limits: Limits,
+    environment: Mapping[str, str],
+    folder: Path | None = None,
+    grace: float = 0.0,
+    memory_bytes: int | None = None,
+    status: int | None = None,
+) -> Outcome:
+    """Run a process in its own group with this text as standard input; kill the group at the end.
+
+    Args:
+        folder: Where it starts; an empty folder if omitted.
+        grace: Seconds in addition to the limit, for a process that keeps the limit itself.
+        memory_bytes: Limit of a Job object on Windows.
+        status: A file descriptor for the process alone.
+    """
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as own:
+        files = Path(own)
+        (files / "input").write_text(text, encoding="utf-8", errors="replace", newline="")
+        (files / "empty").mkdir()
+        with (files / "input").open("rb") as given, (files / "output").open("wb") as output:
+            error = _wait(command, given, output, limits.seconds + grace, environment, folder or files / "empty",
+                          memory_bytes, status)  # fmt: skip
+        with (files / "output").open("rb") as printed:
+            shown = printed.read(4 * limits.output + 4).decode("utf-8", "replace").strip()
+    if len(shown) > limits.output:
+        shown = f"{shown[: limits.output]}\n(cut after {limits.output} characters)"
+    return Outcome(shown, error, time.monotonic() - began)
+
+
+def _wait(
+    command: Sequence[str],
+    given: IO[bytes],
+    output: IO[bytes],
+    seconds: float,
+    environment: Mapping[str, str],
+    folder: Path,
+    memory_bytes: int | None,
+    status: int | None,
+) -> str:
+    """Start the process, wait for it, kill its group. Return why it failed, or ""."""
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=given,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+            pass_fds=() if status is None else (status,),
+        )
+    finally:
+        if status is not None:
+            os.close(status)
+    job = _to_job(process, memory_bytes) if sys.platform == "win32" else None
+    deadline = time.monotonic() + seconds
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(min(0.25, max(deadline - time.monotonic(), 0.001)))
+                if code < 0:
+                    return f"killed by {signal.Signals(-code).name}"
+                return f"exit status {code}" if code else ""
+            if time.monotonic() > deadline:
+                return f"stopped after {seconds:g} s"
+            if os.fstat(output.fileno()).st_size > DISK_BYTES:
+                return f"stopped: more than {DISK_BYTES >> 20} MB of output"
+    finally:
+        _kill(process, job)
+
+
+def _kill(process: subprocess.Popen[bytes], job: Any) -> None:
+    """End the process and everything in its group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+    if job is not None:
+        job.close()  # ends every process in it
+    process.wait()
+
+
+def _to_job(process: subprocess.Popen[bytes], memory_bytes: int | None) -> Any:
+    """Put a process into a Job object of Windows, which limits memory and ends all processes when it is closed."""
+    from . import windows_job
+
+    return windows_job.Job(int(process._handle), memory_bytes)  # type: ignore[attr-defined]
