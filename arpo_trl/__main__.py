@@ -102,7 +102,7 @@ def _merge(argv: Sequence[str]) -> None:
 
 
 def _print_environment(line: CommandLine) -> None:
-    from .report.environment import environment
+    from .machine import environment
 
     print(environment())
 

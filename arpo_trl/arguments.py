@@ -10,7 +10,7 @@ from .data.messages import Fields, to_tools
 from .data.strict_json import parse_json
 from .errors import RecipeError, RowError
 from .generate.sandbox import Limits
-from .machine import nearest_there
+from .machine import nearest_existing_parent
 
 CHAT = """Chat with a trained model. When it calls a tool, you type the tool's result.
 
@@ -68,7 +68,7 @@ def merge_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("adapter_config.json", "tokenizer_config.json"):
         if not (args.adapter / name).is_file():
             raise RecipeError(f"{args.adapter}: {name} is missing. Use the output_dir of a LoRA run")
-    existing = nearest_there(args.output)
+    existing = nearest_existing_parent(args.output)
     if existing and (not existing.is_dir() or (existing == args.output and any(existing.iterdir()))):
         raise RecipeError(f"{existing}: exists and is not an empty folder. Choose another one")
     return args

@@ -1,78 +1,95 @@
-"""What this machine has: room on the disk, and memory."""
+"""What this machine has: disk space, memory, devices and installed packages."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .errors import RecipeError, RunFailed, in_one_line
+from .version import __version__
+
+PACKAGES = """torch transformers trl accelerate datasets peft tokenizers safetensors huggingface_hub numpy pyarrow pydantic
+    bitsandbytes deepspeed flash_attn liger_kernel""".split()
+
+# --- disk ---
 
 
 def folder_bytes(folder: Path) -> int:
+    """Return the total size of the files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free on the disk of `folder`, which need not be there yet; 0 where there is no such disk."""
-    there = nearest_there(folder)
-    return shutil.disk_usage(there).free if there else 0
+    """Return the bytes free on the disk of `folder`, which need not exist yet; 0 if there is no such disk."""
+    parent = nearest_existing_parent(folder)
+    return shutil.disk_usage(parent).free if parent else 0
 
 
-def nearest_there(path: Path) -> Path | None:
-    """The path, if it is there, or else the nearest folder above it that is; None on a drive that is not there."""
+def nearest_existing_parent(path: Path) -> Path | None:
+    """Return the path if it exists, else its nearest parent that does; None on a drive that does not exist."""
     return next((place for place in (path, *path.absolute().parents) if place.exists()), None)
 
 
 def missing_space(folder: Path, needed: int, what: str) -> str | None:
-    """What to say when the disk of `folder` has less than `needed` bytes free for `what`, else None."""
+    """Return a message if the disk of `folder` has less than `needed` bytes free for `what`, else None."""
     free = free_space(folder)
     if free >= needed:
         return None
     drive = Path(folder.absolute().anchor)
     if not drive.exists():
-        return f"there is no drive {drive}; point output_dir elsewhere"
+        return f"there is no drive {drive}; choose another folder"
     return (
-        f"disk full: {what} needs {needed / 1e9:.3f} GB and {folder} has {free / 1e9:.3f} GB free; free some space, keep "
-        "fewer checkpoints (save_total_limit) or point output_dir elsewhere"
+        f"disk full: {what} needs {needed / 1e9:.3f} GB, and {folder} has {free / 1e9:.3f} GB free; free some space or "
+        "choose another folder"
     )
 
 
-def is_full_disk(error: BaseException) -> bool:
-    """Whether a writer failed for want of room: safetensors, torch and Python each say it in their own words."""
+def describe_write_error(error: Exception) -> str:
+    """Return the error in one line, recognizing a full disk: safetensors, torch and Python each word it differently."""
     # torch.save reports a short write as "unexpected pos 11840 vs 11732"
     signs = ("No space left", "os error 28", "quota exceeded", "PytorchStreamWriter", "unexpected pos")
-    return any(sign in str(error) for sign in signs)
+    is_full = any(sign in str(error) for sign in signs)
+    return f"disk full ({in_one_line(error)})" if is_full else in_one_line(error)
 
 
 @contextlib.contextmanager
-def full_disk_in_a_line() -> Iterator[None]:
-    """Turn a library's error about a full disk into one line.
+def full_disk_as_run_failed() -> Iterator[None]:
+    """Replace a library's error about a full disk.
 
     Raises:
-        RunFailed: with what to do.
+        RunFailed: with how to resume.
     """
     try:
         yield
+    except (RecipeError, RunFailed):
+        raise
     except Exception as error:
-        if isinstance(error, (RecipeError, RunFailed)) or not is_full_disk(error):
+        message = describe_write_error(error)
+        if not message.startswith("disk full"):
             raise
         raise RunFailed(
-            f"disk full ({in_one_line(error)}); free some space and give the same command again: it goes on from the last whole "
-            "checkpoint (with overwrite_output_dir: true, add resume_from_checkpoint=true)"
+            f"{message}; free some space and run the same command again: it resumes from the last complete checkpoint "
+            "(with overwrite_output_dir: true, add resume_from_checkpoint=true)"
         ) from error
 
 
+# --- memory ---
+
+
 def peak_memory() -> int:
-    """Bytes at the peak so far: of the GPU's allocator, or of the process where there is no GPU."""
+    """Return the peak so far in bytes: of the GPU's allocator, or of the process without a GPU."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
-        return 0  # its Python has no `resource`
+        return 0  # Python has no `resource` there
     else:
         import resource
 
@@ -80,32 +97,55 @@ def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def free_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that are free on this machine; on Linux at most what a container or a SLURM job may take."""
-    import psutil  # not above: a wrong recipe is answered without it
+def free_memory() -> int:
+    """Return the bytes of main memory that are free."""
+    import psutil  # not above: a typo in a recipe is reported without it
 
-    free = int(psutil.virtual_memory().available)
-    groups = root / "proc/self/cgroup"
-    for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []:
-        _, controllers, name = line.split(":", 2)  # cgroups(7): version 2 has one group, without controllers
-        group = root / "sys/fs/cgroup" / controllers / name.lstrip("/")
-        for folder in (group, *group.parents):
-            limit = folder / ("memory.limit_in_bytes" if controllers else "memory.max")
-            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-                free = min(free, int(limit.read_text(encoding="utf-8")))
-    return free
+    return int(psutil.virtual_memory().available)
 
 
 def gpu_memory() -> int | None:
-    """Bytes of this process's GPU, or None where there is none."""
+    """Return the bytes of this process's GPU, or None without one."""
     import torch
 
     return torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is a device's, or the CPU allocator's, refusal of memory."""
+    """Return whether `error` says that a device, or the CPU's allocator, is out of memory."""
     import torch
 
     signs = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
+
+
+# --- versions ---
+
+
+def environment() -> str:
+    """Return what a bug report needs (`--env`): versions, devices, system. No paths, host names or variables."""
+    lines = [("arpo_trl", __version__), ("python", platform.python_version())]
+    lines += [("system", f"{platform.platform()}, {os.cpu_count()} CPU cores"), ("device", _devices())]
+    lines += list((dict.fromkeys(PACKAGES, "not installed") | installed_versions(PACKAGES)).items())
+    lines.append(("text", f"{sys.stdout.encoding}, UTF-8 mode {'on' if sys.flags.utf8_mode else 'off'}"))
+    return "\n".join(f"{name:<16} {found}" for name, found in lines)
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those that are installed; a source tree on the path has none."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def _devices() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return str(kind or "CPU only")
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    names = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus)
+    return f"{names}; CUDA {torch.version.cuda or torch.version.hip}"

@@ -24,7 +24,7 @@ from ..errors import RecipeError, RowError
 from ..recipe.keys import PredictKeys, Recipe, keys
 from ..run_folder import MANIFEST, write_json
 from ..version import __version__
-from .environment import installed_versions
+from ..machine import installed_versions
 
 RECIPE_MARK = "# the recipe of this run with every key, written by arpo_trl\n"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")

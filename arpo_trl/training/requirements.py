@@ -21,7 +21,7 @@ from typing import Any
 from ..data.files import check_datasets
 from ..data.registry import select_datasets
 from ..errors import DatasetError, RecipeError
-from ..machine import nearest_there
+from ..machine import nearest_existing_parent
 from ..recipe.keys import Recipe
 from ..recipe.packages import OPTIMIZERS, PACKED
 from ..report.trackers import missing_trackers
@@ -167,7 +167,7 @@ def _no_json_file(path: str) -> str | None:
 
 def _no_folder(path: str) -> str | None:
     try:
-        there = nearest_there(Path(path))
+        there = nearest_existing_parent(Path(path))
     except (OSError, ValueError) as error:
         return f"{path}: no folder can have this name ({getattr(error, 'strerror', None) or error})"
     return f"{path}: expected a folder, and {there} is a file" if there and not there.is_dir() else None

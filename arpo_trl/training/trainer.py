@@ -1,11 +1,12 @@
-"""The places in which TRL's `SFTTrainer` is changed, each with its reason."""
+"""`ArpoTrainer`: TRL's `SFTTrainer` and what is changed in it, each change with its reason."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -26,69 +27,46 @@ from trl.trainer.sft_trainer import SFTTrainer
 from ..errors import RunFailed
 from ..machine import is_out_of_memory
 from ..model.token_scores import Objective, score_labelled_positions_only
-from .checkpoints import checkpoint_bytes, save_checkpoint
-from .failures import describe_not_finite, describe_out_of_memory
+from .checkpoints import CheckpointWriter, checkpoint_bytes
+from .failures import describe_not_finite, describe_out_of_memory, find_sources
 from .loss import Batch, count_tokens, mask_repeated_rows, token_means
 from .order import Endless, EpochOrder
-from .stop import Stopped
+from .signals import Stopped
+from .window import Speed, Window, mfu_per_token
 
 EvalDataset: TypeAlias = str | Dataset | dict[str, Dataset]
 
 
-@dataclass
-class Window:
-    """What is summed up between two lines of the log, over all processes, and counted over the whole run.
-
-    Attributes:
-        loss_sum: Of the updates since the last line.
-        last_logged: The step of the last line.
-        metrics: A value for each micro-batch since the last line.
-        seen_tokens: All tokens of the run so far, padding left out.
-        trained_tokens: Those of them that carry loss.
-    """
-
-    loss_sum: float = 0.0
-    last_logged: int = 0
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    seen_tokens: int = 0
-    trained_tokens: int = 0
-
-
 class _LogFigures(Trainer):
-    """Stands between `SFTTrainer` and `Trainer`, to give a line of the log its figures after TRL has given its own.
+    """Sits between `SFTTrainer` and `Trainer`, to add a log line's figures after TRL has added its own.
 
-    Trainer starts its loss average, and TRL its metrics and its token count, at zero on resume; here they go on.
+    On resume, Trainer resets its average loss, and TRL its metrics and token count; ours continue.
     """
 
     window: Window
-    take_figures: Callable[[], dict[str, float]] | None
+    speed: Speed
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            window = self.window
-            logs["loss"] = window.loss_sum / max(self.state.global_step - window.last_logged, 1)
-            logs |= {name: sum(values) / len(values) for name, values in window.metrics.items()}
-            logs |= {"num_tokens": window.seen_tokens} | (self.take_figures() if self.take_figures else {})
-            window.loss_sum, window.last_logged, window.metrics = 0.0, self.state.global_step, {}
+            logs |= self.window.take(self.state.global_step) | self.speed.take(self.window)
         super().log(logs, start_time)
 
 
 class ArpoTrainer(SFTTrainer, _LogFigures):
-    """`SFTTrainer` whose checkpoints are whole or marked, whose runs resume exactly, and which stops at a NaN.
+    """`SFTTrainer` whose checkpoints are complete or marked, whose runs resume exactly, and which stops at a NaN.
 
-    Its evaluation means over tokens, and keeps no logits. transformers means over batches: a batch of two short replies
-    weighs as much as one of two long ones, and the same model has another loss at another batch size. Here `eval_loss`
-    is the mean of -log p over all labelled tokens of a dataset, whatever the training loss adds to that (DFT, label
-    smoothing, the routers' loss), and `eval_perplexity` is its exponential; `eval_entropy` and
-    `eval_mean_token_accuracy` are over the same tokens. Several datasets have a loss each, as `eval_<name>_loss`, and
-    `eval_loss` is that of all of them together.
+    Evaluation averages over tokens and keeps no logits. transformers averages over batches: a batch of two short replies
+    weighs as much as one of two long ones, so the loss depends on the batch size. Here `eval_loss` is the mean of -log p
+    over all labelled tokens of a dataset, without what the training loss adds (DFT, label smoothing, the routers'
+    loss), and `eval_perplexity` is its exponential; `eval_entropy` and `eval_mean_token_accuracy` are over the same
+    tokens. With several datasets, `eval_<name>_loss` is the loss of each and `eval_loss` that of all of them together.
 
     Args:
         rows: The rows behind the training batches, with columns `input_ids` and `source` ("file:line"), to name the
-            rows of a batch that fails. With packing these are the rows before packing.
-        on_save_error: "stop" ends the run when a checkpoint cannot be written, "continue" goes on without it.
-        objective: The training loss, where TRL has none of its name.
-        reference: The model that it compares with, if it does.
+            rows of a batch that fails. With packing, the rows before packing.
+        on_save_error: "stop" ends the run if a checkpoint can't be written, "continue" continues without it.
+        objective: The training loss, if it is not one of TRL's.
+        reference: The model that `objective` compares with, if any.
         **kwargs: As `trl.SFTTrainer`.
     """
 
@@ -106,19 +84,19 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         **kwargs: Any,
     ) -> None:
         args = copy.copy(args)
-        self.save_total_limit, args.save_total_limit = args.save_total_limit, None  # only whole ones replace others
-        # Trainer would replace a NaN loss by the running average and log 0: the step below raises instead.
+        # Only a complete checkpoint may replace an older one, so that CheckpointWriter deletes instead of Trainer.
+        save_total_limit, args.save_total_limit = args.save_total_limit, None
+        # Trainer would replace a NaN loss by the running average and log 0; training_step raises instead.
         args.logging_nan_inf_filter = False
-        self.window, self.take_figures = Window(), None
+        self.window, self.speed = Window(), Speed()
         text_config = kwargs["model"].config.get_text_config()
         coefficient = getattr(text_config, "router_aux_loss_coef", None)
         super().__init__(args=args, **kwargs)
         if coefficient is not None and not self.aux_loss_enabled:
-            text_config.router_aux_loss_coef = coefficient  # TRL writes 0 where the recipe asks for no such loss
+            text_config.router_aux_loss_coef = coefficient  # TRL sets 0 without router_aux_loss_coef
         self.rows = rows
-        self.on_save_error = on_save_error
         self.batches: list[Batch] = []  # of the update in progress
-        self._sums: list[Tensor] = []  # and what is known of each: see _score
+        self._sums: list[Tensor] = []  # of each batch, see _score
         self.last_batch = ""  # "training batch of 2 x 100 tokens"
         self._eval_sums = torch.zeros(4, dtype=torch.float64)
         self.pending_evaluation = self.has_stepped = False
@@ -128,7 +106,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         if isinstance(self.train_dataset, IterableDataset):
             self.train_dataset = Endless(self.train_dataset)
         model = self.accelerator.unwrap_model(self.model)
-        self.checkpoint_bytes = checkpoint_bytes(model, args)  # until one is measured
+        self.checkpoints = CheckpointWriter(save_total_limit, on_save_error, checkpoint_bytes(model, args))
         model.register_forward_hook(torch.compiler.disable(self._score))
         if objective or self.accelerator.device.type not in ("cuda", "xpu"):
             whole = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -138,7 +116,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
     # --- a step ---
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`; a device without memory ends the run with what to change, a signal with a checkpoint."""
+        """As `Trainer.train`. An out-of-memory error is replaced by one that names the keys to change."""
         try:
             return super().train(*args, **kwargs)
         except Stopped:
@@ -148,13 +126,13 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
             raise
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise RunFailed(describe_out_of_memory(self)) from error
+                raise RunFailed(describe_out_of_memory(self, self.last_batch)) from error
             raise
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
-        """The sampler of the recipe, in an order that a resumed run finds again.
+        """Return the recipe's sampler, in an order that a resumed run repeats.
 
-        Trainer makes it nowhere else: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L1071
+        Trainer creates it nowhere else: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L1071
         """
         sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
         if sampler is None or isinstance(sampler, BatchRebalanceSampler):
@@ -165,21 +143,21 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | int | None]:
-        """The batches of an update, and the number of their labelled tokens on all processes.
+        """Return the batches of an update, and the number of their labelled tokens on all processes.
 
-        No batch once the run is to stop: Trainer asks for the next one before it looks, at the start of a resume.
+        No batch if the run is to stop: at the start of a resume, Trainer asks for one before it checks that.
         """
         if self.control.should_training_stop:
             return [], None
-        batches = map(self._without_repeated_rows, epoch_iterator)  # drawn one by one, and counted after that
+        batches = map(self._without_repeated_rows, epoch_iterator)  # counts their tokens after this
         return super().get_batch_samples(batches, num_batches, device)
 
     def _without_repeated_rows(self, batch: Batch) -> Batch:
-        """Mask the rows that accelerate repeats, on several processes, to fill up an epoch's last batches."""
+        """Mask the rows that accelerate repeats, on several processes, to fill an epoch's last batches."""
         args, rows = self.args, self.train_dataset
         ends = args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader and "labels" in batch
         if ends and not self.shares_rows and isinstance(rows, Dataset) and not args.dataloader_drop_last:
-            # Not the state's `remainder`: accelerate 1.15 does not know it where a resumed run skips batches.
+            # Not gradient_state.remainder: accelerate 1.15 does not set it if a resumed run skips batches.
             remainder = len(rows) % (args.per_device_train_batch_size * args.world_size)
             earlier = args.process_index * args.per_device_train_batch_size
             if remainder:
@@ -187,20 +165,20 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         return batch
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """One forward and backward; a loss that is not finite ends the run by name."""
+        """Run one forward and backward. Raises RunFailed if the loss is not finite."""
         self.batches.append(inputs)
         self.last_batch = f"training batch of {_shape(inputs)} tokens"
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         if not torch.isfinite(loss):
-            raise RunFailed(describe_not_finite(self, "loss", float(loss)))
+            raise self._not_finite("loss", float(loss))
         self._sums[-1] = torch.stack([loss.float(), count_tokens(inputs).to(loss), *self._sums[-1]])
         return loss
 
     def _score(self, model: nn.Module, args: object, output: Any) -> None:
-        """Note entropy, first guesses that are right, and labelled tokens of a training batch: sums over its tokens.
+        """Sum the entropy, the correct first guesses and the labelled tokens of a training batch.
 
-        A hook of the model's forward pass, as TRL's loss hands on its sum alone. Label smoothing asks a second pass for
-        these, activation checkpointing takes none of the whole model: the last pass counts.
+        A forward hook of the model, because TRL's loss returns its sum alone. Label smoothing runs the model a second
+        time for these, so the last pass counts.
         """
         if model.training and hasattr(output, "label_mask"):
             sums = [one.detach().float().sum() for one in (output.entropy, output.is_top1, output.label_mask)]
@@ -210,36 +188,41 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
             self._sums.append(torch.stack(sums))
 
     def end_update(self) -> None:
-        """Add what the batches of an update were to the window, before the optimizer's step; a gradient that is not
-        finite ends the run by name."""
+        """Add the batches of an update to the window, before the optimizer's step.
+
+        Raises:
+            RunFailed: the gradient is not finite.
+        """
         norm = self._gradient_norm()
         sums = torch.stack(self._sums)  # shape (batches, 5 or 6)
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(torch.cat([sums, norm.expand(len(sums), 1)], dim=1))
             sums, norm = sums[:, :-1], sums[0, -1]
-        # Under float16 the scaler meets infinite gradients by design: it skips the step and lowers its scale.
+        # With float16, infinite gradients are expected: the scaler skips the step and lowers its scale.
         if self.accelerator.scaler is None and not math.isfinite(norm):
-            raise RunFailed(describe_not_finite(self, "gradient", float(norm)))
+            raise self._not_finite("gradient", float(norm))
         window = self.window
         for loss, seen, entropy, top1, labelled, *aux in sums.double().tolist():
             window.loss_sum += loss / self.args.world_size
             window.seen_tokens += int(seen)
             window.trained_tokens += int(labelled)
             values = {"entropy": entropy / max(labelled, 1), "mean_token_accuracy": top1 / max(labelled, 1)}
-            if aux:
-                values["aux_loss"] = aux[0] / self.args.world_size
+            values |= {"aux_loss": value / self.args.world_size for value in aux}
             for name, value in values.items():
                 window.metrics.setdefault(name, []).append(value)
         self.has_stepped = True
         self.forget_batches()
 
     def forget_batches(self) -> None:
-        """Drop the batches of the update in progress."""
+        """Forget the batches of the update in progress."""
         self.batches.clear()
         self._sums.clear()
 
+    def _not_finite(self, what: str, value: float) -> RunFailed:
+        return RunFailed(describe_not_finite(self, what, value, find_sources(self.rows, self.batches)))
+
     def _gradient_norm(self) -> Tensor:
-        """Of this process's part of the gradients; only whether it is finite is asked."""
+        """Return the norm of this process's part of the gradients, to check that it is finite."""
         if self.is_deepspeed_enabled:
             engine: Any = self.model_wrapped
             return torch.as_tensor(float(engine.get_global_grad_norm() or 0.0), device=self.args.device)
@@ -258,8 +241,8 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """As `Trainer.evaluate`. The steps after it draw the random numbers that they would have drawn without it."""
-        logged = len(self.state.log_history)
+        """As `Trainer.evaluate`. The steps after it draw the same random numbers as without it."""
+        logged, began = len(self.state.log_history), time.monotonic()
         self.pending_evaluation = True
         try:
             with torch.random.fork_rng(devices=[]):
@@ -268,10 +251,11 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
             del self.state.log_history[logged:]
             raise
         self.pending_evaluation = False
+        self.speed.leave_out(time.monotonic() - began)
         return metrics
 
     def evaluate_pending(self) -> None:
-        """Take the evaluation that a signal had stopped, with all that Trainer does after one.
+        """Repeat the evaluation that a signal stopped, with all that Trainer does after one.
 
         https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L2276 (no public method)
         """
@@ -318,8 +302,8 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         scores = model(**inputs, use_cache=False, fused_lm_head=True)
         parts = (-scores.log_probs, scores.entropy, scores.is_top1, scores.label_mask)
-        # A row per conversation, so that those which fill up the last batch of several processes are dropped again.
-        # (Laid end to end a batch is one row: of several processes, the rows that fill up count twice. So they do where
+        # One row per conversation, so that those which fill the last batch of several processes are dropped again.
+        # (A padding-free batch is one row: with several processes, the rows that fill it count twice. So they do if
         # processes share rows: each has a part of every row, or all have the same.)
         rows = torch.stack([part.float().sum(-1) for part in parts], dim=-1)
         gather = self.accelerator.gather if self.shares_rows else self.accelerator.gather_for_metrics
@@ -328,7 +312,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         return nll / tokens.clamp(min=1)
 
     def evaluate_final_weights(self) -> dict[str, float]:
-        """The metrics of the weights that the run ends with: those in its log, or else of one more evaluation."""
+        """Return the metrics of the final weights: from the log, or else of another evaluation."""
         step = self.state.global_step
         if self.args.load_best_model_at_end and self.state.best_global_step is not None:
             step = self.state.best_global_step
@@ -339,23 +323,23 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
     # --- a checkpoint ---
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        """See checkpoints.py. Trainer has no public method for a save.
+        """Save through `CheckpointWriter`. Trainer has no public method for a save.
 
         https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L3363
         """
-        save_checkpoint(self, lambda: super(ArpoTrainer, self)._save_checkpoint(model, trial))  # type: ignore[no-untyped-call]
+        self.checkpoints.save(self, lambda: super(ArpoTrainer, self)._save_checkpoint(model, trial))  # type: ignore[no-untyped-call]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL writes one into every checkpoint, with base model None for a local path; `train` writes one at the end."""
+        """Do nothing: TRL writes one into every checkpoint, with base model None for a local path. `train` writes ours."""
 
     def save_final_model(self, dtype: torch.dtype | None) -> None:
         """Save the model and tokenizer at the root of `output_dir`, the weights in `dtype` (None: as trained)."""
         model = self.accelerator.unwrap_model(self.model)
         if dtype is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            weights = self.accelerator.get_state_dict(self.model_wrapped)  # every process takes part in the gathering
+            weights = self.accelerator.get_state_dict(self.model_wrapped)  # a collective of all processes
             if self.args.should_save:
-                tied = getattr(model, "all_tied_weights_keys", {})  # gathered, a tied head is a tensor of its own
-                # the half of save_model that writes, for weights that are gathered: transformers 5.24, trainer.py#L4139
+                tied = getattr(model, "all_tied_weights_keys", {})  # gathered, a tied head is a separate tensor
+                # the part of save_model that writes gathered weights: transformers 5.24, trainer.py#L4139
                 self._save(state_dict={name: w.to(dtype) for name, w in weights.items() if name not in tied})
         else:
             if dtype is not None:
@@ -363,9 +347,9 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
             self.save_model()
         if not self.args.should_save:
             return
-        others = ["adapter_*"]  # beside an adapter of an earlier run, from_pretrained would load that one
+        others = ["adapter_*"]  # of an earlier run, which from_pretrained would load
         if isinstance(model, PeftModel):
-            model.generation_config.save_pretrained(self.args.output_dir)  # PEFT leaves its end-of-turn token out
+            model.generation_config.save_pretrained(self.args.output_dir)  # PEFT omits it, with its end-of-turn token
             others = ["model*.safetensors*", "config.json"]
         output_dir = Path(str(self.args.output_dir))
         for path in [path for other in others for path in output_dir.glob(other)]:
@@ -373,9 +357,9 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
 
 
 def _compute_outputs_in_float32(accelerator: Accelerator) -> None:
-    """Under FSDP 2, keep what leaves the model, and the sums of gradients, out of bfloat16.
+    """Under FSDP 2, keep the model's outputs and the sums of gradients in float32.
 
-    accelerate 1.15 rounds each token's log-probability to it (7.68 to 7.6875).
+    accelerate 1.15 rounds each token's log-probability to bfloat16 (7.68 to 7.6875).
     https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/dataclasses.py
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
@@ -388,14 +372,15 @@ def _shape(inputs: Batch) -> str:
     return " x ".join(str(n) for n in inputs["input_ids"].shape)
 
 
-# --- what Trainer forgets when a run is resumed ---
-
-
 class _LogState(TrainerCallback, ExportableState):
-    """Ends each update, and carries the half-finished log line and the token counts through a checkpoint."""
+    """Ends each update, and keeps the unfinished log line and the token counts in checkpoints, as Trainer does not."""
 
     def __init__(self, trainer: ArpoTrainer) -> None:
         self.trainer = trainer
+
+    def on_step_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
+        if not self.trainer.speed.started:
+            self.trainer.speed.start(self.trainer.window, mfu_per_token(self.trainer))
 
     def on_pre_optimizer_step(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         self.trainer.end_update()
@@ -407,30 +392,19 @@ class _LogState(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         args.eval_on_start = args.eval_on_start and not state.global_step
-        # Trainer goes on with the checkpoint's save_steps, eval_steps and logging_steps, whatever the recipe says.
+        # Trainer uses the checkpoint's save_steps, eval_steps and logging_steps instead of the recipe's.
         state.compute_steps(args, state.max_steps)
-        # A checkpoint that LLaMA-Factory or TRL wrote has no entry; Trainer's next save needs one to write into.
+        # A checkpoint written by LLaMA-Factory or TRL has no entry, which Trainer's next save needs.
         callbacks = cast("dict[str, dict[str, Any]]", state.stateful_callbacks)
         saved = dict(callbacks.setdefault(type(self).__name__, {}))
         if state.global_step and saved:
-            self.trainer.window = Window(**{one.name: saved[one.name] for one in fields(Window)})
-            self.trainer.window.metrics.pop("num_tokens", None)  # of a version that kept TRL's token count there
+            self.trainer.window = Window(**{field.name: saved[field.name] for field in fields(Window)})
             self.trainer.pending_evaluation = saved.get("pending_evaluation", False)
         else:
             self.trainer.window.last_logged = state.global_step
-        if state.global_step >= state.max_steps:  # killed in what follows the last step: Trainer would take one more
+        if state.global_step >= state.max_steps:  # killed after the last step: Trainer would take another
             control.should_training_stop = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if not self.trainer.has_stepped:  # the epoch's end came before the checkpoint
+        if not self.trainer.has_stepped:  # the checkpoint was saved after the epoch's end
             control.should_save = control.should_evaluate = control.should_log = False
-
-
-class ResumeEvaluation(TrainerCallback):
-    """Takes the evaluation that a signal had stopped, before the next step. Add it last: the log must have begun."""
-
-    def __init__(self, trainer: ArpoTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
-        self.trainer.evaluate_pending()

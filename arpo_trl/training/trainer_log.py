@@ -1,4 +1,4 @@
-"""trainer_log.jsonl, the loss plot and the progress lines: what is seen of a run while it goes, and read after it."""
+"""trainer_log.jsonl, the loss plot and the progress lines, written during the run."""
 
 from __future__ import annotations
 
@@ -7,18 +7,12 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import torch
-from datasets import Dataset
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl.trainer.utils import compute_flops_per_token, compute_mfu, get_peak_flops
 
-from ..data.audit import token_lengths
-from ..machine import peak_memory
 from ..report.console import log_only, say, start_bar
 from ..report.log_file import (
     LogLine,
@@ -32,49 +26,42 @@ from ..report.log_file import (
 from ..report.loss_plot import plot_loss
 from ..run_folder import write_text
 
-if TYPE_CHECKING:
-    from .trainer import ArpoTrainer
+RENAMED = {"learning_rate", "num_tokens"}  # lr and seen_tokens
 
 
-def remove_progress_bar(trainer: ArpoTrainer) -> None:
+def remove_progress_bar(trainer: Trainer) -> None:
     """Remove transformers' progress bar."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
 
 
 class TrainerLog(TrainerCallback):
-    """Appends a line to trainer_log.jsonl at each log, under LLaMA-Factory's names, and shows it.
+    """Appends a line to trainer_log.jsonl at each log, with LLaMA-Factory's names, and prints it.
 
-    Times are in seconds of this run over all its sessions; `*_per_second` is of the steps since the last line, saving
-    included, evaluation not. A line that cannot be written now is written with the next.
+    Elapsed times cover all sessions of the run; `*_per_second` covers the steps since the last line, with saves and
+    without evaluations. A line that can't be written is written with the next one.
     """
 
-    def __init__(self, trainer: ArpoTrainer, path: Path, plot: bool) -> None:
-        self.trainer, self.path, self.plot = trainer, path, plot
+    def __init__(self, path: Path, plot: bool) -> None:
+        self.path, self.plot = path, plot
         self.bar: tqdm | None = None
+        self._first_step_began: float | None = None
         self._evaluated, self._shown, self._unwritten = 0, "", ""
-        self._eval_began = 0.0
-        self._figures: dict[str, float] = {}
-        trainer.take_figures = self.take_figures  # in the line before a callback sees it: trackers send them, too
 
     def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         earlier = lines_until(read_log(self.path), state)
         self._elapsed_before = run_seconds(earlier)
-        self._began = self._stepping_since = time.monotonic()
+        self._began = time.monotonic()
         self._first_step = state.global_step
-        self._last_time = 0.0
-        self._mfu_per_token = mfu_per_token(self.trainer)
         if state.is_world_process_zero:
-            # Lines after the checkpoint belong to steps that are about to be taken again.
+            # Lines after the checkpoint belong to steps that will be repeated.
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in earlier))
 
     def on_step_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
-        if self._last_time:
+        if self._first_step_began is not None:
             return
-        # Not in on_train_begin: the other callbacks restore the counts there, and print lines.
-        self._last_time = self._stepping_since = time.monotonic()
-        self._last_seen, self._last_trained = self.trainer.window.seen_tokens, self.trainer.window.trained_tokens
-        if state.is_world_process_zero:
+        self._first_step_began = time.monotonic()
+        if state.is_world_process_zero:  # not in on_train_begin, where lines are printed and batches run
             self.bar = start_bar(total=state.max_steps, initial=state.global_step)
 
     def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
@@ -82,28 +69,26 @@ class TrainerLog(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_prediction_step(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
-        self._eval_began = self._eval_began or time.monotonic()
         if self.bar:
             self._evaluated += 1
             self.bar.set_postfix_str(f"evaluating, batch {self._evaluated}", refresh=False)
             self.bar.update(0)
 
     def on_evaluate(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
-        if self._eval_began and self._last_time:
-            self._last_time += time.monotonic() - self._eval_began
-        self._evaluated, self._eval_began = 0, 0.0
+        self._evaluated = 0
         if self.bar:
             self.bar.set_postfix_str(self._shown, refresh=False)
 
     def on_log(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
         logs: LogLine = kwargs["logs"]
-        evaluated = {name: value for name, value in logs.items() if name.startswith("eval_")}
-        if not state.is_world_process_zero or not ("loss" in logs or evaluated):
+        has_evaluation = any(name.startswith("eval_") for name in logs)
+        if not state.is_world_process_zero or not ("loss" in logs or has_evaluation):
             return
         now = time.monotonic()
         elapsed = self._elapsed_before + now - self._began
         steps = state.global_step - self._first_step
-        remaining = (now - self._stepping_since) / steps * (state.max_steps - state.global_step) if steps else 0.0
+        seconds = now - (self._first_step_began or now)
+        remaining = seconds / steps * (state.max_steps - state.global_step) if steps else 0.0
         line: LogLine = {
             "current_steps": state.global_step,
             "total_steps": state.max_steps,
@@ -115,9 +100,7 @@ class TrainerLog(TrainerCallback):
         }
         if "loss" in logs:
             line |= {"loss": logs["loss"], "lr": logs["learning_rate"]}
-            line |= {key: logs.get(key) for key in ("grad_norm", "mean_token_accuracy", "entropy")}
-            line |= self._figures
-        line |= evaluated
+        line |= {name: value for name, value in logs.items() if name not in {*line, *RENAMED}}
         self._write(json.dumps(line) + "\n")
         self._show(line)
 
@@ -131,25 +114,7 @@ class TrainerLog(TrainerCallback):
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(self.path, size)  # half a line
-            say(f"{self.path} could not be written ({error}); the run goes on, and writes the line with the next")
-
-    def take_figures(self) -> dict[str, float]:
-        """What a line has beside loss and learning rate, of the steps since the last line: once for each line."""
-        now, seen, trained = time.monotonic(), self.trainer.window.seen_tokens, self.trainer.window.trained_tokens
-        took = max(now - self._last_time, 1e-9)
-        speed = (seen - self._last_seen) / took
-        figures = {
-            "seen_tokens": seen,
-            "trained_tokens": trained,
-            "tokens_per_second": round(speed, 1),
-            "trained_tokens_per_second": round((trained - self._last_trained) / took, 1),
-            "peak_memory_gb": round(peak_memory() / 1e9, 3),
-        }
-        if self._mfu_per_token:
-            figures["mfu"] = round(speed * self._mfu_per_token, 2)
-        self._last_time, self._last_seen, self._last_trained = now, seen, trained
-        self._figures = figures
-        return figures
+            say(f"{self.path} could not be written ({error}); the line is written with the next one")
 
     def _show(self, line: LogLine) -> None:
         if "loss" in line:
@@ -158,9 +123,8 @@ class TrainerLog(TrainerCallback):
                 figures += f"  MFU {line['mfu']:.0f} %"
         else:
             figures = "  ".join([*describe_evaluation(line), *describe_predictions(line)])
-        text = f"step {line['current_steps']}/{line['total_steps']}  {figures}  "
-        text += str(line["elapsed_time"])
-        if line["current_steps"] > self._first_step:  # before its first step nobody knows, and LLaMA-Factory logs 0
+        text = f"step {line['current_steps']}/{line['total_steps']}  {figures}  {line['elapsed_time']}"
+        if line["current_steps"] > self._first_step:  # unknown before; LLaMA-Factory logs 0
             text += f" < {line['remaining_time']}"
         if self.bar and not self.bar.disable and "loss" in line:
             self._shown = figures
@@ -171,40 +135,9 @@ class TrainerLog(TrainerCallback):
 
     def on_save(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.plot and state.is_world_process_zero:
-            with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report
+            with contextlib.suppress(OSError):  # the checkpoint reports a full disk
                 plot_loss(read_log(self.path), self.path.with_name("training_loss.png"))
 
     def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.bar:
             self.bar.close()
-
-
-# --- figures ---
-
-
-def mfu_per_token(trainer: ArpoTrainer) -> float | None:
-    """Model FLOPs utilisation, in percent, of one token per second; None where the device's peak is not known.
-
-    As in PaLM (https://arxiv.org/abs/2204.02311, appendix B): recomputed activations do not count, attention counts in
-    full. Frozen weights under an adapter have no gradient of their own, a third of the work.
-    """
-    dtype = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else None
-    if trainer.args.device.type != "cuda" or dtype is None or not isinstance(trainer.train_dataset, Dataset):
-        return None
-    peak = get_peak_flops(torch.cuda.get_device_name(trainer.args.device), dtype)
-    if peak is None:
-        return None
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    flops = compute_flops_per_token(model.config.get_text_config(), mean_context(trainer.train_dataset))
-    if any(not p.requires_grad for p in model.parameters()):
-        flops = flops * 2 // 3
-    return float(compute_mfu(flops, 1.0, trainer.args.world_size, peak))
-
-
-def mean_context(dataset: Dataset) -> int:
-    """Tokens in the row of the average token, which is what attention costs: sum(n * n) / sum(n)."""
-    if "seq_lengths" in dataset.column_names:  # packed: several conversations a row
-        n = np.concatenate([np.empty(0, np.int64), *(np.asarray(row, np.int64) for row in dataset["seq_lengths"])])
-    else:
-        n = token_lengths(dataset)
-    return max(round(int((n * n).sum()) / max(int(n.sum()), 1)), 1)

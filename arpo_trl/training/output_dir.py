@@ -1,0 +1,175 @@
+"""The run's output folder: one run at a time, which checkpoint to resume from, and the files written before step 1."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from ..errors import RecipeError
+from ..machine import missing_space
+from ..processes import on_main_process
+from ..recipe.keys import Recipe
+from ..report.manifest import RECIPE_MARK, Manifest, recipe_text
+from ..report.model_card import CARD_MARKS, NOT_FOR_THE_HUB
+from ..run_folder import MANIFEST, checkpoint_step, list_checkpoints, own_path, write_text
+from .checkpoints import add_prefix, find_problem, newest_complete_checkpoint
+from .requirements import refuse_output_dir
+from .trainer import ArpoTrainer
+
+LOCK = ".lock"
+RUN_FILES = f"""{MANIFEST} trainer_log.jsonl training_loss.png train_results.json eval_results.json
+    all_results.json trainer_state.json""".split()
+"""What `overwrite_output_dir: true` deletes besides checkpoints: a run appends to these, or writes them at its end."""
+
+
+# --- one run at a time ---
+
+
+@contextlib.contextmanager
+def own_output_dir(recipe: Recipe) -> Iterator[None]:
+    """Hold the folder's lock in the main process, until that process ends in whatever way.
+
+    The file stays and names its last owner. A folder that can't be written is left to `find_resume_point`.
+
+    Raises:
+        RecipeError: another run holds the lock.
+    """
+    with contextlib.ExitStack() as files:
+
+        def take() -> None:
+            path = Path(recipe.output_dir) / LOCK
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = files.enter_context(path.open("a+", encoding="utf-8"))
+            except OSError:
+                return
+            if not _lock(file):
+                raise recipe.error(
+                    "output_dir", f"{recipe.output_dir} is in use by {_owner(path)}; stop it, or choose another folder"
+                )
+            now = time.strftime("%Y-%m-%d %H:%M:%S%z")
+            with contextlib.suppress(OSError):  # a full disk
+                file.truncate(0)
+                file.write(json.dumps({"host": platform.node(), "pid": os.getpid(), "started": now}) + "\n")
+                file.flush()
+
+        on_main_process(take)
+        yield
+
+
+def _lock(file: IO[str]) -> bool:
+    """Return whether the file could be locked; True on a file system without locks."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(1 << 30)  # on Windows nobody can read the locked byte
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            # Not flock: dataloader workers inherit that, and outlive a killed run by some seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _owner(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        return f"another run (host {owner['host']}, process {owner['pid']}, started {owner['started']})"
+    except (OSError, ValueError, KeyError, TypeError):  # it has just taken the lock
+        return "another run"
+
+
+# --- resume or start over ---
+
+
+def find_resume_point(recipe: Recipe) -> tuple[Path | None, list[str]]:
+    """Return the checkpoint to resume from (None: start from the beginning), and lines to print.
+
+    Checkpoints that can't be used are renamed.
+
+    Raises:
+        RecipeError: the folder is taken or can't be written, or the checkpoint that the recipe names is missing or
+            incomplete.
+    """
+    output_dir, wanted = Path(recipe.output_dir), recipe.resume_from_checkpoint
+    refuse_output_dir(recipe)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise recipe.error("output_dir", f"{output_dir} is not writable ({error.strerror})") from None
+    if isinstance(wanted, str):
+        return _named_checkpoint(recipe, Path(wanted), output_dir)
+    if not wanted and recipe.overwrite_output_dir:
+        return None, []
+    checkpoint, lines = newest_complete_checkpoint(output_dir)
+    if checkpoint is None and wanted:
+        what = f"{output_dir} has no complete checkpoint; remove the line to start over"
+        raise RecipeError([*lines, str(recipe.error("resume_from_checkpoint", what))])
+    return checkpoint, lines
+
+
+def _named_checkpoint(recipe: Recipe, folder: Path, output_dir: Path) -> tuple[Path, list[str]]:
+    if not re.fullmatch(r"checkpoint-\d+", folder.name) or not folder.is_dir():
+        found = ", ".join(str(p) for p in list_checkpoints(folder if folder.is_dir() else output_dir)) or "none"
+        raise recipe.error("resume_from_checkpoint", f"expected a checkpoint-<step> folder, found {folder}; there are: {found}")
+    if problem := find_problem(folder):
+        raise recipe.error(
+            "resume_from_checkpoint", f"{folder} can't be resumed from ({problem}); choose another checkpoint"
+        )
+    others = [p for p in list_checkpoints(output_dir) if p.resolve() != folder.resolve()]
+    newer = [p for p in others if checkpoint_step(p) >= checkpoint_step(folder)]
+    # The next resume would take the newest checkpoint, which is not of this run.
+    return folder, [f"{p} is not older than {folder}; renamed to {add_prefix(p, 'superseded').name}" for p in newer]
+
+
+def clear_earlier_run(output_dir: Path) -> list[str]:
+    """Delete an earlier run's checkpoints and logs for a fresh start. Return a line that names the checkpoints."""
+    folders = list_checkpoints(output_dir)
+    for folder in folders:
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
+    for name in RUN_FILES:
+        (output_dir / name).unlink(missing_ok=True)
+    names = ", ".join(folder.name for folder in folders)
+    return [f"{output_dir}: deleted {names} of the earlier run (overwrite_output_dir: true)"] if folders else []
+
+
+def write_start_files(recipe: Recipe, trainer: ArpoTrainer, manifest: Manifest) -> list[str]:
+    """Write the files that precede the first step. Return a line for each name that a user's own file has.
+
+    Raises:
+        RecipeError: the disk has no space for a checkpoint.
+    """
+    output_dir = Path(recipe.output_dir)
+    if full := missing_space(output_dir, trainer.checkpoints.expected_bytes, "a checkpoint"):
+        raise RecipeError(full)
+    manifest.write(output_dir, "running")
+    marks = {"recipe.yaml": (RECIPE_MARK,), "README.md": CARD_MARKS}
+    paths = {name: own_path(output_dir / name, *texts) for name, texts in marks.items()}
+    write_text(paths["recipe.yaml"], recipe_text(recipe))
+    if trainer.args.push_to_hub:
+        write_text(output_dir / ".gitignore", NOT_FOR_THE_HUB)
+    return [
+        f"{output_dir / name} was not written by a run, and is kept; this run writes {path.name} instead"
+        for name, path in paths.items()
+        if path.name != name
+    ]

@@ -1,0 +1,170 @@
+"""What a run prints at its start (model, device, data, steps, disk, output) and at its end."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import get_model_param_count
+
+from ..data.prepare import PreparedData
+from ..errors import program
+from ..machine import free_space
+from ..recipe.keys import COMMAND_LINE, Recipe
+from ..report.log_file import describe_evaluation, format_seconds, read_log, run_seconds
+from .trainer import ArpoTrainer
+
+
+def start_report(recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, checkpoint: Path | None) -> list[str]:
+    """Return what the run is about to do, so that a mistake in the recipe is noticed before it costs hours."""
+    model, args, writer = trainer.accelerator.unwrap_model(trainer.model), trainer.args, trainer.checkpoints
+    return [
+        *describe_setup(recipe, model, args),
+        *(f"data     {line}" for line in [*data.audit.lines(), *data.notices]),
+        *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
+        f"steps    {describe_steps(args, trainer.state.max_steps, data, recipe.packing)}",
+        f"disk     {describe_disk(args, writer.save_total_limit, writer.expected_bytes)}",
+        f"output   {args.output_dir}{f', resuming from {checkpoint.name}' if checkpoint else ''}",
+    ]
+
+
+def describe_setup(recipe: Recipe, model: PreTrainedModel | PeftModel, args: TrainingArguments) -> list[str]:
+    """Return the model and the device, as a run and `--check` print them."""
+    part = ", text part only" * model.config.model_type.endswith("_text")  # Qwen3.5's, of a file with a vision part
+    return [
+        f"model    {recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}{part}",
+        f"device   {describe_device(args)}",
+        *missing_gpu(recipe),
+    ]
+
+
+def describe_model(model: PreTrainedModel | PeftModel) -> str:
+    """Return the number of parameters, and of trained ones."""
+    total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    if is_deepspeed_zero3_enabled():  # which leaves parameters empty, with their size in an attribute
+        total, trained = get_model_param_count(model), get_model_param_count(model, trainable_only=True)
+    if total == trained:
+        return f"{total:,} parameters, all trained"
+    if getattr(model, "quantization_method", None) in ("gptq", "awq", "aqlm"):  # whose weights are packed
+        return f"{trained:,} parameters trained, on a quantized base"
+    return f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.2g} %)"
+
+
+def precision(model: PreTrainedModel | PeftModel, args: TrainingArguments) -> str:
+    """Return the dtype of the trained weights, and that of the computation."""
+    trained = next((p.dtype for p in model.parameters() if p.requires_grad), model.dtype)
+    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    stored = str(trained).removeprefix("torch.")
+    return f"{stored}, computed in {computed}" if computed and computed != stored else stored
+
+
+def describe_device(args: TrainingArguments) -> str:
+    """Return the name and number of the devices."""
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
+    if args.device.type == "cpu":
+        name += f", {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    visible = torch.cuda.device_count() if args.device.type == "cuda" else 1
+    if args.world_size == 1 and visible > 1:
+        return f"{name}, 1 of {visible} (accelerate launch --config_file accelerate_configs/multi_gpu.yaml uses all)"
+    return name if args.world_size == 1 else f"{args.world_size} x {name}"
+
+
+def missing_gpu(recipe: Recipe) -> list[str]:
+    """Return lines that warn if the recipe or the launcher's config expects a GPU, and torch finds none."""
+    keys = [key for key in ("bf16", "fp16", "pure_bf16") if getattr(recipe, key)]
+    by_config = os.environ.get("ACCELERATE_USE_CPU", "true").lower() == "false"
+    if torch.accelerator.is_available() or not (keys or by_config):
+        return []
+    expects = f"{keys[0]}: true" if keys else "the accelerate config"
+    if torch.version.cuda or torch.version.hip:
+        cause = f"torch {torch.__version__} supports GPUs; does `nvidia-smi` (AMD: `rocm-smi`) list one?"
+    else:
+        cause = (
+            f"torch {torch.__version__} is a CPU build, as pip always installs on Windows; "
+            "https://pytorch.org/get-started/locally shows the right install command"
+        )
+    lines = [f"         training on the CPU, although {expects} expects a GPU: {cause}"]
+    known: dict[str, int] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 or later
+    if keys and "bf16" in keys[0] and known and not any(known[name] for name in known if name.endswith("bf16")):
+        slow = f"{keys[0]}: true is slower than float32 on this CPU, which has no bfloat16 instructions"
+        lines.append(f"         {slow}; set {keys[0]}: false")
+    return lines
+
+
+def describe_steps(args: TrainingArguments, total: int, data: PreparedData, packing: bool) -> str:
+    """Return steps, epochs and the effective batch; no tokens for packed rows, which are not the audit's rows."""
+    steps = f"{total:,}"
+    if args.max_steps <= 0:
+        steps += f": {args.num_train_epochs:g} epoch{'s' * (args.num_train_epochs != 1)}"
+    parts = [
+        (args.per_device_train_batch_size, "per device"),
+        (args.world_size, "devices"),
+        (args.gradient_accumulation_steps, "accumulated"),
+    ]
+    rows = math.prod(n for n, _ in parts)
+    batch = f"{rows:,} row{'s' * (rows > 1)} per step"
+    if sum(n > 1 for n, _ in parts) > 1:
+        batch += f" ({' x '.join(f'{n} {name}' for n, name in parts if n > 1)})"
+    counts = [data.audit.datasets[name] for name in dict.fromkeys(data.trained_on)]
+    kept = sum(c.rows - c.dropped for c in counts)
+    if kept and not packing:
+        batch += f", about {rows * sum(c.tokens for c in counts) / kept:,.0f} tokens"
+    return f"{steps}, {batch}"
+
+
+def describe_disk(args: TrainingArguments, save_total_limit: int | None, checkpoint_bytes: int) -> str:
+    """Return the size of a checkpoint, how many are kept, and the free space."""
+    if args.save_strategy == "no":
+        saved = "no checkpoints"
+    else:
+        kept = f"{save_total_limit} kept" if save_total_limit else "all kept"
+        saved = f"{checkpoint_bytes / 1e9:.2f} GB per checkpoint, {kept}"
+    return f"{saved}; {free_space(Path(str(args.output_dir))) / 1e9:,.1f} GB free"
+
+
+def end_report(
+    recipe: Recipe, state: TrainerState, trained: dict[str, float], evaluated: dict[str, float]
+) -> list[str]:
+    """Return the results, and where they are."""
+    lines = []
+    if state.global_step < state.max_steps:
+        lines.append(f"stopped early at step {state.global_step}: no improvement in {recipe.early_stopping_steps} evaluations")
+    if recipe.load_best_model_at_end and state.best_global_step:
+        lines.append(f"best     step {state.best_global_step}; its weights are the final model")
+    figures = [f"train loss {trained['train_loss']:.4f}", *describe_evaluation(evaluated)]
+    output_dir = Path(recipe.output_dir)
+    log = read_log(output_dir / "trainer_log.jsonl")
+    seconds = max(trained["train_runtime"], run_seconds(log))
+    lines.append(f"done     in {format_seconds(seconds)}: {', '.join(figures)}")
+    files = [name for name in ("README.md", "trainer_log.jsonl", "training_loss.png") if (output_dir / name).exists()]
+    return [*lines, f"model    {recipe.output_dir} (see {', '.join(files)})"]
+
+
+def describe_stop(recipe: Recipe, step: int, signum: int) -> list[str]:
+    """Return at which step a signal stopped the run, and how to resume it."""
+    saved = f"at step {step}, checkpoint saved" if step else "before the first step, nothing to save"
+    if step and not (Path(recipe.output_dir) / f"checkpoint-{step}").is_dir():  # on_save_error: continue
+        saved = f"at step {step}, which could not be saved"
+    return [f"stopped by {signal.Signals(signum).name} {saved}", f"to resume: {resume_command(recipe)}"]
+
+
+def resume_command(recipe: Recipe) -> str:
+    """Return the command that resumes this run. A launcher's own flags are unknown here."""
+    added = ["resume_from_checkpoint=true"] if recipe.overwrite_output_dir or recipe.resume_from_checkpoint else []
+    if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return " ".join(["the same command", *(f"with {override}" for override in added)])
+    words = [a for a in sys.argv[1:] if not a.startswith(("resume_from_checkpoint=", "--resume_from_checkpoint="))]
+    if recipe.path != COMMAND_LINE:
+        words = [recipe.path.as_posix(), *(a for a in words if a != str(recipe.path))]
+    command = [*program().split(), *words, *added]  # the last value of a key wins
+    # cmd.exe has no single quotes; Git Bash needs slashes in paths.
+    return subprocess.list2cmdline(command) if sys.platform == "win32" else shlex.join(command)
