@@ -206,7 +206,7 @@ def test_a_drive_that_is_not_there_has_no_room(recipe: Path, monkeypatch: pytest
     monkeypatch.setattr(Path, "exists", lambda path, **kwargs: False)
     assert machine.free_space(Path("Z:/run")) == 0
     assert str(machine.missing_space(Path("/run"), 1, "a checkpoint")).startswith(
-        "there is no drive /; point output_dir"
+        "there is no drive /; choose another folder"
     )
     assert check_inputs(read_recipe(recipe))  # the drive's own error comes where its room is asked for
 

@@ -21,10 +21,10 @@ from ..data.messages import to_conversation
 from ..data.prepare import PreparedData
 from ..data.registry import select_datasets
 from ..errors import RecipeError, RowError
+from ..machine import installed_versions
 from ..recipe.keys import PredictKeys, Recipe, keys
 from ..run_folder import MANIFEST, write_json
 from ..version import __version__
-from ..machine import installed_versions
 
 RECIPE_MARK = "# the recipe of this run with every key, written by arpo_trl\n"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")

@@ -21,7 +21,7 @@ wandb/
 trackio/
 .lock
 runs/
-damaged-*/
+*-checkpoint-*/
 """
 """The Hub obeys a .gitignore that is uploaded (huggingface_hub: `preupload_lfs_files`, gitignore_content)."""
 

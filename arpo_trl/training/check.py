@@ -31,7 +31,7 @@ from ..run_folder import list_checkpoints
 from .checkpoints import checkpoint_bytes, saved_bytes
 from .requirements import check_device
 from .rows_and_model import check_fit
-from .start_report import describe_setup, describe_steps
+from .start_and_end_report import describe_setup, describe_steps
 
 BINS = 10
 BAR = 40
@@ -90,7 +90,8 @@ def _describe_run(
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
         needed -= sum(folder_bytes(folder) for folder in list_checkpoints(Path(recipe.output_dir)))
     full = missing_space(Path(recipe.output_dir), needed, "the whole run")
-    return lines, recipe.error("output_dir", full) if full else None
+    problem = f"{full}, or keep fewer checkpoints (save_total_limit)" if full else None
+    return lines, recipe.error("output_dir", problem) if problem else None
 
 
 def describe_rows(data: PreparedData, verbose: bool) -> list[str]:

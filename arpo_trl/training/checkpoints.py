@@ -90,13 +90,19 @@ class CheckpointWriter:
             if is_main:
                 self.expected_bytes = _list_files(folder, durable=bool(self.save_total_limit))
 
-        for act in (begin, write, finish):  # each once all processes have finished the one before: the list is complete
+        for act in (
+            begin,
+            write,
+            finish,
+        ):  # each once all processes have finished the one before: the list is complete
             if error := _try_on_all(trainer, act):
                 if is_main and (folder / IN_PROGRESS).exists():
                     shutil.rmtree(folder, ignore_errors=True)
                 message = f"{folder} could not be saved, and was deleted: {describe_write_error(error)}"
                 if self.on_save_error == "stop":
-                    raise RunFailed(f"{message}. Older checkpoints are intact; resume_from_checkpoint=true uses the last")
+                    raise RunFailed(
+                        f"{message}. Older checkpoints are intact; resume_from_checkpoint=true uses the last"
+                    )
                 return say(f"{message}; continuing without it (on_save_error: continue)")
         if is_main:
             best = trainer.state.best_model_checkpoint

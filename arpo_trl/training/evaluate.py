@@ -1,4 +1,4 @@
-"""What is evaluated, in a run and without one; the figures are trainer.py's."""
+"""Evaluation and prediction without training (`do_train: false`). The metrics are computed in trainer.py."""
 
 from __future__ import annotations
 
@@ -19,27 +19,24 @@ from ..recipe.keys import Recipe
 from ..report.console import say
 from ..report.log_file import describe_evaluation, describe_predictions
 from ..run_folder import save_metrics
-from .predict_on_evaluate import PredictOnEvaluate
-from .preflight import require_rows_apart
+from .callbacks import PredictOnEvaluate
+from .preflight import require_separate_rows
 from .rows_and_model import check_fit
 from .trainer import ArpoTrainer
 from .trainer_log import remove_progress_bar
 
 
 def eval_datasets(recipe: Recipe, data: PreparedData) -> Dataset | dict[str, Dataset] | None:
-    """What the trainer is told: a single dataset's metrics go without its name, unless the recipe asks for it."""
+    """Return the trainer's eval_dataset: a single one has no name in its metrics, except with eval_on_each_dataset."""
     if len(data.eval) == 1 and not recipe.eval_on_each_dataset:
         return next(iter(data.eval.values()))
     return data.eval or None
 
 
 def run_without_training(recipe: Recipe, args: SFTConfig) -> None:
-    """Evaluate or predict with a model that is not trained (`do_train: false`). No tracker is told.
-
-    Writes eval_results.json, and what `predict` writes.
-    """
+    """Evaluate or predict without training. Writes eval_results.json and the files of `predict`; logs to no tracker."""
     args.report_to = []
-    refuse_split_model(recipe, is_fsdp=False)  # without an optimizer, FSDP splits nothing: each process has the model
+    refuse_split_model(recipe, is_fsdp=False)  # without an optimizer, FSDP splits nothing
     tokenizer = load_tokenizer(recipe)
     data = prepare_datasets(recipe, tokenizer)
     check_fit(recipe, args, data, tokenizer)
@@ -53,12 +50,12 @@ def run_without_training(recipe: Recipe, args: SFTConfig) -> None:
 
 
 def to_inference(model: nn.Module, saved_dtype: torch.dtype | None) -> None:
-    """Put a model on its device as those who use it load it: in the dtype of its file, and on a CPU in float32.
+    """Move a model to its device, in the dtype of its file; on a CPU, which is slow in bfloat16, in float32.
 
-    A CPU is slow in bfloat16; the weights are the file's either way. An adapter's base stays as it was trained with.
+    An adapter's base keeps its dtype.
     """
     if getattr(model, "quantization_method", None) is not None:
-        return  # it is where bitsandbytes put it
+        return  # bitsandbytes has placed it
     device = PartialState().device
     model.to(device)
     if saved_dtype:
@@ -71,12 +68,12 @@ def _evaluate(
     trainer = ArpoTrainer(
         model=model,
         args=args,
-        train_dataset=next(iter(data.eval.values())),  # TRL asks for one; it is never trained on
+        train_dataset=next(iter(data.eval.values())),  # required by TRL, never trained on
         eval_dataset=eval_datasets(recipe, data),
         processing_class=tokenizer,
     )
     remove_progress_bar(trainer)
-    require_rows_apart(recipe, trainer)
+    require_separate_rows(recipe, trainer)
     if recipe.predict_during_eval:
         trainer.add_callback(PredictOnEvaluate(recipe, trainer, data.eval))
     metrics = trainer.evaluate()

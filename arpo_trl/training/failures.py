@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from datasets import Dataset
+from torch import nn
 from transformers import Trainer
 
 from .loss import Batch, row_starts
@@ -30,16 +31,16 @@ def describe_out_of_memory(trainer: Trainer, batch: str) -> str:
     )
 
 
-def describe_not_finite(trainer: Trainer, what: str, value: float, sources: list[str]) -> str:
-    """Return the step, its rows (`sources`), and the first weight that is not finite, if any."""
-    weight = next((name for name, p in trainer.model.named_parameters() if not p.isfinite().all()), None)
+def describe_not_finite(model: nn.Module, what: str, value: float, sources: list[str]) -> str:
+    """Return the rows of the step (`sources`), and the first weight that is not finite, if any."""
+    weight = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
     cause = (
         f"The model itself is broken: its weight {weight} is not finite"
         if weight
         else "Lower learning_rate, use bf16 instead of fp16, or check these rows"
     )
     return (
-        f"step {trainer.state.global_step + 1}: the {what} is {value}; nothing of this step was saved. "
+        f"the {what} is {value}; nothing of this step was saved. "
         f"Rows in its batch: {', '.join(sources) or 'unknown'}. {cause}"
     )
 

@@ -128,7 +128,9 @@ def find_resume_point(recipe: Recipe) -> tuple[Path | None, list[str]]:
 def _named_checkpoint(recipe: Recipe, folder: Path, output_dir: Path) -> tuple[Path, list[str]]:
     if not re.fullmatch(r"checkpoint-\d+", folder.name) or not folder.is_dir():
         found = ", ".join(str(p) for p in list_checkpoints(folder if folder.is_dir() else output_dir)) or "none"
-        raise recipe.error("resume_from_checkpoint", f"expected a checkpoint-<step> folder, found {folder}; there are: {found}")
+        raise recipe.error(
+            "resume_from_checkpoint", f"expected a checkpoint-<step> folder, found {folder}; there are: {found}"
+        )
     if problem := find_problem(folder):
         raise recipe.error(
             "resume_from_checkpoint", f"{folder} can't be resumed from ({problem}); choose another checkpoint"

@@ -144,7 +144,9 @@ def _rows_are_separate(trainer: ArpoTrainer) -> bool:
 
     def log_probs(*rows: list[int]) -> torch.Tensor:
         ids = [token for tokens in rows for token in tokens]
-        batch = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": [len(tokens) for tokens in rows]}])
+        batch = trainer.data_collator(
+            [{"input_ids": ids, "labels": ids, "seq_lengths": [len(tokens) for tokens in rows]}]
+        )
         batch = {name: value for name, value in send_to_device(batch, args.device).items() if name != "labels"}
         with torch.no_grad(), trainer.compute_loss_context_manager():
             logits: torch.Tensor = model(**batch, use_cache=False).logits

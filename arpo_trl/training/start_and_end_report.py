@@ -137,7 +137,9 @@ def end_report(
     """Return the results, and where they are."""
     lines = []
     if state.global_step < state.max_steps:
-        lines.append(f"stopped early at step {state.global_step}: no improvement in {recipe.early_stopping_steps} evaluations")
+        lines.append(
+            f"stopped early at step {state.global_step}: no improvement in {recipe.early_stopping_steps} evaluations"
+        )
     if recipe.load_best_model_at_end and state.best_global_step:
         lines.append(f"best     step {state.best_global_step}; its weights are the final model")
     figures = [f"train loss {trained['train_loss']:.4f}", *describe_evaluation(evaluated)]

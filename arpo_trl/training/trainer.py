@@ -207,7 +207,8 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
             window.seen_tokens += int(seen)
             window.trained_tokens += int(labelled)
             values = {"entropy": entropy / max(labelled, 1), "mean_token_accuracy": top1 / max(labelled, 1)}
-            values |= {"aux_loss": value / self.args.world_size for value in aux}
+            if aux:
+                values["aux_loss"] = aux[0] / self.args.world_size
             for name, value in values.items():
                 window.metrics.setdefault(name, []).append(value)
         self.has_stepped = True
@@ -219,7 +220,8 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         self._sums.clear()
 
     def _not_finite(self, what: str, value: float) -> RunFailed:
-        return RunFailed(describe_not_finite(self, what, value, find_sources(self.rows, self.batches)))
+        sources = find_sources(self.rows, self.batches)
+        return RunFailed(f"step {self.state.global_step + 1}: {describe_not_finite(self.model, what, value, sources)}")
 
     def _gradient_norm(self) -> Tensor:
         """Return the norm of this process's part of the gradients, to check that it is finite."""

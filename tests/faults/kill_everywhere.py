@@ -142,7 +142,7 @@ def difference(run: Path, whole: Path) -> str | None:
     ends = [list_checkpoints(folder)[-1] for folder in (run, whole)]
     if ends[0].name != ends[1].name or differing(*ends):
         return ends[0].name
-    return next((str(p) for p in run.rglob("*.tmp") if "damaged-" not in str(p)), None)
+    return next((str(p) for p in run.rglob("*.tmp") if "incomplete-" not in str(p)), None)
 
 
 def go_on(copies: Path, recipe: str, whole: Path, every: int, seen: set[str], told: str) -> list[Path]:

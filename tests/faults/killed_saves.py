@@ -24,7 +24,7 @@ from runs import FILE_OPERATIONS, make_trainer
 from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
-from arpo_trl.training.checkpoints import IN_PROGRESS, newest_whole_checkpoint
+from arpo_trl.training.checkpoints import IN_PROGRESS, newest_complete_checkpoint
 
 
 def prepare(folder: Path, model: Path, limit: int | None) -> Any:
@@ -89,7 +89,7 @@ def main(model: Path, folder: Path, limit: int | None, kills: int) -> None:
     save(trainer, 2)
     one_save = (time.monotonic() - began) / 2
     for kill in range(kills):
-        newest, _ = newest_whole_checkpoint(folder)
+        newest, _ = newest_complete_checkpoint(folder)
         assert newest is not None
         before = int(newest.name.split("-")[1])
         by_time = kill % 2 == 0
@@ -101,7 +101,7 @@ def main(model: Path, folder: Path, limit: int | None, kills: int) -> None:
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         marked = [p.parent.name for p in folder.glob(f"checkpoint-*/{IN_PROGRESS}")]
-        found, lines = newest_whole_checkpoint(folder)
+        found, lines = newest_complete_checkpoint(folder)
         step = int(found.name.split("-")[1]) if found else 0
         print(
             json.dumps(
@@ -119,7 +119,7 @@ def main(model: Path, folder: Path, limit: int | None, kills: int) -> None:
             ),
             flush=True,
         )
-        for aside in folder.glob("damaged-*"):
+        for aside in folder.glob("incomplete-*"):
             shutil.rmtree(aside)
 
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, s
 from trl import SFTConfig
 
 from arpo_trl.report.log_file import read_log
-from arpo_trl.training.checkpoints import newest_whole_checkpoint
-from arpo_trl.training.preflight import Preflight
+from arpo_trl.training.callbacks import BeforeFirstStep
+from arpo_trl.training.checkpoints import newest_complete_checkpoint
+from arpo_trl.training.preflight import run_preflight
 from arpo_trl.training.trainer import ArpoTrainer
 from arpo_trl.training.trainer_log import TrainerLog
 
@@ -93,9 +94,9 @@ def make_trainer(
         rows=make_rows(),
         on_save_error=on_save_error,
     )
-    trainer.add_callback(TrainerLog(trainer, folder / "trainer_log.jsonl", plot=False))
+    trainer.add_callback(TrainerLog(folder / "trainer_log.jsonl", plot=False))
     if preflight:
-        trainer.add_callback(Preflight(trainer))
+        trainer.add_callback(BeforeFirstStep(lambda: run_preflight(trainer)))
     return trainer
 
 
@@ -104,7 +105,7 @@ def train(folder: Path, model: Path, stop_at: int | None = None, **changes: Any)
     trainer = make_trainer(folder, model, **changes)
     if stop_at:
         trainer.add_callback(StopAt(stop_at))
-    checkpoint, lines = newest_whole_checkpoint(folder)
+    checkpoint, lines = newest_complete_checkpoint(folder)
     assert not lines
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer

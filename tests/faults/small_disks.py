@@ -18,7 +18,7 @@ from kill_everywhere import child, difference
 
 from arpo_trl.__main__ import main
 from arpo_trl.report.console import silence_libraries
-from arpo_trl.training import checkpoints, train
+from arpo_trl.training import checkpoints, output_dir
 
 
 def mount(size: int, disk: Path, *flags: str) -> None:
@@ -29,7 +29,7 @@ def mount(size: int, disk: Path, *flags: str) -> None:
 
 def fill_disks(recipe: str, folder: Path, sizes: range, checked: bool) -> None:
     if not checked:
-        train.missing_space = checkpoints.missing_space = lambda *args: None  # type: ignore[attr-defined]
+        output_dir.missing_space = checkpoints.missing_space = lambda *args: None  # type: ignore[attr-defined]
     whole, disk = folder / "whole", folder / "disk"
     assert child(lambda: main([recipe, f"output_dir={whole}"]), folder / "log") == 0
     disk.mkdir()

@@ -19,7 +19,7 @@ from arpo_trl.__main__ import main
 from arpo_trl.errors import RunFailed
 from arpo_trl.run_folder import list_checkpoints, match_umask
 from arpo_trl.training import checkpoints
-from arpo_trl.training.checkpoints import find_damage
+from arpo_trl.training.checkpoints import find_problem
 
 
 @pytest.fixture
@@ -49,10 +49,12 @@ def test_a_full_disk_stops_the_run_with_its_last_checkpoint_whole(
     """One line says disk full; the checkpoint before is whole; nothing is left of the failed one."""
     if not checked:
         monkeypatch.setattr("arpo_trl.training.checkpoints.missing_space", lambda *args: None)
-    with pytest.raises(RunFailed, match=r"checkpoint-2 could not be saved.*disk full.*goes on from the last") as error:
+    with pytest.raises(
+        RunFailed, match=r"checkpoint-2 could not be saved.*disk full.*resume_from_checkpoint=true uses the last"
+    ) as error:
         every_step(small_disk / "run", tiny_model).train()
     assert "\n" not in str(error.value)
-    assert [find_damage(p) for p in list_checkpoints(small_disk / "run")] == [None]
+    assert [find_problem(p) for p in list_checkpoints(small_disk / "run")] == [None]
 
 
 def test_a_full_disk_lets_the_run_go_on(
@@ -64,7 +66,7 @@ def test_a_full_disk_lets_the_run_go_on(
     assert trainer.state.global_step == 3
     assert [p.name for p in list_checkpoints(small_disk / "run")] == ["checkpoint-1"]
     told = [line for line in capsys.readouterr().out.splitlines() if "disk full" in line]
-    assert len(told) == 2 and all("the run goes on without it (on_save_error: continue)" in line for line in told)
+    assert len(told) == 2 and all("continuing without it (on_save_error: continue)" in line for line in told)
 
 
 def test_a_disk_too_small_for_one_checkpoint_is_seen_before_training(
@@ -74,7 +76,7 @@ def test_a_disk_too_small_for_one_checkpoint_is_seen_before_training(
     (small_disk / "ballast").write_bytes(bytes(2 << 20))
     assert main([str(make_recipe(output_dir=str(small_disk / "run")))]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("disk full: a checkpoint needs 0.00") and "output_dir elsewhere" in error
+    assert error.startswith("disk full: a checkpoint needs 0.00") and "choose another folder" in error
 
 
 ERRORS = {
@@ -110,7 +112,7 @@ def test_any_error_of_a_writer_is_a_failed_save(
     else:
         trainer.train()
         assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-3"]
-    assert [find_damage(p) for p in list_checkpoints(tmp_path)] == [None] * len(list_checkpoints(tmp_path))
+    assert [find_problem(p) for p in list_checkpoints(tmp_path)] == [None] * len(list_checkpoints(tmp_path))
 
 
 def test_a_failed_list_of_files_is_a_failed_save(

@@ -24,7 +24,7 @@ from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import keys
 from arpo_trl.report.manifest import read_manifest
 from arpo_trl.run_folder import read_json
-from arpo_trl.training.checkpoints import find_damage
+from arpo_trl.training.checkpoints import find_problem
 
 NAMES = sorted(keys())
 TEXT = st.text(max_size=12)
@@ -264,7 +264,7 @@ def test_any_checkpoint(folder: Path, data: Any) -> None:
     if data.draw(st.booleans()):
         (checkpoint / "trainer_state.json").write_bytes(b'{"global_step": 3}')
         (checkpoint / "files.json").unlink()
-    assert find_damage(checkpoint)
+    assert find_problem(checkpoint)
     (checkpoint / "run.json").write_bytes(data.draw(content))
     assert read_manifest(checkpoint) is None or (checkpoint / "run.json").read_bytes().strip().startswith(b"{")
     read_json(checkpoint / "run.json")

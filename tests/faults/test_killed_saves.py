@@ -12,7 +12,7 @@ import pytest
 from runs import train
 
 from arpo_trl.run_folder import list_checkpoints
-from arpo_trl.training.checkpoints import newest_whole_checkpoint
+from arpo_trl.training.checkpoints import newest_complete_checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL, which Windows has not")
 
@@ -36,7 +36,7 @@ def test_a_save_killed_at_any_point_loses_no_earlier_checkpoint(kills: int, tmp_
     for limit in (1, 2):
         assert len(list_checkpoints(tmp_path / f"limit_{limit}")) <= limit + 1
     folder = tmp_path / "limit_1"
-    newest, lines = newest_whole_checkpoint(folder)
+    newest, lines = newest_complete_checkpoint(folder)
     assert newest is not None and not lines
     step = int(newest.name.split("-")[1]) + 1
     assert train(folder, tiny_model, max_steps=step, stop_at=step).state.global_step == step

@@ -171,12 +171,12 @@ def test_another_error_is_not_taken_for_it(error: Exception) -> None:
         (
             "compute_loss",
             {},
-            r"with a training batch of 2 x \d+ tokens\. In order of what it costs, change: per_device_train_batch_size .*; ",
+            r"with a training batch of 2 x \d+ tokens\. Change, least costly first: per_device_train_batch_size .*; ",
         ),
         (
             "compute_loss",
             {"per_device_train_batch_size": 1},
-            r"1 x \d+ tokens\. .* change: cutoff_len .*; finetuning_type",
+            r"1 x \d+ tokens\. .* first: cutoff_len .*; finetuning_type",
         ),
         (
             "compute_loss",
@@ -188,7 +188,7 @@ def test_another_error_is_not_taken_for_it(error: Exception) -> None:
         (
             "prediction_step",
             {"eval_strategy": "steps", "eval_steps": 1},
-            r"change: per_device_eval_batch_size .*; cutoff",
+            r"first: per_device_eval_batch_size .*; cutoff",
         ),
     ],
     ids=["training", "training_one_row", "without_checkpointing", "optimizer", "step", "evaluation"],

@@ -16,7 +16,7 @@ from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.run_folder import list_checkpoints
 from arpo_trl.training.checkpoints import FILES
-from arpo_trl.training.resume import find_resume_point
+from arpo_trl.training.output_dir import find_resume_point
 
 
 def resume(path: Path, **changes: Any) -> tuple[Path | None, list[str]]:
@@ -78,7 +78,7 @@ def test_an_output_dir_that_is_a_file_or_below_one_is_refused(make_recipe: MakeR
     """One line, and the file stays."""
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/1/run")):
-        with pytest.raises(RecipeError, match=r"^\S+recipe\.yaml:\d+: output_dir: nothing can be written in [^\n]*$"):
+        with pytest.raises(RecipeError, match=r"^\S+recipe\.yaml:\d+: output_dir: [^\n]* is not writable [^\n]*$"):
             resume(make_recipe(output_dir=str(path)))
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
@@ -86,12 +86,18 @@ def test_an_output_dir_that_is_a_file_or_below_one_is_refused(make_recipe: MakeR
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ("nowhere", "no checkpoint-<step> folder at nowhere; found: .*checkpoint-1, .*checkpoint-2, .*checkpoint-3$"),
-        ("{run}", "no checkpoint-<step> folder at .*; found: .*checkpoint-1, .*checkpoint-2, .*checkpoint-3$"),
-        ("{run}/checkpoint-9", "no checkpoint-<step> folder"),
-        ("{run}/checkpoint-x", "no checkpoint-<step> folder"),
-        ("{run}/checkpoint-2/optimizer.pt", "no checkpoint-<step> folder"),
-        ("{run}/checkpoint-1", r"checkpoint-1 can't be resumed from \(optimizer.pt is missing\); name another"),
+        (
+            "nowhere",
+            "expected a checkpoint-<step> folder, found nowhere; there are: .*checkpoint-1, .*checkpoint-2, .*checkpoint-3$",
+        ),
+        (
+            "{run}",
+            "expected a checkpoint-<step> folder, found .*; there are: .*checkpoint-1, .*checkpoint-2, .*checkpoint-3$",
+        ),
+        ("{run}/checkpoint-9", "expected a checkpoint-<step> folder"),
+        ("{run}/checkpoint-x", "expected a checkpoint-<step> folder"),
+        ("{run}/checkpoint-2/optimizer.pt", "expected a checkpoint-<step> folder"),
+        ("{run}/checkpoint-1", r"checkpoint-1 can't be resumed from \(optimizer.pt is missing\); choose another"),
     ],
 )
 def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused_by_name(
@@ -117,7 +123,8 @@ def test_nothing_to_resume_from_is_refused_with_what_was_found(make_recipe: Make
     for folder in list_checkpoints(output_dir):
         (folder / "optimizer.pt").unlink()
     with pytest.raises(
-        RecipeError, match=r"(?s)checkpoint-3 can't be resumed from.*resume_from_checkpoint: no whole checkpoint"
+        RecipeError,
+        match=r"(?s)checkpoint-3 can't be resumed from.*resume_from_checkpoint: .* has no complete checkpoint",
     ):
         resume(make_recipe(resume_from_checkpoint=True))
 
@@ -136,7 +143,7 @@ def test_a_checkpoint_of_llamafactory_is_resumed_from_in_words(
         (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
     assert main([str(make_recipe(max_steps=4))]) == 0
     out = capsys.readouterr().out
-    assert "going on from checkpoint-3" in out and "no run.json tells how the run was started" in out
+    assert "resuming from checkpoint-3" in out and "no run.json tells how the run was started" in out
     assert differing(output_dir / "checkpoint-3", saved / "checkpoint-3") == []
 
 
@@ -147,7 +154,13 @@ def test_overwriting_removes_the_earlier_run_and_nothing_else(
     make_recipe: MakeRecipe, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Checkpoints and logs of the earlier run go, and one line says so; foreign files and folders stay."""
-    foreign = ["notes.txt", "checkpoint-best/x", "eval/checkpoint-1/x", "damaged-checkpoint-7/x", "checkpoint-12.tar"]
+    foreign = [
+        "notes.txt",
+        "checkpoint-best/x",
+        "eval/checkpoint-1/x",
+        "incomplete-checkpoint-7/x",
+        "checkpoint-12.tar",
+    ]
     for name in foreign:
         (finished / name).parent.mkdir(parents=True, exist_ok=True)
         (finished / name).write_text("mine", encoding="utf-8")
@@ -158,7 +171,7 @@ def test_overwriting_removes_the_earlier_run_and_nothing_else(
     assert main([str(make_recipe(overwrite_output_dir=True))]) == 0
     out = capsys.readouterr().out
     gone = "checkpoint-1, checkpoint-2, checkpoint-3, checkpoint-9"
-    assert f"{finished}: removed {gone} of the earlier run (overwrite_output_dir: true)" in out
+    assert f"{finished}: deleted {gone} of the earlier run (overwrite_output_dir: true)" in out
     assert [p.name for p in list_checkpoints(finished)] == ["checkpoint-2", "checkpoint-4"]
     assert [(finished / name).read_text(encoding="utf-8") for name in foreign] == ["mine"] * len(foreign)
     assert (finished / "notes.txt").stat().st_mode & 0o777 == 0o600
@@ -227,7 +240,7 @@ def test_a_run_killed_in_its_final_save_is_finished_by_the_same_command(
     assert json.loads((run / "run.json").read_text())["status"] == "running"
     log = (run / "trainer_log.jsonl").read_text(encoding="utf-8")
     assert main([str(path)]) == 0
-    assert "going on from checkpoint-4" in capsys.readouterr().out
+    assert "resuming from checkpoint-4" in capsys.readouterr().out
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
     assert (run / "trainer_log.jsonl").read_text(encoding="utf-8") == log
     assert (run / "model.safetensors").exists() and len(list(run.iterdir())) > 10
@@ -246,7 +259,7 @@ def test_a_recipe_and_a_readme_of_the_users_own_stay(
         assert main([str(run / "recipe.yaml"), *more]) == 0
         told = capsys.readouterr().out
         for name, ours in (("recipe.yaml", "recipe-of-the-run.yaml"), ("README.md", "README-of-the-run.md")):
-            assert f"{run / name} was not written by a run: it stays, and the run writes {ours}" in told
+            assert f"{run / name} was not written by a run, and is kept; this run writes {ours} instead" in told
             assert (run / ours).exists()
         assert (run / "recipe.yaml").read_text(encoding="utf-8") == text
         assert (run / "README.md").read_text(encoding="utf-8") == "my lab book"

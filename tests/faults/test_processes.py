@@ -13,7 +13,7 @@ from test_full_disk import small_disk  # noqa: F401  (a fixture)
 from test_signals import COMMANDS, start
 
 from arpo_trl.run_folder import list_checkpoints
-from arpo_trl.training.checkpoints import find_damage
+from arpo_trl.training.checkpoints import find_problem
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ def test_fsdp_is_refused_for_one_process_and_trains_on_two(make_recipe: MakeReci
     told = process.communicate(timeout=100)[0]
     assert process.returncode == 2 and "fsdp: one process can't split a model; start several with" in told, told
     code, told = run_on_two(path, sharded)
-    assert code == 0 and "FSDP needs GPUs (accelerate 1.15): each process holds the whole model" in told, told
+    assert code == 0 and "FSDP needs GPUs (accelerate 1.15): each process has the complete model" in told, told
 
 
 def test_a_nan_on_one_stops_both(make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_full_disk_of_the_main_process_is_known_to_both(make_recipe: MakeRecip
     _, told = run_on_two(path, "save_total_limit=1")
     assert "step 4/4" in told, told
     assert "disk full" in told
-    assert [find_damage(p) for p in list_checkpoints(run)] == [None]
+    assert [find_problem(p) for p in list_checkpoints(run)] == [None]
 
 
 def test_a_run_of_two_is_not_gone_on_from_by_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -102,6 +102,6 @@ def test_two_go_on_in_their_second_epoch_over_rows_that_do_not_divide(
     manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
     (run / "run.json").write_text(json.dumps(manifest | {"status": "running"}), encoding="utf-8")
     code, told = run_on_two(path)
-    assert code == 0 and "going on from checkpoint-6" in told, told
+    assert code == 0 and "resuming from checkpoint-6" in told, told
     assert log_without_times(run) == log_without_times(whole)
     assert differing(run / "checkpoint-12", whole / "checkpoint-12") == []

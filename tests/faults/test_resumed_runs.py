@@ -17,8 +17,8 @@ from transformers import TrainerState
 from arpo_trl.__main__ import main
 from arpo_trl.report.log_file import lines_until
 from arpo_trl.run_folder import list_checkpoints
-from arpo_trl.training.early_stopping import StopEarly
-from arpo_trl.training.stop import StopOnSignal
+from arpo_trl.training.callbacks import StopEarly
+from arpo_trl.training.signals import StopOnSignal
 from arpo_trl.training.trainer import ArpoTrainer, Window, _LogState
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process can catch")
@@ -143,11 +143,10 @@ def test_a_run_killed_while_its_results_are_written_ends(make_recipe: MakeRecipe
     assert first and b"train_loss" in (tmp_path / "again" / "all_results.json").read_bytes()
 
 
-def test_the_figures_of_a_checkpoint_of_the_version_before_go_on() -> None:
-    """It kept TRL's token count among the metrics."""
+def test_the_unfinished_log_line_of_a_checkpoint_is_continued() -> None:
     from types import SimpleNamespace
 
-    metrics = {"entropy": [6.5, 6.25], "mean_token_accuracy": [0.5, 0.25], "num_tokens": [123]}
+    metrics = {"entropy": [6.5, 6.25], "mean_token_accuracy": [0.5, 0.25]}
     saved = {"loss_sum": 13.5, "last_logged": 3, "metrics": metrics, "seen_tokens": 123, "trained_tokens": 45}
     state = TrainerState(global_step=5, max_steps=9, stateful_callbacks={"_LogState": saved})  # type: ignore[arg-type]
     trainer: Any = SimpleNamespace(window=Window())

@@ -23,8 +23,8 @@ from runs import differing, log_without_times
 
 from arpo_trl.__main__ import main
 from arpo_trl.run_folder import list_checkpoints
-from arpo_trl.training.checkpoints import find_damage
-from arpo_trl.training.preflight import Preflight
+from arpo_trl.training.callbacks import BeforeFirstStep
+from arpo_trl.training.checkpoints import find_problem
 from arpo_trl.training.trainer import ArpoTrainer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that a process can catch")
@@ -86,10 +86,10 @@ def test_a_signal_saves_and_stops_and_the_printed_command_goes_on_bit_for_bit(
     run = tmp_path / "run"
     out = capsys.readouterr().out
     assert f"stopped by {signal.Signals(number).name} at step {step}, checkpoint saved" in out
-    command = shlex.split(re.search("to go on: (.*)", out)[1])  # type: ignore[index]
+    command = shlex.split(re.search("to resume: (.*)", out)[1])  # type: ignore[index]
     assert command[:3] == ["python", "-m", "arpo_trl"] and command[3] == path
     assert not (run / "model.safetensors").exists() and status(run) == "stopped"
-    assert list_checkpoints(run)[-1].name == f"checkpoint-{step}" and find_damage(list_checkpoints(run)[-1]) is None
+    assert list_checkpoints(run)[-1].name == f"checkpoint-{step}" and find_problem(list_checkpoints(run)[-1]) is None
     assert main(command[3:4]) == 0
     assert main([path, f"output_dir={tmp_path / 'whole'}"]) == 0
     assert differing(run / "checkpoint-4", tmp_path / "whole" / "checkpoint-4") == []
@@ -136,7 +136,7 @@ def test_a_signal_in_the_preflight_stops_after_the_first_step(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint is there."""
-    at_call(monkeypatch, "on_train_begin", 1, send(signal.SIGTERM), Preflight)
+    at_call(monkeypatch, "on_train_begin", 1, send(signal.SIGTERM), BeforeFirstStep)
     assert main([str(make_recipe(preflight=True))]) == 143
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["checkpoint-1"]
 
@@ -218,7 +218,7 @@ def go_on_and_compare(path: Path, run: Path, capsys: pytest.CaptureFixture[str])
         with pytest.MonkeyPatch.context() as patch:
             at_call(patch, "training_step", steps, send(signal.SIGTERM))
             assert main([str(path), f"output_dir={folder}"]) == 143
-        assert (f"going on from {stopped.name}" in capsys.readouterr().out) == (folder == run)
+        assert (f"resuming from {stopped.name}" in capsys.readouterr().out) == (folder == run)
     assert differing(*(run.with_name(name) / f"checkpoint-{step + 3}" for name in ("run", "whole"))) == []
     assert log_without_times(run) == log_without_times(run.with_name("whole"))
 
@@ -242,7 +242,7 @@ def test_a_process_that_gets_a_signal_saves_and_says_how_to_go_on(
     told = process.communicate(timeout=60)[0]
     assert process.returncode == code, told
     assert (
-        f"stopped by {signal.Signals(number).name} at step" in told and f"to go on: python -m arpo_trl {path}" in told
+        f"stopped by {signal.Signals(number).name} at step" in told and f"to resume: python -m arpo_trl {path}" in told
     )
     assert "Traceback" not in told and not (tmp_path / "run" / "model.safetensors").exists()
     if compare:
@@ -336,7 +336,7 @@ def test_two_processes_stop_together_and_go_on(number: int, make_recipe: MakeRec
     run = tmp_path / "run"
     assert status(run) == "stopped", told
     (stopped,) = list_checkpoints(run)
-    assert find_damage(stopped) is None and (stopped / "rng_state_1.pth").exists()
+    assert find_problem(stopped) is None and (stopped / "rng_state_1.pth").exists()
     end = int(stopped.name.split("-")[1]) + 3
     for folder in (run, tmp_path / "whole"):
         again = start([*COMMANDS["torchrun"], str(path), f"output_dir={folder}", f"save_steps={end}"])

@@ -14,7 +14,7 @@ from conftest import MakeRecipe
 
 from arpo_trl.__main__ import main
 from arpo_trl.recipe import read_recipe
-from arpo_trl.training.folder_lock import LOCK, own_output_dir
+from arpo_trl.training.output_dir import LOCK, own_output_dir
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL, which Windows has not")
 
@@ -52,7 +52,7 @@ def test_the_second_run_is_refused_in_a_line_that_names_the_first(
         (line,) = capsys.readouterr().err.splitlines()
         owner = json.loads((output_dir / LOCK).read_text())
         assert owner["pid"] == pid
-        assert f"a run that is not over (host {owner['host']}, process {pid}, started {owner['started']})" in line
+        assert f"another run (host {owner['host']}, process {pid}, started {owner['started']})" in line
         assert sorted(output_dir.rglob("*")) == sorted([*before, output_dir / LOCK])
     finally:
         kill()

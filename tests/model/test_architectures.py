@@ -41,9 +41,7 @@ def test_a_mixture_trains_with_the_plain_loss_unless_asked_and_is_not_packed_whe
     evaluates = {"do_train": False, "do_eval": True, "eval_dataset": "rows", "padding_free": True}
     assert architectures.first_loss(folder, rows, **evaluates) == "refused"
     said = capfd.readouterr().out
-    assert (
-        "padding_free: gpt_oss with eager attention lets rows that are laid end to end see each other; write" in said
-    )
+    assert "padding_free: gpt_oss with eager attention mixes the rows of a padding-free batch; set" in said
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from arpo_trl.model.optimizers import ProjectionsOnResume, to_optimizer
 from arpo_trl.model.sft_config import to_sft_config, unpack_whole
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.run_folder import checkpoint_step, list_checkpoints
-from arpo_trl.training.checkpoints import find_damage, newest_whole_checkpoint
+from arpo_trl.training.checkpoints import find_problem, newest_complete_checkpoint
 from arpo_trl.training.loss import to_objective
 from arpo_trl.training.trainer import ArpoTrainer
 
@@ -74,7 +74,7 @@ def run(given: Recipe, resume: bool = False) -> Any:
     )
     keep_adapter_in_float32(model)
     trainer.add_callback(ProjectionsOnResume(args.optim))
-    checkpoint = newest_whole_checkpoint(Path(given.output_dir))[0] if resume else None
+    checkpoint = newest_complete_checkpoint(Path(given.output_dir))[0] if resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_final_model(dtype)
     turn_pissa_into_lora(model, Path(given.output_dir))
@@ -745,10 +745,10 @@ def test_a_model_in_several_files_is_whole_resumed_and_noticed_when_one_is_gone(
     run(parts)
     last, first = (tmp_path / "parts" / f"checkpoint-{step}" for step in (4, 2))
     assert len(list(last.glob("model-*.safetensors"))) > 2
-    assert find_damage(last) is None
+    assert find_problem(last) is None
     next(iter(sorted(last.glob("model-*.safetensors")))).unlink()
-    assert "is missing" in str(find_damage(last))
-    assert find_damage(first) is None
+    assert "is missing" in str(find_problem(last))
+    assert find_problem(first) is None
 
     run(parts, resume=True)
     whole, found = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))

@@ -24,7 +24,7 @@ from arpo_trl.errors import RecipeError
 from arpo_trl.report.manifest import Manifest
 from arpo_trl.report.trackers import start_trackers
 from arpo_trl.training import train as train_module
-from arpo_trl.training.stop import StopOnSignal
+from arpo_trl.training.signals import StopOnSignal
 
 pytestmark = small_run.QUIET
 
@@ -159,7 +159,7 @@ def test_figures_after_a_resume_are_those_of_the_whole_run(tracked: Path) -> Non
     results = json.loads((tracked / "run" / "train_results.json").read_text(encoding="utf-8"))
     assert results["train_loss"] == pytest.approx(sum(losses) / 4)
     text = (tracked / "run" / "training.log").read_text(encoding="utf-8")
-    assert "going on from checkpoint-2" in text
+    assert "resuming from checkpoint-2" in text
 
 
 def test_wandb_gets_our_figures_the_plot_and_the_model_card(tracked: Path) -> None:

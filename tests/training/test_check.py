@@ -28,7 +28,7 @@ def test_check_says_what_the_run_would_do(
     assert list(said) == "model device data tokens steps time memory disk recipe".split()
     assert re.search(r": [\d,]+ parameters, all trained, float32$", said["model"])
     assert re.fullmatch(r"a row: mean .*p95.*; .* carry loss \(.*%\)", said["tokens"])
-    assert said["steps"].startswith("6: 2 epochs, 4 rows a step (2 a device x 2 accumulated), about ")
+    assert said["steps"].startswith("6: 2 epochs, 4 rows per step (2 per device x 2 accumulated), about ")
     assert said["time"].startswith("not known yet; ")
     assert said["disk"].startswith("3 checkpoints of 0.00 GB (after step 2, 4, 6), 3 kept; ")
     assert said["disk"].endswith("1.00 GB free")
@@ -88,9 +88,7 @@ def test_check_counts_an_adapter_alone(chat_recipe: Recipe, capsys: pytest.Captu
 
 def test_check_refuses_a_disk_that_is_too_small(chat_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
-    reason = (
-        r"output_dir: disk full: the whole run needs 0.007 GB and .*out has 0.000 GB free; free some space, keep fewer"
-    )
+    reason = r"output_dir: disk full: the whole run needs 0.007 GB and .*out has 0.000 GB free; free some space or choose another folder, or keep fewer checkpoints"
     with pytest.raises(RecipeError, match=reason):
         check(chat_recipe)
 

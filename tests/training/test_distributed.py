@@ -179,7 +179,7 @@ def test_two_processes_speak_with_one_voice(two: Path) -> None:
 
 def test_the_report_says_how_many_rows_a_step_takes(two: Path) -> None:
     printed = (two / "printed").read_text(encoding="utf-8")
-    assert "4 rows a step (2 a device x 2 devices)" in printed
+    assert "4 rows per step (2 per device x 2 devices)" in printed
 
 
 def test_another_number_of_processes_does_not_resume(two: Path, tmp_path: Path, tiny_model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,8 @@ from runs import differing, log_without_times, make_rows, make_trainer, train
 
 from arpo_trl.model.memory import longest_batch
 from arpo_trl.training import preflight
-from arpo_trl.training.preflight import Preflight, untouched
+from arpo_trl.training.callbacks import BeforeFirstStep
+from arpo_trl.training.preflight import preserve_training_state, run_preflight
 from arpo_trl.training.trainer import ArpoTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -63,7 +65,7 @@ def test_nothing_that_a_step_touches_is_left_changed(tmp_path: Path, tiny_model:
         ]
 
     before = state()
-    with untouched(trainer):
+    with preserve_training_state(trainer):
         inputs = trainer.data_collator(longest_batch(trainer.train_dataset, 2)[0])
         trainer.training_step(trainer.model_wrapped, inputs, torch.tensor(10))
         assert trainer.model.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight.grad is not None
@@ -110,8 +112,8 @@ def test_it_costs_one_forward_and_backward_and_one_forward(
 
 def test_it_says_the_peak_and_the_time(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path, tiny_model, preflight=True, max_steps=1)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("checked")]
-    assert "GB at its peak; 1 steps take about 0:00:0" in line
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preflight")]
+    assert re.search(r"\(\d+ tokens\) ok, peak \d\.\d\d GB; about 0:00:0\d for 1 steps$", line)
 
 
 def test_with_memory_to_spare_a_run_begins_with_its_first_step(
@@ -161,7 +163,7 @@ def test_auto_keeps_activations_only_where_the_longest_batch_fits(
     monkeypatch.setattr(trainer, "training_step", training_step)
     monkeypatch.setattr(preflight, "gpu_memory", lambda: memory)
     monkeypatch.setattr(preflight, "peak_memory", lambda: peak or 0)
-    trainer.add_callback(Preflight(trainer, choose_checkpointing=True))
+    trainer.add_callback(BeforeFirstStep(lambda: run_preflight(trainer, choose_checkpointing=True)))
     trainer.train()
     assert tried[0] is (memory is None)
     assert tried[-1] is trainer.args.activation_checkpointing is recomputes

@@ -12,11 +12,10 @@ import small_run
 import torch
 from transformers import AutoModelForCausalLM, trainer_pt_utils
 
-from arpo_trl.report.end_report import resume_command
 from arpo_trl.report.log_file import read_log
 from arpo_trl.report.manifest import read_manifest
-from arpo_trl.training import start_report
-from arpo_trl.training.start_report import describe_model, missing_gpu
+from arpo_trl.training import start_and_end_report
+from arpo_trl.training.start_and_end_report import describe_model, missing_gpu, resume_command
 
 pytestmark = small_run.QUIET
 
@@ -26,9 +25,14 @@ pytestmark = small_run.QUIET
     [
         ((), None, None, ""),
         ((), "True", None, ""),
-        (("bf16=true",), None, None, "though bf16: true expects a GPU: torch .* is a CPU build.*https://pytorch.org"),
-        (("fp16=true",), None, "13.0", "though fp16: true expects a GPU: .* does `nvidia-smi`"),
-        ((), "False", None, "though the accelerate config expects a GPU"),
+        (
+            ("bf16=true",),
+            None,
+            None,
+            "although bf16: true expects a GPU: torch .* is a CPU build.*https://pytorch.org",
+        ),
+        (("fp16=true",), None, "13.0", "although fp16: true expects a GPU: .* does `nvidia-smi`"),
+        ((), "False", None, "although the accelerate config expects a GPU"),
     ],
 )
 def test_a_gpu_that_is_expected_and_not_seen_is_told(
@@ -66,7 +70,7 @@ def test_a_cpu_that_is_slower_in_bfloat16_is_told(
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     text = "\n".join(missing_gpu(recipe_of(f"{key}=true")))
-    assert (f"no bfloat16 instructions; write {key}: false" in text) is said
+    assert (f"no bfloat16 instructions; set {key}: false" in text) is said
 
 
 def test_the_command_that_goes_on_is_one_for_every_shell_of_windows(
@@ -75,7 +79,9 @@ def test_the_command_that_goes_on_is_one_for_every_shell_of_windows(
     recipe = recipe_of("overwrite_output_dir=true")
     argv = ["arpo_trl", str(recipe.path), "run_name=my run"]
     for platform, quoted in (("linux", "'run_name=my run'"), ("win32", '"run_name=my run"')):
-        monkeypatch.setattr("arpo_trl.report.end_report.sys", SimpleNamespace(platform=platform, argv=argv))
+        monkeypatch.setattr(
+            "arpo_trl.training.start_and_end_report.sys", SimpleNamespace(platform=platform, argv=argv)
+        )
         monkeypatch.delenv("WORLD_SIZE", raising=False)
         monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
         expected = f"python -m arpo_trl {recipe.path.as_posix()} {quoted} resume_from_checkpoint=true"
@@ -103,6 +109,6 @@ def test_zero3_s_empty_parameters_count_as_large_as_they_are(
     whole = describe_model(model)
     for parameter in model.parameters():
         parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
-    for module in (start_report, trainer_pt_utils):
+    for module in (start_and_end_report, trainer_pt_utils):
         monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
     assert describe_model(model) == whole and " trained (" in whole

@@ -17,16 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from arpo_trl.machine import peak_memory
 from arpo_trl.report.log_file import format_seconds, mean_loss, read_log
 from arpo_trl.report.loss_plot import plot_loss, smooth
 from arpo_trl.training import trainer_log
-from arpo_trl.training.trainer import Window
-from arpo_trl.training.trainer_log import (
-    TrainerLog,
-    mean_context,
-    mfu_per_token,
-    peak_memory,
-)
+from arpo_trl.training.trainer_log import TrainerLog
+from arpo_trl.training.window import Speed, Window, mean_context, mfu_per_token
 
 pytestmark = small_run.QUIET
 
@@ -87,12 +83,12 @@ def test_the_start_and_the_end_of_a_run_are_told(finished: Path) -> None:
     words = [line.split()[0] for line in text.splitlines()]
     assert words == [
         "#",
-        *"model device data validation: steps disk output checked".split(),
+        *"model device data validation: steps disk output preflight".split(),
         *["step"] * 6,
         "done",
         "model",
     ]
-    assert "steps    5: 1 epoch, 2 rows a step, about" in text
+    assert "steps    5: 1 epoch, 2 rows per step, about" in text
 
 
 def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
@@ -111,42 +107,46 @@ def test_the_mean_loss_is_over_all_steps_of_all_sessions() -> None:
     assert mean_loss(lines, steps=4) is None and mean_loss([], steps=4) is None
 
 
-def test_the_first_line_after_a_resume_counts_its_own_tokens(tiny_model: Path, tmp_path: Path) -> None:
-    class Trainer:
-        window = Window()
-
-    trainer: Any = Trainer()
-    trainer.args = SimpleNamespace(bf16=False, fp16=False, device=torch.device("cpu"))
-    log = TrainerLog(trainer, tmp_path / "log", plot=False)
-    state = SimpleNamespace(global_step=5, max_steps=9, epoch=1.0, is_world_process_zero=True, log_history=[])
-    log.on_train_begin(None, state, None)
-    trainer.window.seen_tokens, trainer.window.trained_tokens = 1_000_000, 500_000  # restored after our callback
-    log.on_step_begin(None, state, None)
-    log._last_time -= 10
-    trainer.window.seen_tokens, trainer.window.trained_tokens = 1_002_000, 500_500
-    log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3} | trainer.take_figures())
-    line = read_log(tmp_path / "log")[0]
-    assert line["tokens_per_second"] == pytest.approx(200, rel=0.01)
-    assert line["trained_tokens_per_second"] == pytest.approx(50, rel=0.01)
+def test_the_first_line_after_a_resume_counts_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an evaluation's seconds are not in the line after it."""
+    clock = 0.0
+    monkeypatch.setattr("arpo_trl.training.window.time.monotonic", lambda: clock)
+    window, speed = Window(seen_tokens=1_000_000, trained_tokens=500_000), Speed()
+    speed.leave_out(7.0)  # an evaluation before the first step
+    speed.start(window, mfu_per_token=0.1)
+    clock, window.seen_tokens, window.trained_tokens = 10.0, 1_002_000, 500_500
+    figures = speed.take(window)
+    assert figures["tokens_per_second"] == 200 and figures["trained_tokens_per_second"] == 50
+    assert figures["mfu"] == 20 and figures["seen_tokens"] == 1_002_000
+    clock, window.seen_tokens = 20.0, 1_002_600
+    speed.leave_out(4.0)
+    assert speed.take(window)["tokens_per_second"] == 100
 
 
-def test_what_remains_is_told_by_the_steps_alone(
+def test_the_figures_of_a_line_are_means_since_the_line_before() -> None:
+    window = Window(loss_sum=6.0, last_logged=3, metrics={"entropy": [1.0, 3.0]}, seen_tokens=70)
+    assert window.take(5) == {"loss": 3.0, "entropy": 2.0, "num_tokens": 70}
+    assert window == Window(last_logged=5, seen_tokens=70)
+
+
+def test_the_remaining_time_is_estimated_from_the_steps_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The evaluation before the first step took 100 s; then a step of 2 s: 8 of 10 are left, not 408."""
     clock = 0.0
     monkeypatch.setattr(trainer_log.time, "monotonic", lambda: clock)
-    trainer: Any = SimpleNamespace(window=Window(), take_figures=None)
-    trainer.args = SimpleNamespace(bf16=False, fp16=False, device=torch.device("cpu"))
-    log = TrainerLog(trainer, tmp_path / "log", plot=False)
+    log = TrainerLog(tmp_path / "log", plot=False)
     state: Any = SimpleNamespace(global_step=5, max_steps=10, epoch=1.0, is_world_process_zero=True, log_history=[])
     log.on_train_begin(None, state, None)
     clock = 100.0
     log.on_log(None, state, None, logs={"eval_loss": 1.0})
     log.on_step_begin(None, state, None)
     clock, state.global_step = 102.0, 6
-    log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3} | trainer.take_figures())
-    assert [line["remaining_time"] for line in read_log(tmp_path / "log")] == ["0:00:00", "0:00:08"]
+    figures = {"seen_tokens": 100, "tokens_per_second": 50.0}
+    log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3, "num_tokens": 100} | figures)
+    lines = read_log(tmp_path / "log")
+    assert [line["remaining_time"] for line in lines] == ["0:00:00", "0:00:08"]
+    assert lines[1].items() >= figures.items() and not lines[1].keys() & {"learning_rate", "num_tokens"}
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("eval loss 1.0000  0:01:40") and second.endswith("0:01:42 < 0:00:08")
 

@@ -13,7 +13,7 @@ from runs import differing, train
 from safetensors.torch import load_file, save_file
 
 from arpo_trl.run_folder import list_checkpoints
-from arpo_trl.training.checkpoints import FILES, IN_PROGRESS, find_damage, newest_whole_checkpoint
+from arpo_trl.training.checkpoints import FILES, IN_PROGRESS, find_problem, newest_complete_checkpoint
 
 READ_ON_RESUME = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 
@@ -37,12 +37,12 @@ def append(path: Path) -> None:
 def expect_damage_at_3(output_dir: Path) -> str:
     """checkpoint-3 is set aside with all its files, and checkpoint-2 is found."""
     before = sorted(p.name for p in (output_dir / "checkpoint-3").iterdir())
-    checkpoint, lines = newest_whole_checkpoint(output_dir)
+    checkpoint, lines = newest_complete_checkpoint(output_dir)
     assert checkpoint == output_dir / "checkpoint-2"
     assert [p.name for p in list_checkpoints(output_dir)] == ["checkpoint-1", "checkpoint-2"]
-    assert sorted(p.name for p in (output_dir / "damaged-checkpoint-3").iterdir()) == before
+    assert sorted(p.name for p in (output_dir / "incomplete-checkpoint-3").iterdir()) == before
     (line,) = lines
-    assert "checkpoint-3" in line and line.endswith("skipped and kept as damaged-checkpoint-3") and "\n" not in line
+    assert "checkpoint-3" in line and line.endswith("renamed to incomplete-checkpoint-3") and "\n" not in line
     return line
 
 
@@ -111,9 +111,9 @@ def test_a_model_without_its_optimizer_is_not_resumed_from(output_dir: Path) -> 
     folder = output_dir / "checkpoint-3"
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", FILES):
         (folder / name).unlink()
-    checkpoint, (line,) = newest_whole_checkpoint(output_dir)
+    checkpoint, (line,) = newest_complete_checkpoint(output_dir)
     assert checkpoint == output_dir / "checkpoint-2"
-    assert "it holds the model only" in line and line.endswith("kept as model-only-checkpoint-3")
+    assert "it contains the model only" in line and line.endswith("renamed to model-only-checkpoint-3")
     assert (output_dir / "model-only-checkpoint-3" / "model.safetensors").exists()
 
 
@@ -141,7 +141,7 @@ def test_a_damaged_shard_sets_its_checkpoint_aside(
 ) -> None:
     """The checkpoint is named, skipped and kept."""
     shard(output_dir / "checkpoint-3", listed)
-    assert find_damage(output_dir / "checkpoint-3") is None
+    assert find_problem(output_dir / "checkpoint-3") is None
     damage(output_dir / "checkpoint-3" / name)
     line = expect_damage_at_3(output_dir)
     assert name in line or "it has no weights" in line
@@ -156,13 +156,13 @@ def test_an_index_of_garbage_sets_its_checkpoint_aside(output_dir: Path) -> None
 
 def test_three_damaged_checkpoints_are_three_lines_and_a_fresh_start(output_dir: Path) -> None:
     """All are kept; a name that is taken gets a number."""
-    (output_dir / "damaged-checkpoint-2").mkdir()
+    (output_dir / "incomplete-checkpoint-2").mkdir()
     for folder in list_checkpoints(output_dir):
         empty(folder / "scheduler.pt")
-    checkpoint, lines = newest_whole_checkpoint(output_dir)
+    checkpoint, lines = newest_complete_checkpoint(output_dir)
     assert checkpoint is None and len(lines) == 3
-    assert lines[1].endswith("kept as damaged-checkpoint-2-2")
-    assert all((output_dir / f"damaged-checkpoint-{n}" / "optimizer.pt").exists() for n in ("1", "2-2", "3"))
+    assert lines[1].endswith("renamed to incomplete-checkpoint-2-2")
+    assert all((output_dir / f"incomplete-checkpoint-{n}" / "optimizer.pt").exists() for n in ("1", "2-2", "3"))
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -171,16 +171,16 @@ def test_a_resume_past_a_damaged_checkpoint_writes_it_anew(
 ) -> None:
     """The run goes on from checkpoint-2 to the same checkpoint-3."""
     cut_in_half(output_dir / "checkpoint-3" / "optimizer.pt")
-    newest_whole_checkpoint(output_dir)
+    newest_complete_checkpoint(output_dir)
     if sharded:
         shard(output_dir / "checkpoint-2", listed=True)
     train(output_dir, tiny_model, max_steps=3, save_strategy="steps", save_steps=1)
     assert differing(output_dir / "checkpoint-3", saved / "checkpoint-3") == []
-    assert find_damage(output_dir / "checkpoint-3") is None
+    assert find_problem(output_dir / "checkpoint-3") is None
 
 
-def test_no_pickle_is_read_to_find_damage(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pickle_is_read_to_find_problem(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A look at a checkpoint runs nothing of it."""
     monkeypatch.setattr(torch, "load", None)
     monkeypatch.setattr("pickle.load", None)
-    assert find_damage(output_dir / "checkpoint-3") is None
+    assert find_problem(output_dir / "checkpoint-3") is None
