@@ -104,7 +104,7 @@ def require_separate_rows(recipe: Recipe, trainer: ArpoTrainer) -> None:
     """Check that the model does not mix the rows of a padding-free batch, if the recipe has such batches.
 
     In transformers 5.24, some models build their mask without position_ids, and some carry a state from row to row
-    (https://github.com/huggingface/transformers/issues/39997; docs/architectures.md lists them).
+    (https://github.com/huggingface/transformers/issues/39997; docs/reference/architectures.md lists them).
 
     Raises:
         RecipeError: the second row's predictions depend on the first row.
