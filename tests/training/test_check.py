@@ -88,7 +88,7 @@ def test_check_counts_an_adapter_alone(chat_recipe: Recipe, capsys: pytest.Captu
 
 def test_check_refuses_a_disk_that_is_too_small(chat_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
-    reason = r"output_dir: disk full: the whole run needs 0.007 GB and .*out has 0.000 GB free; free some space or choose another folder, or keep fewer checkpoints"
+    reason = r"output_dir: disk full: the whole run needs 0.007 GB, and .*out has 0.000 GB free; free some space or choose another folder, or keep fewer checkpoints"
     with pytest.raises(RecipeError, match=reason):
         check(chat_recipe)
 
