@@ -1,4 +1,4 @@
-"""The types of a recipe's values. pydantic takes true for 1 and text for a list of characters; a person would not."""
+"""Types of a recipe's values, stricter than pydantic's: true is not 1, and a string is not a list of characters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .yaml_file import shorten
 if TYPE_CHECKING:
     import regex
 
-LARGEST = 2**31 - 1  # of a whole number: torch and numpy count rows, tokens and steps in 64 bits, and multiply them
+LARGEST = 2**31 - 1  # torch and numpy multiply counts of rows, tokens and steps in 64 bits
 
 
 def _not_a_bool(value: object) -> object:
@@ -27,29 +27,29 @@ def _not_a_bool(value: object) -> object:
 
 def _whole(value: object) -> object:
     if isinstance(value, int | float) and abs(value) > LARGEST:
-        raise ValueError(f"expected a whole number of at most {LARGEST}, found {shorten(value)}")
+        raise ValueError(f"expected an integer <= {LARGEST}, found {shorten(value)}")
     return _not_a_bool(value)
 
 
 def _at_most(value: object) -> object:
-    """More rows than can be counted: all of them, as in LLaMA-Factory."""
+    """Read a number of rows too large to count as all rows, as LLaMA-Factory does."""
     return min(value, LARGEST) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _attention(value: object) -> object:
-    """How LLaMA-Factory's releases until 0.7 wrote it: true and false, then off."""
+    """Read the values of LLaMA-Factory up to 0.7: true and false, then off."""
     older = {True: "fa2", False: "auto", "off": "disabled"}
     return older.get(value, value) if isinstance(value, bool | str) else value
 
 
 def _number(value: object) -> object:
     if isinstance(value, int | float) and 1e15 < abs(value) < float("inf"):
-        raise ValueError(f"expected a number of at most 1e15, found {value}")
+        raise ValueError(f"expected a number <= 1e15, found {value}")
     return _not_a_bool(value)
 
 
 def _split(value: object) -> object:
-    """`a, b` is LLaMA-Factory's way to write a list."""
+    """Split `a, b`, LLaMA-Factory's notation of a list."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
@@ -58,28 +58,28 @@ def _split(value: object) -> object:
 TRACKERS = frozenset(
     "azure_ml clearml codecarbon comet_ml dagshub dvclive flyte kubeflow mlflow neptune swanlab tensorboard trackio wandb".split()
 )
-"""The names in transformers 5.23; a test compares them."""
+"""Names in transformers 5.23; a test compares them."""
 
 
 def _trackers(value: object) -> object:
     names = [] if value in ("none", ["none"]) else _split(value)
     for name in names if isinstance(names, list) else []:
         if name not in [*TRACKERS, "all"]:
-            raise ValueError(f"expected none, all, or some of {', '.join(sorted(TRACKERS))}; found {shorten(name)}")
+            raise ValueError(f"expected none, all or a list of {', '.join(sorted(TRACKERS))}, found {shorten(name)}")
     return names
 
 
 _OTHER_STAGES = {
-    "pt": "plain text is not trained on here; TRL's SFTTrainer does it with rows of a column `text`",
-    "rm": "TRL's RewardTrainer trains reward models",
-    "dpo": "TRL's DPOTrainer trains on preference pairs",
-    "kto": "TRL's KTOTrainer trains on replies that were judged good or bad",
-    "ppo": "TRL no longer has PPO; its GRPOTrainer and RLOOTrainer are for reinforcement learning",
+    "pt": "use TRL's SFTTrainer on rows with a `text` column",
+    "rm": "use TRL's RewardTrainer",
+    "dpo": "use TRL's DPOTrainer",
+    "kto": "use TRL's KTOTrainer",
+    "ppo": "TRL has removed PPO; use its GRPOTrainer or RLOOTrainer",
 }
 
 
 def from_json(value: object) -> object:
-    """`'{"num_cycles": 2}'` is how flags give a mapping."""
+    """Parse a mapping in a flag: `'{"num_cycles": 2}'`."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -87,14 +87,14 @@ def from_json(value: object) -> object:
 
 
 def _settings(value: object) -> object:
-    found = from_json(value)
-    if not isinstance(found, dict | None):
+    settings = from_json(value)
+    if not isinstance(settings, dict | None):
         raise ValueError(f"expected a mapping, found {shorten(value)}")
-    return found
+    return settings
 
 
 def _to_words(value: object) -> object:
-    """`[full_shard, auto_wrap]` is another way to write `full_shard auto_wrap`."""
+    """Join `[full_shard, auto_wrap]` to `full_shard auto_wrap`."""
     if value is True or value is False:
         return "full_shard" if value else None
     return " ".join(value) if isinstance(value, list) and all(isinstance(part, str) for part in value) else value
@@ -115,25 +115,25 @@ def _known_template(value: str) -> str:
 
 @functools.cache
 def compile_span(entry: str) -> regex.Pattern[str]:
-    """An entry of mask_spans: a name stands for `<name>..</name>`, anything else is a regular expression.
+    """Compile an entry of mask_spans: a name means `<name>..</name>`, anything else is a regular expression.
 
-    `.` matches line ends too. The package regex has what re has not: a limit to the time that a search takes.
+    `.` matches line ends too. Unlike re, the package regex can limit the time of a search.
 
     Raises:
-        ValueError: if it is no regular expression, or one that matches nothing but the empty text.
+        ValueError: it is not a valid regular expression.
     """
-    import regex  # only for those who ask for spans
+    import regex  # imported on first use
 
     if re.fullmatch(r"[\w-]+", entry):
         entry = rf"<{entry}(?:\s[^>]*)?>.*?</{entry}\s*>"
     try:
         return regex.compile(entry, regex.DOTALL)
     except regex.error as error:
-        raise ValueError(f"expected a tag's name or a regular expression, found {shorten(entry)} ({error})") from None
+        raise ValueError(f"expected a tag name or a regular expression, found {shorten(entry)} ({error})") from None
 
 
 def _spans(value: object) -> object:
-    """Names may be written as one text with commas; a regular expression may hold commas of its own."""
+    """Split names at commas; a regular expression may contain commas."""
     names = isinstance(value, str) and re.fullmatch(r"[\w\s,-]*", value)
     return _split(value) if names or not isinstance(value, str) else [value]
 
@@ -156,7 +156,7 @@ Spans = Annotated[
     list[Annotated[str, Field(min_length=1), AfterValidator(_is_span)]],
     BeforeValidator(_spans, json_schema_input_type=str | list[str]),
 ]
-# A path, or a name on the hub. ~ is expanded here, once, because libraries disagree about it.
+# A path or a hub id. ~ is expanded here, because libraries treat it differently.
 Location = Annotated[str, AfterValidator(os.path.expanduser)]
 Locations = Annotated[list[Location], BeforeValidator(_split, json_schema_input_type=str | list[str])]
 Settings = Annotated[

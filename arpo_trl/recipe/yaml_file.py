@@ -1,4 +1,4 @@
-"""A recipe's file and overrides -> each key's value and location. YAML only: what a key means is `keys`'s."""
+"""Recipe file and overrides -> the value and location of each key. The meaning of a key is defined in keys.py."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ MOST_VALUES = 10_000  # in one key, aliases expanded
 class Given(NamedTuple):
     value: object
     location: str  # "line 14" or "override"
-    text: str | None = None  # a number as it is written: run_name: 007
+    text: str | None = None  # a number as written: run_name: 007
 
 
-Problems = list[tuple[str, str]]  # where, and what
+Problems = list[tuple[str, str]]  # location and message
 
 
 def read_file(path: Path, problems: Problems) -> dict[str, Given]:
-    """The keys of a recipe file with their lines; duplicates, tags and odd values become problems."""
+    """Return the keys of a recipe file with their lines; duplicates, tags and invalid values become problems."""
     loader, root = _parse(path)
     if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(f"{path}: expected lines of key: value, found {'nothing' if root is None else 'no key'}")
+        raise RecipeError(f"{path}: expected key: value lines, found {'an empty file' if root is None else 'no keys'}")
     given: dict[str, Given] = {}
     first_lines: dict[str, str] = {}
     for key_node, value_node in root.value:
         location = f"line {key_node.start_mark.line + 1}"
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
         if key in first_lines:
-            problems.append((location, f"{key}: already on {first_lines[key]}; keep one"))
+            problems.append((location, f"{key}: duplicate of {first_lines[key]}; keep one"))
             continue
         first_lines[key] = location
         try:
             value = _construct(loader, value_node)
-        except _OddValueError as odd:
-            problems.append((location, f"{key}: {odd}"))
+        except _InvalidValueError as invalid:
+            problems.append((location, f"{key}: {invalid}"))
             continue
         number = value_node.tag.endswith((":int", ":float")) and isinstance(value_node, yaml.ScalarNode)
         given[key] = Given(value, location, value_node.value if number else None)
@@ -52,45 +52,46 @@ def read_file(path: Path, problems: Problems) -> dict[str, Given]:
 
 def _parse(path: Path) -> tuple[_Loader, yaml.Node | None]:
     try:
-        if path.is_fifo() and path.parts[1:2] not in (("dev",), ("proc",)):  # a shell's <(...) has an end
-            raise RecipeError(f"{path}: is a pipe; expected a file")
-        with path.open("rb") as file:  # no more than a recipe can be: a device or a pipe has no end
+        if path.is_fifo() and path.parts[1:2] not in (("dev",), ("proc",)):  # a shell's <(...) is fine
+            raise RecipeError(f"{path}: expected a file, found a pipe")
+        with path.open("rb") as file:  # bounded, because a device or a pipe has no end
             text = file.read(LARGEST_FILE + 1)
         if len(text) > LARGEST_FILE:
             raise RecipeError(f"{path}: expected a recipe, found more than {LARGEST_FILE:,} bytes")
         loader = _Loader(text.decode("utf-8"))
         return loader, loader.get_single_node()
     except RecursionError:
-        raise RecipeError(f"{path}: not read (its values are nested too deeply)") from None
+        raise RecipeError(f"{path}: values are nested too deeply") from None
     except yaml.MarkedYAMLError as error:
-        context = error.context or ""  # an open quote or a key without its colon is found lines later
+        context = error.context or ""  # an open quote or a missing colon is detected lines later
         mark = error.context_mark if context.startswith("while scanning a ") else error.problem_mark
         problem = "expected key: value, with a space after the colon" if context.endswith("key") else error.problem
-        raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: not YAML ({problem or context})") from None
+        raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: invalid YAML ({problem or context})") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: not YAML text in UTF-8 ({str(error).splitlines()[0]})") from None
+        raise RecipeError(f"{path}: invalid YAML or not UTF-8 ({str(error).splitlines()[0]})") from None
     except ValueError as error:  # a NUL in the path
-        raise RecipeError(f"{path}: no path ({error})") from None
+        raise RecipeError(f"{path}: invalid path ({error})") from None
     except OSError as error:
         folders = dict.fromkeys((path if isdir(path) else path.parent, Path("recipes"), Path()))
-        found = dict.fromkeys(str(recipe) for folder in folders for recipe in find_recipes(folder))
-        there = f"there are {', '.join(found)}" if found else "no recipe is near; recipes are .yaml files"
-        raise RecipeError(f"{path}: {error.strerror}; {there}") from None
+        recipes = ", ".join(dict.fromkeys(str(recipe) for folder in folders for recipe in find_recipes(folder)))
+        raise RecipeError(f"{path}: {error.strerror}; recipes nearby: {recipes or 'none'}") from None
 
 
 def _construct(loader: _Loader, node: yaml.Node) -> object:
     try:
         if _count(node, {}) > MOST_VALUES:
-            raise _OddValueError(f"expected a plain value, found more than {MOST_VALUES:,} (its aliases multiply)")
+            raise _InvalidValueError(
+                f"expected a plain value, found more than {MOST_VALUES:,} after expanding aliases"
+            )
         return loader.construct_object(node, deep=True)
-    except _OddValueError:
+    except _InvalidValueError:
         raise
-    except (yaml.YAMLError, RecursionError, ValueError, KeyError):  # a value that holds itself, !!int [], !!bool x
-        raise _OddValueError("expected a plain value") from None
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError):  # a value that contains itself, !!int [], !!bool x
+        raise _InvalidValueError("expected a plain value") from None
 
 
 def _count(node: yaml.Node, counted: dict[int, int]) -> int:
-    """The values in a node, each alias counted as often as it is used."""
+    """Count the values in a node, and those of an alias each time it is used."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in counted:
@@ -100,12 +101,12 @@ def _count(node: yaml.Node, counted: dict[int, int]) -> int:
 
 
 def read_overrides(overrides: Sequence[str], is_text: Callable[[str], bool], problems: Problems) -> dict[str, Given]:
-    """The values of `key=value`, of which the last one of a key wins.
+    """Return the values of `key=value` overrides; the last one of a key wins.
 
     Args:
-        overrides: As they stand on the command line.
-        is_text: Whether a key takes text alone; such a value is not YAML unless it is quoted.
-        problems: What is wrong is added here.
+        overrides: As written on the command line.
+        is_text: Whether a key takes only text; such a value is read as YAML only if it is quoted.
+        problems: Extended by the problems in the overrides.
     """
     given = {}
     for override in overrides:
@@ -115,8 +116,8 @@ def read_overrides(overrides: Sequence[str], is_text: Callable[[str], bool], pro
             continue
         try:
             value = _read_text(text) if is_text(key) else _read_yaml(text)
-        except _OddValueError as odd:
-            problems.append(("override", f"{key}: {odd}"))
+        except _InvalidValueError as invalid:
+            problems.append(("override", f"{key}: {invalid}"))
         else:
             given[key] = Given(value, "override", text.strip())
     return given
@@ -124,7 +125,7 @@ def read_overrides(overrides: Sequence[str], is_text: Callable[[str], bool], pro
 
 def _read_text(text: str) -> object:
     if text.strip() in ("", "~", "null") or text.strip()[0] in "'\"":
-        with contextlib.suppress(_OddValueError):
+        with contextlib.suppress(_InvalidValueError):
             return _read_yaml(text)
     return _checked(text)
 
@@ -134,35 +135,34 @@ def _read_yaml(text: str) -> object:
         loader = _Loader(text)
         node = loader.get_single_node()
     except (yaml.YAMLError, RecursionError):
-        raise _OddValueError(f"{shorten(text)} is not YAML; quote it") from None
+        raise _InvalidValueError(f"invalid YAML {shorten(text)}; quote it") from None
     return _construct(loader, node) if node else None
 
 
 def _checked(text: str) -> str:
-    if found := re.search("[\x00\ud800-\udfff]", text):
-        raise _OddValueError(f"holds {found[0]!r}, which is no character of a text")
+    if match := re.search("[\x00\ud800-\udfff]", text):
+        raise _InvalidValueError(f"contains {match[0]!r}, which is not a valid character")
     return text
 
 
 def shorten(value: object) -> str:
-    """A value as Python writes it, in at most 80 characters."""
+    """Return the value's repr in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def find_recipes(folder: Path) -> list[Path]:
-    """The YAML files in a folder that name a model."""
+    """Return the YAML files in a folder that set a model."""
     files = sorted(folder.glob("*.yaml")) if folder.is_dir() else []
-    names_a_model = re.compile(r"^model_name_or_path:", re.MULTILINE)
-    return [file for file in files if names_a_model.search(file.read_text(encoding="utf-8", errors="replace"))]
+    return [file for file in files if "\nmodel_name_or_path:" in "\n" + file.read_text("utf-8", errors="replace")]
 
 
-class _OddValueError(ValueError):
-    """What is odd in a value: a tag, which could run code; a key twice; no text."""
+class _InvalidValueError(ValueError):
+    """An invalid value: a tag (which could run code), a duplicate key, or text with an invalid character."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values: 7e-6 is a number; no, on and 2024-01-01 are text."""
+    """Loader for plain values as in YAML 1.2: 7e-6 is a number; no, on and 2024-01-01 are text."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  (PyYAML's annotation)
     yaml_constructors: ClassVar[dict[str | None, Callable[[_Loader, yaml.Node], object]]] = {}
@@ -175,13 +175,13 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         names = [str(name.value) for name, _ in node.value]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise _OddValueError(f"{twice[0]} is there twice; keep one")
+        if duplicates := [name for name in names if names.count(name) > 1]:
+            raise _InvalidValueError(f"duplicate key {duplicates[0]}; keep one")
         return super().construct_mapping(node, deep)
 
     def construct_undefined(self, node: yaml.Node) -> NoReturn:
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-        raise _OddValueError(f"the tag {tag} is not read here; write a plain value")
+        raise _InvalidValueError(f"YAML tag {tag} is not supported; write a plain value")
 
 
 for _kind, _pattern in {

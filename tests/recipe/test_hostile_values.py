@@ -115,7 +115,7 @@ def test_what_can_be_no_folder_is_refused_early(key: str, value: str, tmp_path: 
 
 
 def test_a_pipe_is_no_recipe(tmp_path: Path, good: dict[str, str]) -> None:
-    with pytest.raises(RecipeError, match="is a pipe; expected a file"):
+    with pytest.raises(RecipeError, match="expected a file, found a pipe"):
         read_recipe(tmp_path / "pipe")
     reading, writing = os.pipe()
     os.write(writing, "".join(f"{key}: {value}\n" for key, value in good.items()).encode())
