@@ -1,8 +1,8 @@
-"""Try this package on a small random model of each text family of transformers, and write docs/reference/architectures.md's table.
+"""Train a small random model of each text family of transformers, for the table of docs/reference/architectures.md.
 
-    python scripts/architectures.py                   the table, on the terminal
-    python scripts/architectures.py --write           and into docs/reference/architectures.md
-    python scripts/architectures.py llama gpt_oss     of some families
+    python scripts/architectures.py                   print the table
+    python scripts/architectures.py --write           and write it into docs/reference/architectures.md
+    python scripts/architectures.py llama gpt_oss     some families only
 
 Every cell is a run of two steps, from a recipe to the saved model. About five minutes on one core.
 """
@@ -126,7 +126,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def measure(family: str, folder: Path) -> dict[str, str]:
-    """A line of the table. `folder` takes the model and its runs."""
+    """Return a line of the table. `folder` holds the model and its runs."""
     model = make_model(family, folder / "model")
     line = dict.fromkeys(COLUMNS, "-") | {"family": family, "model": type(model).__name__}
     rows = write_rows(folder / "data")
@@ -144,7 +144,7 @@ def measure(family: str, folder: Path) -> dict[str, str]:
 
 
 def make_model(family: str, folder: Path) -> Any:
-    """A float32 model of two layers, with the tests' tokenizer."""
+    """Return a float32 model of two layers, saved with the tests' tokenizer."""
     tokenizer = make_tiny_model.train_tokenizer(make_tiny_model.TOY_DATA, rows=200, vocab_size=1024)
     make_tiny_model.save(tokenizer, make_tiny_model.make_model(tokenizer, hidden_size=64, layers=1, seed=0), folder)
     torch.manual_seed(0)
@@ -186,7 +186,7 @@ def write_recipe(folder: Path, rows: Path, **keys: Any) -> Path:
 
 
 def plain_loss(folder: Path, rows: Path) -> float:
-    """Cross-entropy over all labelled tokens, each row alone, in plain PyTorch."""
+    """Return the cross-entropy over all labelled tokens, row by row, in plain PyTorch."""
     recipe = read_recipe(write_recipe(folder, rows))
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     total = torch.zeros(2)
@@ -199,13 +199,13 @@ def plain_loss(folder: Path, rows: Path) -> float:
 
 
 def first_loss(folder: Path, rows: Path, **keys: Any) -> float | str:
-    """The logged loss of step 1, or "refused"."""
+    """Return the logged loss of step 1, or "not supported"."""
     try:
         train(read_recipe(write_recipe(folder, rows, **keys)))
     except RecipeError as error:
         print(error)
-        return "refused"
-    except Exception as error:  # a cell of the table says so; the run's training.log has the rest
+        return "not supported"
+    except Exception as error:  # reported in the table; the run's training.log has the traceback
         print(f"{type(error).__name__}: {error}")
         return "fails"
     return float(read_log(folder / "run" / "trainer_log.jsonl")[0]["loss"])
@@ -228,7 +228,7 @@ def table(lines: list[dict[str, str]]) -> str:
 
 
 def read_table(text: str) -> dict[str, dict[str, str]]:
-    """The table of a document, by family."""
+    """Return the table of a document, by family."""
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     return {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in cells[2:]}
 

@@ -1,14 +1,14 @@
-"""Measure what the README claims, on whatever device is there: a table on the terminal, JSON with --json.
+"""Measure the figures of docs/measurements.md on this machine's device: a table on the terminal, JSON with --json.
 
-python scripts/benchmark.py steps             seconds a training step, ours beside TRL's (--shape tiny or 0.5b)
-python scripts/benchmark.py startup           seconds from launch to a finished one-step run, beside a TRL script's
-python scripts/benchmark.py preparation       seconds to prepare rows, beside TRL's, with 1 and 2 processes
-python scripts/benchmark.py memory            peak memory of preparation as rows grow
-python scripts/benchmark.py llamafactory      whole runs of one recipe file, beside LLaMA-Factory's (--llamafactory PYTHON)
-python scripts/benchmark.py scaling           seconds a step as length and batch grow, with the exponents
+python scripts/benchmark.py steps             seconds per training step, arpo_trl and TRL (--shape tiny or 0.5b)
+python scripts/benchmark.py startup           seconds from launch to the end of a one-step run, arpo_trl and a TRL script
+python scripts/benchmark.py preparation       seconds to prepare rows, arpo_trl and TRL, with 1 and 2 processes
+python scripts/benchmark.py memory            peak memory of the preparation by number of rows
+python scripts/benchmark.py llamafactory      runs of one recipe file, arpo_trl and LLaMA-Factory (--llamafactory PYTHON)
+python scripts/benchmark.py scaling           seconds per step by length and batch size, with the exponents
 
-The variants take turns, round by round. `seconds` is the median, beside the least and the most; `times_trl` is TRL's
-median by ours: 2 is twice as fast as TRL.
+The variants take turns, round by round. `seconds` is the median, with the minimum and the maximum; `times_trl` is TRL's
+median divided by ours: 2 is twice as fast as TRL.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     parser = make_parser()
     options = parser.parse_args()
     for path in (options.json, options.plot):
-        if path:  # now, not after an hour of measurement
+        if path:  # fail now, not after an hour of measuring
             path.parent.mkdir(parents=True, exist_ok=True)
     load = f", load {os.getloadavg()[0]:.1f} before the start" if hasattr(os, "getloadavg") else ""  # not on Windows
     print(f"{os.cpu_count()} cores{load}", flush=True)
@@ -67,23 +67,25 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """One positional mode; each has the options that it reads and no others."""
+    """Return the parser: one positional mode, each with its own options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_subparsers(
-        dest="mode", required=True, metavar=" | ".join(MODES), help="what is measured; MODE --help has its options"
+        dest="mode", required=True, metavar=" | ".join(MODES), help="what to measure; MODE --help lists its options"
     )
     parsers = {mode: modes.add_parser(mode) for mode in MODES}
     for mode, options in parsers.items():
         options.set_defaults(plot=None)
-        options.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+        options.add_argument("--json", type=Path, metavar="FILE", help="also write the table to this file")
         if mode != "startup":
-            options.add_argument("--model", help="folder or hub name with a tokenizer (a tiny one is made if omitted)")
+            options.add_argument("--model", help="folder or hub name of a tokenizer (default: a tiny one is made)")
         if mode != "memory":
-            options.add_argument("--repeats", type=positive, default=3, help="rounds (3)")
+            options.add_argument("--repeats", type=positive, default=3, help="number of rounds (3)")
         if mode in ("steps", "scaling", "llamafactory"):
             default = None if mode == "llamafactory" else "tiny"  # None: the weights of --model
             options.add_argument("--shape", choices=sorted(benchmark_steps.SHAPES), default=default)
-            options.add_argument("--count", type=positive, default=4, help="steps a process, after one to warm up (4)")
+            options.add_argument(
+                "--count", type=positive, default=4, help="steps per process, after one warm-up step (4)"
+            )
             options.add_argument("--float32", action="store_true", help="no bf16 autocast")
     parsers["steps"].add_argument(
         "--variants",
@@ -94,28 +96,28 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"some of: {'; '.join(benchmark_steps.VARIANTS)}",
     )
     for mode in ("steps", "llamafactory"):
-        parsers[mode].add_argument("--batch", type=positive, default=2, help="rows a step (2)")
-        parsers[mode].add_argument("--cutoff", type=positive, default=4096, help="tokens of a row at most (4096)")
+        parsers[mode].add_argument("--batch", type=positive, default=2, help="rows per step (2)")
+        parsers[mode].add_argument("--cutoff", type=positive, default=4096, help="maximum tokens of a row (4096)")
     parsers["llamafactory"].add_argument(
-        "--llamafactory", type=Path, required=True, metavar="PYTHON", help="of the venv that holds LLaMA-Factory"
+        "--llamafactory", type=Path, required=True, metavar="PYTHON", help="the Python of LLaMA-Factory's venv"
     )
     parsers["steps"].add_argument(
-        "--full", action="store_true", help="every row of --cutoff tokens, cut from all toy rows laid end to end"
+        "--full", action="store_true", help="make every row --cutoff tokens long, from the concatenated toy rows"
     )
     toy_sets = ["arpo_sft_toy", benchmark_steps.INSIDE]
     parsers["steps"].add_argument("--dataset", choices=toy_sets, default=toy_sets[0], help="(arpo_sft_toy)")
-    parsers["preparation"].add_argument("--rows", type=positive, default=4000, help="how many (4000)")
+    parsers["preparation"].add_argument("--rows", type=positive, default=4000, help="number of rows (4000)")
     parsers["memory"].add_argument("--rows", type=positive, nargs="+", default=[5000, 50000], help="(5000 50000)")
     scaling = parsers["scaling"]
     scaling.add_argument("--lengths", type=positive, nargs="+", default=[512, 1024, 2048, 4096, 8192, 15000])
     scaling.add_argument("--batches", type=positive, nargs="+", default=[1, 2, 4, 8])
-    scaling.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
+    scaling.add_argument("--plot", type=Path, metavar="FILE.png", help="also plot it")
     return parser
 
 
 def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer of 1 or more, found {text!r}")
     return int(text)
 
 

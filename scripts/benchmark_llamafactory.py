@@ -1,14 +1,14 @@
-"""Whole runs of one recipe file, ours beside LLaMA-Factory's, on whatever device is there. Called by benchmark.py.
+"""Time and memory of runs of one recipe file, arpo_trl's and LLaMA-Factory's. Called by benchmark.py.
 
-LLaMA-Factory pins other versions of the same libraries, so it needs a venv of its own:
+LLaMA-Factory pins other versions of the same libraries, so it needs its own venv:
 
     python -m venv lf && lf/bin/pip install torch==2.13.0
     lf/bin/pip install --no-deps llamafactory==0.9.5
     lf/bin/pip install transformers==5.6.0 trl==0.24.0 accelerate==1.11.0 datasets==4.0.0 peft==0.18.1 ...
 
-and, on a machine without torchaudio, an empty module of that name. Both run the same file; what is measured is seen from
-outside: when each line of trainer_log.jsonl appears, and at its peak the memory of the process, or of an NVIDIA GPU, all of
-whose memory is taken for the run's.
+and, on a machine without torchaudio, an empty module of that name. Both run the same file and are measured from outside:
+when each line of trainer_log.jsonl appears, and the peak memory of the process or, with an NVIDIA GPU, of the GPU (other
+users of the GPU would be counted, too).
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ report_to: none
 def compare(
     python: Path, model: str, rounds: int, shape: str | None, count: int, batch: int, cutoff: int, bf16: bool
 ) -> list[dict[str, Any]]:
-    """Launch to first step, seconds a step and peak memory of both, and the largest difference of their losses.
+    """Measure launch to first step, seconds per step and peak memory of both, and the largest difference of their losses.
 
     Args:
-        python: The Python of the venv that holds LLaMA-Factory.
-        model: A folder with a tokenizer; with `shape`, random weights of that shape are made for it.
-        rounds: Runs of each, in turns.
+        python: The Python of LLaMA-Factory's venv.
+        model: A folder with a tokenizer; `shape` adds random weights of that shape.
+        rounds: Runs of each, alternating.
         shape: A name of SHAPES, or None for the weights in `model`.
-        count: Steps that are timed, after one to warm up.
-        batch: Rows a step.
-        cutoff: Tokens of a row at most.
-        bf16: Whether both compute in bfloat16.
+        count: Timed steps, after one warm-up step.
+        batch: Rows per step.
+        cutoff: Maximum tokens of a row.
+        bf16: Compute in bfloat16.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -104,7 +104,7 @@ def compare(
 
 
 def _times(theirs: list[dict[str, Any]], ours: list[dict[str, Any]], figure: str) -> float:
-    """How many times as fast as LLaMA-Factory: the median of theirs by the median of ours."""
+    """Return the median of LLaMA-Factory's figures divided by the median of ours."""
     medians = []
     for runs in (theirs, ours):
         values = [value for run in runs for value in (run[figure] if figure == "seconds" else [run[figure]])]
@@ -113,7 +113,7 @@ def _times(theirs: list[dict[str, Any]], ours: list[dict[str, Any]], figure: str
 
 
 def _run(name: str, command: list[str], run: Path) -> dict[str, Any]:
-    """One run: seconds from launch to the first line of its log, seconds of each step after it, losses, peak memory."""
+    """Run once: seconds from launch to the first line of the log, seconds of each later step, losses, peak memory."""
     shutil.rmtree(run, ignore_errors=True)
     log = run / "trainer_log.jsonl"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "DISABLE_VERSION_CHECK": "1", "USE_V1": "0"}
@@ -144,7 +144,7 @@ def _run(name: str, command: list[str], run: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _watch_gpu() -> Iterator[Callable[[], float | None]]:
-    """Yields a function: the most memory of the GPU so far in GB, asked for ten times a second; None without a GPU."""
+    """Yield a function that returns the GPU's peak memory so far in GB, sampled ten times a second; None without a GPU."""
     if not _has_gpu():
         yield lambda: None
         return
@@ -157,7 +157,7 @@ def _watch_gpu() -> Iterator[Callable[[], float | None]]:
 
 
 def _make_model(tokenizer: str, shape: str, folder: Path) -> None:
-    """Random weights of a shape, with Qwen2.5's vocabulary, beside the tokenizer."""
+    """Save random weights of a shape, with Qwen2.5's vocabulary, and the tokenizer."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -168,7 +168,7 @@ def _make_model(tokenizer: str, shape: str, folder: Path) -> None:
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    # transformers 5.6 reads this name too
+    # the name that transformers 5.6 reads
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(values | {"rope_theta": 1e6}), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Preparation of rows, ours beside TRL's, and the memory it takes. Called by benchmark.py."""
+"""Time and memory of the preparation of rows, arpo_trl's and TRL's. Called by benchmark.py."""
 
 import json
 import multiprocessing
@@ -14,16 +14,16 @@ from typing import Any
 
 from benchmark_steps import spread, take_turns, times_trl
 
-# Words of the length and variety of chat: a few thousand forms, most of them one to three tokens.
+# A vocabulary like that of chats: a few thousand words, most of them one to three tokens.
 SYLLABLES = (
     "an be con de er fi ga ho in jo ker lo men no or pre qui re st ti un ver wa ex yo za tion ing ed ly".split()
 )
 
 
 def preparation(model: str, rows: int, rounds: int) -> list[dict[str, Any]]:
-    """From a .jsonl file to encoded rows on disk (ours) and from a loaded Dataset to labels (TRL's).
+    """Time the way from a .jsonl file to encoded rows on disk (ours), and from a loaded Dataset to labels (TRL's).
 
-    TRL is spared reading the file. Both start with imports and tokenizer done, and neither may use an earlier result.
+    TRL's time does not include reading the file. Imports and tokenizer are loaded before; neither side may use a cache.
     """
     processes = [1, 2] if (os.cpu_count() or 1) > 1 else [1]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows: the rows are still mapped
@@ -38,7 +38,7 @@ def preparation(model: str, rows: int, rounds: int) -> list[dict[str, Any]]:
 
         seconds = take_turns(rounds, [(variant, workers) for workers in processes for variant in prepare], measure)
     if len(tokens) > 1:
-        raise SystemExit(f"ours and trl made different numbers of tokens, {tokens}; the times can't be compared")
+        raise SystemExit(f"ours and trl made different numbers of tokens, {tokens}; their times can't be compared")
     table = []
     for (variant, workers), times in seconds.items():
         rate = {"rows_per_s": round(rows / statistics.median(times)), "rows": rows, "tokens": max(tokens)}
@@ -53,7 +53,7 @@ def our_preparation(path: Path, model: str) -> Callable[[int], int]:
     from arpo_trl.data.tokenizer import load_tokenizer
     from arpo_trl.recipe import Recipe
 
-    # A file this small would be encoded by one process, however many are asked for: two shall be two.
+    # A file this small would be encoded by one process, however many are requested.
     arpo_trl.data.cache.PROCESSES_PAY_FROM = 0
 
     def recipe(workers: int) -> Recipe:
@@ -105,7 +105,7 @@ def trl_preparation(path: Path, model: str) -> Callable[[int], int]:
 
 
 def memory(model: str, rows: list[int]) -> list[dict[str, Any]]:
-    """Peak resident memory of a process that prepares N rows, beside that of one that prepares 10 (imports alone)."""
+    """Measure the peak resident memory of preparing N rows; 10 rows show the share of the imports."""
     table = []
     with tempfile.TemporaryDirectory() as folder:
         for count in [10, *rows]:
@@ -118,13 +118,13 @@ def memory(model: str, rows: list[int]) -> list[dict[str, Any]]:
 
 
 def _peak(path: Path, model: str) -> tuple[float, int]:
-    """Seconds, and bytes at the peak of this process."""
+    """Return the seconds of a preparation and this process's peak memory in bytes."""
     began = time.perf_counter()
     our_preparation(path, model)(1)
     seconds = time.perf_counter() - began
     try:
         import resource
-    except ImportError:  # Windows; accelerate needs psutil
+    except ImportError:  # Windows
         import psutil
 
         return seconds, psutil.Process().memory_info().peak_wset
@@ -132,7 +132,7 @@ def _peak(path: Path, model: str) -> tuple[float, int]:
 
 
 def make_rows(folder: Path, count: int) -> Path:
-    """`count` rows of 1 to 4 exchanges, about 1,500 tokens each, the same for the same count."""
+    """Write `count` rows of 1 to 4 exchanges, about 1,500 tokens each; the count is the seed."""
     chance = random.Random(count)
     words = ["".join(chance.choices(SYLLABLES, k=chance.choice((1, 1, 2, 2, 3)))) for _ in range(4000)]
 

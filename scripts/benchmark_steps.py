@@ -1,8 +1,8 @@
-"""Time of training steps, ours beside TRL's, on whatever device is there. Called by benchmark.py.
+"""Time of training steps, arpo_trl's and TRL's, on this machine's device. Called by benchmark.py.
 
-Each measurement is a process of its own, so that peak memory is its own too; the variants take turns, round by round.
-All train the same random-weight Qwen2 on the same rows in the same order with the same tokens and labels: TRL's own
-mask would train one newline more a turn, and the losses could not be compared.
+Each measurement has its own process, so that peak memory is not shared; the variants take turns, round by round. All
+train the same random-weight Qwen2 on the same rows in the same order with the same tokens and labels: TRL's own mask
+would train on one more newline per turn, and the losses could not be compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Name = TypeVar("Name")
 Figure = TypeVar("Figure")
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 151_936  # Qwen2.5's, padded
-INSIDE = "arpo_sft_toy_inside"  # one-turn rows; their results are masked, as in recipes/qwen_toy_inside.yaml
+INSIDE = "arpo_sft_toy_inside"  # one-turn rows with masked results, as in recipes/qwen_toy_inside.yaml
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
@@ -41,14 +41,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def steps(variants: list[str], rounds: int, **measurement: Any) -> list[dict[str, Any]]:
-    """Seconds a step, tokens/s and peak memory of each variant.
+    """Measure seconds per step, tokens/s and peak memory of each variant.
 
-    `times_trl` and the loss are given where the steps have TRL's tokens; of packed rows, compare tokens/s.
+    `times_trl` and the loss difference need steps with the same tokens as TRL's; of packed rows, compare tokens/s.
 
     Args:
         variants: Names of VARIANTS.
-        rounds: Processes for each of them.
-        **measurement: What else `_measure` takes.
+        rounds: Processes per variant.
+        **measurement: The other arguments of `_measure`.
     """
     found = take_turns(rounds, variants, lambda name: _in_own_process(variant=name, **measurement))
     table = []
@@ -74,9 +74,9 @@ def steps(variants: list[str], rounds: int, **measurement: Any) -> list[dict[str
 
 
 def scaling(lengths: list[int], batches: list[int], rounds: int, **measurement: Any) -> list[dict[str, Any]]:
-    """Seconds a step against length (batch 1) and against batch (512 tokens).
+    """Measure seconds per step by length (batch 1) and by batch size (512 tokens).
 
-    `exponent` is that of the growth since the size before: 1 is linear, 2 quadratic.
+    `exponent` is the growth since the previous size: 1 is linear, 2 quadratic.
     """
     points = [*(("length", n) for n in lengths), *(("batch", n) for n in batches)]
 
@@ -99,7 +99,7 @@ def scaling(lengths: list[int], batches: list[int], rounds: int, **measurement: 
 
 
 def startup(rounds: int) -> list[dict[str, Any]]:
-    """Seconds from launch to the end of the first step: ours, and a 30-line TRL script on the same data and model."""
+    """Measure seconds from launch to the end of a one-step run: arpo_trl, and a 30-line TRL script on the same data."""
     with tempfile.TemporaryDirectory() as folder:
         make_tiny_model(folder)
         places = {"root": ROOT.as_posix(), "folder": Path(folder).as_posix()}
@@ -118,7 +118,7 @@ def startup(rounds: int) -> list[dict[str, Any]]:
 
 
 def take_turns(rounds: int, names: list[Name], measure: Callable[[Name], Figure]) -> dict[Name, list[Figure]]:
-    """What is measured for each name, once a round, so that another load on the machine disturbs all alike."""
+    """Measure each name once per round, so that other load on the machine affects all of them."""
     found: dict[Name, list[Figure]] = {name: [] for name in names}
     for number in range(1, rounds + 1):
         for name in found:
@@ -129,7 +129,7 @@ def take_turns(rounds: int, names: list[Name], measure: Callable[[Name], Figure]
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """The median, the least and the most, in seconds."""
+    """Return the median, minimum and maximum in seconds."""
     figures = {"seconds": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
     return {name: float(f"{figure:.4g}") for name, figure in figures.items()}
 
@@ -189,7 +189,7 @@ trainer.save_model()
 
 
 def draw(table: list[dict[str, Any]], picture: Path) -> None:
-    """The table of `scaling`, as two plots side by side."""
+    """Plot the table of `scaling`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
@@ -198,7 +198,7 @@ def draw(table: list[dict[str, Any]], picture: Path) -> None:
     FigureCanvasAgg(figure)
     for place, (axis, unit) in enumerate((("length", "tokens, batch 1"), ("batch", "rows of 512 tokens")), 1):
         some = [line for line in table if line["axis"] == axis]
-        axes = figure.add_subplot(1, 2, place, xlabel=f"{axis} ({unit})", ylabel="seconds a step")
+        axes = figure.add_subplot(1, 2, place, xlabel=f"{axis} ({unit})", ylabel="seconds per step")
         axes.loglog([p["size"] for p in some], [p["seconds"] for p in some], "o-")
         axes.set_xticks([p["size"] for p in some], [f"{p['size']:,}" for p in some])
         axes.xaxis.set_minor_locator(NullLocator())
@@ -230,7 +230,7 @@ def _measure(
     full: bool = False,
     dataset: str = "arpo_sft_toy",
 ) -> dict[str, Any]:
-    """`count` steps after one that warms up, in this process. `full`: every row is cut from one long text."""
+    """Time `count` steps in this process, after one warm-up step. `full`: every row has `cutoff` tokens."""
     import torch
     from datasets import Dataset
     from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
@@ -292,7 +292,7 @@ def _measure(
 
 
 def _toy_rows(model: str, dataset: str, cutoff: int, full: bool, count: int) -> tuple[Any, list[dict[str, Any]]]:
-    """The first `count` toy rows, cut at `cutoff`; `full`: cut from all of them laid end to end, each of `cutoff`."""
+    """Return the first `count` toy rows, cut at `cutoff`; `full`: slices of `cutoff` tokens from the concatenated rows."""
     from arpo_trl.data.prepare import prepare_datasets
     from arpo_trl.data.tokenizer import load_tokenizer
     from arpo_trl.recipe import Recipe
@@ -311,14 +311,14 @@ def _toy_rows(model: str, dataset: str, cutoff: int, full: bool, count: int) -> 
         train = prepare_datasets(recipe, tokenizer).train
         rows = [{name: row[name] for name in ("input_ids", "labels")} for row in train]
     if full:
-        whole = {name: [token for row in rows for token in row[name]] for name in ("input_ids", "labels")}
-        starts = [i * cutoff % (len(whole["labels"]) - cutoff) for i in range(count)]
-        rows = [{name: tokens[start : start + cutoff] for name, tokens in whole.items()} for start in starts]
+        joined = {name: [token for row in rows for token in row[name]] for name in ("input_ids", "labels")}
+        starts = [i * cutoff % (len(joined["labels"]) - cutoff) for i in range(count)]
+        rows = [{name: tokens[start : start + cutoff] for name, tokens in joined.items()} for start in starts]
     return tokenizer, rows[:count]
 
 
 def make_tiny_model(folder: str) -> Path:
-    """A model folder whose tokenizer serves where no real one is given."""
+    """Make a model folder, for runs without --model."""
     path = Path(folder) / "model"
     _run_python("the tiny model", ROOT / "scripts" / "make_tiny_model.py", path)
     return path

@@ -1,15 +1,17 @@
-"""Compare chat templates with what LLaMA-Factory's write and train, and write the table of docs/reference/templates.md.
+"""Compare chat templates with LLaMA-Factory's, for the table of docs/reference/templates.md.
 
-    python scripts/compare_templates.py
+    python scripts/compare_templates.py            print the table
+    python scripts/compare_templates.py --write    and write it into docs/reference/templates.md
 
-Each of LLaMA-Factory's text templates is there with four conversations (tests/golden/templates.json): one turn, two turns
-and a system message, thoughts, and a tool call with its result. A template is equal on one if it is cut into the same
-contexts and replies, character by character, and the same of them carry loss. The model families' own templates are
-those that TRL ships. Exit code 1 if a shipped template differs.
+tests/golden/templates.json has four conversations as each of LLaMA-Factory's text templates renders them: one turn, two
+turns and a system message, reasoning, and a tool call with its result. A template is equal on a conversation if it gives
+the same contexts and replies, character by character, and the same of them are trained on. The templates of the model
+families are those that TRL ships. Exit code 1 if a shipped template differs.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -32,9 +34,9 @@ from arpo_trl.recipe.llamafactory import SHIPPED
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "reference" / "templates.md"
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "templates.json").read_text(encoding="utf-8"))
-DAY = date(2026, 11, 25)  # on which LLaMA-Factory wrote its dated prompt for tools
+DAY = date(2026, 11, 25)  # the date in LLaMA-Factory's prompt for tools
 
-# The families that have a template of that name, and TRL's file with theirs.
+# The model families of a template's name, with TRL's file of their template.
 FAMILIES = {
     "chatml": {"Qwen2.5": "qwen2_5"},
     "cohere": {"Aya Expanse": "cohere"},
@@ -56,11 +58,11 @@ FAMILIES = {
     "qwen3_nothink": {"Qwen3 2507": "qwen3_instruct_2507", "Qwen3": "qwen3"},
 }
 
-WRITTEN_EOS = ("<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>")  # by name, in DeepSeek's templates and in Cohere's
+WRITTEN_EOS = ("<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>")  # literal in DeepSeek's and Cohere's templates
 
 
 def make_tokenizer(*special: str, chat_template: Any) -> PreTrainedTokenizerBase:
-    """Every byte is a token; bos and eos are <s> and </s>."""
+    """Return a tokenizer with a token per byte, bos <s> and eos </s>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,12 +79,12 @@ def trl_template(name: str) -> str:
 
 
 def tokens_of(text: str) -> list[str]:
-    """What looks like a special token in a text."""
+    """Return what looks like a special token in a text."""
     return sorted(set(re.findall(r"<[|｜][^<>\s]+?[|｜]?>|<[a-z_]+\|>|<\w+_of_\w+>|<eod>", text)))
 
 
 def conversation(name: str) -> Conversation:
-    """LLaMA-Factory's form of a conversation in ours."""
+    """Convert a conversation from LLaMA-Factory's form to ours."""
     given = GOLDEN["conversations"][name]
     messages: list[Message] = [{"role": "system", "content": given["system"]}] if given["system"] else []
     for message in given["messages"]:
@@ -96,12 +98,12 @@ def conversation(name: str) -> Conversation:
 
 
 def golden_texts(pairs: list[list[str]], eos: str = "</s>") -> list[str]:
-    """Golden pairs of context and reply as segments, with this tokenizer's tokens."""
+    """Return golden pairs of context and reply as segments, with this tokenizer's tokens."""
     return [text.replace("{bos}", "<s>").replace("{eos}", eos) for pair in pairs for text in pair]
 
 
 def count_equal(name: str, chat_template: str) -> int:
-    """Of the four conversations, how many a template writes and trains as LLaMA-Factory's of that name does."""
+    """Count the conversations (of four) that a template renders and trains on as LLaMA-Factory's of that name does."""
     golden = GOLDEN["templates"][name]
     tokenizer = make_tokenizer(
         *tokens_of(chat_template + json.dumps(golden, ensure_ascii=False)), chat_template=chat_template
@@ -125,7 +127,7 @@ def count_equal(name: str, chat_template: str) -> int:
 
 
 def table() -> list[str]:
-    """A line for each of LLaMA-Factory 0.9.5's names of text templates."""
+    """Return the table: a line for each of LLaMA-Factory 0.9.5's text templates."""
     lines = ["| name | here | with `template` left out |", "|---|---|---|"]
     for name in sorted(GOLDEN["names"]):
         here = (
@@ -142,14 +144,18 @@ def table() -> list[str]:
     return lines
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the table into docs/reference/templates.md")
+    options = parser.parse_args(argv)
     lines = table()
-    text = DOCS.read_text(encoding="utf-8")
-    before, _, after = text.partition(lines[0])
-    DOCS.write_text("\n".join([before + lines[0], *lines[1:]]) + after[after.index("\n\n") :], encoding="utf-8")
+    print(*lines, sep="\n")
+    if options.write:
+        before, _, after = DOCS.read_text(encoding="utf-8").partition(lines[0])
+        DOCS.write_text("\n".join([before + lines[0], *lines[1:]]) + after[after.index("\n\n") :], encoding="utf-8")
     shipped = [line for line in lines if "shipped: " in line]
     equal = sum(int(line.partition("shipped: ")[2].split()[0]) for line in shipped)
-    print(f"{equal} of {4 * len(shipped)} conversations equal, {len(shipped)} shipped templates; wrote {DOCS}")
+    print(f"{equal} of {4 * len(shipped)} conversations equal, {len(shipped)} shipped templates")
     return int(equal != 4 * len(shipped))
 
 

@@ -1,34 +1,45 @@
-# Makes .venv and installs arpo_trl into it. Sourced by quickstart.sh and test.sh: `. scripts/install.sh [EXTRAS]`
-# A second run is quick: nothing is installed until pyproject.toml, constraints.txt or the extras change.
+# Create .venv and install arpo_trl into it. Sourced by quickstart.sh and test.sh: `. scripts/install.sh [EXTRAS]`
+# The next runs are quick: packages are only installed again if pyproject.toml, constraints.txt or the extras change.
 
 extras=${1:+[$1]}
-constraints=${CONSTRAINTS:-constraints.txt}  # /dev/null: the newest of everything
+constraints=${CONSTRAINTS:-constraints.txt}  # /dev/null: the newest releases
 
-if [ ! -d .venv ]; then
+# bin on Linux and macOS, Scripts on Windows
+has_pip() {
+    .venv/bin/python -m pip --version > /dev/null 2>&1 || .venv/Scripts/python -m pip --version > /dev/null 2>&1
+}
+
+if ! has_pip; then
     python=
-    for found in python3 python3.13 python3.12 python3.11 python; do
-        # 3.11: what trl 1.16 asks for
-        if "$found" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            python=$found
+    for candidate in python3 python3.13 python3.12 python3.11 python; do
+        # 3.11: trl 1.16 requires it
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+            python=$candidate
             break
         fi
     done
     if [ -z "$python" ]; then
-        echo "no Python of 3.11 or later is on the PATH (trl 1.16 needs it): install one and run this again" >&2
+        echo "Python 3.11 or later is not on the PATH (trl 1.16 requires it). Install it and run this script again." >&2
         exit 2
     fi
-    "$python" -m venv .venv || { rm -rf .venv; exit 2; }
+    if [ -d .venv ]; then
+        # An interrupted installation leaves .venv without pip; a Python that was removed leaves a dead link.
+        echo "repairing .venv: it has no working pip"
+        rm -f .venv/installed-*
+        "$python" -m venv .venv > /dev/null 2>&1 || true
+        has_pip || "$python" -m venv --clear .venv || { rm -rf .venv; exit 2; }
+    else
+        "$python" -m venv .venv || { rm -rf .venv; exit 2; }
+    fi
 fi
-
-# bin on Linux and macOS, Scripts on Windows
 export PATH="$PWD/.venv/bin:$PWD/.venv/Scripts:$PATH"
 
 stamp=.venv/installed-${1:-plain}
-wanted="$PWD $(cat pyproject.toml "$constraints" | cksum)"
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    echo "installing arpo_trl$extras into .venv (the first time this downloads torch and takes minutes)"
-    # -qq shows errors only. torch goes first, so that its wheel is decided by its pin and the machine's index alone.
+expected="$PWD $(cat pyproject.toml "$constraints" | cksum)"
+if [ "$(cat "$stamp" 2> /dev/null)" != "$expected" ]; then
+    echo "installing arpo_trl$extras into .venv (the first time, this downloads torch and takes minutes)"
+    # -qq prints errors only. Install torch first: its pin and the package index alone then select the build.
     python -m pip install -qq --disable-pip-version-check -c "$constraints" torch
     python -m pip install -qq --disable-pip-version-check -c "$constraints" -e ".$extras"
-    echo "$wanted" > "$stamp"
+    echo "$expected" > "$stamp"
 fi

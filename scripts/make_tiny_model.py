@@ -1,10 +1,10 @@
-"""Makes a small Qwen2 with random weights, for machines with no GPU and no network.
+"""Make a small Qwen2 with random weights, for machines without GPU and network.
 
     python scripts/make_tiny_model.py checkpoints/tiny_qwen2
 
-The folder has the files of a real Hugging Face model, and everything in it that code can trip over is Qwen2.5's: the
+The folder has the files of a real Hugging Face model. Everything that code may depend on is like Qwen2.5: the
 pre-tokenizer, the 22 added tokens in their order, the chat template, tied embeddings, a padded vocabulary, bfloat16
-weights. Only the numbers are smaller. The byte-level BPE is trained on the toy data. Every call makes the same model.
+weights; only the sizes are smaller. The byte-level BPE is trained on the toy data. Every call makes the same model.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from arpo_trl.data.shipped_templates import shipped_template
 ROOT = Path(__file__).resolve().parents[1]
 TOY_DATA = ROOT / "recipes" / "data" / "arpo_sft_toy.jsonl"
 
-# The three facts below are those of https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct/blob/main/tokenizer.json
+# The next three constants are from https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct/blob/main/tokenizer.json
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -104,7 +104,7 @@ def save(tokenizer: Tokenizer, model: Qwen2ForCausalLM, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the model is written")
+    parser.add_argument("folder", type=Path, help="output folder")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
     tokenizer = train_tokenizer(TOY_DATA, rows=500, vocab_size=2048)

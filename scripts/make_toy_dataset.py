@@ -1,15 +1,15 @@
-"""Writes the toy training sets: sharegpt conversations that think, call tools and box an answer, in two forms.
+"""Write the toy training sets: ShareGPT conversations that reason, call tools and box an answer, in two forms.
 
-    python scripts/make_toy_dataset.py                              # 500 rows in turns: the file that is shipped
-    python scripts/make_toy_dataset.py --form inside --rows 60      # the other file that is shipped
-    python scripts/make_toy_dataset.py --source ARPO-SFT-54K.json   # the first 500 rows of the real set instead
+    python scripts/make_toy_dataset.py                              # the shipped file: 500 rows in turns
+    python scripts/make_toy_dataset.py --form inside --rows 60      # the other shipped file
+    python scripts/make_toy_dataset.py --source ARPO-SFT-54K.json   # the first 500 rows of the real set
 
-In `turns` each result is a turn of its own, as ARPO's setup guide has it. In `inside` one gpt turn holds the whole
-trajectory, results included, as in ARPO-SFT-54K; searches find whole pages there, about 9 KB a row, as in that set.
+In `turns` each result is a separate turn, as in ARPO's setup guide. In `inside` one gpt turn holds the whole trajectory,
+results included, as in ARPO-SFT-54K; there a search returns complete pages, which makes about 9 KB a row, as in that set.
 
-Generated rows are a function of the seed alone. Every <python> block is really run (a subprocess, with a time limit)
-and its <result> is what it printed; every <search> really searches the small gazetteer below. The gazetteer is made
-up: a model trained on this file learns the form of such a conversation, and no fact about the world.
+Generated rows depend on the seed alone. Every <python> block is executed (in a subprocess with a time limit) and its
+<result> is what it printed; every <search> searches the small gazetteer below. The gazetteer is fictional: a model
+trained on these rows learns the form of such a conversation, but no facts about the world.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 DATA = Path(__file__).resolve().parents[1] / "recipes" / "data"
 TOY_DATA = DATA / "arpo_sft_toy.jsonl"
 TOY_DATA_INSIDE = DATA / "arpo_sft_toy_inside.jsonl"
-TIME_LIMIT = 20  # seconds for one <python> block; they take 0.05, so a row that meets it has a mistake in its task
+TIME_LIMIT = 20  # seconds for one <python> block; they take 0.05, so a row that reaches it has a bug in its task
 
 # After https://github.com/RUC-NLPIR/ARPO, whose prompt names the same tags.
 SYSTEM = (
@@ -44,29 +44,29 @@ SYSTEM = (
 
 @dataclass
 class Row:
-    """One conversation: a question, rounds of a call and its result (with page texts, and without), and an answer."""
+    """One conversation: a question, rounds of (call, result, result with full pages), and an answer."""
 
     question: str
     rounds: list[tuple[str, str, str]] = field(default_factory=list)
     last: str = ""
 
-    def python(self, thought: str, code: str) -> str:
+    def python(self, reasoning: str, code: str) -> str:
         result = run_python(code)
-        self.rounds.append((f"<think>{thought}</think>\n<python>\n{code}\n</python>", result, result))
+        self.rounds.append((f"<think>{reasoning}</think>\n<python>\n{code}\n</python>", result, result))
         return result
 
-    def search(self, thought: str, query: str) -> None:
-        call = f"<think>{thought}</think>\n<search>{query}</search>"
-        self.rounds.append((call, search(query), search(query, top=5, whole=True)))
+    def search(self, reasoning: str, query: str) -> None:
+        call = f"<think>{reasoning}</think>\n<search>{query}</search>"
+        self.rounds.append((call, search(query), search(query, top=5, full_pages=True)))
 
-    def answer(self, thought: str, value: object) -> Row:
-        self.last = f"<think>{thought}</think>\n<answer>The final answer is \\[ \\boxed{{{value}}} \\]</answer>"
+    def answer(self, reasoning: str, value: object) -> Row:
+        self.last = f"<think>{reasoning}</think>\n<answer>The final answer is \\[ \\boxed{{{value}}} \\]</answer>"
         return self
 
     def to_dict(self, form: str) -> dict[str, Any]:
         turns = [("human", self.question)]
         if form == "inside":
-            rounds = [f"{call} <result>\n{whole}\n</result>\n" for call, _, whole in self.rounds]
+            rounds = [f"{call} <result>\n{pages}\n</result>\n" for call, _, pages in self.rounds]
             turns.append(("gpt", "".join([*rounds, self.last])))
         else:
             for call, result, _ in self.rounds:
@@ -77,7 +77,7 @@ class Row:
 
 @functools.cache
 def run_python(code: str) -> str:
-    """What a program prints, and if it fails, the last line of its traceback (the rest differs between Pythons)."""
+    """Return what a program prints and, if it fails, the last line of its traceback (the rest differs between Pythons)."""
     command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", code]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=TIME_LIMIT)
     return (done.stdout + "".join(done.stderr.strip().splitlines()[-1:])).strip()
@@ -106,7 +106,7 @@ def names(rng: random.Random, count: int) -> list[str]:
 
 
 def make_gazetteer() -> tuple[list[Town], dict[str, int], dict[str, int], list[tuple[str, str]]]:
-    """Towns, birth years by person, lengths in km by river, and pages as (title, text)."""
+    """Return towns, birth years by person, lengths in km by river, and pages as (title, text)."""
     rng = random.Random("gazetteer")
     drawn = iter(names(rng, 200))
     provinces = [next(drawn) for _ in range(6)]
@@ -169,7 +169,7 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower())) - STOP_WORDS
 
 
-MORE = {  # What else a page says. No question is about it, and nothing is found by it.
+MORE = {  # Filler of the full pages. No question is about it, and searches ignore it.
     "town": """{name} lies {few}0 m above the sea, where two old roads meet.
 The wall of {name} had {few} gates, of which one is left.
 A fire in {year} spared only the quarter at the water.
@@ -210,7 +210,7 @@ Painters of the last century came for its light in autumn.""",
 
 
 def page_text(kind: str, name: str, lead: str) -> str:
-    """A page in whole: its first paragraph, and two more of sentences drawn for it."""
+    """Return a full page: its first paragraph, and two paragraphs of random filler."""
     rng = random.Random(f"page/{name}")
     sentences = [
         line.format(name=name, n=rng.randrange(40, 9000), few=rng.randrange(3, 14), year=rng.randrange(1500, 1990))
@@ -219,13 +219,13 @@ def page_text(kind: str, name: str, lead: str) -> str:
     return "\n".join([lead, " ".join(sentences[:5]), " ".join(sentences[5:])])
 
 
-def search(query: str, top: int = 2, whole: bool = False) -> str:
-    """The pages that share most words with the query, a page's title counting threefold; `whole`: not their leads alone."""
+def search(query: str, top: int = 2, full_pages: bool = False) -> str:
+    """Return the pages that share most words with the query (words of the title count three times)."""
     wanted = words(query)
     scores = [3 * len(wanted & words(title)) + len(wanted & words(text)) for title, text in PAGES]
     best = sorted(range(len(PAGES)), key=lambda page: -scores[page])[:top]
     found = [PAGES[page] for page in best if scores[page]]
-    if whole:
+    if full_pages:
         found = [(title, page_text(kind_of(title), title, text)) for title, text in found]
     return "\n".join(f'Page {n}: "{title}"\n{text}' for n, (title, text) in enumerate(found, 1)) or "No page found."
 
@@ -234,7 +234,7 @@ def kind_of(title: str) -> str:
     return "town" if title in {town.name for town in TOWNS} else "person" if title in BIRTHS else "place"
 
 
-# The tasks: each draws a question and works it out
+# The tasks: each draws a question and solves it
 
 
 def addition(rng: random.Random) -> Row:
@@ -412,10 +412,10 @@ def collatz(rng: random.Random) -> Row:
 
 
 def second_attempt(rng: random.Random) -> Row:
-    """The first program fails; the error is read and mended."""
+    """The first program fails; the second fixes the error."""
     numbers = [rng.randint(10, 99) for _ in range(rng.randint(4, 12))]
     text = " ".join(map(str, numbers))
-    asked, wrong, thought, right = rng.choice(
+    asked, wrong, reasoning, right = rng.choice(
         [
             (
                 f'What is the sum of the numbers in "{text}"?',
@@ -447,7 +447,7 @@ def second_attempt(rng: random.Random) -> Row:
     )
     row = Row(asked)
     error = row.python(rng.choice(["I write a short program.", "Python can do this."]), wrong)
-    value = row.python(f"That failed with {error.split(':')[0]}. {thought}", right)
+    value = row.python(f"That failed with {error.split(':')[0]}. {reasoning}", right)
     return row.answer(f"Now it works and gives {value}.", value)
 
 
@@ -470,7 +470,7 @@ def one_search(rng: random.Random) -> Row:
 
 def two_searches(rng: random.Random) -> Row:
     town = rng.choice(TOWNS)
-    asked, thought, query, value = rng.choice(
+    asked, reasoning, query, value = rng.choice(
         [
             (
                 f"In which year was the founder of {town.name} born?",
@@ -494,7 +494,7 @@ def two_searches(rng: random.Random) -> Row:
     )
     row = Row(asked)
     row.search(f"First I have to find the page about {town.name}.", town.name)
-    row.search(thought, query)
+    row.search(reasoning, query)
     return row.answer(f"From the second search, the answer is {value}.", value)
 
 
@@ -532,7 +532,7 @@ def nothing_found(rng: random.Random) -> Row:
 
 def no_tool(rng: random.Random) -> Row:
     a, b = rng.randint(2, 12), rng.randint(2, 12)
-    asked, thought, value = rng.choice(
+    asked, reasoning, value = rng.choice(
         [
             (f"What is {a} times {b}?", f"{a} times {b} is {a * b}; no tool is needed.", a * b),
             (
@@ -547,11 +547,11 @@ def no_tool(rng: random.Random) -> Row:
             ),
         ]
     )
-    return Row(asked).answer(thought, value)
+    return Row(asked).answer(reasoning, value)
 
 
 def long_table(rng: random.Random) -> Row:
-    """A program that prints far more than it should: these rows do not fit into 4,096 tokens."""
+    """A program that prints far more than it should: these rows exceed 4,096 tokens."""
     low = rng.randint(100, 900)
     high = low + rng.randint(420, 800)
     row = Row(
@@ -614,7 +614,7 @@ SEARCHES: dict[Callable[[random.Random], Row], int] = {
 
 
 def generate(rows: int, seed: int, form: str = "turns") -> Iterator[dict[str, Any]]:
-    """Each row has a random stream of its own, so that fewer rows are the beginning of more rows.
+    """Yield rows. Each row has its own random stream, so that a shorter set is the beginning of a longer one.
 
     In the form `inside`, as in ARPO-SFT-54K, more rows search than compute.
     """
@@ -632,7 +632,7 @@ def generate(rows: int, seed: int, form: str = "turns") -> Iterator[dict[str, An
 
 
 def first_rows(source: Path, rows: int) -> list[dict[str, Any]]:
-    """The first rows of a JSON list, or of a file with one JSON object a line, whatever the file is called."""
+    """Return the first rows of a JSON list or of a JSON Lines file, whatever its name."""
     with source.open(encoding="utf-8-sig") as lines:
         is_list = lines.read(100).lstrip().startswith("[")
         lines.seek(0)
@@ -645,10 +645,12 @@ def first_rows(source: Path, rows: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, help="take the first rows of this .json or .jsonl file")
-    parser.add_argument("--form", choices=["turns", "inside"], default="turns", help="where results stand (turns)")
-    parser.add_argument("--out", type=Path, help="the .jsonl to write (the shipped one of the form)")
-    parser.add_argument("--rows", type=int, default=500, help="how many (500)")
-    parser.add_argument("--seed", type=int, default=0, help="of generated rows")
+    parser.add_argument(
+        "--form", choices=["turns", "inside"], default="turns", help="where the results of tools are (turns)"
+    )
+    parser.add_argument("--out", type=Path, help="the .jsonl file to write (default: the shipped file of that form)")
+    parser.add_argument("--rows", type=int, default=500, help="number of rows (500)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generated rows")
     args = parser.parse_args()
     if args.rows < 1:
         parser.error(f"--rows: found {args.rows}, expected 1 or more")
@@ -656,7 +658,7 @@ def main() -> None:
     try:
         rows = first_rows(args.source, args.rows) if args.source else list(generate(args.rows, args.seed, args.form))
     except (OSError, ValueError) as error:
-        parser.error(f"--source: {args.source}: {error}; expected a JSON list, or one JSON object a line")
+        parser.error(f"--source: {args.source}: {error}; expected a JSON list or JSON Lines")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(text.encode())

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The toy run, started as ARPO's own scripts start theirs: where it runs comes from the environment.
+# Launch the toy run the way ARPO's scripts do: environment variables set the number of GPUs and nodes.
 #
 #   bash scripts/sft_train_toy.sh                                # recipes/qwen_toy.yaml on one GPU, or on the CPU
-#   bash scripts/sft_train_toy.sh recipes/tiny_cpu.yaml num_train_epochs=1     # another recipe, other values
-#   CUDA_VISIBLE_DEVICES=0,1 bash scripts/sft_train_toy.sh       # one process a card
-#   NNODES=2 NODE_RANK=0 PROC_PER_NODE=8 MASTER_ADDR=10.0.0.7 bash scripts/sft_train_toy.sh    # on each machine
+#   bash scripts/sft_train_toy.sh recipes/tiny_cpu.yaml num_train_epochs=1     # another recipe and other values
+#   CUDA_VISIBLE_DEVICES=0,1 bash scripts/sft_train_toy.sh       # one process per GPU
+#   NNODES=2 NODE_RANK=0 PROC_PER_NODE=8 MASTER_ADDR=10.0.0.7 bash scripts/sft_train_toy.sh    # on every node
 #
-# The run keeps its own training.log in its output folder. The launcher's lines (a process that died, a port in use) are
-# only in the training.log here, which every launch appends to.
+# The run writes training.log to its output folder. The launcher's own messages (a process that died, a port in use) are
+# only in the training.log of this folder; every launch appends to it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,17 +24,17 @@ processes=$((NNODES * PROC_PER_NODE))
 
 recipe=recipes/qwen_toy.yaml
 case "${1:-}" in
-    '' | -* | *=*) ;; # a flag or an override: the recipe is left out
+    '' | -* | *=*) ;; # a flag or an override: no recipe was named
     *)
         recipe=$1
         shift
         ;;
 esac
-command -v accelerate > /dev/null || PATH="$PWD/.venv/bin:$PWD/.venv/Scripts:$PATH" # quickstart.sh's
+command -v accelerate > /dev/null || PATH="$PWD/.venv/bin:$PWD/.venv/Scripts:$PATH" # created by quickstart.sh
 
 launch=(--num_processes "$processes")
 if [ "$processes" -eq 1 ]; then
-    launch+=(--config_file accelerate_configs/single_gpu.yaml)
+    launch=(-q "${launch[@]}" --config_file accelerate_configs/single_gpu.yaml) # -q: no traceback of the launcher
 elif [ "$NNODES" -eq 1 ]; then
     launch+=(--config_file accelerate_configs/multi_gpu.yaml --main_process_port "$MASTER_PORT")
 else
@@ -42,8 +42,9 @@ else
         --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
 fi
 
-# The launcher imports torch before our code can say so: https://github.com/pytorch/pytorch/issues/139990 (Windows)
+# Windows builds of torch have no libuv, and the launcher imports torch before arpo_trl can disable it:
+# https://github.com/pytorch/pytorch/issues/139990
 export USE_LIBUV=0
-# -i: Ctrl-C is for the run, which saves a checkpoint and says so. -a: machines that share this folder write it together.
+# -i: tee ignores Ctrl-C, so that the run can save a checkpoint and report it. -a: nodes that share this folder append.
 echo "# $(date '+%Y-%m-%d %H:%M:%S%z') $0 $recipe $*" >> training.log
 accelerate launch "${launch[@]}" -m arpo_trl "$recipe" "$@" 2>&1 | tee -ia training.log

@@ -1,4 +1,4 @@
-"""Every shipped config is read by the installed accelerate as it means to be."""
+"""The installed accelerate reads every shipped config as intended."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
 
 def launched(config: Path, *flags: str) -> Namespace:
-    """The arguments of `accelerate launch` once it has read the config."""
+    """Return the arguments of `accelerate launch` after it has read the config."""
     command = ["--config_file", str(config), "--main_process_port", "0", *flags, "-m", "arpo_trl", "recipe.yaml"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     return args
 
 
-def test_the_configs_that_the_docs_name_are_there():
+def test_the_configs_that_the_docs_name_exist():
     names = {"cpu", "single_gpu", "multi_gpu", "fsdp2", "zero2", "zero3", "zero3_offload", "multi_node"}
     assert {config.stem for config in CONFIGS} == names
 

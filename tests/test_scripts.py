@@ -1,4 +1,4 @@
-"""The scripts that users run, and the data and model that they make."""
+"""The scripts that users run, and the data and the model that they make."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def run(*command: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
         ("make_keys.py --chek", "unrecognized arguments: --chek"),
     ],
 )
-def test_wrong_usage_ends_with_2_and_says_what_is_wrong(command: str, wrong: str):
+def test_wrong_usage_ends_with_2_and_names_the_error(command: str, wrong: str):
     script, *arguments = command.split()
     done = run(sys.executable, ROOT / "scripts" / script, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
@@ -105,7 +106,9 @@ def test_a_trajectory_inside_one_turn_holds_its_results():
         ):
             code, search = code + (tag == "python"), search + (tag == "search")
             found = (
-                make_toy_dataset.run_python(call) if tag == "python" else make_toy_dataset.search(call, 5, whole=True)
+                make_toy_dataset.run_python(call)
+                if tag == "python"
+                else make_toy_dataset.search(call, 5, full_pages=True)
             )
             assert result == found
     assert code and search
@@ -193,6 +196,31 @@ def test_the_quickstart_asks_what_the_toy_data_does_not_answer():
     assert question not in {row["conversations"][0]["value"] for row in ROWS}
 
 
+# install.sh
+
+
+@needs_bash
+@pytest.mark.parametrize("state", ["no pip", "half of pip", "no python"])
+def test_install_repairs_a_venv_whose_installation_was_interrupted(checkout: Path, state: str):
+    """Packages are installed again, too: the files that record what was installed are removed."""
+    venv.create(checkout / ".venv", with_pip=state == "half of pip", symlinks=os.name != "nt")
+    [python] = [*checkout.glob(".venv/bin/python"), *checkout.glob(".venv/Scripts/python.exe")]
+    if state == "half of pip":
+        [init] = checkout.glob(".venv/**/site-packages/pip/__init__.py")
+        shutil.rmtree(init.parent / "_internal")
+    if state == "no python":
+        python.unlink()
+    (checkout / ".venv" / "installed-plain").touch()
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, checkout)
+    no_network = os.environ | {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+    done = run("bash", "-c", "set -e; . scripts/install.sh", cwd=checkout, env=no_network)
+    assert done.stdout.startswith("repairing .venv: it has no working pip\ninstalling arpo_trl into .venv")
+    assert "torch" in done.stderr  # pip works and finds no package
+    assert run(python, "-m", "pip", "--version").returncode == 0
+    assert not (checkout / ".venv" / "installed-plain").exists()
+
+
 # compare_golden.py
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -213,7 +241,7 @@ def golden(capsys) -> Callable[..., tuple[int, list[str]]]:
     return main
 
 
-def test_compare_golden_says_where_a_row_differs_and_ends_with_1(golden: Any, tmp_path: Path):
+def test_compare_golden_prints_where_a_row_differs_and_ends_with_1(golden: Any, tmp_path: Path):
     """One row each: another token, another label under the same token, a shorter row, an entry without a row."""
     rows = json.loads((GOLDEN / "tokens" / "alpaca.json").read_text(encoding="utf-8"))
     tokens, labels, short = json.loads(json.dumps(rows[:3]))
@@ -252,7 +280,7 @@ def test_compare_golden_ends_with_2_where_there_is_nothing_to_compare(golden: An
 
 
 @pytest.mark.parametrize("mode", [[], ["step"]], ids=["no mode", "another mode"])
-def test_benchmark_without_a_mode_says_what_the_modes_are(mode: list[str]):
+def test_benchmark_without_a_mode_lists_the_modes(mode: list[str]):
     done = run(sys.executable, ROOT / "scripts" / "benchmark.py", *mode)
     assert (done.returncode, done.stdout) == (2, "")
     assert " | ".join(MODES) in done.stderr.splitlines()[-1]
@@ -263,7 +291,7 @@ def test_benchmark_without_a_mode_says_what_the_modes_are(mode: list[str]):
     [
         ("preparation --rows 10 20", "unrecognized arguments: 20"),
         ("startup --rows 10", "unrecognized arguments: --rows 10"),
-        ("steps --count 0", "argument --count: expected a whole number of 1 or more, found '0'"),
+        ("steps --count 0", "argument --count: expected an integer of 1 or more, found '0'"),
     ],
 )
 def test_benchmark_takes_no_option_that_its_mode_does_not_read(command: str, wrong: str):
@@ -347,7 +375,7 @@ def test_benchmark_preparation_really_encodes_with_two_processes(tiny_model: Pat
 
 
 @pytest.mark.slow
-def test_benchmark_memory_measures_each_size_beside_the_imports_alone(tiny_model: Path, tmp_path: Path):
+def test_benchmark_memory_measures_each_size_and_the_imports_alone(tiny_model: Path, tmp_path: Path):
     table = benchmark(tmp_path, "memory", "--rows", 20, 40, "--model", tiny_model)
     assert [row["rows"] for row in table] == [10, 20, 40]
     assert all(100 < row["peak_mib"] < 4000 for row in table)
@@ -399,7 +427,7 @@ def checkout(tmp_path: Path) -> Path:
         (
             {},
             [],
-            "--num_processes 1 --config_file accelerate_configs/single_gpu.yaml -m arpo_trl recipes/qwen_toy.yaml",
+            "-q --num_processes 1 --config_file accelerate_configs/single_gpu.yaml -m arpo_trl recipes/qwen_toy.yaml",
         ),
         (
             {"CUDA_VISIBLE_DEVICES": "0,1,3", "WANDB_DISABLED": "true"},
@@ -410,7 +438,7 @@ def checkout(tmp_path: Path) -> Path:
         (
             {"CUDA_VISIBLE_DEVICES": ""},
             ["--check", "a b=c d"],
-            "--num_processes 1 --config_file accelerate_configs/single_gpu.yaml -m arpo_trl recipes/qwen_toy.yaml "
+            "-q --num_processes 1 --config_file accelerate_configs/single_gpu.yaml -m arpo_trl recipes/qwen_toy.yaml "
             "--check a b=c d",
         ),
         (
@@ -444,7 +472,7 @@ def test_sft_train_toy_keeps_the_log_of_the_launch_before(checkout: Path):
 
 
 @needs_bash
-def test_sft_train_toy_finds_what_the_quickstart_installed(checkout: Path):
+def test_sft_train_toy_uses_the_venv_of_the_quickstart(checkout: Path):
     (checkout / ".venv" / "bin").mkdir(parents=True)
     fakes = fake_programs(checkout / ".venv" / "bin", accelerate="echo found") | {"PATH": "/usr/bin:/bin"}
     done = run("bash", (checkout / "scripts" / "sft_train_toy.sh").as_posix(), env=fakes)
@@ -471,7 +499,7 @@ def test_slurm_launches_every_machine_with_its_rank(checkout: Path):
 
 
 @needs_bash
-def test_slurm_script_outside_slurm_says_how_it_is_started(checkout: Path):
+def test_slurm_script_outside_slurm_prints_its_usage(checkout: Path):
     script = (checkout / "scripts" / "slurm_multi_node.sh").as_posix()
     done = run("bash", script, "my.yaml", env=fake_programs(checkout), cwd=checkout)
     assert (done.returncode, done.stderr) == (2, "usage: sbatch scripts/slurm_multi_node.sh RECIPE [key=value ...]\n")
@@ -479,7 +507,7 @@ def test_slurm_script_outside_slurm_says_how_it_is_started(checkout: Path):
 
 @needs_bash
 @pytest.mark.skipif(sys.platform == "win32", reason="Slurm is not on Windows")
-def test_slurm_passes_sigterm_on_and_requeues(checkout: Path):
+def test_slurm_forwards_sigterm_and_requeues(checkout: Path):
     fakes = fake_programs(
         checkout,
         **FAKE_SLURM,

@@ -1,4 +1,4 @@
-"""docs/reference/architectures.md says what is measured: every family trains with the plain loss, packs exactly or is refused."""
+"""docs/reference/architectures.md says what is measured: every family trains with the plain loss, packs exactly or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_the_table_has_every_family_and_no_cell_that_fails() -> None:
     assert list(TABLE) == sorted(architectures.FAMILIES)
     for line in TABLE.values():
         assert (line["full"], line["LoRA"]) == ("exact", "exact")
-        assert {line["padding_free"], line["packing"]} in ({"exact"}, {"refused"})
+        assert {line["padding_free"], line["packing"]} in ({"exact"}, {"not supported"})
         assert line["balancing loss"] in ("added", "-")
 
 
@@ -37,9 +37,9 @@ def test_a_mixture_trains_with_the_plain_loss_unless_asked_and_is_not_packed_whe
     expected = architectures.plain_loss(folder, rows)
     assert architectures.first_loss(folder, rows) == pytest.approx(expected, abs=1e-4)
     assert architectures.first_loss(folder, rows, moe_aux_loss_coef=1.0) > expected + 0.1  # its config says 0.9
-    assert architectures.first_loss(folder, rows, padding_free=True) == "refused"
+    assert architectures.first_loss(folder, rows, padding_free=True) == "not supported"
     evaluates = {"do_train": False, "do_eval": True, "eval_dataset": "rows", "padding_free": True}
-    assert architectures.first_loss(folder, rows, **evaluates) == "refused"
+    assert architectures.first_loss(folder, rows, **evaluates) == "not supported"
     said = capfd.readouterr().out
     assert "padding_free: gpt_oss with eager attention mixes the rows of a padding-free batch; set" in said
 
