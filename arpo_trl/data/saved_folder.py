@@ -1,0 +1,223 @@
+"""The serving check of a saved folder: its tokenizer, loaded again, renders prompts to the text and the tokens of training.
+
+Cheap (no weights are read), so that every run and every merge ends with it. A running server is `generate/check_serving.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import RecipeError, RowError, in_one_line
+from ..recipe.keys import Recipe
+from ..run_folder import read_json
+from .prepare import PreparedData
+from .registry import saved_by_llamafactory
+from .serving_causes import (
+    Ask,
+    Change,
+    Difference,
+    Explanation,
+    add,
+    explain,
+    list_changes,
+    render,
+    with_reasoning_key,
+)
+from .serving_rows import SERVING_ROWS, ServingRow, choose_rows, read_rows, write_rows
+from .template import find_template
+from .tokenizer import make_tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BORDER_SHARE = 0.05
+"""Share of a check's tokens that may differ because training tokenizes each segment separately, and a server all at once."""
+
+
+@dataclass
+class PromptCheck:
+    """What a server's prompts are compared with what was trained.
+
+    `borders`: prompts with the text of training and, at the borders of segments, other tokens: `border_tokens` of `tokens`.
+    """
+
+    rows: int = 0
+    identical: int = 0
+    borders: int = 0
+    border_tokens: int = 0
+    tokens: int = 0
+    differences: list[Difference] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """The check in one line, without its differences."""
+        borders = f", {self.borders} more with the same text and other tokens at segment borders" * bool(self.borders)
+        return f"{self.identical} of {self.rows} prompts identical{borders}"
+
+
+def check_run(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData, folder: Path) -> list[str]:
+    """Choose rows of a finished run, keep them in its folder, and check the folder with them.
+
+    Returns:
+        Lines to print. A check that cannot be made says why, and fails no run.
+    """
+    if saved_by_llamafactory(recipe):
+        return ["serving check  skipped: tokenized_path was saved by LLaMA-Factory, without the rows' messages"]
+    try:
+        rows = choose_rows(recipe, tokenizer, data)
+        if not rows:
+            return ["serving check  skipped: no row that cutoff_len leaves complete could be read again"]
+        write_rows(rows, folder)
+        return check_folder(folder)
+    except (RecipeError, RowError, OSError, ValueError, KeyError) as error:
+        return [f"serving check  skipped: {in_one_line(error)}"]
+
+
+def check_folder(folder: Path) -> list[str]:
+    """Check a saved folder with the rows in it: a line to print, and one for each difference."""
+    rows = read_rows(folder)
+    if not rows:
+        return [f"serving check  skipped: {folder} has no {SERVING_ROWS}, which a run writes"]
+    check = check_saved(folder, rows)
+    if not check.differences:
+        return [f"serving check  {check.summary()}"]
+    first, *more = check.differences
+    return [f"serving check  {check.summary()}; {first}", *(f"               {one}" for one in more)]
+
+
+def check_saved(folder: Path, rows: Sequence[ServingRow]) -> PromptCheck:
+    """Render each row's messages with the folder's own tokenizer and compare text and tokens with those of training."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check = PromptCheck()
+    if not tokenizer.chat_template:
+        lacks = Explanation(
+            "chat template", "missing in the folder", "Save the tokenizer again with the template of training."
+        )
+        check.rows = len(rows)
+        for row in rows:
+            add(check.differences, lacks, row.source)
+        return check
+    compare = PromptComparison(tokenizer)
+    key = find_template(tokenizer).thought_key
+    for row in rows:
+        served = render(Ask(with_reasoning_key(row.messages, key), row.tools), tokenizer)
+        compare.add(check, row, served, None)
+    _check_borders(check)
+    check.differences += _missing_ends(folder, rows, tokenizer)
+    return check
+
+
+class PromptComparison:
+    """Compares prompts with those of training, with one tokenizer. `changes` are listed once a row differs."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.tokenize = make_tokenize(tokenizer)
+        self._changes: list[Change] | None = None
+
+    def add(self, check: PromptCheck, row: ServingRow, served: str | None, served_ids: list[int] | None) -> str:
+        """Count a row, with its difference if there is one; `served_ids` are those of the text if None.
+
+        Returns:
+            The cause of the difference, "" if the prompt has the text of training.
+        """
+        check.rows += 1
+        check.tokens += len(row.ids)
+        if served is None:
+            found = Explanation(
+                "chat template", "raises an error for messages of training", "Use the template of training."
+            )
+            add(check.differences, found, row.source)
+            return found.cause
+        if served != row.text and served_ids != row.ids:
+            found = explain(row, served, self.tokenizer, self.changes)
+            add(check.differences, found, row.source)
+            return found.cause
+        (whole,) = self.tokenize([row.text])
+        ids = whole.ids if served_ids is None else served_ids
+        if ids == row.ids:
+            check.identical += 1
+            return ""
+        if ids == whole.ids and self._in_segments(row) == row.ids:
+            check.borders += 1
+            check.border_tokens += _count_other_tokens(row.ids, ids)
+            return ""
+        found = _explain_ids(row, ids, self.tokenizer)
+        add(check.differences, found, row.source)
+        return found.cause
+
+    @property
+    def changes(self) -> list[Change]:
+        if self._changes is None:
+            self._changes = list_changes(self.tokenizer)
+        return self._changes
+
+    def _in_segments(self, row: ServingRow) -> list[int]:
+        pieces = self.tokenize(row.segments, ["", *row.segments[:-1]])
+        return [token for piece in pieces for token in piece.ids]
+
+
+def _count_other_tokens(trained: list[int], served: list[int]) -> int:
+    blocks = SequenceMatcher(None, trained, served, autojunk=False).get_matching_blocks()
+    return max(len(trained), len(served)) - sum(block.size for block in blocks)
+
+
+def _explain_ids(row: ServingRow, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Explanation:
+    """The text is that of training and its tokens are not."""
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids == [bos, *row.ids]:
+        fix = "Let either the tokenizer or the chat template add it."
+        return Explanation("BOS twice", f"the tokens begin with {tokenizer.bos_token} twice", fix)
+    if bos is not None and [bos, *ids] == row.ids:
+        return Explanation(
+            "BOS missing", f"the tokens do not begin with {tokenizer.bos_token}", "Use the folder's own tokenizer."
+        )
+    at = next((n for n, pair in enumerate(zip(row.ids, ids)) if pair[0] != pair[1]), min(len(ids), len(row.ids)))
+    return Explanation(
+        "tokenizer",
+        f"the same text has other tokens: token {at:,} is {row.ids[at : at + 3]} in training, {ids[at : at + 3]} served",
+        "Serve the folder's own tokenizer; a converted one (GGUF) may split text in another way.",
+    )
+
+
+def _check_borders(check: PromptCheck) -> None:
+    if check.border_tokens > BORDER_SHARE * max(check.tokens, 1):
+        share = check.border_tokens / check.tokens
+        check.differences.append(
+            Difference(
+                "segment borders",
+                f"{share:.1%} of the tokens are others than in training, at most {BORDER_SHARE:.0%} expected",
+                "Use a template whose replies begin and end at special tokens.",
+            )
+        )
+
+
+def _missing_ends(folder: Path, rows: Sequence[ServingRow], tokenizer: PreTrainedTokenizerBase) -> list[Difference]:
+    """Report tokens that end replies of training and that the folder does not stop at."""
+    known = end_ids(folder)
+    missing = Counter(row.end for row in rows if row.end not in known)
+    return [
+        Difference(
+            "end-of-turn token",
+            f"{tokenizer.convert_ids_to_tokens(end)!r} ({end}), which ends {count} of {len(rows)} replies, is not in "
+            f"generation_config.json (found {sorted(known) or 'nothing'})",
+            f'Write "eos_token_id": {sorted([end, *known])} there.',
+        )
+        for end, count in missing.items()
+    ]
+
+
+def end_ids(folder: Path) -> set[int]:
+    """Return the ids that a folder's generation_config.json stops at; without the file, config.json's."""
+    for name in ("generation_config.json", "config.json"):
+        values = read_json(folder / name)
+        if isinstance(values, dict):
+            ends = values.get("eos_token_id")
+            return {*(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+    return set()

@@ -1,0 +1,295 @@
+"""The contexts that a model was trained on, as a client sends them and as training tokenized them.
+
+A run chooses some of its rows and keeps them in `serving_check.jsonl` next to the model, so that the saved folder, a merged
+model and a running server can be compared with what was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from datasets import Dataset
+
+from ..errors import RecipeError, RowError
+from ..recipe.keys import Recipe
+from ..run_folder import write_text
+from .encode import Encoder
+from .files import Row, read_dataset
+from .labels import ExampleConfig, carry_loss
+from .messages import THOUGHT_KEYS, Conversation, Fields, Message, to_conversation
+from .prepare import PreparedData
+from .registry import select_datasets
+from .segments import Segment, to_segments
+from .template import Template, find_template, template_of
+from .tokenizer import make_tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SERVING_ROWS = "serving_check.jsonl"
+ROWS = 32
+LOOKED_AT = 512  # encoded rows that may be chosen: some are cut
+
+
+@dataclass(frozen=True)
+class ServingRow:
+    """One context and its reply. `source`: "file:line", or the name of a built-in conversation.
+
+    Attributes:
+        messages: Those before the reply, in OpenAI's form; the arguments of calls are objects.
+        tools: The row's tools.
+        segments: The context's text in the pieces that training tokenized separately.
+        ids: The context's tokens in training, its generation prompt included.
+        reply: The reply's text, through its end-of-turn token.
+        reply_ids: The reply's tokens, in the same way.
+        calls: The calls that the reply holds.
+        day: The date that the template wrote in training, ISO 8601.
+        default_system: The recipe's default_system, where training gave it to this row.
+    """
+
+    source: str
+    messages: list[Message]
+    tools: list[Fields] | None
+    segments: list[str]
+    ids: list[int]
+    reply: str
+    reply_ids: list[int]
+    calls: list[Fields]
+    day: str
+    default_system: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The context's text."""
+        return "".join(self.segments)
+
+    @property
+    def end(self) -> int:
+        """The id of the token that ends the reply."""
+        return self.reply_ids[-1]
+
+
+def choose_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData, number: int = ROWS
+) -> list[ServingRow]:
+    """Return contexts of held-out rows, else of training rows, that the cutoff left complete.
+
+    Each row is encoded again from its file, and chosen only where that gives the very tokens that were trained on. Of the
+    rows, in turn, the context of the last reply, of the first one with calls, and of the first; then what is left of these.
+    """
+    held_out = [rows for rows in data.eval.values() if len(rows)]
+    template = template_of(recipe, tokenizer)
+    expected: dict[str, list[int]] = {}
+    for rows in held_out or [data.train]:
+        if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
+            expected |= {row["source"]: list(row["input_ids"]) for row in islice(rows, LOOKED_AT)}
+    found: list[list[ServingRow]] = []
+    for info in select_datasets(recipe):
+        encoder = Encoder(info, recipe, template)
+        rows_of_dataset = read_dataset(info, recipe.streaming)
+        trained = (row for row in rows_of_dataset if not expected or row.place in expected)
+        for row in islice(trained, len(expected) or LOOKED_AT):
+            if candidates := _find_replies(row, encoder, expected.get(row.place)):
+                first = len(found) % len(candidates)
+                found.append(candidates[first:] + candidates[:first])
+            if len(found) == number:
+                break
+    in_turn = [row for rank in zip_longest(*found) for row in rank if row]
+    return in_turn[:number]
+
+
+class _Encoded(NamedTuple):
+    """A conversation as the row has it, as the template takes it, and its segments with the tokens of each."""
+
+    plain: Conversation
+    fitted: Conversation
+    segments: list[Segment]
+    pieces: list[list[int]]
+    template: Template
+
+    def position(self, at: int) -> int:
+        """The position among the messages of the reply that is segment `at`."""
+        replies = self.fitted.replies  # the first of them are context where only the last is trained
+        return replies[len(replies) - len(self.segments) // 2 :][at // 2]
+
+
+def _encode(plain: Conversation, fitted: Conversation, template: Template) -> _Encoded:
+    """Raises RowError."""
+    segments = to_segments(fitted, template)
+    texts = [segment.text for segment in segments]
+    pieces = [tokens.ids for tokens in make_tokenize(template.tokenizer)(texts, ["", *texts[:-1]])]
+    return _Encoded(plain, fitted, segments, pieces, template)
+
+
+def _find_replies(row: Row, encoder: Encoder, expected: list[int] | None) -> list[ServingRow]:
+    """Return the last trained reply of a row with its context, the first one with calls, and the first."""
+    recipe = encoder.recipe
+    try:
+        encoded = _encode(to_conversation(row.value, encoder.info), encoder.read(row), encoder.template)
+    except RowError:
+        return []
+    ids = [token for piece in encoded.pieces for token in piece]
+    if len(ids) > recipe.cutoff_len or (expected is not None and ids != expected):
+        return []
+    messages = encoded.fitted.messages
+    carries = carry_loss(encoded.segments, ExampleConfig(sys.maxsize, recipe.mask_history))
+    trained = [at for at, carried in enumerate(carries) if carried]
+    with_calls = [at for at in trained if messages[encoded.position(at)].get("tool_calls")]
+    default_system = recipe.default_system if len(messages) > len(encoded.plain.messages) else None
+    wanted = dict.fromkeys([*trained[-1:], *with_calls[:1], *trained[:1]])
+    return list(filter(None, (_to_row(row.place, encoded, at, default_system) for at in wanted)))
+
+
+def _to_row(source: str, encoded: _Encoded, at: int, default_system: str | None = None) -> ServingRow | None:
+    """Return the reply that is segment `at` with its context, None if it does not end in an end-of-turn token."""
+    template, reply = encoded.template, encoded.pieces[at]
+    end = _position_of_end(reply, template)
+    if end is None:
+        return None
+    position = encoded.position(at)
+    return ServingRow(
+        source=source,
+        messages=_as_sent(encoded, position),
+        tools=encoded.fitted.tools,
+        segments=[segment.text for segment in encoded.segments[:at]],
+        ids=[token for piece in encoded.pieces[:at] for token in piece],
+        reply=_until_end(encoded.segments[at].text, template),
+        reply_ids=reply[: end + 1],
+        calls=encoded.fitted.messages[position].get("tool_calls", []),
+        day=template.day.isoformat(),
+        default_system=default_system,
+    )
+
+
+def _position_of_end(ids: list[int], template: Template) -> int | None:
+    """The position of the last token that ends a turn."""
+    ends = {template.tokenizer.convert_tokens_to_ids(end) for end in template.turn_ends}
+    return next((at for at in reversed(range(len(ids))) if ids[at] in ends), None)
+
+
+def _until_end(reply: str, template: Template) -> str:
+    """The reply's text through the token that ends it."""
+    text = template.without_end(reply)
+    return text + next(end for end in template.turn_ends if reply[len(text) :].startswith(end))
+
+
+def _as_sent(encoded: _Encoded, until: int) -> list[Message]:
+    """The messages before `until` as a client sends them: the row's own, without the recipe's default_system.
+
+    Ids of calls are those of training. Reasoning stays in `reasoning_content` where the template reads a key for it, else
+    it is in the text; a model that is trained to answer without reasoning has none in its history.
+    """
+    plain, fitted, template = encoded.plain, encoded.fitted, encoded.template
+    added = len(fitted.messages) - len(plain.messages)
+    sent = []
+    for message, trained in zip(plain.messages, fitted.messages[added:][: until - added]):
+        found = dict(message)
+        found.pop("trained", None)
+        if "reasoning_content" in found and not template.thought_key:
+            found |= {"content": trained["content"]}
+            del found["reasoning_content"]
+        if message["role"] == "assistant" and template.thinks and template.enable_thinking is False:
+            found = {key: value for key, value in trained.items() if key not in ("trained", *THOUGHT_KEYS)}
+        for key in ("tool_calls", "tool_call_id"):
+            if key in trained:
+                found[key] = trained[key]
+        sent.append(cast(Message, found))
+    return sent
+
+
+def write_rows(rows: list[ServingRow], folder: Path) -> None:
+    """Write `serving_check.jsonl`."""
+    lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
+    write_text(folder / SERVING_ROWS, "".join(lines))
+
+
+def read_rows(folder: Path) -> list[ServingRow]:
+    """Read `serving_check.jsonl`; a folder without one has no rows.
+
+    Raises:
+        RecipeError: if the file is not one that a run wrote.
+    """
+    path = folder / SERVING_ROWS
+    if not path.is_file():
+        return []
+    try:
+        return [ServingRow(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"{path}: not written by a run ({error}). Remove the file to use built-in rows.") from None
+
+
+# --- built-in conversations, for a folder that no run of ours wrote ---
+
+_TOOLS: list[Fields] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Return the weather of a city.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "The city's name"}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+_QUESTIONS = (
+    ("What is 17 * 23?", "17 * 23 is 391."),
+    ("Write one line of Python that reverses a list.", "numbers[::-1]"),
+    ("翻译成英文：今天天气很好。", "The weather is nice today."),
+    ("List three primes.\n\nOne per line.", "2\n3\n5"),
+    ('  Who wrote "Faust"? ', "Goethe wrote it, in two parts."),
+    ("Sag etwas auf Deutsch – kurz!", "Guten Tag! Schön, dass du da bist."),
+    ("Which is larger: 9.9 or 9.11?", "9.9 is larger."),
+    ('Give me JSON with a key "a".', '{"a": 1}'),
+)
+
+
+def built_in_rows(tokenizer: PreTrainedTokenizerBase, number: int = ROWS) -> list[ServingRow]:
+    """Return contexts of built-in conversations, rendered and tokenized as training does with this tokenizer.
+
+    Those that its chat template does not render are left out: many have no tools, and some no system message.
+
+    Raises:
+        RecipeError: if the chat template cannot be rendered.
+    """
+    template = replace(find_template(tokenizer), last_thought_only=False)
+    rows = (_built_in_row(name, messages, tools, template) for name, messages, tools in _conversations())
+    return list(islice(filter(None, rows), number))
+
+
+def _conversations() -> Iterator[tuple[str, list[Message], list[Fields] | None]]:
+    system: Message = {"role": "system", "content": "You answer briefly."}
+    call: Fields = {"id": "a1B2c3D4e", "type": "function"}
+    for number, (question, answer) in enumerate(_QUESTIONS):
+        ask: Message = {"role": "user", "content": question}
+        reply: Message = {"role": "assistant", "content": answer}
+        first, second = _QUESTIONS[number - 1]
+        earlier: list[Message] = [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
+        city = {"name": "get_weather", "arguments": {"city": ("Paris", "Zürich", "北京")[number % 3]}}
+        calls: Message = {"role": "assistant", "content": "", "tool_calls": [{**call, "function": city}]}
+        result: Message = {"role": "tool", "content": '{"degrees": 21}', "tool_call_id": "a1B2c3D4e"}
+        name = f"built-in {number + 1}"
+        yield f"{name}, one turn", [ask, reply], None
+        yield f"{name}, system message", [system, ask, reply], None
+        yield f"{name}, two turns", [system, *earlier, ask, reply], None
+        yield f"{name}, tool", [system, ask, calls, result, reply], _TOOLS
+        yield f"{name}, three turns", [*earlier, *earlier, ask, reply], None
+
+
+def _built_in_row(
+    name: str, messages: list[Message], tools: list[Fields] | None, template: Template
+) -> ServingRow | None:
+    plain = Conversation(messages, tools)
+    try:
+        encoded = _encode(plain, template.fit(plain), template)
+    except RowError:
+        return None
+    return _to_row(name, encoded, len(encoded.segments) - 1)
