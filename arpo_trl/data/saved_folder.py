@@ -17,18 +17,8 @@ from ..recipe.keys import Recipe
 from ..run_folder import read_json
 from .prepare import PreparedData
 from .registry import saved_by_llamafactory
-from .serving_causes import (
-    Ask,
-    Change,
-    Difference,
-    Explanation,
-    add,
-    explain,
-    list_changes,
-    render,
-    with_reasoning_key,
-)
-from .serving_rows import SERVING_ROWS, ServingRow, choose_rows, read_rows, write_rows
+from .serving_causes import Change, Difference, Explanation, add, explain, list_changes
+from .serving_rows import SERVING_ROWS, Ask, ServingRow, choose_rows, read_rows, render, with_reasoning_key, write_rows
 from .template import find_template
 from .tokenizer import make_tokenize
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
+from difflib import SequenceMatcher
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import jinja2
 from jinja2 import TemplateError, meta
 
-from ..recipe.template_names import SHIPPED
+from ..recipe.llamafactory import SHIPPED
 from .messages import Fields, Message
-from .serving_rows import ServingRow
+from .serving_rows import Ask, ServingRow, render, with_reasoning_key
 from .shipped_templates import shipped_template
-from .template import KEEP_THOUGHTS, WITHOUT_THOUGHT, ChatTemplate, find_template
+from .template import KEEP_THOUGHTS, WITHOUT_THOUGHT, find_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,15 +37,6 @@ GIVEN = frozenset(
     pad_token unk_token sep_token cls_token mask_token additional_special_tokens range namespace dict lipsum cycler joiner
     """.split()
 )
-
-
-class Ask(NamedTuple):
-    """A request as a server renders it. `chat_template`: the tokenizer's own if None."""
-
-    messages: list[Message]
-    tools: list[Fields] | None = None
-    switches: dict[str, object] = {}  # noqa: RUF012 - never changed
-    chat_template: ChatTemplate | None = None
 
 
 @dataclass(frozen=True)
@@ -101,24 +93,6 @@ def add(differences: list[Difference], explanation: Explanation, source: str) ->
     differences.append(Difference(*explanation, [source]))
 
 
-def render(ask: Ask, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the prompt as a server renders it, None if the template raises an error."""
-    apply: Callable[..., object] = tokenizer.apply_chat_template
-    try:
-        return str(
-            apply(
-                ask.messages,
-                tools=ask.tools,
-                chat_template=ask.chat_template,
-                add_generation_prompt=True,
-                tokenize=False,
-                **ask.switches,
-            )
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError):
-        return None
-
-
 def explain(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBase, changes: list[Change]) -> Explanation:
     """Explain why the server's prompt of a row is not the text that was trained.
 
@@ -135,11 +109,13 @@ def explain(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBase, ch
         target, fix = row.text, "send"
     else:
         target, fix = served, "undo"
+    if found := _explain_head(row, served, tokenizer) or _find_missing(row, served):
+        return found
     for one in changes:
         if (asked := one.apply(plain, row)) and render(asked, tokenizer) == target:
             return _explained([one], fix)
-    if found := _explain_texts(row, served, tokenizer):
-        return found
+    if REASONING.sub("", row.text) == REASONING.sub("", served):
+        return _explain_reasoning(row.text, served)
     for first, second in permutations([one for one in changes if not one.what.startswith("the template ")], 2):
         asked = first.apply(plain, row)
         asked = second.apply(asked, row) if asked else None
@@ -153,20 +129,9 @@ def explain(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBase, ch
 def _explained(found: list[Change], fix: str) -> Explanation:
     what = " and ".join(one.what for one in found)
     sent = fix == "send"
-    text = f"training rendered with {what}, the folder without" if sent else f"the server renders with {what}"
+    text = f"training rendered with {what}, and the folder does not" if sent else f"the server renders with {what}"
     fixes = list(dict.fromkeys(one.send if sent else one.undo for one in found))
     return Explanation(" and ".join(dict.fromkeys(one.cause for one in found)), text, " ".join(filter(None, fixes)))
-
-
-def with_reasoning_key(messages: list[Message], key: str | None) -> list[Message]:
-    """The messages with their reasoning under the key that the template reads."""
-    if key in (None, "reasoning_content"):
-        return messages
-    renamed = [
-        {key if name == "reasoning_content" else name: value for name, value in message.items()}
-        for message in messages
-    ]
-    return cast(list[Message], renamed)
 
 
 def first_difference(trained: str, served: str) -> str:
@@ -370,8 +335,8 @@ def _trl_templates() -> Path:
 # --- texts ---
 
 
-def _explain_texts(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBase) -> Explanation | None:
-    """Explain a difference by what has to be taken out of both texts to make them equal."""
+def _explain_head(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBase) -> Explanation | None:
+    """Explain a difference of what stands before the messages: BOS, the day, a system prompt that the row does not have."""
     trained, bos = row.text, str(tokenizer.bos_token or "")
     if bos and served == bos + trained:
         return Explanation(
@@ -386,9 +351,7 @@ def _explain_texts(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerB
         return Explanation(
             "date", f"the chat template writes the day: {dates[0]} in training, {dates[-1]} served", fix
         )
-    if REASONING.sub("", trained) == REASONING.sub("", served):
-        return _explain_reasoning(trained, served)
-    has_system = any(message["role"] == "system" for message in row.messages)
+    has_system = row.default_system is not None or any(message["role"] == "system" for message in row.messages)
     if not has_system and row.messages:
         question = row.messages[0]["content"].strip()
         heads = [text.partition(question)[0] for text in (trained, served)]
@@ -429,39 +392,60 @@ def _last_reasoning(text: str) -> re.Match[str] | None:
     return re.search(r"<think>\s*</think>\s*\Z", text)
 
 
+def _find_missing(row: ServingRow, served: str) -> Explanation | None:
+    """Name a message or a tool that training rendered and the server does not."""
+    for message in row.messages:
+        content = message["content"].strip()
+        if message["role"] != "assistant" and content and content in row.text and not _is_in(content, served):
+            return Explanation(
+                "chat template",
+                f"the prompt lacks the {message['role']} message, which training rendered",
+                "Start the server with the folder's own chat template, as it was after training.",
+            )
+    for tool in row.tools or ():
+        name = tool["function"]["name"]
+        if name in row.text and name not in served:
+            return Explanation(
+                "tools", "the prompt lacks the tools, which training rendered", "Use the chat template of training."
+            )
+    return None
+
+
+def _is_in(content: str, text: str) -> bool:
+    """Whether most of a message's beginning is in a text, in whatever case."""
+    content, text = content[:200].lower(), text.lower()
+    return 10 * SequenceMatcher(None, content, text, autojunk=False).find_longest_match().size > 6 * len(content)
+
+
 def _compare_skeletons(row: ServingRow, served: str) -> Explanation | None:
     """Explain a difference by the text between the messages, which only a chat template writes."""
     pieces: list[tuple[str, str]] = []
     starts = [0, 0]
     texts = (row.text, served)
-    if row.tools and any(tool["function"]["name"] in texts[0] for tool in row.tools):
-        missing = [tool["function"]["name"] for tool in row.tools if tool["function"]["name"] not in texts[1]]
-        if missing:
-            return Explanation(
-                "tools", f"the server's prompt lacks the tool {missing[0]!r}", "Use the chat template of training."
-            )
     for message in row.messages:
         content = message["content"].strip()
         found = [text.find(content, start) for text, start in zip(texts, starts)]
-        if not content or found[0] < 0:
+        if not content or min(found) < 0:
             continue
-        if found[1] < 0:
-            return Explanation(
-                "chat template",
-                f"the server's prompt lacks the {message['role']} message {content[:30]!r}",
-                "Start the server with the folder's own chat template, as it was after training.",
-            )
         pieces.append((texts[0][starts[0] : found[0]], texts[1][starts[1] : found[1]]))
         starts = [at + len(content) for at in found]
     pieces.append((texts[0][starts[0] :], texts[1][starts[1] :]))
+    if not starts[0]:
+        return None
     for trained, other in pieces:
-        if trained != other:
+        if trained != other and not any(_holds_content(text, row) for text in (trained, other)):
             return Explanation(
                 "chat template",
                 f"the text around the messages is another: {_around(trained, other)}",
                 "Start the server with the folder's own chat template, as it was after training.",
             )
     return None
+
+
+def _holds_content(text: str, row: ServingRow) -> bool:
+    """Whether a message, in whatever case or form, may be in the text: then more than the template's own text differs."""
+    words = {word for message in row.messages for word in re.findall(r"\w{3,}", message["content"].lower())}
+    return bool(words & {*re.findall(r"\w{3,}", text.lower())} - {"system", "user", "assistant", "tool"})
 
 
 def _around(trained: str, served: str) -> str:

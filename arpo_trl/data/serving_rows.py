@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from datasets import Dataset
+from jinja2 import TemplateError
 
 from ..errors import RecipeError, RowError
 from ..recipe.keys import Recipe
@@ -26,7 +27,7 @@ from .messages import THOUGHT_KEYS, Conversation, Fields, Message, to_conversati
 from .prepare import PreparedData
 from .registry import select_datasets
 from .segments import Segment, to_segments
-from .template import Template, find_template, template_of
+from .template import ChatTemplate, Template, find_template, template_of
 from .tokenizer import make_tokenize
 
 if TYPE_CHECKING:
@@ -35,6 +36,15 @@ if TYPE_CHECKING:
 SERVING_ROWS = "serving_check.jsonl"
 ROWS = 32
 LOOKED_AT = 512  # encoded rows that may be chosen: some are cut
+
+
+class Ask(NamedTuple):
+    """A request as a server renders it. `chat_template`: the tokenizer's own if None."""
+
+    messages: list[Message]
+    tools: list[Fields] | None = None
+    switches: dict[str, object] = {}  # noqa: RUF012 - never changed
+    chat_template: ChatTemplate | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +213,35 @@ def _as_sent(encoded: _Encoded, until: int) -> list[Message]:
     return sent
 
 
+def render(ask: Ask, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the prompt as a server renders it, None if the template raises an error."""
+    apply: Callable[..., object] = tokenizer.apply_chat_template
+    try:
+        return str(
+            apply(
+                ask.messages,
+                tools=ask.tools,
+                chat_template=ask.chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+                **ask.switches,
+            )
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def with_reasoning_key(messages: list[Message], key: str | None) -> list[Message]:
+    """The messages with their reasoning under the key that the template reads."""
+    if key in (None, "reasoning_content"):
+        return messages
+    renamed = [
+        {key if name == "reasoning_content" else name: value for name, value in message.items()}
+        for message in messages
+    ]
+    return cast(list[Message], renamed)
+
+
 def write_rows(rows: list[ServingRow], folder: Path) -> None:
     """Write `serving_check.jsonl`."""
     lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
@@ -253,14 +292,14 @@ _QUESTIONS = (
 
 
 def built_in_rows(tokenizer: PreTrainedTokenizerBase, number: int = ROWS) -> list[ServingRow]:
-    """Return contexts of built-in conversations, rendered and tokenized as training does with this tokenizer.
+    """Return contexts of built-in conversations, as this tokenizer's own chat template renders them.
 
-    Those that its chat template does not render are left out: many have no tools, and some no system message.
+    Conversations that it does not render are left out: many templates have no tools, and some no system message.
 
     Raises:
         RecipeError: if the chat template cannot be rendered.
     """
-    template = replace(find_template(tokenizer), last_thought_only=False)
+    template = find_template(tokenizer, enable_thinking=None, last_thought_only=True)
     rows = (_built_in_row(name, messages, tools, template) for name, messages, tools in _conversations())
     return list(islice(filter(None, rows), number))
 
@@ -290,6 +329,13 @@ def _built_in_row(
     plain = Conversation(messages, tools)
     try:
         encoded = _encode(plain, template.fit(plain), template)
+        row = _to_row(name, encoded, len(encoded.segments) - 1)
+        if row is None:
+            return None
     except RowError:
         return None
-    return _to_row(name, encoded, len(encoded.segments) - 1)
+    context = render(Ask(with_reasoning_key(row.messages, template.thought_key), row.tools), template.tokenizer)
+    if context is None:
+        return None
+    (tokens,) = make_tokenize(template.tokenizer)([context])
+    return replace(row, segments=[context], ids=tokens.ids)

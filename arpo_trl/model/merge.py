@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.trainer_utils import align_special_tokens
 from transformers.utils import logging
 
+from ..data.saved_folder import check_folder
+from ..data.serving_rows import read_rows, write_rows
 from ..errors import RecipeError, RunFailed
 from ..machine import free_space
 from ..recipe.packages import PACKED
@@ -43,7 +45,7 @@ def merge_command(args: argparse.Namespace) -> str:
     line += f" by {merged.mean:.1e} on average and {merged.most:.1e} at most"
     if merged.most > TOLERANCE:
         line += "; --dtype float32 keeps it, in a larger model"
-    return line
+    return "\n".join([line, *check_folder(args.output)])
 
 
 def merge(adapter: Path, output: Path, dtype_name: str | None = None) -> Merged:
@@ -81,6 +83,8 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None) -> Merged:
     match_umask(output)
     if manifest := find_manifest(adapter):  # `chat` reads in it where results go, and people what made the model
         manifest.write(output, "finished")
+    if rows := read_rows(adapter) or read_rows(adapter.parent):  # those of a checkpoint are in the folder above
+        write_rows(rows, output)
     weights = merged.state_dict()
     read_back = AutoModelForCausalLM.from_pretrained(output, dtype=dtype)
     wrong = [name for name, tensor in read_back.state_dict().items() if not torch.equal(tensor, weights[name])]

@@ -17,6 +17,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 NOT_FOR_THE_HUB = """\
 # push_to_hub leaves these out: excerpts of rows, the trackers' own files, what a crash left
 row_audit.jsonl
+serving_check.jsonl
 wandb/
 trackio/
 .lock

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData, prepare_datasets
+from ..data.saved_folder import check_run
 from ..data.template import template_of
 from ..data.tokenizer import load_tokenizer
 from ..errors import RunFailed, in_one_line
@@ -132,6 +133,7 @@ def _train(
     log = read_log(output_dir / "trainer_log.jsonl")
     trained["train_loss"] = mean_loss(log, trainer.state.global_step) or trained["train_loss"]  # since the resume
     write_results(recipe, trainer, manifest, trained, evaluated)
+    say(*on_main_process(lambda: check_run(recipe, tokenizer, data, output_dir)))
 
     # Predict
     if recipe.do_predict:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import small_run
 import torch
 from peft import LoraConfig, LoraModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -145,3 +146,18 @@ def test_where_a_call_ends_in_a_token_of_its_own_the_model_stops_there_too(tiny_
         assert GenerationConfig.from_pretrained(folder).eos_token_id == ends, kind
     assert main(["merge", str(folder), str(tmp_path / "merged")]) == 0
     assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == ends
+
+
+def test_a_merge_ends_with_the_serving_check_of_the_rows_that_the_run_kept(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = small_run.run(tmp_path, tiny_model, finetuning_type="lora")
+    assert "serving check  12 of 12 prompts identical" in capsys.readouterr().out
+    assert main(["merge", str(trained), str(tmp_path / "merged")]) == 0
+    assert "serving check  12 of 12 prompts identical" in capsys.readouterr().out
+    template = tmp_path / "run" / "chat_template.jinja"
+    template.write_text(
+        template.read_text(encoding="utf-8").replace("<|im_start|>", "<|fim_prefix|>"), encoding="utf-8"
+    )
+    assert main(["merge", str(trained), str(tmp_path / "again")]) == 0
+    assert "serving check  0 of 12 prompts identical; chat template: " in capsys.readouterr().out
