@@ -1,4 +1,4 @@
-"""What several processes of one run do together."""
+"""Coordination of the processes of a run."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ T = TypeVar("T")
 
 
 def leave_together() -> None:
-    """Let no process go before the main one has written its last file: launchers kill the rest when one has left."""
+    """Wait until the main process has written its last file: launchers kill the others when one exits."""
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
 
 
 def on_main_process(decide: Callable[[], T]) -> T:
-    """The main process's answer on every process, its `RecipeError` too: only one may touch the run's folder."""
-    answers: list[T | RecipeError | None] = [None]
+    """Call `decide` on the main process, and return its result (or raise its `RecipeError`) on all of them."""
+    results: list[T | RecipeError | None] = [None]
     if PartialState().is_main_process:
         try:
-            answers = [decide()]
+            results = [decide()]
         except RecipeError as error:
-            answers = [error]
+            results = [error]
     if PartialState().num_processes > 1:
-        broadcast_object_list(answers)
-    (answer,) = answers
-    if isinstance(answer, RecipeError):
-        raise answer
-    return cast(T, answer)
+        broadcast_object_list(results)
+    (result,) = results
+    if isinstance(result, RecipeError):
+        raise result
+    return cast(T, result)

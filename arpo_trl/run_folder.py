@@ -1,4 +1,4 @@
-"""The files of a run's folder: its checkpoints by name, and JSON that is there whole or not at all."""
+"""The files of a run's folder: checkpoints by name, and text files that are replaced atomically."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "run.json"
-"""What made the run, and its status; see report/manifest.py."""
+"""The run's inputs and status; see report/manifest.py."""
 
 
 def checkpoint_step(folder: Path) -> int:
-    """The step in the name of a folder `checkpoint-<step>`."""
+    """Return the step of a folder `checkpoint-<step>`."""
     return int(folder.name.rsplit("-", 1)[1])
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The folders `checkpoint-<step>` in `output_dir`, by step, whole or not."""
+    """Return the folders `checkpoint-<step>` in `output_dir`, complete or not, by step."""
     if not output_dir.is_dir():
         return []
-    found = [p for p in output_dir.iterdir() if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=checkpoint_step)
+    folders = [p for p in output_dir.iterdir() if p.is_dir() and re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(folders, key=checkpoint_step)
 
 
 def match_umask(folder: Path) -> None:
-    """Give weights the mode that the umask asks for: safetensors 0.8 writes 0600, which locks a group out."""
+    """Apply the umask to weights: safetensors 0.8 writes 0600, which a group can't read."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.glob("*.safetensors"):
@@ -41,27 +41,27 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds the old text or the new, never half of one."""
+    """Write `text` atomically: `path` has the old text or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     replace(temporary, path)
 
 
 def replace(temporary: Path, path: Path) -> None:
-    """Rename a file over another; on Windows a virus scanner may hold either for a moment, so it is tried again."""
+    """Rename a file over another; on Windows retry, because a virus scanner may hold either for a moment."""
     for wait in (0.1, 0.3, 1.0):
         try:
             temporary.replace(path)
             return
         except PermissionError:
-            if str(sys.platform) != "win32":  # str: mypy would hold what follows for unreachable
+            if str(sys.platform) != "win32":  # str: else mypy calls what follows unreachable
                 raise
         time.sleep(wait)
     temporary.replace(path)
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file, or None when there is no file, no JSON, or no end to its brackets."""
+    """Return the value in a JSON file, or None if it is missing, not JSON, or nested too deep."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -69,15 +69,15 @@ def read_json(path: Path) -> Any:
 
 
 def save_metrics(output_dir: Path, split: str, metrics: dict[str, float]) -> None:
-    """Write `<split>_results.json` and put the same figures into `all_results.json`, as Trainer does in place."""
-    together = read_json(output_dir / "all_results.json")
-    together = (together if isinstance(together, dict) else {}) | metrics
-    for name, figures in ((split, metrics), ("all", together)):
+    """Write `<split>_results.json` and add its figures to `all_results.json`, as Trainer does, but atomically."""
+    all_metrics = read_json(output_dir / "all_results.json")
+    all_metrics = (all_metrics if isinstance(all_metrics, dict) else {}) | metrics
+    for name, figures in ((split, metrics), ("all", all_metrics)):
         write_json(output_dir / f"{name}_results.json", dict(sorted(figures.items())))
 
 
 def own_path(path: Path, *marks: str) -> Path:
-    """`path`, or a name beside it where it holds a text with none of the marks that ours has: a user's own."""
+    """Return `path`, or another name if it is a user's own file, whose text has none of our `marks`."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""What the terminal and `training.log` show: lines to both, the progress bar to the terminal only."""
+"""Terminal output and `training.log`: lines go to both, the progress bar to the terminal only."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "transformers"
 
 _LOG = logging.getLogger("arpo_trl")
 _LOG.setLevel(logging.INFO)
-_LOG.propagate = False  # `say` shows the line
+_LOG.propagate = False  # `say` prints the line
 
 
 @contextlib.contextmanager
 def logged_to(path: Path, enabled: bool = True) -> Iterator[Callable[[], None]]:
-    """Append what `say` and the libraries tell inside the block, and the error that ends it, to `path`.
+    """Append the output of `say` and of the libraries, and the error that ends the block, to `path`.
 
-    Meanwhile warnings and the libraries' log lines appear above the progress bar. What cannot be written is dropped: a
-    full disk must not end a run that is about to save.
+    Warnings and the libraries' log lines appear above the progress bar. Lines that can't be written are dropped: a full
+    disk must not end a run that is about to save.
 
     Args:
-        path: The log; each session begins with the date and its command.
+        path: The log; each session starts with the date and its command.
         enabled: False on all processes but the main one.
 
     Yields:
-        A function that removes the sessions before this one from the log, once their run is replaced.
+        A function that deletes earlier sessions from the log, once their run is replaced.
     """
     if not enabled:
         yield lambda: None
@@ -60,7 +60,7 @@ def logged_to(path: Path, enabled: bool = True) -> Iterator[Callable[[], None]]:
 
 
 class _LogFile(logging.FileHandler):
-    """training.log. `failed`: whether a line could not be written; logging would print that to stderr each time."""
+    """training.log. `failed` is set if a line could not be written; logging would print that to stderr each time."""
 
     failed = False
 
@@ -74,12 +74,12 @@ class _LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def _handlers(log: logging.Handler) -> Iterator[None]:
-    """Add `log` to our logger and the libraries', and a terminal to those that have none."""
-    from tqdm.contrib.logging import logging_redirect_tqdm  # not above: a wrong recipe is answered without asyncio
+    """Add `log` to our logger and the libraries', and a terminal handler to those without one."""
+    from tqdm.contrib.logging import logging_redirect_tqdm  # not above: a typo in a recipe is reported without asyncio
 
     libraries = [logging.getLogger(name) for name in LIBRARIES]
     before = [(logger, logger.handlers) for logger in (_LOG, *libraries)]
-    raises, logging.raiseExceptions = logging.raiseExceptions, False  # a terminal that went away
+    raises, logging.raiseExceptions = logging.raiseExceptions, False  # if the terminal is closed
     for logger, handlers in before:
         has_terminal = logger is _LOG or any(isinstance(handler, logging.StreamHandler) for handler in handlers)
         logger.handlers = [*handlers, log, *([] if has_terminal else [logging.StreamHandler(sys.stderr)])]
@@ -96,14 +96,14 @@ def _handlers(log: logging.Handler) -> Iterator[None]:
 
 
 def _forget_before(path: Path, start: int) -> None:
-    """Leave what stands from byte `start` on; whoever appends to the file goes on behind it."""
+    """Delete the bytes before `start`; open handles continue to append at the end."""
     session = path.read_bytes()[start:]
     with contextlib.suppress(OSError):
         path.write_bytes(session)
 
 
 def start_bar(total: int, initial: int) -> tqdm | None:
-    """The run's progress bar, or None where output is not a terminal. Lines said meanwhile appear above it."""
+    """Return the run's progress bar, or None if the output is not a terminal. `say` prints above it."""
     if not sys.stdout.isatty():
         return None
     from transformers.utils.logging import disable_progress_bar  # not above: this module is imported before torch
@@ -119,7 +119,7 @@ def start_bar(total: int, initial: int) -> tqdm | None:
 
 
 def say(*lines: str) -> None:
-    """On the main process, show lines and write them to training.log. A terminal that went away ends no run."""
+    """On the main process, print lines and write them to training.log. A closed terminal does not end the run."""
     from accelerate import PartialState  # not above: this module is imported before torch
 
     for line in lines if PartialState().is_main_process else ():
@@ -130,38 +130,38 @@ def say(*lines: str) -> None:
 
 
 def log_only(line: str) -> None:
-    """Write a line to training.log that the terminal shows otherwise, in the progress bar."""
+    """Write a line to training.log only, because the terminal has it in the progress bar."""
     _LOG.info("%s", printable(line))
 
 
 def silence_libraries() -> None:
-    """Quiet the libraries' lines that a user cannot act on; the others stay.
+    """Silence the libraries' messages that a user can't act on.
 
-    Call before torch is imported: some of these are read at import.
+    Call before torch is imported: some settings are read at import.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if importlib.util.find_spec("logbar"):  # gptqmodel's, which shows its banner wherever peft is imported
+    if importlib.util.find_spec("logbar"):  # gptqmodel's, which prints its banner whenever peft is imported
         importlib.import_module("logbar").LogBar.shared().setLevel("ERROR")
     main_process = os.environ.get("RANK", "0") == "0"
     if not (main_process and sys.stdout.isatty() and sys.stderr.isatty()):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not main_process:
-        warnings.simplefilter("ignore")  # the main process shows them
+        warnings.simplefilter("ignore")  # the main process prints them
         return
-    # DataLoader workers on a machine without a GPU; the flag is Trainer's default, not the user's wish.
+    # DataLoader workers on a machine without a GPU; the flag is Trainer's default, not the user's choice.
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    # TRL marks whole trainers experimental and warns of arguments that it sets itself.
+    # TRL marks trainers as experimental and warns about arguments that it sets itself.
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(trl|transformers|accelerate|peft|torch|galore_torch)\b.*"
     )
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.(utils\.checkpoint|autograd)\b.*")
     # peft 0.21 looks for the rank of fused experts among modules alone: https://github.com/huggingface/peft/pull/3588
     warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match", module="peft")
-    # A checkpoint holds tied weights once; Trainer says so on every resume.
+    # A checkpoint contains tied weights once; Trainer warns about it on every resume.
     logging.getLogger("transformers.trainer").addFilter(lambda record: TIED_HEAD_IS_MISSING not in record.getMessage())
-    # The memory of a mixture's step is not estimated, but tried: grouped_mm has no fake in float32 (torch 2.13).
+    # MoE memory can't be estimated: grouped_mm has no fake kernel in float32 (torch 2.13).
     logging.getLogger("torch._subclasses.fake_tensor").addFilter(lambda record: False)
-    # It looks for a kernel on the hub as soon as it is imported, on a machine that will never use it.
+    # It looks for a kernel on the Hub when imported, on any machine.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""trainer_log.jsonl as data, and its figures in words."""
+"""Reads trainer_log.jsonl, and formats its figures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import TrainerState
 
-LogLine = dict[str, Any]  # a figure by its name; evaluations name their datasets, so that no type can list all
+LogLine = dict[str, Any]  # figures by name; evaluations name their datasets, so no type can list them
 
 
 def read_log(path: Path) -> list[LogLine]:
-    """The lines of a trainer_log.jsonl; a last line that a kill cut off is left out."""
+    """Return the lines of a trainer_log.jsonl, without a last line truncated by a kill."""
     lines = []
     if path.exists():
         for text in path.read_text(encoding="utf-8").splitlines():
@@ -27,7 +27,7 @@ def read_log(path: Path) -> list[LogLine]:
 
 
 def lines_until(lines: list[LogLine], state: TrainerState) -> list[LogLine]:
-    """The lines up to a checkpoint, whose state tells how many there were at its own step."""
+    """Return the lines up to a checkpoint, whose state tells how many there were at its step."""
     step = state.global_step
     at_step = sum("loss" in e or any(k.startswith("eval_") for k in e) for e in state.log_history if e["step"] == step)
     earlier = [line for line in lines if line["current_steps"] < step]
@@ -35,13 +35,15 @@ def lines_until(lines: list[LogLine], state: TrainerState) -> list[LogLine]:
 
 
 def run_seconds(lines: list[LogLine]) -> float:
-    """Seconds of a run over all its sessions, as far as its log reaches; LLaMA-Factory's log has none."""
+    """Return the seconds of all sessions of a run, according to its log (LLaMA-Factory's has none)."""
     return max((line.get("elapsed_seconds", 0.0) for line in lines), default=0.0)
 
 
 def mean_loss(lines: list[LogLine], steps: int) -> float | None:
-    """The mean over all steps of a run; None when the log does not reach the last one. A line's loss is the mean since
-    the line before."""
+    """Return the mean loss of all steps, or None if the log ends before the last step.
+
+    A line's loss is the mean since the line before.
+    """
     total, last = 0.0, 0
     for line in lines:
         if "loss" in line:
@@ -51,13 +53,13 @@ def mean_loss(lines: list[LogLine], steps: int) -> float | None:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Format seconds as h:mm:ss."""
     minutes, s = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
 
 
 def describe_evaluation(metrics: Mapping[str, float]) -> list[str]:
-    """The loss and perplexity of each dataset, among metrics or in a line of the log."""
+    """Format the loss and perplexity of each dataset, from metrics or a log line."""
     words = []
     for name, value in metrics.items():
         if name.startswith("eval_") and name.endswith("_loss"):
@@ -68,7 +70,7 @@ def describe_evaluation(metrics: Mapping[str, float]) -> list[str]:
 
 
 def describe_predictions(metrics: Mapping[str, float]) -> list[str]:
-    """The scores of replies that an evaluation generated: `right tool 12 of 29`."""
+    """Format the scores of generated replies: `right tool 12 of 29`."""
     words = []
     for name, value in metrics.items():
         if name.startswith("eval_predict_") and f"{name}_of" in metrics:

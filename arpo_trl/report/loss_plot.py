@@ -1,4 +1,4 @@
-"""The loss of a trainer_log.jsonl as a picture."""
+"""Plots the loss of a trainer_log.jsonl."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .log_file import LogLine
 
 
 def plot_loss(lines: list[LogLine], picture: Path) -> None:
-    """Draw the loss, raw and smoothed, with eval points, learning rate and checkpoints; nothing if there is no loss.
+    """Draw the loss, raw and smoothed, with eval points, learning rate and checkpoints; nothing without a loss.
 
     Args:
-        lines: Those of trainer_log.jsonl.
-        picture: A .png in the run's folder, which names the run and holds its checkpoints.
+        lines: The lines of trainer_log.jsonl.
+        picture: A .png in the run's folder, whose name is the title and whose checkpoints are marked.
     """
     train = [(line["current_steps"], line["loss"], line["lr"]) for line in lines if "loss" in line]
     if not train:
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only a run that plots needs it
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, needed only to plot
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     steps, losses, rates = zip(*train, strict=True)
-    few = len(steps) < 30  # points that smoothing would only cover
+    few = len(steps) < 30  # a smoothed curve would hide the points
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss", title=picture.resolve().parent.name)
@@ -60,14 +60,14 @@ def plot_loss(lines: list[LogLine], picture: Path) -> None:
     axes.patch.set_visible(False)
     unfinished = picture.with_name(picture.name + ".tmp")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a folder named in Chinese
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a folder with a Chinese name
         figure.savefig(unfinished, format="png")
     replace(unfinished, picture)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """The mean of two moving averages over about a twentieth of the values, one from each end: one alone lags behind."""
+    """Return the mean of two moving averages over about 5 % of the values, one from each end: one alone would lag."""
     curve = pandas.Series(values, dtype=float)
     alpha = 1 / max(len(curve) / 20, 1)
-    found: list[float] = ((curve.ewm(alpha=alpha).mean() + curve[::-1].ewm(alpha=alpha).mean()) / 2).tolist()
-    return found
+    smoothed: list[float] = ((curve.ewm(alpha=alpha).mean() + curve[::-1].ewm(alpha=alpha).mean()) / 2).tolist()
+    return smoothed

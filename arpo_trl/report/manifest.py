@@ -1,4 +1,4 @@
-"""run.json and recipe.yaml: what made the run, its status, and what may change when it is resumed."""
+"""run.json and recipe.yaml: the run's inputs and status, and what may change when it is resumed."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ from ..version import __version__
 
 RECIPE_MARK = "# the recipe of this run with every key, written by arpo_trl\n"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
-LOOKED_AT = 100  # rows of each dataset, for the form of its results
+SAMPLED = 100  # rows per dataset, to find out where its tool results are
 Results = Literal["turn", "inside"]
 
-# Keys that leave the sequence of weights as it is: they may change when a run is resumed.
 MAY_CHANGE = frozenset(
     """
     logging_steps logging_strategy logging_first_step log_level log_level_replica disable_tqdm report_to run_name
@@ -45,17 +44,17 @@ MAY_CHANGE = frozenset(
     trust_remote_code include_num_input_tokens_seen
     """.split()
 ) | frozenset(PredictKeys.model_fields)
-REMOVED = frozenset({"predict_metrics", "compute_accuracy", "logging_nan_inf_filter", "enable_jit_checkpoint"})
-"""Such keys of earlier versions."""
+"""Keys that do not affect the weights, so that they may change when a run is resumed."""
 
 
 class Manifest(BaseModel):
-    """What run.json holds: all that decides the weights, and what made them.
+    """The content of run.json: all that decides the weights, and the versions that computed them.
 
-    `data`: a hash of each dataset's content. `day`: the date that the template writes. `results`: where the rows have a
-    tool's results, in turns of their own or inside the model's; None where they have none. `tracker_run`: the run's id
-    at its trackers. A field that an earlier version did not write has its default; one of another kind makes the file
-    one that is not ours.
+    Attributes:
+        data: A hash of each dataset's content.
+        day: The date that the template writes.
+        results: Whether tool results are separate turns or inside the model's turn; None if there are none.
+        tracker_run: The run's id in its trackers.
     """
 
     status: Annotated[str, BeforeValidator(str)] = ""
@@ -63,7 +62,7 @@ class Manifest(BaseModel):
     recipe: dict[str, JsonValue]
     data: dict[str, str]
     template_hash: str = ""
-    day: date | None = None
+    day: date
     audit: dict[str, dict[str, JsonValue]] = {}
     world_size: int = 1
     versions: dict[str, str]
@@ -72,13 +71,13 @@ class Manifest(BaseModel):
     tracker_run: str | None = None
 
     def write(self, output_dir: Path, status: Literal["running", "stopped", "finished"]) -> None:
-        """Write run.json with the run's status."""
+        """Write run.json with this status."""
         self.status = status
         write_json(output_dir / MANIFEST, self.model_dump(mode="json"))
 
 
 def describe_run(recipe: Recipe, data: PreparedData) -> Manifest:
-    """The manifest of a run that begins now."""
+    """Return the manifest of a run that starts now."""
     return Manifest(
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         recipe=recipe.resolved(),
@@ -94,23 +93,23 @@ def describe_run(recipe: Recipe, data: PreparedData) -> Manifest:
 
 
 def git_commit() -> str | None:
-    """The commit of the working directory, or None outside a repository."""
+    """Return the commit of the working directory, or None outside a repository."""
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+    return done.stdout.strip()
 
 
 def find_results_form(recipe: Recipe) -> Results | None:
-    """Where most of the first rows that have a tool's results have them.
+    """Return where most of the first rows with tool results have them.
 
-    What stands before the first reply is none: a system prompt or a question may name the tag.
+    Only after the first reply: a system prompt or a question may mention the tag.
     """
     inside = turns = 0
-    with contextlib.suppress(RecipeError):  # the rows were encoded elsewhere, and their files are not here
+    with contextlib.suppress(RecipeError):  # the rows were encoded elsewhere, without their files here
         for info in select_datasets(recipe):
-            for row in islice(read_dataset(info, recipe.streaming), LOOKED_AT):
+            for row in islice(read_dataset(info, recipe.streaming), SAMPLED):
                 with contextlib.suppress(RowError):
                     messages = to_conversation(row.value, info).messages
                     later = list(dropwhile(lambda message: message["role"] != "assistant", messages))
@@ -121,7 +120,7 @@ def find_results_form(recipe: Recipe) -> Results | None:
 
 
 def read_manifest(output_dir: Path) -> Manifest | None:
-    """`run.json` of the run in `output_dir`, or None when there is none that this version can read."""
+    """Return the manifest of the run in `output_dir`, or None if it is missing or unreadable."""
     try:
         return Manifest.model_validate_json((output_dir / MANIFEST).read_bytes())
     except (OSError, ValueError):
@@ -129,25 +128,22 @@ def read_manifest(output_dir: Path) -> Manifest | None:
 
 
 def find_manifest(model: Path) -> Manifest | None:
-    """That of the run which wrote a model; a checkpoint's is in the folder above."""
+    """Return the manifest of the run that wrote a model; a checkpoint's is in the parent folder."""
     return read_manifest(model) or read_manifest(model.parent)
 
 
 def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
-    """What differs between two manifests and would change the course of the run, a line each.
-
-    A key that one of them lacks, because it was left out or came with a later version, has its default there.
-    """
+    """Return a line for each difference between two manifests that would affect the weights."""
     changes = []
     for key in sorted(earlier.recipe.keys() | now.recipe.keys()):
         default = keys()[key].default if key in keys() else None
         before, after = earlier.recipe.get(key, default), now.recipe.get(key, default)
-        if before != after and key not in MAY_CHANGE | REMOVED:
+        if before != after and key not in MAY_CHANGE:
             changes.append(f"{key}: {before!r} -> {after!r}")
     for name in sorted(earlier.data.keys() | now.data.keys()):
         if earlier.data.get(name) != now.data.get(name):
             changes.append(f"data of {name}: {earlier.data.get(name)} -> {now.data.get(name)}")
-    if earlier.day and earlier.template_hash != now.template_hash:  # Before there was a day, it was another hash.
+    if earlier.template_hash != now.template_hash:
         changes.append(f"template_hash: {earlier.template_hash} -> {now.template_hash}")
     if earlier.world_size != now.world_size:
         changes.append(f"world_size: {earlier.world_size} -> {now.world_size}")
@@ -155,35 +151,36 @@ def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
 
 
 def require_same_run(earlier: Manifest | None, now: Manifest, allow_changed_recipe: bool) -> list[str]:
-    """Refuse to resume a run under another recipe, other data or another number of processes.
+    """Check that a run is resumed with the same recipe, data and number of processes.
 
     Returns:
-        A line for each change when `allow_changed_recipe` lets them pass, and for each library of another version.
+        A line for each change that `allow_changed_recipe` permits, and for each library whose version changed.
+
+    Raises:
+        RecipeError: something changed that affects the weights.
     """
     if earlier is None:
-        return [f"no {MANIFEST} tells how the run was started: not checked whether recipe and data are the same"]
+        return [f"{MANIFEST} is missing or unreadable; recipe and data are not compared with those of the earlier run"]
     changes = list_changes(earlier, now)
     if changes and not allow_changed_recipe:
         raise RecipeError(
-            "the run in this folder was started with different settings:\n  "
+            "the run in this folder has different settings:\n  "
             + "\n  ".join(changes)
-            + "\n  change these back, or set allow_changed_recipe: true to go on all the same, or "
-            "overwrite_output_dir: true to start over"
+            + "\n  restore them, set allow_changed_recipe: true to resume anyway, or overwrite_output_dir: true to "
+            "start over"
         )
     versions = [
         f"{name} {before} -> {now.versions.get(name)}"
         for name, before in earlier.versions.items()
         if before != now.versions.get(name)
     ]
-    unknown = f"{MANIFEST} is of an earlier version: not checked whether the template is the same"
     return [
-        *([] if earlier.day else [unknown]),
-        *(f"resumed although changed: {change}" for change in changes),
-        *(f"resumed under another version, last digits may differ: {version}" for version in versions),
+        *(f"resuming with a changed setting: {change}" for change in changes),
+        *(f"resuming with another version, the last digits may differ: {version}" for version in versions),
     ]
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """The recipe as resolved, in YAML, so that the output folder alone tells how the model was made."""
+    """Return the resolved recipe as YAML, so that the output folder alone describes how the model was made."""
     resolved = recipe.resolved()
     return f"{RECIPE_MARK}{yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)}"

@@ -1,4 +1,4 @@
-"""The model card: README.md of the output folder, from what the run wrote there and the template beside this file."""
+"""The model card: README.md of the output folder, from the run's files and the template model_card.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .manifest import Manifest
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 NOT_FOR_THE_HUB = """\
-# push_to_hub leaves these out: excerpts of rows, the trackers' own files, what a crash left
+# not uploaded by push_to_hub: excerpts of rows, trackers' files, leftovers of a crash
 row_audit.jsonl
 serving_check.jsonl
 wandb/
@@ -27,7 +27,7 @@ runs/
 """The Hub obeys a .gitignore that is uploaded (huggingface_hub: `preupload_lfs_files`, gitignore_content)."""
 
 CARD_MARKS = ("- arpo_trl\n", "# Model Card for Model ID")
-"""What tells a README.md that a run wrote: a tag of our card's head, or the title of the one that PEFT saves first."""
+"""Marks of a README.md written by a run: a tag in our card's header, or the title of the one that PEFT saves first."""
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)")
@@ -36,19 +36,19 @@ CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)")
 def write_model_card(output_dir: Path, manifest: Manifest, recipe_yaml: str) -> None:
     """Write README.md from run.json, trainer_log.jsonl, all_results.json, trainer_state.json and the recipe.
 
-    The head is what the Hub reads (https://huggingface.co/docs/hub/model-cards#model-card-metadata). A licence is the
-    publisher's to state, so none is given; a base model that is no hub id is not named there.
+    The header is metadata for the Hub (https://huggingface.co/docs/hub/model-cards#model-card-metadata). It has no
+    license, which the publisher chooses, and no base model if that is a local folder.
     """
     results = read_json(output_dir / "all_results.json")
     log = read_log(output_dir / "trainer_log.jsonl")
     trained_from = str(manifest.recipe["model_name_or_path"])
-    name, base = output_dir.resolve().name, base_model(trained_from)
+    base = base_model(trained_from)
     lora = manifest.recipe["finetuning_type"] in ("lora", "oft")
-    head = ModelCardData(
+    header = ModelCardData(
         library_name="peft" if lora else "transformers",
         pipeline_tag="text-generation",
         tags=["sft", "trl", "arpo_trl"],
-        model_name=name,
+        model_name=output_dir.resolve().name,
         base_model=base.name if base.is_hub_id else None,
         base_model_relation=("adapter" if lora else "finetune") if base.is_hub_id else None,
     )
@@ -56,9 +56,9 @@ def write_model_card(output_dir: Path, manifest: Manifest, recipe_yaml: str) -> 
     figures = {"last training loss": last, "mean training loss": results.get("train_loss")}
     figures |= {k.replace("_", " "): v for k, v in results.items() if re.fullmatch(r"eval_.*(loss|perplexity)", k)}
     card = ModelCard.from_template(
-        head,
+        header,
         template_path=str(TEMPLATE),
-        name=name,
+        name=output_dir.resolve().name,
         base=base.name,
         base_link=f"[{base.name}](https://huggingface.co/{base.name})" if base.is_hub_id else f"`{base.name}`",
         base_to_load=base.name if base.is_hub_id else Path(trained_from).as_posix(),
@@ -67,7 +67,7 @@ def write_model_card(output_dir: Path, manifest: Manifest, recipe_yaml: str) -> 
         steps=read_json(output_dir / "trainer_state.json")["global_step"],
         epoch=results["epoch"],
         time=format_seconds(max(results.get("train_runtime", 0), run_seconds(log))),
-        figures={what: value for what, value in figures.items() if value is not None},
+        figures={name: value for name, value in figures.items() if value is not None},
         plot=(output_dir / "training_loss.png").exists(),
         recipe=recipe_yaml.strip(),
         folder=output_dir.as_posix(),
@@ -82,7 +82,7 @@ class BaseModel(NamedTuple):
 
 
 def base_model(name_or_path: str) -> BaseModel:
-    """The base model by the name it goes by: its hub id, also in the hub's cache, or the name of its folder."""
+    """Return the base model's name: its Hub id, also for a folder in the Hub's cache, or its folder's name."""
     path = Path(name_or_path)
     if not path.exists():
         return BaseModel(name_or_path, bool(HUB_ID.fullmatch(name_or_path)))

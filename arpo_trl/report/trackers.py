@@ -1,7 +1,7 @@
-"""Trackers, by their names in `report_to`: where their runs begin and end, where they write, what they are told.
+"""Starts and ends the runs of the trackers in `report_to`; TRL's trainer sends the metrics.
 
-TRL's trainer sends the metrics. Here each tracker is kept inside output_dir, unless the user's own variable names
-another place, and a resumed run goes on in the tracker's run: its id is kept in run.json.
+Each tracker writes into output_dir, unless the user's environment variable names another place. A resumed run continues
+the tracker's run, whose id is in run.json.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from ..recipe.keys import Recipe
     from .manifest import Manifest
 
-WANDB_WAYS_OUT = "run `wandb login`, or set WANDB_MODE=offline, or write report_to: none"
-TOLD_TO_WANDB = {"recipe", "audit", "versions", "git_commit", "world_size"}
+WANDB_FIXES = "run `wandb login`, set WANDB_MODE=offline, or set report_to: none"
+WANDB_CONFIG = {"recipe", "audit", "versions", "git_commit", "world_size"}
 
 
 def missing_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """The trackers of `report_to` that are not installed or lack a login: the key, and what to do. Imports no torch."""
+    """Yield key and problem of the trackers in `report_to` that are not installed or lack a login. Imports no torch."""
     for tracker in recipe.report_to:
         package = {"azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
         if tracker != "all" and importlib.util.find_spec(package) is None:
             by_key = tracker == "swanlab" and recipe.use_swanlab
             key, off = ("use_swanlab", "false") if by_key else ("report_to", "none")
-            yield key, f"{tracker} is not installed; pip install {package}, or write {key}: {off}"
+            yield key, f"{tracker} is not installed; pip install {package}, or set {key}: {off}"
         elif tracker == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
             yield from _wandb_login()
 
@@ -45,9 +45,9 @@ def _wandb_login() -> Iterator[tuple[str, str]]:
 
     try:
         if not wandb.login(prompt=False):
-            yield "report_to", f"wandb has no login; {WANDB_WAYS_OUT}"
-    except wandb.Error as error:  # a key that the server refuses, or no server
-        yield "report_to", f"wandb login failed ({in_one_line(error)}); {WANDB_WAYS_OUT}"
+            yield "report_to", f"not logged in to wandb; {WANDB_FIXES}"
+    except wandb.Error as error:  # a wrong key, or no server
+        yield "report_to", f"wandb login failed ({in_one_line(error)}); {WANDB_FIXES}"
 
 
 def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier: Manifest | None) -> None:
@@ -55,12 +55,12 @@ def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier:
 
     Args:
         recipe: The recipe.
-        args: What the trainer will be told; its run name may be set.
-        manifest: What run.json will hold; the run's id is added.
+        args: The trainer's arguments; its run name may be set.
+        manifest: The content of run.json; the run's id is added.
         earlier: The manifest of the run that is resumed, or None.
 
     Raises:
-        RecipeError: Weights & Biases cannot begin a run.
+        RecipeError: Weights & Biases can't start a run.
     """
     if recipe.use_swanlab:
         os.environ.setdefault("SWANLAB_PROJECT", recipe.swanlab_project)
@@ -75,7 +75,7 @@ def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier:
     output_dir = Path(recipe.output_dir).resolve()
     name = recipe.run_name or output_dir.name
     if "tensorboard" in trackers:
-        # Without a folder of its own, a resumed run would be a second curve, and one started over the same.
+        # A folder per run: else a resumed run would be a second curve, and one started over would continue the first.
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs" / f"{name}-{run_id}"))
     if "trackio" in trackers:
         folder = os.environ.setdefault("TRACKIO_DIR", str(output_dir / "trackio"))
@@ -86,7 +86,7 @@ def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier:
 
 
 def _start_wandb(recipe: Recipe, args: SFTConfig, output_dir: Path, name: str, manifest: Manifest) -> None:
-    """Start the run, or go on with it; transformers' callback then finds it there."""
+    """Start or resume the run, which transformers' callback then uses."""
     for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ.setdefault(variable, str(output_dir / "wandb"))
     import wandb
@@ -98,15 +98,15 @@ def _start_wandb(recipe: Recipe, args: SFTConfig, output_dir: Path, name: str, m
             id=manifest.tracker_run,
             resume="allow",
             dir=os.environ.get("WANDB_DIR", output_dir),
-            config=manifest.model_dump(include=TOLD_TO_WANDB),
+            config=manifest.model_dump(include=WANDB_CONFIG),
         )
     except wandb.Error as error:
-        what = f"wandb could not begin a run ({in_one_line(error)}); {WANDB_WAYS_OUT}"
-        raise recipe.error("report_to", what) from error
+        problem = f"wandb could not start a run ({in_one_line(error)}); {WANDB_FIXES}"
+        raise recipe.error("report_to", problem) from error
 
 
 def log_samples(trackers: Collection[str], step: int, rows: list[dict[str, str]]) -> None:
-    """Show generated replies as a table, a dictionary a row, in the trackers that have tables."""
+    """Log generated replies, a dictionary per row, as a table to the trackers that have tables."""
     import pandas
 
     table = pandas.DataFrame(rows)
@@ -121,7 +121,7 @@ def log_samples(trackers: Collection[str], step: int, rows: list[dict[str, str]]
 
 
 def finish_trackers(args: SFTConfig, output_dir: Path) -> None:
-    """Hand the plot and the model card to Weights & Biases and end its run."""
+    """Upload the plot and the model card to Weights & Biases and end its run."""
     if "wandb" not in (args.report_to or []):
         return
     import wandb
@@ -132,6 +132,8 @@ def finish_trackers(args: SFTConfig, output_dir: Path) -> None:
     if plot.exists():
         wandb.run.log({"training_loss": wandb.Image(str(plot))})
     if card.exists():
-        copy = shutil.copy(card, wandb.run.dir)  # `save` would leave a link, which breaks when the folder moves
+        copy = shutil.copy(
+            card, wandb.run.dir
+        )  # wandb.save alone would leave a link, which breaks if the folder moves
         wandb.run.save(copy, base_path=wandb.run.dir, policy="now")
     wandb.finish()

@@ -1,4 +1,4 @@
-"""In which order rows are trained on: a function of seed and epoch, so that a resumed run finds it again."""
+"""The order of the training rows: a function of seed and epoch, so that a resumed run repeats it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Row = dict[str, object]
 
 
 class EpochOrder(Sampler[int]):
-    """The order of a sampler of transformers in the epoch that the run is in.
+    """Seeds a sampler of transformers by the run's epoch.
 
-    accelerate tells a random sampler its epoch, but no other one, and none at all where a resumed run of several
-    processes skips batches (accelerate 1.15, `DataLoaderShard.set_epoch`).
+    accelerate sets the epoch of a random sampler only, and of none if a resumed run of several processes skips batches
+    (accelerate 1.15, `DataLoaderShard.set_epoch`).
 
     Args:
-        sampler: One that draws from its `generator`, or that needs none.
-        seed: Of the run. In epoch e the generator is seeded with seed + e, as accelerate does.
-        epoch: Tells the epoch, from 0.
+        sampler: A sampler that draws from its `generator`, or that needs none.
+        seed: The run's. In epoch e the generator is seeded with seed + e, as accelerate does.
+        epoch: Returns the current epoch, from 0.
     """
 
     def __init__(self, sampler: Any, seed: int, epoch: Callable[[], int]) -> None:
@@ -38,10 +38,10 @@ class EpochOrder(Sampler[int]):
 
 
 class Endless(IterableDataset[Row]):
-    """A stream, again and again; each pass has a shuffle of its own.
+    """Repeats a stream, shuffled differently in each pass.
 
-    Trainer takes max_steps for the length of a stream's epoch: a resumed run skips the rows that it has seen, as long
-    as the stream does not end before them.
+    Trainer takes max_steps as the length of a stream's epoch: a resumed run skips the rows that it has seen, which works
+    only if the stream does not end before them.
     """
 
     def __init__(self, rows: datasets.IterableDataset) -> None:
@@ -49,14 +49,14 @@ class Endless(IterableDataset[Row]):
 
     def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()
-        if worker and worker.id:  # a single reader, so that the number of workers does not change the order
+        if worker and worker.id:  # a single reader, so that the order does not depend on the number of workers
             return
-        if worker:  # the threads of Rust's tokenizers are not there in a forked process, which would wait for them
+        if worker:  # a forked process lacks the threads of Rust's tokenizers, and would wait for them
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         for turn in itertools.count():
             self.rows.set_epoch(turn)
             batch = None
-            for batch in self.rows.iter(batch_size=1):  # iter(self.rows) takes another order in a worker (datasets 5)
+            for batch in self.rows.iter(batch_size=1):  # iter(self.rows) has another order in a worker (datasets 5)
                 yield {name: values[0] for name, values in batch.items()}
             if batch is None:
                 return

@@ -89,7 +89,7 @@ def test_everything_that_changed_is_listed_at_once(make_recipe: MakeRecipe) -> N
     now = manifest(make_recipe(learning_rate=0.5, seed=1), world_size=4)
     assert len(list_changes(before, now)) == 3
     lines = require_same_run(before, now, allow_changed_recipe=True)
-    assert lines[0] == "resumed although changed: learning_rate: 0.001 -> 0.5" and len(lines) == 3
+    assert lines[0] == "resuming with a changed setting: learning_rate: 0.001 -> 0.5" and len(lines) == 3
 
 
 def test_keys_that_leave_the_weights_alone_may_change(make_recipe: MakeRecipe) -> None:
@@ -112,13 +112,10 @@ def test_every_free_key_is_a_key() -> None:
 
 
 def test_a_key_at_its_default_is_no_change(make_recipe: MakeRecipe) -> None:
-    """Written or left out, and in a run.json of a version that did not have the key."""
+    """Written or left out."""
     before, now = manifest(make_recipe()), manifest(make_recipe(weight_decay=0.0, seed=42))
     assert list_changes(before, now) == list_changes(now, before) == []
     del before.recipe["truncation_mode"]
-    # keys of earlier versions that changed no weight
-    before.recipe |= {"predict_metrics": ["rouge"], "compute_accuracy": True, "logging_nan_inf_filter": False}
-    before.recipe |= {"enable_jit_checkpoint": True}
     assert list_changes(before, now) == []
 
 
@@ -137,19 +134,12 @@ def test_other_versions_are_said_and_not_refused(make_recipe: MakeRecipe) -> Non
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[1]", '{"recipe": 3}', '"finished"', "[" * 100_000, "\udcff"])
-def test_a_manifest_that_cannot_be_read_is_said(text: str | None, tmp_path: Path, make_recipe: MakeRecipe) -> None:
-    """The run goes on, and one line tells that nothing was compared."""
+def test_an_unreadable_manifest_is_reported(text: str | None, tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    """The run continues, and one line reports that nothing was compared."""
     if text is not None:
         (tmp_path / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     (line,) = require_same_run(read_manifest(tmp_path), manifest(make_recipe()), False)
-    assert "not checked whether recipe and data are the same" in line
-
-
-def test_a_run_of_the_first_version_goes_on_though_its_template_hash_was_another(make_recipe: MakeRecipe) -> None:
-    """Resumed from its checkpoint 10 of 15 on 2026-11-26: weights and log were those of the uninterrupted run."""
-    path = make_recipe()
-    lines = require_same_run(manifest(path, day=None, template_hash="4d"), manifest(path), False)
-    assert lines == ["run.json is of an earlier version: not checked whether the template is the same"]
+    assert "recipe and data are not compared" in line
 
 
 @pytest.mark.parametrize("field", ["data", "versions", "template_hash", "world_size", "status"])
@@ -186,4 +176,4 @@ def test_a_changed_run_is_refused_from_end_to_end(
     assert "learning_rate: 0.001 -> 0.5" in error and "data of rows: " in error and "Traceback" not in error
     assert (tmp_path / "new" / "run.json").read_text(encoding="utf-8") == first
     assert main([str(path), "allow_changed_recipe=true"]) == 0
-    assert "resumed although changed: learning_rate: 0.001 -> 0.5" in capsys.readouterr().out
+    assert "resuming with a changed setting: learning_rate: 0.001 -> 0.5" in capsys.readouterr().out

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def test_a_wandb_that_cannot_begin_a_run_is_told_in_one_line(
     recipe = small_run.make_recipe(tmp_path, tiny_model, report_to="wandb")
     args: Any = type("Args", (), {"report_to": ["wandb"], "project": "huggingface"})
     with pytest.raises(RecipeError, match=r"timed out after 90 s.*WANDB_MODE=offline") as caught:
-        start_trackers(recipe, args, Manifest(recipe={}, data={}, versions={}), None)
+        start_trackers(recipe, args, Manifest(recipe={}, data={}, versions={}, day=date.today()), None)
     assert "\n" not in str(caught.value)
 
 

@@ -27,9 +27,9 @@ def test_check_says_what_the_run_would_do(
     said = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line and not line.startswith(" ")}
     assert list(said) == "model device data tokens steps time memory disk recipe".split()
     assert re.search(r": [\d,]+ parameters, all trained, float32$", said["model"])
-    assert re.fullmatch(r"a row: mean .*p95.*; .* carry loss \(.*%\)", said["tokens"])
+    assert re.fullmatch(r"per row: mean .*p95.*; .* trained \(.*%\)", said["tokens"])
     assert said["steps"].startswith("6: 2 epochs, 4 rows per step (2 per device x 2 accumulated), about ")
-    assert said["time"].startswith("not known yet; ")
+    assert said["time"].startswith("unknown; ")
     assert said["disk"].startswith("3 checkpoints of 0.00 GB (after step 2, 4, 6), 3 kept; ")
     assert said["disk"].endswith("1.00 GB free")
     assert "  save_steps: 2" in lines and not any("cutoff_len" in line for line in lines)
@@ -54,7 +54,7 @@ def test_check_tells_the_time_at_the_speed_of_an_earlier_run(
 
 def test_check_of_a_stream_says_what_is_unknown(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     check(chat_recipe.model_copy(update={"streaming": True, "max_steps": 4}))
-    assert "; the rows are read and counted as the run goes\n" in capsys.readouterr().out
+    assert "; the rows are read and counted during the run\n" in capsys.readouterr().out
 
 
 def test_check_of_an_evaluation_says_what_is_evaluated(
@@ -70,12 +70,12 @@ def test_check_counts_what_is_trained_on_not_what_is_held_out(
     check(chat_recipe.model_copy(update={"val_size": 0.4}))
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("steps    4: 2 epochs") for line in lines)
-    assert "         4 of these rows are held out (val_size), 6 trained on" in lines
+    assert "         4 of these rows are held out (val_size), 6 are trained on" in lines
     whole = int(
         next(line for line in lines if line.startswith("data     d: ")).split("; ")[1].split()[0].replace(",", "")
     )
-    tokens = next(line for line in lines if line.startswith("tokens   of the 6 rows trained on: "))
-    seen = int(tokens.split(" carry loss")[0].split(" of ")[-1].replace(",", ""))
+    tokens = next(line for line in lines if line.startswith("tokens   per row of 6 training rows: "))
+    seen = int(tokens.split(" trained (")[0].split(" of ")[-1].replace(",", ""))
     assert 0 < seen < whole
 
 
@@ -124,11 +124,11 @@ def test_steps_are_counted_as_the_trainer_does(changes: dict[str, Any], steps: t
 )
 def test_a_checkpoint_is_written_every_so_often_and_at_the_end(strategy: str, every: float, steps: list[int]) -> None:
     args: Any = SimpleNamespace(save_strategy=strategy, save_steps=every)
-    assert checkpoint_steps(args, an_epoch=3, total=7) == steps
+    assert checkpoint_steps(args, per_epoch=3, total=7) == steps
 
 
 def test_of_the_best_there_may_be_a_checkpoint_after_each_evaluation() -> None:
     args: Any = SimpleNamespace(save_strategy="best", save_steps=100, eval_strategy="steps", eval_steps=3)
-    assert checkpoint_steps(args, an_epoch=3, total=7) == [3, 6, 7]
+    assert checkpoint_steps(args, per_epoch=3, total=7) == [3, 6, 7]
     args.eval_strategy = "epoch"
-    assert checkpoint_steps(args, an_epoch=2, total=7) == [2, 4, 6, 7]
+    assert checkpoint_steps(args, per_epoch=2, total=7) == [2, 4, 6, 7]

@@ -75,7 +75,7 @@ def test_all_that_is_missing_is_said_at_once_with_the_way_out(recipe_of: Any, in
         "accelerate_configs/fsdp2.yaml (multi_gpu.yaml where the whole model fits one GPU)",
         "quantization_bit: needs bitsandbytes, which is not installed; pip install bitsandbytes, or remove the line",
         "enable_liger_kernel: needs liger_kernel, which is not installed; pip install liger_kernel, or remove the line",
-        "report_to: wandb is not installed; pip install wandb, or write report_to: none",
+        "report_to: wandb is not installed; pip install wandb, or set report_to: none",
     ]
 
 
@@ -155,7 +155,7 @@ def test_wandb_needs_a_login_unless_it_is_offline(
     monkeypatch.delitem(os.environ, "WANDB_MODE", raising=False)
     monkeypatch.setitem(sys.modules, "wandb", Wandb(logged_in=False))
     assert missing(recipe_of("report_to=wandb")) == [
-        "report_to: wandb has no login; run `wandb login`, or set WANDB_MODE=offline, or write report_to: none"
+        "report_to: not logged in to wandb; run `wandb login`, set WANDB_MODE=offline, or set report_to: none"
     ]
     monkeypatch.setitem(os.environ, "WANDB_MODE", "offline")
     check_machine(recipe_of("report_to=wandb"))
