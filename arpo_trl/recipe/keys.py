@@ -1,9 +1,9 @@
-"""The keys of a recipe: LLaMA-Factory's names, their types, defaults and help.
+"""Keys of a recipe: LLaMA-Factory's names with their types, defaults and help.
 
-Every key has exactly one mapping. A key of the groups below is read by our code; any other field of TRL's `SFTConfig`
-goes through in `recipe.trl`; llamafactory.py says what becomes of the rest, and read.py refuses an unknown key. The
-defaults are LLaMA-Factory's (release 0.9) where it has the key, but for `finetuning_type: full`; those of TRL's other
-fields are in keys_of_trl.py.
+Each key has exactly one mapping. Keys of the groups below are read by our code; other fields of TRL's `SFTConfig` are
+passed on in `recipe.trl`; llamafactory.toml lists aliases and keys that are ignored or not supported; read.py rejects
+unknown keys. Defaults of LLaMA-Factory's keys are those of its release 0.9, except `finetuning_type: full`; those of
+TRL's other fields are in keys_of_trl.py.
 """
 
 import functools
@@ -41,7 +41,7 @@ def _key(default: Any, help: str, to: str = "", unit: str = "", **limits: Any) -
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The keys, in the groups of LLaMA-Factory's own recipes.
+# The keys, in the groups of LLaMA-Factory's recipes
 
 
 class ModelKeys(BaseModel):
@@ -119,139 +119,168 @@ class MethodKeys(BaseModel):
 
 
 class DatasetKeys(BaseModel):
-    dataset: Names = _key([], "Names in dataset_info.json to train on, with commas between them.")
-    dataset_dir: Location = _key("data", "Folder of dataset_info.json; file names in it are relative to this folder.")
+    dataset: Names = _key([], "Training datasets, as named in dataset_info.json")
+    dataset_dir: Location = _key("data", "Folder of dataset_info.json; its file names are relative to this folder")
     template: TemplateName | None = _key(
-        None, "LLaMA-Factory's name, or a .jinja file; if omitted, the tokenizer's own."
+        None, "LLaMA-Factory template name or .jinja file; default: the tokenizer's own template"
     )
     enable_thinking: bool | None = _key(
         True,
-        "For templates that know thoughts. true: a reply without a thought gets an empty one, with loss. null: without "
-        "loss. false: without loss, and the thoughts of the rows are left out.",
+        "For reasoning templates: true adds an empty reasoning block to replies without one and trains on it; null adds it "
+        "masked; false also removes the rows' reasoning",
     )
-    preserve_thinking: bool = _key(False, "With mask_history, keep the thoughts of the replies before the last.")
-    default_system: str | None = _key(None, "System message for rows that have none.")
-    cutoff_len: Count = _key(2048, "Longest row; what is beyond is cut.", "max_length with packing", "tokens")
+    preserve_thinking: bool = _key(False, "Keep the reasoning of earlier replies with mask_history")
+    default_system: str | None = _key(None, "System prompt of rows that have none")
+    cutoff_len: Count = _key(
+        2048, "Maximum row length in tokens; longer rows are truncated", "max_length with packing", "tokens"
+    )
     truncation_mode: Literal["keep_start", "llamafactory"] = _key(
-        "keep_start", "keep_start: a plain cut. llamafactory: its proportional cut, for exact comparison."
+        "keep_start",
+        "keep_start truncates the end; llamafactory truncates prompts and replies in proportion, for exact comparison",
     )
-    max_dropped: Number = _key(0.05, "Share of rows that may be dropped before the run stops.", ge=0, le=1)
-    max_samples: Rows | None = _key(None, "Take at most this many rows of each dataset.", unit="rows")
+    max_dropped: Number = _key(
+        0.05, "Maximum fraction of rows that may be dropped; beyond it the run stops", ge=0, le=1
+    )
+    max_samples: Rows | None = _key(None, "Maximum number of rows per dataset", unit="rows")
     mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = _key(
         "concat",
-        "One after another, or in turns until the first ends (under), the last ends (over: the others begin again) or "
-        "every row was taken once (once).",
+        "How datasets are combined: concatenated, or interleaved until the first ends (under), until the last ends, with the "
+        "others repeated (over), or until each row was used once (once)",
     )
-    interleave_probs: Numbers | None = _key(None, "Share of each dataset when interleaving.")
-    streaming: bool = _key(False, "Read rows as they are needed; needs max_steps.")
-    buffer_size: Count = _key(16384, "Rows shuffled together when streaming.", unit="rows")
-    tokenized_path: Location | None = _key(None, "Keep the encoded datasets here, or read them from here.")
-    overwrite_cache: bool = _key(False, "Encode again even if an earlier run's encoding is at hand.")
+    interleave_probs: Numbers | None = _key(None, "Sampling probability of each interleaved dataset")
+    streaming: bool = _key(False, "Read rows on demand; requires max_steps")
+    buffer_size: Count = _key(16384, "Number of rows shuffled together when streaming", unit="rows")
+    tokenized_path: Location | None = _key(None, "Folder to save the encoded datasets to, or to load them from")
+    overwrite_cache: bool = _key(False, "Encode the datasets again even if they are cached")
     preprocessing_num_workers: Count | None = _key(
-        None, "Processes that encode a dataset of 200 MiB or more; a smaller one is faster in one.", "dataset_num_proc"
+        None,
+        "Number of processes that encode a dataset of 200 MiB or more; smaller ones are faster in one process",
+        "dataset_num_proc",
     )
-    preprocessing_batch_size: Count = _key(1000, "Rows encoded at a time.", "Dataset.map(batch_size)", "rows")
-    train_on_prompt: bool = _key(False, "Put loss on the whole row, prompts included.")
-    mask_history: bool = _key(False, "Put loss on the last reply only.")
+    preprocessing_batch_size: Count = _key(1000, "Number of rows encoded at a time", "Dataset.map(batch_size)", "rows")
+    train_on_prompt: bool = _key(False, "Train on complete rows, prompts included")
+    mask_history: bool = _key(False, "Train only on the last reply")
     mask_spans: Spans = _key(
         [],
-        "Parts of a reply without loss: names of tags (result is <result>..</result>) or regular expressions; "
-        ". matches line ends too.",
+        "Parts of a reply to mask: tag names (result means <result>..</result>) or regular expressions, in which . also "
+        "matches line ends",
     )
-    packing: bool = _key(False, "Fill rows up to cutoff_len with several conversations, which do not see each other.")
-    neat_packing: bool = _key(False, "The same as packing here.", "packing")
-    padding_free: bool = _key(False, "Lay a batch's rows end to end instead of padding them; none sees another.")
+    packing: bool = _key(False, "Pack conversations into rows of cutoff_len tokens; they do not attend to each other")
+    neat_packing: bool = _key(False, "Alias of packing", "packing")
+    padding_free: bool = _key(
+        False, "Concatenate a batch's rows instead of padding them; they do not attend to each other"
+    )
 
 
 class OutputKeys(BaseModel):
-    output_dir: Location = _key(..., "The run's folder: checkpoints, logs and the final model.")
-    overwrite_output_dir: bool = _key(False, "true: start over. false: go on, or refuse a finished run.")
-    resume_from_checkpoint: bool | Location | None = _key(None, "true: the newest whole checkpoint; or a path to one.")
-    allow_changed_recipe: bool = _key(False, "Resume although keys that change the result differ.")
-    logging_steps: Number = _key(500, "Steps between two log lines; below 1 a share of the run.", gt=0)
-    save_strategy: Literal["no", "steps", "epoch", "best"] = _key("steps", "When to save a checkpoint.")
-    save_steps: Number = _key(500, "Steps between two checkpoints; below 1 a share of the run.", gt=0)
-    plot_loss: bool = _key(False, "Write training_loss.png.")
-    report_to: Trackers = _key([], "Trackers (wandb, tensorboard, trackio, ..., all), or none.")
-    use_swanlab: bool = _key(False, "The same as report_to: swanlab.", "report_to")
-    swanlab_project: str = _key("llamafactory", "With use_swanlab: the run's project.", "SWANLAB_PROJECT")
-    swanlab_workspace: str | None = _key(None, "With use_swanlab: the run's workspace.", "SWANLAB_WORKSPACE")
-    swanlab_mode: Literal["cloud", "local"] = _key("cloud", "With use_swanlab: upload the run or not.", "SWANLAB_MODE")
-    swanlab_logdir: Location | None = _key(None, "SwanLab's files; output_dir/swanlog if omitted.", "SWANLAB_LOG_DIR")
-    run_name: str | None = _key(None, "Name of the run in a tracker.")
-    project: str | None = _key(None, "Project of the run in W&B and Trackio; WANDB_PROJECT or huggingface if omitted.")
-    on_save_error: Literal["stop", "continue"] = _key("stop", "What a failed checkpoint does to the run.")
+    output_dir: Location = _key(..., "Folder of the run: checkpoints, logs and the final model")
+    overwrite_output_dir: bool = _key(False, "Start over; otherwise resume, or stop if the run is finished")
+    resume_from_checkpoint: bool | Location | None = _key(
+        None, "Checkpoint to resume from: true is the latest complete one, or a path"
+    )
+    allow_changed_recipe: bool = _key(False, "Resume even if keys that change the result differ")
+    logging_steps: Number = _key(500, "Number of steps between log lines; below 1, a fraction of the run", gt=0)
+    save_strategy: Literal["no", "steps", "epoch", "best"] = _key("steps", "When to save checkpoints")
+    save_steps: Number = _key(500, "Number of steps between checkpoints; below 1, a fraction of the run", gt=0)
+    plot_loss: bool = _key(False, "Write training_loss.png")
+    report_to: Trackers = _key([], "Trackers (wandb, tensorboard, trackio, ..., all), or none")
+    use_swanlab: bool = _key(False, "Add swanlab to report_to", "report_to")
+    swanlab_project: str = _key("llamafactory", "SwanLab project", "SWANLAB_PROJECT")
+    swanlab_workspace: str | None = _key(None, "SwanLab workspace", "SWANLAB_WORKSPACE")
+    swanlab_mode: Literal["cloud", "local"] = _key("cloud", "SwanLab mode; local does not upload", "SWANLAB_MODE")
+    swanlab_logdir: Location | None = _key(
+        None, "Folder of SwanLab's files; default: output_dir/swanlog", "SWANLAB_LOG_DIR"
+    )
+    run_name: str | None = _key(None, "Name of the run in trackers")
+    project: str | None = _key(None, "Project in W&B and Trackio; default: WANDB_PROJECT or huggingface")
+    on_save_error: Literal["stop", "continue"] = _key("stop", "What to do if a checkpoint can't be saved")
 
 
 class TrainKeys(BaseModel):
-    per_device_train_batch_size: Count = _key(8, "Rows per device and step.", unit="rows")
-    gradient_accumulation_steps: Count = _key(1, "Batches per update.", unit="batches")
-    global_batch_size: Count | None = _key(None, "Rows per update; sets gradient_accumulation_steps.", unit="rows")
-    num_train_epochs: Number = _key(3.0, "Times that every row is seen; max_steps beats it.", gt=0, le=1_000_000)
-    learning_rate: Number = _key(5e-5, "Peak learning rate.", ge=0)
-    warmup_ratio: Number = _key(0.0, "Share of the run that warms up.", "warmup_steps", ge=0, lt=1)
-    warmup_steps: Number = _key(0, "Steps that warm up (below 1: a share); beats warmup_ratio.", ge=0)
-    bf16: bool = _key(False, "Compute in bfloat16; master weights stay in float32.")
-    fp16: bool = _key(False, "Compute in float16 with loss scaling.")
-    gradient_checkpointing: bool | Literal["auto"] = _key(
-        True, "Recompute activations; auto: where the longest batch would not fit the GPU.", "activation_checkpointing"
+    per_device_train_batch_size: Count = _key(8, "Number of rows per device and batch", unit="rows")
+    gradient_accumulation_steps: Count = _key(1, "Number of batches per update", unit="batches")
+    global_batch_size: Count | None = _key(
+        None, "Number of rows per update; sets gradient_accumulation_steps", unit="rows"
     )
-    disable_gradient_checkpointing: bool = _key(False, "Keep activations: more memory.", "activation_checkpointing")
-    use_reentrant_gc: bool | None = _key(None, "Use torch's older checkpointing.", "activation_checkpointing_kwargs")
-    disable_shuffling: bool = _key(False, "Take rows in their order.", "train_sampling_strategy: sequential")
-    group_by_length: bool = _key(False, "Batch rows of like length.", "train_sampling_strategy: group_by_length")
+    num_train_epochs: Number = _key(3.0, "Number of epochs; max_steps overrides it", gt=0, le=1_000_000)
+    learning_rate: Number = _key(5e-5, "Peak learning rate", ge=0)
+    warmup_ratio: Number = _key(0.0, "Fraction of the run used for warmup", "warmup_steps", ge=0, lt=1)
+    warmup_steps: Number = _key(0, "Number of warmup steps (below 1, a fraction); overrides warmup_ratio", ge=0)
+    bf16: bool = _key(False, "Compute in bfloat16; master weights stay in float32")
+    fp16: bool = _key(False, "Compute in float16 with loss scaling")
+    gradient_checkpointing: bool | Literal["auto"] = _key(
+        True,
+        "Recompute activations to save memory; auto: only if the longest batch does not fit on the GPU",
+        "activation_checkpointing",
+    )
+    disable_gradient_checkpointing: bool = _key(False, "Turn gradient checkpointing off", "activation_checkpointing")
+    use_reentrant_gc: bool | None = _key(
+        None, "Use torch's reentrant checkpointing", "activation_checkpointing_kwargs"
+    )
+    disable_shuffling: bool = _key(False, "Keep the rows in order", "train_sampling_strategy: sequential")
+    group_by_length: bool = _key(False, "Batch rows of similar length", "train_sampling_strategy: group_by_length")
     use_dft_loss: bool = _key(False, "Dynamic fine-tuning loss.", "loss_type: dft")
     use_eaft_loss: bool = _key(False, "Entropy-adaptive loss: a token weighs as much as the model is uncertain there.")
     eaft_alpha: Number = _key(1.0, "With use_eaft_loss: exponent of that weight.", ge=0)
     use_asft_loss: bool = _key(False, "Dynamic fine-tuning loss, held near the model as it was at the start.")
     asft_alpha: Number = _key(0.1, "With use_asft_loss: weight of the KL divergence from that model.", ge=0)
     deepspeed: Annotated[Location | dict[str, object] | None, BeforeValidator(from_json)] = _key(
-        None, "DeepSpeed's JSON config; or use accelerate_configs/zero3.yaml."
+        None, "DeepSpeed JSON config; alternatively use accelerate_configs/zero3.yaml"
     )
-    seed: Seed = _key(42, "Seed of everything random.")
+    seed: Seed = _key(42, "Random seed")
     preflight: bool | Literal["auto"] = _key(
         "auto",
-        "Try the longest batch before the first step; auto: not on a CPU with twice the memory that it is estimated to take.",
+        "Run the longest batch before the first step, to catch OOM; auto skips it on a CPU with twice the estimated memory",
     )
 
 
 class EvalKeys(BaseModel):
-    do_eval: bool = _key(False, "Evaluate after training.")
-    eval_dataset: Names = _key([], "Names in dataset_info.json to evaluate on.")
-    eval_on_each_dataset: bool = _key(False, "Evaluate each of eval_dataset by itself.")
-    val_size: Number = _key(0.0, "Part of the training rows held out: a share below 1, or a number of rows.", ge=0)
-    per_device_eval_batch_size: Count | None = _key(None, "Rows per device; as in training if omitted.", unit="rows")
-    eval_strategy: Literal["no", "steps", "epoch"] = _key("no", "When to evaluate during training.")
-    load_best_model_at_end: bool = _key(False, "End with the checkpoint that evaluated best.")
-    early_stopping_steps: Count | None = _key(None, "Evaluations without progress before stopping.")
+    do_eval: bool = _key(False, "Evaluate after training")
+    eval_dataset: Names = _key([], "Evaluation datasets, as named in dataset_info.json")
+    eval_on_each_dataset: bool = _key(False, "Evaluate each dataset of eval_dataset separately")
+    val_size: Number = _key(
+        0.0, "Training rows held out for evaluation: a fraction below 1, or a number of rows", ge=0
+    )
+    per_device_eval_batch_size: Count | None = _key(
+        None, "Number of rows per device and evaluation batch; default: as in training", unit="rows"
+    )
+    eval_strategy: Literal["no", "steps", "epoch"] = _key("no", "When to evaluate during training")
+    load_best_model_at_end: bool = _key(False, "Load the best checkpoint at the end")
+    early_stopping_steps: Count | None = _key(None, "Number of evaluations without improvement before stopping")
 
 
 class PredictKeys(BaseModel):
-    do_predict: bool = _key(False, "Generate the replies of eval_dataset or val_size at the end, and score them.")
-    predict_with_generate: bool = _key(False, "The same as do_predict here.", "do_predict")
-    predict_during_eval: Count | None = _key(None, "Held-out rows to reply to at each evaluation.", unit="rows")
-    max_new_tokens: Count = _key(1024, "Longest generated reply.", "generate(max_new_tokens)", "tokens")
-    do_sample: bool | None = _key(
-        None, "Draw each token; if omitted, where temperature, top_p or top_k is given.", "generate(do_sample)"
+    do_predict: bool = _key(False, "Generate and score replies to the rows of eval_dataset or val_size at the end")
+    predict_with_generate: bool = _key(False, "Alias of do_predict", "do_predict")
+    predict_during_eval: Count | None = _key(
+        None, "Number of held-out rows to generate replies to at each evaluation", unit="rows"
     )
-    temperature: Number = _key(0.95, "Sampling: how flat the distribution is.", "generate(temperature)", gt=0)
-    top_p: Number = _key(0.7, "Sampling: share of probability drawn from.", "generate(top_p)", gt=0, le=1)
-    top_k: Whole = _key(50, "Sampling: likeliest tokens drawn from; 0 is all.", "generate(top_k)", ge=0)
-    num_beams: Count = _key(1, "Beams of a search; 1 is none.", "generate(num_beams)")
-    repetition_penalty: Number = _key(1.0, "Above 1: repeats are less likely.", "generate(repetition_penalty)", gt=0)
-    length_penalty: Number = _key(1.0, "Beams: above 0 favours long replies.", "generate(length_penalty)")
-    skip_special_tokens: bool = _key(True, "Leave special tokens out of generated_predictions.jsonl.")
+    max_new_tokens: Count = _key(1024, "Maximum number of generated tokens", "generate(max_new_tokens)", "tokens")
+    do_sample: bool | None = _key(
+        None, "Sample tokens; default: if temperature, top_p or top_k is set", "generate(do_sample)"
+    )
+    temperature: Number = _key(0.95, "Sampling temperature", "generate(temperature)", gt=0)
+    top_p: Number = _key(
+        0.7, "Sampling: cumulative probability of the candidate tokens", "generate(top_p)", gt=0, le=1
+    )
+    top_k: Whole = _key(50, "Sampling: number of candidate tokens; 0 means all", "generate(top_k)", ge=0)
+    num_beams: Count = _key(1, "Number of beams; 1 means no beam search", "generate(num_beams)")
+    repetition_penalty: Number = _key(
+        1.0, "Penalty for repetition; 1 means none", "generate(repetition_penalty)", gt=0
+    )
+    length_penalty: Number = _key(1.0, "Beam search: above 0 favors long replies", "generate(length_penalty)")
+    skip_special_tokens: bool = _key(True, "Omit special tokens from generated_predictions.jsonl")
 
 
-COMMAND_LINE = Path("command line")  # the path of a recipe that no file holds
+COMMAND_LINE = Path("command line")  # the path of a recipe without a file
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a recipe comes from.
+    """Origin of a recipe.
 
-    `path`: the file, or `COMMAND_LINE`. `lines`: the line of each key that the file gives. `notices`: lines to print
-    once, such as keys without effect.
+    `path`: the file, or `COMMAND_LINE`. `lines`: the line of each key in the file. `notices`: lines to print once, such
+    as ignored keys.
     """
 
     path: Path = Path()
@@ -263,7 +292,7 @@ GROUPS = (ModelKeys, MethodKeys, DatasetKeys, OutputKeys, TrainKeys, EvalKeys, P
 
 
 class Recipe(SftKeys, PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKeys, ModelKeys):
-    """One run, as resolved."""
+    """Resolved configuration of one run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
 
@@ -279,7 +308,7 @@ class Recipe(SftKeys, PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys,
 
     @property
     def trl(self) -> dict[str, Any]:
-        """The fields of SFTConfig that the recipe gives and no key of ours stands for."""
+        """Fields of SFTConfig that the recipe sets and that have no key of ours."""
         return {name: getattr(self, name) for name in SftKeys.model_fields if name in self.model_fields_set}
 
     @property
@@ -287,25 +316,25 @@ class Recipe(SftKeys, PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys,
         return self.finetuning_type in ("lora", "oft")
 
     def with_notices(self, *lines: str) -> Self:
-        """The same recipe with these lines to print, too; none is printed twice."""
+        """Return the recipe with more lines to print, without duplicates."""
         notices = tuple(dict.fromkeys((*self.source.notices, *lines)))
         return self.model_copy(update={"source": replace(self.source, notices=notices)})
 
-    def error(self, key: str, what: str) -> RecipeError:
-        """What is wrong with a key, at its location: `recipes/x.yaml:12: lora_target: no such module`."""
+    def error(self, key: str, problem: str) -> RecipeError:
+        """Return an error with the key's location: `recipes/x.yaml:12: lora_target: no module matches`."""
         line = f":{self.source.lines[key]}" if key in self.source.lines else ""
         location = "" if self.path == Path() else f"{self.path}{line}: "
-        return RecipeError(f"{location}{key}: {what}")
+        return RecipeError(f"{location}{key}: {problem}")
 
     def resolved(self) -> dict[str, Any]:
-        """Every key as resolved, in plain YAML values; `read_recipe` reads it back to an equal recipe."""
+        """Return all resolved keys as plain YAML values, which `read_recipe` reads back to an equal recipe."""
         values = self.model_dump(mode="json", exclude=SftKeys.model_fields.keys() - self.model_fields_set)
         short = {key: int(value) for key, value in values.items() if isinstance(value, float) and value.is_integer()}
         return values | short
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# One table of all keys: for messages, --help, KEYS.md and schema.json.
+# One table of all keys, for messages, --help, KEYS.md and schema.json
 
 
 class Key(NamedTuple):
@@ -323,7 +352,7 @@ class Key(NamedTuple):
 
 @functools.cache
 def keys() -> dict[str, Key]:
-    """Every key that a recipe can have with effect, in the order of the groups."""
+    """Return every key of a recipe, in the order of the groups."""
     table = {}
     schemas = Recipe.model_json_schema()["properties"]
     for group in (*GROUPS, SftKeys):
