@@ -1,4 +1,4 @@
-"""The command line: which word is what, and what becomes of errors. Exit codes of whole runs: tests/faults."""
+"""Command line: how words are sorted and errors are reported. Exit codes of runs are tested in tests/faults."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def recipe(tmp_path: Path, tiny_model: Path) -> Path:
     return small_run.write_recipe(folder, tiny_model, dataset="counting,greetings", dataset_dir=str(data))
 
 
-def test_the_number_of_rows_may_stand_anywhere(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_number_of_rows_can_be_anywhere(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = []
     for argv in (["--preview", str(recipe), "2"], ["--preview", "2", str(recipe)], [str(recipe), "--preview", "2"]):
         assert main([*argv, "dataset=greetings"]) == 0
@@ -43,7 +43,7 @@ def test_the_number_of_rows_may_stand_anywhere(recipe: Path, capsys: pytest.Capt
     assert "greet Bob" in shown[0] and "greet Cy" not in shown[0] and "count to" not in shown[0]
 
 
-def test_the_garbagegc_paused_for_the_libraries_and_leaves_them_alone() -> None:
+def test_libraries_are_imported_with_the_garbage_collector_off() -> None:
     with pytest.raises(ImportError), gc_paused():
         assert not gc.isenabled()
         raise ImportError
@@ -89,7 +89,7 @@ def read(argv: list[str]) -> Recipe:
 
 
 @pytest.mark.parametrize(("flags", "lines"), FLAGS)
-def test_llama_factorys_flags_mean_what_the_lines_of_a_recipe_mean(tmp_path: Path, flags: str, lines: str) -> None:
+def test_llama_factorys_flags_equal_the_lines_of_a_recipe(tmp_path: Path, flags: str, lines: str) -> None:
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "whole.yaml").write_text(BASE + lines)
     base, whole = str(tmp_path / "base.yaml"), read_recipe(tmp_path / "whole.yaml")
@@ -107,7 +107,7 @@ def test_no_key_has_the_name_of_an_option(option: str, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == f"--{option}: an option, not a key; it takes no value\n"
 
 
-def test_a_flag_that_is_no_key_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_flag_is_reported_with_the_nearest_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*BASE_FLAGS, "--lerning_rate", "1"]) == 2
     assert capsys.readouterr().err == (
         "command line: 1 problem\n  override  lerning_rate: unknown key; did you mean learning_rate?\n"
@@ -115,12 +115,12 @@ def test_a_flag_that_is_no_key_is_named_with_the_nearest(capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("flag", ["model_name_or_path", "dataset", "template", "checkpoint_dir", "lora_target"])
-def test_a_flag_whose_value_is_missing_is_not_read_as_true(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flag_without_its_value_is_an_error(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"--{flag}", *BASE_FLAGS]) == 2
     assert capsys.readouterr().err == f"--{flag}: expected a value\n"
 
 
-def test_flags_alone_check_and_preview_as_a_recipe_does(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_and_preview_accept_flags_instead_of_a_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = []
     for key, value in read_recipe(recipe).resolved().items():
         if value is not None and value != []:
@@ -142,8 +142,8 @@ def test_a_long_text_on_the_command_line_is_read(recipe: Path, capsys: pytest.Ca
     assert "File name too long" in capsys.readouterr().err
 
 
-def test_what_a_run_needs_is_asked_for_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """W&B's login is a request to its server. Python's `train` has no command line before it."""
+def test_inputs_and_packages_are_checked_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checking W&B's login sends a request to its server. `train` in Python checks too, without a command line."""
     asked: list[str] = []
 
     def stop(recipe: Recipe) -> None:
@@ -167,7 +167,7 @@ def test_what_a_run_needs_is_asked_for_once(recipe: Path, monkeypatch: pytest.Mo
         asked.clear()
 
 
-def test_the_version_and_the_environment_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_and_the_environment_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"arpo_trl {arpo_trl.__version__}\n"
     assert main(["--env"]) == 0
@@ -176,12 +176,12 @@ def test_the_version_and_the_environment_are_told(capsys: pytest.CaptureFixture[
     assert not any(secret in str(told) for secret in (platform.node(), str(Path.home()), getpass.getuser() + "@"))
 
 
-def test_two_recipes_are_one_too_many(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_recipes_are_an_error(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(recipe), str(recipe)]) == 2
     assert capsys.readouterr().err.startswith("expected one recipe, found 2: ")
 
 
-def test_what_nobody_expected_shows_its_traceback_where_no_log_has_it(
+def test_an_unexpected_error_prints_its_traceback_if_no_log_has_it(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("arpo_trl.training.check.describe_tokens", lambda rows: 1 / 0)
@@ -191,7 +191,7 @@ def test_what_nobody_expected_shows_its_traceback_where_no_log_has_it(
 
 
 def test_a_console_without_chinese_shows_escapes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows' cp1252; the rows' text, and a message's."""
+    """As with Windows' cp1252, in rows and in messages."""
     shown, told = (io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True) for _ in range(2))
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", shown)
@@ -202,7 +202,7 @@ def test_a_console_without_chinese_shows_escapes(recipe: Path, monkeypatch: pyte
         assert escaped in stream.buffer.getvalue().decode("cp1252")  # type: ignore[attr-defined]
 
 
-def test_a_drive_that_is_not_there_has_no_room(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_drive_has_no_free_space(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "exists", lambda path, **kwargs: False)
     assert machine.free_space(Path("Z:/run")) == 0
     assert str(machine.missing_space(Path("/run"), 1, "a checkpoint")).startswith(
@@ -211,10 +211,8 @@ def test_a_drive_that_is_not_there_has_no_room(recipe: Path, monkeypatch: pytest
     assert check_inputs(read_recipe(recipe))  # the drive's own error comes where its room is asked for
 
 
-def test_a_file_that_windows_holds_for_a_moment_is_replaced_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On Linux the same refusal is one to be told at once."""
+def test_replacing_a_file_in_use_is_retried_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Linux, the same error is raised at once."""
     refusals = [PermissionError("in use"), PermissionError("in use")]
     replace = Path.replace
 
@@ -231,6 +229,6 @@ def test_a_file_that_windows_holds_for_a_moment_is_replaced_all_the_same(
     assert run_folder.read_json(tmp_path / "run.json") == 2 and not refusals
 
 
-def test_what_a_library_raised_becomes_part_of_a_line() -> None:
+def test_a_librarys_message_is_reduced_to_one_line() -> None:
     assert in_one_line(OSError("no\n  such\tfile")) == "no such file"
     assert in_one_line(ValueError()) == "ValueError" and len(in_one_line(ValueError("x" * 9999))) == 500

@@ -1,4 +1,4 @@
-"""The recipe: what is read, what it means, and what is answered when it is wrong."""
+"""Reading a recipe: accepted values, their meaning, and the errors for everything else."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def problems(folder: Path, text: str, *overrides: str) -> list[str]:
-    """The lines of the error, without its header."""
+    """Return the lines of the error without its header."""
     path = write(folder, text)
     with pytest.raises(RecipeError) as caught:
         read_recipe(path, overrides)
@@ -109,7 +109,7 @@ WRONG = [
     ("lr_scheduler_kwargs: !!map a", "lr_scheduler_kwargs: expected a plain value"),
     ("bf16: !!bool maybe", "bf16: expected a plain value"),
     ("run_name: ${oc.env:HOME}", "run_name: ${...} interpolation is not supported; write the value, or pass run_name=... on the command line"),
-    # refused
+    # not supported
     ("hf_hub_token: hf_x", "hf_hub_token: not supported; it would be saved with the model. Run `hf auth login` instead"),
     ("max_length: 512", "max_length: not supported; LLaMA-Factory means a generation length, TRL a row length; use cutoff_len for rows"),
     ("do_predict: true\npredict_with_generate: true", "do_predict: no rows to predict; set eval_dataset or val_size"),
@@ -126,7 +126,7 @@ WRONG = [
     ("kt_lora_expert_num: 2", "kt_lora_expert_num: not supported; experts are not added to a model; lora_target: all adapts its own experts"),
     ("ppo_epochs: 2", "ppo_epochs: not supported; it belongs to stage ppo, which TRL has removed; use its GRPOTrainer or RLOOTrainer"),
     ("vllm_maxlen: 8192", "vllm_maxlen: not supported; it belongs to an inference server; start one with the saved model"),
-    # together
+    # conflicts
     ("val_size: 0.1\neval_dataset: b", "val_size: eval_dataset is there too; keep one"),
     ("val_size: 1.5", "val_size: expected a share or whole rows, found 1.5"),
     ("do_eval: true", "do_eval: nothing to evaluate on; set eval_dataset or val_size"),
@@ -176,7 +176,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("lines", "message"), WRONG, ids=[lines.replace("\n", " ") for lines, _ in WRONG])
-def test_a_wrong_recipe_gets_one_line_that_says_what_to_do(tmp_path: Path, lines: str, message: str) -> None:
+def test_each_problem_is_one_line_with_its_fix(tmp_path: Path, lines: str, message: str) -> None:
     (found,) = problems(tmp_path, GOOD + lines + "\n")
     place, text = found.split("  ", 1)
     assert text == message
@@ -197,7 +197,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Pa
     ]
 
 
-def test_a_value_that_is_not_read_is_the_only_problem(tmp_path: Path) -> None:
+def test_a_value_that_cannot_be_read_hides_the_conflicts_it_might_resolve(tmp_path: Path) -> None:
     text = GOOD.replace("dataset: a", "dataset: !!binary aGk=") + "do_eval: true\nval_size: 0.1\n"
     assert len(problems(tmp_path, text)) == 1
 
@@ -211,13 +211,13 @@ def test_a_value_that_is_not_read_is_the_only_problem(tmp_path: Path) -> None:
         ("do_eval: true\npredict_with_generate: true", "evaluated and asked to reply"),
     ],
 )
-def test_a_recipe_that_does_not_train_says_so_first(tmp_path: Path, line: str, done: str) -> None:
+def test_a_recipe_that_only_evaluates_is_reported_first(tmp_path: Path, line: str, done: str) -> None:
     path = write(tmp_path, f"model_name_or_path: m\noutput_dir: o\n{line}\neval_dataset: a\nuse_unsloth: true\n")
     first, *_ = read_recipe(path).notices
     assert first == f"{path}: do_train is not true: nothing is trained, the model is {done}"
 
 
-def test_a_recipe_that_trains_nothing_says_so(tmp_path: Path) -> None:
+def test_a_recipe_without_anything_to_do_is_an_error(tmp_path: Path) -> None:
     assert problems(tmp_path, "model_name_or_path: m\noutput_dir: o\n") == [
         "missing  do_train: nothing to do; set do_train: true"
     ]
@@ -241,13 +241,13 @@ def test_a_recipe_that_trains_nothing_says_so(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_that_is_no_recipe_gets_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_recipe_is_reported_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         read_recipe(write(tmp_path, text))
     assert str(caught.value) == f"{tmp_path}/{message}"
 
 
-def test_a_missing_recipe_names_those_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_recipe_lists_the_recipes_nearby(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=r"^nope.yaml: No such file or directory; recipes nearby: none$"):
         read_recipe("nope.yaml")
@@ -269,7 +269,7 @@ def test_a_missing_recipe_names_those_that_exist(tmp_path: Path, monkeypatch: py
     ),
     st.text(max_size=12),
 )
-def test_whatever_is_written_the_answer_is_a_recipe_or_a_recipe_error(
+def test_any_input_gives_a_recipe_or_a_recipe_error(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, object], noise: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
@@ -280,7 +280,7 @@ def test_whatever_is_written_the_answer_is_a_recipe_or_a_recipe_error(
         assert str(error).startswith(str(path))
 
 
-def test_aliases_that_multiply_are_refused_at_once_in_little_memory(tmp_path: Path) -> None:
+def test_yaml_bombs_are_rejected_in_little_time_and_memory(tmp_path: Path) -> None:
     bomb = "&b0 [" + ",".join(["lol"] * 10) + "]"
     for level in range(1, 9):
         bomb = f"&b{level} [{bomb}, {','.join([f'*b{level - 1}'] * 9)}]"
@@ -292,20 +292,20 @@ def test_aliases_that_multiply_are_refused_at_once_in_little_memory(tmp_path: Pa
 
 
 @pytest.mark.parametrize("file", ["/dev/zero", "/dev/urandom"])
-def test_a_file_without_an_end_is_no_recipe(file: str) -> None:
+def test_an_endless_file_is_not_read_as_a_recipe(file: str) -> None:
     with pytest.raises(RecipeError, match="found more than 1,000,000 bytes"):
         read_recipe(file)
 
 
 @pytest.mark.parametrize("key", [key for key in keys() if takes_text(key)])
 @pytest.mark.parametrize("text", ['"\\ud800"', '"a\\0b"'])
-def test_what_is_no_character_is_answered_in_a_line(tmp_path: Path, key: str, text: str) -> None:
+def test_an_invalid_character_is_reported_in_one_line(tmp_path: Path, key: str, text: str) -> None:
     good = "".join(line for line in GOOD.splitlines(keepends=True) if not line.startswith(key))
     (found,) = problems(tmp_path, f"{good}{key}: {text}\n")
     assert found.endswith("which is not a valid character")
 
 
-def test_a_message_holds_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
+def test_messages_contain_no_terminal_escapes(tmp_path: Path) -> None:
     found = problems(tmp_path, GOOD + '"\\e]0;title\\a": 1\nrun_name: ["\\u202egnp", "\\e[2J"]\n')
     assert all(line.isprintable() for line in found) and len(found) == 2
 
@@ -355,9 +355,7 @@ ddp_timeout: 180000000
         ("do_sample: true\nnum_beams: 1\nrepetition_penalty: 1.1\nlength_penalty: 1.0\nmax_new_tokens: 8\n", True),
     ],
 )
-def test_llama_factorys_predict_recipe_is_read_and_is_greedy_unless_it_samples(
-    tmp_path: Path, lines: str, samples: bool
-) -> None:
+def test_llama_factorys_predict_recipe_is_greedy_unless_it_samples(tmp_path: Path, lines: str, samples: bool) -> None:
     recipe = read_recipe(write(tmp_path, PREDICT + lines))
     assert (recipe.do_train, recipe.do_predict, recipe.do_sample) == (False, True, samples)
     assert (recipe.temperature, recipe.top_p, recipe.top_k) == (0.7 if lines.endswith("0.7\n") else 0.95, 0.7, 50)
@@ -379,7 +377,9 @@ OTHER_FORMS = [
 
 
 @pytest.mark.parametrize(("text", "message"), OTHER_FORMS)
-def test_a_recipe_of_another_command_of_llama_factory_gets_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_a_recipe_for_another_llama_factory_command_is_reported_in_one_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
     path = write(tmp_path, text)
     with pytest.raises(RecipeError) as caught:
         read_recipe(path)
@@ -431,7 +431,7 @@ def test_values_are_read_as_a_person_would(tmp_path: Path, line: str, value: obj
     assert found == value and type(found) is type(value)
 
 
-def test_sft_config_fields_without_a_meaning_of_their_own_go_through_by_name(tmp_path: Path) -> None:
+def test_other_fields_of_sft_config_are_passed_on_by_name(tmp_path: Path) -> None:
     lines = "eval_steps: 50\nevaluation_strategy: 'no'\nno_cuda: true\nfsdp: [full_shard, auto_wrap]\n"
     recipe = read_recipe(write(tmp_path, GOOD + lines))
     assert recipe.trl == {"eval_steps": 50, "use_cpu": True, "fsdp": "full_shard auto_wrap"}
@@ -455,7 +455,7 @@ def test_windows_files_are_read(tmp_path: Path) -> None:
     assert read_recipe(path).dataset == ["a"]
 
 
-def test_keys_without_effect_are_said_once_by_reason(tmp_path: Path) -> None:
+def test_ignored_keys_are_reported_once_by_reason(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "top_p: 0.4\ntemperature: 1\nsave_safetensors: true\n")
     assert read_recipe(path).notices == [
         f"{path}: save_safetensors: ignored; weights are always saved as safetensors",
@@ -463,14 +463,14 @@ def test_keys_without_effect_are_said_once_by_reason(tmp_path: Path) -> None:
     ]
 
 
-def test_a_text_recipe_copied_from_one_for_images_is_read_and_says_what_has_no_effect(tmp_path: Path) -> None:
+def test_keys_for_images_are_ignored_in_a_text_recipe(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "template: qwen\nimage_max_pixels: 262144\nfreeze_vision_tower: false\n")
     assert read_recipe(path).notices == [
         f"{path}: image_max_pixels, freeze_vision_tower: ignored; only text is trained"
     ]
 
 
-def test_keys_of_llama_factorys_older_releases_mean_what_the_newer_ones_mean(tmp_path: Path) -> None:
+def test_keys_of_older_llama_factory_releases_are_read_as_their_new_names(tmp_path: Path) -> None:
     old = (
         "finetuning_type: freeze\nnum_layer_trainable: -3\nname_module_trainable: mlp,self_attn\nflash_attn: off\n"
         "evaluation_strategy: no\nsft_packing: yes\nsplit: train\nreserved_label_len: 1\nmax_samples: 10000000000000\n"
@@ -486,13 +486,13 @@ def test_keys_of_llama_factorys_older_releases_mean_what_the_newer_ones_mean(tmp
     assert read_recipe(write(tmp_path, GOOD + "flash_attn: false\n")).flash_attn == "auto"
 
 
-def test_refused_keys_that_ask_for_nothing_pass(tmp_path: Path) -> None:
+def test_unsupported_keys_pass_if_they_request_nothing(tmp_path: Path) -> None:
     lines = [f"{key}: {json.dumps(value)}" for key, value in NO_OP.items() if key != "max_length"]
     lines += [f"{key}: {('null', 'false')[len(key) % 2]}" for key in NOT_SUPPORTED if key not in NO_OP]
     assert read_recipe(write(tmp_path, GOOD + "\n".join(lines))).notices == []
 
 
-def test_every_key_passes_with_the_default_that_llama_factory_gives_it(tmp_path: Path) -> None:
+def test_every_key_accepts_llama_factorys_default(tmp_path: Path) -> None:
     given = LLAMA_FACTORY["defaults"] | LLAMA_FACTORY["other_defaults"]
     given |= {"model_name_or_path": "m", "output_dir": "o", "do_train": True, "dataset": "a"}
     recipe = read_recipe(write(tmp_path, yaml.safe_dump(given)))
@@ -503,7 +503,7 @@ def test_every_key_passes_with_the_default_that_llama_factory_gives_it(tmp_path:
     assert max_length.endswith("LLaMA-Factory means a generation length, TRL a row length; use cutoff_len for rows")
 
 
-def test_keys_that_ask_only_for_speed_pass_with_a_line(tmp_path: Path) -> None:
+def test_keys_that_only_affect_speed_are_ignored_with_a_notice(tmp_path: Path) -> None:
     keys = "use_unsloth use_unsloth_gc use_v1_kernels use_ray upcast_layernorm enable_torch_profiler".split()
     path = write(tmp_path, GOOD + "".join(f"{key}: true\n" for key in keys))
     notices = read_recipe(path).notices
@@ -522,7 +522,7 @@ def test_keys_that_ask_only_for_speed_pass_with_a_line(tmp_path: Path) -> None:
         ("pipeline_model_parallel_size: 4\nglobal_batch_size: 64", None),
     ],
 )  # fmt: skip
-def test_gpus_that_would_share_a_row_are_told_of_the_larger_batch(
+def test_gpus_that_would_share_a_row_get_a_notice_about_the_larger_batch(
     tmp_path: Path, lines: str, said: str | None
 ) -> None:
     notices = read_recipe(write(tmp_path, f"{GOOD}{lines}\n")).notices
@@ -550,13 +550,13 @@ def test_resolved_reads_back_to_the_same_recipe(tmp_path: Path) -> None:
     assert again.notices == []
 
 
-def test_fa2_without_flash_attn_falls_back_to_sdpa_and_says_so(tmp_path: Path) -> None:
+def test_fa2_without_flash_attn_falls_back_to_sdpa_with_a_notice(tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path, GOOD + "flash_attn: fa2"))
     assert recipe.flash_attn == "sdpa"
     assert recipe.notices[0].endswith("flash_attn: sdpa; fa2 needs the package flash_attn, which is not installed")
 
 
-def test_wandb_disabled_is_honoured_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_disabled_is_honored_with_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_DISABLED", "true")
     recipe = read_recipe(write(tmp_path, GOOD + "report_to: wandb,tensorboard"))
     assert recipe.report_to == ["tensorboard"]
@@ -618,7 +618,7 @@ def test_the_table_of_sft_config_has_its_fields_and_defaults() -> None:
 
 
 def run(*arguments: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], float]:
-    """`python -m arpo_trl ...` and the CPU seconds that it took, torch being forbidden."""
+    """Run `python -m arpo_trl ...` with torch blocked, and return its CPU seconds as well."""
     code = (
         "import runpy, sys, time\n"
         "sys.modules['torch'] = None\n"
@@ -633,7 +633,7 @@ def run(*arguments: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], f
     return done, float(cpu)
 
 
-def test_a_typo_is_answered_in_under_a_second_without_torch(tmp_path: Path) -> None:
+def test_a_typo_is_reported_in_under_a_second_without_torch(tmp_path: Path) -> None:
     write(tmp_path, GOOD + "lerning_rate: 1\n")
     done, seconds = run("r.yaml", cwd=tmp_path)
     assert done.stderr == "r.yaml: 1 problem\n  line 5  lerning_rate: unknown key; did you mean learning_rate?\n"
@@ -642,8 +642,10 @@ def test_a_typo_is_answered_in_under_a_second_without_torch(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("options", [[], ["--check"]], ids=["train", "check"])
-def test_what_the_recipe_names_and_is_not_there_is_answered_as_early(tmp_path: Path, options: list[str]) -> None:
-    """All at once; the tracker's and the template's names are part of the recipe, and said with a typo in it."""
+def test_missing_files_and_datasets_are_reported_in_under_a_second_without_torch(
+    tmp_path: Path, options: list[str]
+) -> None:
+    """All problems are reported at once."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset_info.json").write_text('{"b": {"file_name": "b.json"}}', encoding="utf-8")
     write(tmp_path, GOOD.replace("path: m", "path: ./m") + "template: t.jinja\n")
@@ -676,7 +678,7 @@ def test_help_is_one_screen_in_under_a_second_without_torch(tmp_path: Path) -> N
         ("merge nothing out", 2, "nothing: adapter_config.json is missing. Use the output_dir of a LoRA run"),
     ],
 )
-def test_chat_and_merge_look_at_their_words_and_folders_before_torch(
+def test_chat_and_merge_check_arguments_and_folders_before_torch(
     tmp_path: Path, words: str, code: int, said: str
 ) -> None:
     done, seconds = run(*words.split(), cwd=tmp_path)
@@ -704,7 +706,7 @@ def test_explaining_a_key_gives_type_default_mapping_and_help() -> None:
         explain_key("lerning_rate")
 
 
-def test_keys_are_listed_by_group_and_in_whole_words() -> None:
+def test_keys_are_listed_by_group_without_cut_words() -> None:
     text = explain(["all"])
     assert all(f"  {key} " in text for key in keys()) and "cutoff_len" not in explain(["train"])
     known = {word for key in keys().values() for word in key.help.split()}
@@ -717,7 +719,7 @@ def test_keys_are_listed_by_group_and_in_whole_words() -> None:
 
 
 @pytest.mark.parametrize("keys", ["use_badam", "use_galore\ngalore_layerwise"])
-def test_what_changes_between_steps_trains_in_one_process(
+def test_optimizers_for_one_process_are_rejected_on_several(
     keys: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -733,7 +735,7 @@ def test_messages_name_the_program_as_it_was_called(tmp_path: Path, monkeypatch:
         assert all(line.startswith(f"{name} ") for line in usage().splitlines()[:8])
 
 
-def test_no_key_is_accepted_that_no_code_reads() -> None:
+def test_every_key_is_read_by_code() -> None:
     package = Path(__file__).parents[2] / "arpo_trl"
     code = "\n".join(
         path.read_text(encoding="utf-8")

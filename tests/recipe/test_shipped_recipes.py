@@ -1,4 +1,4 @@
-"""The recipes that are shipped, and recipes that were written for LLaMA-Factory."""
+"""Shipped recipes, and recipes written for LLaMA-Factory."""
 
 import json
 import os
@@ -46,10 +46,10 @@ def test_a_shipped_recipe_becomes_an_sft_config(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=names(SHIPPED))
-def test_a_shipped_recipe_fits_the_schema_and_a_copy_of_it_asks_for_none(path: Path) -> None:
+def test_a_shipped_recipe_is_valid_and_does_not_refer_to_the_schema(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     SCHEMA.validate(yaml.safe_load(text))
-    assert "$schema" not in text  # "Unable to load schema", where a recipe was copied without it
+    assert "$schema" not in text  # a copied recipe would cause "Unable to load schema"
 
 
 def test_vs_code_finds_the_schema_of_every_shipped_recipe() -> None:
@@ -71,7 +71,7 @@ def test_a_shipped_recipes_header_gives_its_command_and_its_data_is_registered(p
     assert set(recipe.dataset) <= set(known)
 
 
-def test_the_schema_refuses_a_typo_and_a_wrong_type() -> None:
+def test_the_schema_rejects_a_typo_and_a_wrong_type() -> None:
     SCHEMA.check_schema(SCHEMA.schema)
     good = yaml.safe_load((REPOSITORY / "recipes" / "qwen_toy.yaml").read_text(encoding="utf-8"))
     SCHEMA.validate(good | {"use_unsloth": True, "vllm_enforce_eager": False, "pref_beta": 0.1, "packing": None})
@@ -93,7 +93,7 @@ def test_keys_md_and_the_schema_are_up_to_date() -> None:
 
 @pytest.fixture
 def copied_table(tmp_path: Path) -> Path:
-    """The table of SFTConfig's fields in a copy of all that make_keys.py reads and writes."""
+    """Return the table of SFTConfig's fields in a copy of all files that make_keys.py reads and writes."""
     for folder in ("arpo_trl", "recipes", "scripts"):
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path / "arpo_trl" / "recipe" / "keys_of_trl.py"
@@ -109,7 +109,7 @@ def copied_table(tmp_path: Path) -> Path:
         ("    max_grad_norm:", "    max_grad_nrom:", True),
     ],
 )
-def test_the_check_compares_types_and_defaults_but_no_words(
+def test_the_check_compares_types_and_defaults_but_not_help(
     copied_table: Path, monkeypatch: pytest.MonkeyPatch, ours: str, theirs: str, is_stale: bool
 ) -> None:
     monkeypatch.setattr(make_keys, "KEYS_OF_TRL", copied_table)
@@ -145,7 +145,7 @@ def test_a_recipe_written_for_llama_factory_is_read_unchanged(path: Path) -> Non
     assert (config.bf16, config.fp16) == (given.get("bf16", False), given.get("fp16", False))
 
 
-def test_arpos_recipe_means_what_it_meant() -> None:
+def test_arpos_recipe_keeps_its_meaning() -> None:
     path = next(path for path in FOREIGN if path.parent.name == "arpo")
     recipe = read_recipe(path)
     assert recipe.deepspeed == "../examples/deepspeed/ds_z3_config.json"

@@ -1,4 +1,4 @@
-"""mask_spans: names of tags or regular expressions, as one text or a list."""
+"""mask_spans: tag names or regular expressions, as a string or a list."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ from arpo_trl.recipe.types import compile_span
     [
         ("result", ["result"]),
         ("result, python", ["result", "python"]),
-        (r"\d{1,2}", [r"\d{1,2}"]),  # commas of an expression part nothing
+        (r"\d{1,2}", [r"\d{1,2}"]),  # commas in an expression do not separate entries
         (["result", r"a,b|c"], ["result", r"a,b|c"]),
         ([], []),
     ],
 )
-def test_names_and_expressions(given: Any, read: list[str]) -> None:
+def test_names_and_expressions_are_accepted(given: Any, read: list[str]) -> None:
     assert Recipe(model_name_or_path="m", output_dir="o", mask_spans=given).mask_spans == read
 
 
 @pytest.mark.parametrize("given", ["(result", ["result", "["], [""], {"a": 1}, [7.5, None]])
-def test_what_is_neither_is_refused_before_any_row_is_read(given: Any) -> None:
+def test_other_values_are_rejected_before_any_row_is_read(given: Any) -> None:
     with pytest.raises(ValidationError):
         Recipe(model_name_or_path="m", output_dir="o", mask_spans=given)
 
@@ -35,9 +35,9 @@ def test_what_is_neither_is_refused_before_any_row_is_read(given: Any) -> None:
         ("result", "a<result>\n7\n</result>b<result/>", ["<result>\n7\n</result>"]),
         ("result", '<result id="1">7</result >', ['<result id="1">7</result >']),
         ("result", "<result>7</result><result>8</result>", ["<result>7</result>", "<result>8</result>"]),
-        ("result", "<results>7</results> <result>8", []),  # another tag, and one that is not closed
+        ("result", "<results>7</results> <result>8", []),  # another tag, and an unclosed one
         (r"\[.*\]", "x[1\n2]y", ["[1\n2]"]),
     ],
 )
-def test_a_name_stands_for_the_tag_and_all_in_it(entry: str, text: str, found: list[str]) -> None:
+def test_a_name_matches_the_tag_and_its_content(entry: str, text: str, found: list[str]) -> None:
     assert [match[0] for match in compile_span(entry).finditer(text)] == found
