@@ -9,6 +9,7 @@ import contextlib
 import gc
 import io
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -23,7 +24,6 @@ from .errors import RecipeError, RunFailed, in_one_line, printable, program
 from .recipe import Recipe, read_recipe
 from .recipe.command_line import CommandLine, read_command_line
 from .recipe.help import explain, usage
-from .recipe.starter import write_starter
 from .report.console import silence_libraries
 from .training.requirements import check_environment, check_inputs
 from .version import __version__
@@ -108,10 +108,35 @@ def _print_environment(line: CommandLine) -> None:
 
 
 def _init(line: CommandLine) -> None:
+    """Write a first recipe, its data, the Accelerate configs and the JSON Schema to a folder that has none of them."""
     if len(line.words) != 1:
         raise RecipeError(f"--init: expected one folder, found {len(line.words)}")
-    print("\n".join(f"wrote {path}" for path in write_starter(Path(line.words[0]))))
-    print(f"next: cd {line.words[0]} && {program()} --check recipe.yaml")
+    folder, starter = Path(line.words[0]), HERE / "starter"
+    sources = {folder / path.relative_to(starter): path for path in sorted(starter.rglob("*.*"))}
+    for path in _files_outside_package():
+        sources[folder / ("accelerate_configs" if path.suffix == ".yaml" else "") / path.name] = path
+    try:
+        if existing := [path for path in sources if path.exists()]:
+            raise RecipeError(f"{existing[0]}: already exists; choose another folder for --init")
+        for target, source in sources.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+            print(f"wrote {target}")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--init {folder}: cannot be written ({error})") from None
+    print(f"next: cd {folder} && {program()} --check recipe.yaml")
+
+
+def _files_outside_package() -> list[Path]:
+    """Return the Accelerate configs and the JSON Schema, from the repository or from where the wheel installed them."""
+    schema = HERE.parent / "recipes" / "schema.json"
+    if schema.is_file():
+        return [*sorted((HERE.parent / "accelerate_configs").glob("*.yaml")), schema]
+    from importlib.metadata import PackageNotFoundError, files
+
+    with contextlib.suppress(PackageNotFoundError):
+        return [Path(str(file.locate())) for file in files("arpo_trl") or [] if "share" in file.parts]
+    return []
 
 
 def _check(line: CommandLine) -> None:

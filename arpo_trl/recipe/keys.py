@@ -122,7 +122,7 @@ class DatasetKeys(BaseModel):
     dataset: Names = _key([], "Training datasets, as named in dataset_info.json")
     dataset_dir: Location = _key("data", "Folder of dataset_info.json; its file names are relative to this folder")
     template: TemplateName | None = _key(
-        None, "LLaMA-Factory template name or .jinja file; default: the tokenizer's own template"
+        None, "LLaMA-Factory template name or .jinja file; default: the tokenizer's own"
     )
     enable_thinking: bool | None = _key(
         True,
@@ -132,15 +132,13 @@ class DatasetKeys(BaseModel):
     preserve_thinking: bool = _key(False, "Keep the reasoning of earlier replies with mask_history")
     default_system: str | None = _key(None, "System prompt of rows that have none")
     cutoff_len: Count = _key(
-        2048, "Maximum row length in tokens; longer rows are truncated", "max_length with packing", "tokens"
+        2048, "Maximum row length in tokens; longer rows are truncated", "max_length with packing"
     )
     truncation_mode: Literal["keep_start", "llamafactory"] = _key(
         "keep_start",
         "keep_start truncates the end; llamafactory truncates prompts and replies in proportion, for exact comparison",
     )
-    max_dropped: Number = _key(
-        0.05, "Maximum fraction of rows that may be dropped; beyond it the run stops", ge=0, le=1
-    )
+    max_dropped: Number = _key(0.05, "Maximum fraction of dropped rows; beyond it the run stops", ge=0, le=1)
     max_samples: Rows | None = _key(None, "Maximum number of rows per dataset", unit="rows")
     mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = _key(
         "concat",
@@ -153,9 +151,7 @@ class DatasetKeys(BaseModel):
     tokenized_path: Location | None = _key(None, "Folder to save the encoded datasets to, or to load them from")
     overwrite_cache: bool = _key(False, "Encode the datasets again even if they are cached")
     preprocessing_num_workers: Count | None = _key(
-        None,
-        "Number of processes that encode a dataset of 200 MiB or more; smaller ones are faster in one process",
-        "dataset_num_proc",
+        None, "Number of processes for datasets of 200 MiB or more", "dataset_num_proc"
     )
     preprocessing_batch_size: Count = _key(1000, "Number of rows encoded at a time", "Dataset.map(batch_size)", "rows")
     train_on_prompt: bool = _key(False, "Train on complete rows, prompts included")
@@ -167,17 +163,13 @@ class DatasetKeys(BaseModel):
     )
     packing: bool = _key(False, "Pack conversations into rows of cutoff_len tokens; they do not attend to each other")
     neat_packing: bool = _key(False, "Alias of packing", "packing")
-    padding_free: bool = _key(
-        False, "Concatenate a batch's rows instead of padding them; they do not attend to each other"
-    )
+    padding_free: bool = _key(False, "Concatenate rows instead of padding them; they do not attend to each other")
 
 
 class OutputKeys(BaseModel):
     output_dir: Location = _key(..., "Folder of the run: checkpoints, logs and the final model")
     overwrite_output_dir: bool = _key(False, "Start over; otherwise resume, or stop if the run is finished")
-    resume_from_checkpoint: bool | Location | None = _key(
-        None, "Checkpoint to resume from: true is the latest complete one, or a path"
-    )
+    resume_from_checkpoint: bool | Location | None = _key(None, "true for the latest complete checkpoint, or a path")
     allow_changed_recipe: bool = _key(False, "Resume even if keys that change the result differ")
     logging_steps: Number = _key(500, "Number of steps between log lines; below 1, a fraction of the run", gt=0)
     save_strategy: Literal["no", "steps", "epoch", "best"] = _key("steps", "When to save checkpoints")
@@ -188,9 +180,7 @@ class OutputKeys(BaseModel):
     swanlab_project: str = _key("llamafactory", "SwanLab project", "SWANLAB_PROJECT")
     swanlab_workspace: str | None = _key(None, "SwanLab workspace", "SWANLAB_WORKSPACE")
     swanlab_mode: Literal["cloud", "local"] = _key("cloud", "SwanLab mode; local does not upload", "SWANLAB_MODE")
-    swanlab_logdir: Location | None = _key(
-        None, "Folder of SwanLab's files; default: output_dir/swanlog", "SWANLAB_LOG_DIR"
-    )
+    swanlab_logdir: Location | None = _key(None, "SwanLab's files; default: output_dir/swanlog", "SWANLAB_LOG_DIR")
     run_name: str | None = _key(None, "Name of the run in trackers")
     project: str | None = _key(None, "Project in W&B and Trackio; default: WANDB_PROJECT or huggingface")
     on_save_error: Literal["stop", "continue"] = _key("stop", "What to do if a checkpoint can't be saved")
@@ -199,9 +189,7 @@ class OutputKeys(BaseModel):
 class TrainKeys(BaseModel):
     per_device_train_batch_size: Count = _key(8, "Number of rows per device and batch", unit="rows")
     gradient_accumulation_steps: Count = _key(1, "Number of batches per update", unit="batches")
-    global_batch_size: Count | None = _key(
-        None, "Number of rows per update; sets gradient_accumulation_steps", unit="rows"
-    )
+    global_batch_size: Count | None = _key(None, "Number of rows per update; sets gradient_accumulation_steps")
     num_train_epochs: Number = _key(3.0, "Number of epochs; max_steps overrides it", gt=0, le=1_000_000)
     learning_rate: Number = _key(5e-5, "Peak learning rate", ge=0)
     warmup_ratio: Number = _key(0.0, "Fraction of the run used for warmup", "warmup_steps", ge=0, lt=1)

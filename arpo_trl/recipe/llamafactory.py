@@ -10,6 +10,8 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
+
 from ..errors import program
 from .yaml_file import Given
 
@@ -17,7 +19,10 @@ _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="
 RENAMED: dict[str, str] = _TABLES["renamed"]
 IGNORED = {key: reason for reason, keys in _TABLES["ignored"].items() for key in keys.split()}
 NOT_SUPPORTED = {key: reason for reason, keys in _TABLES["not_supported"].items() for key in keys.split()}
-NO_OP: dict[str, object] = _TABLES["no_op"]  # values of unsupported keys that request nothing
+# values of unsupported keys that request nothing
+NO_OP: dict[str, object] = {
+    key: yaml.safe_load(value) for key, value in (pair.split("=") for pair in _TABLES["no_op"]["values"].split())
+}
 # template names: rendered as LLaMA-Factory does; served by the tokenizer's own template; not supported
 SHIPPED: frozenset[str] = frozenset(_TABLES["templates"]["shipped"].split())
 TOKENIZERS_OWN: frozenset[str] = frozenset(_TABLES["templates"]["tokenizers_own"].split())

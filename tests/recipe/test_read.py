@@ -697,7 +697,7 @@ def test_explaining_a_key_gives_type_default_mapping_and_help() -> None:
         "  type     an integer > 0\n"
         "  default  2048\n"
         "  mapping  becomes max_length with packing\n"
-        "  Longest row; what is beyond is cut."
+        "  Maximum row length in tokens; longer rows are truncated"
     )
     assert "  Label smoothing factor to prevent" in explain_key("label_smoothing_factor")  # TRL's help
     listed = set(re.findall(r"[\w.-]+", explain_key("template")))

@@ -160,7 +160,7 @@ def test_init_writes_what_a_first_run_needs(
 ) -> None:
     assert main(["--init", "first"]) == 0
     written = [Path(line.removeprefix("wrote ")) for line in capsys.readouterr().out.splitlines()[:-1]]
-    assert [path.name for path in written[:3]] == ["recipe.yaml", "dataset_info.json", "rows.jsonl"]
+    assert {path.name for path in written} >= {"recipe.yaml", "schema.json", "dataset_info.json", "rows.jsonl"}
     for config in (REPOSITORY / "accelerate_configs").glob("*.yaml"):
         assert (tmp_path / "first" / "accelerate_configs" / config.name).read_text("utf-8") == config.read_text(
             "utf-8"
@@ -176,5 +176,7 @@ def test_init_writes_what_a_first_run_needs(
     assert "\\boxed{391}" in capsys.readouterr().out
     os.chdir(tmp_path)
     assert main(["--init", "first"]) == 2
-    assert capsys.readouterr().err.startswith("first/recipe.yaml: already exists; choose another folder")
+    assert (
+        capsys.readouterr().err == "first/data/dataset_info.json: already exists; choose another folder for --init\n"
+    )
     assert main(["--init"]) == 2 and main(["--init", "/dev/null/x"]) == 2
