@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.data.prepare import prepare_datasets
-from arpo_trl.data.tokenizer import load_tokenizer
+from arpo_trl.data.tokenizer import load_template
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.report.console import silence_libraries
@@ -190,7 +190,7 @@ def plain_loss(folder: Path, rows: Path) -> float:
     recipe = read_recipe(write_recipe(folder, rows))
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     total = torch.zeros(2)
-    for row in prepare_datasets(recipe, load_tokenizer(recipe)).train:
+    for row in prepare_datasets(recipe, load_template(recipe)).train:
         with torch.no_grad():
             logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
         labels = torch.tensor(row["labels"][1:])

@@ -25,18 +25,18 @@ def preparation(model: str, rows: int, rounds: int) -> list[dict[str, Any]]:
 
     TRL's time does not include reading the file. Imports and tokenizer are loaded before; neither side may use a cache.
     """
-    processes = [1, 2] if (os.cpu_count() or 1) > 1 else [1]
+    variants = [("ours", 1), ("trl", 1), ("trl", 2)][: 3 if (os.cpu_count() or 1) > 1 else 2]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows: the rows are still mapped
         path = make_rows(Path(folder), rows)
-        prepare = {"ours": our_preparation(path, model), "trl": trl_preparation(path, model)}
+        ours, trl = our_preparation(path, model), trl_preparation(path, model)
         tokens = set()
 
-        def measure(who: tuple[str, int]) -> float:
-            began = time.perf_counter()
-            tokens.add(prepare[who[0]](who[1]))
-            return time.perf_counter() - began
+        def measure(variant: tuple[str, int]) -> float:
+            started = time.perf_counter()
+            tokens.add(ours() if variant[0] == "ours" else trl(variant[1]))
+            return time.perf_counter() - started
 
-        seconds = take_turns(rounds, [(variant, workers) for workers in processes for variant in prepare], measure)
+        seconds = take_turns(rounds, variants, measure)
     if len(tokens) > 1:
         raise SystemExit(f"ours and trl made different numbers of tokens, {tokens}; their times can't be compared")
     table = []
@@ -47,30 +47,21 @@ def preparation(model: str, rows: int, rounds: int) -> list[dict[str, Any]]:
     return table
 
 
-def our_preparation(path: Path, model: str) -> Callable[[int], int]:
-    import arpo_trl.data.cache
-    import arpo_trl.data.prepare
-    from arpo_trl.data.tokenizer import load_tokenizer
+def our_preparation(path: Path, model: str) -> Callable[[], int]:
+    from arpo_trl.data.prepare import prepare_datasets
+    from arpo_trl.data.tokenizer import load_template
     from arpo_trl.recipe import Recipe
 
-    # A file this small would be encoded by one process, however many are requested.
-    arpo_trl.data.cache.PROCESSES_PAY_FROM = 0
-
-    def recipe(workers: int) -> Recipe:
-        return Recipe(
-            model_name_or_path=model,
-            dataset=["rows"],
-            dataset_dir=str(path.parent),
-            cutoff_len=1 << 20,
-            preprocessing_num_workers=workers,
-            overwrite_cache=True,
-            output_dir=str(path.parent / "out"),
-        )
-
-    tokenizer = load_tokenizer(recipe(1))
-    return lambda workers: (
-        arpo_trl.data.prepare.prepare_datasets(recipe(workers), tokenizer).audit.datasets["rows"].tokens
+    recipe = Recipe(
+        model_name_or_path=model,
+        dataset=["rows"],
+        dataset_dir=str(path.parent),
+        cutoff_len=1 << 20,
+        overwrite_cache=True,
+        output_dir=str(path.parent / "out"),
     )
+    template = load_template(recipe)
+    return lambda: prepare_datasets(recipe, template).audit.datasets["rows"].tokens
 
 
 def trl_preparation(path: Path, model: str) -> Callable[[int], int]:
@@ -120,7 +111,7 @@ def memory(model: str, rows: list[int]) -> list[dict[str, Any]]:
 def _peak(path: Path, model: str) -> tuple[float, int]:
     """Return the seconds of a preparation and this process's peak memory in bytes."""
     began = time.perf_counter()
-    our_preparation(path, model)(1)
+    our_preparation(path, model)()
     seconds = time.perf_counter() - began
     try:
         import resource

@@ -294,7 +294,7 @@ def _measure(
 def _toy_rows(model: str, dataset: str, cutoff: int, full: bool, count: int) -> tuple[Any, list[dict[str, Any]]]:
     """Return the first `count` toy rows, cut at `cutoff`; `full`: slices of `cutoff` tokens from the concatenated rows."""
     from arpo_trl.data.prepare import prepare_datasets
-    from arpo_trl.data.tokenizer import load_tokenizer
+    from arpo_trl.data.tokenizer import load_template
     from arpo_trl.recipe import Recipe
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows: the rows are still mapped
@@ -307,14 +307,14 @@ def _toy_rows(model: str, dataset: str, cutoff: int, full: bool, count: int) -> 
             output_dir=folder,
             tokenized_path=f"{folder}/encoded",
         )
-        tokenizer = load_tokenizer(recipe)
-        train = prepare_datasets(recipe, tokenizer).train
+        template = load_template(recipe)
+        train = prepare_datasets(recipe, template).train
         rows = [{name: row[name] for name in ("input_ids", "labels")} for row in train]
     if full:
         joined = {name: [token for row in rows for token in row[name]] for name in ("input_ids", "labels")}
         starts = [i * cutoff % (len(joined["labels"]) - cutoff) for i in range(count)]
         rows = [{name: tokens[start : start + cutoff] for name, tokens in joined.items()} for start in starts]
-    return tokenizer, rows[:count]
+    return template.tokenizer, rows[:count]
 
 
 def make_tiny_model(folder: str) -> Path:

@@ -26,8 +26,7 @@ from arpo_trl.data.encode import Encoder, encode_rows
 from arpo_trl.data.files import read_rows
 from arpo_trl.data.labels import IGNORED
 from arpo_trl.data.registry import read_registry
-from arpo_trl.data.template import find_template
-from arpo_trl.data.tokenizer import load_tokenizer
+from arpo_trl.data.tokenizer import load_template
 from arpo_trl.errors import DatasetError, RecipeError
 from arpo_trl.recipe import Recipe
 
@@ -40,7 +39,7 @@ def compare(golden_dir: Path, data_dir: Path, recipe: Recipe) -> tuple[int, int]
     Raises:
         RecipeError: there is nothing to compare, or a file that can't be read.
     """
-    template = find_template(load_tokenizer(recipe))
+    template = load_template(recipe)
     registry, equal, total = read_registry(data_dir), 0, 0
     paths = sorted(path for path in golden_dir.glob("*.json") if path.name != "templates.json")  # texts, not tokens
     if not paths:

@@ -23,11 +23,11 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from arpo_trl.data.labels import ExampleConfig, carry_loss
+from arpo_trl.data.labels import ExampleConfig, trained_segments
 from arpo_trl.data.messages import Conversation, Message
 from arpo_trl.data.segments import to_segments
-from arpo_trl.data.shipped_templates import shipped_template
-from arpo_trl.data.template import find_template
+from arpo_trl.data.template_probe import find_template
+from arpo_trl.data.tokenizer import shipped_template
 from arpo_trl.errors import RecipeError, RowError
 from arpo_trl.recipe.llamafactory import SHIPPED
 
@@ -120,7 +120,7 @@ def count_equal(name: str, chat_template: str) -> int:
             segments = to_segments(template.fit(conversation(kind)), template)
         except RowError:
             continue
-        trained = carry_loss(segments, ExampleConfig(1 << 20))
+        trained = trained_segments(segments, ExampleConfig(1 << 20))
         same = [segment.text for segment in segments] == golden_texts(expected, eos)
         equal += same and trained == [False, True] * len(expected)
     return equal

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from arpo_trl.data.shipped_templates import shipped_template
+from arpo_trl.data.tokenizer import shipped_template
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY_DATA = ROOT / "recipes" / "data" / "arpo_sft_toy.jsonl"

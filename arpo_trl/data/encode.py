@@ -1,62 +1,75 @@
-"""Rows -> encoded rows, in the rows' order: the tokens and labels of each, and what became of it.
+"""Rows -> encoded rows, in the same order: the tokens and labels of each, and its outcome.
 
 A row is read (`to_conversation`), fitted to the template (`Template.fit`), rendered (`to_segments`), its `mask_spans`
-marked (`mask_replies`), tokenised and labelled (`to_examples`), and described (`EncodedRow`), which `cache.py` stores.
+marked (`mask_replies`), tokenized and labelled (`to_examples`), and described (`EncodedRow`), which `cache.py` stores.
 """
 
 from __future__ import annotations
 
-import json
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import chain, islice
-from typing import TypedDict
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, islice
+from typing import Annotated, TypedDict, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
+from datasets import Features, List, Value
 
-from ..errors import RowError
+from ..errors import DatasetError, RowError
 from ..recipe.keys import Recipe
 from .files import Row
-from .labels import IGNORED, Example, ExampleConfig, Tokenize, carry_loss, mask_replies, to_examples
+from .labels import IGNORED, Example, ExampleConfig, Tokenize, mask_replies, to_examples, trained_segments
 from .messages import Conversation, to_conversation
 from .registry import DatasetInfo
-from .segments import Segment, to_segments
+from .segments import Segment, is_written, to_segments
 from .strict_json import excerpt
 from .template import Template
-from .tokenizer import check_parity, make_tokenize
+from .tokenizer import make_tokenize
 
 BATCH_CHARACTERS = 1 << 20
 PARITY_ROWS = 32
 EXCERPT = 160
 
 
-class EncodedRow(TypedDict):
-    """One row of a dataset, dropped ones too: these are the columns of an encoded dataset.
+class RowNote(TypedDict):
+    """Something that the audit counts in a row (`Example.notes`)."""
 
-    `input_ids` and `labels` (-100: no loss) have the shape (tokens,), and are empty where the row was dropped.
-    `source`: "file:line". `cut`: tokens past the cutoff. `outcome`: kept, shortened, lost_answer or dropped; `reason`
-    and `excerpt` (the first characters of the row) are empty where it was kept. `fields`: the names of the row's own
-    columns. `also`: the JSON of `Example.also`, or empty.
+    kind: str
+    name: str
+    count: int
+
+
+class EncodedRow(TypedDict):
+    """One row of a dataset, dropped or not: the columns of an encoded dataset, with their Arrow types.
+
+    `input_ids` and `labels` (-100: masked) have the shape (tokens,), and are empty if the row was dropped. `source`:
+    "file:line". `cut`: tokens past the cutoff. `outcome`: kept, shortened, lost_answer or dropped; `reason` and `excerpt`
+    (the first characters of the row) are empty if it was kept. `fields`: the row's own columns.
     """
 
-    input_ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
-    source: str
-    trained_tokens: int
-    cut: int
-    outcome: str
-    reason: str
-    excerpt: str
-    fields: list[str]
-    also: str
+    input_ids: Annotated[npt.NDArray[np.int32], List(Value("int32"))]
+    labels: Annotated[npt.NDArray[np.int32], List(Value("int32"))]
+    source: Annotated[str, Value("string")]
+    trained_tokens: Annotated[int, Value("int64")]
+    cut: Annotated[int, Value("int64")]
+    outcome: Annotated[str, Value("string")]
+    reason: Annotated[str, Value("string")]
+    excerpt: Annotated[str, Value("string")]
+    fields: Annotated[list[str], List(Value("string"))]
+    notes: Annotated[list[RowNote], List({"kind": Value("string"), "name": Value("string"), "count": Value("int64")})]
+
+
+FEATURES = Features(
+    {name: hint.__metadata__[0] for name, hint in get_type_hints(EncodedRow, include_extras=True).items()}
+)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """All that decides what a dataset's rows become. It can be pickled, for the processes that encode."""
+    """Everything that decides how the rows of a dataset are encoded."""
 
     info: DatasetInfo
     recipe: Recipe
@@ -68,24 +81,24 @@ class Encoder:
         return ExampleConfig(r.cutoff_len, r.mask_history, r.train_on_prompt, r.truncation_mode, r.mask_spans)
 
     def read(self, row: Row) -> Conversation:
-        """Raises RowError where the row could not be read, or is malformed."""
+        """Read a row and fit it to the template. Raises RowError if it is malformed."""
         if isinstance(row.value, RowError):
             raise row.value
         return self.template.fit(to_conversation(row.value, self.info, self.recipe.default_system))
 
 
 def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Iterator[EncodedRow]:
-    """`encode_batches`, row by row."""
+    """Encode rows one by one, as `encode_batches` does."""
     return chain.from_iterable(encode_batches(rows, encoder))
 
 
 def encode_batches(rows: Iterable[Row], encoder: Encoder) -> Iterator[list[EncodedRow]]:
-    """Encode rows in batches, since the tokenizer (Rust, on every core) takes many texts at once.
+    """Encode rows in batches, since the tokenizer (Rust, on all cores) takes many texts at once.
 
-    Two threads: one batch is rendered while another is tokenised.
+    One thread renders a batch while another tokenizes the previous one.
 
     Raises:
-        DatasetError: if one of the first rows fails the parity check.
+        DatasetError: one of the first rows fails the parity check.
     """
     rows = _check_first(iter(rows), encoder)
     tokenize = make_tokenize(encoder.template.tokenizer, with_offsets=bool(encoder.recipe.mask_spans))
@@ -100,14 +113,55 @@ def encode_batches(rows: Iterable[Row], encoder: Encoder) -> Iterator[list[Encod
 
 
 def _check_first(rows: Iterator[Row], encoder: Encoder) -> Iterator[Row]:
-    """The same rows, once the first of them have passed `check_parity`."""
+    """Return the same rows after the first of them have passed `check_parity`."""
     sample = list(islice(rows, PARITY_ROWS))
     for row in sample:
         try:
             check_parity(encoder.read(row), encoder.template, encoder.config, row.place)
         except RowError:
-            continue  # The row's outcome will say so.
+            continue  # becomes the row's outcome
     return chain(sample, rows)
+
+
+def check_parity(conversation: Conversation, template: Template, config: ExampleConfig, location: str) -> None:
+    """Check one row before training: its segments joined are the conversation, and its labels are the replies.
+
+    Compares decoded tokens: all of them with the conversation rendered and tokenized at once, each trained run for its
+    end-of-turn token, and the rest for the text of every message that must be masked.
+
+    Raises:
+        DatasetError: names the row and the difference.
+        RowError: the row can't be rendered.
+    """
+    tokenizer = template.tokenizer
+
+    def failed(reason: str) -> DatasetError:
+        return DatasetError(f"{location}: parity check failed: {reason}; use another template")
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    config, tokenize = replace(config, cutoff_len=sys.maxsize), make_tokenize(tokenizer)
+    segments = to_segments(conversation, template)
+    messages = conversation.messages[: conversation.replies[-1] + 1]
+    (at_once,) = tokenize([template.render(messages, conversation.tools, False)])
+    if tokenizer.eos_token != template.end_of_turn:
+        raise failed(f"turns do not end with the eos token {tokenizer.eos_token!r}")
+    (example,) = to_examples([segments], tokenize, config)
+    if decode(example.input_ids) != decode(at_once.ids):
+        raise failed("the encoded text differs from the rendered chat template")
+    if config.train_on_prompt:
+        return
+    runs = [list(run) for trained, run in groupby(example.labels, lambda label: label != IGNORED) if trained]
+    ends = {tokenizer.convert_tokens_to_ids(end) for end in template.turn_ends}
+    replies = [segment for segment, trained in zip(segments, trained_segments(segments, config)) if trained]
+    if sum(not ends.isdisjoint(run) for run in runs) < sum(template.ends(reply.text) for reply in replies):
+        raise failed(f"a reply is trained without its end-of-turn token {tokenizer.eos_token!r}")
+    masked = decode([token for token, label in zip(example.input_ids, example.labels) if label == IGNORED])
+    for message in messages:
+        (text,) = tokenize([message["content"].strip()])
+        if message["role"] != "assistant" and not is_written(decode(text.ids).strip(), masked):
+            raise failed(f"a message from {message['role']} is not fully masked")
 
 
 def _batches(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
@@ -125,10 +179,10 @@ def _batches(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
 def _encode_batch(rows: list[Row], encoder: Encoder, tokenize: Tokenize) -> list[EncodedRow]:
     recipe = encoder.recipe
     rendered = [_render(row, encoder) for row in rows]
-    segments = [found[1] for found in rendered if not isinstance(found, RowError)]
+    segments = [result[1] for result in rendered if not isinstance(result, RowError)]
     examples = iter(to_examples(segments, tokenize, encoder.config))
     results = [
-        found if isinstance(found, RowError) else _complete(next(examples), found[0], recipe) for found in rendered
+        result if isinstance(result, RowError) else _complete(next(examples), result[0], recipe) for result in rendered
     ]
     return [_to_columns(row, result, recipe.cutoff_len) for row, result in zip(rows, results)]
 
@@ -140,20 +194,20 @@ def _render(row: Row, encoder: Encoder) -> tuple[Conversation, list[Segment]] | 
         segments = mask_replies(to_segments(conversation, template), template, config.mask_spans)
     except RowError as error:
         return error
-    if any(carry_loss(segments, config)):
+    if any(trained_segments(segments, config)):
         return conversation, segments
     which = "the last" if config.mask_history else "every"
-    spans = " or all of it is masked by mask_spans" if config.mask_spans else ""
+    spans = " or is masked by mask_spans" if config.mask_spans else ""
     return RowError(f"no trained token: {which} reply has loss: false{spans}")
 
 
 def _complete(example: Example, conversation: Conversation, recipe: Recipe) -> Example | RowError:
-    """The example with what is known of its conversation, or why it can't be trained on."""
+    """Add what is known of the conversation to its example, or return why it can't be trained on."""
     if all(label == IGNORED for label in example.labels):
         more = "" if recipe.truncation_mode == "llamafactory" else ", or set truncation_mode: llamafactory"
-        return RowError(f"only labels past the cutoff: raise cutoff_len ({recipe.cutoff_len}){more}")
+        return RowError(f"all trained tokens are past the cutoff: raise cutoff_len ({recipe.cutoff_len}){more}")
     example.left_out = len(conversation.messages) - conversation.replies[-1] - 1
-    example.also += conversation.unread
+    example.notes += conversation.unread
     return example
 
 
@@ -172,12 +226,14 @@ def _to_columns(row: Row, result: Example | RowError, cutoff_len: int) -> Encode
         "reason": _storable(reason),
         "excerpt": _storable(shown),
         "fields": [_storable(str(name)) for name in row.value] if isinstance(row.value, dict) else [],
-        "also": json.dumps(example.also) if example.also else "",
+        "notes": [
+            {"kind": kind, "name": _storable(name), "count": count} for (kind, name), count in example.notes.items()
+        ],
     }
 
 
 def _outcome(result: Example | RowError, cutoff_len: int) -> tuple[str, str]:
-    """What became of the row, and why."""
+    """Return the outcome of the row, and the reason."""
     if isinstance(result, RowError):
         return "dropped", str(result)
     past = f"{result.cut} tokens past the cutoff of {cutoff_len}"
@@ -187,5 +243,5 @@ def _outcome(result: Example | RowError, cutoff_len: int) -> tuple[str, str]:
 
 
 def _storable(text: str) -> str:
-    """Arrow's strings are UTF-8: half a surrogate pair is written as its escape."""
+    """Escape lone surrogates, since Arrow's strings are UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

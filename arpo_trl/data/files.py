@@ -1,7 +1,7 @@
-"""Files -> rows, one at a time, each with the line it stands on. No row passes through Arrow unless its file is Arrow.
+"""Files -> rows, one at a time, each with its line. Only rows of Arrow files pass through Arrow.
 
-Arrow would give every object the keys of all others, filled with nulls, and would name a broken line by its own count.
-A file of any size is read in a bounded amount of memory, but for .json, whose text is held whole.
+Arrow would give every object the keys of all others, filled with nulls, and would lose the line numbers. Memory is bounded
+for files of any size, except .json, whose text is loaded completely.
 """
 
 from __future__ import annotations
@@ -32,57 +32,56 @@ Lines = Iterator[tuple[int | str, object]]
 
 
 class Row(NamedTuple):
-    """`value` is a RowError where the row could not even be read."""
+    """A row and its location. `value` is a RowError if the row can't be read."""
 
     place: str
     value: object
 
 
 def check_datasets(recipe: Recipe) -> Recipe:
-    """Look at the datasets that a recipe names, before anything heavy is imported: their entries and their files.
+    """Check the entries and files of the recipe's datasets, before anything heavy is imported.
 
     Returns:
-        The recipe, with what the registry says of its datasets among its notices.
+        The recipe, with notices about its datasets.
 
     Raises:
-        DatasetError: with every name that can't be used, or every file that is not there.
+        DatasetError: names every dataset that can't be used, or every missing file.
     """
     infos = select_datasets(recipe)
     problems = []
     for info in infos:
         try:
-            if info.path and not recipe.tokenized_path:  # What is encoded already needs no raw data.
+            if info.path and not recipe.tokenized_path:  # Encoded rows need no raw data.
                 find_files(info.path)
         except DatasetError as error:
             key = "dataset" if info.name in recipe.dataset else "eval_dataset"
             problems.append(str(recipe.error(key, f"{info.name}: {error}")))
     if problems:
         raise DatasetError(problems)
-    lines = [line for info in infos for line in info.notices]
+    lines = [line for info in infos for line in info.findings("notice")]
     for info in find_registry(recipe).values() if infos else ():
         if info not in infos:
-            lines += [f"{line}; no effect here: the recipe does not use it" for line in info.mistakes]
+            lines += [f"{line} (ignored: not used by this recipe)" for line in info.findings("mistake")]
     return recipe.with_notices(*map(printable, lines))
 
 
 def find_files(path: Path) -> list[Path]:
-    """The file, or a folder's files that can be read, by name.
+    """Return the file, or the data files of a folder, sorted by name.
 
     Raises:
-        DatasetError: if there is none.
+        DatasetError: there are none.
     """
     kinds = ", ".join(READERS)
     if path.is_dir():
         inside = [file for file in sorted(path.iterdir()) if not _is_about_data(file)]
-        strange = [file.name for file in inside if not file.is_file() or file.suffix.lower() not in READERS]
-        if strange or not inside:
-            found = ", ".join(strange[:5]) or "none"
-            raise DatasetError(f"{path}: expected only files of kind {kinds} in the folder, found {found}")
+        others = [file.name for file in inside if not file.is_file() or file.suffix.lower() not in READERS]
+        if others or not inside:
+            raise DatasetError(f"{path}: expected only {kinds} files, found {', '.join(others[:5]) or 'none'}")
         return inside
     if not path.is_file():
         raise DatasetError(f"{path}: no such file")
     if path.suffix.lower() not in READERS:
-        raise DatasetError(f"{path}: expected a file of kind {kinds}, found {path.suffix or 'no suffix'}")
+        raise DatasetError(f"{path}: expected a {kinds} file, found {path.suffix or 'no suffix'}")
     return [path]
 
 
@@ -93,10 +92,10 @@ def _is_about_data(file: Path) -> bool:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of one file, in its order.
+    """Read the rows of one file, in order.
 
     Raises:
-        DatasetError: if the file can't be read past some place, or is another one at the end than at the beginning.
+        DatasetError: the file can't be read, or changes while it is read.
     """
     try:
         before = _stamp(path.stat())
@@ -113,51 +112,41 @@ _stamp = attrgetter("st_ino", "st_size", "st_mtime_ns")
 
 
 def _changed(what: Path | str) -> DatasetError:
-    return DatasetError(f"{what}: was replaced or written to while it was read; start again when nothing writes to it")
+    return DatasetError(f"{what}: changed while it was read; start again once nothing writes to it")
 
 
 def read_dataset(info: DatasetInfo, streaming: bool) -> Iterator[Row]:
-    """A dataset's rows, read as they are asked for.
+    """Read the rows of a dataset lazily.
 
     Raises:
-        DatasetError: if it isn't there.
+        DatasetError: it is missing.
     """
     if info.path:
         files = find_files(info.path)
-        return _read_files(files) if info.split == "train" else _read_part(files, info)
+        return chain.from_iterable(map(read_rows, files)) if info.split == "train" else _read_part(files, info)
     tables = _load_hub(info, streaming).with_format("arrow").iter(ROWS_AT_ONCE)
     values = chain.from_iterable(map(_to_values, tables))
-    return (Row(f"{info.hub}:{number}", value) for number, value in enumerate(values, 1))
-
-
-def size_of(info: DatasetInfo) -> int:
-    """Bytes of a dataset, on disk or as the hub's library holds it."""
-    if info.path:
-        return sum(file.stat().st_size for file in find_files(info.path))
-    return int(_load_hub(info, streaming=False).data.nbytes)
-
-
-def _read_files(files: list[Path]) -> Iterator[Row]:
-    return chain.from_iterable(map(read_rows, files))
+    return (Row(f"{info.hf_hub_url}:{number}", value) for number, value in enumerate(values, 1))
 
 
 def _read_part(files: list[Path], info: DatasetInfo) -> Iterator[Row]:
-    """The rows of `split: train[10:20]`, as `datasets` counts them. The files are read once more, to count them."""
+    """Read the rows of `split: train[10:20]`, as `datasets` counts them; needs one more pass to count the rows."""
     from datasets import ReadInstruction
 
     try:
-        parts = ReadInstruction.from_spec(info.split).to_absolute({"train": sum(1 for _ in _read_files(files))})
+        total = sum(1 for path in files for _ in read_rows(path))
+        parts = ReadInstruction.from_spec(info.split).to_absolute({"train": total})
     except (ValueError, AssertionError) as error:
         raise DatasetError(f"{info.place}.split: {error}") from None
     for part in parts:
-        yield from islice(_read_files(files), part.from_, part.to)
+        yield from islice(chain.from_iterable(map(read_rows, files)), part.from_, part.to)
 
 
 def fingerprint(info: DatasetInfo, streaming: bool) -> str:
-    """The content's hash; of a stream, its files' names, sizes and times.
+    """Hash the content of a dataset; for a stream, the names, sizes and times of its files.
 
     Raises:
-        DatasetError: if the dataset isn't there.
+        DatasetError: the dataset is missing.
     """
     if info.path is None:
         return str(getattr(_load_hub(info, streaming), "_fingerprint", "streamed"))
@@ -173,19 +162,19 @@ def fingerprint(info: DatasetInfo, streaming: bool) -> str:
 
 
 def require_unchanged(info: DatasetInfo, before: str) -> None:
-    """Raises DatasetError if the dataset's fingerprint is no longer the one of `before` its rows were read."""
+    """Raise DatasetError if the dataset's fingerprint differs from the one `before` its rows were read."""
     if fingerprint(info, streaming=False) != before:
         raise _changed(info.path or info.name)
 
 
 def _load_hub(info: DatasetInfo, streaming: bool) -> Dataset | IterableDataset:
-    """A dataset of the Hugging Face hub, or a local folder in the hub's form."""
+    """Load a dataset of the Hugging Face Hub, or a local folder in the same layout."""
     from datasets import load_dataset
 
     try:
-        return load_dataset(info.hub, info.subset, data_dir=info.folder, split=info.split, streaming=streaming)
+        return load_dataset(info.hf_hub_url, info.subset, data_dir=info.folder, split=info.split, streaming=streaming)
     except Exception as error:  # load_dataset raises what its many backends raise
-        raise DatasetError(f"{info.place}: {info.hub} cannot be loaded ({in_one_line(error)})") from None
+        raise DatasetError(f"{info.place}: {info.hf_hub_url} cannot be loaded ({in_one_line(error)})") from None
 
 
 def _read_jsonl(path: Path) -> Lines:
@@ -199,7 +188,7 @@ def _read_jsonl(path: Path) -> Lines:
                     pass
                 yield line, RowError(f"longer than {LONGEST_ROW >> 20} MiB")
             elif raw.strip():
-                yield line, _parse_line(raw.removeprefix(b"\xef\xbb\xbf"))  # Files joined have one in the middle, too.
+                yield line, _parse_line(raw.removeprefix(b"\xef\xbb\xbf"))  # also in the middle of concatenated files
 
 
 def _parse_line(raw: bytes) -> object:
@@ -212,9 +201,9 @@ def _parse_line(raw: bytes) -> object:
 
 
 def _read_json(path: Path) -> Lines:
-    """An array; a file that begins with an object is read as JSON lines.
+    """Read an array; a file that starts with an object is read as JSON lines.
 
-    The place of a row is its line, and its column too where an earlier row stands on the same line.
+    The location of a row is its line, with the column if an earlier row starts on the same line.
     """
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         text = file.read()
@@ -231,16 +220,16 @@ def _read_json(path: Path) -> Lines:
     except json.JSONDecodeError as error:
         near = text[max(error.pos - 30, 0) : error.pos + 30]
         raise DatasetError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}, near {near!r}); nothing after it can be read: mend it, or store "
-            "one row a line as .jsonl"
+            f"{path}:{error.lineno}: not JSON ({error.msg}, near {near!r}), so the rest can't be read; fix it, or store one "
+            "row per line as .jsonl"
         ) from None
 
 
 def _read_array(text: str) -> Iterator[tuple[int, object]]:
-    """Where each element begins, and its value.
+    """Yield the start of each element, and its value.
 
     Raises:
-        json.JSONDecodeError: past a broken element, where nobody can say where the next one begins.
+        json.JSONDecodeError: an element is broken, so that the start of the next one is unknown.
     """
     space = re.compile(r"\s*")
 
@@ -276,7 +265,7 @@ def _decode_element(text: str, at: int) -> tuple[object, int]:
             raise json.JSONDecodeError("Nested too deeply", text, at) from None
     except json.JSONDecodeError as error:
         line = text.count("\n", 0, at) + 1
-        raise json.JSONDecodeError(f"{error.msg} in the row that begins at line {line}", text, error.pos) from None
+        raise json.JSONDecodeError(f"{error.msg} in the row that starts at line {line}", text, error.pos) from None
 
 
 def _read_csv(path: Path) -> Lines:
@@ -293,15 +282,16 @@ def _read_csv(path: Path) -> Lines:
                     yield line, RowError(f"not CSV (more fields than the header's {len(columns)})")
                 else:
                     yield line, row
-        except csv.Error as error:  # A quote that nobody closes swallows rows, and nobody knows how many.
+        except csv.Error as error:  # An unclosed quote swallows an unknown number of rows.
+            line = reader.reader.line_num
             raise DatasetError(
-                f"{path}:{reader.reader.line_num}: not CSV ({error}); the rows before it are in doubt"
+                f"{path}:{line}: not CSV ({error}), so earlier rows may be wrong; fix the file"
             ) from None
 
 
 def _require_distinct(path: Path, columns: Iterable[str]) -> None:
     if twice := [column for column, times in Counter(columns).items() if times > 1]:
-        raise DatasetError(f"{path}: has the column {twice[0]!r} twice; rename or remove one")
+        raise DatasetError(f"{path}: duplicate column {twice[0]!r}; rename or remove one")
 
 
 def _read_arrow(path: Path) -> Lines:
@@ -310,7 +300,7 @@ def _read_arrow(path: Path) -> Lines:
     number = 0
     try:
         for batch in _read_batches(path):
-            batch.validate(full=True)  # Reading a value of a damaged batch can end the process.
+            batch.validate(full=True)  # Reading a value of a corrupt batch can crash the process.
             _require_distinct(path, batch.schema.names)
             for value in _to_values(batch):
                 number += 1
@@ -320,13 +310,13 @@ def _read_arrow(path: Path) -> Lines:
 
 
 def _read_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
-    """Of Parquet, or of either form of Arrow: the file, and the stream that `datasets` writes."""
+    """Read Parquet, or either Arrow format: the file format, and the stream format that `datasets` writes."""
     import pyarrow.parquet
 
     if path.suffix.lower() == ".parquet":
         yield from pyarrow.parquet.ParquetFile(path).iter_batches(ROWS_AT_ONCE)
         return
-    with pyarrow.OSFile(str(path)) as source:  # A memory map ends the process if the file becomes shorter.
+    with pyarrow.OSFile(str(path)) as source:  # A memory map crashes the process if the file shrinks.
         try:
             reader = pyarrow.ipc.open_file(source)
             yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
@@ -345,9 +335,9 @@ def _to_values(batch: pyarrow.RecordBatch | pyarrow.Table) -> Iterator[object]:
 
 
 def _to_value(value: object, kind: pyarrow.DataType) -> object:
-    """Arrow gives a struct a null for every key that only others have; they are no part of the row.
+    """Remove the nulls that Arrow adds to a struct for keys that only other rows have.
 
-    Columns stay, and so do the nulls of a JSON value, which `datasets` >= 5 stores as its text.
+    Null columns stay, and so do the nulls of a JSON value, which `datasets` >= 5 stores as text.
     """
     import pyarrow
 

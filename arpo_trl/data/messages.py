@@ -1,13 +1,13 @@
-"""A row in any supported format -> messages in the form that chat templates take. Pure functions.
+"""A row in any supported format -> messages as chat templates take them.
 
-The order of roles is LLaMA-Factory's where it matters (a system message comes first, an observation answers an
-assistant) and otherwise left to the chat template: LLaMA-Factory drops a row with two user turns in a row or one that
-starts with the assistant; here it is kept if the template can render it, and dropped with the template's own words
-if not.
+The order of roles is checked only where LLaMA-Factory's matters (the system message comes first, an observation follows an
+assistant message) and otherwise left to the chat template. LLaMA-Factory drops a row with two user turns in a row, or with
+a first turn of the assistant; here the row is kept if the template can render it, and dropped with the template's own error
+otherwise.
 
-`_read_alpaca` reads an alpaca row; `_read_turns` a sharegpt or openai row, whose turns `_turn_to_messages` reads one by one:
-ShareGPT's, OpenAI's chat messages and Responses items, and Anthropic's blocks. Whatever is read is taken out of a copy of
-the row; what is left over is counted in `Conversation.unread`.
+`_read_alpaca` reads alpaca rows, `_read_turns` sharegpt and openai rows. `_turn_to_messages` reads one turn: ShareGPT's,
+OpenAI's chat messages and Responses items, and Anthropic's blocks. Everything that is read is removed from a copy of the
+row; the rest is counted in `Conversation.unread`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from itertools import pairwise, takewhile
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from ..errors import RowError
-from .registry import COLUMNS, TAGS, DatasetInfo
+from .registry import TAGS, DatasetInfo
 from .strict_json import decode_json, excerpt, parse_json
 
 Fields = dict[str, Any]  # a JSON object
-THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # DeepSeek; vLLM and OpenRouter; gpt-oss and Ollama
+Note = tuple[str, str]  # what the audit counts: its kind and its name
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # DeepSeek; vLLM and OpenRouter; gpt-oss and Ollama
 LOSS_KEYS = ("loss", "train", "loss_mask", "weight")
-# A tag of dataset_info.json -> the role, which is OpenAI's name for it; two have another name there.
+# A tag of dataset_info.json -> the role as OpenAI calls it. Two roles have a second name there.
 ROLES = {tag: role for tag, role in TAGS["openai"].items() if tag not in ("role_tag", "content_tag")}
 MORE_ROLES = {"developer": "system", "function": "tool"}
-# The items of OpenAI's Responses API that are no messages, each with the keys that it is read from.
+# The items of OpenAI's Responses API other than messages, with the keys that are read.
 ITEMS = {
     "reasoning": ("content", "summary"),
     "function_call": ("call_id", "name", "arguments"),
@@ -38,9 +39,9 @@ ITEMS = {
 
 
 class Message(TypedDict):
-    """A message as chat templates take it. `trained`: False where the row keeps it from the loss.
+    """A message as chat templates take it. `trained`: False if the row masks it.
 
-    The thought of a reply is `reasoning_content`; `Template.fit` calls it `reasoning` or `thinking` where a template does.
+    Reasoning is in `reasoning_content`; `Template.fit` renames it to `reasoning` or `thinking` if the template does.
     """
 
     role: str
@@ -58,13 +59,13 @@ class Message(TypedDict):
 class Conversation:
     """A row's messages and tools, or one side of a pair.
 
-    `unread`: how often each thing that is not read occurs, by a text with {} for the number. `prompt`: how many of the
-    messages are the prompt of a pair, whose replies are not trained on; None for a row that is no pair.
+    `unread`: how often each key or column is ignored. `prompt`: how many messages are the prompt of a pair, whose replies
+    are not trained; None if the row is not a pair.
     """
 
     messages: list[Message]
     tools: list[Fields] | None = None
-    unread: Counter[str] = field(default_factory=Counter)
+    unread: Counter[Note] = field(default_factory=Counter)
     prompt: int | None = None
 
     @property
@@ -74,20 +75,20 @@ class Conversation:
 
 
 class Turns(NamedTuple):
-    """The messages of a list of turns, the tools in them, and what of them is not read."""
+    """The messages of a list of turns, the tools in them, and the ignored keys."""
 
     messages: list[Message]
     tools: list[list[Fields]]
-    unread: Counter[str]
+    unread: Counter[Note]
 
 
 def to_conversation(row: object, info: DatasetInfo, default_system: str | None = None) -> Conversation:
     """Read one row.
 
     Raises:
-        RowError: if the row is malformed.
+        RowError: the row is malformed.
     """
-    rest, tools, unread = to_fields(row, info), list[list[Fields]](), Counter[str]()
+    rest, tools, unread = to_fields(row, info), list[list[Fields]](), Counter[Note]()
     if info.formatting == "alpaca":
         messages = _read_alpaca(rest, info.columns)
     else:
@@ -96,37 +97,37 @@ def to_conversation(row: object, info: DatasetInfo, default_system: str | None =
 
 
 def to_fields(row: object, info: DatasetInfo) -> Fields:
-    """Return a copy of the row. Raises RowError if it is no object or not text alone."""
+    """Return a copy of the row. Raises RowError if it is not an object, or not text only."""
     if not isinstance(row, dict):
-        raise RowError(f"not an object but {_kind(row)}")
+        raise RowError(f"expected an object, found {_kind(row)}")
     for column in info.media:
         if row.get(column):
-            raise RowError(f"multimodal: {column} holds {excerpt(row[column], 60)}; arpo_trl trains on text")
+            raise RowError(f"multimodal: {column} contains {excerpt(row[column], 60)}; only text is supported")
     return dict(row)
 
 
 def complete(turns: Turns, rest: Fields, info: DatasetInfo, default_system: str | None) -> Conversation:
-    """Return the conversation of these turns and of the row's columns that were not read yet, which leave `rest`."""
+    """Complete the turns with the system message and tools of the other columns, which are removed from `rest`."""
     messages, tools, unread = turns
     messages = _with_system(messages, rest, info.columns.get("system", ""), default_system)
     check_order(messages)
     if listed := to_tools(rest.pop(info.columns.get("tools", ""), None)):
         tools.append(listed)
     if any(other != tools[0] for other in tools):
-        raise RowError("wrong type: the row has two lists of tools, and they differ")
-    unread.update(_unread_column(name, info) for name in _names_left(rest))
+        raise RowError("wrong type: the row has two lists of tools that differ")
+    unread.update(("ignored column", name) for name in _names_left(rest))
     return Conversation(messages, tools[0] if tools else None, unread)
 
 
 def _read_alpaca(rest: Fields, columns: dict[str, str]) -> list[Message]:
-    """alpaca: the history, then instruction and input as a prompt, then output as its reply."""
+    """Read the history, then instruction and input as a prompt, then output as its reply."""
     messages, response = read_alpaca_prompt(rest, columns), columns["response"]
     messages.append({"role": "assistant", "content": _text(rest.pop(response, None), response)})
     return messages
 
 
 def read_alpaca_prompt(rest: Fields, columns: dict[str, str]) -> list[Message]:
-    """Return the history, then instruction and input as a user message, which leave `rest`."""
+    """Return the history, then instruction and input as a user message; they are removed from `rest`."""
     history, prompt, query = (columns.get(key, "") for key in ("history", "prompt", "query"))
     messages = _read_history(rest.get(history), history)
     asked = [
@@ -145,13 +146,13 @@ def _read_history(value: object, name: str) -> list[Message]:
     messages: list[Message] = []
     for pair in history:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise RowError(f"wrong type: {name} holds {excerpt(pair, 60)}, expected [prompt, reply]")
+            raise RowError(f"wrong type: {name} contains {excerpt(pair, 60)}, expected [prompt, reply]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return messages
 
 
 def _read_turns(rest: Fields, info: DatasetInfo) -> Turns:
-    """sharegpt and openai, which differ in their tags."""
+    """Read sharegpt or openai turns, which differ in their tags."""
     column = info.columns["messages"]
     if rest.get(column) is None:
         raise RowError(f"missing field: {column}")
@@ -166,33 +167,33 @@ def read_turns(turns: object, column: str, tags: dict[str, str]) -> Turns:
         raise RowError(f"empty conversation: {column} has no messages")
     messages: list[Message] = []
     tools: list[list[Fields]] = []
-    unread: Counter[str] = Counter()
+    unread: Counter[Note] = Counter()
     for position, turn in enumerate(turns):
         where = f"{column}[{position}]"
         if not isinstance(turn, dict):
             raise RowError(f"wrong type: {where} is {_kind(turn)}, expected an object")
         fields = dict(turn)
         is_item = fields.get("type") in ("message", *ITEMS)
-        found = _turn_to_messages(_item_to_turn(fields, tags) if is_item else fields, tags, where)
-        if found[0]["role"] == "system":
+        read = _turn_to_messages(_item_to_turn(fields, tags) if is_item else fields, tags, where)
+        if read[0]["role"] == "system":
             tools += [listed for key in ("tools", "functions") if (listed := to_tools(fields.pop(key, None), where))]
         if not _is_trained(fields, where):
-            for message in found:
+            for message in read:
                 message["trained"] = False
-        if is_item and messages and messages[-1]["role"] == found[0]["role"] == "assistant":
-            _append(messages[-1], found.pop(0))
-        messages += found
-        unread.update(f"not read: key `{key}` of {{}} messages" for key in _names_left(fields))
+        if is_item and messages and messages[-1]["role"] == read[0]["role"] == "assistant":
+            _append(messages[-1], read.pop(0))
+        messages += read
+        unread.update(("ignored message key", key) for key in _names_left(fields))
     return Turns(messages, tools, unread)
 
 
 def _turn_to_messages(fields: Fields, tags: dict[str, str], where: str) -> list[Message]:
-    """A turn's messages: several where Anthropic puts the results of tools into a user's message."""
+    """Return a turn's messages: several if a user message contains tool results (Anthropic)."""
     roles = {tags[tag]: role for tag, role in ROLES.items()}
     key, tag = tags["content_tag"], _text(fields.pop(tags["role_tag"], None), f"{where}.{tags['role_tag']}")
     role = roles.get(tag) or MORE_ROLES.get(tag)
     if role is None:
-        raise RowError(f"unknown role: {where} is from {tag[:40]!r}; the tags are {', '.join(roles)}")
+        raise RowError(f"unknown role: {where} is from {tag[:40]!r}, expected one of {', '.join(roles)}")
     content, results = fields.pop(key, None), list[Message]()
     if isinstance(content, list):
         content, more, results = _read_parts(content, f"{where}.{key}")
@@ -207,10 +208,10 @@ def _turn_to_messages(fields: Fields, tags: dict[str, str], where: str) -> list[
     message: Message = {"role": role, "content": text}
     if calls:
         if role != "assistant":
-            raise RowError(f"wrong order: {where} is from {tag!r} and has tool_calls")
+            raise RowError(f"wrong order: {where} is from {tag!r} but has tool_calls")
         message["tool_calls"] = [_to_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
-    if role == "assistant" and (thought := _read_thought(fields, where)):
-        message["reasoning_content"] = thought
+    if role == "assistant" and (reasoning := _read_reasoning(fields, where)):
+        message["reasoning_content"] = reasoning
     if isinstance(fields.get("name"), str):
         message["name"] = fields.pop("name")
     if isinstance(fields.get("tool_call_id"), str):
@@ -219,7 +220,7 @@ def _turn_to_messages(fields: Fields, tags: dict[str, str], where: str) -> list[
 
 
 def _item_to_turn(fields: Fields, tags: dict[str, str]) -> Fields:
-    """An item of OpenAI's Responses API as the assistant's turn that has it as its only part; `fields` itself is changed."""
+    """Turn an item of OpenAI's Responses API into an assistant turn with one part; changes `fields` in place."""
     kind = fields.pop("type")
     if kind != "message":
         part = {"type": kind, **{key: fields.pop(key) for key in ITEMS[kind] if key in fields}}
@@ -228,7 +229,7 @@ def _item_to_turn(fields: Fields, tags: dict[str, str]) -> Fields:
 
 
 def _append(message: Message, item: Message) -> None:
-    """The Responses API gives a reply's thought, text and calls as items of their own."""
+    """Merge an item into its reply: the Responses API lists a reply's reasoning, text and calls as separate items."""
     message["content"] += item["content"]
     if "tool_calls" in item:
         message["tool_calls"] = [*message.get("tool_calls", []), *item["tool_calls"]]
@@ -239,9 +240,9 @@ def _append(message: Message, item: Message) -> None:
 
 
 def _read_parts(parts: list[Any], where: str) -> tuple[str, Fields, list[Message]]:
-    """The text of OpenAI's and Anthropic's parts, their thought and calls as keys of a turn, and the results of tools."""
+    """Return the text of OpenAI's or Anthropic's parts, their reasoning and calls as keys of a turn, and tool results."""
     texts: list[str] = []
-    thoughts: list[str] = []
+    reasoning: list[str] = []
     calls: list[Fields] = []
     results: list[Message] = []
     for part in parts:
@@ -251,9 +252,9 @@ def _read_parts(parts: list[Any], where: str) -> tuple[str, Fields, list[Message
             case {"type": "refusal"}:
                 texts.append(_text(part.get("refusal"), f"{where}.refusal"))
             case {"type": "thinking"}:
-                thoughts.append(_text(part.get("thinking"), f"{where}.thinking"))
+                reasoning.append(_text(part.get("thinking"), f"{where}.thinking"))
             case {"type": "reasoning"}:
-                thoughts.append(_plain(part.get("content") or part.get("summary") or "", where))
+                reasoning.append(_plain(part.get("content") or part.get("summary") or "", where))
             case {"type": "tool_use"}:
                 calls.append({"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")})
             case {"type": "function_call"}:
@@ -263,8 +264,8 @@ def _read_parts(parts: list[Any], where: str) -> tuple[str, Fields, list[Message
             case {"type": "function_call_output"}:
                 results.append(_to_result(part.get("output"), part.get("call_id"), where))
             case _:
-                raise RowError(f"wrong type: {where} holds a part that is not text: {excerpt(part, 60)}")
-    more = {"thinking": "".join(thoughts), "tool_calls": calls}
+                raise RowError(f"wrong type: {where} contains a part that is not text: {excerpt(part, 60)}")
+    more = {"thinking": "".join(reasoning), "tool_calls": calls}
     return "".join(texts), {key: value for key, value in more.items() if value}, results
 
 
@@ -279,17 +280,17 @@ def _plain(content: object, where: str) -> str:
     return _read_parts(content, where)[0] if isinstance(content, list) else _text(content, where)
 
 
-def _read_thought(fields: Fields, where: str) -> str:
-    """vLLM gives the same thought under two names. A key that holds no text is a flag, and is not read."""
-    found = {key: fields.pop(key) for key in THOUGHT_KEYS if isinstance(fields.get(key), str)}
-    thoughts = [text for text in found.values() if text.strip()]
-    if any(text != thoughts[0] for text in thoughts):
-        raise RowError(f"wrong type: {where} has {' and '.join(found)}, and they differ")
-    return thoughts[0] if thoughts else ""
+def _read_reasoning(fields: Fields, where: str) -> str:
+    """Return a reply's reasoning; vLLM gives it under two names. A value that is not text is a flag, and ignored."""
+    values = {key: fields.pop(key) for key in REASONING_KEYS if isinstance(fields.get(key), str)}
+    texts = [text for text in values.values() if text.strip()]
+    if any(text != texts[0] for text in texts):
+        raise RowError(f"wrong type: {where} has {' and '.join(values)} that differ")
+    return texts[0] if texts else ""
 
 
 def _is_trained(fields: Fields, where: str) -> bool:
-    """`weight` may be any number elsewhere; one that is neither 0 nor 1 is left unread."""
+    """Read the keys that mask a message. `weight` may be any number in other data; other than 0 and 1, it is ignored."""
     trained = True
     for key in LOSS_KEYS:
         value = fields.get(key)
@@ -301,15 +302,15 @@ def _is_trained(fields: Fields, where: str) -> bool:
 
 
 def _with_system(messages: list[Message], rest: Fields, column: str, default_system: str | None) -> list[Message]:
-    """The messages behind one system message: those that lead, or else the column, or else the default one."""
+    """Put one system message first: the leading ones joined, or else the column, or else the default."""
     leading = list(takewhile(lambda message: message["role"] == "system", messages))
-    given = [message for message in leading if message["content"]]
-    system: Message = given[0] if given else {"role": "system", "content": ""}
+    written = [message for message in leading if message["content"]]
+    system: Message = written[0] if written else {"role": "system", "content": ""}
     in_column = _text(rest.get(column), column, optional=True)
-    system["content"] = "\n\n".join(message["content"] for message in given) or in_column or default_system or ""
-    if not all(message.get("trained", True) for message in given):
+    system["content"] = "\n\n".join(message["content"] for message in written) or in_column or default_system or ""
+    if not all(message.get("trained", True) for message in written):
         system["trained"] = False
-    if in_column == system["content"]:  # Another message wins, as in LLaMA-Factory.
+    if in_column == system["content"]:  # Otherwise a message overrides the column, as in LLaMA-Factory.
         rest.pop(column, None)
     return [system] * bool(system["content"]) + messages[len(leading) :]
 
@@ -318,30 +319,21 @@ def _names_left(fields: Fields) -> list[str]:
     return [name for name, value in fields.items() if value not in (None, "", [], {})]
 
 
-def _unread_column(name: str, info: DatasetInfo) -> str:
-    """LLaMA-Factory, too, reads system, tools and history only where the registry names them."""
-    text, key = f"not read: column `{name}` of {{}} rows", "tools" if name == "functions" else name
-    if key not in COLUMNS[info.formatting].keys() - info.columns.keys():
-        return text
-    named = json.dumps({"columns": info.columns | {key: name}}, ensure_ascii=False)[1:-1]
-    return f"{text}; to read it, write {named} in dataset_info.json"
-
-
 def check_order(messages: list[Message]) -> None:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise RowError("no assistant turn")
     for number, (before, role) in enumerate(pairwise(["nothing", *roles]), 1):
         if role == "system" and number > 1:
-            raise RowError(f"wrong order: message {number} is a system message, which only the first may be")
+            raise RowError(f"wrong order: message {number} is a system message, expected only as the first")
         if role == "tool" and before not in ("assistant", "tool"):
             raise RowError(f"wrong order: message {number} is an observation after {before}")
 
 
 def _split_calls(content: str, where: str) -> tuple[str, object]:
-    """Text beside the call (LLaMA-Factory: `<think>..</think>` before it) is the message's content.
+    """Split the text before a call (LLaMA-Factory: `<think>..</think>`) from the call's JSON.
 
-    Templates write a newline between the two, so one goes; the others are tokens, in LLaMA-Factory as well.
+    Templates write one newline between the two, so one is removed; the others are trained, as in LLaMA-Factory.
     """
     length = len(content.rstrip())
     for bracket in re.finditer(r"[{\[]", content):
@@ -353,14 +345,14 @@ def _split_calls(content: str, where: str) -> tuple[str, object]:
             raise RowError(f"wrong type: {where} is a function call but {error}") from None
         if end == length:
             if not calls:
-                raise RowError(f"missing field: {where} is a function call that holds no call")
+                raise RowError(f"missing field: {where} is a function call without a call")
             text = content[: bracket.start()]
             return text.removesuffix("\n") if text.strip() else "", calls
-    raise RowError(f"wrong type: {where} is a function call but does not end in its JSON")
+    raise RowError(f"wrong type: {where} is a function call but does not end with JSON")
 
 
 def _to_call(call: object, where: str) -> Fields:
-    given = call.get("id") if isinstance(call, dict) else None
+    call_id = call.get("id") if isinstance(call, dict) else None
     function = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(function, dict):
         raise RowError(f"wrong type: a call in {where} is {_kind(function)}, expected an object")
@@ -372,38 +364,38 @@ def _to_call(call: object, where: str) -> Fields:
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
-        raise RowError(f"wrong type: {place} are {_kind(arguments)}, not an object")
+        raise RowError(f"wrong type: {place} are {_kind(arguments)}, expected an object")
     _check_numbers(arguments, place)
-    made = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return {"id": given, **made} if isinstance(given, str) and given else made
+    read = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"id": call_id, **read} if isinstance(call_id, str) and call_id else read
 
 
 def to_tools(tools: object, where: str = "tools") -> list[Fields] | None:
-    """A row's tools, as JSON text or parsed, in the form that chat templates take. Raises RowError."""
+    """Convert a row's tools, JSON text or parsed, to the form that chat templates take. Raises RowError."""
     tools = _parsed(tools, where) or []
-    found = []
+    converted = []
     for tool in tools if isinstance(tools, list) else [tools]:
         if not isinstance(tool, dict):
-            raise RowError(f"wrong type: {where} holds {_kind(tool)}, expected objects")
+            raise RowError(f"wrong type: {where} contains {_kind(tool)}, expected objects")
         function = tool.get("function", tool)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"missing field: a tool has no name: {excerpt(tool, 60)}")
-        if function.get("type") == "function":  # The Responses API has the type beside the name.
+        if function.get("type") == "function":  # The Responses API has the type next to the name.
             function = {key: value for key, value in function.items() if key != "type"}
         if "input_schema" in function:  # Anthropic's
             function = {"parameters" if key == "input_schema" else key: value for key, value in function.items()}
         _check_numbers(function, where)
-        found.append({"type": "function", "function": function})
-    return found or None
+        converted.append({"type": "function", "function": function})
+    return converted or None
 
 
 def _check_numbers(value: Fields, where: str) -> None:
-    """JSON has neither NaN nor Infinity (RFC 8259); a Parquet file may."""
+    """Raise RowError for NaN and Infinity, which a Parquet file may contain and JSON may not (RFC 8259)."""
     try:
         json.dumps(value, allow_nan=False)
     except ValueError:
-        raise RowError(f"not JSON: {where} hold NaN or Infinity") from None
-    except TypeError:  # A date or bytes: the template says so.
+        raise RowError(f"not JSON: {where} contain NaN or Infinity") from None
+    except TypeError:  # A date or bytes: the template raises an error.
         return
 
 
@@ -413,12 +405,12 @@ def _text(value: object, where: str, optional: bool = False) -> str:
             return ""
         raise RowError(f"missing field: {where}")
     if not isinstance(value, str):
-        raise RowError(f"wrong type: {where} is {_kind(value)}, expected text")
+        raise RowError(f"wrong type: {where} is {_kind(value)}, expected a string")
     return value
 
 
 def _parsed(value: object, where: str) -> object:
-    """JSON text is parsed as late as here: as columns, objects of different shapes would fill each other with nulls."""
+    """Parse JSON text only now: as Arrow columns, objects of different shapes would fill each other with nulls."""
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -426,9 +418,16 @@ def _parsed(value: object, where: str) -> object:
     try:
         return parse_json(value)
     except RowError as error:
-        raise RowError(f"wrong type: {where} is text but {error}") from None
+        raise RowError(f"wrong type: {where} is a string but {error}") from None
 
 
 def _kind(value: object) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    kinds = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+    }
     return "null" if value is None else kinds.get(type(value), type(value).__name__)

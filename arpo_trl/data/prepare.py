@@ -1,15 +1,14 @@
-"""Files or hub -> audited, encoded, cached train and eval datasets.
+"""Files or the Hub -> audited, encoded, cached train and eval datasets.
 
-Every row is accounted for: kept, shortened, lost its final answer, or dropped with its location and the reason. All but
-the kept ones are listed beside the encoded rows, and in `row_audit.jsonl` in the folder of a run that trains on them.
+Every row is accounted for: kept, shortened, truncated before the final answer, or dropped, with its location and the reason.
+Rows that were not kept are listed next to the encoded rows, and in `row_audit.jsonl` in the folder of a run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from hashlib import blake2b, sha256
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,6 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatasetError
 from ..recipe.keys import Recipe
@@ -39,9 +37,9 @@ from .cache import TRAINED_ON, EncodedDataset, kept_rows, load_or_encode, load_t
 from .encode import Encoder, encode_rows
 from .files import fingerprint, read_dataset
 from .registry import DatasetInfo, select_datasets
-from .template import Template, template_of
+from .template import Template
 
-ROWS_BEFORE_JUDGED = 1000
+ROWS_BEFORE_CHECK = 1000
 Rows: TypeAlias = Dataset | IterableDataset
 STOPPING = {
     "interleave_under": "first_exhausted",
@@ -52,19 +50,21 @@ STOPPING = {
 
 @dataclass
 class PreparedData:
-    """Columns: input_ids, labels (-100: no loss), source ("file:line").
+    """Rows to train and evaluate on. Columns: input_ids, labels (-100: masked), source ("file:line").
 
-    `day`: the date that a dated chat template wrote. `encoded`: every row of each dataset that is not a stream, dropped ones too.
-    `fingerprints`: content hash per dataset, and of the rows that `val_size` holds out. `notices`: lines for people.
-    `trained_on`: the datasets whose rows `train` holds.
+    Attributes:
+        template: Renders the rows.
+        fingerprints: Content hash of each dataset, and of the rows that `val_size` holds out.
+        encoded: Every row of each dataset that is not streamed, including dropped ones.
+        trained_on: The datasets whose rows are in `train`.
+        notices: Lines to print.
     """
 
+    template: Template
     train: Rows
     eval: dict[str, Dataset]
     audit: Audit
     fingerprints: dict[str, str]
-    template_hash: str
-    day: date
     encoded: dict[str, EncodedDataset] = field(default_factory=dict)
     trained_on: list[str] = field(default_factory=list)
     streamed: StreamedLines = field(default_factory=StreamedLines)
@@ -76,26 +76,29 @@ class PreparedData:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
-            for one in self.encoded.values():
-                file.writelines(list_rows(one.name, one.rows))
+            for dataset in self.encoded.values():
+                file.writelines(list_rows(dataset.name, dataset.rows))
         self.streamed.path = path
         self.streamed.add([])
 
-    def listed(self) -> list[str]:
-        """For people: where the rows are listed that were not simply kept."""
-        paths = filter(None, (one.list_changed_rows() for one in self.encoded.values()))
-        return [f"each row that was not simply kept is in {path}" for path in paths]
+    def list_changed_rows(self) -> list[str]:
+        """Return a line for each list of rows that were not kept."""
+        paths = filter(None, (dataset.list_changed_rows() for dataset in self.encoded.values()))
+        return [f"shortened and dropped rows are listed in {path}" for path in paths]
 
 
-def prepare_datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
-    """Encode what the recipe names, or find it encoded. Nothing is written into output_dir.
+def prepare_datasets(recipe: Recipe, template: Template) -> PreparedData:
+    """Encode the recipe's datasets, or load them encoded. Writes nothing into output_dir.
 
-    On several processes the main one prepares while the others wait; on nodes that share no disk, the first of each.
+    With several processes, the main one prepares while the others wait; on nodes without a shared disk, the first of each.
+
+    Args:
+        template: From `load_template`.
 
     Raises:
-        DatasetError: if the registry, a file, or more than `max_dropped` of a dataset's rows can't be used.
+        DatasetError: the registry, a file, or more than `max_dropped` of a dataset's rows can't be used.
     """
-    template, state = template_of(recipe, tokenizer), PartialState()
+    state = PartialState()
     if saved := load_tokenized(recipe):
         return _from_llamafactory(saved, recipe, template)
     infos = select_datasets(recipe)
@@ -103,10 +106,10 @@ def prepare_datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prep
     stored = [info for info in infos if info not in streams]
     with state.main_process_first(), state.local_main_process_first():
         encoded = {info.name: load_or_encode(Encoder(info, recipe, template)) for info in stored}
-    data = _unmixed(encoded, template)
+    data = _unmixed(encoded, template, infos)
     data.audit.mask_spans = [] if streams else recipe.mask_spans
     data.trained_on = recipe.dataset
-    _judge(data, stored, recipe)
+    _check(data, stored, recipe)
     data.eval = {name: kept_rows(encoded[name].rows) for name in recipe.eval_dataset}
     if streams:
         _add_streams(data, [Encoder(info, recipe, template) for info in streams], recipe)
@@ -115,44 +118,47 @@ def prepare_datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prep
     return data
 
 
-def _unmixed(encoded: dict[str, EncodedDataset], template: Template) -> PreparedData:
-    audit = Audit({name: count(one.rows) for name, one in encoded.items()})
-    fingerprints = {name: one.fingerprint for name, one in encoded.items()}
-    return PreparedData(_empty(), {}, audit, fingerprints, template.hash, template.day, encoded)
+def _unmixed(
+    encoded: dict[str, EncodedDataset], template: Template, infos: Sequence[DatasetInfo] = ()
+) -> PreparedData:
+    counts = {name: count(dataset.rows) for name, dataset in encoded.items()}
+    fingerprints = {name: dataset.fingerprint for name, dataset in encoded.items()}
+    audit = Audit(counts, {info.name: info for info in infos})
+    return PreparedData(template, _empty(), {}, audit, fingerprints, encoded)
 
 
-def _judge(data: PreparedData, infos: list[DatasetInfo], recipe: Recipe) -> None:
-    """Raises DatasetError if a column that the registry names is in no row, or too many rows were dropped."""
+def _check(data: PreparedData, infos: list[DatasetInfo], recipe: Recipe) -> None:
+    """Raise DatasetError if a column that the registry names is in no row, or too many rows were dropped."""
     problems: list[str] = []
     for info in infos:
-        one, counts = data.encoded[info.name], data.audit.datasets[info.name]
-        is_whole = info.num_samples is not None or recipe.max_samples is None or counts.rows < recipe.max_samples
-        if (info.named or counts.dropped) and (is_whole or counts.rows >= ROWS_BEFORE_JUDGED):
-            columns = one.rows.select_columns("fields").with_format("arrow")[:]["fields"]
+        dataset, counts = data.encoded[info.name], data.audit.datasets[info.name]
+        is_complete = info.num_samples is not None or recipe.max_samples is None or counts.rows < recipe.max_samples
+        if (info.named or counts.dropped) and (is_complete or counts.rows >= ROWS_BEFORE_CHECK):
+            columns = dataset.rows.select_columns("fields").with_format("arrow")[:]["fields"]
             fields = pc.unique(pc.list_flatten(columns)).to_pylist()
             problems += missing_columns(info, fields, counts.rows)
-        problems += too_many_dropped(info.name, counts, recipe.max_dropped, one.list_changed_rows)
-        data.notices += advise_cutoff(info.name, one.rows, counts, recipe.cutoff_len)
+        problems += too_many_dropped(info.name, counts, recipe.max_dropped, dataset.list_changed_rows)
+        data.notices += advise_cutoff(info.name, dataset.rows, counts, recipe.cutoff_len)
     if problems:
         raise DatasetError(problems)
 
 
 def _add_rows(data: PreparedData, infos: list[DatasetInfo], recipe: Recipe) -> None:
-    """Draw, hold out, repeat, mix: rows are held out before any is repeated, so that none is trained on."""
+    """Sample, hold out, repeat and mix rows. They are held out before any is repeated, so that none is trained on."""
     random = {info.name: np.random.default_rng(recipe.seed) for info in infos}
-    wanted = {info.name: info.num_samples for info in infos if info.name in recipe.dataset}
-    rows = {name: kept_rows(data.encoded[name].rows) for name in wanted}
-    for name, number in wanted.items():
+    samples = {info.name: info.num_samples for info in infos if info.name in recipe.dataset}
+    rows = {name: kept_rows(data.encoded[name].rows) for name in samples}
+    for name, number in samples.items():
         if number is not None and number <= len(rows[name]):
             rows[name] = rows[name].select(random[name].permutation(len(rows[name]))[:number][: recipe.max_samples])
-            wanted[name] = None
-    before = {name: len(one) for name, one in rows.items()}
+            samples[name] = None
+    before = {name: len(dataset) for name, dataset in rows.items()}
     if recipe.val_size:
         rows, held_out = _hold_out(rows, recipe)
         data.eval["validation"], data.fingerprints["validation"] = held_out, _content_hash(held_out)
         if equal := sum(before.values()) - len(held_out) - sum(map(len, rows.values())):
-            data.notices.append(f"val_size: {equal:,} rows that equal a held-out row are left out of training")
-    for name, number in wanted.items():
+            data.notices.append(f"val_size: {equal:,} rows equal to a held-out row are not trained on")
+    for name, number in samples.items():
         if number is not None and len(rows[name]):
             times = -(-number // len(rows[name]))
             order = np.concatenate([random[name].permutation(len(rows[name])) for _ in range(times)])
@@ -162,17 +168,17 @@ def _add_rows(data: PreparedData, infos: list[DatasetInfo], recipe: Recipe) -> N
 
 
 def _hold_out(rows: dict[str, Dataset], recipe: Recipe) -> tuple[dict[str, Dataset], Dataset]:
-    """The rows that LLaMA-Factory holds out for the same seed; the others without any that equals one of them."""
+    """Hold out the rows that LLaMA-Factory does for the same seed; remove rows equal to one of them from the others."""
     joined = concatenate_datasets(list(rows.values()))
     size = math.ceil(recipe.val_size if recipe.val_size >= 1 else recipe.val_size * len(joined))
     if not 0 < size < len(joined):
-        raise DatasetError(f"val_size: {recipe.val_size:g} of {len(joined):,} rows leaves nothing on one side")
+        raise DatasetError(f"val_size: {size:,} rows requested, but the datasets have only {len(joined):,}")
     positions = Dataset.from_dict({"at": np.arange(len(joined))}).train_test_split(test_size=size, seed=recipe.seed)
     chosen, order = (positions[side].with_format("numpy")[:]["at"] for side in ("test", "train"))
     digests = np.array(list(_digests(joined)))
     order = order[~np.isin(digests, digests[chosen])[order]]
     if not len(order):
-        raise DatasetError(f"val_size: {recipe.val_size:g}: every other row equals one of those held out")
+        raise DatasetError(f"val_size: {recipe.val_size:g}: every other row equals a held-out row; lower val_size")
     ends = np.cumsum([0, *map(len, rows.values())])
     inside = {name: order[(order >= start) & (order < end)] for name, start, end in zip(rows, ends, ends[1:])}
     return {name: joined.select(part) for name, part in inside.items()}, joined.select(chosen)
@@ -222,7 +228,7 @@ def _add_streams(data: PreparedData, encoders: list[Encoder], recipe: Recipe) ->
     if recipe.val_size:
         held_out = Dataset.from_list(list(train.take(int(recipe.val_size))), features=TRAINED_ON)
         data.eval["validation"], data.fingerprints["validation"] = held_out, _content_hash(held_out)
-        # By content, since a shuffled stream begins each pass with other rows and a mixed one may repeat them.
+        # By content, since each pass over a shuffled stream starts with other rows, and a mixed one may repeat rows.
         digests = set(_digests(held_out))
         train = train.filter(lambda row: _digest(row["input_ids"]) not in digests)
     data.train = train
@@ -231,11 +237,11 @@ def _add_streams(data: PreparedData, encoders: list[Encoder], recipe: Recipe) ->
 def _streamed_rows(
     encoder: Encoder, counts: Counts, lines: StreamedLines | None
 ) -> Callable[[], Iterator[dict[str, object]]]:
-    """Rows are encoded as they are asked for, and counted and judged on the first pass over them."""
+    """Encode rows lazily; count and check them in the first pass."""
     info, recipe = encoder.info, encoder.recipe
     fields = set[str]()
 
-    def judge() -> None:
+    def check() -> None:
         problems = too_many_dropped(info.name, counts, recipe.max_dropped, lambda: lines.path if lines else None)
         if problems := problems + missing_columns(info, fields, counts.rows):
             raise DatasetError(problems)
@@ -248,22 +254,22 @@ def _streamed_rows(
                 fields.update(row["fields"])
                 if lines and (line := to_line(info.name, row)):
                     lines.add([line])
-                if counts.rows % ROWS_BEFORE_JUDGED == 0:
-                    judge()
+                if counts.rows % ROWS_BEFORE_CHECK == 0:
+                    check()
             if row["outcome"] != "dropped":
                 yield {"input_ids": row["input_ids"], "labels": row["labels"], "source": row["source"]}
-        judge()
+        check()
 
     return examples
 
 
 def _from_llamafactory(saved: dict[str, EncodedDataset], recipe: Recipe, template: Template) -> PreparedData:
-    """The splits of a folder that LLaMA-Factory saved, as they are."""
-    data, rows = _unmixed(saved, template), {name: kept_rows(one.rows) for name, one in saved.items()}
+    """Return the splits of a folder that LLaMA-Factory saved, unchanged."""
+    data, rows = _unmixed(saved, template), {name: kept_rows(dataset.rows) for name, dataset in saved.items()}
     data.train, data.trained_on = rows.pop("train", data.train), ["train"] if "train" in saved else []
-    data.eval = {name.removeprefix("validation_"): one for name, one in rows.items()}
+    data.eval = {name.removeprefix("validation_"): split for name, split in rows.items()}
     data.notices.append(
-        f"tokenized_path: {recipe.tokenized_path} was saved by LLaMA-Factory; every other key of the data, such as dataset, "
-        "template and cutoff_len, has no effect on it"
+        f"tokenized_path: {recipe.tokenized_path} was saved by LLaMA-Factory; all other data keys (dataset, template, "
+        "cutoff_len, ...) are ignored"
     )
     return data

@@ -19,7 +19,7 @@ from .prepare import PreparedData
 from .registry import saved_by_llamafactory
 from .serving_causes import Change, Difference, Explanation, add, explain, list_changes
 from .serving_rows import SERVING_ROWS, Ask, ServingRow, choose_rows, read_rows, render, with_reasoning_key, write_rows
-from .template import find_template
+from .template_probe import find_template
 from .tokenizer import make_tokenize
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class PromptCheck:
         return f"{self.identical} of {self.rows} prompts identical{borders}"
 
 
-def check_run(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData, folder: Path) -> list[str]:
+def check_run(recipe: Recipe, data: PreparedData, folder: Path) -> list[str]:
     """Choose rows of a finished run, keep them in its folder, and check the folder with them.
 
     Returns:
@@ -58,7 +58,7 @@ def check_run(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Prepared
     if saved_by_llamafactory(recipe):
         return ["serving check  skipped: tokenized_path was saved by LLaMA-Factory, without the rows' messages"]
     try:
-        rows = choose_rows(recipe, tokenizer, data)
+        rows = choose_rows(recipe, data)
         if not rows:
             return ["serving check  skipped: no row that cutoff_len leaves complete could be read again"]
         write_rows(rows, folder)
@@ -94,7 +94,7 @@ def check_saved(folder: Path, rows: Sequence[ServingRow]) -> PromptCheck:
             add(check.differences, lacks, row.source)
         return check
     compare = PromptComparison(tokenizer)
-    key = find_template(tokenizer).thought_key
+    key = find_template(tokenizer).reasoning_key
     for row in rows:
         served = render(Ask(with_reasoning_key(row.messages, key), row.tools), tokenizer)
         compare.add(check, row, served, None)

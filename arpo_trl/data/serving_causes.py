@@ -22,8 +22,9 @@ from jinja2 import TemplateError, meta
 from ..recipe.llamafactory import SHIPPED
 from .messages import Fields, Message
 from .serving_rows import Ask, ServingRow, render, with_reasoning_key
-from .shipped_templates import shipped_template
-from .template import KEEP_THOUGHTS, WITHOUT_THOUGHT, find_template
+from .template import KEEP_REASONING
+from .template_probe import NO_THINKING, find_template
+from .tokenizer import shipped_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,7 +103,7 @@ def explain(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBase, ch
         tokenizer: The saved folder's.
         changes: What may differ, of `list_changes`.
     """
-    key = find_template(tokenizer).thought_key
+    key = find_template(tokenizer).reasoning_key
     plain = Ask(with_reasoning_key(row.messages, key), row.tools)
     own = render(plain, tokenizer)
     if served == own:
@@ -167,11 +168,11 @@ def switches_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
     names: set[str] = set()
     for jinja in _templates(tokenizer):
-        text = jinja.removeprefix(WITHOUT_THOUGHT)
+        text = jinja.removeprefix(NO_THINKING)
         try:
             names |= meta.find_undeclared_variables(environment.parse(text))
         except TemplateError:
-            names |= {name for name in (*KEEP_THOUGHTS, "enable_thinking") if name in text}
+            names |= {name for name in (*KEEP_REASONING, "enable_thinking") if name in text}
     return sorted(names - GIVEN)
 
 
@@ -198,7 +199,7 @@ def _switch(cause: str, switches: dict[str, object]) -> Change:
 
 def _reasoning(tokenizer: PreTrainedTokenizerBase) -> Iterator[Change]:
     """What templates call their switch for the reasoning of earlier turns, then TRL's training form."""
-    if known := {name: value for name, value in KEEP_THOUGHTS.items() if name in switches_of(tokenizer)}:
+    if known := {name: value for name, value in KEEP_REASONING.items() if name in switches_of(tokenizer)}:
         yield _switch("reasoning of earlier turns", dict(known))
         yield _switch("reasoning of earlier turns", {name: not value for name, value in known.items()})
     training = find_template(tokenizer)
@@ -206,7 +207,7 @@ def _reasoning(tokenizer: PreTrainedTokenizerBase) -> Iterator[Change]:
 
         def in_training(ask: Ask, row: ServingRow) -> Ask:
             form = replace(find_template(tokenizer, date.fromisoformat(row.day)))
-            return ask._replace(chat_template=form.jinja, switches={**ask.switches, **KEEP_THOUGHTS})
+            return ask._replace(chat_template=form.jinja, switches={**ask.switches, **KEEP_REASONING})
 
         yield Change(
             "reasoning of earlier turns",
@@ -222,7 +223,7 @@ def _switches(tokenizer: PreTrainedTokenizerBase) -> Iterator[Change]:
     for name in ["enable_thinking", *switches_of(tokenizer)]:
         for value in (False, True):
             cause = "thinking switch" if "think" in name or "reason" in name else f"template switch {name}"
-            if name not in KEEP_THOUGHTS:
+            if name not in KEEP_REASONING:
                 yield _switch(cause, {name: value})
 
 

@@ -22,12 +22,13 @@ from ..recipe.keys import Recipe
 from ..run_folder import write_text
 from .encode import Encoder
 from .files import Row, read_dataset
-from .labels import ExampleConfig, carry_loss
-from .messages import THOUGHT_KEYS, Conversation, Fields, Message, to_conversation
+from .labels import ExampleConfig, trained_segments
+from .messages import REASONING_KEYS, Conversation, Fields, Message, to_conversation
 from .prepare import PreparedData
 from .registry import select_datasets
 from .segments import Segment, to_segments
-from .template import ChatTemplate, Template, find_template, template_of
+from .template import Template
+from .template_probe import ChatTemplate, find_template
 from .tokenizer import make_tokenize
 
 if TYPE_CHECKING:
@@ -85,23 +86,20 @@ class ServingRow:
         return self.reply_ids[-1]
 
 
-def choose_rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData, number: int = ROWS
-) -> list[ServingRow]:
+def choose_rows(recipe: Recipe, data: PreparedData, number: int = ROWS) -> list[ServingRow]:
     """Return contexts of held-out rows, else of training rows, that the cutoff left complete.
 
     Each row is encoded again from its file, and chosen only where that gives the very tokens that were trained on. Of the
     rows, in turn, the context of the last reply, of the first one with calls, and of the first; then what is left of these.
     """
     held_out = [rows for rows in data.eval.values() if len(rows)]
-    template = template_of(recipe, tokenizer)
     expected: dict[str, list[int]] = {}
     for rows in held_out or [data.train]:
         if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
             expected |= {row["source"]: list(row["input_ids"]) for row in islice(rows, LOOKED_AT)}
     found: list[list[ServingRow]] = []
     for info in select_datasets(recipe):
-        encoder = Encoder(info, recipe, template)
+        encoder = Encoder(info, recipe, data.template)
         rows_of_dataset = read_dataset(info, recipe.streaming)
         trained = (row for row in rows_of_dataset if not expected or row.place in expected)
         for row in islice(trained, len(expected) or LOOKED_AT):
@@ -148,8 +146,8 @@ def _find_replies(row: Row, encoder: Encoder, expected: list[int] | None) -> lis
     if len(ids) > recipe.cutoff_len or (expected is not None and ids != expected):
         return []
     messages = encoded.fitted.messages
-    carries = carry_loss(encoded.segments, ExampleConfig(sys.maxsize, recipe.mask_history))
-    trained = [at for at, carried in enumerate(carries) if carried]
+    is_trained = trained_segments(encoded.segments, ExampleConfig(sys.maxsize, recipe.mask_history))
+    trained = [at for at, trains in enumerate(is_trained) if trains]
     with_calls = [at for at in trained if messages[encoded.position(at)].get("tool_calls")]
     default_system = recipe.default_system if len(messages) > len(encoded.plain.messages) else None
     wanted = dict.fromkeys([*trained[-1:], *with_calls[:1], *trained[:1]])
@@ -201,11 +199,11 @@ def _as_sent(encoded: _Encoded, until: int) -> list[Message]:
     for message, trained in zip(plain.messages, fitted.messages[added:][: until - added]):
         found = dict(message)
         found.pop("trained", None)
-        if "reasoning_content" in found and not template.thought_key:
+        if "reasoning_content" in found and not template.reasoning_key:
             found |= {"content": trained["content"]}
             del found["reasoning_content"]
-        if message["role"] == "assistant" and template.thinks and template.enable_thinking is False:
-            found = {key: value for key, value in trained.items() if key not in ("trained", *THOUGHT_KEYS)}
+        if message["role"] == "assistant" and template.supports_thinking and template.enable_thinking is False:
+            found = {key: value for key, value in trained.items() if key not in ("trained", *REASONING_KEYS)}
         for key in ("tool_calls", "tool_call_id"):
             if key in trained:
                 found[key] = trained[key]
@@ -299,7 +297,7 @@ def built_in_rows(tokenizer: PreTrainedTokenizerBase, number: int = ROWS) -> lis
     Raises:
         RecipeError: if the chat template cannot be rendered.
     """
-    template = find_template(tokenizer, enable_thinking=None, last_thought_only=True)
+    template = find_template(tokenizer, enable_thinking=None, last_reasoning_only=True)
     rows = (_built_in_row(name, messages, tools, template) for name, messages, tools in _conversations())
     return list(islice(filter(None, rows), number))
 
@@ -334,7 +332,7 @@ def _built_in_row(
             return None
     except RowError:
         return None
-    context = render(Ask(with_reasoning_key(row.messages, template.thought_key), row.tools), template.tokenizer)
+    context = render(Ask(with_reasoning_key(row.messages, template.reasoning_key), row.tools), template.tokenizer)
     if context is None:
         return None
     (tokens,) = make_tokenize(template.tokenizer)([context])

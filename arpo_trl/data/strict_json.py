@@ -1,7 +1,7 @@
-"""Text -> JSON values. Every text that should be JSON is read here: files, columns, tool calls, the registry.
+"""Text -> JSON values: files, columns, tool calls, the registry.
 
-Python's json also reads NaN, Infinity, 1e400 (as infinity) and an object that has a key twice (the last one wins). Each
-would reach the model as something that the text does not say, so each is refused.
+Python's json also accepts NaN, Infinity, 1e400 (as infinity) and duplicate keys (the last one wins). Each would reach the
+model as something that the text does not say, so each is an error here.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Never
 
 from ..errors import RowError
 
-DEEPEST = 100  # No row needs more, and what walks, pickles or renders rows by recursion can take it.
+MAX_DEPTH = 100  # safe for code that walks, pickles or renders rows recursively
 EXCERPT = 60
-SPACE, TOO_DEEP = " \t\n\r", "not JSON that can be read (nested too deeply)"
+SPACE, TOO_DEEP = " \t\n\r", "not supported JSON (nested too deeply)"
 
 
 def parse_json(text: str) -> object:
-    """A whole text's value.
+    """Parse a complete text.
 
     Raises:
-        RowError: if it is not JSON, or JSON that `decode_json` does not read.
+        RowError: it is not JSON, or JSON that `decode_json` does not support.
     """
     text = text.rstrip(SPACE)
     try:
@@ -38,15 +38,15 @@ def parse_json(text: str) -> object:
 
 
 def decode_json(text: str, at: int) -> tuple[object, int]:
-    """The value that begins at `at`, and where it ends.
+    """Parse the value that starts at `at`, and return it with its end.
 
     Raises:
-        json.JSONDecodeError: if there is none.
-        RowError: if it is nested too deeply, has a key twice, or holds a number that JSON or Python does not have.
+        json.JSONDecodeError: there is none.
+        RowError: it is nested too deeply, has a duplicate key, or a number that JSON or Python lacks.
     """
     try:
         value, end = _DECODER.raw_decode(text, at)
-        if text.count("[", at, end) + text.count("{", at, end) > DEEPEST < _depth(value):
+        if text.count("[", at, end) + text.count("{", at, end) > MAX_DEPTH < _depth(value):
             raise RowError(TOO_DEEP)
     except RecursionError:
         raise RowError(TOO_DEEP) from None
@@ -62,7 +62,7 @@ def _to_object(members: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(members)
     if len(value) < len(members):
         key = next(key for key, times in Counter(key for key, _ in members).items() if times > 1)
-        raise RowError(f"not JSON that can be read (an object has the key {key[:EXCERPT]!r} twice)")
+        raise RowError(f"not supported JSON (duplicate key {key[:EXCERPT]!r})")
     return value
 
 
@@ -70,26 +70,26 @@ def _to_int(digits: str) -> int:
     try:
         return int(digits)
     except ValueError:  # sys.get_int_max_str_digits()
-        raise RowError(f"not JSON that can be read (a number of {len(digits):,} digits)") from None
+        raise RowError(f"not supported JSON (a number with {len(digits):,} digits)") from None
 
 
 def _to_float(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise RowError(f"not JSON that can be read (the number {digits[:EXCERPT]} is too large)")
+        raise RowError(f"not supported JSON (the number {digits[:EXCERPT]} is too large)")
     return value
 
 
-def _refuse_constant(name: str) -> Never:
-    raise RowError(f"not JSON ({name} is no JSON value)")
+def _reject_constant(name: str) -> Never:
+    raise RowError(f"not JSON ({name} is not a JSON value)")
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_to_object, parse_int=_to_int, parse_float=_to_float, parse_constant=_refuse_constant
+    object_pairs_hook=_to_object, parse_int=_to_int, parse_float=_to_float, parse_constant=_reject_constant
 )
 
 
 def excerpt(value: object, most: int) -> str:
-    """The first `most` characters of a value as JSON, whatever it holds (a date, bytes). It encodes no more than it needs."""
+    """Return the first `most` characters of any value as JSON (dates and bytes too), without encoding the rest."""
     pieces = json.JSONEncoder(ensure_ascii=False, default=repr, skipkeys=True).iterencode(value)
     return "".join(islice(pieces, most))[:most]

@@ -20,7 +20,8 @@ from transformers.utils import logging
 
 from ..data.messages import Conversation, Fields, Message
 from ..data.segments import to_segments
-from ..data.template import Template, find_template
+from ..data.template import Template
+from ..data.template_probe import find_template
 from ..data.tokenizer import make_tokenize
 from ..errors import RecipeError, RowError, in_one_line
 from ..report.manifest import Results, find_manifest

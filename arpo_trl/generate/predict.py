@@ -25,7 +25,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..data.labels import IGNORED
-from ..data.prepare import prepare_datasets
+from ..data.prepare import PreparedData, prepare_datasets
 from ..errors import RunFailed
 from ..machine import is_out_of_memory
 from ..model.model import end_tokens
@@ -228,17 +228,19 @@ def refuse_split_model(recipe: Recipe, is_fsdp: bool) -> None:
         )
 
 
-def eval_prompts(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: Model, eval_rows: dict[str, Dataset]
-) -> list[Prompt]:
-    """Return the prompts of all evaluation datasets. Rows whose labels also cover prompts are encoded again."""
+def eval_prompts(recipe: Recipe, model: Model, data: PreparedData, most: int | None = None) -> list[Prompt]:
+    """Return the prompts of all evaluation datasets, of at most `most` rows each.
+
+    Rows whose labels also cover prompts are encoded again.
+    """
     if recipe.train_on_prompt or recipe.truncation_mode != "keep_start":
         changes = {"train_on_prompt": False, "truncation_mode": "keep_start", "tokenized_path": None}
-        eval_rows = prepare_datasets(recipe.model_copy(update=changes), tokenizer).eval
-    ends = end_tokens(model, tokenizer)
+        data = prepare_datasets(recipe.model_copy(update=changes), data.template)
+    ends = end_tokens(model, data.template.tokenizer)
     prompts: list[Prompt] = []
-    for name, rows in eval_rows.items():
-        found, cut = find_prompts(rows, name, ends)
+    for name, rows in data.eval.items():
+        first = rows if most is None else rows.select(range(min(most, len(rows))))
+        found, cut = find_prompts(first, name, ends)
         prompts += found
         if cut:
             say(f"predict  {name}: {cut:,} replies skipped, they are truncated at cutoff_len {recipe.cutoff_len}")
@@ -247,9 +249,9 @@ def eval_prompts(
     return prompts
 
 
-def predict(recipe: Recipe, model: Model, tokenizer: PreTrainedTokenizerBase, eval_rows: dict[str, Dataset]) -> None:
+def predict(recipe: Recipe, model: Model, data: PreparedData) -> None:
     """Write generated_predictions.jsonl (LLaMA-Factory's prompt, predict and label, plus source) and predict_results.json."""
-    prompts = eval_prompts(recipe, tokenizer, model, eval_rows)
+    prompts, tokenizer = eval_prompts(recipe, model, data), data.template.tokenizer
     began = time.monotonic()
     predictions = predict_replies(recipe, model, tokenizer, prompts)
     seconds = time.monotonic() - began
@@ -266,7 +268,7 @@ def predict(recipe: Recipe, model: Model, tokenizer: PreTrainedTokenizerBase, ev
     results = {f"predict_{name}": value for name, value in scores.items()}
     results |= {"predict_runtime": seconds, "predict_samples_per_second": len(predictions) / seconds}
     if recipe.eval_on_each_dataset:
-        for name in eval_rows:
+        for name in data.eval:
             part = [one for one in predictions if one.prompt.dataset == name]
             results |= {f"predict_{name}_{score}": value for score, value in score_replies(part).items()}
     save_metrics(output_dir, "predict", results)

@@ -22,6 +22,7 @@ from ..data.prepare import PreparedData
 from ..data.registry import select_datasets
 from ..errors import RecipeError, RowError
 from ..machine import installed_versions
+from ..processes import on_main_process
 from ..recipe.keys import PredictKeys, Recipe, keys
 from ..run_folder import MANIFEST, write_json
 from ..version import __version__
@@ -82,14 +83,28 @@ def describe_run(recipe: Recipe, data: PreparedData) -> Manifest:
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         recipe=recipe.resolved(),
         data=data.fingerprints,
-        template_hash=data.template_hash,
-        day=data.day,
+        template_hash=data.template.hash,
+        day=data.template.day,
         audit=asdict(data.audit)["datasets"],
         world_size=PartialState().num_processes,
         versions={"arpo_trl": __version__, "python": platform.python_version(), **installed_versions(PACKAGES)},
         git_commit=git_commit(),
         results=find_results_form(recipe),
     )
+
+
+def run_day(recipe: Recipe) -> date:
+    """Return the day that a dated template writes: that of the run in `output_dir` if it is resumed, else today."""
+
+    def read() -> date:
+        resumed = recipe.resume_from_checkpoint
+        if recipe.overwrite_output_dir and not resumed:
+            return date.today()
+        folder = Path(resumed).parent if isinstance(resumed, str) else Path(recipe.output_dir)
+        manifest = read_manifest(folder)
+        return manifest.day if manifest and manifest.day else date.today()
+
+    return on_main_process(read)
 
 
 def git_commit() -> str | None:

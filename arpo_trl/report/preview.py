@@ -1,8 +1,7 @@
-"""`--preview`: rows as their tokens, each shown as trained or not."""
+"""`--preview`: rows token by token, trained or not."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 
@@ -10,17 +9,17 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ..data.audit import describe_also, missing_columns
+from ..data.audit import Counts, missing_columns
 from ..data.encode import EncodedRow, Encoder, encode_rows
 from ..data.files import read_dataset
 from ..data.labels import IGNORED
-from ..data.registry import select_datasets
-from ..data.template import template_of
-from ..data.tokenizer import load_tokenizer
+from ..data.registry import DatasetInfo, select_datasets
+from ..data.tokenizer import load_template
 from ..errors import DatasetError, printable
 from ..recipe.keys import Recipe
+from .manifest import run_day
 
-# By what a token is: the margin of its lines, two shades that alternate, and its name in the line below.
+# The kind of a token -> the margin of its lines, two alternating shades, and its name in the line below.
 KINDS = {
     "context": ("  ", ("default", "dim"), "of context"),
     "trained": ("+ ", ("bold green", "green"), "trained"),
@@ -29,10 +28,10 @@ KINDS = {
 
 
 def preview(recipe: Recipe, rows: int) -> None:
-    """The first rows token by token, turn by turn: `+` and green are trained, the rest is context.
+    """Print the first rows token by token and turn by turn: `+` and green are trained, the rest is context.
 
     Raises:
-        DatasetError: if a column that the registry names is in none of them, and all are dropped.
+        DatasetError: all rows of a dataset are dropped, and a column that the registry names is missing in all.
     """
     console = Console(highlight=False, soft_wrap=True)
 
@@ -41,36 +40,38 @@ def preview(recipe: Recipe, rows: int) -> None:
 
     for notice in recipe.notices:
         say(notice)
-    tokenizer = load_tokenizer(recipe)
+    template = load_template(recipe, run_day(recipe))
     masked = ", - (yellow) is masked by mask_spans" if recipe.mask_spans else ""
-    say(f"+ (green) is trained{masked}, the rest is context; each token is shaded other than its neighbours")
-    template = template_of(recipe, tokenizer)
+    say(f"+ (green) is trained{masked}, the rest is context; alternating shades mark token boundaries")
     for info in select_datasets(recipe):
         read = list(islice(read_dataset(info, recipe.streaming), rows))
-        found = list(encode_rows(read, Encoder(info, recipe, template)))
+        encoded = list(encode_rows(read, Encoder(info, recipe, template)))
         plain = recipe.model_copy(update={"mask_spans": []})
-        unmasked = encode_rows(read, Encoder(info, plain, template)) if recipe.mask_spans else found
-        for row, other in zip(found, unmasked):
+        unmasked = encode_rows(read, Encoder(info, plain, template)) if recipe.mask_spans else encoded
+        for row, other in zip(encoded, unmasked):
             if row["outcome"] != "kept":
                 say(f"{row['source']}: {row['outcome']} ({row['reason']})")
             if row["outcome"] != "dropped":
                 rows -= 1
-                show_row(console, row, other, tokenizer)
-        if all(row["outcome"] == "dropped" for row in found):
-            fields = {field for row in found for field in row["fields"]}
-            if problems := missing_columns(info, fields, len(found)):
+                show_row(console, row, other, info, template.tokenizer)
+        if all(row["outcome"] == "dropped" for row in encoded):
+            fields = {field for row in encoded for field in row["fields"]}
+            if problems := missing_columns(info, fields, len(encoded)):
                 raise DatasetError(problems)
         if rows <= 0:
             return
 
 
-def show_row(console: Console, row: EncodedRow, unmasked: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> None:
-    """One row; `unmasked` is the same without mask_spans."""
-    trained = sum(label != IGNORED for label in row["labels"])
-    title = f"{row['source']}: {len(row['labels']):,} tokens, {trained:,} trained"
+def show_row(
+    console: Console, row: EncodedRow, unmasked: EncodedRow, info: DatasetInfo, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Print one row; `unmasked` is the same row without mask_spans."""
+    counts = Counts()
+    counts.add(row, len(row["labels"]))
+    title = f"{row['source']}: {counts.tokens:,} tokens, {counts.trained_tokens:,} trained"
     console.print(Text("\n" + printable(title), "bold"))
-    for counted in describe_also(json.loads(row["also"] or "{}")):
-        console.print(Text(counted, "italic"))
+    for note in counts.describe_notes(info):
+        console.print(Text(note, "italic"))
     kinds = [
         "trained" if label != IGNORED else "context" if other == IGNORED else "masked"
         for label, other in zip(row["labels"], unmasked["labels"], strict=True)
@@ -87,7 +88,7 @@ def show_row(console: Console, row: EncodedRow, unmasked: EncodedRow, tokenizer:
 
 
 def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Each token's text; tokens that only together make a character (Chinese, emoji) come as one."""
+    """Yield the text of each token; tokens that form one character together (Chinese, emoji) are joined."""
     waiting: list[int] = []
     for token in ids:
         waiting.append(token)

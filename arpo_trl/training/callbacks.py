@@ -7,7 +7,6 @@ import io
 from collections.abc import Callable
 from typing import Any, cast
 
-from datasets import Dataset
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -18,6 +17,7 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import TrackioCallback, WandbCallback, rewrite_logs
 
+from ..data.prepare import PreparedData
 from ..generate.predict import SHOWN, Prediction, decode, eval_prompts, predict_replies
 from ..generate.scores import SCORES, describe_scores, score_replies
 from ..recipe.keys import Recipe
@@ -83,12 +83,11 @@ class PredictOnEvaluate(TrainerCallback):
     steps after it draw the same random numbers as without it.
     """
 
-    def __init__(self, recipe: Recipe, trainer: Trainer, eval_rows: dict[str, Dataset]) -> None:
+    def __init__(self, recipe: Recipe, trainer: Trainer, data: PreparedData) -> None:
         self.recipe, self.trainer = recipe, trainer
         self.tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
-        each = -(-(recipe.predict_during_eval or 0) // len(eval_rows))
-        rows = {name: part.select(range(min(each, len(part)))) for name, part in eval_rows.items()}
-        self.prompts = eval_prompts(recipe, self.tokenizer, trainer.accelerator.unwrap_model(trainer.model), rows)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        self.prompts = eval_prompts(recipe, model, data, -(-(recipe.predict_during_eval or 0) // len(data.eval)))
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -18,7 +18,7 @@ from trl.trainer.sft_config import SFTConfig
 from ..data.audit import token_lengths
 from ..data.labels import IGNORED
 from ..data.prepare import PreparedData, prepare_datasets
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import load_template
 from ..errors import RecipeError
 from ..machine import folder_bytes, free_space, gpu_memory, missing_space
 from ..model.memory import describe_memory, estimate_memory, model_shape
@@ -27,6 +27,7 @@ from ..recipe.keys import Recipe
 from ..recipe.rules import resolve
 from ..report.console import say
 from ..report.log_file import format_seconds, read_log
+from ..report.manifest import run_day
 from ..run_folder import list_checkpoints
 from .checkpoints import checkpoint_bytes, saved_bytes
 from .requirements import check_device
@@ -50,9 +51,8 @@ def check(recipe: Recipe, verbose: bool = False) -> None:
     """
     check_device(recipe)
     args = to_sft_config(recipe)
-    tokenizer = load_tokenizer(recipe)
-    data = prepare_datasets(recipe, tokenizer)
-    check_fit(recipe, args, data, tokenizer)
+    data = prepare_datasets(recipe, load_template(recipe, run_day(recipe)))
+    check_fit(recipe, args, data, data.template.tokenizer)
     lines, problem = _describe_run(recipe, args, data, verbose)
     defaults = resolve(Recipe(model_name_or_path="", output_dir="")).resolved()
     keys = {key: value for key, value in recipe.resolved().items() if verbose or value != defaults.get(key)}
@@ -68,7 +68,7 @@ def _describe_run(
     recipe: Recipe, args: SFTConfig, data: PreparedData, verbose: bool
 ) -> tuple[list[str], RecipeError | None]:
     """Return the lines of the run, and the error if the disk is too small."""
-    rows, listed = describe_rows(data, verbose), [*data.notices, *data.listed()]
+    rows, listed = describe_rows(data, verbose), [*data.notices, *data.list_changed_rows()]
     if not recipe.do_train:
         return [*rows, *(f"         {line}" for line in listed)], None
     per_epoch, total = count_steps(args, count_rows(recipe, data))

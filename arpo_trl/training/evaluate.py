@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData, prepare_datasets
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import load_template
 from ..generate.predict import Model, predict, refuse_split_model
 from ..model.model import load_model
 from ..recipe.keys import Recipe
 from ..report.console import say
 from ..report.log_file import describe_evaluation, describe_predictions
+from ..report.manifest import run_day
 from ..run_folder import save_metrics
 from .callbacks import PredictOnEvaluate
 from .preflight import require_separate_rows
@@ -37,8 +38,8 @@ def run_without_training(recipe: Recipe, args: SFTConfig) -> None:
     """Evaluate or predict without training. Writes eval_results.json and the files of `predict`; logs to no tracker."""
     args.report_to = []
     refuse_split_model(recipe, is_fsdp=False)  # without an optimizer, FSDP splits nothing
-    tokenizer = load_tokenizer(recipe)
-    data = prepare_datasets(recipe, tokenizer)
+    data = prepare_datasets(recipe, load_template(recipe, run_day(recipe)))
+    tokenizer = data.template.tokenizer
     check_fit(recipe, args, data, tokenizer)
     data.write_audit(Path(recipe.output_dir) / "row_audit.jsonl")
     model, saved_dtype = load_model(recipe)
@@ -46,7 +47,7 @@ def run_without_training(recipe: Recipe, args: SFTConfig) -> None:
         _evaluate(recipe, args, model, tokenizer, data)
     if recipe.do_predict:
         to_inference(model, saved_dtype)
-        predict(recipe, model, tokenizer, data.eval)
+        predict(recipe, model, data)
 
 
 def to_inference(model: nn.Module, saved_dtype: torch.dtype | None) -> None:
@@ -75,7 +76,7 @@ def _evaluate(
     remove_progress_bar(trainer)
     require_separate_rows(recipe, trainer)
     if recipe.predict_during_eval:
-        trainer.add_callback(PredictOnEvaluate(recipe, trainer, data.eval))
+        trainer.add_callback(PredictOnEvaluate(recipe, trainer, data))
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         save_metrics(Path(recipe.output_dir), "eval", metrics)

@@ -59,7 +59,7 @@ def check_inputs(recipe: Recipe) -> Recipe:
         why_no_hub()
     try:
         recipe = check_datasets(recipe)
-        if any(info.hub for info in select_datasets(recipe)):
+        if any(info.hf_hub_url for info in select_datasets(recipe)):
             why_no_hub()
     except DatasetError as error:
         lines.append(str(error))

@@ -16,8 +16,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData, prepare_datasets
 from ..data.saved_folder import check_run
-from ..data.template import template_of
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import load_template
 from ..errors import RunFailed, in_one_line
 from ..generate.predict import predict, refuse_split_model
 from ..machine import full_disk_as_run_failed
@@ -31,7 +30,7 @@ from ..recipe.keys import Recipe
 from ..report.console import logged_to, say
 from ..report.log_file import mean_loss, read_log
 from ..report.loss_plot import plot_loss
-from ..report.manifest import Manifest, describe_run, read_manifest, recipe_text, require_same_run
+from ..report.manifest import Manifest, describe_run, read_manifest, recipe_text, require_same_run, run_day
 from ..report.model_card import write_model_card
 from ..report.trackers import finish_trackers, start_trackers
 from ..run_folder import match_umask, save_metrics, write_json
@@ -96,8 +95,8 @@ def _train(
     output_dir = Path(recipe.output_dir)
 
     # Data
-    tokenizer = load_tokenizer(recipe)
-    data = prepare_datasets(recipe, tokenizer)
+    data = prepare_datasets(recipe, load_template(recipe, run_day(recipe)))
+    tokenizer = data.template.tokenizer
     check_fit(recipe, args, data, tokenizer)
 
     # The run's record, and the earlier one's
@@ -133,13 +132,13 @@ def _train(
     log = read_log(output_dir / "trainer_log.jsonl")
     trained["train_loss"] = mean_loss(log, trainer.state.global_step) or trained["train_loss"]  # since the resume
     write_results(recipe, trainer, manifest, trained, evaluated)
-    say(*on_main_process(lambda: check_run(recipe, tokenizer, data, output_dir)))
+    say(*on_main_process(lambda: check_run(recipe, data, output_dir)))
 
     # Predict
     if recipe.do_predict:
         stop.restore_default_handlers()
         to_inference(model, saved_dtype)
-        predict(recipe, model, tokenizer, data.eval)
+        predict(recipe, model, data)
 
     # Report
     finish_trackers(args, output_dir)
@@ -172,7 +171,7 @@ def make_trainer(
     )
     refuse_split_model(recipe, trainer.is_fsdp_enabled)
     keep_adapter_in_float32(model)
-    stop_after_calls(model, tokenizer, template_of(recipe, tokenizer).call_end)
+    stop_after_calls(model, tokenizer, data.template.call_end)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
         say("FSDP needs GPUs (accelerate 1.15): each process has the complete model, as with multi_gpu.yaml")
     return trainer
@@ -185,7 +184,7 @@ def add_callbacks(
     remove_progress_bar(trainer)
     log_by_step(trainer)
     for callback in (
-        PredictOnEvaluate(recipe, trainer, data.eval) if recipe.predict_during_eval else None,
+        PredictOnEvaluate(recipe, trainer, data) if recipe.predict_during_eval else None,
         StopEarly(recipe.early_stopping_steps) if recipe.early_stopping_steps else None,  # may read predict's scores
         ProjectionsOnResume(trainer.args.optim),
         stop,

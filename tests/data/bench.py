@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.data.labels import IGNORED
 from arpo_trl.data.prepare import PreparedData, prepare_datasets
+from arpo_trl.data.template_probe import find_template
 from arpo_trl.recipe import Recipe
 
 
@@ -66,7 +67,7 @@ class Bench:
 
     def prepare(self, **keys: Any) -> PreparedData:
         """As a run does that gets as far as its model: `row_audit.jsonl` is written."""
-        data = prepare_datasets(self.recipe(**keys), self.tokenizer)
+        data = prepare_datasets(self.recipe(**keys), find_template(self.tokenizer))
         data.write_audit(self.folder / "out" / "row_audit.jsonl")
         return data
 

@@ -27,7 +27,7 @@ def test_more_dropped_than_allowed_stops_the_run_with_the_first_reasons(bench: B
     (listed,) = bench.folder.glob("cache/arpo_trl/*/*/row_audit.jsonl")
     assert len(listed.read_text().splitlines()) == 1 and not (bench.folder / "out").exists()
     assert str(error.value).splitlines() == [
-        f"d: 1 of 10 rows dropped, max_dropped allows a share of 0.05; all are in {listed}, the first are",
+        f"d: 1 of 10 rows dropped, more than max_dropped (5%); all are listed in {listed}; the first:",
         f"  {path}:10: not JSON (Expecting property name enclosed in double quotes at column 2): '{{'",
     ]
     assert bench.prepare(max_dropped=0.1).audit.datasets["d"].dropped == 1
@@ -95,7 +95,7 @@ def test_a_reply_without_its_end_of_turn_is_dropped_in_whatever_row(bench: Bench
         bench.tokenizer.chat_template = own
     (finding,) = bench.findings()
     assert finding["place"] == f"{path}:41"
-    assert finding["reason"] == "the template ends message 2 without its end-of-turn token"
+    assert finding["reason"] == "the chat template ends message 2 without an end-of-turn token"
 
 
 def test_nothing_is_written_into_output_dir_before_there_is_a_run(chat_recipe: Recipe) -> None:
@@ -127,7 +127,7 @@ def test_check_says_where_the_rows_lie_that_were_not_kept(
     chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check(chat_recipe)
-    start = "each row that was not simply kept is in "
+    start = "shortened and dropped rows are listed in "
     (line,) = (line.strip() for line in capsys.readouterr().out.splitlines() if start in line)
     assert json.loads(Path(line.removeprefix(start)).read_text())["place"].endswith("d.jsonl:11")
     check(chat_recipe.model_copy(update={"max_samples": 10}))
@@ -152,8 +152,8 @@ def test_a_named_column_that_no_row_has_is_refused(bench: Bench) -> None:
     with pytest.raises(DatasetError) as error:
         bench.prepare()
     assert str(error.value).splitlines() == [
-        f"{bench.folder / 'dataset_info.json'}: d.columns.{key}: expected a column {column!r}, found none in 3 rows; "
-        "they have input, instruction, output; mend the name, or take the key out of columns"
+        f"{bench.folder / 'dataset_info.json'}: d.columns.{key}: column {column!r} is missing in all 3 rows "
+        "(found input, instruction, output); fix the name, or remove the key from columns"
         for key, column in (("query", "inputt"), ("system", "sys_promt"))
     ]
 
@@ -164,8 +164,8 @@ def test_rows_of_another_format_say_how_to_name_their_columns(bench: Bench) -> N
     with pytest.raises(DatasetError) as error:
         bench.prepare()
     assert str(error.value).splitlines()[0] == (
-        f"{bench.folder / 'dataset_info.json'}: d.columns.response: expected a column 'output', found none in 3 rows; "
-        "they have conversations; name theirs in columns, or set formatting"
+        f"{bench.folder / 'dataset_info.json'}: d.columns.response: column 'output' is missing in all 3 rows "
+        "(found conversations); set columns, or formatting"
     )
 
 
@@ -182,8 +182,8 @@ def test_the_first_rows_of_a_dataset_are_not_judged_for_all_of_it(
 ) -> None:
     bench.add("d", [*numbered(5), row(sys="S")], columns={"system": "sys"})
     assert len(bench.prepare(max_samples=3).train) == 3
-    monkeypatch.setattr(dataset, "ROWS_BEFORE_JUDGED", 4)
-    with pytest.raises(DatasetError, match=r"columns.system: expected a column 'sys', found none in 4 rows"):
+    monkeypatch.setattr(dataset, "ROWS_BEFORE_CHECK", 4)
+    with pytest.raises(DatasetError, match=r"columns.system: column 'sys' is missing in all 4 rows"):
         bench.prepare(max_samples=4)
 
 
@@ -193,8 +193,8 @@ def test_a_stream_is_refused_for_a_named_column_once_it_is_judged(
     bench.add("d", [*numbered(6), row(sys="S")], columns={"system": "sys"})
     keys: dict[str, Any] = {"streaming": True, "disable_shuffling": True, "preprocessing_batch_size": 1}
     assert len(list(bench.prepare(**keys).train)) == 7
-    monkeypatch.setattr(dataset, "ROWS_BEFORE_JUDGED", 3)
-    with pytest.raises(DatasetError, match=r"columns.system: expected a column 'sys', found none in 3 rows"):
+    monkeypatch.setattr(dataset, "ROWS_BEFORE_CHECK", 3)
+    with pytest.raises(DatasetError, match=r"columns.system: column 'sys' is missing in all 3 rows"):
         list(bench.prepare(**keys).train)
 
 
@@ -204,13 +204,13 @@ def test_masked_spans_and_fields_that_are_not_read_are_counted(bench: Bench) -> 
     bench.add("d", [one, two, row(id=3)])
     data = bench.prepare(mask_spans=["result", "observation"], max_dropped=0.5)
     counts = data.audit.datasets["d"]
-    assert counts.dropped == 1 and "every reply has loss: false or all of it is masked" in counts.first[0]
+    assert counts.dropped == 1 and "every reply has loss: false or is masked by mask_spans" in counts.first[0]
     assert data.audit.lines()[1:] == [
-        f"d: mask_spans: tokens masked: {counts.also['mask_spans: tokens masked: {}']}",
-        "d: not read: column `id` of 2 rows",
-        "d: mask_spans: matches of result: 1",
-        "d: not read: key `score\\x1b` of 1 messages",
-        "mask_spans: observation matches nothing in any row",
+        f"d: mask_spans: {counts.notes['masked tokens']['']} tokens masked",
+        "d: ignored column `id` (2 rows)",
+        "d: mask_spans: result: 1 match",
+        "d: ignored message key `score\\x1b` (1 message)",
+        "mask_spans: observation: no match in any row",
     ]
     trained = [[label for label in labels if label != -100] for labels in data.train["labels"]]
     assert bench.tokenizer.decode(trained[0]) == "a b<|im_end|>\n"  # " <" is one token
@@ -225,11 +225,7 @@ def test_many_cut_rows_are_told_with_the_cutoff_that_keeps_most(outcome: str) ->
     lengths, cut = [100] * 17 + [512] * 3 + [0], [0] * 17 + [100, 128, 900] + [0]
     rows = Dataset.from_dict({"input_ids": [[0] * n for n in lengths], "cut": cut})
     (line,) = advise_cutoff("mine", rows, Counts(kept=17, dropped=1, **{outcome: 3}), 512)
-    assert line == (
-        "mine: at cutoff_len 512, 15% of the rows lose their end, with it all or part of the final answer, and are "
-        "trained on without it; cutoff_len 640 fits 95% of them whole, for 1.1 times the tokens and time, and 1.2 times "
-        "the activations of the longest row"
-    )
+    assert line == ("mine: 15% of rows are truncated at cutoff_len 512; 640 keeps 95% intact (1.1x tokens)")
     rows = rows.map(lambda row: {"cut": row["cut"] % 900})
     assert list(advise_cutoff("mine", rows, Counts(kept=18, dropped=1, **{outcome: 2}), 512)) == []
 
@@ -242,9 +238,9 @@ def test_a_column_that_the_registry_does_not_name_is_told_with_the_line_that_rea
     one = ALPACA | {"history": [["P", "R"]]} if formatting == "alpaca" else row(tools='[{"name": "f"}]')
     bench.add("d", [one | {"system": "S"}], formatting=formatting)
     data = bench.prepare(cutoff_len=4096)
-    first = f"d: not read: column `{'history' if formatting == 'alpaca' else 'tools'}` of 1 rows; to read it, write "
+    first = f"d: ignored column `{'history' if formatting == 'alpaca' else 'tools'}` (1 row); to read it, set "
     (line,) = (line for line in data.audit.lines() if line.startswith(first))
-    assert any("column `system` of 1 rows; to read it" in line for line in data.audit.lines())
+    assert any("column `system` (1 row); to read it" in line for line in data.audit.lines())
     named = json.loads("{" + line.removeprefix(first).removesuffix(" in dataset_info.json") + "}")
     bench.register("d", file_name="d.jsonl", formatting=formatting, **named)
     again = bench.prepare(cutoff_len=4096)

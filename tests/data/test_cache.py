@@ -19,8 +19,7 @@ from arpo_trl.data import cache
 from arpo_trl.data.encode import Encoder, encode_rows
 from arpo_trl.data.files import read_dataset
 from arpo_trl.data.registry import read_registry, select_datasets
-from arpo_trl.data.template import template_of
-from arpo_trl.data.tokenizer import load_tokenizer
+from arpo_trl.data.tokenizer import load_template
 from arpo_trl.errors import DatasetError
 from arpo_trl.recipe import Recipe
 
@@ -62,14 +61,14 @@ def test_tokenized_path_is_written_once_and_refused_when_what_is_behind_it_chang
     with pytest.raises(DatasetError) as error:
         bench.prepare(**keys, cutoff_len=100)
     assert str(error.value) == (
-        f"tokenized_path: {path / 'd'} was made with another cutoff_len; set overwrite_cache: true to make it again, "
-        "or name another tokenized_path"
+        f"tokenized_path: {path / 'd'} was encoded with different cutoff_len; set overwrite_cache: true to encode again, "
+        "or another tokenized_path"
     )
     bench.add("d", numbered(2, start=5))
     own = bench.tokenizer.chat_template
     try:
         bench.tokenizer.chat_template = str(own).replace("You are Qwen", "You are")
-        with pytest.raises(DatasetError, match="was made with another data and another template;"):
+        with pytest.raises(DatasetError, match="was encoded with different data, template;"):
             bench.prepare(**keys)
     finally:
         bench.tokenizer.chat_template = own
@@ -83,7 +82,7 @@ def test_a_tokenized_path_needs_no_raw_data(bench: Bench) -> None:
     path.unlink()
     second = bench.prepare(**keys)
     assert second.train[:] == first.train[:] and second.fingerprints == first.fingerprints
-    with pytest.raises(DatasetError, match="another mask_history; set overwrite_cache"):
+    with pytest.raises(DatasetError, match="different mask_history; set overwrite_cache"):
         bench.prepare(**keys, mask_history=True)
 
 
@@ -92,7 +91,7 @@ def test_a_folder_that_is_not_ours_is_no_tokenized_path_and_stays(overwrite_cach
     bench.add("d", numbered(2))
     (bench.folder / "theirs" / "d").mkdir(parents=True)
     (bench.folder / "theirs" / "d" / "precious.txt").touch()
-    with pytest.raises(DatasetError, match=r"theirs/d holds no rows that arpo_trl saved; name another tokenized_path"):
+    with pytest.raises(DatasetError, match=r"theirs/d was not saved by arpo_trl; set another tokenized_path"):
         bench.prepare(tokenized_path=str(bench.folder / "theirs"), overwrite_cache=overwrite_cache)
     assert (bench.folder / "theirs" / "d" / "precious.txt").exists()
 
@@ -116,22 +115,22 @@ def test_a_folder_that_llamafactory_saved_is_read_as_it_is(split: bool, bench: B
         assert held_out == ({"validation": [[-100, 2, 3]]} if split else {})
         assert data.audit.datasets["train"].first == [f"{source[:-1]}2: no trained token"]
         assert data.notices == [
-            f"tokenized_path: {bench.folder / 'theirs'} was saved by LLaMA-Factory; every other key of the data, such as "
-            "dataset, template and cutoff_len, has no effect on it"
+            f"tokenized_path: {bench.folder / 'theirs'} was saved by LLaMA-Factory; all other data keys (dataset, "
+            "template, cutoff_len, ...) are ignored"
         ]
 
 
 def test_a_saved_folder_without_tokens_is_refused(bench: Bench) -> None:
     Dataset.from_list([{"text": "A"}]).save_to_disk(str(bench.folder / "theirs"))
-    with pytest.raises(DatasetError, match="its train has no column input_ids and labels; name a folder that"):
+    with pytest.raises(DatasetError, match="column input_ids and labels missing in train; set a folder saved"):
         bench.prepare(dataset=["d"], tokenized_path=str(bench.folder / "theirs"))
 
 
 KILLED = """
 import os, signal, sys
-from transformers import AutoTokenizer
 from arpo_trl.data import cache
 from arpo_trl.data.prepare import prepare_datasets
+from arpo_trl.data.tokenizer import load_template
 from arpo_trl.recipe import Recipe
 
 def killed(*args, encode_batches=cache.encode_batches):
@@ -144,7 +143,7 @@ cache.encode_batches = killed
 model, folder = sys.argv[1:]
 recipe = Recipe(model_name_or_path=model, dataset=["d"], dataset_dir=folder, output_dir="out", cutoff_len=256,
                 preprocessing_batch_size=100)
-prepare_datasets(recipe, AutoTokenizer.from_pretrained(model))
+prepare_datasets(recipe, load_template(recipe))
 """
 
 
@@ -178,12 +177,14 @@ def test_the_format_is_raised_when_the_golden_rows_come_out_otherwise(bench: Ben
         keys = {"template": "qwen", "cutoff_len": 300, "truncation_mode": truncation_mode}
         recipe = Recipe(model_name_or_path=str(golden / "tokenizer"), output_dir="unused", **keys)
         info = read_registry(golden / "data")[name]
-        encoder = Encoder(info, recipe, template_of(recipe, load_tokenizer(recipe)))
+        encoder = Encoder(info, recipe, load_template(recipe))
         for row in islice(encode_rows(read_dataset(info, streaming=False), encoder), 20):
             tokens = row["input_ids"].tobytes() + row["labels"].tobytes()
             encoded.update(
                 tokens
-                + "\0".join((row["outcome"], row["reason"], row["excerpt"], *row["fields"], row["also"])).encode()
+                + "\0".join(
+                    (row["outcome"], row["reason"], row["excerpt"], *row["fields"], json.dumps(row["notes"]))
+                ).encode()
             )
     now = {"format": cache.FORMAT, "sha256": encoded.hexdigest()}
     recorded = json.loads((golden / "format.json").read_text(encoding="utf-8"))
@@ -198,7 +199,7 @@ def test_another_format_encodes_again(bench: Bench, monkeypatch: pytest.MonkeyPa
     first = bench.prepare()
     bench.prepare(**keys)
     monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
-    with pytest.raises(DatasetError, match="was made with another format of arpo_trl; set overwrite_cache: true"):
+    with pytest.raises(DatasetError, match="was encoded with different format of arpo_trl; set overwrite_cache: true"):
         bench.prepare(**keys)
     assert bench.prepare().train[:] == first.train[:]
     assert len([path for path in bench.folder.glob("cache/arpo_trl/*") if path.is_dir()]) == 2
@@ -228,9 +229,9 @@ RANK = """
 import json, sys
 from pathlib import Path
 from accelerate import PartialState
-from transformers import AutoTokenizer
 from arpo_trl.data import cache
 from arpo_trl.data import prepare as dataset
+from arpo_trl.data.tokenizer import load_template
 from arpo_trl.recipe import Recipe
 
 model, folder = sys.argv[1:]
@@ -238,7 +239,7 @@ state = PartialState(cpu=True)
 if not state.is_main_process:
     cache.encode_batches = None  # only the main process may need it
 recipe = Recipe(model_name_or_path=model, dataset=["d"], dataset_dir=folder, output_dir=f"{folder}/out", overwrite_cache=True)
-data = dataset.prepare_datasets(recipe, AutoTokenizer.from_pretrained(model))
+data = dataset.prepare_datasets(recipe, load_template(recipe))
 Path(folder, f"rank{state.process_index}.json").write_text(json.dumps(data.train[:]))
 state.destroy_process_group()
 """
@@ -270,8 +271,8 @@ NODE = """
 import json, os, sys
 from pathlib import Path
 from accelerate import PartialState
-from transformers import AutoTokenizer
 from arpo_trl.data.prepare import prepare_datasets
+from arpo_trl.data.tokenizer import load_template
 from arpo_trl.recipe import Recipe
 
 model, folder = sys.argv[1:]
@@ -279,7 +280,7 @@ state = PartialState(cpu=True)
 os.chdir(os.environ["DISK"])
 recipe = Recipe(model_name_or_path=model, dataset=["d"], dataset_dir=folder, output_dir="out", overwrite_cache=True,
                 tokenized_path="tokenized", cutoff_len=200)
-prepare_datasets(recipe, AutoTokenizer.from_pretrained(model))
+prepare_datasets(recipe, load_template(recipe))
 state.destroy_process_group()
 """
 
@@ -308,12 +309,11 @@ def test_each_node_without_a_shared_disk_encodes_again(bench: Bench, tiny_model:
 RACE = """
 import json, sys, time
 from pathlib import Path
-from transformers import AutoTokenizer
 from arpo_trl.data.prepare import prepare_datasets
+from arpo_trl.data.tokenizer import load_template
 from arpo_trl.recipe import Recipe
 
 model, folder, me, other = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(model)
 for number in range(1, 21):
     Path(folder, f"{me}.{number}").touch()
     end = time.monotonic() + 60
@@ -322,7 +322,7 @@ for number in range(1, 21):
     # Odd turns: a name that neither has encoded. Even turns: one that both encode again.
     keys = {"max_samples": number} if number % 2 else {"tokenized_path": f"{folder}/tokenized", "overwrite_cache": True}
     recipe = Recipe(model_name_or_path=model, dataset=["d"], dataset_dir=folder, output_dir="out", **keys)
-    rows = prepare_datasets(recipe, tokenizer).train[:]
+    rows = prepare_datasets(recipe, load_template(recipe)).train[:]
     assert len(rows["labels"]) == keys.get("max_samples", 40), number
 """
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from arpo_trl.data.prepare import prepare_datasets
-from arpo_trl.data.tokenizer import load_tokenizer
+from arpo_trl.data.tokenizer import load_template
 from arpo_trl.recipe import read_recipe
 from arpo_trl.training.train import train
 
@@ -167,8 +167,8 @@ def test_a_family_trains_on_its_replies_and_generates(
     (tmp_path / "given.yaml").write_text(json.dumps(keys), encoding="utf-8")
     recipe = read_recipe(tmp_path / "given.yaml")
 
-    tokenizer = load_tokenizer(recipe)
-    row = prepare_datasets(recipe, tokenizer).train[0]
+    data = prepare_datasets(recipe, load_template(recipe))
+    tokenizer, row = data.template.tokenizer, data.train[0]
     runs = groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != -100)
     replies = [tokenizer.decode([token for token, _ in run]) for trained, run in runs if trained]
     assert replies == family.trained

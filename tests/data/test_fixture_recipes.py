@@ -39,8 +39,7 @@ from transformers import (
 from arpo_trl.__main__ import main
 from arpo_trl.data.labels import IGNORED
 from arpo_trl.data.prepare import prepare_datasets
-from arpo_trl.data.shipped_templates import shipped_template
-from arpo_trl.data.tokenizer import load_tokenizer
+from arpo_trl.data.tokenizer import load_template, shipped_template
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.llamafactory import MULTIMODAL
@@ -145,8 +144,8 @@ def write_example(name: str, folder: Path) -> Path:
 def test_a_recipe_of_llama_factorys_trains_these_tokens(path: Path, template: str, place: Path) -> None:
     rows, given = write_inputs(path, template, place)
     recipe = read_recipe(path, given)
-    tokenizer = load_tokenizer(recipe)
-    data = prepare_datasets(recipe, tokenizer)
+    data = prepare_datasets(recipe, load_template(recipe))
+    tokenizer = data.template.tokenizer
     found = []
     for row in (*data.train, *(row for held_out in data.eval.values() for row in held_out)):
         pairs = zip(row["input_ids"], row["labels"], strict=True)

@@ -21,18 +21,19 @@ from arpo_trl.data.labels import (
     ExampleConfig,
     Tokenize,
     Tokens,
-    carry_loss,
     find_spans,
     keep_start,
     mask_replies,
     proportional_cut,
     to_examples,
+    trained_segments,
 )
 from arpo_trl.data.messages import Conversation, Message, to_conversation
-from arpo_trl.data.registry import COLUMNS, TAGS, DatasetInfo
+from arpo_trl.data.registry import COLUMNS, DatasetInfo
 from arpo_trl.data.segments import Segment, to_segments
-from arpo_trl.data.template import Template, find_template
-from arpo_trl.data.tokenizer import load_tokenizer, make_tokenize
+from arpo_trl.data.template import Template
+from arpo_trl.data.template_probe import find_template
+from arpo_trl.data.tokenizer import load_template, make_tokenize
 from arpo_trl.errors import DatasetError, RowError
 from arpo_trl.recipe import Recipe
 
@@ -62,7 +63,9 @@ def chat(*texts: str, masked: frozenset[int] = frozenset()) -> Conversation:
 
 def trained_texts(conversation: Conversation, template: Template, config: ExampleConfig = WHOLE) -> list[str]:
     segments = to_segments(conversation, template)
-    return [segment.text for segment, trained in zip(segments, carry_loss(segments, config), strict=True) if trained]
+    return [
+        segment.text for segment, trained in zip(segments, trained_segments(segments, config), strict=True) if trained
+    ]
 
 
 # What LLaMA-Factory does
@@ -94,8 +97,8 @@ def test_cut_rows_and_other_masks_are_llama_factorys(setting: str) -> None:
 def test_one_short_conversation_token_by_token() -> None:
     """Qwen2.5's ids: 151644 <|im_start|>, 151645 <|im_end|>, 198 newline, 8948 system, 872 user, 77091 assistant."""
     recipe = Recipe(model_name_or_path=str(GOLDEN / "tokenizer"), output_dir="unused")
-    tokenizer = load_tokenizer(recipe)
-    template = find_template(tokenizer)
+    template = load_template(recipe)
+    tokenizer = template.tokenizer
     conversation = Conversation(
         [
             {"role": "system", "content": "a"},
@@ -187,7 +190,7 @@ TRAJECTORY = "<think>x</think> <python>\nprint(7)\n</python> <result>\n7\n</resu
 
 
 def golden_tokenizer() -> PreTrainedTokenizerBase:
-    return load_tokenizer(Recipe(model_name_or_path=str(GOLDEN / "tokenizer"), output_dir="unused"))
+    return load_template(Recipe(model_name_or_path=str(GOLDEN / "tokenizer"), output_dir="unused")).tokenizer
 
 
 def masked_segments(conversation: Conversation, template: Template, spans: Sequence[str]) -> list[Segment]:
@@ -237,10 +240,10 @@ def test_spans_are_counted() -> None:
     tokenizer = golden_tokenizer()
     segments = masked_segments(chat("Q", TRAJECTORY), find_template(tokenizer), [r"\d", "result"])
     (example,) = to_examples([segments], make_tokenize(tokenizer, with_offsets=True), WHOLE)
-    assert example.also == {
-        r"mask_spans: matches of \d: {}": 3,
-        "mask_spans: matches of result: {}": 1,
-        "mask_spans: tokens masked: {}": 10,
+    assert example.notes == {
+        ("mask_spans match", r"\d"): 3,
+        ("mask_spans match", "result"): 1,
+        ("masked tokens", ""): 10,
     }
 
 
@@ -263,7 +266,9 @@ def test_masked_spans_leave_prompts_as_they_are() -> None:
 
 def test_a_pattern_without_end_is_stopped_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labels, "SPAN_SECONDS", 0.2)
-    with pytest.raises(DatasetError, match=r"mask_spans: '\(a\|aa\)\+b' takes longer than 0.2 s on one reply, .*'aaa"):
+    with pytest.raises(
+        DatasetError, match=r"mask_spans: '\(a\|aa\)\+b' takes longer than 0.2 s on the reply that starts with 'aaa"
+    ):
         find_spans("a" * 60 + "c", ["(a|aa)+b"])
 
 
@@ -426,13 +431,13 @@ def test_llama_factorys_cut_keeps_replies_that_a_plain_cut_loses(template: Templ
 
 
 def test_half_a_surrogate_pair_is_refused(template: Template) -> None:
-    with pytest.raises(RowError, match="half a surrogate pair"):
+    with pytest.raises(RowError, match="lone surrogate"):
         trained_texts(chat("Q", "A\ud83d"), template)
 
 
 def test_objects_of_any_shape_reach_the_prompt_without_nulls(template: Template) -> None:
     columns = {key: column or key for key, column in COLUMNS["sharegpt"].items()}
-    info = DatasetInfo("d", "", "sharegpt", columns=columns, tags=TAGS["sharegpt"])
+    info = DatasetInfo(formatting="sharegpt", columns=columns)
     turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
     tools: list[Any] = [{"name": "f", "parameters": {"x": {"enum": [1, "a", None]}}}, {"name": "g", "strict": True}]
     for given_tools in (tools, json.dumps(tools)):
@@ -490,7 +495,9 @@ def test_a_long_row_is_rendered_as_if_each_reply_came_after_all_of_it(
             with monkeypatch.context() as context:
                 context.setattr("arpo_trl.data.segments.WINDOW", 1000)
                 assert found == to_segments(conversation, form)
-    monkeypatch.setattr("arpo_trl.data.segments.MOST_REPLIES", 20)
+    monkeypatch.setattr("arpo_trl.data.segments.MAX_REPLIES", 20)
     to_segments(row, template)
-    with pytest.raises(RowError, match="too long: the template writes some of its 50 replies differently"):
+    with pytest.raises(
+        RowError, match="too long: the chat template rewrites some of the 50 replies once others follow"
+    ):
         to_segments(row, numbering)

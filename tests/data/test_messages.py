@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from arpo_trl.data.audit import Counts
 from arpo_trl.data.messages import Conversation, to_conversation
-from arpo_trl.data.registry import COLUMNS, TAGS, DatasetInfo
+from arpo_trl.data.registry import COLUMNS, DatasetInfo
 from arpo_trl.errors import RowError
 
 CALL = {"name": "add", "arguments": {"a": 1}}
@@ -16,9 +17,7 @@ TOOL_CALL = {"type": "function", "function": CALL}
 def info(formatting: str, **changes: Any) -> DatasetInfo:
     """A dataset that names every column of its format."""
     columns = {key: column or key for key, column in COLUMNS[formatting].items()}
-    return DatasetInfo(
-        "d", "dataset_info.json:1", formatting, **{"columns": columns, "tags": TAGS[formatting], **changes}
-    )
+    return DatasetInfo(**{"formatting": formatting, "columns": columns, **changes})
 
 
 def sharegpt(*turns: dict[str, Any], **row: Any) -> Conversation:
@@ -184,7 +183,7 @@ def test_vllms_two_names_for_one_thought_are_one() -> None:
         info("openai"),
     )
     assert found.messages == [{**assistant("A"), "reasoning_content": "R"}]
-    assert found.unread == {"not read: key `thinking` of {} messages": 1}
+    assert found.unread == {("ignored message key", "thinking"): 1}
 
 
 @pytest.mark.parametrize("key", ["loss", "train", "loss_mask", "weight"])
@@ -196,7 +195,7 @@ def test_a_turn_can_be_kept_from_the_loss_in_several_words(key: str) -> None:
 
 def test_a_weight_of_a_half_is_not_read() -> None:
     found = sharegpt(turn("human", "Q"), turn("gpt", "A", weight=0.5))
-    assert (untrained(found), found.unread) == ([], {"not read: key `weight` of {} messages": 1})
+    assert (untrained(found), found.unread) == ([], {("ignored message key", "weight"): 1})
 
 
 def test_the_nulls_of_an_sdk_are_absent() -> None:
@@ -251,7 +250,7 @@ def test_items_of_the_responses_api() -> None:
         assistant("A"),
     ]
     assert found.tools == [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-    assert found.unread == {"not read: key `id` of {} messages": 1}
+    assert found.unread == {("ignored message key", "id"): 1}
 
 
 def test_a_thought_that_is_not_given_is_none() -> None:
@@ -314,19 +313,21 @@ def test_a_system_message_beats_a_system_column() -> None:
     turns = [turn("system", "S"), turn("human", "Q"), turn("gpt", "A")]
     found = to_conversation({"conversations": turns, "system": "T"}, info("sharegpt"), default_system="D")
     assert found.messages[0] == {"role": "system", "content": "S"}
-    assert found.unread == {"not read: column `system` of {} rows": 1}
+    assert found.unread == {("ignored column", "system"): 1}
     assert sharegpt(*turns, system="S").unread == {}
 
 
 @pytest.mark.parametrize("column", ["tools", "functions", "system", "score", "id"])
 def test_a_column_that_is_not_named_is_counted(column: str) -> None:
-    """As LLaMA-Factory, which says nothing of it."""
+    """LLaMA-Factory ignores it, too, but does not report it."""
     bare = info("sharegpt", columns={"messages": "conversations"})
     found = to_conversation({"conversations": [turn("gpt", "A")], column: ["search, python"]}, bare)
     key = "tools" if column == "functions" else column
     line = f'"columns": {{"messages": "conversations", "{key}": "{column}"}}'
-    way_out = f"; to read it, write {line} in dataset_info.json" * (key in ("tools", "system"))
-    assert found.unread == {f"not read: column `{column}` of {{}} rows{way_out}": 1}
+    fix = f"; to read it, set {line} in dataset_info.json" * (key in ("tools", "system"))
+    assert found.unread == {("ignored column", column): 1}
+    counts = Counts(notes={"ignored column": {column: 1234}})
+    assert counts.describe_notes(bare) == [f"ignored column `{column}` (1,234 rows){fix}"]
     assert (found.messages, found.tools) == ([assistant("A")], None)
 
 
@@ -348,9 +349,9 @@ def chat(*turns: Any, **row: Any) -> dict[str, Any]:
 
 Q, A = turn("human", "Q"), turn("gpt", "A")
 BAD_ROWS: dict[str, tuple[str, Any, str]] = {
-    "a list": ("sharegpt", [1], "not an object but a list"),
-    "null": ("sharegpt", None, "not an object but null"),
-    "text": ("sharegpt", "hello", "not an object but text"),
+    "a list": ("sharegpt", [1], "expected an object, found a list"),
+    "null": ("sharegpt", None, "expected an object, found null"),
+    "text": ("sharegpt", "hello", "expected an object, found a string"),
     "no conversation": ("sharegpt", {"messages": []}, "missing field: conversations"),
     "a conversation of null": ("sharegpt", {"conversations": None}, "missing field: conversations"),
     "an empty conversation": ("sharegpt", chat(), "empty conversation: conversations has no messages"),
@@ -362,36 +363,36 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "a conversation that is prose": (
         "sharegpt",
         {"conversations": "Q: A:"},
-        "wrong type: conversations is text but not JSON (Expecting value at column 1): 'Q: A:'",
+        "wrong type: conversations is a string but not JSON (Expecting value at column 1): 'Q: A:'",
     ),
-    "a turn that is text": ("sharegpt", chat("Q"), "wrong type: conversations[0] is text, expected an object"),
+    "a turn that is text": ("sharegpt", chat("Q"), "wrong type: conversations[0] is a string, expected an object"),
     "a turn without a role": ("sharegpt", chat({"value": "Q"}), "missing field: conversations[0].from"),
     "a turn without text": ("sharegpt", chat(Q, {"from": "gpt"}), "missing field: conversations[1].value"),
     "a number for text": (
         "sharegpt",
         chat(Q, turn("gpt", 42)),
-        "wrong type: conversations[1].value is a number, expected text",
+        "wrong type: conversations[1].value is a number, expected a string",
     ),
     "true for text": (
         "sharegpt",
         chat(Q, turn("gpt", True)),
-        "wrong type: conversations[1].value is true or false, expected text",
+        "wrong type: conversations[1].value is true or false, expected a string",
     ),
     "an unknown role": (
         "sharegpt",
         chat(turn("user", "Q"), A),
-        "unknown role: conversations[0] is from 'user'; the tags are human, gpt, observation, function_call, system",
+        "unknown role: conversations[0] is from 'user', expected one of human, gpt, observation, function_call, system",
     ),
     "a role in capitals": (
         "openai",
         {"messages": [{"role": "User", "content": "Q"}]},
-        "unknown role: messages[0] is from 'User'; the tags are user, assistant, tool, function_call, system",
+        "unknown role: messages[0] is from 'User', expected one of user, assistant, tool, function_call, system",
     ),
     "no assistant": ("sharegpt", chat(Q), "no assistant turn"),
     "a late system message": (
         "sharegpt",
         chat(Q, turn("system", "S"), A),
-        "wrong order: message 2 is a system message, which only the first may be",
+        "wrong order: message 2 is a system message, expected only as the first",
     ),
     "an observation first": (
         "sharegpt",
@@ -406,37 +407,37 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "a call that is prose": (
         "sharegpt",
         chat(Q, turn("function_call", "add(1)")),
-        "wrong type: conversations[1] is a function call but does not end in its JSON",
+        "wrong type: conversations[1] is a function call but does not end with JSON",
     ),
     "a call that is an empty list": (
         "sharegpt",
         chat(Q, turn("function_call", "[]")),
-        "missing field: conversations[1] is a function call that holds no call",
+        "missing field: conversations[1] is a function call without a call",
     ),
     "a call that is an empty object": (
         "sharegpt",
         chat(Q, turn("function_call", "<think>hm</think>\n{}")),
-        "missing field: conversations[1] is a function call that holds no call",
+        "missing field: conversations[1] is a function call without a call",
     ),
     "a call nested too deeply": (
         "sharegpt",
         chat(Q, turn("function_call", '{"name": "f", "arguments": {"a": ' + "[" * 100_000 + "]" * 100_000 + "}}")),
-        "wrong type: conversations[1] is a function call but not JSON that can be read (nested too deeply)",
+        "wrong type: conversations[1] is a function call but not supported JSON (nested too deeply)",
     ),
     "tools nested too deeply to render": (
         "sharegpt",
         chat(Q, A, tools='[{"name": "f", "parameters": ' + "[" * 200 + "]" * 200 + "}]"),
-        "wrong type: tools is text but not JSON that can be read (nested too deeply)",
+        "wrong type: tools is a string but not supported JSON (nested too deeply)",
     ),
     "tools with a number that Python does not read": (
         "sharegpt",
         chat(Q, A, tools='[{"name": "f", "maximum": ' + "9" * 5000 + "}]"),
-        "wrong type: tools is text but not JSON that can be read (a number of 5,000 digits)",
+        "wrong type: tools is a string but not supported JSON (a number with 5,000 digits)",
     ),
     "a date in a history": (
         "alpaca",
         {"instruction": "Q", "output": "A", "history": [datetime(2026, 1, 2)]},
-        'wrong type: history holds "datetime.datetime(2026, 1, 2, 0, 0)", expected [prompt, reply]',
+        'wrong type: history contains "datetime.datetime(2026, 1, 2, 0, 0)", expected [prompt, reply]',
     ),
     "a call without a name": (
         "sharegpt",
@@ -451,7 +452,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "arguments that are a list": (
         "sharegpt",
         chat(Q, turn("function_call", '{"name": "f", "arguments": [1]}')),
-        "wrong type: the arguments of 'f' in conversations[1] are a list, not an object",
+        "wrong type: the arguments of 'f' in conversations[1] are a list, expected an object",
     ),
     "arguments that are prose": (
         "openai",
@@ -461,32 +462,32 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
                 {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]},
             ]
         },
-        "wrong type: the arguments of 'f' in messages[1] is text but not JSON (Expecting value at column 1): 'x'",
+        "wrong type: the arguments of 'f' in messages[1] is a string but not JSON (Expecting value at column 1): 'x'",
     ),
     "a call by the user": (
         "openai",
         {"messages": [{"role": "user", "content": "Q", "tool_calls": [TOOL_CALL]}]},
-        "wrong order: messages[0] is from 'user' and has tool_calls",
+        "wrong order: messages[0] is from 'user' but has tool_calls",
     ),
     "a refusal that is no text": (
         "openai",
         {"messages": [{"role": "assistant", "content": None, "refusal": {"reason": "no"}}]},
-        "wrong type: messages[0].refusal is an object, expected text",
+        "wrong type: messages[0].refusal is an object, expected a string",
     ),
     "a thought of the Responses API that is a number": (
         "openai",
         {"messages": [{"type": "reasoning", "summary": 5}]},
-        "wrong type: messages[0].content is a number, expected text",
+        "wrong type: messages[0].content is a number, expected a string",
     ),
     "two thoughts": (
         "openai",
         {"messages": [{"role": "assistant", "content": "A", "reasoning": "R", "thinking": "T"}]},
-        "wrong type: messages[0] has reasoning and thinking, and they differ",
+        "wrong type: messages[0] has reasoning and thinking that differ",
     ),
     "two lists of tools": (
         "sharegpt",
         chat(turn("system", "S", tools=[{"name": "f"}]), Q, A, tools=[{"name": "g"}]),
-        "wrong type: the row has two lists of tools, and they differ",
+        "wrong type: the row has two lists of tools that differ",
     ),
     "arguments that are no number of JSON's": (
         "openai",
@@ -495,24 +496,28 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
                 {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": [float("nan")]}}}]}
             ]
         },
-        "not JSON: the arguments of 'f' in messages[0] hold NaN or Infinity",
+        "not JSON: the arguments of 'f' in messages[0] contain NaN or Infinity",
     ),
     "a picture": (
         "openai",
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        'wrong type: messages[0].content holds a part that is not text: {"type": "image_url"}',
+        'wrong type: messages[0].content contains a part that is not text: {"type": "image_url"}',
     ),
     "tools that are prose": (
         "sharegpt",
         chat(Q, A, tools="a calculator"),
-        "wrong type: tools is text but not JSON (Expecting value at column 1): 'a calculator'",
+        "wrong type: tools is a string but not JSON (Expecting value at column 1): 'a calculator'",
     ),
     "a tool without a name": (
         "sharegpt",
         chat(Q, A, tools=[{"description": "d"}]),
         'missing field: a tool has no name: {"description": "d"}',
     ),
-    "a tool that is text": ("sharegpt", chat(Q, A, tools=["add"]), "wrong type: tools holds text, expected objects"),
+    "a tool that is text": (
+        "sharegpt",
+        chat(Q, A, tools=["add"]),
+        "wrong type: tools contains a string, expected objects",
+    ),
     "loss that is text": (
         "sharegpt",
         chat(Q, turn("gpt", "A", loss="no")),
@@ -528,12 +533,12 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "an output that is a list": (
         "alpaca",
         {"instruction": "Q", "output": ["A"]},
-        "wrong type: output is a list, expected text",
+        "wrong type: output is a list, expected a string",
     ),
     "a history of texts": (
         "alpaca",
         {"instruction": "Q", "output": "A", "history": ["Hi"]},
-        'wrong type: history holds "Hi", expected [prompt, reply]',
+        'wrong type: history contains "Hi", expected [prompt, reply]',
     ),
     "a history that is an object": (
         "alpaca",

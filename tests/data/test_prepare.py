@@ -7,6 +7,7 @@ from bench import Bench, answers, numbered
 from datasets import Dataset
 
 from arpo_trl.data.prepare import prepare_datasets
+from arpo_trl.data.template_probe import find_template
 from arpo_trl.errors import DatasetError
 
 
@@ -98,14 +99,14 @@ def test_rows_are_repeated_after_others_are_held_out_and_equal_ones_are_counted(
     held_out = bench.replies(data.eval["validation"])
     left_out = 2 * len(set(held_out)) - 3
     assert len(data.train) == 7 - left_out
-    line = f"val_size: {left_out} rows that equal a held-out row are left out of training"
+    line = f"val_size: {left_out} rows equal to a held-out row are not trained on"
     assert data.notices == ([line] if left_out else [])
     assert data.fingerprints["validation"] != bench.prepare(val_size=3, seed=1).fingerprints["validation"]
 
 
 def test_a_val_size_of_all_rows_is_refused(bench: Bench) -> None:
     bench.add("a", numbered(3))
-    with pytest.raises(DatasetError, match="val_size: 5 of 3 rows leaves nothing on one side"):
+    with pytest.raises(DatasetError, match="val_size: 5 rows requested, but the datasets have only 3"):
         bench.prepare(val_size=5)
 
 
@@ -144,7 +145,8 @@ def test_a_stream_lists_its_rows_once_there_is_a_run(bench: Bench) -> None:
     """Also those that were read before it, to hold rows out."""
     bench.add("a", [3, *numbered(3), "text"])
     data = prepare_datasets(
-        bench.recipe(streaming=True, disable_shuffling=True, max_dropped=0.5, val_size=2), bench.tokenizer
+        bench.recipe(streaming=True, disable_shuffling=True, max_dropped=0.5, val_size=2),
+        find_template(bench.tokenizer),
     )
     assert not (bench.folder / "out").exists()
     data.write_audit(bench.folder / "out" / "row_audit.jsonl")
@@ -157,9 +159,7 @@ def test_a_stream_is_not_evaluated_on(bench: Bench) -> None:
     bench.add("a", numbered(2))
     with pytest.raises(DatasetError) as error:
         bench.prepare(streaming=True, eval_dataset=["a"])
-    assert str(error.value) == (
-        "eval_dataset: a: is streamed, since dataset names it too; hold rows out with val_size"
-    )
+    assert str(error.value) == ("eval_dataset: a: not supported for a streamed dataset; hold rows out with val_size")
     assert len(bench.prepare(eval_dataset=["a"]).eval["a"]) == 2
 
 
@@ -167,5 +167,5 @@ def test_an_unknown_name_is_told_with_its_key(bench: Bench) -> None:
     bench.add("a", numbered(2))
     with pytest.raises(DatasetError) as error:
         bench.prepare(dataset=["x"], eval_dataset=["a", "y"])
-    there = f"no such dataset in {bench.folder}/dataset_info.json; there are a"
+    there = f"no such dataset in {bench.folder}/dataset_info.json; expected one of a"
     assert str(error.value).splitlines() == [f"dataset: x: {there}", f"eval_dataset: y: {there}"]

@@ -12,7 +12,7 @@ import pytest
 
 from arpo_trl.data.files import check_datasets
 from arpo_trl.data.messages import to_conversation
-from arpo_trl.data.registry import DatasetInfo, Entry, read_registry
+from arpo_trl.data.registry import DatasetInfo, read_registry
 from arpo_trl.errors import DatasetError, RowError
 from arpo_trl.recipe import Recipe, read_recipe
 
@@ -20,22 +20,22 @@ from arpo_trl.recipe import Recipe, read_recipe
 MISTAKES = {
     "a misspelt column": (
         '{"file_name": "d", "columns": {"promt": "x", "response": "y"}}',
-        ["d.columns.promt: no such key for formatting alpaca; the nearest is prompt"],
+        ["d.columns.promt: unknown key for formatting alpaca; did you mean prompt?"],
     ),
     "columns of which none is known": (
         '{"file_name": "d", "columns": {"question": "x", "zzz": "y"}}',
         [
-            "d.columns.question: no such key for formatting alpaca; there are prompt, query, response, history, system, tools",
-            "d.columns.zzz: no such key for formatting alpaca; there are prompt, query, response, history, system, tools",
+            "d.columns.question: unknown key for formatting alpaca; expected one of prompt, query, response, history, system, tools",
+            "d.columns.zzz: unknown key for formatting alpaca; expected one of prompt, query, response, history, system, tools",
         ],
     ),
     "a column of another format": (
         '{"file_name": "d", "columns": {"messages": "x"}}',
-        ["d.columns.messages: no such key for formatting alpaca; it belongs to formatting sharegpt"],
+        ["d.columns.messages: unknown key for formatting alpaca; it belongs to formatting sharegpt"],
     ),
     "a misspelt tag": (
         '{"file_name": "d", "formatting": "sharegpt", "tags": {"role": "r"}}',
-        ["d.tags.role: no such key for formatting sharegpt; the nearest is role_tag"],
+        ["d.tags.role: unknown key for formatting sharegpt; did you mean role_tag?"],
     ),
     "two tags of one name": (
         '{"file_name": "d", "formatting": "sharegpt", "tags": {"user_tag": "gpt"}}',
@@ -94,45 +94,45 @@ MISTAKES = {
 
 # LLaMA-Factory's own keys: fine to have in the file, refused when the dataset is used.
 REFUSED = {
-    "preference pairs": ('"ranking": true', "ranking: the dataset holds preference pairs, which SFT does not read"),
+    "preference pairs": ('"ranking": true', "ranking: preference pairs are not supported in SFT"),
     "a loading script": (
         '"script_url": "x"',
-        "script_url: the dataset is a loading script, which datasets >= 4 no longer runs; set hf_hub_url, or give file_name instead",
+        "script_url: loading scripts are not supported by datasets >= 4; set hf_hub_url or file_name",
     ),
     "ModelScope": (
         '"ms_hub_url": "x"',
-        "ms_hub_url: the dataset lies on ModelScope; set hf_hub_url, or download it and give file_name instead",
+        "ms_hub_url: ModelScope is not supported; set hf_hub_url, or download the data and set file_name",
     ),
     "cloud storage": (
         '"cloud_file_name": "s3://x"',
-        "cloud_file_name: the dataset lies in cloud storage; set hf_hub_url, or download it and give file_name instead",
+        "cloud_file_name: cloud storage is not supported; set hf_hub_url, or download the data and set file_name",
     ),
     "KTO": (
         '"columns": {"prompt": "p", "kto_tag": "k"}',
-        "columns.kto_tag: the dataset holds preference data, which SFT does not read",
+        "columns.kto_tag: preference data is not supported in SFT",
     ),
 }
 
 # What LLaMA-Factory passes over -> the notice
 NOTICES = {
-    "a key that nobody knows": ('"file_sha1": "00"', "file_sha1: no such key; the nearest is file_name; no effect"),
-    "a misspelt key": ('"colums": {}', "colums: no such key; the nearest is columns; no effect"),
+    "a key that nobody knows": ('"file_sha1": "00"', "file_sha1: ignored, unknown key; did you mean file_name?"),
+    "a misspelt key": ('"colums": {}', "colums: ignored, unknown key; did you mean columns?"),
     "format for formatting": (
         '"format": "sharegpt"',
-        "format: no such key; the nearest is formatting; no effect",
+        "format: ignored, unknown key; did you mean formatting?",
     ),
     "a key like no other": (
         '"zzz": 1',
-        "zzz: no such key; there are file_name, hf_hub_url, formatting, subset, split, folder, num_samples, columns, tags, "
-        "ranking, ms_hub_url, om_hub_url and 2 more; no effect",
+        "zzz: ignored, unknown key; expected one of file_name, hf_hub_url, formatting, subset, split, folder, num_samples, columns, tags, "
+        "ranking, ms_hub_url, om_hub_url and 2 more",
     ),
     "a column beside those of the format": (
         '"columns": {"prompt": "q", "response": "a", "zzz": "z"}',
-        "columns.zzz: no such key for formatting alpaca; there are prompt, query, response, history, system, tools; no effect",
+        "columns.zzz: ignored, unknown key for formatting alpaca; expected one of prompt, query, response, history, system, tools",
     ),
     "no column for the prompt": (
         '"columns": {"response": "text"}',
-        "columns: names neither prompt nor query, so every prompt is empty, as in LLaMA-Factory",
+        "columns: neither prompt nor query is set, so every prompt is empty, as in LLaMA-Factory",
     ),
 }
 
@@ -157,7 +157,7 @@ def test_a_mistake_ends_a_recipe_that_uses_the_dataset_and_is_a_notice_to_others
         check_datasets(recipe(tmp_path))
     assert str(error.value).splitlines() == mistakes
     assert check_datasets(recipe(tmp_path, dataset=["ours"])).notices == [
-        f"{mistake}; no effect here: the recipe does not use it" for mistake in mistakes
+        f"{mistake} (ignored: not used by this recipe)" for mistake in mistakes
     ]
 
 
@@ -170,7 +170,7 @@ def test_what_only_llama_factory_does_is_refused_when_used(kind: str, tmp_path: 
         check_datasets(recipe(tmp_path))
     assert f"{tmp_path / 'dataset_info.json'}: d.{message}" in str(error.value).splitlines()
     assert check_datasets(recipe(tmp_path, dataset=["ours"])).notices == []
-    if " instead" in message:
+    if "_url:" in message or "cloud" in message:
         write(tmp_path, f'{{"d": {{"file_name": "d.json", "hf_hub_url": "o/d", {member}}}}}')
         assert check_datasets(recipe(tmp_path)).notices == []
         write(tmp_path, '{"d": {"file_name": "d.json"}}')
@@ -187,11 +187,11 @@ def test_what_nobody_reads_is_a_notice(kind: str, tmp_path: Path) -> None:
 
 
 NOT_READ = {
-    "a key twice": ('{"d": {"file_name": "a", "file_name": "b"}}', "(an object has the key 'file_name' twice)"),
-    "a dataset twice": ('{"d": {}, "d": {}}', "(an object has the key 'd' twice)"),
+    "a key twice": ('{"d": {"file_name": "a", "file_name": "b"}}', "(duplicate key 'file_name')"),
+    "a dataset twice": ('{"d": {}, "d": {}}', "(duplicate key 'd')"),
     "a comma too many": ('{"d": {"file_name": "a",\n}}', "not JSON ("),
-    "too deep": ('{"d": ' + "[" * 10_000 + "]" * 10_000 + "}", "not JSON that can be read (nested too deeply)"),
-    "a number without end": ('{"d": {"num_samples": ' + "9" * 5000 + "}}", "(a number of 5,000 digits)"),
+    "too deep": ('{"d": ' + "[" * 10_000 + "]" * 10_000 + "}", "not supported JSON (nested too deeply)"),
+    "a number without end": ('{"d": {"num_samples": ' + "9" * 5000 + "}}", "(a number with 5,000 digits)"),
     "infinity": ('{"d": {"num_samples": 1e400}}', "(the number 1e400 is too large)"),
     "a list": ("[]", "expected an object of datasets, found []"),
 }
@@ -224,9 +224,9 @@ def test_an_unknown_name_has_its_keys_line_and_the_nearest_one(tmp_path: Path) -
         check_datasets(read_recipe(file))
     missing, there = f"no such dataset in {tmp_path}/dataset_info.json", ", ".join(f"set_{n}" for n in range(12))
     assert str(error.value).splitlines() == [
-        f"{file}:6: dataset: set_07: {missing}; the nearest is set_7",
-        f"{file}:6: dataset: zzz: {missing}; there are {there} and 18 more",
-        f"{file}:7: eval_dataset: zzz: {missing}; there are {there} and 18 more",
+        f"{file}:6: dataset: set_07: {missing}; did you mean set_7?",
+        f"{file}:6: dataset: zzz: {missing}; expected one of {there} and 18 more",
+        f"{file}:7: eval_dataset: zzz: {missing}; expected one of {there} and 18 more",
     ]
 
 
@@ -262,7 +262,7 @@ NAMES = [
 
 
 def test_a_name_is_never_a_path() -> None:
-    folders = {name: DatasetInfo(name, "").folder_name for name in NAMES}
+    folders = {name: DatasetInfo.read(name, Path("f"), {}).folder_name for name in NAMES}
     assert [folders[name] for name in NAMES[:3]] == NAMES[:3]
     for name, folder in folders.items():
         assert re.fullmatch(r"\w[\w.-]{0,48}|[\w-]{9,49}", folder) and Path(folder).name == folder, name
@@ -270,7 +270,7 @@ def test_a_name_is_never_a_path() -> None:
 
 
 def test_null_means_not_given(tmp_path: Path) -> None:
-    entry = dict.fromkeys(Entry.model_fields) | {"file_name": "a.json", "ranking": None, "zzz": None}
+    entry = dict.fromkeys(DatasetInfo.model_fields) | {"file_name": "a.json", "ranking": None, "zzz": None}
     plain, nulls = (
         read_registry(write(tmp_path, json.dumps({"a": value})))["a"] for value in ({"file_name": "a.json"}, entry)
     )
@@ -279,7 +279,7 @@ def test_null_means_not_given(tmp_path: Path) -> None:
     tags = {"user_tag": None, "zzz": None}
     info = read_registry(write(tmp_path, json.dumps({"a": {"file_name": "a", "columns": columns, "tags": tags}})))["a"]
     assert info.columns == {"prompt": "q", "response": "r"}
-    assert (info.mistakes, info.refused, info.notices, info.media) == ((), (), (), ())
+    assert info.findings("mistake", "unsupported", "notice") == info.media == []
 
 
 def test_what_columns_leave_out_has_no_column_as_in_llama_factory(tmp_path: Path) -> None:
@@ -301,11 +301,11 @@ def test_what_columns_leave_out_has_no_column_as_in_llama_factory(tmp_path: Path
 def test_an_images_column_without_images_is_text(tmp_path: Path) -> None:
     entry = {"file_name": "a", "formatting": "sharegpt", "columns": {"messages": "conversations", "images": "pics"}}
     info = read_registry(write(tmp_path, json.dumps({"a": entry})))["a"]
-    assert (info.mistakes, info.refused, info.notices) == ((), (), ())
+    assert info.findings("mistake", "unsupported", "notice") == []
     row = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
     for none in ([], None, ""):
         assert to_conversation(row | {"pics": none}, info) == to_conversation(row, info)
-    with pytest.raises(RowError, match=r'multimodal: pics holds \["a.png"\]; arpo_trl trains on text'):
+    with pytest.raises(RowError, match=r'multimodal: pics contains \["a.png"\]; only text is supported'):
         to_conversation(row | {"pics": ["a.png"]}, info)
 
 
@@ -314,11 +314,10 @@ def test_a_missing_registry_is_one_line(tmp_path: Path) -> None:
         read_registry(tmp_path)
 
 
-def test_the_place_of_each_named_column_is_kept(tmp_path: Path) -> None:
+def test_the_location_and_the_named_columns_are_kept(tmp_path: Path) -> None:
     entry = '{"a": {"file_name": "a.json",\n"columns": {"prompt": "q",\n"system": "s"}}}'
     info = read_registry(write(tmp_path, entry))["a"]
-    place = tmp_path / "dataset_info.json"
-    assert info.named == {"prompt": f"{place}: a.columns.prompt", "system": f"{place}: a.columns.system"}
+    assert (info.named, info.place) == ({"prompt", "system"}, f"{tmp_path / 'dataset_info.json'}: a")
 
 
 def test_unset_tags_and_columns_keep_their_defaults(tmp_path: Path) -> None:
@@ -344,7 +343,8 @@ def test_a_file_name_is_relative_to_the_registry_and_may_leave_it(tmp_path: Path
 def test_the_hub_is_preferred_to_a_file_as_in_llama_factory(tmp_path: Path) -> None:
     entry = '{"a": {"hf_hub_url": "o/d", "ms_hub_url": "o/d", "subset": "s", "split": "t", "folder": "f"}}'
     info = read_registry(write(tmp_path, entry))["a"]
-    assert (info.hub, info.subset, info.split, info.folder, info.refused) == ("o/d", "s", "t", "f", ())
+    assert (info.path, info.hf_hub_url, info.subset, info.split, info.folder) == (None, "o/d", "s", "t", "f")
+    assert info.findings("unsupported") == []
 
 
 def test_a_renamed_prompt_comes_without_a_query_as_in_llama_factory(tmp_path: Path) -> None:

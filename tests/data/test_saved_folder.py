@@ -19,8 +19,7 @@ from arpo_trl.data.prepare import prepare_datasets
 from arpo_trl.data.saved_folder import PromptCheck, check_folder, check_saved
 from arpo_trl.data.serving_causes import UNKNOWN
 from arpo_trl.data.serving_rows import SERVING_ROWS, built_in_rows, choose_rows, read_rows, write_rows
-from arpo_trl.data.shipped_templates import shipped_template
-from arpo_trl.data.tokenizer import load_tokenizer
+from arpo_trl.data.tokenizer import load_template, shipped_template
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
 
@@ -102,11 +101,12 @@ def trained(tmp_path: Path, models: Callable[[str], Path], monkeypatch: pytest.M
         values |= {"finetuning_type": "full", "dataset": "d", "dataset_dir": str(tmp_path), "max_dropped": 1.0} | keys
         (tmp_path / "r.yaml").write_text(json.dumps(values), encoding="utf-8")
         recipe = read_recipe(tmp_path / "r.yaml", [])
-        tokenizer = load_tokenizer(recipe)
+        template = load_template(recipe)
+        tokenizer = template.tokenizer
         tokenizer.save_pretrained(tmp_path / "out")
         ends = {"eos_token_id": [tokenizer.eos_token_id]}
         (tmp_path / "out" / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
-        write_rows(choose_rows(recipe, tokenizer, prepare_datasets(recipe, tokenizer)), tmp_path / "out")
+        write_rows(choose_rows(recipe, prepare_datasets(recipe, template)), tmp_path / "out")
         return tmp_path / "out"
 
     return run

@@ -15,15 +15,16 @@ import pytest
 from compare_templates import DAY, GOLDEN, conversation, golden_texts, tokens_of, trl_template
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from arpo_trl.data.labels import ExampleConfig, carry_loss
+from arpo_trl.data.encode import check_parity
+from arpo_trl.data.labels import ExampleConfig, trained_segments
 from arpo_trl.data.messages import Conversation, Message
 from arpo_trl.data.segments import to_segments
-from arpo_trl.data.shipped_templates import shipped_template
-from arpo_trl.data.template import find_template, template_of
-from arpo_trl.data.tokenizer import check_parity, load_tokenizer
+from arpo_trl.data.template_probe import find_template
+from arpo_trl.data.tokenizer import load_template, shipped_template
 from arpo_trl.errors import RecipeError, RowError
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.recipe.llamafactory import MULTIMODAL, SHIPPED, TOKENIZERS_OWN, check_template_name
+from arpo_trl.report.manifest import run_day
 
 OWN = (
     "{% for m in messages %}<own>{{ m.role }} {{ m.content }}</own>{% endfor %}"
@@ -46,12 +47,11 @@ def test_a_shipped_template_writes_and_trains_what_llama_factory_does(
     golden = GOLDEN["templates"][name]
     ends = set(re.findall(r"<[^<>\s]+>", golden["conversations"]["one turn"][-1][1])) | {golden["eos"]} - {"{eos}"}
     make_tokenizer(*sorted(ends - {"<think>", "</think>"}), chat_template=OWN).save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(recipe(tmp_path, template=name))
-    template = find_template(tokenizer, DAY)
+    template = load_template(recipe(tmp_path, template=name), DAY)
     for kind, expected in golden["conversations"].items():
         segments = to_segments(conversation(kind), template)
         assert [segment.text for segment in segments] == golden_texts(expected), kind
-        assert carry_loss(segments, ExampleConfig(1 << 20)) == [False, True] * len(expected)
+        assert trained_segments(segments, ExampleConfig(1 << 20)) == [False, True] * len(expected)
         check_parity(conversation(kind), template, ExampleConfig(1 << 20), kind)
     turns = conversation("one turn").messages[-2:] * 20
     long = to_segments(Conversation(turns), template)
@@ -72,19 +72,19 @@ def test_the_table_of_the_docs_is_what_the_templates_write() -> None:
 
 def test_the_docs_way_to_add_a_templates_tokens_makes_it_run(tmp_path: Path, tiny_model: Path) -> None:
     """A base model that lacks them is refused; after the docs' commands, every reply ends in one trained token."""
-    with pytest.raises(RecipeError, match=r"ends a reply with '<\|eot_id\|>', which is no token of this tokenizer"):
-        load_tokenizer(recipe(tiny_model, template="llama3"))
+    with pytest.raises(RecipeError, match=r"ends replies with '<\|eot_id\|>', which is not a token of this tokenizer"):
+        load_template(recipe(tiny_model, template="llama3"))
     code = compare_templates.DOCS.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
     exec(code.replace("BASE", str(tiny_model)).replace("NEW", str(tmp_path)), {})
     asked = recipe(tmp_path, template="llama3")
-    template = template_of(asked, load_tokenizer(asked))
+    template = load_template(asked)
     segments = to_segments(conversation("one turn"), template)
     assert segments[1].text == "4.<|eot_id|>"
     check_parity(conversation("one turn"), template, ExampleConfig(1 << 20), "row")
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.get_input_embeddings().num_embeddings >= len(template.tokenizer)
     for other in ("default", "alpaca", "vicuna", "mistral"):  # the other way out
-        assert load_tokenizer(recipe(tiny_model, template=other)).eos_token == "<|im_end|>"
+        assert load_template(recipe(tiny_model, template=other)).tokenizer.eos_token == "<|im_end|>"
 
 
 def test_every_name_of_llama_factorys_is_shipped_or_means_the_tokenizers_own(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_every_name_of_llama_factorys_is_shipped_or_means_the_tokenizers_own(tmp
         assert check_template_name(name) is None
         if name not in SHIPPED:
             assert name in TOKENIZERS_OWN
-            assert load_tokenizer(recipe(tmp_path, template=name)).chat_template == OWN
+            assert load_template(recipe(tmp_path, template=name)).tokenizer.chat_template == OWN
 
 
 def test_every_name_that_a_release_of_llama_factorys_has_is_known() -> None:
@@ -168,8 +168,7 @@ def test_rows_with_tools_are_rendered_with_the_template_for_them_and_all_are_sav
     make_tokenizer(chat_template={"default": OWN, "tool_use": tool_use, "rag": OWN}).save_pretrained(
         tmp_path / "model"
     )
-    tokenizer = load_tokenizer(recipe(tmp_path / "model"))
-    template = find_template(tokenizer)
+    template = load_template(recipe(tmp_path / "model"))
     chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     plain, with_tools = to_segments(Conversation(chat), template), to_segments(Conversation(chat, tools), template)
@@ -177,8 +176,8 @@ def test_rows_with_tools_are_rendered_with_the_template_for_them_and_all_are_sav
     assert with_tools[0].text == f"<own>{json.dumps(tools)}</own>" + plain[0].text
     unlisted = to_segments(template.fit(Conversation([Q, CALLS, FOUND, A])), template)
     assert unlisted[0].text == plain[0].text and unlisted[1].text == "add</own>"
-    tokenizer.save_pretrained(tmp_path / "out")
-    saved = load_tokenizer(recipe(tmp_path / "out")).chat_template
+    template.tokenizer.save_pretrained(tmp_path / "out")
+    saved = load_template(recipe(tmp_path / "out")).tokenizer.chat_template
     assert saved == {"default": OWN, "tool_use": tool_use, "rag": OWN}
 
 
@@ -186,17 +185,20 @@ DATED = "<own>Today is {{ strftime_now('%d %b %Y') }}.</own>" + OWN
 
 
 def test_a_dated_template_writes_the_day_of_the_run_when_it_is_resumed(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer(chat_template=DATED)
-    going_on = recipe(tmp_path, output_dir=str(tmp_path))
+    make_tokenizer(chat_template=DATED).save_pretrained(tmp_path)
+    resumed = recipe(tmp_path, output_dir=str(tmp_path))
+    assert run_day(resumed) == date.today()
+    (tmp_path / "run.json").write_text(
+        '{"day": "2026-02-03", "recipe": {}, "data": {}, "versions": {}}', encoding="utf-8"
+    )
+    earlier = load_template(resumed, run_day(resumed))
     ask = [{"role": "user", "content": "Q"}]
-    assert f"{date.today():%d %b %Y}" in template_of(going_on, tokenizer).render(ask, None, True)
-    (tmp_path / "run.json").write_text('{"day": "2026-02-03"}', encoding="utf-8")
-    earlier = template_of(going_on, tokenizer)
     assert "<own>Today is 03 Feb 2026.</own>" in earlier.render(ask, None, True)
     by_name = recipe(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert template_of(by_name, tokenizer).hash == earlier.hash
+    assert load_template(by_name, run_day(by_name)).hash == earlier.hash
     over = recipe(tmp_path, output_dir=str(tmp_path), overwrite_output_dir=True)
-    assert template_of(over, tokenizer).day == date.today()
+    assert run_day(over) == date.today()
+    assert f"{date.today():%d %b %Y}" in load_template(over).render(ask, None, True)
 
 
 def test_the_hash_holds_what_the_template_writes_beside_the_row() -> None:
@@ -214,7 +216,7 @@ def test_the_hash_holds_what_the_template_writes_beside_the_row() -> None:
 def test_enable_thinking_writes_and_trains_what_llama_factory_does(wanted: bool | None, tmp_path: Path) -> None:
     make_tokenizer("<|im_start|>", "<|im_end|>").save_pretrained(tmp_path)
     asked = recipe(tmp_path, template="qwen3", enable_thinking=wanted)
-    template = template_of(asked, load_tokenizer(asked))
+    template = load_template(asked)
     for kind, expected in GOLDEN["enable_thinking"][str(wanted).lower()].items():
         fitted = template.fit(conversation(kind))
         assert [segment.text for segment in to_segments(fitted, template)] == golden_texts(expected), kind
@@ -225,17 +227,18 @@ def test_enable_thinking_writes_and_trains_what_llama_factory_does(wanted: bool 
 def test_what_is_saved_asks_without_a_thought_where_that_was_trained(name: str | None, tmp_path: Path) -> None:
     trl_tokenizer("qwen3").save_pretrained(tmp_path / "base")
     asked = recipe(tmp_path / "base", template=name, enable_thinking=False)
-    load_tokenizer(asked).save_pretrained(tmp_path / "saved")
+    load_template(asked).tokenizer.save_pretrained(tmp_path / "saved")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
     prompt = tokenizer.apply_chat_template([Q], tokenize=False, add_generation_prompt=True)
-    template = template_of(asked, load_tokenizer(asked))
+    template = load_template(asked)
     assert prompt == to_segments(Conversation([Q, A]), template)[0].text
     assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     again = recipe(tmp_path / "saved")  # a run with thoughts, from what was saved
     assert (
-        load_tokenizer(again).chat_template == load_tokenizer(recipe(tmp_path / "base", template=name)).chat_template
+        load_template(again).tokenizer.chat_template
+        == load_template(recipe(tmp_path / "base", template=name)).tokenizer.chat_template
     )
-    assert to_segments(Conversation([Q, A]), template_of(again, load_tokenizer(again)))[1].text.startswith("<think>")
+    assert to_segments(Conversation([Q, A]), load_template(again))[1].text.startswith("<think>")
 
 
 def test_mask_history_leaves_out_the_thoughts_of_earlier_replies_as_llama_factory_does(tmp_path: Path) -> None:
@@ -243,7 +246,7 @@ def test_mask_history_leaves_out_the_thoughts_of_earlier_replies_as_llama_factor
     earlier = {False: "4.<|im_end|>\n", True: "<think>\nTwo and two.\n</think>\n\n4.<|im_end|>\n"}
     for keep, first in earlier.items():
         asked = recipe(tmp_path, template="qwen3", mask_history=True, preserve_thinking=keep)
-        template = template_of(asked, load_tokenizer(asked))
+        template = load_template(asked)
         segments = to_segments(template.fit(conversation("thinking")), template)
         assert segments[1].text == first
         assert segments[3].text == "<think>\nThree and three.\n</think>\n\n6.<|im_end|>\n"
@@ -385,7 +388,7 @@ def test_where_a_template_rewrites_earlier_turns_mask_history_is_the_way_out(nam
         every = find_template(tokenizer)
         with pytest.raises(RowError, match="rewrites an earlier turn once later ones follow; set mask_history: true"):
             to_segments(every.fit(Conversation(MUSES_TWICE)), every)
-    template = find_template(tokenizer, last_thought_only=True)
+    template = find_template(tokenizer, last_reasoning_only=True)
     tokenizer.eos_token = template.end_of_turn
     row = template.fit(Conversation(MUSES_TWICE))
     *context, reply = [segment.text for segment in to_segments(row, template)]
@@ -507,9 +510,7 @@ def test_a_template_that_leaves_a_thought_out_is_refused_with_the_way_out() -> N
     strips = OWN.replace("m.content", "m.content.split('</think>')[-1]")
     template = find_template(make_tokenizer("<|im_end|>", chat_template=strips))
     thinks: Message = {"role": "assistant", "content": "A", "reasoning_content": "R"}
-    with pytest.raises(
-        RowError, match="leaves out part of a message from assistant: 'R'; use a template that writes it"
-    ):
+    with pytest.raises(RowError, match="leaves out part of a message from assistant: 'R'; use another template"):
         to_segments(template.fit(Conversation([{"role": "user", "content": "Q"}, thinks])), template)
 
 

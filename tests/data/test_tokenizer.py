@@ -11,12 +11,12 @@ import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from arpo_trl.data.labels import IGNORED, ExampleConfig, carry_loss, mask_replies, to_examples
+from arpo_trl.data.encode import check_parity
+from arpo_trl.data.labels import IGNORED, ExampleConfig, mask_replies, to_examples, trained_segments
 from arpo_trl.data.messages import Conversation
 from arpo_trl.data.segments import to_segments
-from arpo_trl.data.shipped_templates import shipped_template
-from arpo_trl.data.template import find_template
-from arpo_trl.data.tokenizer import check_parity, load_tokenizer, make_tokenize
+from arpo_trl.data.template_probe import find_template
+from arpo_trl.data.tokenizer import load_template, make_tokenize, shipped_template
 from arpo_trl.errors import DatasetError, RecipeError, RowError
 from arpo_trl.recipe import Recipe
 
@@ -73,7 +73,7 @@ EXPECTED: dict[str, tuple[list[Any], Any, dict[str, list[str] | str]]] = {
         [S, Q, A],
         None,
         {name: ["A"] for name in FAMILIES}
-        | {"qwen3": [NO_THOUGHT + "A"], "gemma": "the template refuses it: System role not supported"},
+        | {"qwen3": [NO_THOUGHT + "A"], "gemma": "the chat template raised an error: System role not supported"},
     ),
     "thoughts in every turn": (
         [Q, THOUGHT, R, THOUGHT],
@@ -84,7 +84,10 @@ EXPECTED: dict[str, tuple[list[Any], Any, dict[str, list[str] | str]]] = {
         [A, Q, B],
         None,
         {name: ["A", "B"] for name in FAMILIES}
-        | {"qwen3": [NO_THOUGHT + "A", NO_THOUGHT + "B"], "gemma": "the template refuses it: Conversation roles must"},
+        | {
+            "qwen3": [NO_THOUGHT + "A", NO_THOUGHT + "B"],
+            "gemma": "the chat template raised an error: Conversation roles must",
+        },
     ),
     "a call": (
         [Q, CALLS, FOUND, A],
@@ -93,8 +96,8 @@ EXPECTED: dict[str, tuple[list[Any], Any, dict[str, list[str] | str]]] = {
             "qwen2_5": [QWEN_CALL, "A"],
             "qwen3": [NO_THOUGHT + QWEN_CALL, NO_THOUGHT + "A"],
             "llama3_1": [LLAMA_CALL, "A"],
-            "gemma": "the template refuses it: Conversation roles must",
-            "phi3": "the template leaves out the tool 'add'",
+            "gemma": "the chat template raised an error: Conversation roles must",
+            "phi3": "the chat template leaves out the tool 'add'",
         },
     ),
     "text beside a call": (
@@ -103,16 +106,16 @@ EXPECTED: dict[str, tuple[list[Any], Any, dict[str, list[str] | str]]] = {
         {
             "qwen2_5": ["I add.\n" + QWEN_CALL, "A"],
             "qwen3": [NO_THOUGHT + "I add.\n" + QWEN_CALL, NO_THOUGHT + "A"],
-            "llama3_1": "the template leaves out part of a message from assistant: 'I add.'",
-            "gemma": "the template refuses it: Conversation roles must",
-            "phi3": "the template leaves out part of a message from assistant: 'add'",
+            "llama3_1": "the chat template leaves out part of a message from assistant: 'I add.'",
+            "gemma": "the chat template raised an error: Conversation roles must",
+            "phi3": "the chat template leaves out part of a message from assistant: 'add'",
         },
     ),
     "two users in a row": (
         [Q, R, A],
         None,
         {name: ["A"] for name in FAMILIES}
-        | {"qwen3": [NO_THOUGHT + "A"], "gemma": "the template refuses it: Conversation roles must"},
+        | {"qwen3": [NO_THOUGHT + "A"], "gemma": "the chat template raised an error: Conversation roles must"},
     ),
 }
 
@@ -133,7 +136,7 @@ def test_labels_are_right_or_the_row_is_refused(family: str, kind: str) -> None:
         assert str(error.value).startswith(wanted)
         return
     segments = to_segments(conversation, template)
-    trained = [segment.text for segment, carries in zip(segments, carry_loss(segments, CONFIG)) if carries]
+    trained = [segment.text for segment, carries in zip(segments, trained_segments(segments, CONFIG)) if carries]
     assert trained == [text + end for text in wanted]
     tokenizer.eos_token = end.strip()
     check_parity(conversation, find_template(tokenizer), CONFIG, "row")
@@ -156,7 +159,7 @@ def test_a_rewriting_template_without_a_training_form_is_refused_row_by_row() ->
     )
     template = find_template(make_tokenizer(strips))
     small = {"role": "assistant", "content": "small"}
-    with pytest.raises(RowError, match="the template rewrites an earlier turn once later ones follow"):
+    with pytest.raises(RowError, match="the chat template rewrites an earlier turn once later ones follow"):
         to_segments(Conversation([Q, small, R, B]), template)
 
 
@@ -177,7 +180,7 @@ def test_a_generation_prompt_that_shares_nothing_with_the_reply_is_refused() -> 
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<s>{% endif %}"
     )
-    with pytest.raises(RowError, match="the template writes the reply other than its generation prompt begins it"):
+    with pytest.raises(RowError, match="the reply does not start with the chat template's generation prompt"):
         to_segments(Conversation([Q, A]), find_template(make_tokenizer(other)))
 
 
@@ -203,8 +206,7 @@ def test_the_parity_check_refuses_another_eos_than_the_end_of_turn() -> None:
     with pytest.raises(DatasetError) as error:
         check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "a.json:7")
     assert str(error.value) == (
-        "a.json:7: the parity check before training failed: a turn does not end in the eos token '<|endoftext|>'; "
-        "use another template"
+        "a.json:7: parity check failed: turns do not end with the eos token '<|endoftext|>'; use another template"
     )
 
 
@@ -252,7 +254,7 @@ def test_the_parity_check_refuses_a_tokenizer_that_strips_each_text() -> None:
     tokenizer = make_tokenizer("qwen2_5", eos="<|im_end|>")
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip()  # type: ignore[attr-defined]
     shown = Conversation([Q, {**A, "content": " A"}])
-    with pytest.raises(DatasetError, match="the encoded text is not what the chat template renders"):
+    with pytest.raises(DatasetError, match="the encoded text differs from the rendered chat template"):
         check_parity(shown, find_template(tokenizer), CONFIG, "row")
 
 
@@ -267,7 +269,7 @@ def test_the_parity_check_refuses_a_tokenizer_that_joins_segments_otherwise() ->
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip()  # type: ignore[attr-defined]
     check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "row")
     with pytest.raises(
-        DatasetError, match=r"row: the parity check .*: the encoded text is not what the chat template renders;"
+        DatasetError, match=r"row: parity check failed: the encoded text differs from the rendered chat template;"
     ):
         check_parity(Conversation([Q, A, R, B]), find_template(tokenizer), CONFIG, "row")
 
@@ -290,7 +292,7 @@ def test_the_parity_check_refuses_a_message_that_it_does_not_find_among_the_mask
     tokenizer = make_tokenizer(spaced, eos="<|im_end|>")
     check_parity(Conversation([S, Q, A]), find_template(tokenizer), CONFIG, "row")
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("x")  # type: ignore[attr-defined]
-    with pytest.raises(DatasetError, match="a message from system is not wholly masked"):
+    with pytest.raises(DatasetError, match="a message from system is not fully masked"):
         check_parity(Conversation([S, Q, A]), find_template(tokenizer), CONFIG, "row")
     everything = replace(CONFIG, train_on_prompt=True)
     check_parity(Conversation([S, Q, A]), find_template(tokenizer), everything, "row")
@@ -304,7 +306,7 @@ def test_a_reply_that_ends_without_the_end_of_turn_is_refused_unless_it_is_maske
     )
     template = find_template(make_tokenizer(calls))
     messages = [Q, CALLS, FOUND, A]
-    with pytest.raises(RowError, match="the template ends message 2 without its end-of-turn token"):
+    with pytest.raises(RowError, match="the chat template ends message 2 without an end-of-turn token"):
         to_segments(Conversation(messages), template)
     masked = [Q, {**CALLS, "trained": False}, FOUND, A]
     assert [segment.masked for segment in to_segments(Conversation(masked), template)] == [False, True, False, False]
@@ -317,7 +319,7 @@ def test_a_template_travels_to_another_process() -> None:
         assert there.render([Q, A], None, False) == template.render([Q, A], None, False)
 
 
-# load_tokenizer
+# load_template
 
 
 def recipe(model: Path, **keys: Any) -> Recipe:
@@ -326,18 +328,18 @@ def recipe(model: Path, **keys: Any) -> Recipe:
 
 def test_the_end_of_turn_becomes_the_eos_token_and_padding_is_set(tmp_path: Path) -> None:
     make_tokenizer("gemma", "<bos>", "<eos>").save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(recipe(tmp_path))
+    tokenizer = load_template(recipe(tmp_path)).tokenizer
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<end_of_turn>", "<end_of_turn>")
 
 
 def test_a_shipped_template_and_a_file_replace_the_tokenizers_own(tmp_path: Path) -> None:
     make_tokenizer("gemma", "<bos>", "<eos>").save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(recipe(tmp_path, template="qwen"))
+    tokenizer = load_template(recipe(tmp_path, template="qwen")).tokenizer
     assert tokenizer.eos_token == "<|im_end|>"
     assert "You are Qwen" in str(tokenizer.apply_chat_template([Q], tokenize=False))
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}é{{ m.content }}</s>{% endfor %}", encoding="utf-8")
-    assert load_tokenizer(recipe(tmp_path, template=str(file))).eos_token == "</s>"
+    assert load_template(recipe(tmp_path, template=str(file))).tokenizer.eos_token == "</s>"
 
 
 @pytest.mark.parametrize(
@@ -349,19 +351,18 @@ def test_a_shipped_template_and_a_file_replace_the_tokenizers_own(tmp_path: Path
         ),
         (
             {},
-            "template: omitted, and the tokenizer has no chat template; write template: default or another of those that "
-            "--help template calls shipped, or the path of a .jinja file",
+            "template: not set, but the tokenizer has no chat template; set template: default, another shipped name "
+            "(--help template), or a path to a .jinja file",
         ),
         (
             {"template": "glm4"},
-            "template: glm4 means the tokenizer's own, and the tokenizer has no chat template; write template: default or "
-            "another of those that --help template calls shipped, or the path of a .jinja file",
+            "template: glm4 selects the tokenizer's own, but the tokenizer has no chat template; set template: default, "
+            "another shipped name (--help template), or a path to a .jinja file",
         ),
         (
             {"template": "granite3"},
-            "template: granite3 ends a reply with '<|end_of_text|>', which is no token of this tokenizer; write one that "
-            "ends it with the tokenizer's own eos token (template: default), or add the token to the tokenizer and the "
-            "model with the commands in docs/reference/templates.md",
+            "template: granite3 ends replies with '<|end_of_text|>', which is not a token of this tokenizer; set "
+            "template: default, or add the token as docs/reference/templates.md shows",
         ),
     ],
 )
@@ -370,23 +371,23 @@ def test_a_missing_template_is_one_line(keys: dict[str, str], message: str, tmp_
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(RecipeError) as error:
-        load_tokenizer(recipe(tmp_path, **keys))
+        load_template(recipe(tmp_path, **keys))
     assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "ends no reply with a special token"),
-        ("{{ raise_exception('no') }}", "template: cannot be rendered (the template refuses it: no)"),
-        ("{% for %}", "template: cannot be rendered (the template refuses it: "),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "does not end replies with a special token"),
+        ("{{ raise_exception('no') }}", "template: cannot be rendered: the chat template raised an error: no"),
+        ("{% for %}", "template: cannot be rendered: the chat template raised an error: "),
     ],
 )
 def test_a_template_that_cannot_teach_is_one_line(text: str, message: str, tmp_path: Path) -> None:
     make_tokenizer("gemma").save_pretrained(tmp_path)
     (tmp_path / "t.jinja").write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError) as error:
-        load_tokenizer(recipe(tmp_path, template=str(tmp_path / "t.jinja")))
+        load_template(recipe(tmp_path, template=str(tmp_path / "t.jinja")))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -397,22 +398,22 @@ def test_a_tokenizers_code_does_not_run_where_transformers_has_its_own(tmp_path:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass", encoding="utf-8")
-    load_tokenizer(recipe(tmp_path, trust_remote_code=True))
+    load_template(recipe(tmp_path, trust_remote_code=True))
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     for name in (tmp_path / "none", Path("a/b"), Path("./a/b"), Path("a/b/c")):
         with pytest.raises(RecipeError) as error:
-            load_tokenizer(recipe(name))
-        assert str(error.value).startswith(f"model_name_or_path: {name}: no such folder, nor given by the hub (")
+            load_template(recipe(name))
+        assert str(error.value).startswith(f"model_name_or_path: {name}: no such folder, and not found on the Hub (")
         assert "\n" not in str(error.value)
     for content in (None, "{", "{}"):
         if content:
             (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
             (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
-        with pytest.raises(RecipeError, match="no tokenizer could be loaded from it") as error:
-            load_tokenizer(recipe(tmp_path))
+        with pytest.raises(RecipeError, match="no tokenizer could be loaded") as error:
+            load_template(recipe(tmp_path))
         assert "\n" not in str(error.value)
 
 
@@ -420,9 +421,7 @@ def test_mask_spans_need_a_tokenizer_that_knows_the_characters_of_its_tokens(tmp
     slow = ByT5Tokenizer(extra_ids=0, eos_token="</s>")
     slow.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     slow.save_pretrained(tmp_path)
-    assert not load_tokenizer(recipe(tmp_path)).is_fast
+    assert not load_template(recipe(tmp_path)).tokenizer.is_fast
     with pytest.raises(RecipeError) as error:
-        load_tokenizer(recipe(tmp_path, mask_spans=["result"]))
-    assert str(error.value) == (
-        "mask_spans: needs a fast tokenizer (tokenizer.json), and this model has none; remove the key"
-    )
+        load_template(recipe(tmp_path, mask_spans=["result"]))
+    assert str(error.value) == ("mask_spans: not supported without a fast tokenizer (tokenizer.json); remove the key")

@@ -19,6 +19,7 @@ from arpo_trl.data.messages import to_conversation
 from arpo_trl.data.prepare import prepare_datasets
 from arpo_trl.data.registry import DatasetInfo, read_registry
 from arpo_trl.data.strict_json import excerpt
+from arpo_trl.data.template_probe import find_template
 from arpo_trl.errors import RecipeError, RowError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import keys
@@ -292,7 +293,7 @@ def test_any_text_in_a_row(folder: Path, data: Any) -> None:
     values |= {"overwrite_cache": True, "cutoff_len": 64}
     (folder / "r.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     try:
-        prepared = prepare_datasets(read_recipe(folder / "r.yaml"), TOKENIZER[0])
+        prepared = prepare_datasets(read_recipe(folder / "r.yaml"), find_template(TOKENIZER[0]))
     except RecipeError as error:
         assert str(error)
     else:

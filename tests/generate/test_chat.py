@@ -19,8 +19,8 @@ from arpo_trl.data.encode import Encoder, encode_rows
 from arpo_trl.data.files import Row
 from arpo_trl.data.labels import IGNORED
 from arpo_trl.data.registry import read_registry
-from arpo_trl.data.template import find_template
-from arpo_trl.data.tokenizer import load_tokenizer, make_tokenize
+from arpo_trl.data.template_probe import find_template
+from arpo_trl.data.tokenizer import load_template, make_tokenize
 from arpo_trl.errors import RecipeError
 from arpo_trl.generate import chat
 from arpo_trl.recipe import Recipe, read_recipe
@@ -57,7 +57,7 @@ TOLD = json.loads((ROOT / "recipes" / "data" / "tool_calls_demo.json").read_text
 
 def encoded(tiny_model: Path, dataset: str, row: dict[str, Any]) -> tuple[list[int], list[int]]:
     recipe = Recipe(model_name_or_path=str(tiny_model), output_dir="unused")
-    encoder = Encoder(read_registry(ROOT / "recipes")[dataset], recipe, find_template(load_tokenizer(recipe)))
+    encoder = Encoder(read_registry(ROOT / "recipes")[dataset], recipe, load_template(recipe))
     [trained] = encode_rows([Row("told", row)], encoder)
     return trained["input_ids"].tolist(), trained["labels"].tolist()
 

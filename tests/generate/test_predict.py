@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from arpo_trl.data.labels import IGNORED
 from arpo_trl.data.prepare import prepare_datasets
-from arpo_trl.data.tokenizer import load_tokenizer
+from arpo_trl.data.tokenizer import load_template
 from arpo_trl.errors import RecipeError, RunFailed
 from arpo_trl.generate import predict as predict_module
 from arpo_trl.generate.predict import Prompt, find_prompts, generate, refuse_split_model
@@ -89,8 +89,8 @@ def test_a_padded_batch_gives_what_transformers_gives_for_each_context_alone(
     predicted: Path, tiny_model: Path
 ) -> None:
     recipe = read_recipe(predicted / "recipe.yaml")
-    tokenizer = load_tokenizer(recipe)
-    [rows] = prepare_datasets(recipe, tokenizer).eval.values()
+    data = prepare_datasets(recipe, load_template(recipe))
+    tokenizer, [rows] = data.template.tokenizer, data.eval.values()
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     lines = iter(lines_of(predicted))
     for one in rows:

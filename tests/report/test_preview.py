@@ -72,7 +72,7 @@ def test_preview_shows_masked_spans_and_what_is_not_read(
     ]
     assert sum(line.startswith("- ^ ") and line.endswith(" tokens masked by mask_spans") for line in lines) == 1
     assert "+ <answer>7</answer><|im_end|>" in lines
-    assert {"not read: column `id` of 1 rows", "mask_spans: matches of result: 1"} <= set(lines)
+    assert {"ignored column `id` (1 row)", "mask_spans: result: 1 match"} <= set(lines)
 
 
 def test_nothing_of_the_data_steers_the_terminal(
@@ -91,9 +91,7 @@ def test_nothing_of_the_data_steers_the_terminal(
 
 def test_preview_explains_a_column_that_is_not_there(chat_recipe: Recipe) -> None:
     recipe = write_rows(chat_recipe, [turns("Q", "A")], columns={"messages": "messges"})
-    with pytest.raises(
-        DatasetError, match=r"columns\.messages: expected a column 'messges', found none in 1 rows; they have"
-    ):
+    with pytest.raises(DatasetError, match=r"columns\.messages: column 'messges' is missing in all 1 rows \(found"):
         preview(recipe, 1)
 
 

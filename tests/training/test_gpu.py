@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from arpo_trl.data.prepare import prepare_datasets
-from arpo_trl.data.tokenizer import load_tokenizer
+from arpo_trl.data.tokenizer import load_template
 from arpo_trl.errors import RunFailed
 from arpo_trl.model.memory import estimate_memory, model_shape
 from arpo_trl.model.sft_config import to_sft_config
@@ -57,7 +57,7 @@ def plain_loss(recipe: Recipe, device: str, rows: int | None = None) -> float:
     """Cross-entropy over the labelled tokens of the first rows, in plain PyTorch, float32, each row alone."""
     model: Any = AutoModelForCausalLM.from_pretrained(recipe.model_name_or_path, dtype=torch.float32).to(device)
     total = torch.zeros(2)
-    for row in list(prepare_datasets(recipe, load_tokenizer(recipe)).train)[:rows]:
+    for row in list(prepare_datasets(recipe, load_template(recipe)).train)[:rows]:
         with torch.no_grad():
             logits = model(torch.tensor([row["input_ids"]], device=device)).logits[0, :-1].cpu()
         labels = torch.tensor(row["labels"][1:])
@@ -226,7 +226,7 @@ def test_the_estimate_is_near_the_measured_peak(device: str, tmp_path: Path) -> 
     keys = {"bf16": True, "per_device_train_batch_size": 12, "max_steps": 2, "preflight": False}
     recipe = small_run.make_recipe(tmp_path, model, **keys)
     found = estimate_memory(
-        recipe, to_sft_config(recipe), model_shape(recipe), prepare_datasets(recipe, load_tokenizer(recipe)).train
+        recipe, to_sft_config(recipe), model_shape(recipe), prepare_datasets(recipe, load_template(recipe)).train
     )
     assert found is not None
     torch.cuda.reset_peak_memory_stats()

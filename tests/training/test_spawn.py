@@ -17,8 +17,6 @@ import multiprocess  # of datasets
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
     multiprocess.set_start_method("spawn")
-    from arpo_trl.data import cache
-    cache.PROCESSES_PAY_FROM = 0
     from arpo_trl.__main__ import main
     sys.exit(main(sys.argv[1:]))
 """
@@ -26,7 +24,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow  # 20 s
 def test_rows_are_encoded_and_loaded_by_spawned_processes(tiny_model: Path, tmp_path: Path) -> None:
-    keys = {"preprocessing_num_workers": 2, "dataloader_num_workers": 1, "tokenized_path": None}
+    keys = {"dataloader_num_workers": 1, "tokenized_path": None}
     recipe = small_run.make_recipe(tmp_path, tiny_model, **keys)
     script = tmp_path / "spawned.py"
     script.write_text(SPAWNED, encoding="utf-8")
