@@ -6,7 +6,7 @@ have shapes and no data (as torchtitan estimates its runs). docs/measurements.md
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from ..errors import in_one_line
 from ..machine import free_memory
 from ..recipe.keys import Recipe
 from .adapters import new_adapter
-from .model import freeze
-from .sft_config import load_model_config, model_init_kwargs, quantization_of
+from .base_config import load_config
+from .methods.chosen import methods_of
+from .sft_config import model_init_kwargs
 from .token_scores import TILE_POSITIONS
 
 CARDS = (16, 24, 80)
@@ -68,8 +69,8 @@ def estimate_memory(
     count, length, labelled = _largest_batch(recipe, args, rows)
     autocast = torch.autocast("cpu", torch.bfloat16 if args.bf16 else torch.float16, enabled=args.bf16 or args.fp16)
     trained = [p.nbytes for p in model.parameters() if p.requires_grad]
-    whole = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
-    backbone = whole.base_model  # without the head
+    base = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    backbone = base.base_model  # without the head
     try:
         with FakeTensorMode(), autocast:
             fakes = {
@@ -79,27 +80,20 @@ def estimate_memory(
             saved, stream = _saved_by_autograd(backbone, fakes, count, length)
     except Exception:  # each model has its own way to need data: .item(), nonzero, a kernel
         return None
-    blocks = whole.config.get_text_config().num_hidden_layers
+    blocks = base.config.get_text_config().num_hidden_layers
     activations = blocks * stream + saved // blocks if args.activation_checkpointing else saved
-    packed = quantization_of(whole.config)
-    if packed.get("quant_method") in ("gptq", "awq"):  # the backward needs what the forward unpacked
-        unpacked = sum(weight.nbytes for weight in _packed(backbone))
-        activations += unpacked // blocks if args.activation_checkpointing else unpacked
-    copies = 1.0 if recipe.use_adam_mini else moments(args)
-    if recipe.use_badam:  # float32: the block, its gradient and its moments
-        copies = 16 / whole.dtype.itemsize
-    embedding = cast(nn.Embedding, whole.get_input_embeddings()).weight
-    head = cast(nn.Linear, whole.get_output_embeddings()).weight
-    half = args.bf16 or args.fp16
-    reference = sum(p.numel() for p in model.parameters()) * (2 if half else 4) if recipe.use_asft_loss else 0
-    spared = _saved_by_packing(backbone, recipe.quantization_bit, packed)
-    return Memory(
-        weights=sum(p.nbytes for p in model.parameters()) - spared + reference,
-        gradients=sum(trained) + embedding.nbytes * embedding.requires_grad,
-        optimizer=int(copies * sum(trained)),
-        activations=activations,
-        logits=_logits(head, labelled, half) * (2 if reference else 1) + head.nbytes * head.requires_grad,
-    )
+    head = cast(nn.Linear, base.get_output_embeddings()).weight
+    embedding = cast(nn.Embedding, base.get_input_embeddings()).weight
+    parts = {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(trained) + embedding.nbytes * embedding.requires_grad,
+        "optimizer": int(moments(args) * sum(trained)),
+        "activations": activations,
+        "logits": _logits(head, labelled, args.bf16 or args.fp16) + head.nbytes * head.requires_grad,
+    }
+    for method in methods_of(recipe):
+        parts |= method.memory(parts, model, args)
+    return Memory(**parts)
 
 
 def moments(args: TrainingArguments) -> float:
@@ -124,20 +118,19 @@ def model_shape(recipe: Recipe) -> PreTrainedModel | PeftModel:
     Raises:
         RecipeError: there is no such model, or it lacks a module that the recipe names.
     """
-    kwargs = model_init_kwargs(recipe)
     try:
-        config = load_model_config(recipe)
+        config = load_config(recipe)
     except (OSError, ValueError) as error:
         what = f"{recipe.model_name_or_path}: no model there ({in_one_line(error)})"
         raise recipe.error("model_name_or_path", what) from None
+    kwargs = model_init_kwargs(recipe, config)
     dtype = getattr(config, "dtype", None) if kwargs["dtype"] == "auto" else kwargs["dtype"]
     given = {"trust_remote_code": kwargs["trust_remote_code"], "dtype": dtype or torch.float32}
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **given)
-        if recipe.trains_adapter:
-            return new_adapter(recipe, model)
-        freeze(recipe, model)
-    return model
+        for method in methods_of(recipe):
+            method.prepare_base(model)
+        return new_adapter(recipe, model) if recipe.trains_adapter else model
 
 
 def describe_memory(memory: Memory, gpu: int | None) -> str:
@@ -169,27 +162,6 @@ def longest_batch(dataset: Dataset, size: int) -> tuple[list[Row], float]:
     rows = dataset.select(np.argsort(lengths, kind="stable")[-size:])
     names = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
     return list(rows.select_columns(names)), float(lengths.mean())
-
-
-def _packed(backbone: nn.Module) -> list[Tensor]:
-    """The weights that quantization packs: those of frozen linear layers but the head."""
-    layers = [layer.weight for layer in backbone.modules() if isinstance(layer, nn.Linear)]
-    return [weight for weight in layers if not weight.requires_grad]
-
-
-def _saved_by_packing(backbone: nn.Module, bits: int | None, packed: dict[str, Any]) -> int:
-    """Bytes that quantization saves: by bitsandbytes, whose scales are left out, or as the base's config says."""
-    kept, books = float(bits or 4 * packed.get("load_in_4bit", False) or 8 * packed.get("load_in_8bit", False)), 0
-    if packed.get("quant_method") == "aqlm":
-        book = packed["in_group_size"] * packed["out_group_size"]
-        kept = packed["num_codebooks"] * (8 if packed["nbits_per_codebook"] <= 8 else 16) / book
-        books = packed["num_codebooks"] * 2 ** packed["nbits_per_codebook"] * book
-    elif group := packed.get("group_size"):
-        kept = packed["bits"] + (16 + packed["bits"]) / abs(group)  # -1: a group is a whole column, and costs nothing
-    if not kept:
-        return 0
-    weights = _packed(backbone)
-    return sum(w.nbytes - int(w.numel() * kept / 8) - books * w.element_size() for w in weights)
 
 
 def _saved_by_autograd(backbone: nn.Module, tensors: dict[str, Tensor], count: int, length: int) -> tuple[int, int]:

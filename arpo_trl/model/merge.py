@@ -17,10 +17,10 @@ from ..data.saved_folder import check_folder
 from ..data.serving_rows import read_rows, write_rows
 from ..errors import RecipeError, RunFailed
 from ..machine import free_space
-from ..recipe.packages import PACKED
+from ..recipe.methods import QUANTIZED_PACKAGES
 from ..report.manifest import find_manifest
 from ..run_folder import match_umask
-from .sft_config import quantization_of, unpack_whole
+from .methods.quantized import dequantized
 
 TEXT = "Question: which primes lie between 10 and 20?\n<python>\nprint([11, 13, 17, 19])\n</python>\nAnswer: 答案 17."
 TOLERANCE = 1e-3
@@ -99,14 +99,14 @@ def _load_base(adapter: Path) -> tuple[PreTrainedModel, torch.dtype]:
     name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     try:
         config = AutoConfig.from_pretrained(name)
-        method = quantization_of(config).get("quant_method")
-        if method in PACKED:
+        method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+        if method in QUANTIZED_PACKAGES:
             raise RecipeError(
                 f"{adapter}: its base {name} is quantized with {method.upper()}, and no adapter can be merged into it; "
                 "use the two as they are, as arpo-trl chat does"
             )
         dtype = config.dtype or torch.float32
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **unpack_whole(config)), dtype
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **dequantized(config)), dtype
     except (OSError, ValueError):
         raise RecipeError(
             f"{adapter / 'adapter_config.json'}: base_model_name_or_path: no model at {name!r}, looked for from "

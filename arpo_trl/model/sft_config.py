@@ -9,22 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, OFTConfig
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, SchedulerType, get_scheduler
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+from peft import LoraConfig
+from transformers import PreTrainedConfig, SchedulerType, get_scheduler
 from trl.trainer.sft_config import SFTConfig
 
 from ..errors import RecipeError, in_one_line
 from ..recipe.keys import Recipe
 from ..recipe.rules import wandb_is_disabled
+from .base_config import compute_dtype, hub_kwargs
+from .methods.chosen import methods_of
 
 Keywords = dict[str, Any]
 """Of a library's constructor."""
 
-# The output layer stays as it is in LLaMA-Factory, whose `all` means the linear layers before it.
-_ALL_BUT_THE_HEAD = r"(?!.*(lm_head|output_layer)).*"
 _KERNELS = {"disabled": "eager", "sdpa": "sdpa", "flex": "flex_attention"}
 _KERNELS |= {"fa2": "flash_attention_2", "fa3": "flash_attention_3"}
 _FSDP: dict[str, Keywords] = {"full_shard": {"reshard_after_forward": True}, "offload": {"cpu_offload": True}}
@@ -83,7 +80,9 @@ def _settings(recipe: Recipe) -> Keywords:
     }
     if recipe.project:
         settings["project"] = recipe.project
-    return settings | _low_rank_optimizer(recipe)
+    for method in methods_of(recipe):
+        settings |= method.sft_config()
+    return settings
 
 
 def _given(recipe: Recipe) -> Keywords:
@@ -146,20 +145,8 @@ def _objection(settings: Keywords) -> str | None:
     return None
 
 
-def to_adapter_config(recipe: Recipe, tied: bool) -> LoraConfig | OFTConfig:
-    """The adapter. `tied`: whether the model's head is its embeddings."""
-    if recipe.finetuning_type == "oft":
-        return OFTConfig(
-            task_type="CAUSAL_LM",
-            r=recipe.oft_rank,
-            oft_block_size=recipe.oft_block_size,
-            module_dropout=recipe.module_dropout,
-            target_modules="all-linear" if "all" in recipe.oft_target else recipe.oft_target,
-            modules_to_save=recipe.additional_target or None,
-        )
-    start: Any = True
-    if recipe.pissa_init:
-        start = "pissa" if recipe.pissa_iter == -1 else f"pissa_niter_{recipe.pissa_iter}"
+def to_lora_config(recipe: Recipe, tied: bool) -> LoraConfig:
+    """Return the adapter's config. `tied`: whether the model's head is its embedding."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.lora_rank,
@@ -169,111 +156,32 @@ def to_adapter_config(recipe: Recipe, tied: bool) -> LoraConfig | OFTConfig:
         modules_to_save=recipe.additional_target or None,
         use_rslora=recipe.use_rslora,
         use_dora=recipe.use_dora,
-        init_lora_weights=start,
         ensure_weight_tying=tied
         and not {"embed_tokens", "lm_head"}.isdisjoint([*recipe.additional_target, *recipe.lora_target]),
     )
 
 
-def to_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
-    if recipe.quantization_bit is None:
-        return None
-    if recipe.quantization_bit == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    dtype = _compute_dtype(recipe) or torch.float32
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=recipe.quantization_type,
-        bnb_4bit_use_double_quant=recipe.double_quantization,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype,  # FSDP shards only what has one dtype
-    )
+def model_init_kwargs(recipe: Recipe, config: PreTrainedConfig) -> Keywords:
+    """Return the arguments of `from_pretrained`. `config` is the base's; a quantized base's is changed.
 
-
-def splits_model(recipe: Recipe) -> bool:
-    """Whether FSDP or ZeRO-3 will split the model: asked before there is an Accelerator, after `to_sft_config`."""
-    fsdp = recipe.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    return bool(fsdp or is_deepspeed_zero3_enabled())
-
-
-def quantization_of(config: PreTrainedConfig) -> Keywords:
-    """How a base is quantized already, as its config.json says; empty if it isn't."""
-    return getattr(config, "quantization_config", None) or {}
-
-
-def settle_packed(config: PreTrainedConfig) -> bool:
-    """Have a base that GPTQ, AWQ or AQLM quantized unpacked by what has a backward. Returns whether one did."""
-    packed = quantization_of(config)
-    method = packed.get("quant_method")
-    if method in ("gptq", "awq"):
-        packed["backend"] = "auto_trainable"  # the fastest kernels of gptqmodel have none
-    elif method == "aqlm" and (names := packed.get("linear_weights_not_to_quantize")):
-        # Its files name weights. transformers 5.24 looks for modules, and would replace the head that is not quantized:
-        # https://github.com/huggingface/transformers/pull/44577
-        packed["linear_weights_not_to_quantize"] = [name.removesuffix(".weight") for name in names]
-    return method in ("gptq", "awq", "aqlm")
-
-
-def unpack_whole(config: PreTrainedConfig) -> Keywords:
-    """What `from_pretrained` is told of a base in MXFP4 or FP8 (gpt-oss, DeepSeek-V3): as in LLaMA-Factory, unpack it all.
-
-    transformers 5.24 does so by itself only where it finds no kernel for them, and these have no backward.
+    Trained weights are float32, also under bf16 autocast: in bfloat16, steps below 1/256 of a weight round to zero. A
+    frozen base is in the dtype of the computation or of its file, but in float32 if it has trained modules or on a CPU,
+    which is slow in bfloat16.
     """
-    made = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}.get(quantization_of(config).get("quant_method", ""))
-    return {"quantization_config": made(dequantize=True)} if made else {}
-
-
-def model_init_kwargs(recipe: Recipe) -> Keywords:
-    """What `from_pretrained` is told.
-
-    Weights that are trained are float32, also under bf16 autocast: in bfloat16, steps below 1/256 of a weight round to
-    nothing. A frozen base is in the dtype of the computation, or in its file's, unless parts of it are trained whole or
-    a CPU, slow in bfloat16, computes.
-    """
-    dtype: torch.dtype | str = _compute_dtype(recipe) or "auto"
-    whole = recipe.additional_target or recipe.finetuning_type == "freeze"
+    dtype: torch.dtype | str = compute_dtype(recipe) or "auto"
     if recipe.pure_bf16:
         dtype = torch.bfloat16
-    elif recipe.use_badam:
-        dtype = "auto"  # it keeps the block that it trains in float32
-    elif recipe.finetuning_type == "full" or (dtype == "auto" and (whole or not torch.accelerator.is_available())):
+    elif recipe.finetuning_type == "full" or (
+        dtype == "auto" and (recipe.additional_target or not torch.accelerator.is_available())
+    ):
         dtype = torch.float32
     kwargs: Keywords = {"dtype": dtype, **hub_kwargs(recipe)}
     if recipe.flash_attn != "auto":
         kwargs["attn_implementation"] = _KERNELS[recipe.flash_attn]
-    return kwargs | _rope(recipe)
-
-
-def load_model_config(recipe: Recipe) -> PreTrainedConfig:
-    """The model's own config, as its file has it."""
-    config: PreTrainedConfig = AutoConfig.from_pretrained(recipe.model_name_or_path, **hub_kwargs(recipe))
-    return config
-
-
-def hub_kwargs(recipe: Recipe) -> Keywords:
-    """Where the model comes from, and whether its own code may run: only if transformers has none for it."""
-    return {
-        "revision": recipe.model_revision,
-        "cache_dir": recipe.cache_dir,
-        "trust_remote_code": recipe.trust_remote_code and not _is_built_in(recipe),
-    }
-
-
-def _is_built_in(recipe: Recipe) -> bool:
-    """Whether transformers has the architecture, so that no code from the model's folder is needed. Runs none."""
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(
-            recipe.model_name_or_path, revision=recipe.model_revision, cache_dir=recipe.cache_dir
-        )
-    except (OSError, ValueError):
-        return False  # loading the model says what is wrong
-    return config.get("model_type") in CONFIG_MAPPING
-
-
-def _compute_dtype(recipe: Recipe) -> torch.dtype | None:
-    if recipe.bf16 or recipe.pure_bf16:
-        return torch.bfloat16
-    return torch.float16 if recipe.fp16 else None
+    kwargs |= _rope(recipe, config)
+    for method in methods_of(recipe):
+        kwargs = method.from_pretrained(kwargs, config)
+    return kwargs
 
 
 def _accumulation(recipe: Recipe) -> int:
@@ -291,33 +199,14 @@ def _accumulation(recipe: Recipe) -> int:
     return recipe.global_batch_size // at_once
 
 
-def _low_rank_optimizer(recipe: Recipe) -> Keywords:
-    """GaLore and APOLLO, as transformers takes them. (Its GaLore keeps galore_torch's epsilon, 1e-6.)"""
-    if not (recipe.use_galore or recipe.use_apollo):
-        return {}
-    kind, names = "galore", "rank update_interval scale proj_type"
-    if recipe.use_apollo:
-        kind, names = "apollo", "rank update_interval scale proj proj_type scale_type"
-    target, layerwise = getattr(recipe, f"{kind}_target"), getattr(recipe, f"{kind}_layerwise")
-    args = {name: getattr(recipe, f"{kind}_{name}") for name in names.split()}
-    return {
-        "optim": f"{kind}_adamw{'_layerwise' * layerwise}",
-        "optim_args": ",".join(f"{key}={value}" for key, value in args.items()).replace(
-            "update_interval", "update_proj_gap"
-        ),
-        "optim_target_modules": _ALL_BUT_THE_HEAD if "all" in target else target,
-    }
-
-
-def _rope(recipe: Recipe) -> Keywords:
+def _rope(recipe: Recipe, config: PreTrainedConfig) -> Keywords:
     """Stretch the position embeddings by the whole factor that covers cutoff_len, as LLaMA-Factory does."""
     if recipe.rope_scaling is None:
         return {}
-    config = load_model_config(recipe)
     given = getattr(config, "rope_parameters", None)
     length = getattr(config, "max_position_embeddings", None)
     if not given or not length or any(isinstance(value, dict) for value in given.values()):
-        raise rope_is_ignored(recipe, config)
+        raise rope_error(recipe, config)
     if recipe.cutoff_len <= length:
         return {}
     factor = math.ceil(recipe.cutoff_len / length)
@@ -329,7 +218,7 @@ def _rope(recipe: Recipe) -> Keywords:
     return {"rope_parameters": rope, "max_position_embeddings": length * factor}
 
 
-def rope_is_ignored(recipe: Recipe, config: PreTrainedConfig) -> RecipeError:
+def rope_error(recipe: Recipe, config: PreTrainedConfig) -> RecipeError:
     """For models without rotary positions, and for those with a set of them for each type of layer (Gemma 3)."""
     limit = getattr(config, "max_position_embeddings", 0)
     shorter = f" and write cutoff_len: {limit} or less" if limit else ""

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
+from trl.trainer.sft_config import SFTConfig
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..data.labels import IGNORED
+from ..recipe.keys import Recipe
 
 Scores = tuple[Tensor, Tensor, Tensor]
 
@@ -31,6 +33,16 @@ def has_scaled_logits(config: PreTrainedConfig) -> bool:
     """Whether the model's logits are not its head's, or its loss has the routers' in it."""
     scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
     return any(getattr(config, name, None) for name in scales) or getattr(config, "output_router_logits", False)
+
+
+def check_objective(recipe: Recipe, key: str, config: PreTrainedConfig, args: SFTConfig) -> None:
+    """Raise RecipeError where an objective can't be computed: from scaled logits, or parts of rows."""
+    if has_scaled_logits(config):
+        raise recipe.error(key, f"not supported: {config.model_type} scales its logits; use_dft_loss is supported")
+    if getattr(args.parallelism_config, "non_data_parallel_size", 1) > 1:
+        raise recipe.error(
+            key, "requires complete rows on each process; launch with accelerate_configs/multi_gpu.yaml"
+        )
 
 
 def score_labelled_positions_only(

@@ -16,6 +16,7 @@ from pydantic.json_schema import JsonSchemaValue
 
 from ..errors import RecipeError
 from .keys_of_trl import OURS_TOO, SftKeys
+from .methods import AdvancedKeys
 from .types import (
     Attention,
     Count,
@@ -33,89 +34,49 @@ from .types import (
     Whole,
     from_json,
 )
-
-
-def _key(default: Any, help: str, to: str = "", unit: str = "", **limits: Any) -> Any:
-    """A key of the recipe. `to`: what it is called on TRL's side, if it has another name there."""
-    return Field(default, description=help, json_schema_extra={"to": to, "unit": unit}, **limits)
-
+from .types import key as _key
 
 # --------------------------------------------------------------------------------------------------------------------
 # The keys, in the groups of LLaMA-Factory's recipes
 
 
 class ModelKeys(BaseModel):
-    model_name_or_path: Location = _key(..., "The base model: a hub id or a local folder.")
-    model_revision: str = _key("main", "Branch, tag or commit of the model on the hub.", "from_pretrained(revision)")
-    trust_remote_code: bool = _key(False, "Run code that comes with the model.")
-    cache_dir: Location | None = _key(None, "Where downloaded models are kept.", "from_pretrained(cache_dir)")
-    use_fast_tokenizer: bool = _key(True, "Use the Rust tokenizer.", "from_pretrained(use_fast)")
-    adapter_name_or_path: Locations = _key([], "LoRA adapters to start from, with commas between them.")
+    model_name_or_path: Location = _key(..., "Base model: a hub ID or a local folder")
+    model_revision: str = _key("main", "Branch, tag or commit of the model on the hub", "from_pretrained(revision)")
+    trust_remote_code: bool = _key(False, "Run the code in the model's repository")
+    cache_dir: Location | None = _key(None, "Cache folder for downloaded models", "from_pretrained(cache_dir)")
+    use_fast_tokenizer: bool = _key(True, "Use the Rust tokenizer", "from_pretrained(use_fast)")
+    adapter_name_or_path: Locations = _key([], "LoRA adapters to start from, separated by commas")
     flash_attn: Attention = _key(
-        "auto", "Attention kernel; fa2 without flash-attn falls back to sdpa.", "from_pretrained(attn_implementation)"
+        "auto",
+        "Attention implementation; fa2 falls back to sdpa without flash-attn",
+        "from_pretrained(attn_implementation)",
     )
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = _key(
-        None, "Stretch the position embeddings to cutoff_len.", "config.rope_parameters"
+        None, "Scale the position embeddings to cutoff_len", "config.rope_parameters"
     )
-    enable_liger_kernel: bool = _key(False, "Patch the model with Liger's Triton kernels.", "use_liger_kernel")
-    moe_aux_loss_coef: Number | None = _key(None, "Weight of a mixture's balancing loss.", "router_aux_loss_coef")
-    quantization_bit: Literal[4, 8] | None = _key(None, "Quantize the base model (LoRA only).", "load_in_4bit/8bit")
-    quantization_method: Literal["bnb", "bitsandbytes"] = _key("bnb", "Who quantizes: bitsandbytes.")
-    quantization_type: Literal["nf4", "fp4"] = _key("nf4", "4-bit data type.", "bnb_4bit_quant_type")
-    double_quantization: bool = _key(True, "Quantize the 4-bit scales too.", "bnb_4bit_use_double_quant")
+    enable_liger_kernel: bool = _key(False, "Use Liger's Triton kernels", "use_liger_kernel")
 
 
 class MethodKeys(BaseModel):
-    stage: Stage = _key("sft", "The stage of training; sft is the one that runs here.")
-    do_train: bool = _key(False, "Train.")
+    stage: Stage = _key("sft", "Training stage")
+    do_train: bool = _key(False, "Train")
     finetuning_type: Literal["full", "freeze", "lora", "oft"] = _key(
-        "full", "Train every weight (full), those of some layers (freeze) or an adapter (lora, oft)."
+        "full", "Train all weights (full), some layers (freeze) or an adapter (lora, oft)"
     )
-    pure_bf16: bool = _key(False, "Master weights in bfloat16: half the memory, small updates are lost.", "dtype")
-    lora_rank: Count = _key(8, "Rank of the adapter.", "LoraConfig(r)")
-    lora_alpha: Count | None = _key(None, "Scale of the adapter; twice the rank if omitted.", "LoraConfig")
-    lora_dropout: Number = _key(0.0, "Dropout before the adapter.", "LoraConfig", ge=0, lt=1)
-    lora_target: Names = _key(["all"], "Modules to adapt; all is every linear layer but the head.", "target_modules")
-    additional_target: Names = _key([], "Modules to train whole and save beside the adapter.", "modules_to_save")
-    use_rslora: bool = _key(False, "Scale by alpha/sqrt(rank).", "LoraConfig")
-    use_dora: bool = _key(False, "Weight-decomposed LoRA.", "LoraConfig")
-    loraplus_lr_ratio: Number | None = _key(None, "LoRA+: learning rate of B over that of A.", "the optimizer")
-    loraplus_lr_embedding: Number = _key(1e-6, "LoRA+: learning rate of adapted embeddings.", "the optimizer", ge=0)
-    pissa_init: bool = _key(False, "Start the adapter from the weight's principal directions.", "init_lora_weights")
-    pissa_iter: Whole = _key(16, "Iterations of PiSSA's fast SVD; -1 is an exact SVD.", "init_lora_weights", ge=-1)
-    oft_rank: Whole = _key(0, "OFT: blocks in each layer; needs oft_block_size: 0.", "OFTConfig(r)", ge=0)
-    oft_block_size: Whole = _key(32, "OFT: size of a block.", "OFTConfig", ge=0)
-    oft_target: Names = _key(["all"], "OFT: modules to adapt, as lora_target.", "target_modules")
-    module_dropout: Number = _key(0.0, "OFT: share of blocks left out of a step.", "OFTConfig", ge=0, lt=1)
-    create_new_adapter: bool = _key(False, "Merge adapter_name_or_path into the base and train a new adapter.")
-    freeze_trainable_layers: Whole = _key(2, "Train the last so many layers; the first, if negative.", unit="layers")
-    freeze_trainable_modules: Names = _key(["all"], "Modules of those layers that are trained (self_attn, mlp, ...).")
-    freeze_extra_modules: Names = _key([], "Modules outside the layers that are trained too (norm, ...).")
-    use_llama_pro: bool = _key(False, "LLaMA Pro: train every n-th layer, freeze_trainable_layers in all.")
-    use_galore: bool = _key(False, "GaLore's optimizer (full only).", "optim, optim_args, optim_target_modules")
-    galore_target: Names = _key(["all"], "Modules that GaLore projects.", "optim_target_modules")
-    galore_rank: Count = _key(16, "Rank of GaLore's gradients.", "optim_args")
-    galore_update_interval: Count = _key(200, "Steps between two projections.", "optim_args", unit="steps")
-    galore_scale: Number = _key(2.0, "GaLore's scale.", "optim_args", gt=0)
-    galore_proj_type: Literal["std", "reverse_std", "right", "left", "full"] = _key("std", "Projection.", "optim_args")
-    galore_layerwise: bool = _key(False, "Update layer by layer.", "optim")
-    use_apollo: bool = _key(False, "APOLLO's optimizer (full only).", "optim, optim_args, optim_target_modules")
-    apollo_target: Names = _key(["all"], "Modules that APOLLO projects.", "optim_target_modules")
-    apollo_rank: Count = _key(16, "Rank of APOLLO's gradients.", "optim_args")
-    apollo_update_interval: Count = _key(200, "Steps between two projections.", "optim_args", unit="steps")
-    apollo_scale: Number = _key(32.0, "APOLLO's scale.", "optim_args", gt=0)
-    apollo_proj: Literal["svd", "random"] = _key("random", "How APOLLO finds its projection.", "optim_args")
-    apollo_proj_type: Literal["std", "right", "left"] = _key("std", "Projection.", "optim_args")
-    apollo_scale_type: Literal["channel", "tensor"] = _key("channel", "What shares a scale.", "optim_args")
-    apollo_layerwise: bool = _key(False, "Update layer by layer.", "optim")
-    use_muon: bool = _key(False, "Muon for the matrices inside the layers, AdamW for the rest.", "the optimizer")
-    use_adam_mini: bool = _key(False, "Adam-mini's optimizer (full only).", "the optimizer")
-    use_badam: bool = _key(False, "BAdam: train one block at a time, weights in their file's dtype.", "the optimizer")
-    badam_start_block: Whole | None = _key(None, "The first block; that of badam_switch_mode if omitted.", ge=0)
-    badam_switch_mode: Literal["ascending", "descending", "random", "fixed"] = _key(
-        "ascending", "Which block is next."
+    pure_bf16: bool = _key(False, "Master weights in bfloat16: half the memory, but small updates are lost", "dtype")
+    lora_rank: Count = _key(8, "LoRA: rank", "LoraConfig(r)")
+    lora_alpha: Count | None = _key(None, "LoRA: scale; default: twice the rank", "LoraConfig")
+    lora_dropout: Number = _key(0.0, "LoRA: dropout", "LoraConfig", ge=0, lt=1)
+    lora_target: Names = _key(
+        ["all"], "LoRA: modules to adapt; all is every linear layer except the head", "target_modules"
     )
-    badam_switch_interval: Count = _key(50, "Steps before the next block.", unit="steps")
+    additional_target: Names = _key([], "Modules to train fully and save with the adapter", "modules_to_save")
+    use_rslora: bool = _key(False, "rsLoRA: scale by alpha/sqrt(rank)", "LoraConfig")
+    use_dora: bool = _key(False, "DoRA: weight-decomposed LoRA", "LoraConfig")
+    loraplus_lr_ratio: Number | None = _key(None, "LoRA+: ratio of the learning rates of B and A", "the optimizer")
+    loraplus_lr_embedding: Number = _key(1e-6, "LoRA+: learning rate of adapted embeddings", "the optimizer", ge=0)
+    create_new_adapter: bool = _key(False, "Merge adapter_name_or_path into the base and train a new adapter")
 
 
 class DatasetKeys(BaseModel):
@@ -207,11 +168,7 @@ class TrainKeys(BaseModel):
     )
     disable_shuffling: bool = _key(False, "Keep the rows in order", "train_sampling_strategy: sequential")
     group_by_length: bool = _key(False, "Batch rows of similar length", "train_sampling_strategy: group_by_length")
-    use_dft_loss: bool = _key(False, "Dynamic fine-tuning loss.", "loss_type: dft")
-    use_eaft_loss: bool = _key(False, "Entropy-adaptive loss: a token weighs as much as the model is uncertain there.")
-    eaft_alpha: Number = _key(1.0, "With use_eaft_loss: exponent of that weight.", ge=0)
-    use_asft_loss: bool = _key(False, "Dynamic fine-tuning loss, held near the model as it was at the start.")
-    asft_alpha: Number = _key(0.1, "With use_asft_loss: weight of the KL divergence from that model.", ge=0)
+    use_dft_loss: bool = _key(False, "Dynamic fine-tuning (DFT) loss", "loss_type: dft")
     deepspeed: Annotated[Location | dict[str, object] | None, BeforeValidator(from_json)] = _key(
         None, "DeepSpeed JSON config; alternatively use accelerate_configs/zero3.yaml"
     )
@@ -276,10 +233,10 @@ class Source:
     notices: tuple[str, ...] = ()
 
 
-GROUPS = (ModelKeys, MethodKeys, DatasetKeys, OutputKeys, TrainKeys, EvalKeys, PredictKeys)
+GROUPS = (ModelKeys, MethodKeys, DatasetKeys, OutputKeys, TrainKeys, EvalKeys, PredictKeys, AdvancedKeys)
 
 
-class Recipe(SftKeys, PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKeys, ModelKeys):
+class Recipe(SftKeys, AdvancedKeys, PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKeys, ModelKeys):
     """Resolved configuration of one run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
@@ -302,6 +259,11 @@ class Recipe(SftKeys, PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys,
     @property
     def trains_adapter(self) -> bool:
         return self.finetuning_type in ("lora", "oft")
+
+    @property
+    def adapters_to_merge(self) -> list[str]:
+        """The adapters to merge into the base before training: all but the last, which is trained further."""
+        return self.adapter_name_or_path if self.create_new_adapter else self.adapter_name_or_path[:-1]
 
     def with_notices(self, *lines: str) -> Self:
         """Return the recipe with more lines to print, without duplicates."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from . import methods
 from .keys import PredictKeys, Recipe
 from .llamafactory import TOKENIZERS_OWN
 
@@ -25,7 +26,7 @@ def resolve(recipe: Recipe) -> Recipe:
             "neat_packing": packing,
             "report_to": _trackers(recipe),
             "flash_attn": "sdpa" if _missing_kernel(recipe) else recipe.flash_attn,
-            "preflight": False if _steps_in_backward(recipe) else recipe.preflight,  # or auto
+            "preflight": False if methods.layerwise_key(recipe) else recipe.preflight,  # or auto
             "do_predict": predict,
             "predict_with_generate": predict,
             "do_sample": sampled if recipe.do_sample is None else recipe.do_sample,
@@ -66,12 +67,11 @@ def _notices(recipe: Recipe, settled: Recipe) -> Iterator[str]:
     unused = [key for key, default in defaults.items() if getattr(recipe, key) not in (default, False)]
     if unused and not settled.do_predict and not recipe.predict_during_eval:
         yield f"{', '.join(unused)}: no effect; do_predict and predict_during_eval generate replies"
-    if key := _steps_in_backward(recipe):
-        yield f"{key}: a run that goes on begins the optimizer anew (no checkpoint has it); no batch is tried before step 1"
     if recipe.trust_remote_code:
         yield "trust_remote_code: the model's own code runs if transformers has none for its architecture"
     if recipe.pure_bf16:
         yield "pure_bf16: bfloat16 keeps 8 bits; at small learning rates most updates round to nothing"
+    yield from methods.notices(recipe)
 
 
 def wandb_is_disabled() -> bool:
@@ -91,59 +91,14 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "interleave_probs", f"expected one share for each of {len(recipe.dataset)} datasets, found {len(shares)}"
     elif shares and (min(shares) < 0 or abs(sum(shares) - 1) > 1e-8):  # numpy's tolerance
         yield "interleave_probs", f"expected shares that sum to 1, found {', '.join(f'{share:g}' for share in shares)}"
-    for key in ("loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init"):
+    for key in ("loraplus_lr_ratio", "use_rslora", "use_dora"):
         if getattr(recipe, key) and recipe.finetuning_type != "lora":
             yield key, "needs finetuning_type: lora"
     # LLaMA-Factory trains an adapter when the key is omitted; a recipe that counts on that must not train every weight.
     for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target"):
         if given(recipe, key) and not given(recipe, "finetuning_type"):
             yield key, "needs finetuning_type: lora, which is not the default here"
-    yield from _losses(recipe)
-    yield from _own_optimizers(recipe)
-    layerwise = _steps_in_backward(recipe)
-    if layerwise and recipe.gradient_accumulation_steps != 1:
-        yield layerwise, "steps at each batch; write gradient_accumulation_steps: 1"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        for alone in filter(None, ("use_badam" if recipe.use_badam else None, layerwise)):
-            yield alone, "trains in one process alone; remove the line"
-
-
-def _losses(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Keys of which each has a loss of its own. Only the usual one is smoothed, TRL's two have the routers' beside them."""
-    asked = [key for key in ("use_eaft_loss", "use_asft_loss", "use_dft_loss") if getattr(recipe, key)]
-    own = [key for key in asked if key != "use_dft_loss"]
-    if given(recipe, "loss_type") and (asked or recipe.loss_type == "dft"):
-        asked.append("loss_type")
-    if asked and recipe.label_smoothing_factor:
-        asked.append("label_smoothing_factor")
-    if own and recipe.moe_aux_loss_coef:
-        asked.append("moe_aux_loss_coef")
-    if len(asked) > 1:
-        yield asked[0], f"{asked[1]} is there too; keep one"
-
-
-def _steps_in_backward(recipe: Recipe) -> str | None:
-    """The key of an optimizer that transformers steps layer by layer, in the backward."""
-    keys = {"use_galore": "galore_layerwise", "use_apollo": "apollo_layerwise"}
-    given_so = [key for use, key in keys.items() if getattr(recipe, use) and getattr(recipe, key)]
-    return next(iter(given_so), "optim" if "layerwise" in str(recipe.optim) else None)
-
-
-def _own_optimizers(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Keys that take the place of `optim`. DeepSpeed flattens the matrices that these optimizers look at."""
-    own = "use_galore use_apollo use_muon use_adam_mini use_badam".split()
-    keys = [key for key in own if getattr(recipe, key)]
-    if not keys:
-        return
-    key, *others = keys + (["loraplus_lr_ratio"] if recipe.loraplus_lr_ratio else [])
-    if others:
-        yield key, f"{others[0]} is on too; keep one"
-    if key != "use_muon" and recipe.finetuning_type != "full":
-        yield key, "needs finetuning_type: full"
-    if recipe.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        yield key, "does not go with deepspeed; remove one"
-    if given(recipe, "optim"):
-        yield key, "optim is there too; keep one"
+    yield from methods.find_conflicts(recipe)  # of the rare methods
 
 
 def given(recipe: Recipe, key: str) -> bool:
@@ -207,19 +162,11 @@ RULES: list[tuple[str, Callable[[Recipe], object], str]] = [
     ("mask_history", lambda r: r.mask_history and r.train_on_prompt, "train_on_prompt asks for the opposite; keep one"),
     ("bf16", lambda r: r.bf16 and r.fp16, "fp16 is on too; keep one"),
     ("pure_bf16", lambda r: r.pure_bf16 and r.fp16, "fp16 is on too; keep one"),
-    ("fp16", lambda r: r.fp16 and r.use_badam, "does not go with use_badam; write bf16: true"),
-    ("badam_switch_mode", lambda r: r.use_badam and r.badam_switch_mode == "fixed" and r.badam_start_block is None, "fixed needs badam_start_block"),
     ("disable_gradient_checkpointing", _keeps_and_drops_activations, "gradient_checkpointing asks for the opposite; keep one"),
     ("global_batch_size", lambda r: r.global_batch_size and r.gradient_accumulation_steps != 1, "gradient_accumulation_steps follows from it; remove that line"),
     ("group_by_length", lambda r: r.group_by_length and r.disable_shuffling, "disable_shuffling is on too; keep one"),
     ("train_sampling_strategy", lambda r: given(r, "train_sampling_strategy") and (r.group_by_length or r.disable_shuffling), "group_by_length or disable_shuffling is on too; keep one"),
     ("create_new_adapter", lambda r: r.create_new_adapter and not r.adapter_name_or_path, "needs adapter_name_or_path"),
     ("adapter_name_or_path", lambda r: r.adapter_name_or_path and not r.trains_adapter, "needs finetuning_type: lora (or oft)"),
-    ("quantization_bit", lambda r: r.quantization_bit and not r.trains_adapter, "a quantized model can't be trained whole; use lora"),
-    ("pissa_init", lambda r: r.pissa_init and r.quantization_bit, "needs a model that is not quantized; remove one"),
-    ("pissa_iter", lambda r: r.pissa_iter == 0, "expected a whole number above 0, or -1 for an exact SVD, found 0"),
-    ("use_llama_pro", lambda r: r.use_llama_pro and r.finetuning_type not in ("freeze", "lora"), "needs finetuning_type: freeze or lora"),
-    ("oft_rank", lambda r: r.finetuning_type == "oft" and bool(r.oft_rank) == bool(r.oft_block_size), "one of oft_rank and oft_block_size has to be 0, the other not"),
-    ("use_asft_loss", lambda r: r.use_asft_loss and r.quantization_bit, "needs a model that is not quantized; remove one"),
 ]
 # fmt: on

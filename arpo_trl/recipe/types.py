@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import re
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -15,6 +15,12 @@ from .yaml_file import shorten
 
 if TYPE_CHECKING:
     import regex
+
+
+def key(default: Any, help: str, to: str = "", unit: str = "", **limits: Any) -> Any:
+    """Return a field of a recipe. `to`: its name in TRL, transformers or PEFT, if it has another name there."""
+    return Field(default, description=help, json_schema_extra={"to": to, "unit": unit}, **limits)
+
 
 LARGEST = 2**31 - 1  # torch and numpy multiply counts of rows, tokens and steps in 64 bits
 

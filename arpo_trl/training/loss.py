@@ -1,43 +1,16 @@
-"""The losses that TRL does not have, and the tokens that a batch trains on."""
+"""The tokens that a batch trains on."""
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.labels import IGNORED
-from ..model.token_scores import Objective
-from ..recipe.keys import Recipe
 
 Batch = dict[str, Tensor]
 """What the collator makes; of rows laid end to end the longest row's length, too, as an int."""
-
-
-def to_objective(recipe: Recipe) -> Objective | None:
-    """The recipe's loss where TRL has none of its name."""
-    if recipe.use_eaft_loss:
-        return functools.partial(entropy_adaptive, alpha=recipe.eaft_alpha)
-    return functools.partial(anchored, alpha=recipe.asft_alpha) if recipe.use_asft_loss else None
-
-
-def entropy_adaptive(log_probs: Tensor, log_softmax: Tensor, reference: None, alpha: float) -> Tensor:
-    """EAFT, https://arxiv.org/abs/2601.02151: a label weighs as much as the model is uncertain there.
-
-    The weight is (the entropy of the 20 likeliest tokens / 3) ** alpha, as in LLaMA-Factory; 3 is about ln 20.
-    """
-    with torch.no_grad():
-        likeliest = log_softmax.topk(min(20, log_softmax.shape[-1])).values.log_softmax(-1)
-        entropy = -(likeliest.exp() * likeliest).sum(-1)
-    return log_probs * (entropy / 3) ** alpha
-
-
-def anchored(log_probs: Tensor, log_softmax: Tensor, reference: Tensor, alpha: float) -> Tensor:
-    """ASFT, https://arxiv.org/abs/2509.23753: DFT, and alpha times the KL divergence from the reference model."""
-    divergence = nn.functional.kl_div(log_softmax, reference, reduction="none", log_target=True).sum(-1)
-    return log_probs * log_probs.exp().detach() - alpha * divergence
 
 
 def mask_repeated_rows(batch: Batch, new: int, packed: bool) -> None:

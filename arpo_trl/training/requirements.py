@@ -22,8 +22,8 @@ from ..data.files import check_datasets
 from ..data.registry import select_datasets
 from ..errors import DatasetError, RecipeError
 from ..machine import nearest_existing_parent
+from ..recipe import methods
 from ..recipe.keys import Recipe
-from ..recipe.packages import OPTIMIZERS, PACKED
 from ..report.trackers import missing_trackers
 from ..run_folder import MANIFEST, read_json
 
@@ -49,9 +49,8 @@ def check_inputs(recipe: Recipe) -> Recipe:
         RecipeError: all that is not there, each with the line of its key.
     """
     missing = [*_files(recipe), *_models(recipe)]
-    method = "" if missing else _packed_with(recipe).get("quant_method", "")
-    if method:
-        missing += _on_packed(recipe, method)
+    config = {} if missing else _base_config(recipe)
+    missing += methods.quantized_conflicts(recipe, config)
     if recipe.do_train and not missing:
         missing += _output_dir(recipe)
     lines = [str(recipe.error(key, what)) for key, what in missing]
@@ -65,9 +64,7 @@ def check_inputs(recipe: Recipe) -> Recipe:
         lines.append(str(error))
     if lines:
         raise RecipeError(lines)
-    if method and recipe.quantization_bit:
-        unread = recipe.error("quantization_bit", f"has no effect: the model is quantized with {method.upper()}")
-        recipe = recipe.model_copy(update={"quantization_bit": None}).with_notices(str(unread))
+    recipe = methods.keep_quantization(recipe, config)
     if why_no_hub.cache_info().currsize and (why := why_no_hub()) not in (None, SET_OFFLINE):
         return recipe.with_notices(f"{recipe.path}: {why}; what the hub would give is taken from its cache")
     return recipe
@@ -91,6 +88,8 @@ def check_device(recipe: Recipe) -> None:
     """
     import torch
 
+    from ..model.methods.chosen import methods_of  # it imports torch
+
     missing = []
     if not torch.accelerator.is_available():
         for key in ("activation_offloading", "tf32"):
@@ -98,13 +97,10 @@ def check_device(recipe: Recipe) -> None:
                 missing.append((key, "needs a GPU; remove the line"))
         if recipe.flash_attn == "flex" and recipe.do_train:
             missing.append(("flash_attn", "flex attention trains on GPUs only; write sdpa"))
-        if recipe.do_train and _packed_with(recipe).get("nbits_per_codebook") == 8:
-            what = "aqlm 1.1.7 has no backward for codebooks of 8 bits on a CPU; name a model with 16 (1x16)"
-            missing.append(("model_name_or_path", what))
-    if recipe.use_muon and not hasattr(torch.optim, "Muon"):
-        missing.append(("use_muon", "needs torch 2.9 or later; remove the line"))
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         missing.append(("bf16", "this GPU has no bfloat16; write bf16: false (fp16: true is faster)"))
+    for method in methods_of(recipe):
+        missing += method.find_missing()
     _raise(recipe, missing)
 
 
@@ -190,33 +186,15 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
             )
 
 
-def _packed_with(recipe: Recipe) -> dict[str, Any]:
-    """How the base is quantized, if by a name in `PACKED`. What else is wrong with its config, loading it says."""
+def _base_config(recipe: Recipe) -> dict[str, Any]:
+    """Return the base's config.json; empty if it can't be read, which loading the model reports."""
     folder = Path(recipe.model_name_or_path)
     path = folder / "config.json" if isdir(folder) else _from_hub(recipe.model_name_or_path, "config.json", recipe)
     try:
-        packed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["quantization_config"] if path else {}
-        return packed if packed["quant_method"] in PACKED else {}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        config = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError, RecursionError):
         return {}
-
-
-def _on_packed(recipe: Recipe, method: str) -> Iterator[tuple[str, str]]:
-    """What a base that is quantized with `method` lacks, and what can't be done with it."""
-    base = f"{recipe.model_name_or_path} is quantized with {method.upper()}"
-    if missing := [package for package in PACKED[method].split() if importlib.util.find_spec(package) is None]:
-        yield (
-            "model_name_or_path",
-            f"{base}, which needs {' and '.join(missing)}; pip install {' '.join(missing)}, or name the model that is "
-            "not quantized, with quantization_bit: 4 to save memory",
-        )
-    if recipe.do_train and not recipe.trains_adapter:
-        yield "finetuning_type", f"{base} and can't be trained whole; write finetuning_type: lora"
-    for key in ("use_dora", "pissa_init", "use_asft_loss"):
-        if getattr(recipe, key) and (key, method) != ("use_dora", "bitsandbytes"):
-            yield key, f"{base}, which does not go with it; remove the line"
-    if len(recipe.adapter_name_or_path) > (not recipe.create_new_adapter):
-        yield "adapter_name_or_path", f"{base}, and no adapter can be merged into it; train on one, not on a new one"
+    return config if isinstance(config, dict) else {}
 
 
 @functools.cache
@@ -259,19 +237,8 @@ def _packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     elif isinstance(recipe.deepspeed, str) and (wrong := _no_json_file(recipe.deepspeed)):
         yield "deepspeed", f"{wrong}. accelerate_configs/zero3.yaml needs no such file"
-    of_optim = [
-        package for words, package in OPTIMIZERS.items() if any(word in recipe.optim for word in words.split())
-    ]
-    needs = {
-        "quantization_bit": recipe.quantization_bit and "bitsandbytes",
-        "enable_liger_kernel": recipe.enable_liger_kernel and "liger_kernel",
-        "use_galore": recipe.use_galore and "galore_torch",
-        "use_apollo": recipe.use_apollo and "apollo_torch",
-        "use_adam_mini": recipe.use_adam_mini and "adam_mini",
-        "use_badam": recipe.use_badam and "badam",
-        "optim": of_optim and of_optim[0],
-    }
-    for key, package in needs.items():
-        if package and importlib.util.find_spec(package) is None:
+    packages = methods.PACKAGES | {"enable_liger_kernel": "liger_kernel"} | methods.optim_package(recipe.optim)
+    for key, package in packages.items():
+        if getattr(recipe, key) and importlib.util.find_spec(package) is None:
             name = "torch-optimi" if package == "optimi" else package
             yield key, f"needs {package}, which is not installed; pip install {name}, or remove the line"

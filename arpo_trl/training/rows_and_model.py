@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pyarrow.compute as pc
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData
-from ..model.sft_config import load_model_config, splits_model
-from ..model.token_scores import has_scaled_logits
+from ..model.base_config import load_config
+from ..model.methods.chosen import methods_of
 from ..recipe.keys import Recipe
 
 _RESIZE = "resize the model once (model.resize_token_embeddings(len(tokenizer))), save both and name that folder"
@@ -26,8 +26,9 @@ def check_fit(recipe: Recipe, args: SFTConfig, data: PreparedData, tokenizer: Pr
     if counted and args.dataloader_drop_last and len(rows) < at_once:
         what = f"drops every row: {len(rows):,} are fewer than the {at_once:,} of one batch; remove the line"
         raise recipe.error("dataloader_drop_last", f"{what}, or lower per_device_train_batch_size")
-    config = load_model_config(recipe).get_text_config()
-    _refuse_loss(recipe, args, config)
+    config = load_config(recipe).get_text_config()
+    for method in methods_of(recipe):
+        method.check_config(config, args)
     size = getattr(config, "vocab_size", None)
     if size is None:
         return
@@ -39,18 +40,6 @@ def check_fit(recipe: Recipe, args: SFTConfig, data: PreparedData, tokenizer: Pr
         what = f"{recipe.model_name_or_path} has embeddings for {size:,} tokens, and {where} has token {token:,}"
         name = tokenizer.convert_ids_to_tokens(token)
         raise recipe.error("model_name_or_path", f"{what} ({name!r}); {_RESIZE}")
-
-
-def _refuse_loss(recipe: Recipe, args: SFTConfig, config: PreTrainedConfig) -> None:
-    """The losses that TRL does not have see plain logits and whole rows, and ASFT's a whole second model."""
-    key = "use_eaft_loss" if recipe.use_eaft_loss else "use_asft_loss" if recipe.use_asft_loss else None
-    if key and has_scaled_logits(config):
-        raise recipe.error(key, f"{config.model_type} scales its logits, which this loss does not; use_dft_loss does")
-    needs = "whole rows" if getattr(args.parallelism_config, "non_data_parallel_size", 1) > 1 else None
-    if recipe.use_asft_loss and splits_model(recipe):
-        needs = "a whole second model"
-    if key and needs:
-        raise recipe.error(key, f"needs {needs} on each process; launch with accelerate_configs/multi_gpu.yaml")
 
 
 def _beyond(rows: Dataset, size: int) -> list[tuple[int, str]]:

@@ -20,10 +20,10 @@ from ..data.tokenizer import load_template
 from ..errors import RunFailed, in_one_line
 from ..generate.predict import predict, refuse_split_model
 from ..machine import full_disk_as_run_failed
-from ..model.adapters import keep_adapter_in_float32, turn_pissa_into_lora
+from ..model.adapters import keep_adapter_in_float32
 from ..model.memory import memory_to_spare
-from ..model.model import frozen_copy, load_model, stop_after_calls
-from ..model.optimizers import ProjectionsOnResume, to_optimizer
+from ..model.methods.chosen import methods_of, trainer_kwargs
+from ..model.model import load_model, stop_after_calls
 from ..model.sft_config import to_sft_config
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
@@ -43,7 +43,6 @@ from .callbacks import (
     log_by_step,
 )
 from .evaluate import eval_datasets, run_without_training, to_inference
-from .loss import to_objective
 from .output_dir import clear_earlier_run, find_resume_point, own_output_dir, write_start_files
 from .preflight import require_separate_rows, run_preflight
 from .requirements import check_device, check_environment
@@ -163,11 +162,9 @@ def make_trainer(
         train_dataset=data.train,
         eval_dataset=eval_datasets(recipe, data),
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=to_optimizer(recipe, args),
         rows=data.train if isinstance(data.train, Dataset) else None,  # a stream would have to be read again
         on_save_error=recipe.on_save_error,
-        objective=to_objective(recipe),
-        reference=frozen_copy(model, args) if recipe.use_asft_loss else None,
+        **trainer_kwargs(recipe, model, args),
     )
     refuse_split_model(recipe, trainer.is_fsdp_enabled)
     keep_adapter_in_float32(model)
@@ -186,7 +183,6 @@ def add_callbacks(
     for callback in (
         PredictOnEvaluate(recipe, trainer, data) if recipe.predict_during_eval else None,
         StopEarly(recipe.early_stopping_steps) if recipe.early_stopping_steps else None,  # may read predict's scores
-        ProjectionsOnResume(trainer.args.optim),
         stop,
         TrainerLog(Path(recipe.output_dir) / "trainer_log.jsonl", recipe.plot_loss),
         SaveAfterEpochEnd(),
@@ -214,7 +210,8 @@ def save_and_evaluate(recipe: Recipe, trainer: ArpoTrainer, saved_dtype: torch.d
     metrics = trainer.evaluate_final_weights() if args.do_eval and not rounds else {}
     trainer.save_final_model(saved_dtype)
     if trainer.is_world_process_zero():
-        turn_pissa_into_lora(trainer.model, Path(recipe.output_dir))
+        for method in methods_of(recipe):
+            method.finish(trainer.model, Path(recipe.output_dir))
     return trainer.evaluate_final_weights() if args.do_eval and rounds else metrics
 
 

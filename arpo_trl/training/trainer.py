@@ -26,6 +26,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import RunFailed
 from ..machine import is_out_of_memory
+from ..model.methods.moe import router_loss_kept
 from ..model.token_scores import Objective, score_labelled_positions_only
 from .checkpoints import CheckpointWriter, checkpoint_bytes
 from .failures import describe_not_finite, describe_out_of_memory, find_sources
@@ -89,11 +90,8 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         # Trainer would replace a NaN loss by the running average and log 0; training_step raises instead.
         args.logging_nan_inf_filter = False
         self.window, self.speed = Window(), Speed()
-        text_config = kwargs["model"].config.get_text_config()
-        coefficient = getattr(text_config, "router_aux_loss_coef", None)
-        super().__init__(args=args, **kwargs)
-        if coefficient is not None and not self.aux_loss_enabled:
-            text_config.router_aux_loss_coef = coefficient  # TRL sets 0 without router_aux_loss_coef
+        with router_loss_kept(kwargs["model"].config):
+            super().__init__(args=args, **kwargs)
         self.rows = rows
         self.batches: list[Batch] = []  # of the update in progress
         self._sums: list[Tensor] = []  # of each batch, see _score

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Trainer
 from arpo_trl.machine import free_memory
 from arpo_trl.model import memory
 from arpo_trl.model.memory import Memory, describe_memory, estimate_memory, memory_to_spare, model_shape
-from arpo_trl.model.model import frozen_copy, load_model
+from arpo_trl.model.methods.asft import frozen_copy
+from arpo_trl.model.model import load_model
 from arpo_trl.model.sft_config import to_sft_config
 from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import Recipe

@@ -17,15 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GptOssConfig, LlamaConfig
 
 from arpo_trl.errors import RecipeError
-from arpo_trl.model.adapters import keep_adapter_in_float32, trained_blocks, turn_pissa_into_lora
+from arpo_trl.model.adapters import keep_adapter_in_float32
 from arpo_trl.model.merge import merge
-from arpo_trl.model.model import frozen_copy, load_model
-from arpo_trl.model.optimizers import ProjectionsOnResume, to_optimizer
-from arpo_trl.model.sft_config import to_sft_config, unpack_whole
+from arpo_trl.model.methods.chosen import methods_of, trainer_kwargs
+from arpo_trl.model.methods.freeze import trained_layers
+from arpo_trl.model.methods.quantized import dequantized
+from arpo_trl.model.model import load_model
+from arpo_trl.model.sft_config import to_sft_config
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.run_folder import checkpoint_step, list_checkpoints
 from arpo_trl.training.checkpoints import find_problem, newest_complete_checkpoint
-from arpo_trl.training.loss import to_objective
 from arpo_trl.training.trainer import ArpoTrainer
 
 OFT = {"finetuning_type": "oft", "oft_block_size": 16, "module_dropout": 0.2}
@@ -68,16 +69,14 @@ def run(given: Recipe, resume: bool = False) -> Any:
         args=args,
         train_dataset=Dataset.from_list(ROWS),
         processing_class=AutoTokenizer.from_pretrained(given.model_name_or_path),
-        optimizer_cls_and_kwargs=to_optimizer(given, args),
-        objective=to_objective(given),
-        reference=frozen_copy(model, args) if given.use_asft_loss else None,
+        **trainer_kwargs(given, model, args),
     )
     keep_adapter_in_float32(model)
-    trainer.add_callback(ProjectionsOnResume(args.optim))
     checkpoint = newest_complete_checkpoint(Path(given.output_dir))[0] if resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_final_model(dtype)
-    turn_pissa_into_lora(model, Path(given.output_dir))
+    for method in methods_of(given):
+        method.finish(model, Path(given.output_dir))
     return trainer
 
 
@@ -243,9 +242,9 @@ def test_loraplus_gives_b_its_own_learning_rate(tmp_path: Path, tiny_model: Path
 
 
 def create_optimizer(given: Recipe, model: Any) -> torch.optim.Optimizer:
-    factory, kwargs = to_optimizer(given, to_sft_config(given)) or (None, {})
-    assert factory is not None
-    return factory()(model, **kwargs)
+    factory, kwargs = trainer_kwargs(given, model, to_sft_config(given))["optimizer_cls_and_kwargs"]
+    optimizer: torch.optim.Optimizer = factory()(model, **kwargs)
+    return optimizer
 
 
 # --- mixtures of experts ---
@@ -295,7 +294,9 @@ def test_what_peft_has_not_for_fused_experts_is_refused_with_a_way_out(tmp_path:
         load_model(recipe(tmp_path, base, lora_target="q_proj,gate_proj"))
     load_model(recipe(tmp_path, base, lora_target="q_proj,gate_proj,up_proj"))
     for keys in ({"lora_dropout": 0.1}, {"use_dora": True}, {"pissa_init": True}):
-        with pytest.raises(RecipeError, match=rf"{next(iter(keys))}: PEFT's LoRA of experts has none"):
+        with pytest.raises(
+            RecipeError, match=rf"{next(iter(keys))}: not supported by PEFT's LoRA of experts; remove the line"
+        ):
             load_model(recipe(tmp_path, base, **keys))
         load_model(recipe(tmp_path, base, **keys, lora_target="q_proj,v_proj"))
 
@@ -320,7 +321,7 @@ def test_oft_trains_what_peft_trains(tmp_path: Path, tiny_model: Path) -> None:
 )
 def test_llama_pro_trains_every_nth_layer(layers: int, count: int, trained: list[int], tmp_path: Path) -> None:
     given = recipe(tmp_path, tmp_path, freeze_trainable_layers=count, use_llama_pro=True)
-    assert list(trained_blocks(given, layers)) == trained
+    assert list(trained_layers(given, layers)) == trained
 
 
 def test_llama_pro_adapts_the_trained_layers_alone(tmp_path: Path, tiny_model: Path) -> None:
@@ -442,7 +443,7 @@ def test_a_base_in_four_or_eight_bit_floats_is_unpacked_and_trains(
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
 
-    assert unpack_whole(AutoConfig.from_pretrained(base))["quantization_config"].dequantize
+    assert dequantized(AutoConfig.from_pretrained(base))["quantization_config"].dequantize
     given = recipe(tmp_path / "run", base, finetuning_type=method, bf16=True)
     loaded = load_model(given)[0]
     names = dict((loaded.get_base_model() if isinstance(loaded, PeftModel) else loaded).named_parameters())
@@ -524,7 +525,7 @@ def test_badam_goes_on_in_its_block(mode: str, steps: tuple[int], tmp_path: Path
 def test_a_checkpoint_of_another_optimizer_is_refused_by_badam(tmp_path: Path, tiny_model: Path) -> None:
     keys = {"finetuning_type": "full", "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     run(recipe(tmp_path, tiny_model, **keys))
-    with pytest.raises(RecipeError, match="use_badam: the checkpoint has no block to go on with"):
+    with pytest.raises(RecipeError, match="use_badam: the checkpoint is of another optimizer; set a new output_dir"):
         run(recipe(tmp_path, tiny_model, **keys | BADAM | {"max_steps": 2}), resume=True)
 
 
@@ -632,25 +633,25 @@ def test_a_4_bit_base_has_the_same_gradients_after_an_evaluation(tmp_path: Path,
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"model_name_or_path": "/nowhere/model"}, "model_name_or_path: /nowhere/model could not be loaded"),
-        ({"adapter_name_or_path": "/nowhere/a"}, "adapter_name_or_path: /nowhere/a could not be loaded"),
+        ({"model_name_or_path": "/nowhere/model"}, "model_name_or_path: /nowhere/model can't be loaded ("),
+        ({"adapter_name_or_path": "/nowhere/a"}, "adapter_name_or_path: /nowhere/a can't be loaded ("),
         (
             {"lora_target": "q_proj,v_porj"},
-            "lora_target: no module v_porj; there are down_proj, embed_tokens, gate_proj, k_proj, o_proj, q_proj,",
+            "lora_target: no module v_porj; expected some of down_proj, embed_tokens, gate_proj, k_proj, o_proj, q_proj,",
         ),
         (
             {"additional_target": "norm,embed_tokn"},
-            "additional_target: no module embed_tokn; there are down_proj, emb",
+            "additional_target: no module embed_tokn; expected some of down_proj, emb",
         ),
-        ({"moe_aux_loss_coef": 0.1}, "moe_aux_loss_coef: qwen2 has no router whose loss could be added; remove"),
+        ({"moe_aux_loss_coef": 0.1}, "moe_aux_loss_coef: not supported: qwen2 has no router; remove the line"),
         ({"quantization_bit": 4, "adapter_name_or_path": "/a,/b"}, "/a can't be merged into a quantized base"),
         (
             {"finetuning_type": "freeze", "freeze_trainable_modules": "mlpp"},
-            "no module mlpp; there are all, input_layernorm, mlp",
+            "no module mlpp; expected some of all, input_layernorm, mlp",
         ),
         (
             {"finetuning_type": "freeze", "freeze_extra_modules": "head"},
-            "no module head; there are embed_tokens, norm",
+            "no module head; expected some of embed_tokens, norm",
         ),
         (
             {"finetuning_type": "freeze", "freeze_trainable_layers": 0},
@@ -658,10 +659,13 @@ def test_a_4_bit_base_has_the_same_gradients_after_an_evaluation(tmp_path: Path,
         ),
         (
             {"finetuning_type": "freeze", "freeze_trainable_layers": 3, "use_llama_pro": True},
-            "freeze_trainable_layers: use_llama_pro trains every n-th of 2 layers, found 3",
+            "freeze_trainable_layers: expected a divisor of the 2 layers for use_llama_pro, found 3",
         ),
-        ({"finetuning_type": "oft", "oft_target": "q_prj"}, "oft_target: no module q_prj; there are"),
-        ({"pissa_init": True, "use_dora": True}, "pissa_init: can't become plain LoRA at the end with use_dora"),
+        ({"finetuning_type": "oft", "oft_target": "q_prj"}, "oft_target: no module q_prj; expected some of"),
+        (
+            {"pissa_init": True, "use_dora": True},
+            "pissa_init: can't be converted to plain LoRA with use_dora; remove one",
+        ),
     ],
 )
 def test_what_cannot_be_loaded_is_told_in_one_line(
@@ -683,9 +687,9 @@ def rename(file: Path, kept: str, prefix: str = "") -> None:
 @pytest.mark.parametrize(
     ("kept", "prefix", "layers", "words"),
     [
-        ("", "base_model.model.", 2, "27 missing keys, lm_head.weight first"),  # of a merge gone wrong
-        ("layers.0", "", 2, "15 missing keys, lm_head.weight first"),
-        ("", "", 1, "12 unexpected keys, model.layers.1.input_layernorm.weight first"),
+        ("", "base_model.model.", 2, "27 missing keys, the first is lm_head.weight"),  # of a merge gone wrong
+        ("layers.0", "", 2, "15 missing keys, the first is lm_head.weight"),
+        ("", "", 1, "12 unexpected keys, the first is model.layers.1.input_layernorm.weight"),
     ],
 )
 def test_weights_that_do_not_fit_the_config_are_refused(
@@ -698,7 +702,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(
     values = json.loads(config.read_text(encoding="utf-8"))
     values |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
     config.write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(RecipeError, match=f"weights do not fit its config.json: {words}; expected the files of one"):
+    with pytest.raises(RecipeError, match=f"weights don't match its config.json: {words}; expected the files of one"):
         load_model(recipe(tmp_path / "run", tmp_path / "base"))
 
 
@@ -711,7 +715,7 @@ def test_an_adapter_that_lacks_modules_is_refused(
 ) -> None:
     shutil.copytree(adapters[0], tmp_path / "adapter")
     rename(tmp_path / "adapter" / "adapter_model.safetensors", kept, prefix)
-    with pytest.raises(RecipeError, match=rf"adapter_name_or_path: \S+ could not be loaded: {words}"):
+    with pytest.raises(RecipeError, match=rf"adapter_name_or_path: \S+ can't be loaded \({words}"):
         load_model(recipe(tmp_path / "run", tiny_model, adapter_name_or_path=str(tmp_path / "adapter")))
 
 
@@ -724,7 +728,7 @@ def test_an_adapter_of_a_deeper_model_is_refused(kind: str, tmp_path: Path, tiny
     deeper = {name.replace("layers.1", "layers.2"): tensor for name, tensor in load_file(file).items()}
     save_file(load_file(file) | deeper, file, {"format": "pt"})
     keys = {"finetuning_type": kind, "adapter_name_or_path": str(tmp_path / "adapter")}
-    with pytest.raises(RecipeError, match=r"does not fit the model, which has no module for \S+layers\.2\."):
+    with pytest.raises(RecipeError, match=r"is of another model: this one has no module for \S+layers\.2\."):
         load_model(recipe(tmp_path / "run", tiny_model, **keys))
 
 

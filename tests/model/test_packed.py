@@ -109,7 +109,7 @@ def test_a_whole_run_checks_trains_and_evaluates(
     )
     assert train(given) == 0
     said = capsys.readouterr().out
-    assert f"quantization_bit: has no effect: the model is quantized with {method.upper()}" in said
+    assert f"quantization_bit: ignored: the model is already quantized with {method.upper()}" in said
     trained = sum(tensor.numel() for tensor in load_file(tmp_path / "run" / "adapter_model.safetensors").values())
     assert f"{base}: {trained:,} parameters trained beside a quantized base" in said
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
@@ -181,7 +181,9 @@ def test_a_base_that_bitsandbytes_saved_trains_too(bits: int, tiny_model: Path, 
 
 @METHODS
 def test_an_unknown_target_is_told_with_those_that_are_there(method: str, base: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no module q_prj; there are down_proj, embed_tokens, gate_proj, k_proj, "):
+    with pytest.raises(
+        RecipeError, match="no module q_prj; expected some of down_proj, embed_tokens, gate_proj, k_proj, "
+    ):
         load_model(recipe(tmp_path / "out", base, lora_target="q_prj"))
 
 

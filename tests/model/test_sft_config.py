@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from trl import SFTConfig
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.model import sft_config as trl_config
 from arpo_trl.model.adapters import new_adapter
-from arpo_trl.model.sft_config import model_init_kwargs, to_adapter_config, to_quantization_config, to_sft_config
+from arpo_trl.model.methods.pissa import Pissa
+from arpo_trl.model.methods.qlora import Qlora, to_bitsandbytes_config
+from arpo_trl.model.sft_config import model_init_kwargs, to_lora_config, to_sft_config
 from arpo_trl.recipe import Recipe
 from arpo_trl.recipe.keys import keys
 
@@ -249,20 +251,27 @@ def test_all_adapts_every_linear_layer_but_the_head(recipe_of: Any, tiny_model: 
     assert adapted(recipe_of("lora_target=q_proj, v_proj"), tiny_model) == {"q_proj", "v_proj"}
 
 
-def test_the_adapters_keys_reach_peft(recipe_of: Any) -> None:
-    config = to_adapter_config(recipe_of("lora_rank=4"), tied=True)
+def test_the_adapters_keys_reach_peft(recipe_of: Any, tiny_model: Path) -> None:
+    config = to_lora_config(recipe_of("lora_rank=4"), tied=True)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0)
     assert config.init_lora_weights is True and config.modules_to_save is None
     lines = ["lora_alpha=3", "lora_dropout=0.1", "use_rslora=true", "use_dora=true", "additional_target=embed_tokens"]
-    config = to_adapter_config(recipe_of(*lines), tied=True)
+    config = to_lora_config(recipe_of(*lines), tied=True)
     assert config.ensure_weight_tying and (config.lora_alpha, config.lora_dropout) == (3, 0.1)
     assert config.use_rslora and config.use_dora and config.modules_to_save == ["embed_tokens"]
     for iterations, start in ((16, "pissa_niter_16"), (-1, "pissa")):
-        config = to_adapter_config(recipe_of("pissa_init=true", f"pissa_iter={iterations}"), tied=True)
+        recipe = recipe_of("pissa_init=true", f"pissa_iter={iterations}")
+        config = Pissa(recipe).adapter_config(
+            to_lora_config(recipe, tied=True), AutoModelForCausalLM.from_pretrained(tiny_model)
+        )
         assert not config.ensure_weight_tying and config.init_lora_weights == start
 
 
 # --- the model ---
+
+
+def init_kwargs(recipe: Recipe, config: PreTrainedConfig | None = None) -> dict[str, Any]:
+    return model_init_kwargs(recipe, config or PreTrainedConfig())
 
 
 @pytest.mark.parametrize(
@@ -277,16 +286,16 @@ def test_the_adapters_keys_reach_peft(recipe_of: Any) -> None:
     ],
 )
 def test_the_dtype_of_the_weights(recipe_of: Any, lines: list[str], dtype: object) -> None:
-    assert model_init_kwargs(recipe_of(*lines))["dtype"] == dtype
+    assert init_kwargs(recipe_of(*lines))["dtype"] == dtype
 
 
 def test_on_a_gpu_a_frozen_base_keeps_its_files_dtype_unless_a_part_is_trained_whole(
     recipe_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert model_init_kwargs(recipe_of())["dtype"] == "auto"
-    assert model_init_kwargs(recipe_of("additional_target=embed_tokens"))["dtype"] == torch.float32
-    assert model_init_kwargs(recipe_of("finetuning_type=freeze"))["dtype"] == torch.float32
+    assert init_kwargs(recipe_of())["dtype"] == "auto"
+    assert init_kwargs(recipe_of("additional_target=embed_tokens"))["dtype"] == torch.float32
+    assert init_kwargs(recipe_of("finetuning_type=freeze"))["dtype"] == torch.float32
 
 
 def test_pure_bf16_is_warned_about(recipe_of: Any) -> None:
@@ -295,12 +304,12 @@ def test_pure_bf16_is_warned_about(recipe_of: Any) -> None:
 
 @pytest.mark.parametrize(("written", "told"), [("disabled", "eager"), ("sdpa", "sdpa"), ("flex", "flex_attention")])
 def test_flash_attn_names_a_kernel_of_transformers(recipe_of: Any, written: str, told: str) -> None:
-    assert model_init_kwargs(recipe_of(f"flash_attn={written}"))["attn_implementation"] == told
-    assert "attn_implementation" not in model_init_kwargs(recipe_of())
+    assert init_kwargs(recipe_of(f"flash_attn={written}"))["attn_implementation"] == told
+    assert "attn_implementation" not in init_kwargs(recipe_of())
 
 
 def test_places_of_the_model_are_told(recipe_of: Any) -> None:
-    kwargs = model_init_kwargs(recipe_of("model_revision=r", "cache_dir=c", "trust_remote_code=true"))
+    kwargs = init_kwargs(recipe_of("model_revision=r", "cache_dir=c", "trust_remote_code=true"))
     assert (kwargs["revision"], kwargs["cache_dir"], kwargs["trust_remote_code"]) == ("r", "c", True)
 
 
@@ -311,8 +320,8 @@ def test_rope_scaling_stretches_by_the_whole_factor_that_covers_the_cutoff(
     plain = AutoModelForCausalLM.from_pretrained(tiny_model).config
     length = plain.max_position_embeddings
     lines = [f"model_name_or_path={tiny_model}", f"rope_scaling={kind}"]
-    assert "rope_parameters" not in model_init_kwargs(recipe_of(*lines, f"cutoff_len={length}"))
-    kwargs = model_init_kwargs(recipe_of(*lines, f"cutoff_len={2 * length + 1}"))
+    assert "rope_parameters" not in init_kwargs(recipe_of(*lines, f"cutoff_len={length}"), plain)
+    kwargs = init_kwargs(recipe_of(*lines, f"cutoff_len={2 * length + 1}"), plain)
     del kwargs["revision"], kwargs["cache_dir"]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, **kwargs)
     assert model.config.max_position_embeddings == 3 * length
@@ -323,12 +332,12 @@ def test_rope_scaling_stretches_by_the_whole_factor_that_covers_the_cutoff(
 
 def test_quantization_becomes_bitsandbytes(recipe_of: Any) -> None:
     pytest.importorskip("bitsandbytes")  # transformers asks for its version
-    assert to_quantization_config(recipe_of()) is None
-    four = to_quantization_config(recipe_of("quantization_bit=4", "bf16=true", "double_quantization=false"))
+    assert not Qlora.applies(recipe_of())
+    four = to_bitsandbytes_config(recipe_of("quantization_bit=4", "bf16=true", "double_quantization=false"))
     assert four is not None and four.load_in_4bit and not four.bnb_4bit_use_double_quant
     assert four.bnb_4bit_quant_type == "nf4"
     assert four.bnb_4bit_compute_dtype == four.bnb_4bit_quant_storage == torch.bfloat16
-    eight = to_quantization_config(recipe_of("quantization_bit=8"))
+    eight = to_bitsandbytes_config(recipe_of("quantization_bit=8"))
     assert eight is not None and eight.load_in_8bit
 
 

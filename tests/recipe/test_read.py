@@ -142,36 +142,36 @@ WRONG = [
     ("interleave_probs: 0.5,0.5\nmix_strategy: interleave_over", "interleave_probs: expected one share for each of 1 datasets, found 2"),
     ("streaming: true", "streaming: its length is unknown; set max_steps"),
     ("mask_history: true\ntrain_on_prompt: true", "mask_history: train_on_prompt asks for the opposite; keep one"),
-    ("use_muon: true\nuse_galore: true", "use_galore: use_muon is on too; keep one"),
-    ("use_muon: true\noptim: adamw_torch", "use_muon: optim is there too; keep one"),
-    ("use_muon: true\ndeepspeed: z2.json", "use_muon: does not go with deepspeed; remove one"),
-    ("use_muon: true\nfinetuning_type: lora\nloraplus_lr_ratio: 4", "use_muon: loraplus_lr_ratio is on too; keep one"),
-    ("use_galore: true\ngalore_layerwise: true\ngradient_accumulation_steps: 8", "galore_layerwise: steps at each batch; write gradient_accumulation_steps: 1"),
-    ("use_eaft_loss: true\nuse_dft_loss: true", "use_eaft_loss: use_dft_loss is there too; keep one"),
-    ("use_eaft_loss: true\nuse_asft_loss: true", "use_eaft_loss: use_asft_loss is there too; keep one"),
-    ("use_asft_loss: true\nmoe_aux_loss_coef: 0.1", "use_asft_loss: moe_aux_loss_coef is there too; keep one"),
-    ("use_asft_loss: true\nquantization_bit: 4\nfinetuning_type: lora", "use_asft_loss: needs a model that is not quantized; remove one"),
-    ("use_dft_loss: true\nlabel_smoothing_factor: 0.1", "use_dft_loss: label_smoothing_factor is there too; keep one"),
-    ("loss_type: dft\nlabel_smoothing_factor: 0.1", "loss_type: label_smoothing_factor is there too; keep one"),
-    ("loss_type: nll\nuse_dft_loss: true", "use_dft_loss: loss_type is there too; keep one"),
-    ("use_adam_mini: true\nfinetuning_type: lora", "use_adam_mini: needs finetuning_type: full"),
-    ("use_badam: true\nfinetuning_type: lora", "use_badam: needs finetuning_type: full"),
+    ("use_muon: true\nuse_galore: true", "use_galore: use_muon is set too; keep one"),
+    ("use_muon: true\noptim: adamw_torch", "use_muon: optim is set too; keep one"),
+    ("use_muon: true\ndeepspeed: z2.json", "use_muon: not supported with deepspeed; remove one"),
+    ("use_muon: true\nfinetuning_type: lora\nloraplus_lr_ratio: 4", "use_muon: loraplus_lr_ratio is set too; keep one"),
+    ("use_galore: true\ngalore_layerwise: true\ngradient_accumulation_steps: 8", "galore_layerwise: updates at each batch; set gradient_accumulation_steps: 1"),
+    ("use_eaft_loss: true\nuse_dft_loss: true", "use_eaft_loss: use_dft_loss is set too; keep one"),
+    ("use_eaft_loss: true\nuse_asft_loss: true", "use_eaft_loss: use_asft_loss is set too; keep one"),
+    ("use_asft_loss: true\nmoe_aux_loss_coef: 0.1", "use_asft_loss: moe_aux_loss_coef is set too; keep one"),
+    ("use_asft_loss: true\nquantization_bit: 4\nfinetuning_type: lora", "use_asft_loss: not supported on a quantized model; remove one"),
+    ("use_dft_loss: true\nlabel_smoothing_factor: 0.1", "use_dft_loss: label_smoothing_factor is set too; keep one"),
+    ("loss_type: dft\nlabel_smoothing_factor: 0.1", "loss_type: label_smoothing_factor is set too; keep one"),
+    ("loss_type: nll\nuse_dft_loss: true", "use_dft_loss: loss_type is set too; keep one"),
+    ("use_adam_mini: true\nfinetuning_type: lora", "use_adam_mini: requires finetuning_type: full"),
+    ("use_badam: true\nfinetuning_type: lora", "use_badam: requires finetuning_type: full"),
     ("use_badam: true\nbadam_mode: ratio", "badam_mode: not supported; BAdam 1.4 does not save the state of its ratio mode; use layer"),
-    ("use_badam: true\nfp16: true", "fp16: does not go with use_badam; write bf16: true"),
-    ("use_badam: true\nbadam_switch_mode: fixed", "badam_switch_mode: fixed needs badam_start_block"),
+    ("use_badam: true\nfp16: true", "fp16: not supported with use_badam; use bf16: true"),
+    ("use_badam: true\nbadam_switch_mode: fixed", "badam_switch_mode: fixed requires badam_start_block"),
     ("badam_switch_interval: -1", "badam_switch_interval: expected an integer > 0, found -1"),
-    ("use_llama_pro: true\nfinetuning_type: full", "use_llama_pro: needs finetuning_type: freeze or lora"),
-    ("finetuning_type: oft\noft_rank: 8", "oft_rank: one of oft_rank and oft_block_size has to be 0, the other not"),
+    ("use_llama_pro: true\nfinetuning_type: full", "use_llama_pro: requires finetuning_type: freeze or lora"),
+    ("finetuning_type: oft\noft_rank: 8", "oft_rank: set one of oft_rank and oft_block_size, and the other to 0"),
     ("adapter_name_or_path: a", "adapter_name_or_path: needs finetuning_type: lora (or oft)"),
     ("bf16: true\nfp16: true", "bf16: fp16 is on too; keep one"),
     ("disable_gradient_checkpointing: true\ngradient_checkpointing: true", "disable_gradient_checkpointing: gradient_checkpointing asks for the opposite; keep one"),
     ("global_batch_size: 8\ngradient_accumulation_steps: 2", "global_batch_size: gradient_accumulation_steps follows from it; remove that line"),
     ("group_by_length: true\ndisable_shuffling: true", "group_by_length: disable_shuffling is on too; keep one"),
-    ("finetuning_type: full\nquantization_bit: 4", "quantization_bit: a quantized model can't be trained whole; use lora"),
+    ("finetuning_type: full\nquantization_bit: 4", "quantization_bit: full training of a quantized model is not supported; use finetuning_type: lora"),
     ("lora_rank: 16", "lora_rank: needs finetuning_type: lora, which is not the default here"),
     ("finetuning_type: full\nuse_dora: true", "use_dora: needs finetuning_type: lora"),
-    ("finetuning_type: lora\nuse_galore: true", "use_galore: needs finetuning_type: full"),
-    ("finetuning_type: lora\nquantization_bit: 4\npissa_init: true", "pissa_init: needs a model that is not quantized; remove one"),
+    ("finetuning_type: lora\nuse_galore: true", "use_galore: requires finetuning_type: full"),
+    ("finetuning_type: lora\nquantization_bit: 4\npissa_init: true", "pissa_init: not supported on a quantized model; remove one"),
 ]  # fmt: skip
 
 
@@ -724,7 +724,7 @@ def test_optimizers_for_one_process_are_rejected_on_several(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     text = GOOD + "".join(f"\n{key}: true" for key in keys.split())
-    with pytest.raises(RecipeError, match=f"{keys.split()[-1]}: trains in one process alone; remove the line"):
+    with pytest.raises(RecipeError, match=f"{keys.split()[-1]}: not supported on several processes; remove the line"):
         read_recipe(write(tmp_path, text))
     read_recipe(write(tmp_path, GOOD))
 
@@ -740,13 +740,13 @@ def test_every_key_is_read_by_code() -> None:
     code = "\n".join(
         path.read_text(encoding="utf-8")
         for path in package.rglob("*.py")
-        if path.stem not in ("keys", "rules", "llamafactory")
+        if path.stem not in ("keys", "methods", "rules", "llamafactory")
     )
     from arpo_trl.model.sft_config import _SAME  # read by their names, as is what the next test looks at
 
     unread = {name for name, key in keys().items() if key.group != "trl" and f".{name}" not in code} - {*_SAME}
     # one value only, or settled while the recipe is read, or so in any case
-    assert unread - {*LOW_RANK} <= {"stage", "quantization_method"} | {
+    assert unread - {*LOW_RANK} <= {"stage", "quantization_method", "create_new_adapter"} | {
         "neat_packing",
         "disable_gradient_checkpointing",
     } | {

@@ -18,10 +18,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_config import SFTConfig
 
+from arpo_trl.model.methods.eaft import entropy_adaptive
 from arpo_trl.model.token_scores import Objective
 from arpo_trl.recipe.rules import METRICS
 from arpo_trl.report.log_file import read_log
-from arpo_trl.training.loss import entropy_adaptive, token_means
+from arpo_trl.training.loss import token_means
 from arpo_trl.training.train import train
 from arpo_trl.training.trainer import ArpoTrainer
 

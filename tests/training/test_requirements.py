@@ -104,7 +104,7 @@ def test_muon_asks_for_a_torch_that_has_it(recipe_of: Any, monkeypatch: pytest.M
     given = recipe_of("use_muon=true", "report_to=none")
     check_device(given)
     monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(RecipeError, match=r"use_muon: needs torch 2\.9 or later"):
+    with pytest.raises(RecipeError, match=r"use_muon: requires torch 2\.9 or later"):
         check_device(given)
 
 
@@ -242,13 +242,16 @@ def test_a_quantized_base_asks_for_its_package_before_torch(method: str, package
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        (["finetuning_type=full"], "finetuning_type: {base} and can't be trained whole; write finetuning_type: lora"),
-        (["use_dora=true"], "use_dora: {base}, which does not go with it; remove the line"),
-        (["pissa_init=true"], "pissa_init: {base}, which does not go with it; remove the line"),
-        (["adapter_name_or_path=a,b"], "adapter_name_or_path: {base}, and no adapter can be merged into it; train on"),
+        (
+            ["finetuning_type=full"],
+            "finetuning_type: {base}, which does not support full training; use finetuning_type: lora",
+        ),
+        (["use_dora=true"], "use_dora: not supported: {base}; remove the line"),
+        (["pissa_init=true"], "pissa_init: not supported: {base}; remove the line"),
+        (["adapter_name_or_path=a,b"], "adapter_name_or_path: {base}, so no adapter can be merged into it; keep one"),
         (
             ["adapter_name_or_path=a", "create_new_adapter=true"],
-            "adapter_name_or_path: {base}, and no adapter can be merged into it; train on one, not on a new one",
+            "adapter_name_or_path: {base}, so no adapter can be merged into it; keep one and create_new_adapter: false",
         ),
         (["adapter_name_or_path=a"], None),
         (["quantization_bit=4"], None),
@@ -272,7 +275,9 @@ def test_what_a_quantized_base_cannot_carry_is_told_with_its_line(
     given = recipe_of(*with_data, *lines)
     with pytest.raises(RecipeError) as caught:
         check_inputs(given)
-    assert f"{base}, which needs gptqmodel and optimum; pip install gptqmodel optimum, or name" in str(caught.value)
+    assert f"{base}, which needs gptqmodel and optimum; pip install gptqmodel optimum, or use the model that" in str(
+        caught.value
+    )
     installed |= {"gptqmodel", "optimum"}
     if expected:
         with pytest.raises(RecipeError) as caught:
@@ -282,7 +287,7 @@ def test_what_a_quantized_base_cannot_carry_is_told_with_its_line(
         return
     told = check_inputs(given)
     assert told.quantization_bit is None
-    unread = "quantization_bit: has no effect: the model is quantized with GPTQ"
+    unread = "quantization_bit: ignored: the model is already quantized with GPTQ"
     assert [line for line in told.notices if unread in line] == [f"{given.path}: {unread}"] * ("bit" in lines[0])
 
 

@@ -57,9 +57,7 @@ def test_a_loss_that_this_launch_or_model_does_not_allow_is_refused(
     with monkeypatch.context() as patched:
         patched.setenv("ACCELERATE_USE_FSDP", "true")
         assert main(["--check", str(recipe), f"{key}=true"]) == (2 if key == "use_asft_loss" else 0)
-        refused = (
-            f"{recipe}: {key}: needs a whole second model on each process; launch with accelerate_configs/multi_gpu"
-        )
+        refused = f"{recipe}: {key}: requires a complete second model on each process; launch with accelerate_configs/multi_gpu"
         assert (refused in capsys.readouterr().err) == (key == "use_asft_loss")
     assert main(["--check", str(recipe), f"{key}=true"]) == 0
     config = Gemma2Config(
@@ -71,7 +69,10 @@ def test_a_loss_that_this_launch_or_model_does_not_allow_is_refused(
     )
     config.save_pretrained(model)
     assert main(["--check", str(recipe), f"{key}=true"]) == 2
-    assert f"{recipe}: {key}: gemma2 scales its logits, which this loss does not; use_dft" in capsys.readouterr().err
+    assert (
+        f"{recipe}: {key}: not supported: gemma2 scales its logits; use_dft_loss is supported"
+        in capsys.readouterr().err
+    )
     assert main(["--check", str(recipe), "use_dft_loss=true"]) == 0
 
 

@@ -23,9 +23,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from arpo_trl.errors import RunFailed
 from arpo_trl.model import token_scores
-from arpo_trl.model.model import frozen_copy
+from arpo_trl.model.methods.chosen import trainer_kwargs
 from arpo_trl.model.token_scores import score_tokens
-from arpo_trl.training.loss import mask_repeated_rows, to_objective
+from arpo_trl.training.loss import mask_repeated_rows
 from arpo_trl.training.trainer import ArpoTrainer
 
 STEPS = 20
@@ -168,8 +168,7 @@ def test_the_losses_that_trl_has_not_are_those_of_a_hand_written_loop(
     certain = tmp_path / "model"
     model.save_pretrained(certain)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(certain)
-    objective = to_objective(small_run.make_recipe(tmp_path, certain, **keys))
-    own = {"objective": objective, "reference": frozen_copy(model, config(tmp_path))}
+    own = trainer_kwargs(small_run.make_recipe(tmp_path, certain, **keys), model, config(tmp_path))
     trainer = make(tmp_path, certain, rows, gradient_accumulation_steps=2, **own)
     expected = list(hand_written_losses(certain, rows, 2, token_loss))
     assert losses(trainer) == pytest.approx(expected, abs=1e-4)

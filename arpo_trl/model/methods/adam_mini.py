@@ -1,0 +1,44 @@
+"""Adam-mini: Adam with one second moment per block of a weight. https://arxiv.org/abs/2406.16793"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+from trl.trainer.sft_config import SFTConfig
+
+from ...recipe.keys import Recipe
+from .method import Keywords, Method
+
+
+class AdamMini(Method):
+    @staticmethod
+    def applies(recipe: Recipe) -> bool:
+        return recipe.use_adam_mini
+
+    def memory(
+        self, parts: Mapping[str, int], model: PreTrainedModel | PeftModel, args: TrainingArguments
+    ) -> Mapping[str, int]:
+        return {"optimizer": sum(p.nbytes for p in model.parameters() if p.requires_grad)}  # the first moment
+
+    def trainer_kwargs(self, model: PreTrainedModel | PeftModel, args: SFTConfig) -> Keywords:
+        return {"optimizer_cls_and_kwargs": (lambda: create_adam_mini, {"args": args})}
+
+
+def create_adam_mini(model: PreTrainedModel, args: TrainingArguments) -> torch.optim.Optimizer:
+    config = model.config.get_text_config()
+    optimizer: torch.optim.Optimizer = importlib.import_module("adam_mini").Adam_mini(
+        model.named_parameters(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+        dim=config.hidden_size,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None),
+        verbose=False,
+    )
+    return optimizer

@@ -1,0 +1,61 @@
+"""ASFT: DFT plus a KL divergence from the initial model. https://arxiv.org/abs/2509.23753"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from trl.trainer.sft_config import SFTConfig
+
+from ...recipe.keys import Recipe
+from ..base_config import splits_model
+from ..token_scores import check_objective
+from .method import Keywords, Method
+
+
+class Asft(Method):
+    @staticmethod
+    def applies(recipe: Recipe) -> bool:
+        return recipe.use_asft_loss
+
+    def check_config(self, config: PreTrainedConfig, args: SFTConfig) -> None:
+        check_objective(self.recipe, "use_asft_loss", config, args)
+        if splits_model(self.recipe):
+            raise self.recipe.error(
+                "use_asft_loss",
+                "requires a complete second model on each process; launch with accelerate_configs/multi_gpu.yaml",
+            )
+
+    def memory(
+        self, parts: Mapping[str, int], model: PreTrainedModel | PeftModel, args: TrainingArguments
+    ) -> Mapping[str, int]:
+        """Add the initial model's weights and its tile of logits."""
+        itemsize = 2 if args.bf16 or args.fp16 else 4
+        base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+        head = cast(nn.Linear, base.get_output_embeddings()).weight
+        return {
+            "weights": parts["weights"] + itemsize * sum(p.numel() for p in model.parameters()),
+            "logits": 2 * parts["logits"] - head.nbytes * head.requires_grad,
+        }
+
+    def trainer_kwargs(self, model: PreTrainedModel | PeftModel, args: SFTConfig) -> Keywords:
+        objective = functools.partial(anchored, alpha=self.recipe.asft_alpha)
+        return {"objective": objective, "reference": frozen_copy(model, args)}
+
+
+def anchored(log_probs: Tensor, log_softmax: Tensor, reference: Tensor, alpha: float) -> Tensor:
+    divergence = nn.functional.kl_div(log_softmax, reference, reduction="none", log_target=True).sum(-1)
+    return log_probs * log_probs.exp().detach() - alpha * divergence
+
+
+def frozen_copy(model: PreTrainedModel | PeftModel, args: SFTConfig) -> PreTrainedModel:
+    """Return a copy of the current model without its adapter, in the dtype that the run computes in."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    found = copy.deepcopy(model.get_base_model() if isinstance(model, PeftModel) else model).requires_grad_(False)
+    return cast(PreTrainedModel, found.to(dtype=dtype).eval())

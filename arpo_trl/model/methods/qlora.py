@@ -1,0 +1,58 @@
+"""QLoRA: LoRA on a base that bitsandbytes quantizes while it is loaded. https://arxiv.org/abs/2305.14314"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from ...recipe.keys import Recipe
+from ..base_config import compute_dtype
+from ..weights import frozen_linear_weights, saved_bytes
+from .method import AdapterConfig, Keywords, Method
+from .quantized import keep_gradients, name_all_linear_layers
+
+
+class Qlora(Method):
+    @staticmethod
+    def applies(recipe: Recipe) -> bool:
+        return recipe.quantization_bit is not None
+
+    def from_pretrained(self, kwargs: Keywords, config: PreTrainedConfig) -> Keywords:
+        return kwargs | {"quantization_config": to_bitsandbytes_config(self.recipe)}
+
+    def prepare_base(self, model: PreTrainedModel) -> None:
+        if adapters := self.recipe.adapters_to_merge:
+            raise self.recipe.error(
+                "adapter_name_or_path",
+                f"{adapters[0]} can't be merged into a quantized base; merge it first "
+                f"(arpo-trl merge {adapters[0]} OUT) and set model_name_or_path: OUT",
+            )
+        keep_gradients(model)
+
+    def adapter_config(self, config: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
+        return name_all_linear_layers(config, model)
+
+    def memory(
+        self, parts: Mapping[str, int], model: PreTrainedModel | PeftModel, args: TrainingArguments
+    ) -> Mapping[str, int]:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(base, PreTrainedModel)
+        return {
+            "weights": parts["weights"] - saved_bytes(frozen_linear_weights(base), self.recipe.quantization_bit or 0)
+        }
+
+
+def to_bitsandbytes_config(recipe: Recipe) -> BitsAndBytesConfig:
+    if recipe.quantization_bit == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = compute_dtype(recipe) or torch.float32
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.quantization_type,
+        bnb_4bit_use_double_quant=recipe.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # FSDP shards only what has one dtype
+    )

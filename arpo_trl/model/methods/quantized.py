@@ -1,0 +1,133 @@
+"""Bases whose files are already quantized: GPTQ, AWQ and AQLM under LoRA; MXFP4 and FP8, which are dequantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
+from ...recipe.keys import Recipe
+from ..base_config import quantization, splits_model
+from ..weights import frozen_linear_weights, linear_layers, saved_bytes
+from .method import AdapterConfig, Keywords, Method
+
+
+class Quantized(Method):
+    @staticmethod
+    def applies(recipe: Recipe) -> bool:
+        return bool(quantization(recipe))
+
+    def find_missing(self) -> Iterator[tuple[str, str]]:
+        config = quantization(self.recipe)
+        if (
+            config.get("quant_method") == "aqlm"
+            and config["nbits_per_codebook"] == 8
+            and self.recipe.do_train
+            and not torch.accelerator.is_available()
+        ):
+            yield (
+                "model_name_or_path",
+                "aqlm 1.1.7 has no backward pass for 8-bit codebooks on a CPU; use a model with 16 bits (1x16)",
+            )
+
+    def from_pretrained(self, kwargs: Keywords, config: PreTrainedConfig) -> Keywords:
+        kwargs = kwargs | dequantized(config)
+        if not set_trainable_backend(config):
+            return kwargs
+        if splits_model(self.recipe):
+            raise self.recipe.error(
+                "model_name_or_path",
+                f"{self.recipe.model_name_or_path} is quantized and can't be split by FSDP or DeepSpeed ZeRO-3; "
+                "launch with accelerate_configs/multi_gpu.yaml",
+            )
+        rope: Keywords = {key: kwargs[key] for key in ("rope_parameters", "max_position_embeddings") if key in kwargs}
+        config.update(rope)
+        kwargs = {key: value for key, value in kwargs.items() if key not in rope} | {"config": config}
+        if torch.accelerator.is_available():
+            kwargs["device_map"] = {"": PartialState().device}  # the kernel is chosen for the device
+        return kwargs
+
+    def prepare_base(self, model: PreTrainedModel) -> None:
+        keep_gradients(model)
+
+    def adapter_config(self, config: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
+        return name_all_linear_layers(config, model)
+
+    def prepare_adapter(self, model: PeftModel) -> None:
+        codes = [name for name, p in model.named_parameters() if p.dtype is torch.int16]  # AQLM's
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, codes)  # no backend sends them
+
+    def memory(
+        self, parts: Mapping[str, int], model: PreTrainedModel | PeftModel, args: TrainingArguments
+    ) -> Mapping[str, int]:
+        config = quantization(self.recipe)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(base, PreTrainedModel)
+        weights, activations = frozen_linear_weights(base), parts["activations"]
+        if config.get("quant_method") in ("gptq", "awq"):  # the backward pass needs what the forward pass unpacked
+            layers = base.config.get_text_config().num_hidden_layers if args.activation_checkpointing else 1
+            activations += sum(weight.nbytes for weight in weights) // layers
+        return {"weights": parts["weights"] - _saved(weights, config), "activations": activations}
+
+
+def set_trainable_backend(config: PreTrainedConfig) -> bool:
+    """Have a base of GPTQ, AWQ or AQLM unpacked by kernels that have a backward pass. Return whether it is one."""
+    packed = getattr(config, "quantization_config", None) or {}
+    method = packed.get("quant_method")
+    if method in ("gptq", "awq"):
+        packed["backend"] = "auto_trainable"  # the fastest kernels of gptqmodel have none
+    elif method == "aqlm" and (names := packed.get("linear_weights_not_to_quantize")):
+        # Its files name weights. transformers 5.24 looks for modules, and would replace the head that is not quantized:
+        # https://github.com/huggingface/transformers/pull/44577
+        packed["linear_weights_not_to_quantize"] = [name.removesuffix(".weight") for name in names]
+    return method in ("gptq", "awq", "aqlm")
+
+
+def dequantized(config: PreTrainedConfig) -> Keywords:
+    """Return what `from_pretrained` needs to dequantize MXFP4 or FP8 (gpt-oss, DeepSeek-V3), as LLaMA-Factory does.
+
+    transformers 5.24 does so by itself only where it finds no kernel for them, and these have no backward pass.
+    """
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method", "")
+    config_class = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}.get(method)
+    return {"quantization_config": config_class(dequantize=True)} if config_class else {}
+
+
+def keep_gradients(model: PreTrainedModel) -> None:
+    """Have quantized layers pass gradients on, also after an evaluation."""
+    layer: Any
+    for layer in model.modules():
+        # In an evaluation a Linear4bit of bitsandbytes 0.50 packs its weights for a kernel without gradients, and the
+        # first forward pass of a layer of gptqmodel 7.7 selects such a kernel for good. Both on CPUs.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+        if hasattr(layer, "linear_mode"):
+            layer.linear_mode = "train"
+        if hasattr(layer, "codebooks"):  # peft 0.21 adds in place to AQLM's output, a view where there is a bias
+            layer.register_forward_hook(lambda layer, args, output: output.clone())
+
+
+def name_all_linear_layers(config: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
+    """Replace "all-linear", for which PEFT finds none of the layers of GPTQ, AWQ and AQLM, by their names."""
+    if getattr(config, "target_modules", None) == "all-linear" and hasattr(model, "quantization_method"):
+        config.target_modules = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+    return config
+
+
+def _saved(weights: list[Tensor], config: Mapping[str, Any]) -> int:
+    """Return the bytes that quantization saves, by the base's config.json. bitsandbytes' scales are left out."""
+    bits, codebooks = 4.0 * config.get("load_in_4bit", False) or 8.0 * config.get("load_in_8bit", False), 0
+    if config.get("quant_method") == "aqlm":
+        group = config["in_group_size"] * config["out_group_size"]
+        bits = config["num_codebooks"] * (8 if config["nbits_per_codebook"] <= 8 else 16) / group
+        codebooks = config["num_codebooks"] * 2 ** config["nbits_per_codebook"] * group
+    elif size := config.get("group_size"):
+        bits = config["bits"] + (16 + config["bits"]) / abs(size)  # -1: a group is a column, its cost is negligible
+    return saved_bytes(weights, bits, codebooks)

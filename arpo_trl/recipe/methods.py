@@ -1,0 +1,385 @@
+"""The rare methods: the keys, rules and packages of each in one block. Their behavior is in model/methods/.
+
+To delete a method, delete its block, its file in model/methods/ and the lines that name it in `AdvancedKeys` and
+model/methods/chosen.py.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from .types import Count, Names, Number, Whole, key
+
+# A recipe as the rules below read it: `Recipe` inherits from the classes here, so it can't be named.
+_Recipe = Any
+Rule = tuple[str, Callable[[_Recipe], object], str]
+"""The key whose line is named, a condition that is true when it is wrong, and what to do."""
+
+RULES: list[Rule] = []
+LOSSES: list[str] = []
+"""Keys that set the training loss."""
+OPTIMIZERS: list[str] = []
+"""Keys that replace `optim`."""
+LAYERWISE: list[tuple[str, str]] = []
+"""A method's switch, and its key that updates layer by layer in the backward pass."""
+PACKAGES: dict[str, str] = {}
+"""The package that a key needs."""
+OPTIM_PACKAGES: dict[str, str] = {}
+"""The package that a value of `optim` needs, by words in its name; the first that matches counts."""
+QUIET_LOGGERS: list[str] = []
+"""Loggers whose lines a user can't act on."""
+QUIET_WARNINGS: list[tuple[str, str]] = []
+"""The start of a warning that a user can't act on, and the module that issues it."""
+
+
+# --- GaLore ---
+
+
+class GaloreKeys(BaseModel):
+    use_galore: bool = key(False, "Use the GaLore optimizer (full only)", "optim, optim_args, optim_target_modules")
+    galore_target: Names = key(["all"], "GaLore: modules to project", "optim_target_modules")
+    galore_rank: Count = key(16, "GaLore: rank of the projected gradients", "optim_args")
+    galore_update_interval: Count = key(200, "GaLore: steps between projections", "optim_args", unit="steps")
+    galore_scale: Number = key(2.0, "GaLore: scale of the update", "optim_args", gt=0)
+    galore_proj_type: Literal["std", "reverse_std", "right", "left", "full"] = key(
+        "std", "GaLore: type of projection", "optim_args"
+    )
+    galore_layerwise: bool = key(False, "GaLore: update layer by layer, to save memory", "optim")
+
+
+OPTIMIZERS += ["use_galore"]
+LAYERWISE += [("use_galore", "galore_layerwise")]
+PACKAGES["use_galore"] = OPTIM_PACKAGES["galore"] = "galore_torch"
+
+
+# --- APOLLO ---
+
+
+class ApolloKeys(BaseModel):
+    use_apollo: bool = key(False, "Use the APOLLO optimizer (full only)", "optim, optim_args, optim_target_modules")
+    apollo_target: Names = key(["all"], "APOLLO: modules to project", "optim_target_modules")
+    apollo_rank: Count = key(16, "APOLLO: rank of the projected gradients", "optim_args")
+    apollo_update_interval: Count = key(200, "APOLLO: steps between projections", "optim_args", unit="steps")
+    apollo_scale: Number = key(32.0, "APOLLO: scale of the update", "optim_args", gt=0)
+    apollo_proj: Literal["svd", "random"] = key("random", "APOLLO: how the projection is found", "optim_args")
+    apollo_proj_type: Literal["std", "right", "left"] = key("std", "APOLLO: type of projection", "optim_args")
+    apollo_scale_type: Literal["channel", "tensor"] = key("channel", "APOLLO: what shares a scale", "optim_args")
+    apollo_layerwise: bool = key(False, "APOLLO: update layer by layer, to save memory", "optim")
+
+
+OPTIMIZERS += ["use_apollo"]
+LAYERWISE += [("use_apollo", "apollo_layerwise")]
+PACKAGES["use_apollo"] = OPTIM_PACKAGES["apollo"] = "apollo_torch"
+
+
+# --- Muon ---
+
+
+class MuonKeys(BaseModel):
+    use_muon: bool = key(False, "Use Muon for matrices inside the layers, AdamW for the rest", "the optimizer")
+
+
+OPTIMIZERS += ["use_muon"]
+
+
+# --- Adam-mini ---
+
+
+class AdamMiniKeys(BaseModel):
+    use_adam_mini: bool = key(False, "Use the Adam-mini optimizer (full only)", "the optimizer")
+
+
+OPTIMIZERS += ["use_adam_mini"]
+PACKAGES["use_adam_mini"] = "adam_mini"
+
+
+# --- BAdam ---
+
+
+class BadamKeys(BaseModel):
+    use_badam: bool = key(
+        False, "BAdam: train one block of layers at a time, weights in their file's dtype", "the optimizer"
+    )
+    badam_start_block: Whole | None = key(None, "BAdam: first block; set by badam_switch_mode if omitted", ge=0)
+    badam_switch_mode: Literal["ascending", "descending", "random", "fixed"] = key(
+        "ascending", "BAdam: order of the blocks"
+    )
+    badam_switch_interval: Count = key(50, "BAdam: steps before the next block", unit="steps")
+
+
+OPTIMIZERS += ["use_badam"]
+PACKAGES["use_badam"] = "badam"
+RULES += [
+    ("fp16", lambda r: r.fp16 and r.use_badam, "not supported with use_badam; use bf16: true"),
+    (
+        "badam_switch_mode",
+        lambda r: r.use_badam and r.badam_switch_mode == "fixed" and r.badam_start_block is None,
+        "fixed requires badam_start_block",
+    ),
+    (
+        "use_badam",
+        lambda r: r.use_badam and int(os.environ.get("WORLD_SIZE", "1")) > 1,
+        "not supported on several processes; remove the line",
+    ),
+]
+
+
+# --- The other optimizers of transformers ---
+
+OPTIM_PACKAGES |= {
+    "torch_4bit torch_8bit": "torchao",
+    "bnb 8bit 32bit paged lion ademamix": "bitsandbytes",
+    "schedule_free": "schedulefree",
+    "lomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "stable_adamw": "optimi",
+    "anyprecision": "torchdistx",
+    "torch_xla": "torch_xla",
+    "npu": "torch_npu",
+}
+
+
+# --- OFT ---
+
+
+class OftKeys(BaseModel):
+    oft_rank: Whole = key(0, "OFT: blocks per layer; requires oft_block_size: 0", "OFTConfig(r)", ge=0)
+    oft_block_size: Whole = key(32, "OFT: size of a block", "OFTConfig", ge=0)
+    oft_target: Names = key(["all"], "OFT: modules to adapt, as lora_target", "target_modules")
+    module_dropout: Number = key(0.0, "OFT: share of blocks dropped in a step", "OFTConfig", ge=0, lt=1)
+
+
+RULES += [
+    (
+        "oft_rank",
+        lambda r: r.finetuning_type == "oft" and bool(r.oft_rank) == bool(r.oft_block_size),
+        "set one of oft_rank and oft_block_size, and the other to 0",
+    ),
+]
+
+
+# --- PiSSA ---
+
+
+class PissaKeys(BaseModel):
+    pissa_init: bool = key(False, "PiSSA: initialize LoRA from the weights' principal components", "init_lora_weights")
+    pissa_iter: Whole = key(16, "PiSSA: iterations of the fast SVD; -1 is an exact SVD", "init_lora_weights", ge=-1)
+
+
+RULES += [
+    ("pissa_init", lambda r: r.pissa_init and r.finetuning_type != "lora", "requires finetuning_type: lora"),
+    ("pissa_init", lambda r: r.pissa_init and r.quantization_bit, "not supported on a quantized model; remove one"),
+    ("pissa_iter", lambda r: r.pissa_iter == 0, "expected a whole number above 0, or -1 for an exact SVD, found 0"),
+]
+
+
+# --- Freeze tuning and LLaMA Pro ---
+
+
+class FreezeKeys(BaseModel):
+    freeze_trainable_layers: Whole = key(
+        2, "Number of final layers to train; negative counts from the first", unit="layers"
+    )
+    freeze_trainable_modules: Names = key(["all"], "Modules to train in those layers (self_attn, mlp, ...)")
+    freeze_extra_modules: Names = key([], "Modules to train outside the layers (norm, ...)")
+    use_llama_pro: bool = key(False, "LLaMA Pro: train every n-th layer, freeze_trainable_layers in total")
+
+
+RULES += [
+    (
+        "use_llama_pro",
+        lambda r: r.use_llama_pro and r.finetuning_type not in ("freeze", "lora"),
+        "requires finetuning_type: freeze or lora",
+    ),
+]
+
+
+# --- Quantization of the base by bitsandbytes (QLoRA) ---
+
+
+class QloraKeys(BaseModel):
+    quantization_bit: Literal[4, 8] | None = key(None, "Quantize the base model (LoRA only)", "load_in_4bit/8bit")
+    quantization_method: Literal["bnb", "bitsandbytes"] = key("bnb", "Library that quantizes: bitsandbytes")
+    quantization_type: Literal["nf4", "fp4"] = key("nf4", "4-bit data type", "bnb_4bit_quant_type")
+    double_quantization: bool = key(True, "Quantize the 4-bit scales too", "bnb_4bit_use_double_quant")
+
+
+PACKAGES["quantization_bit"] = "bitsandbytes"
+QUIET_LOGGERS += ["bitsandbytes.backends.cpu"]  # it looks for a kernel on the hub at import, also where none is used
+RULES += [
+    (
+        "quantization_bit",
+        lambda r: r.quantization_bit and not r.trains_adapter,
+        "full training of a quantized model is not supported; use finetuning_type: lora",
+    ),
+]
+
+
+# --- Quantized bases (GPTQ, AWQ, AQLM) ---
+
+QUANTIZED_PACKAGES = {
+    "gptq": "gptqmodel optimum",  # PEFT requires optimum
+    "awq": "gptqmodel optimum",  # transformers 5.24 reads AWQ with gptqmodel
+    "aqlm": "aqlm",
+    "bitsandbytes": "bitsandbytes",
+}
+"""The packages that read a base, by the method that quantized it."""
+
+
+def quantized_conflicts(recipe: _Recipe, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each key that conflicts with a base that is already quantized. `config`: its config.json."""
+    method = _quantized_with(config)
+    if not method:
+        return
+    base = f"{recipe.model_name_or_path} is quantized with {method.upper()}"
+    if missing := [name for name in QUANTIZED_PACKAGES[method].split() if importlib.util.find_spec(name) is None]:
+        yield (
+            "model_name_or_path",
+            f"{base}, which needs {' and '.join(missing)}; pip install {' '.join(missing)}, or use the model that is "
+            "not quantized with quantization_bit: 4",
+        )
+    if recipe.do_train and not recipe.trains_adapter:
+        yield "finetuning_type", f"{base}, which does not support full training; use finetuning_type: lora"
+    for name in ("use_dora", "pissa_init", "use_asft_loss"):
+        if getattr(recipe, name) and (name, method) != ("use_dora", "bitsandbytes"):
+            yield name, f"not supported: {base}; remove the line"
+    if recipe.adapters_to_merge:
+        yield (
+            "adapter_name_or_path",
+            f"{base}, so no adapter can be merged into it; keep one and create_new_adapter: false",
+        )
+
+
+def keep_quantization(recipe: _Recipe, config: dict[str, Any]) -> _Recipe:
+    """Return the recipe without `quantization_bit` if the base is already quantized."""
+    method = _quantized_with(config)
+    if not (method and recipe.quantization_bit):
+        return recipe
+    notice = recipe.error("quantization_bit", f"ignored: the model is already quantized with {method.upper()}")
+    return recipe.model_copy(update={"quantization_bit": None}).with_notices(str(notice))
+
+
+def _quantized_with(config: dict[str, Any]) -> str | None:
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if method in QUANTIZED_PACKAGES else None
+
+
+# --- Mixtures of experts (MoE) ---
+
+
+class MoeKeys(BaseModel):
+    moe_aux_loss_coef: Number | None = key(None, "MoE: weight of the load balancing loss", "router_aux_loss_coef")
+
+
+# peft 0.21 looks for the rank of fused experts among modules only: https://github.com/huggingface/peft/pull/3588
+QUIET_WARNINGS += [("The following (rank|alpha)_pattern keys did not match", "peft")]
+# The memory of a step is measured instead of estimated: grouped_mm has no fake implementation in float32 (torch 2.13).
+QUIET_LOGGERS += ["torch._subclasses.fake_tensor"]
+
+
+# --- EAFT and ASFT ---
+
+
+class EaftKeys(BaseModel):
+    use_eaft_loss: bool = key(False, "EAFT loss: weigh each token by the model's uncertainty")
+    eaft_alpha: Number = key(1.0, "EAFT: exponent of that weight", ge=0)
+
+
+LOSSES += ["use_eaft_loss"]
+
+
+class AsftKeys(BaseModel):
+    use_asft_loss: bool = key(False, "ASFT loss: DFT plus a KL divergence from the initial model")
+    asft_alpha: Number = key(0.1, "ASFT: weight of the KL divergence", ge=0)
+
+
+LOSSES += ["use_asft_loss"]
+RULES += [
+    (
+        "use_asft_loss",
+        lambda r: r.use_asft_loss and r.quantization_bit,
+        "not supported on a quantized model; remove one",
+    ),
+]
+
+
+# --- what they share ---
+
+
+class AdvancedKeys(
+    AsftKeys,
+    EaftKeys,
+    MoeKeys,
+    QloraKeys,
+    FreezeKeys,
+    PissaKeys,
+    OftKeys,
+    BadamKeys,
+    AdamMiniKeys,
+    MuonKeys,
+    ApolloKeys,
+    GaloreKeys,
+):
+    """The keys of all rare methods; pydantic orders them from the last class to the first."""
+
+
+def layerwise_key(recipe: _Recipe) -> str | None:
+    """Return the key of an optimizer that transformers steps layer by layer in the backward pass, if one is set."""
+    keys = [name for switch, name in LAYERWISE if getattr(recipe, switch) and getattr(recipe, name)]
+    return next(iter(keys), "optim" if "layerwise" in str(recipe.optim) else None)
+
+
+def optim_package(optim: str) -> dict[str, str]:
+    """Return the package that a value of `optim` needs, as {"optim": package}; empty if it needs none."""
+    for words, package in OPTIM_PACKAGES.items():
+        if any(word in optim for word in words.split()):
+            return {"optim": package}
+    return {}
+
+
+def notices(recipe: _Recipe) -> Iterator[str]:
+    """Yield what a user should know before the run starts."""
+    if name := layerwise_key(recipe):
+        yield f"{name}: checkpoints lack the optimizer state, a resumed run starts it from zero; preflight is skipped"
+
+
+def find_conflicts(recipe: _Recipe) -> Iterator[tuple[str, str]]:
+    """Yield each key that conflicts with another, with what to do."""
+    yield from ((name, fix) for name, is_wrong, fix in RULES if is_wrong(recipe))
+    yield from _loss_conflicts(recipe)
+    yield from _optimizer_conflicts(recipe)
+    if name := layerwise_key(recipe):
+        if recipe.gradient_accumulation_steps != 1:
+            yield name, "updates at each batch; set gradient_accumulation_steps: 1"
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            yield name, "not supported on several processes; remove the line"
+
+
+def _loss_conflicts(recipe: _Recipe) -> Iterator[tuple[str, str]]:
+    """One key sets the loss. Label smoothing is for the default loss only, the balancing loss for TRL's losses only."""
+    given = recipe.model_fields_set
+    ours = [name for name in LOSSES if getattr(recipe, name)]
+    found = ours + ["use_dft_loss"] * recipe.use_dft_loss
+    found += ["loss_type"] * ("loss_type" in given and (bool(found) or recipe.loss_type == "dft"))
+    found += ["label_smoothing_factor"] * bool(found and recipe.label_smoothing_factor)
+    found += ["moe_aux_loss_coef"] * bool(ours and recipe.moe_aux_loss_coef)
+    if len(found) > 1:
+        yield found[0], f"{found[1]} is set too; keep one"
+
+
+def _optimizer_conflicts(recipe: _Recipe) -> Iterator[tuple[str, str]]:
+    """One key sets the optimizer. DeepSpeed flattens the matrices that these optimizers need."""
+    found = [name for name in OPTIMIZERS if getattr(recipe, name)]
+    if not found:
+        return
+    name, *others = found + ["loraplus_lr_ratio"] * bool(recipe.loraplus_lr_ratio)
+    others += ["optim"] * ("optim" in recipe.model_fields_set)
+    yield from ((name, f"{other} is set too; keep one") for other in others)
+    if name != "use_muon" and recipe.finetuning_type != "full":
+        yield name, "requires finetuning_type: full"
+    if recipe.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        yield name, "not supported with deepspeed; remove one"
