@@ -191,7 +191,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Pa
         "line 2    warmup_ration: unknown key; did you mean warmup_ratio?",
         "line 3    shift_attn: not supported; every token attends to all tokens before it; remove the line",
         "line 5    save_steps: expected a number > 0, found 'x'",
-        "missing   model_name_or_path: required. The base model: a hub id or a local folder.",
+        "missing   model_name_or_path: required. Base model: a hub ID or a local folder",
         "override  seed: expected key=value",
         "override  lora_rank: expected an integer > 0, found 'a'",
     ]
