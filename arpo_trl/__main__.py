@@ -25,7 +25,7 @@ from .recipe import Recipe, read_recipe
 from .recipe.command_line import CommandLine, read_command_line
 from .recipe.help import explain, usage
 from .report.console import silence_libraries
-from .training.requirements import check_environment, check_inputs
+from .training.requirements import check_before_torch, check_inputs
 from .version import __version__
 
 HERE = Path(__file__).parent
@@ -140,7 +140,7 @@ def _files_outside_package() -> list[Path]:
 
 
 def _check(line: CommandLine) -> None:
-    recipe = check_environment(_recipe(line))
+    recipe = check_before_torch(_recipe(line))
     with gc_paused():
         from .training.check import check
     check(recipe, verbose="verbose" in line.options)
@@ -157,7 +157,7 @@ def _preview(line: CommandLine) -> None:
 
 
 def _train(line: CommandLine) -> int:
-    recipe = check_environment(_recipe(line))
+    recipe = check_before_torch(_recipe(line))
     _stop_with_launcher()
     with gc_paused():
         from .training.train import run

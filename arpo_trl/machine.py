@@ -97,22 +97,6 @@ def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def free_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that are free on this machine; on Linux at most what a container or a SLURM job may take."""
-    import psutil  # not above: a wrong recipe is answered without it
-
-    free = int(psutil.virtual_memory().available)
-    groups = root / "proc/self/cgroup"
-    for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []:
-        _, controllers, name = line.split(":", 2)  # cgroups(7): version 2 has one group, without controllers
-        group = root / "sys/fs/cgroup" / controllers / name.lstrip("/")
-        for folder in (group, *group.parents):
-            limit = folder / ("memory.limit_in_bytes" if controllers else "memory.max")
-            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-                free = min(free, int(limit.read_text(encoding="utf-8")))
-    return free
-
-
 def gpu_memory() -> int | None:
     """Return the bytes of this process's GPU, or None without one."""
     import torch

@@ -155,7 +155,7 @@ def test_inputs_and_packages_are_checked_once(recipe: Path, monkeypatch: pytest.
             requirements, name, lambda recipe, name=name, real=real: asked.append(name) or real(recipe)
         )
     for module in (check, train):
-        monkeypatch.setattr(module, "check_device", stop)
+        monkeypatch.setattr(module, "check_after_torch", stop)
     for call in (
         lambda: main([str(recipe)]),
         lambda: main([str(recipe), "--check"]),

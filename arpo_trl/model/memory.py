@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,7 +21,6 @@ from trl.trainer.sft_config import SFTConfig
 from ..data.audit import token_lengths
 from ..data.labels import IGNORED
 from ..errors import in_one_line
-from ..machine import free_memory
 from ..recipe.keys import Recipe
 from .adapters import new_adapter
 from .base_config import load_config
@@ -33,8 +32,6 @@ CARDS = (16, 24, 80)
 """GB of the cards that a user without one in sight may think of."""
 ROOM = 0.9
 """Share of a GPU that may be taken: the allocator's gaps and the collectives' buffers need the rest."""
-LIBRARIES = 1e9
-"""Bytes that a process on a CPU takes before its model."""
 MOMENTS = {"8bit": 2 / 4, "adafactor": 0.0, "sgd": 0.0, "lion": 1.0, "adagrad": 1.0, "rmsprop": 1.0}
 """Copies of the trained weights that an optimizer keeps; AdamW and what is not here keeps two."""
 Row = dict[str, list[int]]
@@ -99,17 +96,6 @@ def estimate_memory(
 def moments(args: TrainingArguments) -> float:
     """Copies of the trained weights that the optimizer keeps."""
     return next((copies for name, copies in MOMENTS.items() if name in str(args.optim).lower()), 2.0)
-
-
-def memory_to_spare(recipe: Recipe, args: SFTConfig, rows: Dataset | IterableDataset) -> str | None:
-    """A line that says why `preflight: auto` need not try the longest batch, or None where it must."""
-    if recipe.preflight != "auto" or args.device.type != "cpu" or args.world_size > 1 or not isinstance(rows, Dataset):
-        return None
-    memory, free = estimate_memory(recipe, args, model_shape(recipe), rows), free_memory()
-    if memory is None or memory.peak + LIBRARIES > free / 2:
-        return None
-    needs = f"about {memory.peak / 1e9:.1f} GB for the longest batch, of {free / 1e9:.1f} GB that are free"
-    return f"memory   {needs}: it is not tried (preflight: true tries it)"
 
 
 def model_shape(recipe: Recipe) -> PreTrainedModel | PeftModel:

@@ -175,7 +175,7 @@ class TrainKeys(BaseModel):
     seed: Seed = _key(42, "Random seed")
     preflight: bool | Literal["auto"] = _key(
         "auto",
-        "Run the longest batch before the first step, to catch OOM; auto skips it on a CPU with twice the estimated memory",
+        "Run the longest batch before the first step, to catch OOM; auto skips it on a CPU if it needs less than 4 GB",
     )
 
 

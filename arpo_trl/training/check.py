@@ -17,21 +17,17 @@ from trl.trainer.sft_config import SFTConfig
 
 from ..data.audit import token_lengths
 from ..data.labels import IGNORED
-from ..data.prepare import PreparedData, prepare_datasets
-from ..data.tokenizer import load_template
+from ..data.prepare import PreparedData
 from ..errors import RecipeError
 from ..machine import folder_bytes, free_space, gpu_memory, missing_space
 from ..model.memory import describe_memory, estimate_memory, model_shape
-from ..model.sft_config import to_sft_config
 from ..recipe.keys import Recipe
 from ..recipe.rules import resolve
 from ..report.console import say
 from ..report.log_file import format_seconds, read_log
-from ..report.manifest import run_day
 from ..run_folder import list_checkpoints
 from .checkpoints import checkpoint_bytes, saved_bytes
-from .requirements import check_device
-from .rows_and_model import check_fit
+from .setup import check_after_torch, load_rows
 from .start_and_end_report import describe_setup, describe_steps
 
 BINS = 10
@@ -42,17 +38,15 @@ def check(recipe: Recipe, verbose: bool = False) -> None:
     """Print what the run would do and cost, then the recipe.
 
     Args:
-        recipe: As `check_environment` returns it.
+        recipe: As `check_before_torch` returns it.
         verbose: Print every key, not only those that differ from their defaults, and a histogram of the rows' lengths.
 
     Raises:
         RecipeError: an error that would stop the run before its first step, in the device, the rows or the disk space.
             Weights are not checked.
     """
-    check_device(recipe)
-    args = to_sft_config(recipe)
-    data = prepare_datasets(recipe, load_template(recipe, run_day(recipe)))
-    check_fit(recipe, args, data, data.template.tokenizer)
+    args = check_after_torch(recipe)
+    data = load_rows(recipe, args)
     lines, problem = _describe_run(recipe, args, data, verbose)
     defaults = resolve(Recipe(model_name_or_path="", output_dir="")).resolved()
     keys = {key: value for key, value in recipe.resolved().items() if verbose or value != defaults.get(key)}

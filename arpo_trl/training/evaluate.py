@@ -11,18 +11,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 
-from ..data.prepare import PreparedData, prepare_datasets
-from ..data.tokenizer import load_template
+from ..data.prepare import PreparedData
 from ..generate.predict import Model, predict, refuse_split_model
 from ..model.model import load_model
 from ..recipe.keys import Recipe
 from ..report.console import say
 from ..report.log_file import describe_evaluation, describe_predictions
-from ..report.manifest import run_day
 from ..run_folder import save_metrics
 from .callbacks import PredictOnEvaluate
 from .preflight import require_separate_rows
-from .rows_and_model import check_fit
+from .setup import load_rows
 from .trainer import ArpoTrainer
 from .trainer_log import remove_progress_bar
 
@@ -38,9 +36,8 @@ def run_without_training(recipe: Recipe, args: SFTConfig) -> None:
     """Evaluate or predict without training. Writes eval_results.json and the files of `predict`; logs to no tracker."""
     args.report_to = []
     refuse_split_model(recipe, is_fsdp=False)  # without an optimizer, FSDP splits nothing
-    data = prepare_datasets(recipe, load_template(recipe, run_day(recipe)))
+    data = load_rows(recipe, args)
     tokenizer = data.template.tokenizer
-    check_fit(recipe, args, data, tokenizer)
     data.write_audit(Path(recipe.output_dir) / "row_audit.jsonl")
     model, saved_dtype = load_model(recipe)
     if recipe.do_eval:

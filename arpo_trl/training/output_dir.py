@@ -23,7 +23,7 @@ from ..report.manifest import RECIPE_MARK, Manifest, recipe_text
 from ..report.model_card import CARD_MARKS, NOT_FOR_THE_HUB
 from ..run_folder import MANIFEST, checkpoint_step, list_checkpoints, own_path, write_text
 from .checkpoints import add_prefix, find_problem, newest_complete_checkpoint
-from .requirements import refuse_output_dir
+from .requirements import check_output_dir
 from .trainer import ArpoTrainer
 
 LOCK = ".lock"
@@ -108,7 +108,7 @@ def find_resume_point(recipe: Recipe) -> tuple[Path | None, list[str]]:
             incomplete.
     """
     output_dir, wanted = Path(recipe.output_dir), recipe.resume_from_checkpoint
-    refuse_output_dir(recipe)
+    check_output_dir(recipe)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()

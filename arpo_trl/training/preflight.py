@@ -19,11 +19,14 @@ from datasets import Dataset
 from ..data.labels import IGNORED
 from ..errors import in_one_line
 from ..machine import gpu_memory, is_out_of_memory, peak_memory
-from ..model.memory import ROOM, Row, longest_batch
+from ..model.memory import ROOM, Row, estimate_memory, longest_batch, model_shape
 from ..recipe.keys import Recipe
 from ..report.console import say
 from ..report.log_file import format_seconds
 from .trainer import ArpoTrainer
+
+LITTLE_MEMORY = 4e9
+"""Bytes that any machine has that trains on its CPU."""
 
 
 def run_preflight(trainer: ArpoTrainer, choose_checkpointing: bool = False, skip_reason: str | None = None) -> None:
@@ -48,6 +51,19 @@ def run_preflight(trainer: ArpoTrainer, choose_checkpointing: bool = False, skip
             trainer.model.eval()
             trainer.prediction_step(trainer.model_wrapped, inputs, prediction_loss_only=True)
     say(line)
+
+
+def find_skip_reason(recipe: Recipe, trainer: ArpoTrainer) -> str | None:
+    """Return why `preflight: auto` does not run the longest batch, or None: on a CPU, if it needs little memory."""
+    args, rows = trainer.args, trainer.train_dataset
+    if recipe.preflight != "auto" or args.device.type != "cpu" or args.world_size > 1 or not isinstance(rows, Dataset):
+        return None
+    memory = estimate_memory(recipe, args, model_shape(recipe), rows)
+    if memory is None or memory.peak > LITTLE_MEMORY:
+        return None
+    return (
+        f"preflight  skipped, the longest batch needs only about {memory.peak / 1e9:.1f} GB (force: preflight: true)"
+    )
 
 
 def _run_training(trainer: ArpoTrainer, choose_checkpointing: bool) -> str:

@@ -14,23 +14,20 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 
-from ..data.prepare import PreparedData, prepare_datasets
+from ..data.prepare import PreparedData
 from ..data.saved_folder import check_run
-from ..data.tokenizer import load_template
 from ..errors import RunFailed, in_one_line
 from ..generate.predict import predict, refuse_split_model
 from ..machine import full_disk_as_run_failed
 from ..model.adapters import keep_adapter_in_float32
-from ..model.memory import memory_to_spare
 from ..model.methods.chosen import methods_of, trainer_kwargs
 from ..model.model import load_model, stop_after_calls
-from ..model.sft_config import to_sft_config
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
 from ..report.console import logged_to, say
 from ..report.log_file import mean_loss, read_log
 from ..report.loss_plot import plot_loss
-from ..report.manifest import Manifest, describe_run, read_manifest, recipe_text, require_same_run, run_day
+from ..report.manifest import Manifest, describe_run, read_manifest, recipe_text, require_same_run
 from ..report.model_card import write_model_card
 from ..report.trackers import finish_trackers, start_trackers
 from ..run_folder import match_umask, save_metrics, write_json
@@ -44,9 +41,9 @@ from .callbacks import (
 )
 from .evaluate import eval_datasets, run_without_training, to_inference
 from .output_dir import clear_earlier_run, find_resume_point, own_output_dir, write_start_files
-from .preflight import require_separate_rows, run_preflight
-from .requirements import check_device, check_environment
-from .rows_and_model import check_fit
+from .preflight import find_skip_reason, require_separate_rows, run_preflight
+from .requirements import check_before_torch
+from .setup import check_after_torch, load_rows
 from .signals import StopOnSignal, Stopped
 from .start_and_end_report import describe_stop, end_report, start_report
 from .trainer import ArpoTrainer
@@ -63,17 +60,12 @@ def train(recipe: Recipe) -> int:
         RecipeError: an error in the recipe or its inputs, before the first step.
         RunFailed: the run began and can't continue.
     """
-    return run(check_environment(recipe))
+    return run(check_before_torch(recipe))
 
 
 def run(recipe: Recipe) -> int:
-    """`train` for a recipe that `check_environment` has returned."""
-    check_device(recipe)
-    args = to_sft_config(recipe)
-    if recipe.fsdp and args.world_size == 1:
-        raise recipe.error(
-            "fsdp", "one process can't split a model; start several with accelerate launch, or remove the line"
-        )
+    """`train` for a recipe that `check_before_torch` has returned."""
+    args = check_after_torch(recipe)
     with own_output_dir(recipe):
         checkpoint, lines = on_main_process(lambda: find_resume_point(recipe)) if recipe.do_train else (None, [])
         log = logged_to(Path(recipe.output_dir) / "training.log", enabled=PartialState().is_main_process)
@@ -94,9 +86,8 @@ def _train(
     output_dir = Path(recipe.output_dir)
 
     # Data
-    data = prepare_datasets(recipe, load_template(recipe, run_day(recipe)))
+    data = load_rows(recipe, args)
     tokenizer = data.template.tokenizer
-    check_fit(recipe, args, data, tokenizer)
 
     # The run's record, and the earlier one's
     manifest = describe_run(recipe, data)
@@ -197,8 +188,7 @@ def before_first_step(recipe: Recipe, trainer: ArpoTrainer, data: PreparedData, 
     say(*start_report(recipe, data, trainer, checkpoint))
     require_separate_rows(recipe, trainer)
     if recipe.preflight:
-        skip_reason = memory_to_spare(recipe, trainer.args, data.train)
-        run_preflight(trainer, recipe.gradient_checkpointing == "auto", skip_reason)
+        run_preflight(trainer, recipe.gradient_checkpointing == "auto", find_skip_reason(recipe, trainer))
     trainer.evaluate_pending()
 
 

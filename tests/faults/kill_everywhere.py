@@ -159,7 +159,7 @@ def go_on(copies: Path, recipe: str, whole: Path, every: int, seen: set[str], to
         log = copy / "log"
         code = child(lambda run=run: main([recipe, f"output_dir={run}"]), log)  # type: ignore[misc]
         what = (copy / "what").read_text()
-        if "holds a finished run" in log.read_text():  # nothing was left to do
+        if "contains a finished run" in log.read_text():  # nothing was left to do
             code = 0
         try:
             wrong = difference(run, whole) if code == 0 else log.read_text()[-800:]

@@ -69,7 +69,7 @@ def test_a_model_in_the_run_folder_is_refused(
     changes: dict[str, Any] = {"model_name_or_path": str(paths.get(place))}
     if place == "adapter":
         changes = {"adapter_name_or_path": str(output_dir / "checkpoint-2"), "finetuning_type": "lora"}
-    with pytest.raises(RecipeError, match=r"^\S+recipe\.yaml:\d+: output_dir: .*model to be trained"):
+    with pytest.raises(RecipeError, match=r"^\S+recipe\.yaml:\d+: output_dir: .*model to train"):
         resume(make_recipe(overwrite_output_dir=True, **changes))
     assert len(list_checkpoints(output_dir)) == 3
 

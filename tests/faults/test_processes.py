@@ -33,7 +33,7 @@ def test_a_folder_that_is_refused_stops_both(make_recipe: MakeRecipe, output_dir
     (output_dir / "run.json").write_text(text, encoding="utf-8")
     code, told = run_on_two(make_recipe())
     assert code == 1  # torchrun's own
-    assert told.count("holds a finished run") == 1, told
+    assert told.count("contains a finished run") == 1, told
     assert "exitcode  : 2" in told, told  # torchrun may stop the other before it has ended by itself
 
 

@@ -16,9 +16,8 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen2Config, Trainer
 
-from arpo_trl.machine import free_memory
 from arpo_trl.model import memory
-from arpo_trl.model.memory import Memory, describe_memory, estimate_memory, memory_to_spare, model_shape
+from arpo_trl.model.memory import Memory, describe_memory, estimate_memory, model_shape
 from arpo_trl.model.methods.asft import frozen_copy
 from arpo_trl.model.model import load_model
 from arpo_trl.model.sft_config import to_sft_config
@@ -112,50 +111,6 @@ def test_the_batch_is_the_largest_that_the_sampler_can_draw(
 ) -> None:
     given = recipe(tmp_path, tiny_model, *lines)
     assert memory._largest_batch(given, to_sft_config(given), ROWS) == shape
-
-
-@pytest.mark.parametrize(
-    ("line", "free", "spared"),
-    [
-        ("preflight=auto", 3e9, True),
-        ("preflight=auto", 2e9, False),
-        ("preflight=true", 3e9, False),
-        ("streaming=true max_steps=2", 3e9, False),
-    ],
-)
-def test_a_cpu_with_twice_the_memory_need_not_try_the_longest_batch(
-    line: str, free: float, spared: bool, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """1 GB is the libraries'; the model's few MB come to it."""
-    monkeypatch.setattr(memory, "free_memory", lambda: int(free))
-    given = recipe(tmp_path, tiny_model, *line.split())
-    rows = ROWS.to_iterable_dataset() if given.streaming else ROWS
-    before = torch.get_rng_state()
-    said = memory_to_spare(given, to_sft_config(given), rows)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert (said is not None) is spared
-    assert not said or "for the longest batch, of 3.0 GB that are free" in said
-
-
-@pytest.mark.parametrize(
-    ("groups", "limits", "most"),
-    [
-        ("0::/", {"memory.max": "max"}, None),
-        ("0::/", {"memory.max": "5000"}, 5000),
-        ("0::/slurm/job_1/step_0", {"slurm/job_1/memory.max": "6000", "slurm/memory.max": "9000"}, 6000),
-        ("5:cpu:/a\n4:memory:/docker/1", {"memory/docker/1/memory.limit_in_bytes": "7000"}, 7000),
-        (None, {}, None),
-    ],
-)
-def test_free_memory_is_at_most_what_a_container_may_take(
-    groups: str | None, limits: dict[str, str], most: int | None, tmp_path: Path
-) -> None:
-    files = {f"sys/fs/cgroup/{name}": text for name, text in limits.items()}
-    for name, text in (files | ({"proc/self/cgroup": groups} if groups else {})).items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f"{text}\n", encoding="utf-8")
-    free = free_memory(tmp_path)
-    assert free == most if most else free > 1e8
 
 
 @pytest.mark.parametrize(("optim", "moments"), [("adamw_torch", 2), ("adafactor", 0), ("adamw_8bit", 0.5), ("sgd", 0)])

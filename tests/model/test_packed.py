@@ -24,7 +24,7 @@ from arpo_trl.model.memory import estimate_memory, model_shape
 from arpo_trl.model.merge import merge
 from arpo_trl.model.model import load_model
 from arpo_trl.model.sft_config import to_sft_config
-from arpo_trl.training.requirements import check_device
+from arpo_trl.training.setup import check_device
 
 KINDS = {"gptq": "GPTQLoraLinear", "awq": "AwqLoraLinear", "aqlm": "AqlmLoraLinear"}
 METHODS = pytest.mark.parametrize("method", KINDS)

@@ -11,7 +11,7 @@ import pytest
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe
 from arpo_trl.training.check import check, checkpoint_steps, count_steps
-from arpo_trl.training.requirements import check_environment
+from arpo_trl.training.requirements import check_before_torch
 
 
 def test_check_says_what_the_run_would_do(
@@ -95,8 +95,8 @@ def test_check_refuses_a_disk_that_is_too_small(chat_recipe: Recipe, monkeypatch
 
 def test_check_needs_a_model_not_only_a_tokenizer(chat_recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any) -> None:
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(RecipeError, match=r"model_name_or_path: .*: the folder has no config.json") as error:
-        check_environment(chat_recipe.model_copy(update={"model_name_or_path": str(tmp_path / "tokenizer")}))
+    with pytest.raises(RecipeError, match=r"model_name_or_path: .*: config.json is missing") as error:
+        check_before_torch(chat_recipe.model_copy(update={"model_name_or_path": str(tmp_path / "tokenizer")}))
     assert "\n" not in str(error.value)
 
 

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from runs import differing, log_without_times, make_rows, make_trainer, train
 
 from arpo_trl.model.memory import longest_batch
+from arpo_trl.recipe import Recipe
 from arpo_trl.training import preflight
 from arpo_trl.training.callbacks import BeforeFirstStep
 from arpo_trl.training.preflight import preserve_training_state, run_preflight
@@ -110,16 +112,16 @@ def test_it_costs_one_forward_and_backward_and_one_forward(
     assert evaluated[0] == (3, longest)
 
 
-def test_it_says_the_peak_and_the_time(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_the_peak_and_the_time(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path, tiny_model, preflight=True, max_steps=1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preflight")]
     assert re.search(r"\(\d+ tokens\) ok, peak \d\.\d\d GB; about 0:00:0\d for 1 steps$", line)
 
 
-def test_with_memory_to_spare_a_run_begins_with_its_first_step(
+def test_a_run_that_needs_little_memory_starts_with_its_first_step(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The longest rows to evaluate on, of which the estimate says nothing, are tried all the same."""
+    """The longest rows to evaluate on, which the estimate does not cover, are run nevertheless."""
     passes: list[str] = []
     for name in ("training_step", "prediction_step"):
         method = getattr(ArpoTrainer, name)
@@ -129,12 +131,48 @@ def test_with_memory_to_spare_a_run_begins_with_its_first_step(
             return method(*args, **kwargs)
 
         monkeypatch.setattr(ArpoTrainer, name, counted)
-    monkeypatch.setattr("arpo_trl.model.memory.free_memory", lambda: 64 << 30)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     small_run.run(tmp_path, tiny_model, max_steps=2, val_size=2, eval_strategy="steps", eval_steps=5)
     assert passes == ["prediction_step", "training_step", "training_step", "prediction_step"]
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
-    assert line.endswith("of 68.7 GB that are free: it is not tried (preflight: true tries it)")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preflight")]
+    assert line == "preflight  skipped, the longest batch needs only about 0.0 GB (force: preflight: true)"
+
+
+@pytest.mark.parametrize(
+    ("setting", "peak", "device", "processes", "is_skipped"),
+    [
+        ("auto", 3.9e9, "cpu", 1, True),
+        ("auto", 4.1e9, "cpu", 1, False),
+        ("auto", None, "cpu", 1, False),
+        (True, 3.9e9, "cpu", 1, False),
+        ("auto", 3.9e9, "cuda", 1, False),
+        ("auto", 3.9e9, "cpu", 2, False),
+    ],
+)
+def test_auto_skips_the_longest_batch_on_a_cpu_if_it_needs_little_memory(
+    setting: str | bool,
+    peak: float | None,
+    device: str,
+    processes: int,
+    is_skipped: bool,
+    chat_recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = peak and SimpleNamespace(peak=peak)
+    monkeypatch.setattr(preflight, "estimate_memory", lambda *args: memory)
+    args = SimpleNamespace(device=torch.device(device), world_size=processes)
+    trainer: Any = SimpleNamespace(args=args, train_dataset=make_rows())
+    given = chat_recipe.model_copy(update={"preflight": setting})
+    assert (preflight.find_skip_reason(given, trainer) is not None) is is_skipped
+    trainer.train_dataset = make_rows().to_iterable_dataset()
+    assert preflight.find_skip_reason(given, trainer) is None
+
+
+def test_an_estimate_draws_no_random_number(tmp_path: Path, tiny_model: Path, chat_recipe: Recipe) -> None:
+    trainer = make_trainer(tmp_path, tiny_model)
+    before = torch.get_rng_state()
+    assert preflight.find_skip_reason(chat_recipe, trainer)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_what_does_not_go_together_is_refused_with_the_keys_line(
         return capsys.readouterr().err.strip().split("\n")[-1]
 
     assert refused("dataloader_drop_last=true", "per_device_train_batch_size=13") == (
-        f"{recipe}: dataloader_drop_last: drops every row: 12 are fewer than the 13 of one batch; remove the line, "
+        f"{recipe}: dataloader_drop_last: drops all 12 rows, fewer than a batch of 13; remove the line, "
         "or lower per_device_train_batch_size"
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -41,7 +41,7 @@ def test_what_does_not_go_together_is_refused_with_the_keys_line(
     (data / "counting.json").write_text(json.dumps(rows), encoding="utf-8")
     for overrides in ((), ("do_train=false", "do_eval=true", "dataset=null", "eval_dataset=counting")):
         assert refused(*overrides).startswith(
-            f"{recipe}:{line}: model_name_or_path: {model} has embeddings for {size:,} tokens, and "
+            f"{recipe}:{line}: model_name_or_path: {model} has embeddings for {size:,} tokens, but "
             f"{data / 'counting.json'}:1:39 has token {new:,} ('<new_{new}>'); resize the model once"
         )
 

@@ -1,0 +1,103 @@
+"""The checks of a recipe that need torch, and the rows of a run: all that precedes loading the weights.
+
+requirements.py has the checks that need no torch.
+"""
+
+from __future__ import annotations
+
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from trl.trainer.sft_config import SFTConfig
+
+from ..data.prepare import PreparedData, prepare_datasets
+from ..data.tokenizer import load_template
+from ..errors import RecipeError
+from ..model.base_config import load_config
+from ..model.methods.chosen import methods_of
+from ..model.sft_config import to_sft_config
+from ..recipe.keys import Recipe
+from ..report.manifest import run_day
+
+RESIZE = "resize the model once (model.resize_token_embeddings(len(tokenizer))), save both and use that folder"
+
+
+def check_after_torch(recipe: Recipe) -> SFTConfig:
+    """Check device, launch and the model's config.json. Return the trainer's arguments.
+
+    Raises:
+        RecipeError: what is not supported, with the key's line and the fix.
+    """
+    check_device(recipe)
+    args = to_sft_config(recipe)
+    if recipe.fsdp and args.world_size == 1:
+        raise recipe.error(
+            "fsdp", "one process can't split a model; start several with accelerate launch, or remove the line"
+        )
+    config = load_config(recipe).get_text_config()
+    for method in methods_of(recipe):
+        method.check_config(config, args)
+    return args
+
+
+def check_device(recipe: Recipe) -> None:
+    """Raise RecipeError for all that the recipe needs and this machine's device lacks."""
+    missing = []
+    if not torch.accelerator.is_available():
+        missing += [
+            (key, "needs a GPU; remove the line") for key in ("activation_offloading", "tf32") if getattr(recipe, key)
+        ]
+        if recipe.flash_attn == "flex" and recipe.do_train:
+            missing.append(("flash_attn", "flex attention can't train on a CPU; set flash_attn: sdpa"))
+    if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        missing.append(("bf16", "this GPU has no bfloat16; set bf16: false (fp16: true is faster)"))
+    for method in methods_of(recipe):
+        missing += method.find_missing()
+    if missing:
+        raise RecipeError([str(recipe.error(key, problem)) for key, problem in missing])
+
+
+def load_rows(recipe: Recipe, args: SFTConfig) -> PreparedData:
+    """Load the tokenizer and its template, prepare the datasets, and check that their rows fit the batches and the model.
+
+    Raises:
+        RecipeError: the rows do not fill a batch, or the model has no embedding for a token. Streams are not checked.
+    """
+    data = prepare_datasets(recipe, load_template(recipe, run_day(recipe)))
+    rows, batch = data.train, args.per_device_train_batch_size * args.world_size
+    is_counted = isinstance(rows, Dataset) and recipe.do_train and not recipe.packing
+    if is_counted and args.dataloader_drop_last and len(rows) < batch:
+        raise recipe.error(
+            "dataloader_drop_last",
+            f"drops all {len(rows):,} rows, fewer than a batch of {batch:,}; remove the line, or lower "
+            "per_device_train_batch_size",
+        )
+    size = getattr(load_config(recipe).get_text_config(), "vocab_size", None)
+    if size is not None:
+        _check_tokens(recipe, data, size)
+    return data
+
+
+def _check_tokens(recipe: Recipe, data: PreparedData, size: int) -> None:
+    tokenizer = data.template.tokenizer
+    beyond = (tokenizer.pad_token_id, "padding") if (tokenizer.pad_token_id or 0) >= size else None
+    for rows in (data.train, *data.eval.values()):
+        if beyond is None and isinstance(rows, Dataset):
+            beyond = _find_token_beyond(rows, size)
+    if beyond:
+        token, where = beyond
+        raise recipe.error(
+            "model_name_or_path",
+            f"{recipe.model_name_or_path} has embeddings for {size:,} tokens, but {where} has token {token:,} "
+            f"({tokenizer.convert_ids_to_tokens(token)!r}); {RESIZE}",
+        )
+
+
+def _find_token_beyond(rows: Dataset, size: int) -> tuple[int, str] | None:
+    """Return the first token id that is not below `size`, and the location of its row."""
+    for batch in rows.select_columns(["input_ids", "source"]).with_format("arrow").iter(1000):
+        most = pc.max(pc.list_flatten(batch["input_ids"])).as_py()
+        if most is not None and most >= size:
+            located = zip(batch["input_ids"].to_pylist(), batch["source"].to_pylist())
+            return next((max(ids), source) for ids, source in located if ids and max(ids) >= size)
+    return None
