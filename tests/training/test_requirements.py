@@ -323,6 +323,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("abc", encoding="utf-8")
     (snapshot / "config.json").touch()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
     assert "can't be reached" in check_inputs(recipe_of(*with_data, f"cache_dir={tmp_path}")).notices[-1]
     monkeypatch.setenv("HF_HUB_OFFLINE", "")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as hub:
