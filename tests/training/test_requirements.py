@@ -335,7 +335,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(
 
 def test_a_registry_on_the_hub_and_none_are_found_as_in_llama_factory(recipe_of: Any, tmp_path: Path) -> None:
     (online,) = select_datasets(recipe_of("dataset_dir=ONLINE", "dataset=owner/rows"))
-    assert (online.hub, online.formatting, online.columns["prompt"]) == ("owner/rows", "alpaca", "instruction")
+    assert (online.hf_hub_url, online.formatting, online.columns["prompt"]) == ("owner/rows", "alpaca", "instruction")
     snapshot = tmp_path / "datasets--owner--registry" / "snapshots" / "abc"  # huggingface_hub's cache
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
