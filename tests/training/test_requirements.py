@@ -342,6 +342,6 @@ def test_a_registry_on_the_hub_and_none_are_found_as_in_llama_factory(recipe_of:
     (snapshot.parents[1] / "refs" / "main").write_text("abc", encoding="utf-8")
     (snapshot / "dataset_info.json").write_text('{"d": {"hf_hub_url": "owner/d"}}', encoding="utf-8")
     (remote,) = select_datasets(recipe_of("dataset_dir=REMOTE:owner/registry", f"cache_dir={tmp_path}", "dataset=d"))
-    assert remote.hub == "owner/d"
+    assert remote.hf_hub_url == "owner/d"
     with pytest.raises(RecipeError, match=r"dataset_dir: owner/none: the hub gives no dataset_info.json"):
         select_datasets(recipe_of("dataset_dir=REMOTE:owner/none", f"cache_dir={tmp_path}", "dataset=d"))
