@@ -1,9 +1,9 @@
-"""Compare our tokens and labels with LLaMA-Factory's own, row by row.
+"""Compare tokens and labels with LLaMA-Factory's, row by row.
 
     python scripts/compare_golden.py GOLDEN DATA TOKENIZER
 
-GOLDEN holds NAME.json for each data set: a list with an entry for each row, in the file's order, `[input_ids, trained]`,
-where `trained[i]` is 1 if token i carries loss and 0 if its label is -100. NAME is a key of DATA/dataset_info.json
+GOLDEN contains a NAME.json for each dataset: a list of `[input_ids, trained]` in the order of its rows, where `trained[i]`
+is 1 if token i is trained and 0 if its label is -100. NAME is a key of DATA/dataset_info.json
 (alpaca and glaive stand for LLaMA-Factory's alpaca_en_demo and glaive_toolcall_en_demo). tests/golden is an example.
 
 To make NAME.json where LLaMA-Factory is installed: train with `stage: sft`, `template: qwen`, `cutoff_len: 4096`,
@@ -34,34 +34,36 @@ SHORT_NAMES = {"alpaca": "alpaca_en_demo", "glaive": "glaive_toolcall_en_demo"}
 
 
 def compare(golden_dir: Path, data_dir: Path, recipe: Recipe) -> tuple[int, int]:
-    """Rows equal, rows in all; each row that differs is printed with its first token or label that does.
+    """Return the number of equal rows and of all rows; print the first difference of each other row.
 
     Raises:
-        RecipeError: there is nothing to compare, or a file that can't be read.
+        RecipeError: there is nothing to compare, or a file can't be read.
     """
     template = load_template(recipe)
     registry, equal, total = read_registry(data_dir), 0, 0
     paths = sorted(path for path in golden_dir.glob("*.json") if path.name != "templates.json")  # texts, not tokens
     if not paths:
-        raise DatasetError(f"{golden_dir}: no .json file here; expected one a data set")
+        raise DatasetError(f"{golden_dir}: no .json files, expected one for each dataset")
     for path in paths:
         golden = read_golden(path)
         name = SHORT_NAMES.get(path.stem, path.stem)
         info = registry.get(name)
         if info is None or info.path is None:
-            raise DatasetError(f"{path}: no dataset {name!r} in {data_dir}/dataset_info.json with a file of its own")
+            raise DatasetError(f"{path}: no dataset {name!r} in {data_dir}/dataset_info.json with a file_name")
         rows = list(islice(read_rows(info.path), len(golden)))
         total += len(golden)
         for encoded, (input_ids, trained) in zip(encode_rows(rows, Encoder(info, recipe, template)), golden):
             if encoded["outcome"] != "kept":
                 print(f"{encoded['source']}: {encoded['outcome']} ({encoded['reason']})")
-            found = [(token, int(label != IGNORED)) for token, label in zip(encoded["input_ids"], encoded["labels"])]
+            tokens = [(token, int(label != IGNORED)) for token, label in zip(encoded["input_ids"], encoded["labels"])]
             expected = list(zip_longest(input_ids, trained))
-            if found == expected:
+            if tokens == expected:
                 equal += 1
             else:
-                at = next(at for at, (a, b) in enumerate(zip_longest(found, expected)) if a != b)
-                print(f"{encoded['source']}: {len(found)} tokens, {len(expected)} expected; first to differ: {at}")
+                at = next(at for at, (a, b) in enumerate(zip_longest(tokens, expected)) if a != b)
+                print(
+                    f"{encoded['source']}: expected {len(expected)} tokens, found {len(tokens)}; the first difference is at {at}"
+                )
         if len(rows) != len(golden):
             print(f"{path}: {len(golden)} entries, {len(rows)} rows in {info.path}")
     return equal, total

@@ -128,7 +128,7 @@ def count_equal(name: str, chat_template: str) -> int:
 
 def table() -> list[str]:
     """Return the table: a line for each of LLaMA-Factory 0.9.5's text templates."""
-    lines = ["| name | here | with `template` left out |", "|---|---|---|"]
+    lines = ["| name | here | without `template` |", "|---|---|---|"]
     for name in sorted(GOLDEN["names"]):
         here = (
             f"shipped: {count_equal(name, shipped_template(name))} of 4 equal"

@@ -249,9 +249,9 @@ def test_compare_golden_prints_where_a_row_differs_and_ends_with_1(golden: Any, 
     lengths = [len(row[0]) for row in rows[:3]]
     data = GOLDEN / "data" / "alpaca_en_demo.json"
     assert [re.sub(r"^\d+: ", "", line.removeprefix(f"{data}:")) for line in lines] == [
-        f"{lengths[0]} tokens, {lengths[0]} expected; first to differ: 5",
-        f"{lengths[1]} tokens, {lengths[1]} expected; first to differ: {lengths[1] - 1}",
-        f"{lengths[2]} tokens, {lengths[2] - 2} expected; first to differ: {lengths[2] - 2}",
+        f"expected {lengths[0]} tokens, found {lengths[0]}; the first difference is at 5",
+        f"expected {lengths[1]} tokens, found {lengths[1]}; the first difference is at {lengths[1] - 1}",
+        f"expected {lengths[2] - 2} tokens, found {lengths[2]}; the first difference is at {lengths[2] - 2}",
         f"{tmp_path / 'alpaca.json'}: {len(changed)} entries, {len(rows)} rows in {data}",
         f"{len(rows) - 3} of {len(changed)} rows equal",
     ]
@@ -264,7 +264,7 @@ def test_compare_golden_ends_with_0_when_all_rows_are_equal(golden: Any):
 
 def test_compare_golden_ends_with_2_where_there_is_nothing_to_compare(golden: Any, tmp_path: Path):
     code, lines = golden(tmp_path)
-    assert (code, lines[-1].endswith(f"{tmp_path}: no .json file here; expected one a data set")) == (2, True)
+    assert (code, lines[-1].endswith(f"{tmp_path}: no .json files, expected one for each dataset")) == (2, True)
     (tmp_path / "poems.json").write_text("[]", encoding="utf-8")
     code, lines = golden(tmp_path)
     assert (code, "poems.json: no dataset 'poems' in " in lines[-1]) == (2, True)

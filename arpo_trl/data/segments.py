@@ -118,10 +118,10 @@ def _until_prompt(before: list[Message], tools: list[Fields] | None, template: T
     return until_prompt + (reasoning if until_reply.startswith(until_prompt + reasoning) else "")
 
 
-def shared_start(one: str, other: str) -> str:
+def shared_start(text: str, other: str) -> str:
     """Return the common prefix of two texts, without an unfinished tag at its end."""
-    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
-    return one[:alike] if alike in (len(one), len(other)) else re.sub(r"<[^<>]*$", "", one[:alike])
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other)))
+    return text[:alike] if alike in (len(text), len(other)) else re.sub(r"<[^<>]*$", "", text[:alike])
 
 
 def _join_turns(done: str, until_prompt: str, template: Template, segments: list[Segment]) -> str:

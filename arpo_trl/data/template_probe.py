@@ -28,7 +28,7 @@ CALL: Fields = {"type": "function", "function": {"name": "search", "arguments": 
 CALLS: Message = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 RESULT: Message = {"role": "tool", "content": "found"}
 TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}
-THINKING: Message = {"role": "assistant", "content": "<think>\na thought\n</think>\n\nan answer"}
+THINKING: Message = {"role": "assistant", "content": "<think>\nsome reasoning\n</think>\n\nan answer"}
 PROBES: tuple[list[Message], ...] = (
     [ASK, REPLY, ASK, REPLY],
     [ASK, THINKING],
@@ -147,8 +147,8 @@ def _probe_ends(template: Template) -> Template:
 
 def _probe_reasoning(template: Template, around_reply: str) -> Template:
     """Set the key of reasoning, if any, and whether the template has its own way to write it (gpt-oss, Qwen3.8)."""
-    separate = {key: _render(template, ASK, cast(Message, {**REPLY, key: "a thought"})) for key in REASONING_KEYS}
-    key = next((key for key, text in separate.items() if "a thought" in text), None)
+    separate = {key: _render(template, ASK, cast(Message, {**REPLY, key: "some reasoning"})) for key in REASONING_KEYS}
+    key = next((key for key, text in separate.items() if "some reasoning" in text), None)
     inside = _render(template, ASK, THINKING)
     split = bool(key and inside) and inside.count("</think>") != separate[key or ""].count("</think>")
     prompts = {replace(template, enable_thinking=thinking).render([ASK], None, True) for thinking in (True, False)}

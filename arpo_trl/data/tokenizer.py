@@ -129,7 +129,7 @@ def shipped_template(name: str) -> str:
     pieces = table[name]
     pieces = table.get(pieces.get("like"), {}) | pieces
     default = {"begin": "", "default_system": "", "result_join": "", "system_inside": False, "tools": "react"}
-    default |= {"thought": ["<think>\n", "\n</think>\n\n"], "reasons": "thought" in pieces}
+    default |= {"reasoning": ["<think>\n", "\n</think>\n\n"], "has_reasoning": "reasoning" in pieces}
     pieces = default | {"result": pieces["user"], "call": pieces["reply"]} | pieces
     lines = []
     for key, value in pieces.items():

@@ -112,7 +112,9 @@ class DatasetKeys(BaseModel):
     tokenized_path: Location | None = _key(None, "Folder to save the encoded datasets to, or to load them from")
     overwrite_cache: bool = _key(False, "Encode the datasets again even if they are cached")
     preprocessing_num_workers: Count | None = _key(
-        None, "Number of processes for datasets of 200 MiB or more", "dataset_num_proc"
+        None,
+        "Number of processes that pack rows; encoding needs one, whose tokenizer uses all cores",
+        "dataset_num_proc",
     )
     preprocessing_batch_size: Count = _key(1000, "Number of rows encoded at a time", "Dataset.map(batch_size)", "rows")
     train_on_prompt: bool = _key(False, "Train on complete rows, prompts included")

@@ -57,6 +57,8 @@ def _notices(recipe: Recipe, settled: Recipe) -> Iterator[str]:
         yield "warmup_ratio: no effect; warmup_steps is there, and wins as in transformers 4"
     if recipe.packing and not recipe.neat_packing:
         yield "packing: conversations in a packed row do not see each other (neat_packing: true)"
+    if (recipe.preprocessing_num_workers or 1) > 1 and not recipe.packing:
+        yield "preprocessing_num_workers is ignored unless packing is set: one process encodes rows, on all cores"
     if kernel := _missing_kernel(recipe):
         yield f"flash_attn: sdpa; {recipe.flash_attn} needs the package {kernel}, which is not installed"
     if "wandb" in recipe.report_to and wandb_is_disabled():

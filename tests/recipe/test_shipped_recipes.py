@@ -138,7 +138,11 @@ def test_a_recipe_written_for_llama_factory_is_read_unchanged(path: Path) -> Non
     recipe = read_recipe(path)
     config = to_sft_config(read_recipe(path, ["deepspeed=null"]))
     unread = {key for notice in recipe.notices if "ignored" in notice for key in given if f" {key}" in notice}
-    assert unread == given.keys() & {"ray_num_workers", "use_v1_kernels"}  # placement and speed
+    assert unread == given.keys() & {
+        "preprocessing_num_workers",
+        "ray_num_workers",
+        "use_v1_kernels",
+    }  # placement and speed
     assert recipe.dataset == given["dataset"].split(",")
     assert config.learning_rate == float(given.get("learning_rate", 5e-5))
     assert config.warmup_steps == given.get("warmup_ratio", given.get("warmup_steps", 0))
