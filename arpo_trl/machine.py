@@ -121,7 +121,7 @@ def environment() -> str:
     lines += [("system", f"{platform.platform()}, {os.cpu_count()} CPU cores"), ("device", _devices())]
     lines += list((dict.fromkeys(PACKAGES, "not installed") | installed_versions(PACKAGES)).items())
     lines.append(("text", f"{sys.stdout.encoding}, UTF-8 mode {'on' if sys.flags.utf8_mode else 'off'}"))
-    return "\n".join(f"{name:<16} {found}" for name, found in lines)
+    return "\n".join(f"{name:<16} {value}" for name, value in lines)
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:

@@ -46,10 +46,16 @@ def logged_to(path: Path, enabled: bool = True) -> Iterator[Callable[[], None]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     log = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     start = path.stat().st_size
+
+    def forget_earlier_sessions() -> None:
+        session = path.read_bytes()[start:]
+        with contextlib.suppress(OSError):
+            path.write_bytes(session)  # the open handler continues to append at the end
+
     with _handlers(log):
         _LOG.info("%s", printable(f"# {time.strftime('%Y-%m-%d %H:%M:%S%z')} {shlex.join(sys.argv)}"))
         try:
-            yield lambda: _forget_before(path, start)
+            yield forget_earlier_sessions
         except (RecipeError, RunFailed) as error:
             _LOG.info("%s", error)  # the caller prints it
             raise
@@ -93,13 +99,6 @@ def _handlers(log: logging.Handler) -> Iterator[None]:
             logger.handlers = handlers
         logging.raiseExceptions = raises
         log.close()
-
-
-def _forget_before(path: Path, start: int) -> None:
-    """Delete the bytes before `start`; open handles continue to append at the end."""
-    session = path.read_bytes()[start:]
-    with contextlib.suppress(OSError):
-        path.write_bytes(session)
 
 
 def start_bar(total: int, initial: int) -> tqdm | None:

@@ -37,17 +37,13 @@ def missing_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
             key, off = ("use_swanlab", "false") if by_key else ("report_to", "none")
             yield key, f"{tracker} is not installed; pip install {package}, or set {key}: {off}"
         elif tracker == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-            yield from _wandb_login()
+            import wandb
 
-
-def _wandb_login() -> Iterator[tuple[str, str]]:
-    import wandb
-
-    try:
-        if not wandb.login(prompt=False):
-            yield "report_to", f"not logged in to wandb; {WANDB_FIXES}"
-    except wandb.Error as error:  # a wrong key, or no server
-        yield "report_to", f"wandb login failed ({in_one_line(error)}); {WANDB_FIXES}"
+            try:
+                if not wandb.login(prompt=False):
+                    yield "report_to", f"not logged in to wandb; {WANDB_FIXES}"
+            except wandb.Error as error:  # a wrong key, or no server
+                yield "report_to", f"wandb login failed ({in_one_line(error)}); {WANDB_FIXES}"
 
 
 def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier: Manifest | None) -> None:

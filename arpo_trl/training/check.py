@@ -149,7 +149,7 @@ def describe_tokens(rows: Dataset) -> list[str]:
 def count_steps(args: SFTConfig, rows: int) -> tuple[int, int]:
     """Return the steps per epoch and in total, as transformers' Trainer counts them."""
     batches = rows / (args.per_device_train_batch_size * args.world_size)
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    batches = int(batches) if args.dataloader_drop_last else math.ceil(batches)
     per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 

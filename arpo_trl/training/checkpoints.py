@@ -73,7 +73,7 @@ class CheckpointWriter:
 
         Raises:
             RunFailed: it could not be written, unless on_save_error is "continue". What was written is deleted, so that
-                the disk has room for the logs.
+                the disk has space for the logs.
         """
         output_dir = Path(str(trainer.args.output_dir))
         folder = output_dir / f"checkpoint-{trainer.state.global_step}"

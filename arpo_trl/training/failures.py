@@ -54,9 +54,9 @@ def find_sources(rows: Dataset | None, batches: list[Batch]) -> list[str]:
     """
     if rows is None or "source" not in rows.column_names:
         return []
-    wanted = {tuple(row) for batch in batches for row in _split_rows(batch)}
+    failed = {tuple(row) for batch in batches for row in _split_rows(batch)}
     known = rows.select_columns(["input_ids", "source"])
-    return [row["source"] for row in known if tuple(row["input_ids"]) in wanted]
+    return [row["source"] for row in known if tuple(row["input_ids"]) in failed]
 
 
 def _split_rows(batch: Batch) -> Iterable[list[int]]:

@@ -21,7 +21,7 @@ from ..processes import on_main_process
 from ..recipe.keys import Recipe
 from ..report.manifest import RECIPE_MARK, Manifest, recipe_text
 from ..report.model_card import CARD_MARKS, NOT_FOR_THE_HUB
-from ..run_folder import MANIFEST, checkpoint_step, list_checkpoints, own_path, write_text
+from ..run_folder import MANIFEST, checkpoint_step, list_checkpoints, own_path, read_json, write_text
 from .checkpoints import add_prefix, find_problem, newest_complete_checkpoint
 from .requirements import check_output_dir
 from .trainer import ArpoTrainer
@@ -54,13 +54,15 @@ def own_output_dir(recipe: Recipe) -> Iterator[None]:
             except OSError:
                 return
             if not _lock(file):
-                raise recipe.error(
-                    "output_dir", f"{recipe.output_dir} is in use by {_owner(path)}; stop it, or choose another folder"
-                )
+                owner, text = read_json(path), ""
+                if isinstance(owner, dict):  # else it has just taken the lock
+                    text = " (" + ", ".join(f"{name} {value}" for name, value in owner.items()) + ")"
+                problem = f"{recipe.output_dir} is in use by another run{text}; stop it, or choose another folder"
+                raise recipe.error("output_dir", problem)
             now = time.strftime("%Y-%m-%d %H:%M:%S%z")
             with contextlib.suppress(OSError):  # a full disk
                 file.truncate(0)
-                file.write(json.dumps({"host": platform.node(), "pid": os.getpid(), "started": now}) + "\n")
+                file.write(json.dumps({"host": platform.node(), "process": os.getpid(), "started": now}) + "\n")
                 file.flush()
 
         on_main_process(take)
@@ -87,14 +89,6 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
-def _owner(path: Path) -> str:
-    try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-        return f"another run (host {owner['host']}, process {owner['pid']}, started {owner['started']})"
-    except (OSError, ValueError, KeyError, TypeError):  # it has just taken the lock
-        return "another run"
-
-
 # --- resume or start over ---
 
 
@@ -107,19 +101,19 @@ def find_resume_point(recipe: Recipe) -> tuple[Path | None, list[str]]:
         RecipeError: the folder is taken or can't be written, or the checkpoint that the recipe names is missing or
             incomplete.
     """
-    output_dir, wanted = Path(recipe.output_dir), recipe.resume_from_checkpoint
+    output_dir, requested = Path(recipe.output_dir), recipe.resume_from_checkpoint
     check_output_dir(recipe)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()
     except OSError as error:
         raise recipe.error("output_dir", f"{output_dir} is not writable ({error.strerror})") from None
-    if isinstance(wanted, str):
-        return _named_checkpoint(recipe, Path(wanted), output_dir)
-    if not wanted and recipe.overwrite_output_dir:
+    if isinstance(requested, str):
+        return _named_checkpoint(recipe, Path(requested), output_dir)
+    if not requested and recipe.overwrite_output_dir:
         return None, []
     checkpoint, lines = newest_complete_checkpoint(output_dir)
-    if checkpoint is None and wanted:
+    if checkpoint is None and requested:
         what = f"{output_dir} has no complete checkpoint; remove the line to start over"
         raise RecipeError([*lines, str(recipe.error("resume_from_checkpoint", what))])
     return checkpoint, lines
@@ -127,9 +121,9 @@ def find_resume_point(recipe: Recipe) -> tuple[Path | None, list[str]]:
 
 def _named_checkpoint(recipe: Recipe, folder: Path, output_dir: Path) -> tuple[Path, list[str]]:
     if not re.fullmatch(r"checkpoint-\d+", folder.name) or not folder.is_dir():
-        found = ", ".join(str(p) for p in list_checkpoints(folder if folder.is_dir() else output_dir)) or "none"
+        existing = ", ".join(str(p) for p in list_checkpoints(folder if folder.is_dir() else output_dir)) or "none"
         raise recipe.error(
-            "resume_from_checkpoint", f"expected a checkpoint-<step> folder, found {folder}; there are: {found}"
+            "resume_from_checkpoint", f"expected a checkpoint-<step> folder, found {folder}; there are: {existing}"
         )
     if problem := find_problem(folder):
         raise recipe.error(

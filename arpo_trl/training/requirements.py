@@ -43,7 +43,8 @@ def check_inputs(recipe: Recipe) -> Recipe:
     Raises:
         RecipeError: all that is missing, each with the line of its key.
     """
-    hub = probe_hub() if recipe.dataset_dir.startswith("REMOTE:") or _hub_names(recipe) else None
+    is_remote = any(not isdir(name) and _is_hub_id(name) for _, name, _ in _model_names(recipe))
+    hub = probe_hub() if is_remote or recipe.dataset_dir.startswith("REMOTE:") else None
     missing = [*_files(recipe), *_models(recipe, hub)]
     config = {} if missing else _base_config(recipe, hub)
     missing += methods.quantized_conflicts(recipe, config)
@@ -91,8 +92,14 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if isinstance(path := getattr(recipe, key), str) and (problem := _no_json_file(path)):
             yield key, problem
     for key in ("output_dir", "tokenized_path", "cache_dir", "resume_from_checkpoint"):
-        if isinstance(path := getattr(recipe, key), str) and (problem := _no_folder(path)):
-            yield key, problem
+        if not isinstance(path := getattr(recipe, key), str):
+            continue
+        try:
+            existing = nearest_existing_parent(Path(path))
+            if existing and not existing.is_dir():
+                yield key, f"{path}: expected a folder, but {existing} is a file"
+        except (OSError, ValueError) as error:
+            yield key, f"{path}: not a valid folder name ({getattr(error, 'strerror', None) or error})"
 
 
 def _output_dir(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -131,14 +138,6 @@ def _no_json_file(path: str) -> str | None:
     return None
 
 
-def _no_folder(path: str) -> str | None:
-    try:
-        existing = nearest_existing_parent(Path(path))
-    except (OSError, ValueError) as error:
-        return f"{path}: not a valid folder name ({getattr(error, 'strerror', None) or error})"
-    return f"{path}: expected a folder, but {existing} is a file" if existing and not existing.is_dir() else None
-
-
 def _models(recipe: Recipe, hub: Hub | None) -> Iterator[tuple[str, str]]:
     for key, name, config in _model_names(recipe):
         folder = Path(name)
@@ -159,10 +158,6 @@ def _model_names(recipe: Recipe) -> list[tuple[str, str, str]]:
     """Return the key, the name and the config file of the base and of each adapter."""
     adapters = [("adapter_name_or_path", name, "adapter_config.json") for name in recipe.adapter_name_or_path]
     return [("model_name_or_path", recipe.model_name_or_path, "config.json"), *adapters]
-
-
-def _hub_names(recipe: Recipe) -> list[str]:
-    return [name for _, name, _ in _model_names(recipe) if not isdir(name) and _is_hub_id(name)]
 
 
 def _is_hub_id(name: str) -> bool:

@@ -27,12 +27,15 @@ from .trainer import ArpoTrainer
 def start_report(recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, checkpoint: Path | None) -> list[str]:
     """Return what the run is about to do, so that a mistake in the recipe is noticed before it costs hours."""
     model, args, writer = trainer.accelerator.unwrap_model(trainer.model), trainer.args, trainer.checkpoints
+    saved = f"{writer.expected_bytes / 1e9:.2f} GB per checkpoint, {writer.save_total_limit or 'all'} kept"
+    if args.save_strategy == "no":
+        saved = "no checkpoints"
     return [
         *describe_setup(recipe, model, args),
         *(f"data     {line}" for line in [*data.audit.lines(), *data.notices]),
         *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
         f"steps    {describe_steps(args, trainer.state.max_steps, data, recipe.packing)}",
-        f"disk     {describe_disk(args, writer.save_total_limit, writer.expected_bytes)}",
+        f"disk     {saved}; {free_space(Path(recipe.output_dir)) / 1e9:,.1f} GB free",
         f"output   {args.output_dir}{f', resuming from {checkpoint.name}' if checkpoint else ''}",
     ]
 
@@ -119,16 +122,6 @@ def describe_steps(args: TrainingArguments, total: int, data: PreparedData, pack
     if kept and not packing:
         batch += f", about {rows * sum(c.tokens for c in counts) / kept:,.0f} tokens"
     return f"{steps}, {batch}"
-
-
-def describe_disk(args: TrainingArguments, save_total_limit: int | None, checkpoint_bytes: int) -> str:
-    """Return the size of a checkpoint, how many are kept, and the free space."""
-    if args.save_strategy == "no":
-        saved = "no checkpoints"
-    else:
-        kept = f"{save_total_limit} kept" if save_total_limit else "all kept"
-        saved = f"{checkpoint_bytes / 1e9:.2f} GB per checkpoint, {kept}"
-    return f"{saved}; {free_space(Path(str(args.output_dir))) / 1e9:,.1f} GB free"
 
 
 def end_report(

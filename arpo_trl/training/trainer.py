@@ -107,8 +107,8 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         self.checkpoints = CheckpointWriter(save_total_limit, on_save_error, checkpoint_bytes(model, args))
         model.register_forward_hook(torch.compiler.disable(self._score))
         if objective or self.accelerator.device.type not in ("cuda", "xpu"):
-            whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-            score_labelled_positions_only(whole, objective, reference and reference.to(self.accelerator.device))
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            score_labelled_positions_only(base, objective, reference and reference.to(self.accelerator.device))
         _compute_outputs_in_float32(self.accelerator)
 
     # --- a step ---
@@ -179,7 +179,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         time for these, so the last pass counts.
         """
         if model.training and hasattr(output, "label_mask"):
-            sums = [one.detach().float().sum() for one in (output.entropy, output.is_top1, output.label_mask)]
+            sums = [scores.detach().float().sum() for scores in (output.entropy, output.is_top1, output.label_mask)]
             if self.aux_loss_enabled:
                 sums.append(output.aux_loss.detach().float())
             del self._sums[len(self.batches) - 1 :]

@@ -51,7 +51,7 @@ def test_the_second_run_is_refused_in_a_line_that_names_the_first(
         assert main([str(path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         owner = json.loads((output_dir / LOCK).read_text())
-        assert owner["pid"] == pid
+        assert owner["process"] == pid
         assert f"another run (host {owner['host']}, process {pid}, started {owner['started']})" in line
         assert sorted(output_dir.rglob("*")) == sorted([*before, output_dir / LOCK])
     finally:
