@@ -151,8 +151,9 @@ def main(argv: list[str] | None = None) -> int:
     lines = table()
     print(*lines, sep="\n")
     if options.write:
-        before, _, after = DOCS.read_text(encoding="utf-8").partition(lines[0])
-        DOCS.write_text("\n".join([before + lines[0], *lines[1:]]) + after[after.index("\n\n") :], encoding="utf-8")
+        old = re.compile(rf"^{re.escape(lines[0])}\n(\|.*\n)*", re.MULTILINE)
+        text = old.sub(lambda _: "\n".join(lines) + "\n", DOCS.read_text(encoding="utf-8"))
+        DOCS.write_text(text, encoding="utf-8", newline="\n")
     shipped = [line for line in lines if "shipped: " in line]
     equal = sum(int(line.partition("shipped: ")[2].split()[0]) for line in shipped)
     print(f"{equal} of {4 * len(shipped)} conversations equal, {len(shipped)} shipped templates")

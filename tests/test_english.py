@@ -29,7 +29,7 @@ PHRASES = {
     "way out": (r"\bways? out\b", "a fix, what to do instead"),
     "refuse": (r"\brefus(e|es|ed|ing|al|als)\b", "not supported, raises an error, rejects"),
     "laid end to end": (r"\bend to end\b", "padding-free, concatenated"),
-    "mixture": (r"\bmixtures?\b(?! of experts)", "mixture of experts (MoE)"),
+    "mixture": (r"\bmixtures?\b(?! of experts|-of-depth)", "mixture of experts (MoE)"),
     "thought": (r"\bthoughts?\b", "reasoning"),
     "carries loss": (r"\b(carry|carries|carried|carrying) (no )?loss\b|\bfrom the loss\b", "trained, masked"),
     "lose their end": (
@@ -47,12 +47,20 @@ PHRASES = {
     "goes with": (r"\b(go|goes) with\b", "is compatible with"),
     "stands in": (r"\b(stand|stands) in\b", "is in"),
     "comes from": (r"\b(come|comes) from\b", "is set by, is from"),
-    "metaphors": (r"\b(rooms?|journeys?|roads?|floors?|doors?)\b", "packages, data flow, guarantees"),
+    "metaphors": (r"\b(rooms?|journeys?|roads?|(?<!math\.)floors?|doors?)\b", "packages, data flow, guarantees"),
 }
 QUESTIONS = re.compile(r"(What|Whether|How|Why|Where|When|Which|If)\b")
 NAMES = {"found", "given", "one", "said", "told", "wanted"}
 
-ALLOWED: dict[tuple[str, str], str] = {}
+TOY_TEXT = "sentences of the toy data, which this script generates"
+ALLOWED = {
+    ("go on", "scripts/make_toy_dataset.py"): TOY_TEXT,
+    ("is there", "scripts/make_toy_dataset.py"): TOY_TEXT,
+    ("of its own", "scripts/make_toy_dataset.py"): TOY_TEXT,
+    ("metaphors", "scripts/make_toy_dataset.py"): TOY_TEXT,
+    ("refuse", "arpo_trl/data/messages.py"): "`refusal` is a field of OpenAI's messages",
+    ("refuse", "arpo_trl/data/templates/names.toml"): "system messages of model families",
+}
 NOT_CLEAN_YET = pytest.mark.xfail(strict=False, reason="being rewritten")
 GENERATED = {"arpo_trl/recipe/keys_of_trl.py"}  # transformers' and TRL's own help
 

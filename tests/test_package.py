@@ -1,4 +1,4 @@
-"""What `import arpo_trl` gives, and the example of docs/architecture.md."""
+"""What `import arpo_trl` gives, and the example of docs/guide.md."""
 
 import re
 import subprocess
@@ -39,9 +39,7 @@ def test_another_name_is_not_there() -> None:
 
 
 def test_the_example_of_the_docs_runs(tiny_model: Path) -> None:
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(encoding="utf-8"), re.DOTALL)
     assert code.count("\n") <= 12
     printed = python(code.replace('"max_samples=30"', f'"max_samples=30", "model_name_or_path={tiny_model}"'), ROOT)
     assert re.fullmatch(r"arpo_sft_toy: 30 rows: \d+ kept, .*\n\S+arpo_sft_toy\.jsonl:\d+ \d+\n", printed)
