@@ -116,11 +116,7 @@ def _changed(what: Path | str) -> DatasetError:
 
 
 def read_dataset(info: DatasetInfo, streaming: bool) -> Iterator[Row]:
-    """Read the rows of a dataset lazily.
-
-    Raises:
-        DatasetError: it is missing.
-    """
+    """Read the rows of a dataset lazily. Raises DatasetError if it is missing."""
     if info.path:
         files = find_files(info.path)
         return chain.from_iterable(map(read_rows, files)) if info.split == "train" else _read_part(files, info)

@@ -83,11 +83,7 @@ class Turns(NamedTuple):
 
 
 def to_conversation(row: object, info: DatasetInfo, default_system: str | None = None) -> Conversation:
-    """Read one row.
-
-    Raises:
-        RowError: the row is malformed.
-    """
+    """Read one row. Raises RowError if the row is malformed."""
     rest, tools, unread = to_fields(row, info), list[list[Fields]](), Counter[Note]()
     if info.formatting == "alpaca":
         messages = _read_alpaca(rest, info.columns)

@@ -198,11 +198,7 @@ def _download_registry(name: str, cache_dir: str | None) -> Path:
 
 
 def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
-    """Read `dataset_dir/dataset_info.json`.
-
-    Raises:
-        DatasetError: it is missing, or not an object of datasets.
-    """
+    """Read `dataset_dir/dataset_info.json`. Raises DatasetError if it is missing, or not an object of datasets."""
     path = dataset_dir / "dataset_info.json"
     if not isfile(path):
         problem = "not a file" if isdir(path.parent) and path.exists() else "no such file"

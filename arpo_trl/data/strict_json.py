@@ -20,11 +20,7 @@ SPACE, TOO_DEEP = " \t\n\r", "not supported JSON (nested too deeply)"
 
 
 def parse_json(text: str) -> object:
-    """Parse a complete text.
-
-    Raises:
-        RowError: it is not JSON, or JSON that `decode_json` does not support.
-    """
+    """Parse a complete text. Raises RowError if it is not JSON, or JSON that `decode_json` does not support."""
     text = text.rstrip(SPACE)
     try:
         value, at = decode_json(text, len(text) - len(text.lstrip(SPACE)))

@@ -654,7 +654,7 @@ def test_missing_files_and_datasets_are_reported_in_under_a_second_without_torch
     assert done.stderr.splitlines() == [
         f"r.yaml:5: template: there is no file t.jinja; {here}",
         f"r.yaml:1: model_name_or_path: ./m: no such folder; {here}",
-        "r.yaml:4: dataset: a: no such dataset in data/dataset_info.json; there are b",
+        "r.yaml:4: dataset: a: no such dataset in data/dataset_info.json; expected one of b",
     ]
     assert (done.returncode, done.stdout.strip()) == (2, "")
     assert seconds < 1
