@@ -168,8 +168,8 @@ def _with_ids(messages: list[Message], template: Template) -> list[Message]:
                 own, name = call.get("id", ""), call["function"]["name"]
                 fits = own and (template.any_call_id or len(own) == 9) and ("{name}" not in form or name in own)
                 waiting.append((own, own if fits else form.format(name=name, number=number)))
-            ids = [given for _, given in waiting]
-            message = {**message, "tool_calls": [{**call, "id": given} for call, given in zip(calls, ids)]}
+            ids = [call_id for _, call_id in waiting]
+            message = {**message, "tool_calls": [{**call, "id": call_id} for call, call_id in zip(calls, ids)]}
         elif message["role"] == "tool" and waiting:
             named = [pair for pair in waiting if pair[0] and pair[0] == message.get("tool_call_id")]
             answered = (named or waiting)[0]

@@ -123,8 +123,8 @@ def _render(template: Template, *messages: Message, tools: list[Fields] | None =
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     """List the special tokens of a text, or its added tokens if none of them is special."""
     added = tokenizer.added_tokens_decoder
-    found = [added[token] for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in added]
-    return [token.content for token in found if token.special or not any(other.special for other in found)]
+    tokens = [added[token] for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in added]
+    return [token.content for token in tokens if token.special or not any(other.special for other in tokens)]
 
 
 def _probe_ends(template: Template) -> Template:

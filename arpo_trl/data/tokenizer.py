@@ -156,8 +156,8 @@ def make_tokenize(tokenizer: PreTrainedTokenizerBase, with_offsets: bool = False
         with_offsets: Also return the characters of each token; needs a fast tokenizer.
     """
     alone = _tokenize_alone(tokenizer, with_offsets)
-    one, line, after = (tokens.ids for tokens in alone(["a", "\n", "\na"]))
-    if one == after[len(line) :]:  # adds no space
+    letter, line, after = (tokens.ids for tokens in alone(["a", "\n", "\na"]))
+    if letter == after[len(line) :]:  # adds no space
         return lambda texts, before=(): alone(texts)
     added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
 

@@ -20,7 +20,7 @@ from arpo_trl.training.check import check
 from arpo_trl.training.train import train
 
 
-def test_more_dropped_than_allowed_stops_the_run_with_the_first_reasons(bench: Bench) -> None:
+def test_more_dropped_rows_than_max_dropped_stop_the_run_with_the_first_reasons(bench: Bench) -> None:
     path = bench.add("d", (GOOD + b"\n") * 9 + b"{\n")
     with pytest.raises(DatasetError) as error:
         bench.prepare()
@@ -35,13 +35,13 @@ def test_more_dropped_than_allowed_stops_the_run_with_the_first_reasons(bench: B
         bench.prepare(max_dropped=0)
 
 
-def test_a_dataset_of_broken_rows_alone_stops_the_run_whatever_is_allowed(bench: Bench) -> None:
+def test_a_dataset_of_broken_rows_stops_the_run_for_any_max_dropped(bench: Bench) -> None:
     bench.add("d", b"{\n")
     with pytest.raises(DatasetError, match="1 of 1 rows dropped"):
         bench.prepare(max_dropped=1)
 
 
-def test_the_audit_counts_every_fate(bench: Bench) -> None:
+def test_the_audit_counts_every_outcome(bench: Bench) -> None:
     long = " ".join(["word"] * 400)
     two = row(reply="A")["conversations"]
     bench.add("d", [row(), row(reply=long), {"conversations": [*two, *row(long, "B")["conversations"]]}, row(long), 3])
@@ -67,7 +67,7 @@ def test_turns_after_the_last_reply_are_accounted_for(bench: Bench) -> None:
     )
 
 
-def test_a_row_that_keeps_all_its_replies_silent_is_dropped_for_that(bench: Bench) -> None:
+def test_a_row_with_all_replies_masked_is_dropped_with_that_reason(bench: Bench) -> None:
     """Also where it is cut, or only its last reply would be trained."""
     long, two = row("word " * 400), row()
     long["conversations"][1]["loss"] = False
@@ -80,7 +80,7 @@ def test_a_row_that_keeps_all_its_replies_silent_is_dropped_for_that(bench: Benc
     assert [one["reason"] for one in bench.findings()] == ["no trained token: every reply has loss: false"]
 
 
-def test_a_reply_without_its_end_of_turn_is_dropped_in_whatever_row(bench: Bench) -> None:
+def test_a_reply_without_its_end_of_turn_is_dropped_in_any_row(bench: Bench) -> None:
     """Behind the rows that the gate looks at, too."""
     own = bench.tokenizer.chat_template
     try:
@@ -98,7 +98,7 @@ def test_a_reply_without_its_end_of_turn_is_dropped_in_whatever_row(bench: Bench
     assert finding["reason"] == "the chat template ends message 2 without an end-of-turn token"
 
 
-def test_nothing_is_written_into_output_dir_before_there_is_a_run(chat_recipe: Recipe) -> None:
+def test_nothing_is_written_into_output_dir_before_a_run_starts(chat_recipe: Recipe) -> None:
     """Not by --check, and not by a start that is refused."""
     kept = Path(chat_recipe.output_dir) / "row_audit.jsonl"
     kept.parent.mkdir()
@@ -112,7 +112,7 @@ def test_nothing_is_written_into_output_dir_before_there_is_a_run(chat_recipe: R
     assert json.loads(kept.read_text())["outcome"] == "dropped"
 
 
-def test_a_run_that_may_not_go_on_keeps_its_list_of_rows(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_rejected_resume_keeps_the_list_of_rows(tmp_path: Path, tiny_model: Path) -> None:
     folder = small_run.run(tmp_path, tiny_model, cutoff_len=80)
     before = (folder / "row_audit.jsonl").read_text()
     assert "past the cutoff of 80" in before
@@ -123,7 +123,7 @@ def test_a_run_that_may_not_go_on_keeps_its_list_of_rows(tmp_path: Path, tiny_mo
     assert (folder / "row_audit.jsonl").read_text() == before
 
 
-def test_check_says_where_the_rows_lie_that_were_not_kept(
+def test_check_prints_the_list_of_rows_that_were_not_kept(
     chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check(chat_recipe)
@@ -147,7 +147,7 @@ def test_a_row_with_a_date_can_be_dropped(suffix: str, bench: Bench) -> None:
 ALPACA = {"instruction": "Q", "input": "I", "output": "A"}
 
 
-def test_a_named_column_that_no_row_has_is_refused(bench: Bench) -> None:
+def test_a_named_column_missing_in_all_rows_is_an_error(bench: Bench) -> None:
     bench.add("d", [ALPACA] * 3, formatting="alpaca", columns={"query": "inputt", "system": "sys_promt"})
     with pytest.raises(DatasetError) as error:
         bench.prepare()
@@ -158,7 +158,7 @@ def test_a_named_column_that_no_row_has_is_refused(bench: Bench) -> None:
     ]
 
 
-def test_rows_of_another_format_say_how_to_name_their_columns(bench: Bench) -> None:
+def test_rows_in_another_format_are_an_error_that_explains_the_fix(bench: Bench) -> None:
     """`formatting` left out means alpaca, and `columns` left out its names; so it is under --preview."""
     bench.add("d", [row()] * 3, formatting="alpaca", columns={}, tags={})
     with pytest.raises(DatasetError) as error:
@@ -169,7 +169,7 @@ def test_rows_of_another_format_say_how_to_name_their_columns(bench: Bench) -> N
     )
 
 
-def test_a_named_column_may_be_in_some_rows_alone(bench: Bench) -> None:
+def test_a_named_column_may_be_missing_in_some_rows(bench: Bench) -> None:
     """An Arrow file's column is there even if it is null in every row."""
     bench.add("d", [*numbered(2), row(sys="S"), row()], columns={"system": "sys"})
     assert len(bench.prepare(preprocessing_batch_size=1).train) == 4
@@ -177,9 +177,7 @@ def test_a_named_column_may_be_in_some_rows_alone(bench: Bench) -> None:
     assert len(bench.prepare(dataset=["e"]).train) == 2
 
 
-def test_the_first_rows_of_a_dataset_are_not_judged_for_all_of_it(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_first_rows_are_not_checked_for_missing_columns(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.add("d", [*numbered(5), row(sys="S")], columns={"system": "sys"})
     assert len(bench.prepare(max_samples=3).train) == 3
     monkeypatch.setattr(dataset, "ROWS_BEFORE_CHECK", 4)
@@ -187,7 +185,7 @@ def test_the_first_rows_of_a_dataset_are_not_judged_for_all_of_it(
         bench.prepare(max_samples=4)
 
 
-def test_a_stream_is_refused_for_a_named_column_once_it_is_judged(
+def test_a_missing_column_of_a_stream_is_an_error_once_it_is_checked(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.add("d", [*numbered(6), row(sys="S")], columns={"system": "sys"})
@@ -198,7 +196,7 @@ def test_a_stream_is_refused_for_a_named_column_once_it_is_judged(
         list(bench.prepare(**keys).train)
 
 
-def test_masked_spans_and_fields_that_are_not_read_are_counted(bench: Bench) -> None:
+def test_masked_spans_and_ignored_fields_are_counted(bench: Bench) -> None:
     one, two = row(reply="a <result>7</result> b"), row(reply="<result>8</result>")
     one["id"], one["conversations"][1]["score\x1b"] = 1, 2
     bench.add("d", [one, two, row(id=3)])
@@ -217,7 +215,7 @@ def test_masked_spans_and_fields_that_are_not_read_are_counted(bench: Bench) -> 
 
 
 @pytest.mark.parametrize("outcome", ["lost_answer", "shortened"])
-def test_many_cut_rows_are_told_with_the_cutoff_that_keeps_most(outcome: str) -> None:
+def test_many_truncated_rows_are_reported_with_the_cutoff_that_keeps_most(outcome: str) -> None:
     """19 of 20 rows fit 640 tokens whole; a tenth may still be cut, and dropped rows do not count.
 
     A whole trajectory in one reply is shortened, and loses its answer as well.
@@ -231,9 +229,7 @@ def test_many_cut_rows_are_told_with_the_cutoff_that_keeps_most(outcome: str) ->
 
 
 @pytest.mark.parametrize("formatting", ["sharegpt", "alpaca"])
-def test_a_column_that_the_registry_does_not_name_is_told_with_the_line_that_reads_it(
-    formatting: str, bench: Bench
-) -> None:
+def test_an_ignored_column_is_reported_with_the_setting_that_reads_it(formatting: str, bench: Bench) -> None:
     """LLaMA-Factory passes over it, too. The line is tried."""
     one = ALPACA | {"history": [["P", "R"]]} if formatting == "alpaca" else row(tools='[{"name": "f"}]')
     bench.add("d", [one | {"system": "S"}], formatting=formatting)
@@ -249,7 +245,7 @@ def test_a_column_that_the_registry_does_not_name_is_told_with_the_line_that_rea
 
 
 @pytest.mark.parametrize("way_out", [{"cutoff_len": 256}, {"truncation_mode": "llamafactory"}], ids=str)
-def test_a_prompt_past_the_cutoff_is_told_with_ways_out_that_work(way_out: dict[str, Any], bench: Bench) -> None:
+def test_a_prompt_past_the_cutoff_is_reported_with_fixes_that_work(way_out: dict[str, Any], bench: Bench) -> None:
     bench.add("d", [row("Q " * 60)])
     with pytest.raises(DatasetError, match=r"raise cutoff_len \(50\), or set truncation_mode: llamafactory$"):
         bench.prepare(cutoff_len=50)

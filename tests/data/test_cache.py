@@ -48,7 +48,7 @@ def test_a_changed_file_is_encoded_again(bench: Bench) -> None:
     assert first.fingerprints != second.fingerprints
 
 
-def test_tokenized_path_is_written_once_and_refused_when_what_is_behind_it_changed(
+def test_tokenized_path_is_written_once_and_an_error_after_a_change(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.add("d", numbered(2))
@@ -87,7 +87,7 @@ def test_a_tokenized_path_needs_no_raw_data(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("overwrite_cache", [False, True])
-def test_a_folder_that_is_not_ours_is_no_tokenized_path_and_stays(overwrite_cache: bool, bench: Bench) -> None:
+def test_a_foreign_folder_is_rejected_as_tokenized_path_and_kept(overwrite_cache: bool, bench: Bench) -> None:
     bench.add("d", numbered(2))
     (bench.folder / "theirs" / "d").mkdir(parents=True)
     (bench.folder / "theirs" / "d" / "precious.txt").touch()
@@ -97,7 +97,7 @@ def test_a_folder_that_is_not_ours_is_no_tokenized_path_and_stays(overwrite_cach
 
 
 @pytest.mark.parametrize("split", [True, False], ids=["DatasetDict", "Dataset"])
-def test_a_folder_that_llamafactory_saved_is_read_as_it_is(split: bool, bench: Bench) -> None:
+def test_a_folder_saved_by_llamafactory_is_read_unchanged(split: bool, bench: Bench) -> None:
     """Its columns beside the tokens hold nulls, and its recipe may name a dataset that is nowhere."""
     bench.add("d", numbered(1))
     tokens = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [-100, -100]}]
@@ -120,7 +120,7 @@ def test_a_folder_that_llamafactory_saved_is_read_as_it_is(split: bool, bench: B
         ]
 
 
-def test_a_saved_folder_without_tokens_is_refused(bench: Bench) -> None:
+def test_a_saved_folder_without_tokens_is_an_error(bench: Bench) -> None:
     Dataset.from_list([{"text": "A"}]).save_to_disk(str(bench.folder / "theirs"))
     with pytest.raises(DatasetError, match="column input_ids and labels missing in train; set a folder saved"):
         bench.prepare(dataset=["d"], tokenized_path=str(bench.folder / "theirs"))
@@ -147,7 +147,7 @@ prepare_datasets(recipe, load_template(recipe))
 """
 
 
-def test_a_killed_preparation_leaves_nothing_that_counts(bench: Bench, tiny_model: Path) -> None:
+def test_a_killed_preparation_leaves_no_encoded_rows(bench: Bench, tiny_model: Path) -> None:
     bench.add("d", numbered(300))
     environment = {**os.environ, "HF_DATASETS_CACHE": str(bench.folder / "cache")}
     command = [sys.executable, "-c", KILLED, str(tiny_model), str(bench.folder)]
@@ -157,7 +157,7 @@ def test_a_killed_preparation_leaves_nothing_that_counts(bench: Bench, tiny_mode
     assert not list(bench.folder.rglob("*.incomplete"))
 
 
-def test_what_a_killed_run_left_beside_a_tokenized_path_is_removed(bench: Bench) -> None:
+def test_temporary_folders_of_a_killed_run_are_removed_from_tokenized_path(bench: Bench) -> None:
     beside = bench.folder / "tokenized"
     for name in ("d.unfinished/new", "d.123", "notes"):
         (beside / name).mkdir(parents=True)
@@ -167,7 +167,7 @@ def test_what_a_killed_run_left_beside_a_tokenized_path_is_removed(bench: Bench)
     assert sorted(path.name for path in beside.iterdir()) == [".d.lock", "d", "d.123", "notes"]
 
 
-def test_the_format_is_raised_when_the_golden_rows_come_out_otherwise(bench: Bench) -> None:
+def test_the_format_is_increased_when_the_golden_rows_change(bench: Bench) -> None:
     """Rows that older code encoded count as encoded until cache.FORMAT is raised."""
     golden = Path(__file__).parents[1] / "golden"
     encoded = sha256()
@@ -193,7 +193,7 @@ def test_the_format_is_raised_when_the_golden_rows_come_out_otherwise(bench: Ben
     )
 
 
-def test_another_format_encodes_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_format_encodes_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.add("d", numbered(2))
     keys = {"tokenized_path": str(bench.folder / "tokenized")}
     first = bench.prepare()

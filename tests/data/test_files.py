@@ -175,7 +175,7 @@ BROKEN_FILES: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", BROKEN_FILES)
-def test_a_file_that_cannot_be_read_on_is_refused_at_its_line(kind: str, bench: Bench) -> None:
+def test_a_broken_file_is_an_error_with_its_line(kind: str, bench: Bench) -> None:
     suffix, content, message = BROKEN_FILES[kind]
     path = bench.add("d", content, suffix)
     with pytest.raises(DatasetError) as error:
@@ -217,7 +217,7 @@ MISSING: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", MISSING)
-def test_what_is_missing_is_one_line(kind: str, bench: Bench) -> None:
+def test_missing_data_is_an_error_of_one_line(kind: str, bench: Bench) -> None:
     keys, message = MISSING[kind]
     (bench.folder / "empty.jsonl").touch()
     (bench.folder / "d.txt").touch()
@@ -236,7 +236,7 @@ def test_rows_on_one_line_have_their_column(tmp_path: Path) -> None:
     assert [one.place for one in read_rows(path)] == [f"{path}:1", f"{path}:1:12", f"{path}:2"]
 
 
-def test_an_element_that_python_does_not_read_is_dropped_alone(tmp_path: Path) -> None:
+def test_only_an_element_that_python_rejects_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(f'[{{"a": {"9" * 5000}}}, {"[" * 200 + "]" * 200}, {{"a": 1}}]', encoding="utf-8")
     number, deep, good = (one.value for one in read_rows(path))
@@ -255,7 +255,7 @@ def test_an_array_may_be_written_in_any_way(tmp_path: Path) -> None:
     assert [one.place for one in read_rows(path)] == [f"{path}:{line}" for line in (3, 12, 13, 14, 15)]
 
 
-def test_a_line_beyond_all_measure_is_dropped_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_an_oversized_line_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "LONGEST_ROW", 100)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"a": "x" * 500}) + '\n{"a": 1}\n', encoding="utf-8")
@@ -286,7 +286,7 @@ for path in map(Path, sys.argv[2:]):
 """
 
 
-def test_a_damaged_file_ends_in_rows_or_in_a_line(tmp_path: Path) -> None:
+def test_a_corrupt_file_gives_rows_or_an_error(tmp_path: Path) -> None:
     """Without a check of its buffers, pyarrow ends the process on some of them."""
     rows = [row(f"Question {n}", more=n / 3, system="s" if n % 2 else None) for n in range(20)]
     paths = [write(tmp_path / name, rows) for name in ("stream.arrow", "rows.parquet", "file.arrow")]
@@ -302,7 +302,7 @@ def test_a_damaged_file_ends_in_rows_or_in_a_line(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == len(paths)
 
 
-def test_a_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_a_duplicate_column_is_an_error(tmp_path: Path) -> None:
     """Of two columns of one name the last would be read, and nobody would know."""
     for path in (tmp_path / "a.csv", tmp_path / "a.arrow"):
         if path.suffix == ".csv":
@@ -371,7 +371,7 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_part_of_a_file_is_what_datasets_takes_for_it(split: str, tmp_path: Path) -> None:
+def test_a_split_of_a_file_has_the_rows_that_datasets_selects(split: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"n": number} for number in range(6)])
     info = DatasetInfo(file_name=str(path), split=split)
     for streaming in (False, True):
@@ -381,14 +381,14 @@ def test_a_part_of_a_file_is_what_datasets_takes_for_it(split: str, tmp_path: Pa
     assert theirs["n"][:] == SPLITS[split]
 
 
-def test_a_part_that_datasets_does_not_read_is_one_line(tmp_path: Path) -> None:
+def test_an_invalid_split_is_an_error_of_one_line(tmp_path: Path) -> None:
     path, registry = write(tmp_path / "a.jsonl", [{"n": 1}]), tmp_path / "dataset_info.json"
     for split in ("train[a]", "train[:200%]", "train[1:2:3]"):
         with pytest.raises(DatasetError, match=r"dataset_info.json: d.split: [^\n]+$"):
             list(read_dataset(DatasetInfo.read("d", registry, {"file_name": path.name, "split": split}), False))
 
 
-def test_a_null_of_the_row_stays_and_one_that_arrow_made_goes(bench: Bench) -> None:
+def test_nulls_of_the_row_stay_and_nulls_added_by_arrow_are_removed(bench: Bench) -> None:
     """`datasets` types objects of different keys as JSON and keeps what they hold; a struct it fills with nulls."""
     calls = [{"function": {"name": "f", "arguments": given}} for given in ({"city": None, "n": 5}, {"x": [None]})]
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": calls}]
@@ -411,7 +411,7 @@ def test_a_null_of_the_row_stays_and_one_that_arrow_made_goes(bench: Bench) -> N
 
 
 @pytest.mark.parametrize("text", ["\ufeff{0}\r\n\ufeff{0}\r\n", "{0}\n\n \t{0}  \n\n", "{0}\n{0}"])
-def test_marks_and_ends_of_lines_are_no_part_of_a_row(text: str, tmp_path: Path) -> None:
+def test_byte_order_marks_and_line_ends_are_not_part_of_a_row(text: str, tmp_path: Path) -> None:
     for suffix in (".jsonl", ".json"):
         path = tmp_path / f"a{suffix}"
         path.write_text(text.replace("{0}", '{"a": "\\u0000\u2028"}'), encoding="utf-8", newline="")

@@ -157,7 +157,7 @@ def test_a_recipe_of_llama_factorys_trains_these_tokens(path: Path, template: st
     assert sorted(found) == sorted([[(False, ask), (True, reply)] for ask, reply in zip(asked, replies, strict=True)])
 
 
-def test_every_sft_example_of_llama_factory_is_read_or_refused_for_what_it_asks(tmp_path: Path) -> None:
+def test_every_sft_example_of_llama_factory_is_read_or_names_the_unsupported_keys(tmp_path: Path) -> None:
     """And what a refused one asks for is all that stands in its way: without those keys it is read."""
     for name in EXAMPLES:
         path = write_example(name, tmp_path)
@@ -224,7 +224,7 @@ def test_a_recipe_of_llama_factorys_passes_check_and_trains_two_steps(
     assert sum("loss" in line for line in log) == 2
 
 
-def test_a_model_that_also_sees_is_trained_and_saved_without_its_eyes_and_this_is_told(
+def test_a_vision_model_is_trained_and_saved_without_its_vision_part_and_this_is_reported(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, given = write_inputs(FIXTURES[0], "qwen3_5", place)

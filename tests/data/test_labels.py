@@ -161,12 +161,12 @@ def test_train_on_prompt_trains_nothing_that_is_masked(template: Template, token
         assert [label for label in example.labels if label != IGNORED] == expected
 
 
-def test_what_follows_the_last_reply_is_left_out(template: Template) -> None:
+def test_messages_after_the_last_reply_are_left_out(template: Template) -> None:
     segments = to_segments(chat("Q", "A", "R"), template)
     assert segments[-1].text == "A<|im_end|>\n"
 
 
-def test_a_call_is_trained_with_the_text_beside_it_and_the_observation_is_not(template: Template) -> None:
+def test_a_call_is_trained_with_its_text_and_the_observation_is_not(template: Template) -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"城": None}}}
     messages: list[Message] = [
         {"role": "user", "content": "Q"},
@@ -247,7 +247,7 @@ def test_spans_are_counted() -> None:
     }
 
 
-def test_a_reply_that_is_masked_whole_loses_its_end_of_turn_too() -> None:
+def test_a_fully_masked_reply_has_its_end_of_turn_masked() -> None:
     template = find_template(golden_tokenizer())
     for text, masked in ((" <result>7</result>\n", True), ("<result>7</result>.", False), ("", False)):
         assert masked_segments(chat("Q", text), template, ["result"])[1].masked == masked
@@ -264,7 +264,7 @@ def test_masked_spans_leave_prompts_as_they_are() -> None:
     assert trained.count("<result>") == 1 and "user\n<result>7</result>" in trained
 
 
-def test_a_pattern_without_end_is_stopped_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_pattern_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labels, "SPAN_SECONDS", 0.2)
     with pytest.raises(
         DatasetError, match=r"mask_spans: '\(a\|aa\)\+b' takes longer than 0.2 s on the reply that starts with 'aaa"
@@ -430,7 +430,7 @@ def test_llama_factorys_cut_keeps_replies_that_a_plain_cut_loses(template: Templ
     assert len(plain.input_ids) == len(proportional.input_ids) == 20
 
 
-def test_half_a_surrogate_pair_is_refused(template: Template) -> None:
+def test_a_lone_surrogate_is_an_error(template: Template) -> None:
     with pytest.raises(RowError, match="lone surrogate"):
         trained_texts(chat("Q", "A\ud83d"), template)
 

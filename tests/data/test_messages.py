@@ -172,12 +172,12 @@ def test_messages_may_be_json_text_as_in_a_csv() -> None:
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_a_thought_has_several_names(key: str) -> None:
+def test_reasoning_has_several_keys(key: str) -> None:
     row = {"messages": [user("Q"), {**assistant("A"), key: "R"}]}
     assert to_conversation(row, info("openai")).messages[1] == {**assistant("A"), "reasoning_content": "R"}
 
 
-def test_vllms_two_names_for_one_thought_are_one() -> None:
+def test_vllms_two_keys_for_the_same_reasoning_are_read_once() -> None:
     found = to_conversation(
         {"messages": [{**assistant("A"), "reasoning": "R", "reasoning_content": "R", "thinking": True}]},
         info("openai"),
@@ -187,13 +187,13 @@ def test_vllms_two_names_for_one_thought_are_one() -> None:
 
 
 @pytest.mark.parametrize("key", ["loss", "train", "loss_mask", "weight"])
-def test_a_turn_can_be_kept_from_the_loss_in_several_words(key: str) -> None:
+def test_a_turn_can_be_masked_with_several_keys(key: str) -> None:
     for value, positions in ((0, [1]), (False, [1]), (0.0, [1]), (1, []), (True, []), (None, [])):
         found = sharegpt(turn("human", "Q"), turn("gpt", "A", **{key: value}))
         assert (untrained(found), found.unread) == (positions, {})
 
 
-def test_a_weight_of_a_half_is_not_read() -> None:
+def test_a_weight_of_a_half_is_ignored() -> None:
     found = sharegpt(turn("human", "Q"), turn("gpt", "A", weight=0.5))
     assert (untrained(found), found.unread) == ([], {("ignored message key", "weight"): 1})
 
@@ -253,7 +253,7 @@ def test_items_of_the_responses_api() -> None:
     assert found.unread == {("ignored message key", "id"): 1}
 
 
-def test_a_thought_that_is_not_given_is_none() -> None:
+def test_empty_reasoning_is_none() -> None:
     """OpenAI hides it: `summary` is empty. Others write it as text."""
     for summary, thought in (([], {}), ("", {}), ("R", {"reasoning_content": "R"})):
         items = [{"type": "reasoning", "summary": summary}, {"type": "message", "role": "assistant", "content": "A"}]
@@ -309,7 +309,7 @@ def test_leading_system_messages_are_one() -> None:
     assert found.messages == [{"role": "system", "content": "S\n\nT", "trained": False}, assistant("A")]
 
 
-def test_a_system_message_beats_a_system_column() -> None:
+def test_a_system_message_overrides_a_system_column() -> None:
     turns = [turn("system", "S"), turn("human", "Q"), turn("gpt", "A")]
     found = to_conversation({"conversations": turns, "system": "T"}, info("sharegpt"), default_system="D")
     assert found.messages[0] == {"role": "system", "content": "S"}
@@ -318,7 +318,7 @@ def test_a_system_message_beats_a_system_column() -> None:
 
 
 @pytest.mark.parametrize("column", ["tools", "functions", "system", "score", "id"])
-def test_a_column_that_is_not_named_is_counted(column: str) -> None:
+def test_an_ignored_column_is_counted(column: str) -> None:
     """LLaMA-Factory ignores it, too, but does not report it."""
     bare = info("sharegpt", columns={"messages": "conversations"})
     found = to_conversation({"conversations": [turn("gpt", "A")], column: ["search, python"]}, bare)
@@ -336,7 +336,7 @@ def test_an_instruction_of_null_is_an_empty_one() -> None:
     assert to_conversation(row, info("alpaca")).messages[0] == user("2+2?")
 
 
-def test_newlines_beside_a_call_are_tokens() -> None:
+def test_newlines_before_a_call_are_tokens() -> None:
     """Templates write one newline between text and call; LLaMA-Factory keeps the second that stands in the row."""
     for text, content in (("a\n\n", "a\n"), ("a\n", "a"), ("a", "a"), ("a ", "a "), ("\n\n", "")):
         found = sharegpt(turn("human", "Q"), turn("function_call", text + '{"name": "add", "arguments": {"a": 1}}'))

@@ -104,7 +104,7 @@ def test_rows_are_repeated_after_others_are_held_out_and_equal_ones_are_counted(
     assert data.fingerprints["validation"] != bench.prepare(val_size=3, seed=1).fingerprints["validation"]
 
 
-def test_a_val_size_of_all_rows_is_refused(bench: Bench) -> None:
+def test_a_val_size_of_all_rows_is_an_error(bench: Bench) -> None:
     bench.add("a", numbered(3))
     with pytest.raises(DatasetError, match="val_size: 5 rows requested, but the datasets have only 3"):
         bench.prepare(val_size=5)
@@ -120,7 +120,7 @@ def test_eval_datasets_keep_their_names(bench: Bench) -> None:
     assert len(bench.prepare(dataset=[], eval_dataset=["b"]).train) == 0
 
 
-def test_a_stream_gives_the_same_rows_and_counts_them_once(bench: Bench) -> None:
+def test_a_stream_yields_the_same_rows_and_counts_them_once(bench: Bench) -> None:
     bench.add("a", [*numbered(4), 3])
     bench.add("b", numbered(2, start=10))
     data = bench.prepare(streaming=True, disable_shuffling=True, max_dropped=0.5)
@@ -141,7 +141,7 @@ def test_a_stream_stops_when_too_many_rows_are_dropped(bench: Bench) -> None:
         list(data.train)
 
 
-def test_a_stream_lists_its_rows_once_there_is_a_run(bench: Bench) -> None:
+def test_a_stream_lists_its_rows_once_a_run_starts(bench: Bench) -> None:
     """Also those that were read before it, to hold rows out."""
     bench.add("a", [3, *numbered(3), "text"])
     data = prepare_datasets(
@@ -163,7 +163,7 @@ def test_a_stream_is_not_evaluated_on(bench: Bench) -> None:
     assert len(bench.prepare(eval_dataset=["a"]).eval["a"]) == 2
 
 
-def test_an_unknown_name_is_told_with_its_key(bench: Bench) -> None:
+def test_an_unknown_name_is_reported_with_its_key(bench: Bench) -> None:
     bench.add("a", numbered(2))
     with pytest.raises(DatasetError) as error:
         bench.prepare(dataset=["x"], eval_dataset=["a", "y"])

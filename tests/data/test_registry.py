@@ -148,7 +148,9 @@ def recipe(folder: Path, **keys: Any) -> Recipe:
 
 
 @pytest.mark.parametrize("kind", MISTAKES)
-def test_a_mistake_ends_a_recipe_that_uses_the_dataset_and_is_a_notice_to_others(kind: str, tmp_path: Path) -> None:
+def test_a_mistake_is_an_error_for_recipes_that_use_the_dataset_and_a_notice_for_others(
+    kind: str, tmp_path: Path
+) -> None:
     entry, mistakes = MISTAKES[kind]
     (tmp_path / "a.json").touch()
     write(tmp_path, f'{{"ours": {{"file_name": "a.json"}}, "d": {entry}}}')
@@ -162,7 +164,7 @@ def test_a_mistake_ends_a_recipe_that_uses_the_dataset_and_is_a_notice_to_others
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_only_llama_factory_does_is_refused_when_used(kind: str, tmp_path: Path) -> None:
+def test_unsupported_keys_are_an_error_for_recipes_that_use_the_dataset(kind: str, tmp_path: Path) -> None:
     member, message = REFUSED[kind]
     (tmp_path / "d.json").touch()
     write(tmp_path, f'{{"ours": {{"file_name": "d.json"}}, "d": {{"file_name": "d.json", {member}}}}}')
@@ -178,7 +180,7 @@ def test_what_only_llama_factory_does_is_refused_when_used(kind: str, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", NOTICES)
-def test_what_nobody_reads_is_a_notice(kind: str, tmp_path: Path) -> None:
+def test_ignored_keys_are_a_notice(kind: str, tmp_path: Path) -> None:
     member, message = NOTICES[kind]
     (tmp_path / "d.json").touch()
     write(tmp_path, f'{{"d": {{"file_name": "d.json", {member}}}, "other": {{"file_name": "o.json", {member}}}}}')
@@ -206,7 +208,7 @@ def test_a_registry_that_cannot_be_read_is_one_line(kind: str, tmp_path: Path) -
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_pipe_is_no_registry(tmp_path: Path) -> None:
+def test_a_pipe_is_not_read_as_a_registry(tmp_path: Path) -> None:
     """Reading one would wait for ever."""
     os.mkfifo(tmp_path / "dataset_info.json")
     with pytest.raises(DatasetError, match=r"dataset_info.json: not a file; expected a folder with"):
@@ -230,7 +232,7 @@ def test_an_unknown_name_has_its_keys_line_and_the_nearest_one(tmp_path: Path) -
     ]
 
 
-def test_a_missing_file_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_before_heavy_imports(tmp_path: Path) -> None:
     """Also a wrong name is; what is encoded already needs no raw data."""
     write(tmp_path, '{"d": {"file_name": "none.json"}}')
     with pytest.raises(DatasetError, match=r"none.json: no such file$"):
@@ -269,7 +271,7 @@ def test_a_name_is_never_a_path() -> None:
     assert len({*folders.values()}) == len(NAMES)
 
 
-def test_null_means_not_given(tmp_path: Path) -> None:
+def test_null_means_not_set(tmp_path: Path) -> None:
     entry = dict.fromkeys(DatasetInfo.model_fields) | {"file_name": "a.json", "ranking": None, "zzz": None}
     plain, nulls = (
         read_registry(write(tmp_path, json.dumps({"a": value})))["a"] for value in ({"file_name": "a.json"}, entry)

@@ -25,13 +25,13 @@ NOT_JSON = {
 
 
 @pytest.mark.parametrize("text", NOT_JSON)
-def test_what_python_reads_and_json_does_not_have_is_refused(text: str) -> None:
+def test_python_extensions_of_json_are_errors(text: str) -> None:
     with pytest.raises(RowError) as error:
         parse_json(text)
     assert str(error.value) == NOT_JSON[text]
 
 
-def test_what_json_has_is_read_as_it_is() -> None:
+def test_json_is_read_unchanged() -> None:
     text = (
         '\t{"a": [1, -0, 1e2, 1.5, true, null, "\\u0000\\ud83d\\ude00", 123456789012345678901234567890], "": {}}\r\n'
     )
@@ -49,7 +49,7 @@ class Counted(list[str]):
             yield element
 
 
-def test_an_excerpt_is_json_of_anything_and_reads_no_further() -> None:
+def test_an_excerpt_is_json_of_any_value_and_reads_no_more_than_needed() -> None:
     value = {"a": [1, None, True, "é"], "b": {}, "c": []}
     assert excerpt(value, 1000) == json.dumps(value, ensure_ascii=False)
     assert excerpt(value, 9) == json.dumps(value)[:9]

@@ -132,7 +132,7 @@ def test_a_wrong_name_is_answered_with_its_line(name: str, message: str, tmp_pat
     assert message in str(error.value)
 
 
-def test_a_name_that_is_not_shipped_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_name_that_is_not_shipped_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(LINES + "glm4", encoding="utf-8")
     line = f"{tmp_path / 'r.yaml'}: template: glm4 is not shipped; the tokenizer's own template is used instead"
     assert line in read_recipe(tmp_path / "r.yaml").notices
@@ -201,7 +201,7 @@ def test_a_dated_template_writes_the_day_of_the_run_when_it_is_resumed(tmp_path:
     assert f"{date.today():%d %b %Y}" in load_template(over).render(ask, None, True)
 
 
-def test_the_hash_holds_what_the_template_writes_beside_the_row() -> None:
+def test_the_hash_covers_what_the_template_writes_around_the_row() -> None:
     """The cache's key: another bos token or another day gives other tokens, where the template writes them."""
     first, second = date(2026, 2, 3), date(2026, 2, 4)
     dated, plain = make_tokenizer(chat_template=DATED), make_tokenizer()
@@ -224,7 +224,9 @@ def test_enable_thinking_writes_and_trains_what_llama_factory_does(wanted: bool 
 
 
 @pytest.mark.parametrize("name", [None, "qwen3"])
-def test_what_is_saved_asks_without_a_thought_where_that_was_trained(name: str | None, tmp_path: Path) -> None:
+def test_the_saved_template_prompts_without_reasoning_after_enable_thinking_false(
+    name: str | None, tmp_path: Path
+) -> None:
     trl_tokenizer("qwen3").save_pretrained(tmp_path / "base")
     asked = recipe(tmp_path / "base", template=name, enable_thinking=False)
     load_template(asked).tokenizer.save_pretrained(tmp_path / "saved")
@@ -241,7 +243,7 @@ def test_what_is_saved_asks_without_a_thought_where_that_was_trained(name: str |
     assert to_segments(Conversation([Q, A]), load_template(again))[1].text.startswith("<think>")
 
 
-def test_mask_history_leaves_out_the_thoughts_of_earlier_replies_as_llama_factory_does(tmp_path: Path) -> None:
+def test_mask_history_removes_the_reasoning_of_earlier_replies_as_llama_factory_does(tmp_path: Path) -> None:
     make_tokenizer("<|im_start|>", "<|im_end|>").save_pretrained(tmp_path)
     earlier = {False: "4.<|im_end|>\n", True: "<think>\nTwo and two.\n</think>\n\n4.<|im_end|>\n"}
     for keep, first in earlier.items():
@@ -381,7 +383,7 @@ MUSES_TWICE = [Q, MUSES, R, MUSES]
 
 
 @pytest.mark.parametrize("name", ["gptoss", "glm4moe", "gemma4_v5", "qwen3", "deepseek_r1_distill"])
-def test_where_a_template_rewrites_earlier_turns_mask_history_is_the_way_out(name: str) -> None:
+def test_mask_history_is_the_fix_if_a_template_rewrites_earlier_turns(name: str) -> None:
     """What the refusal says was tried: the last reply is trained after its history as the template writes that."""
     tokenizer = trl_tokenizer(name)
     if name not in ("qwen3", "deepseek_r1_distill"):  # TRL's training forms of these keep the thoughts
@@ -499,14 +501,14 @@ OSS = OWN.replace(
         (OSS.replace("thinking", "reasoning"), "<analysis>R</analysis>A</own>"),
     ],
 )
-def test_a_thought_is_written_as_the_template_has_it(jinja: str, reply: str) -> None:
+def test_reasoning_is_written_as_the_template_does(jinja: str, reply: str) -> None:
     template = find_template(make_tokenizer("<|im_end|>", chat_template=jinja))
     thinks: Message = {"role": "assistant", "content": "A", "reasoning_content": "R"}
     segments = to_segments(template.fit(Conversation([{"role": "user", "content": "Q"}, thinks])), template)
     assert segments[-1].text == reply
 
 
-def test_a_template_that_leaves_a_thought_out_is_refused_with_the_way_out() -> None:
+def test_a_template_that_leaves_out_reasoning_is_an_error_with_the_fix() -> None:
     strips = OWN.replace("m.content", "m.content.split('</think>')[-1]")
     template = find_template(make_tokenizer("<|im_end|>", chat_template=strips))
     thinks: Message = {"role": "assistant", "content": "A", "reasoning_content": "R"}

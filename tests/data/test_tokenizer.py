@@ -122,7 +122,7 @@ EXPECTED: dict[str, tuple[list[Any], Any, dict[str, list[str] | str]]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", EXPECTED)
-def test_labels_are_right_or_the_row_is_refused(family: str, kind: str) -> None:
+def test_labels_are_right_or_the_row_is_an_error(family: str, kind: str) -> None:
     bos, eos, end = FAMILIES[family]
     messages, tools, expected = EXPECTED[kind]
     tokenizer = make_tokenizer(family, bos, eos)
@@ -152,7 +152,7 @@ def test_a_template_that_rewrites_turns_is_rendered_in_its_training_form() -> No
     assert find_template(other).jinja == other.chat_template
 
 
-def test_a_rewriting_template_without_a_training_form_is_refused_row_by_row() -> None:
+def test_a_rewriting_template_without_a_training_form_drops_rows() -> None:
     strips = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last else m.content | upper }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -175,7 +175,7 @@ def test_a_reply_that_begins_otherwise_than_the_generation_prompt_has_for_contex
     assert [segment.text for segment in thought] == [asked + "<think>\n", "T\n</think>\n\nA<|im_end|>\n"]
 
 
-def test_a_generation_prompt_that_shares_nothing_with_the_reply_is_refused() -> None:
+def test_a_generation_prompt_unrelated_to_the_reply_is_an_error() -> None:
     other = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<s>{% endif %}"
@@ -201,7 +201,7 @@ def test_a_span_is_found_up_to_the_end_of_a_reply_whose_end_of_turn_is_context()
 # The parity check
 
 
-def test_the_parity_check_refuses_another_eos_than_the_end_of_turn() -> None:
+def test_the_parity_check_rejects_an_eos_other_than_the_end_of_turn() -> None:
     tokenizer = make_tokenizer("qwen2_5", eos="<|endoftext|>")
     with pytest.raises(DatasetError) as error:
         check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "a.json:7")
@@ -250,7 +250,7 @@ def test_a_tokenizer_that_writes_a_space_before_a_text_gives_the_tokens_of_the_w
     assert tokenizer.decode(trained).replace("\n", "").replace(" ", "") == "Fouris.</s>B</s>"
 
 
-def test_the_parity_check_refuses_a_tokenizer_that_strips_each_text() -> None:
+def test_the_parity_check_rejects_a_tokenizer_that_strips_each_text() -> None:
     tokenizer = make_tokenizer("qwen2_5", eos="<|im_end|>")
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip()  # type: ignore[attr-defined]
     shown = Conversation([Q, {**A, "content": " A"}])
@@ -258,7 +258,7 @@ def test_the_parity_check_refuses_a_tokenizer_that_strips_each_text() -> None:
         check_parity(shown, find_template(tokenizer), CONFIG, "row")
 
 
-def test_the_parity_check_refuses_a_tokenizer_that_joins_segments_otherwise() -> None:
+def test_the_parity_check_rejects_a_tokenizer_that_joins_segments_differently() -> None:
     """What is stripped shows between two turns where no special token parts them."""
     template = (
         "{% for m in messages %}{% if m.role == 'user' %} User: {{ m.content }} Bot:{% else %}{{ m.content }}<|im_end|>."
@@ -274,7 +274,7 @@ def test_the_parity_check_refuses_a_tokenizer_that_joins_segments_otherwise() ->
         check_parity(Conversation([Q, A, R, B]), find_template(tokenizer), CONFIG, "row")
 
 
-def test_the_parity_check_refuses_an_end_of_turn_that_is_no_token_after_a_word() -> None:
+def test_the_parity_check_rejects_an_end_of_turn_that_is_not_a_token_after_a_word() -> None:
     tokenizer = make_tokenizer("qwen2_5", eos="<|im_end|>")
     end = AddedToken("<|im_end|>", special=True, single_word=True)
     tokenizer.backend_tokenizer.add_special_tokens([end])  # type: ignore[attr-defined]
@@ -284,7 +284,7 @@ def test_the_parity_check_refuses_an_end_of_turn_that_is_no_token_after_a_word()
         check_parity(Conversation([Q, A]), template, CONFIG, "row")
 
 
-def test_the_parity_check_refuses_a_message_that_it_does_not_find_among_the_masked_tokens() -> None:
+def test_the_parity_check_rejects_a_message_missing_from_the_masked_tokens() -> None:
     spaced = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ ' ' if m.role == 'assistant' }}{{ m.content }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -298,7 +298,7 @@ def test_the_parity_check_refuses_a_message_that_it_does_not_find_among_the_mask
     check_parity(Conversation([S, Q, A]), find_template(tokenizer), everything, "row")
 
 
-def test_a_reply_that_ends_without_the_end_of_turn_is_refused_unless_it_is_masked() -> None:
+def test_a_reply_without_an_end_of_turn_is_an_error_unless_it_is_masked() -> None:
     calls = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}<|im_end|>{% endif %}\n{% endfor %}"

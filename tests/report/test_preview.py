@@ -15,7 +15,7 @@ from arpo_trl.recipe import Recipe
 from arpo_trl.report.preview import preview
 
 
-def test_preview_marks_what_is_trained_without_colour(
+def test_preview_marks_trained_tokens_without_color(
     chat_recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a terminal with colours, and the same text without."""
@@ -40,7 +40,7 @@ def test_preview_marks_what_is_trained_without_colour(
     assert sum("tokens trained" in line for line in lines) == 2
 
 
-def test_preview_names_rows_that_it_cannot_show(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preview_reports_dropped_rows(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     preview(chat_recipe, 11)
     assert f"{Path(chat_recipe.dataset_dir) / 'd.jsonl'}:11: dropped (not JSON" in capsys.readouterr().out
 
@@ -58,7 +58,7 @@ def turns(question: str, reply: str) -> dict[str, Any]:
     return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": reply}]}
 
 
-def test_preview_shows_masked_spans_and_what_is_not_read(
+def test_preview_shows_masked_spans_and_ignored_columns(
     chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = turns("Q", "<python>7</python>\n<result>\n7\n</result>\n<answer>7</answer>")
@@ -75,7 +75,7 @@ def test_preview_shows_masked_spans_and_what_is_not_read(
     assert {"ignored column `id` (1 row)", "mask_spans: result: 1 match"} <= set(lines)
 
 
-def test_nothing_of_the_data_steers_the_terminal(
+def test_data_cannot_control_the_terminal(
     chat_recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Title, clear screen, hidden text, clipboard, direction of writing; and brackets are no markup."""
@@ -89,7 +89,7 @@ def test_nothing_of_the_data_steers_the_terminal(
     assert out.count("d[bold].jsonl:1: ") == 1 and "d[bold].jsonl:2: dropped (missing field: conversations)" in out
 
 
-def test_preview_explains_a_column_that_is_not_there(chat_recipe: Recipe) -> None:
+def test_preview_explains_a_missing_column(chat_recipe: Recipe) -> None:
     recipe = write_rows(chat_recipe, [turns("Q", "A")], columns={"messages": "messges"})
     with pytest.raises(DatasetError, match=r"columns\.messages: column 'messges' is missing in all 1 rows \(found"):
         preview(recipe, 1)
