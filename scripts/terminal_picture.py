@@ -2,10 +2,9 @@
 
     python scripts/terminal_picture.py FILE.png COMMAND [COMMAND ...] [--first N] [--last N]
 
-The commands of the pictures, with the config and the tokenizer of Qwen2.5-0.5B-Instruct (no weights are needed):
+The commands of the pictures; the previews need the config and the tokenizer of Qwen2.5-0.5B-Instruct, but no weights:
 
-    session.png          'arpo-trl recipes/qwen_toy.yaml learning_rte=1e-5 dataset=arpo_toy'
-                         'arpo-trl recipes/qwen_toy.yaml --check' --first 18
+    session.png          'arpo-trl train recipes/tiny_cpu.yaml' --first 1 --last 13
     preview.png          'arpo-trl mine.yaml --preview 1', on the README's own data
     preview_inside.png   the same with the conversation in one reply and mask_spans=result
 """
