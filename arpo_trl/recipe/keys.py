@@ -33,192 +33,138 @@ from .types import (
     Trackers,
     Whole,
     from_json,
+    key,
 )
-from .types import key as _key
 
 # --------------------------------------------------------------------------------------------------------------------
-# The keys, in the groups of LLaMA-Factory's recipes
+# The keys, in the groups of LLaMA-Factory's recipes. One key per line.
+# fmt: off
 
 
 class ModelKeys(BaseModel):
-    model_name_or_path: Location = _key(..., "Base model: a hub ID or a local folder")
-    model_revision: str = _key("main", "Branch, tag or commit of the model on the hub", "from_pretrained(revision)")
-    trust_remote_code: bool = _key(False, "Run the code in the model's repository")
-    cache_dir: Location | None = _key(None, "Cache folder for downloaded models", "from_pretrained(cache_dir)")
-    use_fast_tokenizer: bool = _key(True, "Use the Rust tokenizer", "from_pretrained(use_fast)")
-    adapter_name_or_path: Locations = _key([], "LoRA adapters to start from, separated by commas")
-    flash_attn: Attention = _key(
-        "auto",
-        "Attention implementation; fa2 falls back to sdpa without flash-attn",
-        "from_pretrained(attn_implementation)",
-    )
-    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = _key(
-        None, "Scale the position embeddings to cutoff_len", "config.rope_parameters"
-    )
-    enable_liger_kernel: bool = _key(False, "Use Liger's Triton kernels", "use_liger_kernel")
+    model_name_or_path: Location = key(..., "Base model: a hub ID or a local folder")
+    model_revision: str = key("main", "Branch, tag or commit of the model on the hub", "from_pretrained(revision)")
+    trust_remote_code: bool = key(False, "Run code from the model's repository")
+    cache_dir: Location | None = key(None, "Folder for downloaded models", "from_pretrained(cache_dir)")
+    use_fast_tokenizer: bool = key(True, "Use the Rust tokenizer", "from_pretrained(use_fast)")
+    adapter_name_or_path: Locations = key([], "Adapters to start from, separated by commas")
+    flash_attn: Attention = key("auto", "Attention kernel; fa2 falls back to sdpa without flash-attn", "from_pretrained(attn_implementation)")
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = key(None, "Scaling of the position embeddings to cutoff_len", "config.rope_parameters")
+    enable_liger_kernel: bool = key(False, "Use Liger's Triton kernels", "use_liger_kernel")
 
 
 class MethodKeys(BaseModel):
-    stage: Stage = _key("sft", "Training stage")
-    do_train: bool = _key(False, "Train")
-    finetuning_type: Literal["full", "freeze", "lora", "oft"] = _key(
-        "full", "Train all weights (full), some layers (freeze) or an adapter (lora, oft)"
-    )
-    pure_bf16: bool = _key(False, "Master weights in bfloat16: half the memory, but small updates are lost", "dtype")
-    lora_rank: Count = _key(8, "LoRA: rank", "LoraConfig(r)")
-    lora_alpha: Count | None = _key(None, "LoRA: scale; default: twice the rank", "LoraConfig")
-    lora_dropout: Number = _key(0.0, "LoRA: dropout", "LoraConfig", ge=0, lt=1)
-    lora_target: Names = _key(
-        ["all"], "LoRA: modules to adapt; all is every linear layer except the head", "target_modules"
-    )
-    additional_target: Names = _key([], "Modules to train fully and save with the adapter", "modules_to_save")
-    use_rslora: bool = _key(False, "rsLoRA: scale by alpha/sqrt(rank)", "LoraConfig")
-    use_dora: bool = _key(False, "DoRA: weight-decomposed LoRA", "LoraConfig")
-    loraplus_lr_ratio: Number | None = _key(None, "LoRA+: ratio of the learning rates of B and A", "the optimizer")
-    loraplus_lr_embedding: Number = _key(1e-6, "LoRA+: learning rate of adapted embeddings", "the optimizer", ge=0)
-    create_new_adapter: bool = _key(False, "Merge adapter_name_or_path into the base and train a new adapter")
+    stage: Stage = key("sft", "Training stage")
+    do_train: bool = key(False, "Train the model")
+    finetuning_type: Literal["full", "freeze", "lora", "oft"] = key("full", "Train all weights (full), some layers (freeze) or an adapter (lora, oft)")
+    pure_bf16: bool = key(False, "Keep master weights in bfloat16: half the memory, but small updates are lost", "dtype")
+    lora_rank: Count = key(8, "LoRA: rank", "LoraConfig(r)")
+    lora_alpha: Count | None = key(None, "LoRA: scale; default: twice the rank", "LoraConfig")
+    lora_dropout: Number = key(0.0, "LoRA: dropout before the adapter", "LoraConfig", ge=0, lt=1)
+    lora_target: Names = key(["all"], "LoRA: modules to adapt; all means all linear layers except the head", "target_modules")
+    additional_target: Names = key([], "LoRA: other modules to train fully and save with the adapter", "modules_to_save")
+    use_rslora: bool = key(False, "rsLoRA: scale by alpha/sqrt(rank)", "LoraConfig")
+    use_dora: bool = key(False, "DoRA: weight-decomposed LoRA", "LoraConfig")
+    loraplus_lr_ratio: Number | None = key(None, "LoRA+: learning rate of B relative to A", "the optimizer")
+    loraplus_lr_embedding: Number = key(1e-6, "LoRA+: learning rate of adapted embeddings", "the optimizer", ge=0)
+    create_new_adapter: bool = key(False, "Merge adapter_name_or_path into the base model and train a new adapter")
 
 
 class DatasetKeys(BaseModel):
-    dataset: Names = _key([], "Training datasets, as named in dataset_info.json")
-    dataset_dir: Location = _key("data", "Folder of dataset_info.json; its file names are relative to this folder")
-    template: TemplateName | None = _key(
-        None, "LLaMA-Factory template name or .jinja file; default: the tokenizer's own"
-    )
-    enable_thinking: bool | None = _key(
-        True,
-        "For reasoning templates: true adds an empty reasoning block to replies without one and trains on it; null adds it "
-        "masked; false also removes the rows' reasoning",
-    )
-    preserve_thinking: bool = _key(False, "Keep the reasoning of earlier replies with mask_history")
-    default_system: str | None = _key(None, "System prompt of rows that have none")
-    cutoff_len: Count = _key(
-        2048, "Maximum row length in tokens; longer rows are truncated", "max_length with packing"
-    )
-    truncation_mode: Literal["keep_start", "llamafactory"] = _key(
-        "keep_start",
-        "keep_start truncates the end; llamafactory truncates prompts and replies in proportion, for exact comparison",
-    )
-    max_dropped: Number = _key(0.05, "Maximum fraction of dropped rows; beyond it the run stops", ge=0, le=1)
-    max_samples: Rows | None = _key(None, "Maximum number of rows per dataset", unit="rows")
-    mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = _key(
-        "concat",
-        "How datasets are combined: concatenated, or interleaved until the first ends (under), until the last ends, with the "
-        "others repeated (over), or until each row was used once (once)",
-    )
-    interleave_probs: Numbers | None = _key(None, "Sampling probability of each interleaved dataset")
-    streaming: bool = _key(False, "Read rows on demand; requires max_steps")
-    buffer_size: Count = _key(16384, "Number of rows shuffled together when streaming", unit="rows")
-    tokenized_path: Location | None = _key(None, "Folder to save the encoded datasets to, or to load them from")
-    overwrite_cache: bool = _key(False, "Encode the datasets again even if they are cached")
-    preprocessing_num_workers: Count | None = _key(
-        None,
-        "Number of processes that pack rows; encoding needs one, whose tokenizer uses all cores",
-        "dataset_num_proc",
-    )
-    preprocessing_batch_size: Count = _key(1000, "Number of rows encoded at a time", "Dataset.map(batch_size)", "rows")
-    train_on_prompt: bool = _key(False, "Train on complete rows, prompts included")
-    mask_history: bool = _key(False, "Train only on the last reply")
-    mask_spans: Spans = _key(
-        [],
-        "Parts of a reply to mask: tag names (result means <result>..</result>) or regular expressions, in which . also "
-        "matches line ends",
-    )
-    packing: bool = _key(False, "Pack conversations into rows of cutoff_len tokens; they do not attend to each other")
-    neat_packing: bool = _key(False, "Alias of packing", "packing")
-    padding_free: bool = _key(False, "Concatenate rows instead of padding them; they do not attend to each other")
+    dataset: Names = key([], "Training datasets, as named in dataset_info.json")
+    dataset_dir: Location = key("data", "Folder of dataset_info.json; its file names are relative to this folder")
+    template: TemplateName | None = key(None, "LLaMA-Factory template name or .jinja file; default: the tokenizer's own")
+    enable_thinking: bool | None = key(True, "Reasoning templates: train on the empty block of replies without reasoning (null: mask it; false: also remove the rows' reasoning)")
+    preserve_thinking: bool = key(False, "Keep the reasoning of earlier replies with mask_history")
+    default_system: str | None = key(None, "System prompt of rows that have none")
+    cutoff_len: Count = key(2048, "Maximum row length in tokens; longer rows are truncated", "max_length with packing")
+    truncation_mode: Literal["keep_start", "llamafactory"] = key("keep_start", "Truncate the end (keep_start), or prompts and replies in proportion as LLaMA-Factory does")
+    max_dropped: Number = key(0.05, "Maximum fraction of dropped rows; beyond it the run stops", ge=0, le=1)
+    max_samples: Rows | None = key(None, "Maximum number of rows per dataset")
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = key("concat", "Concatenate datasets, or interleave until the first ends (under), the last ends (over), or all rows were used (once)")
+    interleave_probs: Numbers | None = key(None, "Sampling probability of each interleaved dataset")
+    streaming: bool = key(False, "Read rows on demand; requires max_steps")
+    buffer_size: Count = key(16384, "Number of rows shuffled together when streaming")
+    tokenized_path: Location | None = key(None, "Folder to save the encoded datasets to, or to load them from")
+    overwrite_cache: bool = key(False, "Encode the datasets again even if they are cached")
+    preprocessing_num_workers: Count | None = key(None, "Number of processes that pack rows; encoding needs one, whose tokenizer uses all cores", "dataset_num_proc")
+    preprocessing_batch_size: Count = key(1000, "Number of rows encoded at a time", "Dataset.map(batch_size)")
+    train_on_prompt: bool = key(False, "Train on complete rows, prompts included")
+    mask_history: bool = key(False, "Train only on the last reply")
+    mask_spans: Spans = key([], "Parts of a reply to mask: tag names (result: <result>..</result>) or regular expressions (. matches line ends)")
+    packing: bool = key(False, "Pack conversations into rows of cutoff_len tokens; they do not attend to each other")
+    neat_packing: bool = key(False, "Alias of packing", "packing")
+    padding_free: bool = key(False, "Concatenate rows instead of padding them; they do not attend to each other")
 
 
 class OutputKeys(BaseModel):
-    output_dir: Location = _key(..., "Folder of the run: checkpoints, logs and the final model")
-    overwrite_output_dir: bool = _key(False, "Start over; otherwise resume, or stop if the run is finished")
-    resume_from_checkpoint: bool | Location | None = _key(None, "true for the latest complete checkpoint, or a path")
-    allow_changed_recipe: bool = _key(False, "Resume even if keys that change the result differ")
-    logging_steps: Number = _key(500, "Number of steps between log lines; below 1, a fraction of the run", gt=0)
-    save_strategy: Literal["no", "steps", "epoch", "best"] = _key("steps", "When to save checkpoints")
-    save_steps: Number = _key(500, "Number of steps between checkpoints; below 1, a fraction of the run", gt=0)
-    plot_loss: bool = _key(False, "Write training_loss.png")
-    report_to: Trackers = _key([], "Trackers (wandb, tensorboard, trackio, ..., all), or none")
-    use_swanlab: bool = _key(False, "Add swanlab to report_to", "report_to")
-    swanlab_project: str = _key("llamafactory", "SwanLab project", "SWANLAB_PROJECT")
-    swanlab_workspace: str | None = _key(None, "SwanLab workspace", "SWANLAB_WORKSPACE")
-    swanlab_mode: Literal["cloud", "local"] = _key("cloud", "SwanLab mode; local does not upload", "SWANLAB_MODE")
-    swanlab_logdir: Location | None = _key(None, "SwanLab's files; default: output_dir/swanlog", "SWANLAB_LOG_DIR")
-    run_name: str | None = _key(None, "Name of the run in trackers")
-    project: str | None = _key(None, "Project in W&B and Trackio; default: WANDB_PROJECT or huggingface")
-    on_save_error: Literal["stop", "continue"] = _key("stop", "What to do if a checkpoint can't be saved")
+    output_dir: Location = key(..., "Folder of the run: checkpoints, logs and the final model")
+    overwrite_output_dir: bool = key(False, "Start over; otherwise resume, or stop if the run is finished")
+    resume_from_checkpoint: bool | Location | None = key(None, "true for the latest complete checkpoint, or a path")
+    allow_changed_recipe: bool = key(False, "Resume even if keys that change the result differ")
+    logging_steps: Number = key(500, "Number of steps between log lines; below 1, a fraction of the run", gt=0)
+    save_strategy: Literal["no", "steps", "epoch", "best"] = key("steps", "When to save checkpoints")
+    save_steps: Number = key(500, "Number of steps between checkpoints; below 1, a fraction of the run", gt=0)
+    plot_loss: bool = key(False, "Write training_loss.png")
+    report_to: Trackers = key([], "Trackers (wandb, tensorboard, trackio, ..., all), or none")
+    use_swanlab: bool = key(False, "Add swanlab to report_to", "report_to")
+    swanlab_project: str = key("llamafactory", "SwanLab project", "SWANLAB_PROJECT")
+    swanlab_workspace: str | None = key(None, "SwanLab workspace", "SWANLAB_WORKSPACE")
+    swanlab_mode: Literal["cloud", "local"] = key("cloud", "SwanLab mode; local does not upload", "SWANLAB_MODE")
+    swanlab_logdir: Location | None = key(None, "SwanLab's files; default: output_dir/swanlog", "SWANLAB_LOG_DIR")
+    run_name: str | None = key(None, "Name of the run in trackers")
+    project: str | None = key(None, "Project in W&B and Trackio; default: WANDB_PROJECT or huggingface")
+    on_save_error: Literal["stop", "continue"] = key("stop", "What to do if a checkpoint can't be saved")
 
 
 class TrainKeys(BaseModel):
-    per_device_train_batch_size: Count = _key(8, "Number of rows per device and batch", unit="rows")
-    gradient_accumulation_steps: Count = _key(1, "Number of batches per update", unit="batches")
-    global_batch_size: Count | None = _key(None, "Number of rows per update; sets gradient_accumulation_steps")
-    num_train_epochs: Number = _key(3.0, "Number of epochs; max_steps overrides it", gt=0, le=1_000_000)
-    learning_rate: Number = _key(5e-5, "Peak learning rate", ge=0)
-    warmup_ratio: Number = _key(0.0, "Fraction of the run used for warmup", "warmup_steps", ge=0, lt=1)
-    warmup_steps: Number = _key(0, "Number of warmup steps (below 1, a fraction); overrides warmup_ratio", ge=0)
-    bf16: bool = _key(False, "Compute in bfloat16; master weights stay in float32")
-    fp16: bool = _key(False, "Compute in float16 with loss scaling")
-    gradient_checkpointing: bool | Literal["auto"] = _key(
-        True,
-        "Recompute activations to save memory; auto: only if the longest batch does not fit on the GPU",
-        "activation_checkpointing",
-    )
-    disable_gradient_checkpointing: bool = _key(False, "Turn gradient checkpointing off", "activation_checkpointing")
-    use_reentrant_gc: bool | None = _key(
-        None, "Use torch's reentrant checkpointing", "activation_checkpointing_kwargs"
-    )
-    disable_shuffling: bool = _key(False, "Keep the rows in order", "train_sampling_strategy: sequential")
-    group_by_length: bool = _key(False, "Batch rows of similar length", "train_sampling_strategy: group_by_length")
-    use_dft_loss: bool = _key(False, "Dynamic fine-tuning (DFT) loss", "loss_type: dft")
-    deepspeed: Annotated[Location | dict[str, object] | None, BeforeValidator(from_json)] = _key(
-        None, "DeepSpeed JSON config; alternatively use accelerate_configs/zero3.yaml"
-    )
-    seed: Seed = _key(42, "Random seed")
-    preflight: bool | Literal["auto"] = _key(
-        "auto",
-        "Run the longest batch before the first step, to catch OOM; auto skips it on a CPU if it needs less than 4 GB",
-    )
+    per_device_train_batch_size: Count = key(8, "Number of rows per device and batch")
+    gradient_accumulation_steps: Count = key(1, "Number of batches per update")
+    global_batch_size: Count | None = key(None, "Number of rows per update; sets gradient_accumulation_steps")
+    num_train_epochs: Number = key(3.0, "Number of epochs; max_steps overrides it", gt=0, le=1_000_000)
+    learning_rate: Number = key(5e-5, "Peak learning rate", ge=0)
+    warmup_ratio: Number = key(0.0, "Fraction of the run used for warmup", "warmup_steps", ge=0, lt=1)
+    warmup_steps: Number = key(0, "Number of warmup steps (below 1, a fraction); overrides warmup_ratio", ge=0)
+    bf16: bool = key(False, "Compute in bfloat16; master weights stay in float32")
+    fp16: bool = key(False, "Compute in float16 with loss scaling")
+    gradient_checkpointing: bool | Literal["auto"] = key(True, "Recompute activations; auto: only if the longest batch does not fit on the GPU", "activation_checkpointing")
+    disable_gradient_checkpointing: bool = key(False, "Turn gradient checkpointing off", "activation_checkpointing")
+    use_reentrant_gc: bool | None = key(None, "Use torch's reentrant checkpointing", "activation_checkpointing_kwargs")
+    disable_shuffling: bool = key(False, "Keep the rows in order", "train_sampling_strategy: sequential")
+    group_by_length: bool = key(False, "Batch rows of similar length", "train_sampling_strategy: group_by_length")
+    use_dft_loss: bool = key(False, "DFT loss (dynamic fine-tuning)", "loss_type: dft")
+    deepspeed: Annotated[Location | dict[str, object] | None, BeforeValidator(from_json)] = key(None, "DeepSpeed JSON config; or use accelerate_configs/zero3.yaml")
+    seed: Seed = key(42, "Random seed")
+    preflight: bool | Literal["auto"] = key("auto", "Run the longest batch first, to catch OOM; auto skips it on a CPU if it needs less than 4 GB")
 
 
 class EvalKeys(BaseModel):
-    do_eval: bool = _key(False, "Evaluate after training")
-    eval_dataset: Names = _key([], "Evaluation datasets, as named in dataset_info.json")
-    eval_on_each_dataset: bool = _key(False, "Evaluate each dataset of eval_dataset separately")
-    val_size: Number = _key(
-        0.0, "Training rows held out for evaluation: a fraction below 1, or a number of rows", ge=0
-    )
-    per_device_eval_batch_size: Count | None = _key(
-        None, "Number of rows per device and evaluation batch; default: as in training", unit="rows"
-    )
-    eval_strategy: Literal["no", "steps", "epoch"] = _key("no", "When to evaluate during training")
-    load_best_model_at_end: bool = _key(False, "Load the best checkpoint at the end")
-    early_stopping_steps: Count | None = _key(None, "Number of evaluations without improvement before stopping")
+    do_eval: bool = key(False, "Evaluate after training")
+    eval_dataset: Names = key([], "Evaluation datasets, as named in dataset_info.json")
+    eval_on_each_dataset: bool = key(False, "Evaluate each dataset of eval_dataset separately")
+    val_size: Number = key(0.0, "Training rows held out for evaluation: a fraction below 1, or a number of rows", ge=0)
+    per_device_eval_batch_size: Count | None = key(None, "Number of rows per device and batch; default: as in training")
+    eval_strategy: Literal["no", "steps", "epoch"] = key("no", "When to evaluate during training")
+    load_best_model_at_end: bool = key(False, "Load the best checkpoint at the end")
+    early_stopping_steps: Count | None = key(None, "Number of evaluations without improvement before stopping")
 
 
 class PredictKeys(BaseModel):
-    do_predict: bool = _key(False, "Generate and score replies to the rows of eval_dataset or val_size at the end")
-    predict_with_generate: bool = _key(False, "Alias of do_predict", "do_predict")
-    predict_during_eval: Count | None = _key(
-        None, "Number of held-out rows to generate replies to at each evaluation", unit="rows"
-    )
-    max_new_tokens: Count = _key(1024, "Maximum number of generated tokens", "generate(max_new_tokens)", "tokens")
-    do_sample: bool | None = _key(
-        None, "Sample tokens; default: if temperature, top_p or top_k is set", "generate(do_sample)"
-    )
-    temperature: Number = _key(0.95, "Sampling temperature", "generate(temperature)", gt=0)
-    top_p: Number = _key(
-        0.7, "Sampling: cumulative probability of the candidate tokens", "generate(top_p)", gt=0, le=1
-    )
-    top_k: Whole = _key(50, "Sampling: number of candidate tokens; 0 means all", "generate(top_k)", ge=0)
-    num_beams: Count = _key(1, "Number of beams; 1 means no beam search", "generate(num_beams)")
-    repetition_penalty: Number = _key(
-        1.0, "Penalty for repetition; 1 means none", "generate(repetition_penalty)", gt=0
-    )
-    length_penalty: Number = _key(1.0, "Beam search: above 0 favors long replies", "generate(length_penalty)")
-    skip_special_tokens: bool = _key(True, "Omit special tokens from generated_predictions.jsonl")
+    do_predict: bool = key(False, "Generate and score replies to the rows of eval_dataset or val_size at the end")
+    predict_with_generate: bool = key(False, "Alias of do_predict", "do_predict")
+    predict_during_eval: Count | None = key(None, "Number of held-out rows to generate replies to at each evaluation")
+    max_new_tokens: Count = key(1024, "Maximum number of generated tokens", "generate(max_new_tokens)")
+    do_sample: bool | None = key(None, "Sample tokens; default: if temperature, top_p or top_k is set", "generate(do_sample)")
+    temperature: Number = key(0.95, "Sampling temperature", "generate(temperature)", gt=0)
+    top_p: Number = key(0.7, "Sampling: cumulative probability of the candidate tokens", "generate(top_p)", gt=0, le=1)
+    top_k: Whole = key(50, "Sampling: number of candidate tokens; 0 means all", "generate(top_k)", ge=0)
+    num_beams: Count = key(1, "Number of beams; 1 means no beam search", "generate(num_beams)")
+    repetition_penalty: Number = key(1.0, "Penalty for repetition; 1 means none", "generate(repetition_penalty)", gt=0)
+    length_penalty: Number = key(1.0, "Beam search: above 0 favors long replies", "generate(length_penalty)")
+    skip_special_tokens: bool = key(True, "Omit special tokens from generated_predictions.jsonl")
 
 
+# fmt: on
 COMMAND_LINE = Path("command line")  # the path of a recipe without a file
 
 
@@ -226,8 +172,7 @@ COMMAND_LINE = Path("command line")  # the path of a recipe without a file
 class Source:
     """Origin of a recipe.
 
-    `path`: the file, or `COMMAND_LINE`. `lines`: the line of each key in the file. `notices`: lines to print once, such
-    as ignored keys.
+    `path`: the file, or `COMMAND_LINE`. `lines`: the line of each key in the file. `notices`: lines to print once.
     """
 
     path: Path = Path()
@@ -264,7 +209,7 @@ class Recipe(SftKeys, AdvancedKeys, PredictKeys, EvalKeys, TrainKeys, OutputKeys
 
     @property
     def adapters_to_merge(self) -> list[str]:
-        """The adapters to merge into the base before training: all but the last, which is trained further."""
+        """Return the adapters to merge into the base before training: all except the last, which is trained further."""
         return self.adapter_name_or_path if self.create_new_adapter else self.adapter_name_or_path[:-1]
 
     def with_notices(self, *lines: str) -> Self:
@@ -298,7 +243,7 @@ class Key(NamedTuple):
 
     @property
     def may_be_null(self) -> bool:
-        """Whether null means the default: none, false, or an empty list."""
+        """Return whether null means the default, which is none, false or an empty list."""
         return self.default in (None, []) or self.default is False
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import program
-from .yaml_file import Given
+from .yaml_file import Setting
 
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 RENAMED: dict[str, str] = _TABLES["renamed"]
@@ -48,36 +48,36 @@ def check_template_name(template: str) -> str | None:
     )
 
 
-def recognize(given: Mapping[str, Given]) -> str | None:
+def recognize(settings: Mapping[str, Setting]) -> str | None:
     """Return what to do instead, if the keys are LLaMA-Factory's v1 format or belong to another of its commands."""
 
     def value(key: str, default: str = "") -> str:
-        return str(given[key].value) if key in given and given[key].value else default
+        return str(settings[key].value) if key in settings and settings[key].value else default
 
     model, adapter = value("model_name_or_path"), value("adapter_name_or_path")
-    if any(key.startswith(("top.", "train.")) for key in given):
+    if any(key.startswith(("top.", "train.")) for key in settings):
         return "LLaMA Board's saved settings are not supported; pass the flags shown by its Preview command button"
-    if _V1_KEYS & given.keys() and not model:
-        v1_keys = ", ".join(f"{key}:" for key in given if key in _V1_KEYS)
+    if _V1_KEYS & settings.keys() and not model:
+        v1_keys = ", ".join(f"{key}:" for key in settings if key in _V1_KEYS)
         return f"LLaMA-Factory's v1 format ({v1_keys}) is not supported; use its flat keys (--help all)"
-    if {"task", "task_dir", "n_shot"} & given.keys() and "do_train" not in given:
+    if {"task", "task_dir", "n_shot"} & settings.keys() and "do_train" not in settings:
         return "LLaMA-Factory's benchmark recipes are not supported; use lm-evaluation-harness"
-    if not model or {"output_dir", "do_train", "dataset"} & given.keys():
+    if not model or {"output_dir", "do_train", "dataset"} & settings.keys():
         return None
-    if "export_dir" in given:
+    if "export_dir" in settings:
         if not adapter:
             return "this is a LLaMA-Factory export recipe without an adapter; a trained model needs no export"
         command = f"{program()} merge {shlex.join([adapter, value('export_dir', 'OUT')])}"
         return f"this is a LLaMA-Factory export recipe; to merge the adapter, run: {command}"
-    if _INFERENCE_KEYS & given.keys() or ("template" in given and "stage" not in given):
+    if _INFERENCE_KEYS & settings.keys() or ("template" in settings and "stage" not in settings):
         command = f"{program()} chat {shlex.quote(adapter or model)}"
         return f"this is a LLaMA-Factory chat or API recipe; to chat with the model, run: {command}"
     return None
 
 
-def larger_batch(given: Mapping[str, Given]) -> str | None:
+def larger_batch(settings: Mapping[str, Setting]) -> str | None:
     """Return a notice if several GPUs would share a row: here each GPU has its own rows, so a step has more of them."""
-    values = {key: one.value for key, one in given.items()}
+    values = {key: setting.value for key, setting in settings.items()}
     names = [*_SPLITS_ROWS, *(["expert_model_parallel_size"] if values.get("use_megatron_bridge") is True else [])]
     sizes = {key: size for key in names if isinstance(size := values.get(key), int) and 1 < size < 10_000}
     times, steps = math.prod(sizes.values()), values.get("gradient_accumulation_steps") or 1

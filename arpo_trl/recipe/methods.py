@@ -42,7 +42,7 @@ class GaloreKeys(BaseModel):
     use_galore: bool = key(False, "Use the GaLore optimizer (full only)", "optim, optim_args, optim_target_modules")
     galore_target: Names = key(["all"], "GaLore: modules to project", "optim_target_modules")
     galore_rank: Count = key(16, "GaLore: rank of the projected gradients", "optim_args")
-    galore_update_interval: Count = key(200, "GaLore: steps between projections", "optim_args", unit="steps")
+    galore_update_interval: Count = key(200, "GaLore: steps between projections", "optim_args")
     galore_scale: Number = key(2.0, "GaLore: scale of the update", "optim_args", gt=0)
     galore_proj_type: Literal["std", "reverse_std", "right", "left", "full"] = key(
         "std", "GaLore: type of projection", "optim_args"
@@ -62,7 +62,7 @@ class ApolloKeys(BaseModel):
     use_apollo: bool = key(False, "Use the APOLLO optimizer (full only)", "optim, optim_args, optim_target_modules")
     apollo_target: Names = key(["all"], "APOLLO: modules to project", "optim_target_modules")
     apollo_rank: Count = key(16, "APOLLO: rank of the projected gradients", "optim_args")
-    apollo_update_interval: Count = key(200, "APOLLO: steps between projections", "optim_args", unit="steps")
+    apollo_update_interval: Count = key(200, "APOLLO: steps between projections", "optim_args")
     apollo_scale: Number = key(32.0, "APOLLO: scale of the update", "optim_args", gt=0)
     apollo_proj: Literal["svd", "random"] = key("random", "APOLLO: how the projection is found", "optim_args")
     apollo_proj_type: Literal["std", "right", "left"] = key("std", "APOLLO: type of projection", "optim_args")
@@ -107,24 +107,16 @@ class BadamKeys(BaseModel):
     badam_switch_mode: Literal["ascending", "descending", "random", "fixed"] = key(
         "ascending", "BAdam: order of the blocks"
     )
-    badam_switch_interval: Count = key(50, "BAdam: steps before the next block", unit="steps")
+    badam_switch_interval: Count = key(50, "BAdam: steps before the next block")
 
 
 OPTIMIZERS += ["use_badam"]
 PACKAGES["use_badam"] = "badam"
 RULES += [
     ("fp16", lambda r: r.fp16 and r.use_badam, "not supported with use_badam; use bf16: true"),
-    (
-        "badam_switch_mode",
-        lambda r: r.use_badam and r.badam_switch_mode == "fixed" and r.badam_start_block is None,
-        "fixed requires badam_start_block",
-    ),
-    (
-        "use_badam",
-        lambda r: r.use_badam and int(os.environ.get("WORLD_SIZE", "1")) > 1,
-        "not supported on several processes; remove the line",
-    ),
-]
+    ("badam_switch_mode", lambda r: r.use_badam and r.badam_switch_mode == "fixed" and r.badam_start_block is None, "fixed requires badam_start_block"),
+    ("use_badam", lambda r: r.use_badam and int(os.environ.get("WORLD_SIZE", "1")) > 1, "not supported on several processes; remove the line"),
+]  # fmt: skip
 
 
 # --- The other optimizers of transformers ---
@@ -153,12 +145,8 @@ class OftKeys(BaseModel):
 
 
 RULES += [
-    (
-        "oft_rank",
-        lambda r: r.finetuning_type == "oft" and bool(r.oft_rank) == bool(r.oft_block_size),
-        "set one of oft_rank and oft_block_size, and the other to 0",
-    ),
-]
+    ("oft_rank", lambda r: r.finetuning_type == "oft" and bool(r.oft_rank) == bool(r.oft_block_size), "set one of oft_rank and oft_block_size, and the other to 0"),
+]  # fmt: skip
 
 
 # --- PiSSA ---
@@ -172,29 +160,23 @@ class PissaKeys(BaseModel):
 RULES += [
     ("pissa_init", lambda r: r.pissa_init and r.finetuning_type != "lora", "requires finetuning_type: lora"),
     ("pissa_init", lambda r: r.pissa_init and r.quantization_bit, "not supported on a quantized model; remove one"),
-    ("pissa_iter", lambda r: r.pissa_iter == 0, "expected a whole number above 0, or -1 for an exact SVD, found 0"),
-]
+    ("pissa_iter", lambda r: r.pissa_iter == 0, "expected an integer > 0, or -1 for an exact SVD, found 0"),
+]  # fmt: skip
 
 
 # --- Freeze tuning and LLaMA Pro ---
 
 
 class FreezeKeys(BaseModel):
-    freeze_trainable_layers: Whole = key(
-        2, "Number of final layers to train; negative counts from the first", unit="layers"
-    )
+    freeze_trainable_layers: Whole = key(2, "Number of final layers to train; negative counts from the first")
     freeze_trainable_modules: Names = key(["all"], "Modules to train in those layers (self_attn, mlp, ...)")
     freeze_extra_modules: Names = key([], "Modules to train outside the layers (norm, ...)")
     use_llama_pro: bool = key(False, "LLaMA Pro: train every n-th layer, freeze_trainable_layers in total")
 
 
 RULES += [
-    (
-        "use_llama_pro",
-        lambda r: r.use_llama_pro and r.finetuning_type not in ("freeze", "lora"),
-        "requires finetuning_type: freeze or lora",
-    ),
-]
+    ("use_llama_pro", lambda r: r.use_llama_pro and r.finetuning_type not in ("freeze", "lora"), "requires finetuning_type: freeze or lora"),
+]  # fmt: skip
 
 
 # --- Quantization of the base by bitsandbytes (QLoRA) ---
@@ -210,12 +192,8 @@ class QloraKeys(BaseModel):
 PACKAGES["quantization_bit"] = "bitsandbytes"
 QUIET_LOGGERS += ["bitsandbytes.backends.cpu"]  # it looks for a kernel on the hub at import, also where none is used
 RULES += [
-    (
-        "quantization_bit",
-        lambda r: r.quantization_bit and not r.trains_adapter,
-        "full training of a quantized model is not supported; use finetuning_type: lora",
-    ),
-]
+    ("quantization_bit", lambda r: r.quantization_bit and not r.trains_adapter, "full training of a quantized model is not supported; use finetuning_type: lora"),
+]  # fmt: skip
 
 
 # --- Quantized bases (GPTQ, AWQ, AQLM) ---
@@ -299,12 +277,8 @@ class AsftKeys(BaseModel):
 
 LOSSES += ["use_asft_loss"]
 RULES += [
-    (
-        "use_asft_loss",
-        lambda r: r.use_asft_loss and r.quantization_bit,
-        "not supported on a quantized model; remove one",
-    ),
-]
+    ("use_asft_loss", lambda r: r.use_asft_loss and r.quantization_bit, "not supported on a quantized model; remove one"),
+]  # fmt: skip
 
 
 # --- what they share ---
@@ -324,7 +298,7 @@ class AdvancedKeys(
     ApolloKeys,
     GaloreKeys,
 ):
-    """The keys of all rare methods; pydantic orders them from the last class to the first."""
+    """Keys of all rare methods; pydantic orders them from the last class to the first."""
 
 
 def layerwise_key(recipe: _Recipe) -> str | None:
@@ -360,23 +334,22 @@ def find_conflicts(recipe: _Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _loss_conflicts(recipe: _Recipe) -> Iterator[tuple[str, str]]:
-    """One key sets the loss. Label smoothing is for the default loss only, the balancing loss for TRL's losses only."""
-    given = recipe.model_fields_set
-    ours = [name for name in LOSSES if getattr(recipe, name)]
-    found = ours + ["use_dft_loss"] * recipe.use_dft_loss
-    found += ["loss_type"] * ("loss_type" in given and (bool(found) or recipe.loss_type == "dft"))
-    found += ["label_smoothing_factor"] * bool(found and recipe.label_smoothing_factor)
-    found += ["moe_aux_loss_coef"] * bool(ours and recipe.moe_aux_loss_coef)
-    if len(found) > 1:
-        yield found[0], f"{found[1]} is set too; keep one"
+    """Allow one loss. Label smoothing requires the default loss, the load balancing loss requires one of TRL's."""
+    own = [name for name in LOSSES if getattr(recipe, name)]
+    losses = own + ["use_dft_loss"] * recipe.use_dft_loss
+    losses += ["loss_type"] * ("loss_type" in recipe.model_fields_set and (bool(losses) or recipe.loss_type == "dft"))
+    losses += ["label_smoothing_factor"] * bool(losses and recipe.label_smoothing_factor)
+    losses += ["moe_aux_loss_coef"] * bool(own and recipe.moe_aux_loss_coef)
+    if len(losses) > 1:
+        yield losses[0], f"{losses[1]} is set too; keep one"
 
 
 def _optimizer_conflicts(recipe: _Recipe) -> Iterator[tuple[str, str]]:
-    """One key sets the optimizer. DeepSpeed flattens the matrices that these optimizers need."""
-    found = [name for name in OPTIMIZERS if getattr(recipe, name)]
-    if not found:
+    """Allow one optimizer, without DeepSpeed, which flattens the matrices that these optimizers need."""
+    optimizers = [name for name in OPTIMIZERS if getattr(recipe, name)]
+    if not optimizers:
         return
-    name, *others = found + ["loraplus_lr_ratio"] * bool(recipe.loraplus_lr_ratio)
+    name, *others = optimizers + ["loraplus_lr_ratio"] * bool(recipe.loraplus_lr_ratio)
     others += ["optim"] * ("optim" in recipe.model_fields_set)
     yield from ((name, f"{other} is set too; keep one") for other in others)
     if name != "use_muon" and recipe.finetuning_type != "full":

@@ -19,7 +19,7 @@ from ..errors import RecipeError
 from .keys import COMMAND_LINE, Recipe, in_words, keys
 from .llamafactory import IGNORED, NO_OP, NOT_SUPPORTED, RENAMED, larger_batch, recognize
 from .rules import conflicts, resolve
-from .yaml_file import Given, Problems, read_file, read_overrides, shorten
+from .yaml_file import Problems, Setting, read_file, read_overrides, shorten
 
 
 def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -29,22 +29,22 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         RecipeError: lists all problems, each with its line.
     """
     problems: Problems = []
-    given = read_file(Path(path), problems) if path is not None else {}
-    given |= read_overrides(overrides, takes_text, problems)
+    settings = read_file(Path(path), problems) if path is not None else {}
+    settings |= read_overrides(overrides, takes_text, problems)
     path, all_read = COMMAND_LINE if path is None else Path(path), not problems
-    if other_format := recognize(given):
+    if other_format := recognize(settings):
         raise RecipeError(f"{path}: {other_format}")
-    larger = larger_batch(given)
-    ignored = _keep_known_keys(given, problems)
-    recipe = _validate(given, problems)
+    larger = larger_batch(settings)
+    ignored = _keep_known_keys(settings, problems)
+    recipe = _validate(settings, problems)
     if recipe:
-        lines = {key: int(location[5:]) for key, (_, location, _) in given.items() if location.startswith("line ")}
+        lines = {key: int(location[5:]) for key, (_, location, _) in settings.items() if location.startswith("line ")}
         notices = [f"{path}: {', '.join(names)}: ignored; {why}" for why, names in ignored.items()]
         notices += [f"{path}: {larger}"] if larger else []
         source = replace(recipe.source, path=path, lines=lines, notices=tuple(notices))
         recipe = recipe.model_copy(update={"source": source})
         if all_read:  # a value that could not be read might resolve a conflict
-            problems += [(_location(key, given), f"{key}: {why}") for key, why in conflicts(recipe)]
+            problems += [(_location(key, settings), f"{key}: {why}") for key, why in conflicts(recipe)]
     if problems or not recipe:
         # by line number ("line 9" before "line 10"), then the problems without a line: "missing", "override"
         problems.sort(key=lambda problem: (problem[0][:4] != "line", len(problem[0]), problem[0]))
@@ -54,22 +54,22 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     return resolve(recipe)
 
 
-def _keep_known_keys(given: dict[str, Given], problems: Problems) -> dict[str, list[str]]:
-    """Rename aliases in `given` and remove all other keys that a Recipe does not have.
+def _keep_known_keys(settings: dict[str, Setting], problems: Problems) -> dict[str, list[str]]:
+    """Rename aliases in `settings` and remove all other keys that a Recipe does not have.
 
     Unsupported and unknown keys are added to `problems`. Returns the ignored keys by reason.
     """
     ignored: dict[str, list[str]] = {}
-    for key, (value, location, text) in list(given.items()):
+    for key, (value, location, text) in list(settings.items()):
         if key in keys():
             continue
-        del given[key]
+        del settings[key]
         if key in RENAMED:
             if value is None:
                 continue
-            if RENAMED[key] in given and given[RENAMED[key]].value != value:
+            if RENAMED[key] in settings and settings[RENAMED[key]].value != value:
                 problems.append((location, f"{key}: an alias of {RENAMED[key]}, which is also set; keep one"))
-            given.setdefault(RENAMED[key], Given(value, location, text))
+            settings.setdefault(RENAMED[key], Setting(value, location, text))
         elif key in IGNORED:
             ignored.setdefault(IGNORED[key], []).append(key)
         elif key not in NOT_SUPPORTED:
@@ -81,10 +81,10 @@ def _keep_known_keys(given: dict[str, Given], problems: Problems) -> dict[str, l
     return ignored
 
 
-def _validate(given: dict[str, Given], problems: Problems) -> Recipe | None:
+def _validate(settings: dict[str, Setting], problems: Problems) -> Recipe | None:
     """Return the recipe with these values if each has its type; otherwise add to `problems`."""
     values: dict[str, object] = {}
-    for key, (value, location, text) in given.items():
+    for key, (value, location, text) in settings.items():
         known = keys()[key]
         if value is None and known.may_be_null:
             continue
@@ -102,8 +102,8 @@ def _validate(given: dict[str, Given], problems: Problems) -> Recipe | None:
     except ValidationError as error:
         for key, wrong in {str(wrong["loc"][0]): wrong for wrong in error.errors()}.items():
             if key in values:
-                problems.append((_location(key, given), f"{key}: {_describe(key, values[key], wrong)}"))
-            elif (key not in given or given[key].value is None) and not any(
+                problems.append((_location(key, settings), f"{key}: {_describe(key, values[key], wrong)}"))
+            elif (key not in settings or settings[key].value is None) and not any(
                 f"{key}:" == text.split(" ")[0] for _, text in problems
             ):
                 problems.append(("missing", f"{key}: required. {keys()[key].help}"))
@@ -118,15 +118,15 @@ def takes_text(key: str) -> bool:
     return "string" in kinds and set(kinds) <= {"string", "null"}
 
 
-def _location(key: str, given: dict[str, Given]) -> str:
-    return given[key].location if key in given else "missing"
+def _location(key: str, settings: dict[str, Setting]) -> str:
+    return settings[key].location if key in settings else "missing"
 
 
 def _describe(key: str, value: object, wrong: ErrorDetails) -> str:
     if message := str(wrong.get("ctx", {}).get("error", "")):  # raised by a validator in types.py
         return message
-    found = "null" if value is None else str(value).lower() if isinstance(value, bool) else shorten(value)
-    return f"expected {in_words(keys()[key].schema)}, found {found}"
+    actual = "null" if value is None else str(value).lower() if isinstance(value, bool) else shorten(value)
+    return f"expected {in_words(keys()[key].schema)}, found {actual}"
 
 
 def nearest(key: str) -> str:

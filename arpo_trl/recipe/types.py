@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import regex
 
 
-def key(default: Any, help: str, to: str = "", unit: str = "", **limits: Any) -> Any:
+def key(default: Any, help: str, to: str = "", **limits: Any) -> Any:
     """Return a field of a recipe. `to`: its name in TRL, transformers or PEFT, if it has another name there."""
-    return Field(default, description=help, json_schema_extra={"to": to, "unit": unit}, **limits)
+    return Field(default, description=help, json_schema_extra={"to": to}, **limits)
 
 
 LARGEST = 2**31 - 1  # torch and numpy multiply counts of rows, tokens and steps in 64 bits

@@ -17,7 +17,7 @@ LARGEST_FILE = 1_000_000  # bytes
 MOST_VALUES = 10_000  # in one key, aliases expanded
 
 
-class Given(NamedTuple):
+class Setting(NamedTuple):
     value: object
     location: str  # "line 14" or "override"
     text: str | None = None  # a number as written: run_name: 007
@@ -26,12 +26,12 @@ class Given(NamedTuple):
 Problems = list[tuple[str, str]]  # location and message
 
 
-def read_file(path: Path, problems: Problems) -> dict[str, Given]:
+def read_file(path: Path, problems: Problems) -> dict[str, Setting]:
     """Return the keys of a recipe file with their lines; duplicates, tags and invalid values become problems."""
     loader, root = _parse(path)
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{path}: expected key: value lines, found {'an empty file' if root is None else 'no keys'}")
-    given: dict[str, Given] = {}
+    settings: dict[str, Setting] = {}
     first_lines: dict[str, str] = {}
     for key_node, value_node in root.value:
         location = f"line {key_node.start_mark.line + 1}"
@@ -46,8 +46,8 @@ def read_file(path: Path, problems: Problems) -> dict[str, Given]:
             problems.append((location, f"{key}: {invalid}"))
             continue
         number = value_node.tag.endswith((":int", ":float")) and isinstance(value_node, yaml.ScalarNode)
-        given[key] = Given(value, location, value_node.value if number else None)
-    return given
+        settings[key] = Setting(value, location, value_node.value if number else None)
+    return settings
 
 
 def _parse(path: Path) -> tuple[_Loader, yaml.Node | None]:
@@ -100,7 +100,7 @@ def _count(node: yaml.Node, counted: dict[int, int]) -> int:
     return counted[id(node)]
 
 
-def read_overrides(overrides: Sequence[str], is_text: Callable[[str], bool], problems: Problems) -> dict[str, Given]:
+def read_overrides(overrides: Sequence[str], is_text: Callable[[str], bool], problems: Problems) -> dict[str, Setting]:
     """Return the values of `key=value` overrides; the last one of a key wins.
 
     Args:
@@ -108,7 +108,7 @@ def read_overrides(overrides: Sequence[str], is_text: Callable[[str], bool], pro
         is_text: Whether a key takes only text; such a value is read as YAML only if it is quoted.
         problems: Extended by the problems in the overrides.
     """
-    given = {}
+    settings = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -119,8 +119,8 @@ def read_overrides(overrides: Sequence[str], is_text: Callable[[str], bool], pro
         except _InvalidValueError as invalid:
             problems.append(("override", f"{key}: {invalid}"))
         else:
-            given[key] = Given(value, "override", text.strip())
-    return given
+            settings[key] = Setting(value, "override", text.strip())
+    return settings
 
 
 def _read_text(text: str) -> object:

@@ -134,7 +134,7 @@ def test_a_wrong_name_is_answered_with_its_line(name: str, message: str, tmp_pat
 
 def test_a_name_that_is_not_shipped_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(LINES + "glm4", encoding="utf-8")
-    line = f"{tmp_path / 'r.yaml'}: template: glm4 is not shipped; the tokenizer's own template is used instead"
+    line = f"{tmp_path / 'r.yaml'}: template: glm4 is not shipped; using the tokenizer's own template"
     assert line in read_recipe(tmp_path / "r.yaml").notices
 
 

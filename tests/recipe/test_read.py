@@ -112,10 +112,10 @@ WRONG = [
     # not supported
     ("hf_hub_token: hf_x", "hf_hub_token: not supported; it would be saved with the model. Run `hf auth login` instead"),
     ("max_length: 512", "max_length: not supported; LLaMA-Factory means a generation length, TRL a row length; use cutoff_len for rows"),
-    ("do_predict: true\npredict_with_generate: true", "do_predict: no rows to predict; set eval_dataset or val_size"),
-    ("predict_with_generate: true", "predict_with_generate: no rows to predict; set eval_dataset or val_size"),
-    ("eval_on_start: true", "eval_on_start: nothing to evaluate on; set eval_dataset or val_size"),
-    ("val_size: 0.1\npredict_during_eval: 8", "predict_during_eval: needs do_eval, or eval_strategy: steps or epoch"),
+    ("do_predict: true\npredict_with_generate: true", "do_predict: no evaluation rows; set eval_dataset or val_size"),
+    ("predict_with_generate: true", "predict_with_generate: no evaluation rows; set eval_dataset or val_size"),
+    ("eval_on_start: true", "eval_on_start: no evaluation rows; set eval_dataset or val_size"),
+    ("val_size: 0.1\npredict_during_eval: 8", "predict_during_eval: requires do_eval, or eval_strategy: steps or epoch"),
     ("freeze_language_model: true", "freeze_language_model: not supported; only text is trained"),
     ("split: all", "split: not supported; set the dataset's split in dataset_info.json"),
     ("max_source_length: 512", "max_source_length: not supported; use cutoff_len, which counts prompt and reply together"),
@@ -127,21 +127,21 @@ WRONG = [
     ("ppo_epochs: 2", "ppo_epochs: not supported; it belongs to stage ppo, which TRL has removed; use its GRPOTrainer or RLOOTrainer"),
     ("vllm_maxlen: 8192", "vllm_maxlen: not supported; it belongs to an inference server; start one with the saved model"),
     # conflicts
-    ("val_size: 0.1\neval_dataset: b", "val_size: eval_dataset is there too; keep one"),
-    ("val_size: 1.5", "val_size: expected a share or whole rows, found 1.5"),
-    ("do_eval: true", "do_eval: nothing to evaluate on; set eval_dataset or val_size"),
-    ("eval_strategy: steps", "eval_strategy: nothing to evaluate on; set eval_dataset or val_size"),
-    ("load_best_model_at_end: true", "load_best_model_at_end: needs eval_strategy: steps or epoch"),
-    ("early_stopping_steps: 3", "early_stopping_steps: needs eval_strategy, and load_best_model_at_end or metric_for_best_model"),
-    ("save_strategy: best", "save_strategy: best needs eval_strategy, and load_best_model_at_end or metric_for_best_model"),
-    ("save_strategy: best\nmetric_for_best_model: loss", "save_strategy: best needs eval_strategy, and load_best_model_at_end or metric_for_best_model"),
-    ("metric_for_best_model: eval_accuracy", "metric_for_best_model: no evaluation has it; expected loss, perplexity, entropy, mean_token_accuracy, or predict_<score> with predict_during_eval"),
-    ("metric_for_best_model: predict_tokens", "metric_for_best_model: no evaluation has it; expected loss, perplexity, entropy, mean_token_accuracy, or predict_<score> with predict_during_eval"),
-    ("interleave_probs: 1", "interleave_probs: mix_strategy is concat; write interleave_under or interleave_over"),
-    ("interleave_probs: 0.9\nmix_strategy: interleave_over", "interleave_probs: expected shares that sum to 1, found 0.9"),
-    ("interleave_probs: 0.5,0.5\nmix_strategy: interleave_over", "interleave_probs: expected one share for each of 1 datasets, found 2"),
-    ("streaming: true", "streaming: its length is unknown; set max_steps"),
-    ("mask_history: true\ntrain_on_prompt: true", "mask_history: train_on_prompt asks for the opposite; keep one"),
+    ("val_size: 0.1\neval_dataset: b", "val_size: eval_dataset is set too; keep one"),
+    ("val_size: 1.5", "val_size: expected a fraction or an integer, found 1.5"),
+    ("do_eval: true", "do_eval: no evaluation rows; set eval_dataset or val_size"),
+    ("eval_strategy: steps", "eval_strategy: no evaluation rows; set eval_dataset or val_size"),
+    ("load_best_model_at_end: true", "load_best_model_at_end: requires eval_strategy: steps or epoch"),
+    ("early_stopping_steps: 3", "early_stopping_steps: requires eval_strategy, and load_best_model_at_end or metric_for_best_model"),
+    ("save_strategy: best", "save_strategy: best requires eval_strategy, and load_best_model_at_end or metric_for_best_model"),
+    ("save_strategy: best\nmetric_for_best_model: loss", "save_strategy: best requires eval_strategy, and load_best_model_at_end or metric_for_best_model"),
+    ("metric_for_best_model: eval_accuracy", "metric_for_best_model: expected loss, perplexity, entropy, mean_token_accuracy, or predict_<score> with predict_during_eval, found accuracy"),
+    ("metric_for_best_model: predict_tokens", "metric_for_best_model: expected loss, perplexity, entropy, mean_token_accuracy, or predict_<score> with predict_during_eval, found predict_tokens"),
+    ("interleave_probs: 1", "interleave_probs: requires mix_strategy: interleave_under, interleave_over or interleave_once"),
+    ("interleave_probs: 0.9\nmix_strategy: interleave_over", "interleave_probs: expected values that sum to 1, found 0.9"),
+    ("interleave_probs: 0.5,0.5\nmix_strategy: interleave_over", "interleave_probs: expected one value per dataset (1), found 2"),
+    ("streaming: true", "streaming: requires max_steps, because the number of rows is unknown"),
+    ("mask_history: true\ntrain_on_prompt: true", "mask_history: train_on_prompt is set too; keep one"),
     ("use_muon: true\nuse_galore: true", "use_galore: use_muon is set too; keep one"),
     ("use_muon: true\noptim: adamw_torch", "use_muon: optim is set too; keep one"),
     ("use_muon: true\ndeepspeed: z2.json", "use_muon: not supported with deepspeed; remove one"),
@@ -162,14 +162,14 @@ WRONG = [
     ("badam_switch_interval: -1", "badam_switch_interval: expected an integer > 0, found -1"),
     ("use_llama_pro: true\nfinetuning_type: full", "use_llama_pro: requires finetuning_type: freeze or lora"),
     ("finetuning_type: oft\noft_rank: 8", "oft_rank: set one of oft_rank and oft_block_size, and the other to 0"),
-    ("adapter_name_or_path: a", "adapter_name_or_path: needs finetuning_type: lora (or oft)"),
-    ("bf16: true\nfp16: true", "bf16: fp16 is on too; keep one"),
-    ("disable_gradient_checkpointing: true\ngradient_checkpointing: true", "disable_gradient_checkpointing: gradient_checkpointing asks for the opposite; keep one"),
-    ("global_batch_size: 8\ngradient_accumulation_steps: 2", "global_batch_size: gradient_accumulation_steps follows from it; remove that line"),
-    ("group_by_length: true\ndisable_shuffling: true", "group_by_length: disable_shuffling is on too; keep one"),
+    ("adapter_name_or_path: a", "adapter_name_or_path: requires finetuning_type: lora (or oft)"),
+    ("bf16: true\nfp16: true", "bf16: fp16 is set too; keep one"),
+    ("disable_gradient_checkpointing: true\ngradient_checkpointing: true", "disable_gradient_checkpointing: gradient_checkpointing is set too; keep one"),
+    ("global_batch_size: 8\ngradient_accumulation_steps: 2", "global_batch_size: gradient_accumulation_steps is set too; keep one"),
+    ("group_by_length: true\ndisable_shuffling: true", "group_by_length: disable_shuffling is set too; keep one"),
     ("finetuning_type: full\nquantization_bit: 4", "quantization_bit: full training of a quantized model is not supported; use finetuning_type: lora"),
-    ("lora_rank: 16", "lora_rank: needs finetuning_type: lora, which is not the default here"),
-    ("finetuning_type: full\nuse_dora: true", "use_dora: needs finetuning_type: lora"),
+    ("lora_rank: 16", "lora_rank: requires finetuning_type: lora, which is not the default here"),
+    ("finetuning_type: full\nuse_dora: true", "use_dora: requires finetuning_type: lora"),
     ("finetuning_type: lora\nuse_galore: true", "use_galore: requires finetuning_type: full"),
     ("finetuning_type: lora\nquantization_bit: 4\npissa_init: true", "pissa_init: not supported on a quantized model; remove one"),
 ]  # fmt: skip
@@ -206,15 +206,15 @@ def test_a_value_that_cannot_be_read_hides_the_conflicts_it_might_resolve(tmp_pa
     ("line", "done"),
     [
         ("do_eval: true", "evaluated"),
-        ("do_predict: true", "asked to reply"),
-        ("predict_with_generate: true", "asked to reply"),
-        ("do_eval: true\npredict_with_generate: true", "evaluated and asked to reply"),
+        ("do_predict: true", "used to generate replies"),
+        ("predict_with_generate: true", "used to generate replies"),
+        ("do_eval: true\npredict_with_generate: true", "evaluated and used to generate replies"),
     ],
 )
 def test_a_recipe_that_only_evaluates_is_reported_first(tmp_path: Path, line: str, done: str) -> None:
     path = write(tmp_path, f"model_name_or_path: m\noutput_dir: o\n{line}\neval_dataset: a\nuse_unsloth: true\n")
     first, *_ = read_recipe(path).notices
-    assert first == f"{path}: do_train is not true: nothing is trained, the model is {done}"
+    assert first == f"{path}: do_train is not set; the model is only {done}"
 
 
 def test_a_recipe_without_anything_to_do_is_an_error(tmp_path: Path) -> None:
@@ -459,7 +459,7 @@ def test_ignored_keys_are_reported_once_by_reason(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "top_p: 0.4\ntemperature: 1\nsave_safetensors: true\n")
     assert read_recipe(path).notices == [
         f"{path}: save_safetensors: ignored; weights are always saved as safetensors",
-        f"{path}: temperature, top_p: no effect; do_predict and predict_during_eval generate replies",
+        f"{path}: temperature, top_p: ignored unless do_predict or predict_during_eval is set",
     ]
 
 
@@ -553,14 +553,16 @@ def test_resolved_reads_back_to_the_same_recipe(tmp_path: Path) -> None:
 def test_fa2_without_flash_attn_falls_back_to_sdpa_with_a_notice(tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path, GOOD + "flash_attn: fa2"))
     assert recipe.flash_attn == "sdpa"
-    assert recipe.notices[0].endswith("flash_attn: sdpa; fa2 needs the package flash_attn, which is not installed")
+    assert recipe.notices[0].endswith(
+        "flash_attn: fa2 requires the package flash_attn, which is not installed; using sdpa"
+    )
 
 
 def test_wandb_disabled_is_honored_with_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_DISABLED", "true")
     recipe = read_recipe(write(tmp_path, GOOD + "report_to: wandb,tensorboard"))
     assert recipe.report_to == ["tensorboard"]
-    assert recipe.notices[0].endswith("report_to: wandb is left out, since WANDB_DISABLED is set")
+    assert recipe.notices[0].endswith("report_to: wandb is ignored, because WANDB_DISABLED is set")
 
 
 # --- the vocabulary ---
@@ -652,7 +654,7 @@ def test_missing_files_and_datasets_are_reported_in_under_a_second_without_torch
     done, seconds = run("r.yaml", *options, cwd=tmp_path)
     here = f"paths are relative to {tmp_path}"
     assert done.stderr.splitlines() == [
-        f"r.yaml:5: template: there is no file t.jinja; {here}",
+        f"r.yaml:5: template: t.jinja: no such file; {here}",
         f"r.yaml:1: model_name_or_path: ./m: no such folder; {here}",
         "r.yaml:4: dataset: a: no such dataset in data/dataset_info.json; expected one of b",
     ]
