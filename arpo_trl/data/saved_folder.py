@@ -76,7 +76,7 @@ def check_folder(folder: Path) -> list[str]:
     if not check.differences:
         return [f"serving check  {check.summary()}"]
     first, *more = check.differences
-    return [f"serving check  {check.summary()}; {first}", *(f"               {one}" for one in more)]
+    return [f"serving check  {check.summary()}; {first}", *(f"               {difference}" for difference in more)]
 
 
 def check_saved(folder: Path, rows: Sequence[ServingRow]) -> PromptCheck:
@@ -120,27 +120,27 @@ class PromptComparison:
         check.rows += 1
         check.tokens += len(row.ids)
         if served is None:
-            found = Explanation(
+            explanation = Explanation(
                 "chat template", "raises an error for messages of training", "Use the template of training."
             )
-            add(check.differences, found, row.source)
-            return found.cause
+            add(check.differences, explanation, row.source)
+            return explanation.cause
         if served != row.text and served_ids != row.ids:
-            found = explain(row, served, self.tokenizer, self.changes)
-            add(check.differences, found, row.source)
-            return found.cause
-        (whole,) = self.tokenize([row.text])
-        ids = whole.ids if served_ids is None else served_ids
+            explanation = explain(row, served, self.tokenizer, self.changes)
+            add(check.differences, explanation, row.source)
+            return explanation.cause
+        (encoding,) = self.tokenize([row.text])
+        ids = encoding.ids if served_ids is None else served_ids
         if ids == row.ids:
             check.identical += 1
             return ""
-        if ids == whole.ids and self._in_segments(row) == row.ids:
+        if ids == encoding.ids and self._in_segments(row) == row.ids:
             check.borders += 1
             check.border_tokens += _count_other_tokens(row.ids, ids)
             return ""
-        found = _explain_ids(row, ids, self.tokenizer)
-        add(check.differences, found, row.source)
-        return found.cause
+        explanation = _explain_ids(row, ids, self.tokenizer)
+        add(check.differences, explanation, row.source)
+        return explanation.cause
 
     @property
     def changes(self) -> list[Change]:

@@ -97,18 +97,18 @@ def choose_rows(recipe: Recipe, data: PreparedData, number: int = ROWS) -> list[
     for rows in held_out or [data.train]:
         if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
             expected |= {row["source"]: list(row["input_ids"]) for row in islice(rows, LOOKED_AT)}
-    found: list[list[ServingRow]] = []
+    by_row: list[list[ServingRow]] = []
     for info in select_datasets(recipe):
         encoder = Encoder(info, recipe, data.template)
         rows_of_dataset = read_dataset(info, recipe.streaming)
         trained = (row for row in rows_of_dataset if not expected or row.place in expected)
         for row in islice(trained, len(expected) or LOOKED_AT):
             if candidates := _find_replies(row, encoder, expected.get(row.place)):
-                first = len(found) % len(candidates)
-                found.append(candidates[first:] + candidates[:first])
-            if len(found) == number:
+                first = len(by_row) % len(candidates)
+                by_row.append(candidates[first:] + candidates[:first])
+            if len(by_row) == number:
                 break
-    in_turn = [row for rank in zip_longest(*found) for row in rank if row]
+    in_turn = [row for rank in zip_longest(*by_row) for row in rank if row]
     return in_turn[:number]
 
 
@@ -150,8 +150,8 @@ def _find_replies(row: Row, encoder: Encoder, expected: list[int] | None) -> lis
     trained = [at for at, trains in enumerate(is_trained) if trains]
     with_calls = [at for at in trained if messages[encoded.position(at)].get("tool_calls")]
     default_system = recipe.default_system if len(messages) > len(encoded.plain.messages) else None
-    wanted = dict.fromkeys([*trained[-1:], *with_calls[:1], *trained[:1]])
-    return list(filter(None, (_to_row(row.place, encoded, at, default_system) for at in wanted)))
+    positions = dict.fromkeys([*trained[-1:], *with_calls[:1], *trained[:1]])
+    return list(filter(None, (_to_row(row.place, encoded, at, default_system) for at in positions)))
 
 
 def _to_row(source: str, encoded: _Encoded, at: int, default_system: str | None = None) -> ServingRow | None:
@@ -197,17 +197,17 @@ def _as_sent(encoded: _Encoded, until: int) -> list[Message]:
     added = len(fitted.messages) - len(plain.messages)
     sent = []
     for message, trained in zip(plain.messages, fitted.messages[added:][: until - added]):
-        found = dict(message)
-        found.pop("trained", None)
-        if "reasoning_content" in found and not template.reasoning_key:
-            found |= {"content": trained["content"]}
-            del found["reasoning_content"]
+        as_sent = dict(message)
+        as_sent.pop("trained", None)
+        if "reasoning_content" in as_sent and not template.reasoning_key:
+            as_sent |= {"content": trained["content"]}
+            del as_sent["reasoning_content"]
         if message["role"] == "assistant" and template.supports_thinking and template.enable_thinking is False:
-            found = {key: value for key, value in trained.items() if key not in ("trained", *REASONING_KEYS)}
+            as_sent = {key: value for key, value in trained.items() if key not in ("trained", *REASONING_KEYS)}
         for key in ("tool_calls", "tool_call_id"):
             if key in trained:
-                found[key] = trained[key]
-        sent.append(cast(Message, found))
+                as_sent[key] = trained[key]
+        sent.append(cast(Message, as_sent))
     return sent
 
 

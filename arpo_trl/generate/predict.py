@@ -110,7 +110,7 @@ def generate(
         for group in (list(group) for _, group in groupby(order, lambda at: prompts[at].ends_turn))
         for start in range(0, len(group), batch_size)
     ]
-    found: list[tuple[int, list[int]]] = []
+    replies: list[tuple[int, list[int]]] = []
     was_training = model.training
     model.eval()
     gpus = [state.device.index or 0] if state.device.type == "cuda" else []
@@ -121,7 +121,7 @@ def generate(
                 if number < len(batches):
                     torch.manual_seed(seed + number)
                     batch = [prompts[at] for at in batches[number]]
-                    found += zip(batches[number], _generate_batch(model, batch, tokenizer, config), strict=True)
+                    replies += zip(batches[number], _generate_batch(model, batch, tokenizer, config), strict=True)
                 after_batch()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -133,8 +133,8 @@ def generate(
     finally:
         model.train(was_training)
     if state.num_processes > 1:
-        found = gather_object(found)
-    return [ids for _, ids in sorted(found)]
+        replies = gather_object(replies)
+    return [ids for _, ids in sorted(replies)]
 
 
 def _generate_batch(
@@ -240,8 +240,8 @@ def eval_prompts(recipe: Recipe, model: Model, data: PreparedData, most: int | N
     prompts: list[Prompt] = []
     for name, rows in data.eval.items():
         first = rows if most is None else rows.select(range(min(most, len(rows))))
-        found, cut = find_prompts(first, name, ends)
-        prompts += found
+        complete, cut = find_prompts(first, name, ends)
+        prompts += complete
         if cut:
             say(f"predict  {name}: {cut:,} replies skipped, they are truncated at cutoff_len {recipe.cutoff_len}")
     if not prompts:
@@ -261,28 +261,28 @@ def predict(recipe: Recipe, model: Model, data: PreparedData) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / "generated_predictions.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(
-            json.dumps(to_line(one, tokenizer, recipe.skip_special_tokens), ensure_ascii=False) + "\n"
-            for one in predictions
+            json.dumps(to_line(prediction, tokenizer, recipe.skip_special_tokens), ensure_ascii=False) + "\n"
+            for prediction in predictions
         )
     scores = score_replies(predictions)
     results = {f"predict_{name}": value for name, value in scores.items()}
     results |= {"predict_runtime": seconds, "predict_samples_per_second": len(predictions) / seconds}
     if recipe.eval_on_each_dataset:
         for name in data.eval:
-            part = [one for one in predictions if one.prompt.dataset == name]
+            part = [prediction for prediction in predictions if prediction.prompt.dataset == name]
             results |= {f"predict_{name}_{score}": value for score, value in score_replies(part).items()}
     save_metrics(output_dir, "predict", results)
-    rows = len({(one.prompt.dataset, one.prompt.source) for one in predictions})
+    rows = len({(prediction.prompt.dataset, prediction.prompt.source) for prediction in predictions})
     say(f"predict  {len(predictions):,} replies of {rows:,} rows, see {output_dir / 'generated_predictions.jsonl'}")
     for line in describe_scores({"right": scores}):
         say(f"         {line}")
 
 
-def to_line(one: Prediction, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> dict[str, str]:
+def to_line(prediction: Prediction, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> dict[str, str]:
     """Return a line of generated_predictions.jsonl."""
     return {
-        "prompt": decode(tokenizer, one.prompt.context),
-        "predict": decode(tokenizer, one.ids, skip_special_tokens),
-        "label": decode(tokenizer, one.prompt.label, skip_special_tokens),
-        "source": one.prompt.source,
+        "prompt": decode(tokenizer, prediction.prompt.context),
+        "predict": decode(tokenizer, prediction.ids, skip_special_tokens),
+        "label": decode(tokenizer, prediction.prompt.label, skip_special_tokens),
+        "source": prediction.prompt.source,
     }

@@ -107,7 +107,7 @@ def find_isolation() -> Isolation:
     candidates += [Isolation("bubblewrap")] if shutil.which("bwrap") else []
     candidates = [*candidates, Isolation("none")]
     if os.getuid() == 0:
-        candidates = [found for each in candidates for found in (each._replace(as_nobody=True), each)]
+        candidates = [isolation for each in candidates for isolation in (each._replace(as_nobody=True), each)]
     for isolation in candidates:
         with contextlib.suppress(OSError):
             code = "open('a', 'w').write('1'); print(open('a').read())"
@@ -209,8 +209,8 @@ def _run(
         files = Path(own)
         (files / "input").write_text(text, encoding="utf-8", errors="replace", newline="")
         (files / "empty").mkdir()
-        with (files / "input").open("rb") as given, (files / "output").open("wb") as output:
-            error = _wait(command, given, output, limits.seconds + grace, environment, folder or files / "empty",
+        with (files / "input").open("rb") as stdin, (files / "output").open("wb") as output:
+            error = _wait(command, stdin, output, limits.seconds + grace, environment, folder or files / "empty",
                           memory_bytes, status)  # fmt: skip
         with (files / "output").open("rb") as printed:
             shown = printed.read(4 * limits.output + 4).decode("utf-8", "replace").strip()
@@ -221,7 +221,7 @@ def _run(
 
 def _wait(
     command: Sequence[str],
-    given: IO[bytes],
+    stdin: IO[bytes],
     output: IO[bytes],
     seconds: float,
     environment: Mapping[str, str],
@@ -233,7 +233,7 @@ def _wait(
     try:
         process = subprocess.Popen(
             command,
-            stdin=given,
+            stdin=stdin,
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=folder,
