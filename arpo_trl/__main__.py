@@ -63,10 +63,13 @@ def _run(argv: Sequence[str]) -> int:
     if not argv:
         print(usage())
         return 2
-    subcommands: dict[str, Callable[[Sequence[str]], None]] = {"chat": _chat, "merge": _merge}
+    subcommands: dict[str, Callable[[Sequence[str]], int | None]] = {
+        "chat": _chat,
+        "merge": _merge,
+        "check-serving": _check_serving,
+    }
     if argv[0] in subcommands and not isfile(argv[0]):
-        subcommands[argv[0]](argv[1:])
-        return 0
+        return subcommands[argv[0]](argv[1:]) or 0
     line = read_command_line(argv)
     options: dict[str, Callable[[CommandLine], None]] = {
         "help": lambda line: print(explain(line.words) or usage()),
@@ -99,6 +102,15 @@ def _merge(argv: Sequence[str]) -> None:
     with gc_paused():
         from .model.merge import merge_command
     print(merge_command(args))
+
+
+def _check_serving(argv: Sequence[str]) -> int:
+    from .arguments import check_serving_arguments
+
+    args = check_serving_arguments(argv)
+    with gc_paused():
+        from .generate.check_serving import check_serving_command
+    return check_serving_command(args)
 
 
 def _print_environment(line: CommandLine) -> None:

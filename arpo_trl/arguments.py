@@ -1,4 +1,4 @@
-"""Arguments of `arpo-trl chat` and `arpo-trl merge`. They are parsed and their folders checked before torch is imported."""
+"""Arguments of `arpo-trl chat`, `merge` and `check-serving`. They are parsed and their folders checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ MERGE = """Merge an adapter into its base model, for programs that only load com
 OUTPUT is a model folder in the base model's dtype with the adapter's tokenizer and chat template. Its configs stop at
 the tokenizer's end-of-turn token. Weights are added in float32; OUTPUT is read back and must predict what the adapter
 predicts.
+"""
+CHECK_SERVING = """Compare a running server with a trained model: prompts, end of turn, replies and tool calls.
+
+    arpo-trl check-serving checkpoints/tiny_cpu --url http://localhost:8000
+    arpo-trl check-serving checkpoints/tiny_cpu --url http://localhost:8000 --rows 8 --json report.json
+
+Each difference is one line with its cause and its fix; the exit code is 1 if there is any. The rows are those that the run kept
+in serving_check.jsonl, built-in conversations for other models. docs/serving.md has the start commands of servers.
 """
 
 
@@ -71,6 +79,27 @@ def merge_arguments(argv: Sequence[str]) -> argparse.Namespace:
     existing = nearest_existing_parent(args.output)
     if existing and (not existing.is_dir() or (existing == args.output and any(existing.iterdir()))):
         raise RecipeError(f"{existing}: exists and is not an empty folder. Choose another one")
+    return args
+
+
+def check_serving_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of `check-serving`. Raises RecipeError if the model is missing."""
+    parser = _parser("check-serving", CHECK_SERVING)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="model folder or adapter folder")
+    parser.add_argument("--url", required=True, help="the server's, such as http://localhost:8000")
+    parser.add_argument("--rows", type=int, default=32, help="rows to compare (32)")
+    parser.add_argument("--served-model", metavar="NAME", help="its name on a server of several models")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="dtype of the server's weights (default: the folder's, then the others)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    args = parser.parse_args(argv)
+    if args.rows < 1:
+        parser.error("--rows must be > 0")
+    if not (args.model / "tokenizer_config.json").is_file():
+        raise RecipeError(f"{args.model}: not a model folder. Use the output_dir of a finished run")
     return args
 
 

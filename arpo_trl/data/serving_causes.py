@@ -127,6 +127,26 @@ def explain(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBase, ch
     )
 
 
+def explain_counts(
+    rows: list[tuple[ServingRow, int]], tokenizer: PreTrainedTokenizerBase, changes: list[Change]
+) -> Explanation | None:
+    """Explain numbers of tokens, for a server that does not tell its prompts: one change has to give each row's number."""
+    key = find_template(tokenizer).reasoning_key
+
+    def count(ask: Ask | None) -> int:
+        text = render(ask, tokenizer) if ask else None
+        return -1 if text is None else len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    for one in changes:
+        for row, tokens in rows:
+            plain = Ask(with_reasoning_key(row.messages, key), row.tools)
+            if count(one.apply(plain, row) or plain) != tokens:
+                break
+        else:
+            return _explained([one], "undo")
+    return None
+
+
 def _explained(found: list[Change], fix: str) -> Explanation:
     what = " and ".join(one.what for one in found)
     sent = fix == "send"

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, zip_longest
+from itertools import accumulate, islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -24,7 +24,7 @@ from .encode import Encoder
 from .files import Row, read_dataset
 from .labels import ExampleConfig, trained_segments
 from .messages import REASONING_KEYS, Conversation, Fields, Message, to_conversation
-from .prepare import PreparedData
+from .prepare import PreparedData, Rows
 from .registry import select_datasets
 from .segments import Segment, to_segments
 from .template import Template
@@ -87,29 +87,38 @@ class ServingRow:
 
 
 def choose_rows(recipe: Recipe, data: PreparedData, number: int = ROWS) -> list[ServingRow]:
-    """Return contexts of held-out rows, else of training rows, that the cutoff left complete.
+    """Return contexts of held-out rows, then of training rows, that the cutoff left complete.
 
     Each row is encoded again from its file, and chosen only where that gives the very tokens that were trained on. Of the
     rows, in turn, the context of the last reply, of the first one with calls, and of the first; then what is left of these.
     """
-    held_out = [rows for rows in data.eval.values() if len(rows)]
+    encoders = [Encoder(info, recipe, data.template) for info in select_datasets(recipe)]
+    found: list[ServingRow] = []
+    for stored in (list(data.eval.values()), [data.train]):
+        if len(found) < number:
+            found += _choose_of(stored, encoders, number - len(found))
+    return found
+
+
+def _choose_of(stored: list[Rows], encoders: list[Encoder], number: int) -> list[ServingRow]:
+    """Choose from encoded datasets; from streams, whose encoded rows are not kept, what their files hold first."""
     expected: dict[str, list[int]] = {}
-    for rows in held_out or [data.train]:
+    for rows in stored:
         if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
             expected |= {row["source"]: list(row["input_ids"]) for row in islice(rows, LOOKED_AT)}
+    if not expected and all(isinstance(rows, Dataset) for rows in stored):
+        return []
     by_row: list[list[ServingRow]] = []
-    for info in select_datasets(recipe):
-        encoder = Encoder(info, recipe, data.template)
-        rows_of_dataset = read_dataset(info, recipe.streaming)
-        trained = (row for row in rows_of_dataset if not expected or row.place in expected)
+    for encoder in encoders:
+        in_file = read_dataset(encoder.info, encoder.recipe.streaming)
+        trained = (row for row in in_file if not expected or row.place in expected)
         for row in islice(trained, len(expected) or LOOKED_AT):
             if candidates := _find_replies(row, encoder, expected.get(row.place)):
                 first = len(by_row) % len(candidates)
                 by_row.append(candidates[first:] + candidates[:first])
             if len(by_row) == number:
                 break
-    in_turn = [row for rank in zip_longest(*by_row) for row in rank if row]
-    return in_turn[:number]
+    return [row for rank in zip_longest(*by_row) for row in rank if row][:number]
 
 
 class _Encoded(NamedTuple):
@@ -143,11 +152,13 @@ def _find_replies(row: Row, encoder: Encoder, expected: list[int] | None) -> lis
     except RowError:
         return []
     ids = [token for piece in encoded.pieces for token in piece]
-    if len(ids) > recipe.cutoff_len or (expected is not None and ids != expected):
+    kept = ids[: recipe.cutoff_len] if expected is None else expected
+    if ids[: len(kept)] != kept:
         return []
+    ends = list(accumulate(map(len, encoded.pieces)))
     messages = encoded.fitted.messages
     is_trained = trained_segments(encoded.segments, ExampleConfig(sys.maxsize, recipe.mask_history))
-    trained = [at for at, trains in enumerate(is_trained) if trains]
+    trained = [at for at, trains in enumerate(is_trained) if trains and ends[at] <= len(kept)]
     with_calls = [at for at in trained if messages[encoded.position(at)].get("tool_calls")]
     default_system = recipe.default_system if len(messages) > len(encoded.plain.messages) else None
     positions = dict.fromkeys([*trained[-1:], *with_calls[:1], *trained[:1]])

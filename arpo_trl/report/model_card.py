@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..run_folder import own_path, read_json, write_text
 from .log_file import format_seconds, read_log, run_seconds
 from .manifest import Manifest
+from .serving_flags import serving_commands
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
@@ -55,13 +56,15 @@ def write_model_card(output_dir: Path, manifest: Manifest, recipe_yaml: str) -> 
     last = next((line["loss"] for line in reversed(log) if "loss" in line), None)
     figures = {"last training loss": last, "mean training loss": results.get("train_loss")}
     figures |= {k.replace("_", " "): v for k, v in results.items() if re.fullmatch(r"eval_.*(loss|perplexity)", k)}
+    folder, model = output_dir.as_posix(), f"{output_dir.as_posix()}{'-merged' if lora else ''}"
+    base_to_load = base.name if base.is_hub_id else Path(trained_from).as_posix()
+    names = {"model": model, "folder": folder, "base": base_to_load, "name": output_dir.resolve().name}
     card = ModelCard.from_template(
         header,
         template_path=str(TEMPLATE),
         name=output_dir.resolve().name,
         base=base.name,
         base_link=f"[{base.name}](https://huggingface.co/{base.name})" if base.is_hub_id else f"`{base.name}`",
-        base_to_load=base.name if base.is_hub_id else Path(trained_from).as_posix(),
         lora=lora,
         manifest=manifest,
         steps=read_json(output_dir / "trainer_state.json")["global_step"],
@@ -70,8 +73,9 @@ def write_model_card(output_dir: Path, manifest: Manifest, recipe_yaml: str) -> 
         figures={name: value for name, value in figures.items() if value is not None},
         plot=(output_dir / "training_loss.png").exists(),
         recipe=recipe_yaml.strip(),
-        folder=output_dir.as_posix(),
-        model=f"{output_dir.as_posix()}{'-merged' if lora else ''}",
+        folder=folder,
+        model=model,
+        servers=serving_commands(output_dir, names, lora),
     )
     write_text(own_path(output_dir / "README.md", *CARD_MARKS), str(card))
 

@@ -258,12 +258,19 @@ def test_another_tokenizer_is_named_where_the_text_is_the_same(trained: Callable
     assert "the same text" in difference.found
 
 
-def test_rows_cut_by_cutoff_len_are_not_chosen(trained: Callable[..., Path]) -> None:
+def test_only_replies_that_cutoff_len_leaves_complete_are_chosen(trained: Callable[..., Path]) -> None:
     lengths = [len(row.ids) + len(row.reply_ids) for row in read_rows(trained("qwen2_5"))]
     cutoff = sorted(lengths)[len(lengths) // 2]
     kept = read_rows(trained("qwen2_5", cutoff_len=cutoff))
     assert 0 < len(kept) < len(lengths)
     assert all(len(row.ids) + len(row.reply_ids) <= cutoff for row in kept)
+
+
+def test_held_out_rows_come_first(trained: Callable[..., Path]) -> None:
+    rows = read_rows(trained("qwen2_5", val_size=2))
+    held_out = list(dict.fromkeys(row.source for row in rows))[:2]
+    assert len({row.source for row in rows}) > 2
+    assert all(row.source not in held_out for row in rows[len([r for r in rows if r.source in held_out]) :])
 
 
 def test_a_check_that_cannot_be_made_says_why(tmp_path: Path, trained: Callable[..., Path]) -> None:

@@ -1,0 +1,347 @@
+"""`arpo-trl check-serving MODEL --url URL`: what a server serves is what was trained, or what differs and why.
+
+Three things are compared one by one, so that a difference has one cause: the prompts that the server renders; the replies after
+the tokens of training, which no chat template touches; and the chat, with its end of turn and its tool calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..data.saved_folder import PromptCheck, PromptComparison, check_saved
+from ..data.serving_causes import Difference, Explanation, add, explain_counts, first_difference
+from ..data.serving_rows import Ask, ServingRow, built_in_rows, read_rows, render, with_reasoning_key
+from ..data.template_probe import find_template
+from ..errors import RecipeError, in_one_line
+from ..report.serving_flags import call_mark, serving_flags
+from ..run_folder import write_json
+from .reference import load_reference
+from .reply_check import ReplyCheck, check_replies
+from .server_protocols import Chat, Rendered, Server, ServerError, TransformersServe, connect
+
+REQUESTS = 4  # in flight
+CHATS = 8
+REPLY_TOKENS = 32
+CHAT_TOKENS = 256
+
+
+@dataclass
+class ServingReport:
+    """What was compared, and each difference."""
+
+    model: str
+    url: str
+    server: dict[str, Any]
+    rows: int
+    prompts: str = ""
+    replies: str = ""
+    chats: str = ""
+    notes: list[str] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        facts = ", ".join(f"{name} {value}" for name, value in self.server.items() if value)
+        parts = {"server": facts, "prompts": self.prompts, "replies": self.replies, "chat": self.chats}
+        lines = [f"{name:9}{text}" for name, text in parts.items() if text]
+        lines += [f"note     {note}" for note in self.notes]
+        lines += [f"differs  {one}" for one in self.differences]
+        found = f"{len(self.differences)} differences" if self.differences else "what is served is what was trained"
+        return [*lines, f"serving check  {found}"]
+
+
+def check_serving_command(args: argparse.Namespace) -> int:
+    """Run the check and print its report. `args`: of `check_serving_arguments`.
+
+    Returns:
+        The exit code: 1 if something differs.
+
+    Raises:
+        RecipeError: the folder is no model with a chat template.
+        RunFailed: no server answers.
+    """
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    report = check_serving(args.model, args.url, args.rows, args.served_model, args.dtype)
+    print("\n".join(report.lines()))
+    if args.json:
+        write_json(args.json, asdict(report) | {"passed": not report.differences})
+    return 1 if report.differences else 0
+
+
+def check_serving(
+    folder: Path, url: str, number: int = 32, served_model: str | None = None, dtype: str | None = None
+) -> ServingReport:
+    """Compare a running server with a folder.
+
+    Args:
+        folder: The output_dir of a run, a merged model, or any model folder; one that no run wrote is compared on
+            built-in conversations.
+        url: Of the server.
+        number: Rows to compare.
+        served_model: The name of the served model, where the server has several.
+        dtype: What the server computes in; found out by comparison if None.
+    """
+    tokenizer = _load_tokenizer(folder)
+    rows = read_rows(folder) or read_rows(folder.parent)
+    notes = (
+        [] if rows else ["no serving_check.jsonl: built-in conversations are compared with the folder's own template"]
+    )
+    rows = (rows or built_in_rows(tokenizer))[:number]
+    if not rows:
+        raise RecipeError(
+            f"{folder}: its chat template renders no built-in conversation. Use the output_dir of a run."
+        )
+    server = connect(url, served_model, folder, tokenizer)
+    report = ServingReport(str(folder), url, {"kind": server.kind, **server.facts}, len(rows), notes=notes)
+    report.differences += check_saved(folder, rows).differences
+    same = _check_prompts(server, rows, tokenizer, report)
+    reference = load_reference(folder)
+    check = ReplyCheck(server, reference, tokenizer, dtype)
+    try:
+        check_replies(check, rows)
+        report.replies = check.summary()
+        report.notes += check.notes
+        known = {one.cause for one in report.differences}
+        report.differences += [one for one in check.differences if one.cause not in known]
+        _check_chats(server, [row for at, row in enumerate(rows) if at in same], tokenizer, report)
+    except ServerError as error:
+        report.differences.append(Difference("server error", str(error), "See the server's log."))
+    return report
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{folder}: no tokenizer could be loaded ({in_one_line(error)}). Use a model folder."
+        ) from None
+    if not tokenizer.chat_template:
+        raise RecipeError(f"{folder}: the chat template is missing. Save the tokenizer of training again.")
+    return tokenizer
+
+
+# --- prompts ---
+
+
+def _check_prompts(
+    server: Server, rows: Sequence[ServingRow], tokenizer: PreTrainedTokenizerBase, report: ServingReport
+) -> set[int]:
+    """Compare the prompts that the server renders with those of training.
+
+    Returns:
+        The positions of the rows whose prompt is that of training.
+    """
+
+    def ask(row: ServingRow) -> Rendered | ServerError:
+        try:
+            return server.render(row)
+        except ServerError as error:
+            return error
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        answers = list(pool.map(ask, rows))
+    served = [(row, answer) for row, answer in zip(rows, answers) if isinstance(answer, Rendered)]
+    check, compare, same = PromptCheck(), PromptComparison(tokenizer), set[int]()
+    texts = _texts_of_folder(server, served)
+    counted: list[tuple[ServingRow, int]] = []
+    for at, (row, answer) in enumerate(zip(rows, answers)):
+        if isinstance(answer, ServerError):
+            check.rows += 1
+            add(check.differences, _explain_error(answer, tokenizer), row.source)
+        elif answer.ids is None and answer.tokens == len(row.ids):
+            check.rows += 1
+            check.identical += 1
+            same.add(at)
+        elif answer.ids is None and texts is None:
+            check.rows += 1
+            counted.append((row, answer.tokens))
+        else:
+            text = answer.text if answer.ids is not None else texts[at] if texts else None
+            if not compare.add(check, row, text, answer.ids):
+                same.add(at)
+    if counted:
+        found = explain_counts(counted, tokenizer, compare.changes) or _try_template(server, counted, tokenizer)
+        for row, tokens in counted:
+            other = Explanation("cause unknown", f"{tokens:,} tokens where training had {len(row.ids):,}", "")
+            add(check.differences, found or other, row.source)
+    if check.differences:
+        _try_switches(server, served, check, compare)
+    told = (
+        ""
+        if any(answer.ids for _, answer in served)
+        else " in their number of tokens, which is all that the server tells"
+    )
+    report.prompts = check.summary() + told
+    known = {one.cause for one in report.differences}
+    report.differences += [one for one in check.differences if one.cause not in known or one.cause == "server error"]
+    return same
+
+
+def _texts_of_folder(server: Server, served: list[tuple[ServingRow, Rendered]]) -> list[str | None] | None:
+    """The prompts of a served folder on this machine, where the server tells only how many tokens they have."""
+    if server.folder is None or not served or any(answer.ids is not None for _, answer in served):
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(server.folder)
+    key = find_template(tokenizer).reasoning_key
+    texts = [render(Ask(with_reasoning_key(row.messages, key), row.tools), tokenizer) for row, _ in served]
+    counts = [len(tokenizer(text or "", add_special_tokens=False)["input_ids"]) for text in texts]
+    return texts if counts == [answer.tokens for _, answer in served] else None
+
+
+def _explain_error(error: ServerError, tokenizer: PreTrainedTokenizerBase) -> Explanation:
+    text = str(error)
+    if "tool" in text.lower() and "choice" in text.lower():
+        return _parser_is_off(text, tokenizer)
+    if "context" in text.lower() or "max_model_len" in text:
+        return Explanation("context length", text, "Start the server with a longer context.")
+    return Explanation("server error", text, "See the server's log.")
+
+
+def _try_template(
+    server: Server, counted: list[tuple[ServingRow, int]], tokenizer: PreTrainedTokenizerBase
+) -> Explanation | None:
+    """Send the folder's own template with the request: if the prompts become those of training, the server's is another."""
+    if not isinstance(server, TransformersServe):
+        return None
+    switches: dict[str, Any] = {"chat_template": tokenizer.chat_template}
+    try:
+        if all(server.render(row, switches).tokens == len(row.ids) for row, _ in counted[:4]):
+            fix = "Start the server with the folder's own chat template, as it was after training."
+            row, tokens = counted[0]
+            found = f"{tokens:,} tokens where training had {len(row.ids):,}; with the folder's template the numbers are equal"
+            return Explanation("chat template", f"the server's is another: {found}", fix)
+    except ServerError:
+        pass
+    return None
+
+
+def _try_switches(
+    server: Server, served: list[tuple[ServingRow, Rendered]], check: PromptCheck, compare: PromptComparison
+) -> None:
+    """Ask the server itself with other switches where no cause was found: the one that gives the prompts of training is it."""
+    for difference in check.differences:
+        if difference.cause not in ("cause unknown", "chat template"):
+            continue
+        rows = [row for row, _ in served if row.source in difference.rows][:4]
+        for change in compare.changes:
+            switches = change.apply(Ask([], None), rows[0]) if rows else None
+            if switches is None or not switches.switches or switches.chat_template is not None:
+                continue
+            try:
+                asked = [server.render(row, switches.switches) for row in rows]
+            except ServerError:
+                continue
+            if all(
+                one.ids == row.ids if one.ids is not None else one.tokens == len(row.ids)
+                for one, row in zip(asked, rows)
+            ):
+                text = json.dumps(switches.switches)
+                difference.cause = change.cause
+                difference.found = f"with chat_template_kwargs {text} the server renders the prompt of training"
+                difference.fix = "Start the server with these chat_template_kwargs, or send them with each request."
+                break
+
+
+# --- chats ---
+
+
+def _check_chats(
+    server: Server, rows: Sequence[ServingRow], tokenizer: PreTrainedTokenizerBase, report: ServingReport
+) -> None:
+    """Compare answers to chat requests with the same replies as text: the end of the turn, and parsed tool calls."""
+    template = find_template(tokenizer)
+    mark = call_mark(template)
+    with_calls = [row for row in rows if row.calls]
+    chosen = (with_calls[:CHATS] + [row for row in rows if not row.calls])[:CHATS]
+    found: list[Difference] = []
+    for row in chosen:
+        limit = min(max(len(row.reply_ids) + 8, REPLY_TOKENS), CHAT_TOKENS)
+        try:
+            chat = server.chat(row, limit)
+        except ServerError as error:
+            add(found, _explain_error(error, tokenizer), row.source)
+            continue
+        if explained := _compare_chat(server, row, chat, mark, tokenizer):
+            add(found, explained, row.source)
+    right = len(chosen) - sum(len(one.rows) for one in found)
+    if chosen:
+        report.chats = f"{right} of {len(chosen)} answers as generated"
+        report.chats += f", {len(with_calls[:CHATS])} of them asked for tool calls" * bool(with_calls)
+    known = {one.cause for one in report.differences}
+    report.differences += [one for one in found if one.cause not in known]
+
+
+def _compare_chat(
+    server: Server, row: ServingRow, chat: Chat, mark: str, tokenizer: PreTrainedTokenizerBase
+) -> Explanation | None:
+    limit = min(max(len(row.reply_ids) + 8, REPLY_TOKENS), CHAT_TOKENS)
+    reply = server.complete(row.ids, limit)
+    if reply is None:
+        return None
+    text = reply.text if reply.ids is None else str(tokenizer.decode(reply.ids, clean_up_tokenization_spaces=False))
+    if mark and mark in text and row.tools:
+        return _compare_calls(row, chat, text, tokenizer)
+    shown = chat.reasoning + chat.content
+    if reply.ids is not None:
+        text = str(tokenizer.decode(reply.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    if _bare(shown) != _bare(text) and not chat.calls:
+        return Explanation("chat", f"the answer is not the reply: {first_difference(text, shown)}", "")
+    if reply.stopped and chat.finish == "length":
+        return Explanation(
+            "end-of-turn token", "the chat does not stop where the reply ends", "Compare the server's stop tokens."
+        )
+    return None
+
+
+def _bare(text: str) -> str:
+    """The text without what parsers take away: tags of reasoning, and white space."""
+    return "".join(text.replace("<think>", "").replace("</think>", "").split())
+
+
+def _compare_calls(row: ServingRow, chat: Chat, text: str, tokenizer: PreTrainedTokenizerBase) -> Explanation | None:
+    """Compare parsed calls with those of the row where the reply is the trained one, else look whether there are any."""
+    if _bare(text) == _bare(row.reply):
+        expected = [(call["function"]["name"], call["function"]["arguments"]) for call in row.calls]
+        parsed = [(call["name"], _arguments(call["arguments"])) for call in chat.calls]
+        if parsed == expected:
+            return None
+        if parsed:
+            return Explanation("tool-call parser", f"parsed {parsed} where the reply has {expected}", "")
+        return _parser_is_off("the reply holds a call, and the answer has none", tokenizer)
+    well_formed = "{" in text and _holds_json(text)
+    if well_formed and not chat.calls:
+        return _parser_is_off("the reply holds a call, and the answer has none", tokenizer)
+    return None
+
+
+def _arguments(value: object) -> object:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _holds_json(text: str) -> bool:
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text, text.index("{"))
+    except ValueError:
+        return False
+    return isinstance(value, dict) and "name" in value
+
+
+def _parser_is_off(found: str, tokenizer: PreTrainedTokenizerBase) -> Explanation:
+    flags = serving_flags(find_template(tokenizer))
+    fix = f"Start vLLM with {flags.vllm}" if flags.vllm else "Start the server with a parser for this template's calls"
+    fix += f", SGLang with {flags.sglang}" if flags.sglang else ""
+    return Explanation("tool-call parser", found, f"{fix}; llama.cpp with --jinja.")

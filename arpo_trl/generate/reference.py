@@ -1,0 +1,105 @@
+"""The folder's own replies and scores by transformers, with its weights rounded to the dtype of a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+
+from ..errors import RecipeError, in_one_line
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Scores(NamedTuple):
+    """Of each token of a reply, in nats: its log-probability, and the likeliest token with its own."""
+
+    log_probs: list[float]
+    best: list[int]
+    best_log_probs: list[float]
+    second_log_probs: list[float]
+
+
+@dataclass
+class Reference:
+    """A model in float32. `dtype`: that of its file; an adapter's sum with its base is taken in float32."""
+
+    name: str
+    model: PreTrainedModel
+    dtype: str
+    rounded_to: str = "float32"
+    _exact: dict[str, Tensor] | None = None
+
+    def round_to(self, dtype: str) -> None:
+        """Round the weights to `dtype`, and compute in float32 all the same."""
+        if dtype == self.rounded_to or (self._exact is None and DTYPES[dtype] is DTYPES[self.dtype]):
+            self.rounded_to = dtype
+            return
+        if self._exact is None:
+            self._exact = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                weight.copy_(self._exact[name].to(DTYPES[dtype]).float())
+        self.rounded_to = dtype
+
+    def overflows(self, dtype: str) -> int:
+        """Count weights that `dtype` cannot hold."""
+        most = torch.finfo(DTYPES[dtype]).max
+        exact = self._exact or dict(self.model.named_parameters())
+        return sum(int((weight.abs() > most).sum()) for weight in exact.values())
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters, tied ones once."""
+        return self.model.num_parameters()
+
+    def score(self, context: list[int], reply: list[int]) -> Scores:
+        """Score a reply token by token after its context."""
+        ids = torch.tensor([context + reply], device=self.model.device)
+        with torch.inference_mode():
+            logits = self.model(input_ids=ids, logits_to_keep=len(reply) + 1).logits[0, :-1].float()
+        predicted = logits.log_softmax(-1)
+        top = predicted.topk(2)
+        chosen = predicted.gather(1, torch.tensor(reply, device=predicted.device)[:, None])[:, 0]
+        values, best = top.values.tolist(), top.indices.tolist()
+        firsts, seconds = [value[0] for value in values], [value[1] for value in values]
+        return Scores(chosen.tolist(), [one[0] for one in best], firsts, seconds)
+
+    def reply(self, context: list[int], limit: int, ends: list[int]) -> list[int]:
+        """Generate greedily until one of `ends`, which is returned too."""
+        ids = torch.tensor([context], device=self.model.device)
+        config = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
+        generate = cast(GenerationMixin, self.model).generate
+        written = generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        found: list[int] = cast(Tensor, written)[0, len(context) :].tolist()
+        return found
+
+
+def load_reference(folder: Path | str) -> Reference:
+    """Load a model folder, or the sum of an adapter and its base.
+
+    Raises:
+        RecipeError: its weights, or those of its base, cannot be read.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    is_adapter = (Path(folder) / "adapter_config.json").is_file()
+    try:
+        base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path) if is_adapter else str(folder)
+        own = AutoConfig.from_pretrained(base).dtype or torch.float32
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if is_adapter:
+            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{folder}: the model could not be loaded ({in_one_line(error)}). Use the output_dir of a finished run, from "
+            "the folder where it was started."
+        ) from None
+    dtype = "float32" if is_adapter else str(own).removeprefix("torch.")
+    return Reference(
+        str(folder), cast(PreTrainedModel, model.eval().to(device)), dtype if dtype in DTYPES else "float32"
+    )

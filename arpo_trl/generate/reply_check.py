@@ -1,0 +1,354 @@
+"""Compare a server's replies with the folder's own, after the tokens of training: what differs here is the weights.
+
+Log-probabilities are compared where the server gives them. Where it gives only text, the first token that differs counts only
+if its gap to the runner-up is larger than rounding explains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from ..data.saved_folder import end_ids
+from ..data.serving_causes import Difference
+from ..data.serving_rows import ServingRow
+from ..errors import RecipeError
+from ..report.manifest import find_manifest
+from ..run_folder import list_checkpoints
+from .reference import DTYPES, Reference, Scores, load_reference
+from .server_protocols import Reply, Server
+
+REPLY_TOKENS = 32
+TRAINED_TOKENS = 128  # scored of each trained reply
+END_ROWS = 4
+QUANTIZED_BITS = 15.0
+FEW_ROWS = 8  # with which other weights are tried
+
+
+class Limit(NamedTuple):
+    """Nats by which untouched models differ: mean and largest difference of a token, and the gap of two candidates."""
+
+    mean: float
+    most: float
+    gap: float
+
+
+# Measured with scripts/measure_serving.py; docs/measurements.md has the figures.
+LIMITS = {
+    "float32": Limit(1e-4, 2e-3, 2e-3),
+    "float16": Limit(5e-3, 0.1, 0.05),
+    "bfloat16": Limit(3e-2, 0.5, 0.25),
+}
+QUANTIZED = Limit(0.5, 10.0, 3.0)
+
+
+class Distance(NamedTuple):
+    """How far a server's scores are from a reference's, over `tokens` of `rows`; `gap`: of the worst first difference."""
+
+    mean: float
+    most: float
+    gap: float
+    other_rows: int
+    rows: int
+    tokens: int
+
+    def within(self, limit: Limit) -> bool:
+        """Whether rounding explains it; NaN is not explained."""
+        return self.mean <= limit.mean and self.most <= limit.most and self.gap <= limit.gap
+
+
+class Sample(NamedTuple):
+    """A reply to compare: the server's own, or a trained one that it scored (`reply` is None)."""
+
+    context: list[int]
+    ids: list[int] | None
+    log_probs: list[float]
+    reply: Reply | None
+
+
+@dataclass
+class ReplyCheck:
+    """The check's parts, and what it found. `dtype`: what the server computes in, where the user gives it."""
+
+    server: Server
+    reference: Reference
+    tokenizer: PreTrainedTokenizerBase
+    dtype: str | None = None
+    distance: Distance | None = None
+    matched: str = ""
+    notes: list[str] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def ends(self) -> list[int]:
+        """The ids that end a reply of the folder."""
+        own = end_ids(Path(self.reference.name))
+        return list(dict.fromkeys([self.tokenizer.eos_token_id, *sorted(own)]))
+
+    def summary(self) -> str:
+        """The comparison in one line."""
+        found = self.distance
+        if found is None:
+            return ""
+        same = f"{found.rows - found.other_rows} of {found.rows} greedy replies identical"
+        if not found.tokens:
+            return same
+        dtype = f", compared with {self.matched}" if self.matched else ""
+        return f"{same}; log-probabilities of {found.tokens:,} tokens differ by {found.mean:.1e} nats on average, {found.most:.1e} at most{dtype}"
+
+
+def check_replies(check: ReplyCheck, rows: Sequence[ServingRow]) -> None:
+    """Compare replies after the ids of training, and the end of trained replies. Raises ServerError."""
+    samples = _ask_server(check.server, rows, check.ends)
+    if not samples:
+        check.notes.append("the server takes no token ids: replies are compared through the chat alone")
+        return
+    _check_runs_on(check, samples)
+    _check_ends(check, rows)
+    _judge(check, samples)
+
+
+def _ask_server(server: Server, rows: Sequence[ServingRow], ends: list[int]) -> list[Sample]:
+    """Ask for the greedy reply of each row, and for the scores of its trained reply."""
+
+    def ask(row: ServingRow) -> list[Sample]:
+        found = []
+        reply = server.complete(row.ids, REPLY_TOKENS)
+        if reply:
+            ids, log_probs = reply.ids, reply.log_probs
+            if ids is not None:
+                stop = next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
+                length = min(stop, len(log_probs)) if log_probs else stop
+                ids, log_probs = ids[:length], log_probs[:length]
+            found.append(Sample(row.ids, ids, log_probs, reply))
+        trained = row.reply_ids[:TRAINED_TOKENS]
+        if scores := server.score([*row.ids, *trained], len(row.ids)):
+            found.append(Sample(row.ids, trained, scores, None))
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        return [sample for found in pool.map(ask, rows) for sample in found]
+
+
+def measure(check: ReplyCheck, samples: Iterable[Sample]) -> Distance:
+    """Compare the server's samples with the reference as it is rounded now."""
+    differences: list[float] = []
+    gaps = [0.0]
+    others = rows = 0
+    for sample in samples:
+        if sample.ids is None:
+            gap = _gap_of_text(check, sample)
+        else:
+            scores = check.reference.score(sample.context, sample.ids)
+            differences += [abs(one - other) for one, other in zip(sample.log_probs, scores.log_probs)]
+            gap = _gap_of_ids(sample, scores) if sample.reply else None
+        if sample.reply:
+            rows += 1
+            others += gap is not None
+        gaps.append(gap or 0.0)
+    # max() and sum() would lose a NaN
+    broken = any(math.isnan(one) for one in (*differences, *gaps))
+    mean = sum(differences) / len(differences) if differences else 0.0
+    most = max(differences, default=0.0)
+    if broken:
+        mean = most = math.inf
+    return Distance(mean, most, max(gaps), others, rows, len(differences))
+
+
+def _gap_of_ids(sample: Sample, scores: Scores) -> float | None:
+    """The gap at the first token that the reference would not have written, the smaller of both sides; None without one."""
+    assert sample.ids is not None and sample.reply
+    for at, (token, best) in enumerate(zip(sample.ids, scores.best)):
+        if token != best:
+            gap = scores.best_log_probs[at] - scores.log_probs[at]
+            places = sample.reply.candidates
+            if at < len(places) and places[at]:
+                lowest = min(places[at].values())
+                gap = min(gap, max(places[at].get(token, lowest), lowest) - places[at].get(best, lowest - 1.0))
+            return max(gap, 0.0)
+    return None
+
+
+def _gap_of_text(check: ReplyCheck, sample: Sample) -> float | None:
+    """The same for a server that gives text alone: the gap of the reference's token to its runner-up."""
+    assert sample.reply
+    own = check.reference.reply(sample.context, REPLY_TOKENS, check.ends)
+    text = _visible(check.tokenizer, own)
+    ended = bool(own) and own[-1] in check.ends
+    if text == sample.reply.text or (ended and sample.reply.text.startswith(text)):
+        return None
+    if not ended and text.startswith(sample.reply.text) and not sample.reply.stopped:
+        return None  # a character that is not complete yet
+    shared = max(at for at in range(len(own) + 1) if sample.reply.text.startswith(_visible(check.tokenizer, own[:at])))
+    at = min(shared, len(own) - 1)
+    scores = check.reference.score(sample.context, own)
+    return scores.best_log_probs[at] - scores.second_log_probs[at]
+
+
+def _visible(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text).rstrip("\ufffd")
+
+
+# --- the end of a reply ---
+
+
+def _check_runs_on(check: ReplyCheck, samples: Sequence[Sample]) -> None:
+    """A reply that continues after its end-of-turn token: the server does not stop there."""
+    for sample in samples:
+        reply = sample.reply
+        if reply and reply.ids and sample.ids and sample.ids[-1] in check.ends and len(reply.ids) > len(sample.ids):
+            check.differences.append(_runs_on(check, sample.ids[-1], "a reply continues after it"))
+            return
+
+
+def _check_ends(check: ReplyCheck, rows: Sequence[ServingRow]) -> None:
+    """Let the server write the last token of trained replies, where the reference does: it has to stop there."""
+    tried = 0
+    for row in rows:
+        if tried == END_ROWS:
+            return
+        context = [*row.ids, *row.reply_ids[:-1]]
+        scores = check.reference.score(context, [row.end])
+        if scores.best[0] != row.end or scores.best_log_probs[0] - scores.second_log_probs[0] < 1.0:
+            continue
+        tried += 1
+        reply = check.server.complete(context, 8)
+        if reply is None:
+            return
+        wrote_end = reply.ids[:1] == [row.end] if reply.ids else None
+        if reply.stopped and reply.tokens <= 1:
+            continue
+        if wrote_end or (wrote_end is None and (not reply.stopped or reply.tokens > 1)):
+            if not any(one.cause == "end-of-turn token" for one in check.differences):
+                check.differences.append(
+                    _runs_on(check, row.end, f"the server writes {reply.tokens} tokens from it on")
+                )
+            return
+    if not tried:
+        check.notes.append("the end of a reply could not be tried: the model does not end any of the trained replies")
+
+
+def _runs_on(check: ReplyCheck, end: int, found: str) -> Difference:
+    name = check.tokenizer.convert_ids_to_tokens(end)
+    return Difference(
+        "end-of-turn token",
+        f"the server does not stop at {name!r} ({end}): {found}",
+        f'Write "eos_token_id": {check.ends} into the served generation_config.json (GGUF: convert again), or send '
+        f"stop_token_ids: [{end}].",
+    )
+
+
+# --- the weights ---
+
+
+def _judge(check: ReplyCheck, samples: list[Sample]) -> None:
+    """Find the dtype in which the reference scores what the server does; else say what else it may serve."""
+    reference, own = check.reference, check.reference.dtype
+    bits = check.server.bits
+    quantized = bits is not None and bits < QUANTIZED_BITS
+    first = check.dtype or own
+    if bits is not None and 15 <= bits < 17 and first == "float32":
+        first = "float16"
+    measured: dict[str, Distance] = {}
+    for dtype in dict.fromkeys([first, own, *DTYPES]):
+        if dtype == "float32" and own != "float32":
+            continue  # weights in half precision are what they are in float32
+        reference.round_to(dtype)
+        measured[dtype] = measure(check, samples)
+        if measured[dtype].within(_limit(check.server, dtype)):
+            check.distance, check.matched = measured[dtype], _described(dtype, own)
+            _report_rounding(check, samples, dtype, measured)
+            reference.round_to(own)
+            return
+    reference.round_to(own)
+    check.distance, check.matched = measured[own], _described(own, own)
+    if quantized and check.distance.within(QUANTIZED):
+        check.notes.append(
+            f"the server is quantized ({bits:.1f} bits a weight): its replies are not held to a limit of a dtype"
+        )
+        return
+    check.differences.append(_explain_weights(check, samples, measured))
+
+
+def _limit(server: Server, dtype: str) -> Limit:
+    """The limit of weights in `dtype`, or of what the server computes in whatever the weights, if that is coarser."""
+    coarser = [name for name in (dtype, server.computes_in) if name]
+    return max((LIMITS[name] for name in coarser), key=lambda limit: limit.mean)
+
+
+def _described(dtype: str, own: str) -> str:
+    return f"weights in {dtype}" if dtype == own else f"weights rounded to {dtype}"
+
+
+def _report_rounding(check: ReplyCheck, samples: list[Sample], dtype: str, measured: dict[str, Distance]) -> None:
+    """The server serves rounded weights: a note, unless rounding moves this model's scores more than it does others'."""
+    own = check.reference.dtype
+    if dtype == own:
+        return
+    if own not in measured:
+        check.reference.round_to(own)
+        measured[own] = measure(check, samples)
+    moved = measured[own]
+    found = f"weights rounded to {dtype} (the folder: {own}) move log-probabilities by {moved.mean:.1e} on average, {moved.most:.1e} at most"
+    if moved.within(LIMITS[dtype]):
+        check.notes.append(found)
+    else:
+        fix = "Merge with --dtype float32, or train and serve in the same dtype."
+        check.differences.append(Difference("merge rounding", found, fix))
+
+
+def _explain_weights(check: ReplyCheck, samples: list[Sample], measured: dict[str, Distance]) -> Difference:
+    """The folder's weights in no dtype give the server's replies: try the base, its checkpoints, and what the server tells."""
+    found = check.distance
+    assert found is not None
+    size = f"log-probabilities differ by {found.mean:.1e} on average, {found.most:.1e} at most"
+    if not found.tokens:
+        size = f"{found.other_rows} of {found.rows} greedy replies differ, by up to {found.gap:.2g} nats"
+    for dtype in ("float16", "bfloat16"):
+        if (lost := check.reference.overflows(dtype)) and not math.isfinite(found.mean):
+            return Difference(
+                "merge rounding",
+                f"{dtype} cannot hold {lost:,} weights of this model, and the server's replies are not numbers",
+                "Merge with --dtype float32 or bfloat16.",
+            )
+    fix = f"Serve {check.reference.name}."
+    for name, what in _other_models(Path(check.reference.name)):
+        try:
+            other = load_reference(name)
+        except RecipeError:
+            continue
+        tried = ReplyCheck(check.server, other, check.tokenizer)
+        for dtype in dict.fromkeys([other.dtype, *DTYPES]):
+            other.round_to(dtype)
+            if measure(tried, samples[: 2 * FEW_ROWS]).within(_limit(check.server, dtype)):
+                return Difference("wrong model", f"the server serves {what}, {name}; {size}", fix)
+    own, theirs = check.reference.parameters, check.server.parameters
+    if theirs and abs(theirs - own) > own // 100:
+        return Difference("wrong model", f"the server's has {theirs:,} parameters, this folder's {own:,}; {size}", fix)
+    return Difference(
+        "wrong model",
+        f"after the same tokens {size}, in every dtype: the server's weights are not this folder's"
+        f" (it names them {check.server.model})",
+        fix,
+    )
+
+
+def _other_models(folder: Path) -> list[tuple[str, str]]:
+    """Models that may be served instead: what was trained from, and the run's checkpoints."""
+    found: list[tuple[str, str]] = []
+    if manifest := find_manifest(folder):
+        trained_from = str(manifest.recipe["model_name_or_path"])
+        if Path(trained_from).is_dir():
+            found.append((trained_from, "the model before training"))
+        run = Path(str(manifest.recipe["output_dir"]))
+        if (run / "tokenizer_config.json").is_file() and run.resolve() != folder.resolve():
+            found.append((str(run), "the run's own folder"))
+    found += [(str(path), "a checkpoint of the run") for path in list_checkpoints(folder)]
+    return found
