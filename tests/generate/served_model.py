@@ -21,6 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 CALL = re.compile(r"<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
 
 
+def parse_calls(text: str) -> list[dict[str, Any]]:
+    """The calls of a text; none if one is malformed, as parsers do."""
+    try:
+        return [json.loads(call) for call in CALL.findall(text)]
+    except ValueError:
+        return []
+
+
 @dataclass
 class Served:
     """What is served, and how."""
@@ -82,7 +90,7 @@ class Served:
         ids = self.encode(self.render(body))
         found, _, stopped = self.generate(ids, body.get("max_tokens", 16))
         text = self.text(found)
-        calls = [json.loads(call) for call in CALL.findall(text)] if body.get("tools") and self.parses_calls else []
+        calls = parse_calls(text) if body.get("tools") and self.parses_calls else []
         message: dict[str, Any] = {"role": "assistant", "content": CALL.sub("", text).strip() if calls else text}
         if calls:
             functions = [{"name": call["name"], "arguments": json.dumps(call["arguments"])} for call in calls]
