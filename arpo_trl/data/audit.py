@@ -72,6 +72,8 @@ class Counts:
 def _describe_note(kind: str, name: str, times: int, info: DatasetInfo | None) -> str:
     if kind == "mask_spans match":
         return f"mask_spans: {name}: {times:,} match{'es' * (times != 1)}"
+    if kind == "cut":
+        return f"truncated: {times:,} {name}"
     if kind == "masked tokens":
         return f"mask_spans: {times:,} token{'s' * (times != 1)} masked"
     text = f"{kind} `{name}` ({times:,} {'message' if 'message' in kind else 'row'}{'s' * (times != 1)})"
@@ -127,6 +129,8 @@ def advise_cutoff(name: str, rows: Dataset, counts: Counts, cutoff_len: int) -> 
 
     A trajectory in one reply only counts as shortened, but its final answer is cut all the same.
     """
+    if counts.notes.get("cut"):  # pairs, whose truncated sides are counted
+        return
     used, cut = counts.rows - counts.dropped, rows.select_columns("cut").with_format("numpy")["cut"][:]
     cut_rows = np.count_nonzero(cut)  # 0 for a dropped row
     if cut_rows <= CUT_ROWS_ALLOWED * used:
@@ -194,5 +198,5 @@ def missing_columns(info: DatasetInfo, fields: Iterable[str], rows: int) -> list
         f"{info.place}.columns.{key}: column {column!r} is missing in all {rows:,} rows (found {shown}); "
         f"{rename if key in info.named else name}"
         for key, column in info.columns.items()
-        if existing and column not in existing and (key in info.named or key in NEEDED)
+        if existing and column not in existing and (key in info.named or (key in NEEDED and not info.ranking))
     ]

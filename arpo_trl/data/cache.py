@@ -12,8 +12,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +41,7 @@ from .audit import list_rows
 from .encode import FEATURES, Encoder, encode_batches
 from .files import fingerprint, read_dataset, require_unchanged
 from .labels import IGNORED
+from .pairs import SIDES
 from .registry import saved_by_llamafactory
 
 # Increase it when rows are encoded or described differently, so that cached rows are encoded again.
@@ -146,12 +148,13 @@ def _parts(encoder: Encoder, data: str) -> Parts:
         "format of arpo_trl": FORMAT,
         "data": data,
         "path": str(info.path or info.hf_hub_url),  # part of each row's source
-        "dataset_info.json": [info.formatting, info.columns, info.tags],
+        "dataset_info.json": [info.formatting, info.columns, info.tags, info.ranking],
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "template": encoder.template.hash,
         **asdict(encoder.config),
         "max_samples": _max_samples(encoder),
         "default_system": recipe.default_system,
+        "pair_all_answers": recipe.pair_all_answers,
     }
 
 
@@ -202,17 +205,21 @@ def load_tokenized(recipe: Recipe) -> dict[str, EncodedDataset] | None:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DatasetError(f"tokenized_path: {folder}: cannot be read ({error})") from None
     splits = {}
+    needed = [f"{side}_{name}" for side in SIDES for name in ("input_ids", "labels")]
+    if recipe.stage != "dpo":
+        needed = ["input_ids", "labels"]
     for name, rows in (saved if isinstance(saved, DatasetDict) else {"train": saved}).items():
-        if missing := {"input_ids", "labels"} - set(rows.column_names):
+        if missing := {*needed} - set(rows.column_names):
             raise DatasetError(
                 f"tokenized_path: {folder}: column {' and '.join(sorted(missing))} missing in {name}; set a folder saved by "
-                "arpo_trl or LLaMA-Factory"
+                f"arpo_trl or LLaMA-Factory with stage: {recipe.stage}"
             )
-        described = rows.select_columns(["input_ids", "labels"]).map(
+        described = rows.select_columns(needed).map(
             _describe_saved,
             with_indices=True,
-            input_columns="labels",
+            input_columns=needed,
             fn_kwargs={"source": f"{folder}/{name}", "format_number": FORMAT},
+            remove_columns=[column for column in needed if column not in FEATURES],
             features=FEATURES,
             writer_batch_size=ROWS_IN_MEMORY,
         )
@@ -220,17 +227,29 @@ def load_tokenized(recipe: Recipe) -> dict[str, EncodedDataset] | None:
     return splits
 
 
-def _describe_saved(labels: list[int], position: int, source: str, format_number: int) -> dict[str, object]:
-    """Return the other columns of a row that LLaMA-Factory encoded. `format_number` only changes `map`'s fingerprint."""
-    trained = sum(label != IGNORED for label in labels)
-    outcome, reason = ("kept", "") if trained else ("dropped", "no trained token")
-    columns = {"source": f"{source}:{position + 1}", "trained_tokens": trained, "outcome": outcome, "reason": reason}
-    return {**columns, "cut": 0, "excerpt": "", "fields": [], "notes": []}
+def _describe_saved(*columns: Any, source: str, format_number: int) -> dict[str, object]:
+    """Return our columns of a row or pair that LLaMA-Factory encoded. `format_number` only changes `map`'s fingerprint."""
+    *sides, position = columns
+    input_ids, labels = sides[::2], sides[1::2]
+    trained = [sum(label != IGNORED for label in side) for side in labels]
+    outcome, reason = ("kept", "") if all(trained) else ("dropped", "no trained token")
+    return {
+        "input_ids": list(chain.from_iterable(input_ids)),
+        "labels": list(chain.from_iterable(labels)),
+        "source": f"{source}:{position + 1}",
+        "trained_tokens": sum(trained),
+        "outcome": outcome,
+        "reason": reason,
+        "seq_lengths": [len(side) for side in input_ids] if len(sides) > 2 else [],
+        **{"cut": 0, "excerpt": "", "fields": [], "notes": []},
+    }
 
 
 def kept_rows(rows: Dataset) -> Dataset:
-    """Select the rows that can be trained on: input_ids, labels and source."""
+    """Select the rows that can be trained on: input_ids, labels and source, and of pairs seq_lengths."""
     outcomes = rows.select_columns("outcome").with_format("arrow")[:]["outcome"]
     kept = pc.indices_nonzero(pc.not_equal(outcomes, "dropped")).to_numpy().astype(np.int64)
-    columns = rows.select_columns(list(TRAINED_ON))
+    lengths = rows.select_columns("seq_lengths").with_format("arrow")[:]["seq_lengths"]
+    are_pairs = len(rows) > 0 and pc.max(pc.list_value_length(lengths)).as_py() > 0
+    columns = rows.select_columns([*TRAINED_ON, *(["seq_lengths"] if are_pairs else [])])
     return columns if len(kept) == len(rows) else columns.select(kept)

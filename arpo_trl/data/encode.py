@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
@@ -23,6 +23,7 @@ from ..recipe.keys import Recipe
 from .files import Row
 from .labels import IGNORED, Example, ExampleConfig, Tokenize, mask_replies, to_examples, trained_segments
 from .messages import Conversation, to_conversation
+from .pairs import SIDES, PairSegments, split_answers, split_side, to_pair, to_pair_examples
 from .registry import DatasetInfo
 from .segments import Segment, is_written, to_segments
 from .strict_json import excerpt
@@ -32,6 +33,7 @@ from .tokenizer import make_tokenize
 BATCH_CHARACTERS = 1 << 20
 PARITY_ROWS = 32
 EXCERPT = 160
+Rendered = tuple[Conversation, list[Segment]]
 
 
 class RowNote(TypedDict):
@@ -47,7 +49,8 @@ class EncodedRow(TypedDict):
 
     `input_ids` and `labels` (-100: masked) have the shape (tokens,), and are empty if the row was dropped. `source`:
     "file:line". `cut`: tokens past the cutoff. `outcome`: kept, shortened, lost_answer or dropped; `reason` and `excerpt`
-    (the first characters of the row) are empty if it was kept. `fields`: the row's own columns.
+    (the first characters of the row) are empty if it was kept. `fields`: the row's own columns. `seq_lengths`: of a pair,
+    the tokens of the chosen and of the rejected side; empty for other rows.
     """
 
     input_ids: Annotated[npt.NDArray[np.int32], List(Value("int32"))]
@@ -59,6 +62,7 @@ class EncodedRow(TypedDict):
     reason: Annotated[str, Value("string")]
     excerpt: Annotated[str, Value("string")]
     fields: Annotated[list[str], List(Value("string"))]
+    seq_lengths: Annotated[list[int], List(Value("int32"))]
     notes: Annotated[list[RowNote], List({"kind": Value("string"), "name": Value("string"), "count": Value("int64")})]
 
 
@@ -81,10 +85,17 @@ class Encoder:
         return ExampleConfig(r.cutoff_len, r.mask_history, r.train_on_prompt, r.truncation_mode, r.mask_spans)
 
     def read(self, row: Row) -> Conversation:
-        """Read a row and fit it to the template. Raises RowError if it is malformed."""
+        """Read a row, or a pair's chosen side, and fit it to the template. Raises RowError if it is malformed."""
+        return self.read_sides(row)[0]
+
+    def read_sides(self, row: Row) -> list[Conversation]:
+        """Read a row as one conversation, or a pair as two: chosen and rejected. Raises RowError if it is malformed."""
         if isinstance(row.value, RowError):
             raise row.value
-        return self.template.fit(to_conversation(row.value, self.info, self.recipe.default_system))
+        args = row.value, self.info, self.recipe.default_system
+        return [
+            self.template.fit(side) for side in (to_pair(*args) if self.info.ranking else [to_conversation(*args)])
+        ]
 
 
 def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Iterator[EncodedRow]:
@@ -100,6 +111,8 @@ def encode_batches(rows: Iterable[Row], encoder: Encoder) -> Iterator[list[Encod
     Raises:
         DatasetError: one of the first rows fails the parity check.
     """
+    if encoder.info.ranking and encoder.recipe.pair_all_answers:
+        rows = chain.from_iterable(split_answers(row, encoder.info) for row in rows)
     rows = _check_first(iter(rows), encoder)
     tokenize = make_tokenize(encoder.template.tokenizer, with_offsets=bool(encoder.recipe.mask_spans))
     running: deque[Future[list[EncodedRow]]] = deque()
@@ -117,7 +130,8 @@ def _check_first(rows: Iterator[Row], encoder: Encoder) -> Iterator[Row]:
     sample = list(islice(rows, PARITY_ROWS))
     for row in sample:
         try:
-            check_parity(encoder.read(row), encoder.template, encoder.config, row.place)
+            for conversation in encoder.read_sides(row):
+                check_parity(conversation, encoder.template, encoder.config, row.place)
         except RowError:
             continue  # becomes the row's outcome
     return chain(sample, rows)
@@ -179,35 +193,55 @@ def _batches(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
 def _encode_batch(rows: list[Row], encoder: Encoder, tokenize: Tokenize) -> list[EncodedRow]:
     recipe = encoder.recipe
     rendered = [_render(row, encoder) for row in rows]
-    segments = [result[1] for result in rendered if not isinstance(result, RowError)]
-    examples = iter(to_examples(segments, tokenize, encoder.config))
+    examples = iter(_to_examples([sides for sides in rendered if not isinstance(sides, RowError)], encoder, tokenize))
     results = [
-        result if isinstance(result, RowError) else _complete(next(examples), result[0], recipe) for result in rendered
+        sides if isinstance(sides, RowError) else _complete(next(examples), sides, recipe) for sides in rendered
     ]
     return [_to_columns(row, result, recipe.cutoff_len) for row, result in zip(rows, results)]
 
 
-def _render(row: Row, encoder: Encoder) -> tuple[Conversation, list[Segment]] | RowError:
+def _render(row: Row, encoder: Encoder) -> list[Rendered] | RowError:
+    """Return the conversation of a row, or both of a pair, with its segments."""
     config, template = encoder.config, encoder.template
+    rendered: list[Rendered] = []
     try:
-        conversation = encoder.read(row)
-        segments = mask_replies(to_segments(conversation, template), template, config.mask_spans)
+        for conversation in encoder.read_sides(row):
+            segments = mask_replies(to_segments(conversation, template), template, config.mask_spans)
+            if encoder.info.ranking:
+                split_side(conversation, segments)
+            rendered.append((conversation, segments))
     except RowError as error:
         return error
-    if any(trained_segments(segments, config)):
-        return conversation, segments
-    which = "the last" if config.mask_history else "every"
-    spans = " or is masked by mask_spans" if config.mask_spans else ""
-    return RowError(f"no trained token: {which} reply has loss: false{spans}")
+    for (_, segments), side in zip(rendered, SIDES):
+        if not any(trained_segments(segments, config)):
+            which = f"every reply of {side}" if len(rendered) > 1 else "every reply"
+            spans = " or is masked by mask_spans" if config.mask_spans else ""
+            return RowError(
+                f"no trained token: {'the last reply' if config.mask_history else which} has loss: false{spans}"
+            )
+    return rendered
 
 
-def _complete(example: Example, conversation: Conversation, recipe: Recipe) -> Example | RowError:
-    """Add what is known of the conversation to its example, or return why it can't be trained on."""
+def _to_examples(
+    rows: list[list[Rendered]], encoder: Encoder, tokenize: Tokenize
+) -> Sequence[Example] | Sequence[Example | RowError]:
+    if not encoder.info.ranking:
+        return to_examples([segments for ((_, segments),) in rows], tokenize, encoder.config)
+    split = [(split_side(*chosen), split_side(*rejected)) for chosen, rejected in rows]
+    pairs = [PairSegments(prompt, chosen, rejected) for (prompt, chosen), (_, rejected) in split]
+    return to_pair_examples(pairs, tokenize, encoder.config)
+
+
+def _complete(example: Example | RowError, sides: list[Rendered], recipe: Recipe) -> Example | RowError:
+    """Add what is known of the conversations to their example, or return why it can't be trained on."""
+    if isinstance(example, RowError):
+        return example
     if all(label == IGNORED for label in example.labels):
         more = "" if recipe.truncation_mode == "llamafactory" else ", or set truncation_mode: llamafactory"
         return RowError(f"all trained tokens are past the cutoff: raise cutoff_len ({recipe.cutoff_len}){more}")
-    example.left_out = len(conversation.messages) - conversation.replies[-1] - 1
-    example.notes += conversation.unread
+    for conversation, _ in sides:
+        example.left_out += len(conversation.messages) - conversation.replies[-1] - 1
+        example.notes += conversation.unread
     return example
 
 
@@ -226,6 +260,7 @@ def _to_columns(row: Row, result: Example | RowError, cutoff_len: int) -> Encode
         "reason": _storable(reason),
         "excerpt": _storable(shown),
         "fields": [_storable(str(name)) for name in row.value] if isinstance(row.value, dict) else [],
+        "seq_lengths": example.seq_lengths,
         "notes": [
             {"kind": kind, "name": _storable(name), "count": count} for (kind, name), count in example.notes.items()
         ],

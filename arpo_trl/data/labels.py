@@ -44,6 +44,7 @@ class Example:
         lost_answer: No token of the last reply is left.
         left_out: Messages after the last reply.
         notes: Counts for the audit: ignored fields, matches of `mask_spans`.
+        seq_lengths: Of a pair, the tokens of its chosen and of its rejected side, which follow one another.
     """
 
     input_ids: list[int] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Example:
     lost_answer: bool = False
     left_out: int = 0
     notes: Counter[Note] = field(default_factory=Counter)
+    seq_lengths: list[int] = field(default_factory=list)
 
 
 class Tokens(NamedTuple):
@@ -95,19 +97,24 @@ def _to_example(row: Sequence[Segment], tokens: Sequence[Tokens], config: Exampl
     else:
         kept = keep_start(lengths, config.cutoff_len)
     example = Example(cut=sum(lengths) - sum(kept), lost_answer=not kept[-1])
-    for segment, trained, (ids, offsets), length in zip(row, trained_segments(row, config), tokens, kept, strict=True):
-        ids = ids[:length]
-        example.input_ids += ids
-        example.notes.update(("mask_spans match", span.pattern) for span in segment.spans)
-        if trained and segment.spans:
-            # Mask tokens that straddle the border of a span: the model does not write all of them.
-            outside = _outside(segment.text, segment.spans)
-            masked = [0 in outside[start:end] for start, end in offsets[:length]]
-            example.labels += [IGNORED if hidden else token for token, hidden in zip(ids, masked, strict=True)]
-            example.notes["masked tokens", ""] += sum(masked)
-        else:
-            example.labels += ids if trained else [IGNORED] * length
+    for segment, trained, text, length in zip(row, trained_segments(row, config), tokens, kept, strict=True):
+        add_segment(example, segment, text, length, trained)
     return example
+
+
+def add_segment(example: Example, segment: Segment, tokens: Tokens, length: int, trained: bool) -> None:
+    """Append the first `length` tokens of a segment, and their labels, to the example."""
+    ids = tokens.ids[:length]
+    example.input_ids += ids
+    example.notes.update(("mask_spans match", span.pattern) for span in segment.spans)
+    if trained and segment.spans:
+        # Mask tokens that straddle the border of a span: the model does not write all of them.
+        outside = _outside(segment.text, segment.spans)
+        masked = [0 in outside[start:end] for start, end in tokens.offsets[:length]]
+        example.labels += [IGNORED if hidden else token for token, hidden in zip(ids, masked, strict=True)]
+        example.notes["masked tokens", ""] += sum(masked)
+    else:
+        example.labels += ids if trained else [IGNORED] * length
 
 
 def mask_replies(row: Sequence[Segment], template: Template, mask_spans: Sequence[str]) -> list[Segment]:
@@ -182,7 +189,7 @@ def proportional_cut(lengths: Sequence[int], cutoff_len: int, from_the_end: bool
         elif context * 2 < cutoff_len:
             most = cutoff_len - context
         else:
-            most = int(cutoff_len * reply / (context + reply))
+            most = int(cutoff_len * (reply / (context + reply)))  # rounds as LLaMA-Factory does
         kept[at + 1] = min(most, reply)
         kept[at] = min(max(cutoff_len - kept[at + 1], 0), context)
         cutoff_len -= kept[at] + kept[at + 1]

@@ -15,7 +15,7 @@ from os.path import isdir, isfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..errors import DatasetError, RowError, in_one_line
@@ -29,6 +29,7 @@ COLUMNS: dict[str, dict[str, str | None]] = {
     "sharegpt": {"messages": "conversations", "system": None, "tools": None},
     "openai": {"messages": "messages", "system": None, "tools": None},
 }
+PAIR_COLUMNS: dict[str, str | None] = {"chosen": "chosen", "rejected": "rejected"}
 NEEDED = ("messages", "response")
 _TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
 _SHAREGPT = ("from", "value", "human", "gpt", "observation", "function_call", "system")
@@ -39,7 +40,6 @@ TAGS: dict[str, dict[str, str]] = {
     "openai": dict(zip(_TAGS, _OPENAI, strict=True)),
 }
 UNSUPPORTED = {
-    "ranking": "preference pairs are not supported in SFT",
     "ms_hub_url": "ModelScope is not supported; set hf_hub_url, or download the data and set file_name",
     "om_hub_url": "Modelers is not supported; set hf_hub_url, or download the data and set file_name",
     "script_url": "loading scripts are not supported by datasets >= 4; set hf_hub_url or file_name",
@@ -47,6 +47,14 @@ UNSUPPORTED = {
 }
 MEDIA = ("images", "videos", "audios")
 SHOWN = 12
+
+
+def _read_ranking(value: object) -> object:
+    if isinstance(value, str) and value.lower() == "true":
+        return True
+    if isinstance(value, str):
+        raise ValueError(f"expected true or false, found the text {value!r}, which LLaMA-Factory reads as true")
+    return value
 
 
 class DatasetInfo(BaseModel):
@@ -67,6 +75,7 @@ class DatasetInfo(BaseModel):
     num_samples: Annotated[int, Field(gt=0)] | None = None
     columns: dict[str, str] = {}
     tags: dict[str, str] = {}
+    ranking: Annotated[bool, BeforeValidator(_read_ranking)] = False
 
     _name: str = ""
     _file: Path = Path("dataset_info.json")
@@ -76,9 +85,10 @@ class DatasetInfo(BaseModel):
     def model_post_init(self, context: Any) -> None:
         """Check the entry, then fill in the defaults."""
         self._findings = list(_check_entry(self))
-        self._named = frozenset(self.columns.keys() & COLUMNS[self.formatting].keys())
-        needed = NEEDED if self.columns else COLUMNS[self.formatting]
-        defaults = {key: column for key, column in COLUMNS[self.formatting].items() if column and key in needed}
+        known = self.known_columns
+        self._named = frozenset(self.columns.keys() & known.keys())
+        needed = (*NEEDED, *PAIR_COLUMNS) if self.columns else known
+        defaults = {key: column for key, column in known.items() if column and key in needed}
         self.columns.update(defaults | self.columns)
         self.tags.update(TAGS[self.formatting] | self.tags)
 
@@ -92,6 +102,11 @@ class DatasetInfo(BaseModel):
             info._findings = [("mistake", _describe_mistake(details)) for details in error.errors()]
         info._name, info._file = name, file
         return info
+
+    @property
+    def known_columns(self) -> dict[str, str | None]:
+        """The columns that its format has, with their default names."""
+        return COLUMNS[self.formatting] | (PAIR_COLUMNS if self.ranking else {})
 
     @property
     def name(self) -> str:
@@ -146,7 +161,7 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
     for key, name in names:
         if info := registry.get(name):
             infos[name] = info
-            problems += info.findings("mistake", "unsupported")
+            problems += [*info.findings("mistake", "unsupported"), *_of_another_stage(info, recipe.stage)]
         else:
             problem = f"no such dataset in {recipe.dataset_dir}/dataset_info.json{_nearest(name, registry)}"
             problems.append(str(recipe.error(key, f"{name}: {problem}")))
@@ -156,6 +171,15 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
     if problems:
         raise DatasetError(list(dict.fromkeys(problems)))
     return list(infos.values())
+
+
+def _of_another_stage(info: DatasetInfo, stage: str) -> list[str]:
+    if info.ranking and stage != "dpo":
+        return [f"{info.place}.ranking: preference pairs are not supported in stage: {stage}; set stage: dpo"]
+    if stage == "dpo" and not info.ranking:
+        expected = "expected ranking: true, and columns chosen and rejected"
+        return [f"{info.place}: not a dataset of preference pairs, which stage: dpo needs ({expected})"]
+    return []
 
 
 def saved_by_llamafactory(recipe: Recipe) -> Path | None:
@@ -222,6 +246,8 @@ def _without_nulls(value: object) -> object:
 
 def _describe_mistake(details: ErrorDetails) -> str:
     keys = details["loc"]
+    if reason := details.get("ctx", {}).get("error"):
+        return f"{''.join(f'.{key}' for key in keys)}: {reason}"
     schema = DatasetInfo.model_json_schema()["properties"][keys[0]] if keys else {"type": "object"}
     expected = in_words(schema) if len(keys) < 2 else "a string"
     return f"{''.join(f'.{key}' for key in keys)}: expected {expected}, found {excerpt(details['input'], EXCERPT)}"
@@ -242,13 +268,17 @@ def _check_entry(entry: DatasetInfo) -> Iterator[tuple[str, str]]:
     for key, value in others.items():
         if key not in UNSUPPORTED:
             yield "notice", f".{key}: ignored, unknown key{_nearest(key, [*DatasetInfo.model_fields, *UNSUPPORTED])}"
-        elif value and not (hub and key != "ranking"):  # LLaMA-Factory also prefers the data on the Hub.
+        elif value and not hub:  # LLaMA-Factory also prefers the data on the Hub.
             yield "unsupported", f".{key}: {UNSUPPORTED[key]}"
     if "kto_tag" in entry.columns:
-        yield "unsupported", ".columns.kto_tag: preference data is not supported in SFT"
+        yield "unsupported", ".columns.kto_tag: rows with one judged reply are not supported"
+    if entry.ranking and len(named := PAIR_COLUMNS.keys() & entry.columns.keys()) == 1:
+        yield "mistake", f".columns: expected chosen and rejected, found only {next(iter(named))}"
     if entry.formatting == "alpaca" and entry.columns and not {"prompt", "query"} & entry.columns.keys():
         yield "notice", ".columns: neither prompt nor query is set, so every prompt is empty, as in LLaMA-Factory"
-    yield from _unknown_names(".columns", entry.formatting, entry.columns, COLUMNS)
+    yield from _unknown_names(
+        ".columns", entry.formatting, entry.columns, COLUMNS | {entry.formatting: entry.known_columns}
+    )
     if entry.formatting != "alpaca":
         yield from _unknown_names(".tags", entry.formatting, entry.tags, TAGS)
 
@@ -268,7 +298,7 @@ def _unknown_names(
         other = next((form for form in table if key in table[form]), None)
         hint = f"; it belongs to formatting {other}" if other else _nearest(key, known)
         text = f"unknown key for formatting {formatting}{hint}"
-        if (near and near[0] not in names) or (table is COLUMNS and not names.keys() & known.keys()):
+        if (near and near[0] not in names) or (place == ".columns" and not names.keys() & known.keys()):
             yield "mistake", f"{place}.{key}: {text}"
         else:
             yield "notice", f"{place}.{key}: ignored, {text}"

@@ -39,8 +39,8 @@ class Template:
         tool_jinja: Renders rows with tools or calls, if the tokenizer has a separate template for them (`tool_use`).
         enable_thinking: LLaMA-Factory's key. True: empty reasoning is trained. None: it is context. False: it is context,
             and the reasoning of the rows is left out.
-        last_reasoning_only: Only the last reply is trained (mask_history), so earlier replies lose their reasoning, as they
-            do at inference.
+        last_reasoning_only: Only the last reply is trained (mask_history), or the sides of a pair, so earlier replies lose
+            their reasoning, as they do at inference.
         generation_prompt: Opens a reply.
         after_reply: Follows the text of a reply.
         end_of_turn: The first special token in `after_reply`.
@@ -98,10 +98,13 @@ class Template:
     def fit(self, conversation: Conversation) -> Conversation:
         """Adapt a conversation to the template: reasoning kept, moved or removed, and ids for calls."""
         messages, tools, last = list(conversation.messages), conversation.tools, conversation.replies[-1]
+        is_pair, prompt = conversation.prompt is not None, conversation.prompt or 0
         for position in conversation.replies:
-            reply = messages[position]
-            if self.supports_thinking:
-                reply = self._fit_reasoning(reply, position == last)
+            reply, is_earlier = messages[position], position < prompt if is_pair else position != last
+            if self.supports_thinking and not (is_pair and is_earlier and not self.last_reasoning_only):
+                reply = self._fit_reasoning(reply, is_earlier)
+            if self.supports_thinking and is_pair and position != last and "</think>" not in reply["content"]:
+                reply = cast(Message, {"reasoning_content": "", **reply})  # only the last reply gets an empty block
             if reasoning := reply.get("reasoning_content"):
                 reply = self._place_reasoning(reply, reasoning)
             messages[position] = reply
@@ -110,8 +113,8 @@ class Template:
         messages = _with_ids(messages, self) if self.call_id else messages
         return replace(conversation, messages=messages, tools=tools)
 
-    def _fit_reasoning(self, reply: Message, is_last: bool) -> Message:
-        if self.last_reasoning_only and not is_last:
+    def _fit_reasoning(self, reply: Message, is_earlier: bool) -> Message:
+        if self.last_reasoning_only and is_earlier:
             return {**_without_reasoning(reply), "reasoning_content": ""}
         if self.enable_thinking is False:
             return _without_reasoning(reply)

@@ -38,7 +38,7 @@ def load_template(recipe: Recipe, day: date | None = None) -> Template:
     if recipe.mask_spans and not tokenizer.is_fast:
         raise recipe.error("mask_spans", "not supported without a fast tokenizer (tokenizer.json); remove the key")
     tokenizer.chat_template = _read_template(recipe, tokenizer)
-    last_reasoning_only = recipe.mask_history and not recipe.preserve_thinking
+    last_reasoning_only = (recipe.mask_history or recipe.stage == "dpo") and not recipe.preserve_thinking
     find = partial(find_template, tokenizer, day, recipe.enable_thinking, last_reasoning_only)
     template = find()
     if template.end_of_turn is None:

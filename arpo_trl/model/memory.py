@@ -22,6 +22,7 @@ from ..data.audit import token_lengths
 from ..data.labels import IGNORED
 from ..errors import in_one_line
 from ..recipe.keys import Recipe
+from ..recipe.preference import keeps_base, needs_reference
 from .adapters import new_adapter
 from .base_config import load_config
 from .methods.chosen import methods_of
@@ -82,7 +83,7 @@ def estimate_memory(
     head = cast(nn.Linear, base.get_output_embeddings()).weight
     embedding = cast(nn.Embedding, base.get_input_embeddings()).weight
     parts = {
-        "weights": sum(p.nbytes for p in model.parameters()),
+        "weights": sum(p.nbytes for p in model.parameters()) + _reference_bytes(recipe, base, args),
         "gradients": sum(trained) + embedding.nbytes * embedding.requires_grad,
         "optimizer": int(moments(args) * sum(trained)),
         "activations": activations,
@@ -91,6 +92,15 @@ def estimate_memory(
     for method in methods_of(recipe):
         parts |= method.memory(parts, model, args)
     return Memory(**parts)
+
+
+def _reference_bytes(recipe: Recipe, base: PreTrainedModel, args: TrainingArguments) -> int:
+    """Return the bytes of the frozen second model of `stage: dpo`, if any; `ref_model` counts as large as the base."""
+    if not needs_reference(recipe) or keeps_base(recipe) or recipe.precompute_ref_log_probs:
+        return 0
+    head, itemsize = base.get_output_embeddings(), 2 if args.bf16 or args.fp16 else 4
+    linear = {module.weight for module in base.modules() if type(module) is nn.Linear and module is not head}
+    return sum(p.numel() * (itemsize if p in linear else 4) for p in base.parameters())
 
 
 def moments(args: TrainingArguments) -> float:
@@ -132,20 +142,22 @@ def describe_memory(memory: Memory, gpu: int | None) -> str:
 
 def _largest_batch(recipe: Recipe, args: SFTConfig, rows: Dataset) -> tuple[int, int, int]:
     """Rows, tokens a row, and labelled tokens in all of a batch filled with the longest rows."""
-    batch, _ = longest_batch(rows, args.per_device_train_batch_size)
-    lengths = [len(row["input_ids"]) for row in batch]
+    pairs = recipe.stage == "dpo"
+    batch, _ = longest_batch(rows, args.per_device_train_batch_size, pairs and not recipe.padding_free)
+    lengths = [length for row in batch for length in (row["seq_lengths"] if pairs else [len(row["input_ids"])])]
     labelled = sum(label != IGNORED for row in batch for label in row["labels"])
     if recipe.packing:
         return 1, recipe.cutoff_len * args.per_device_train_batch_size, labelled
     if recipe.padding_free:
         return 1, sum(lengths), labelled
-    return len(batch), max(lengths), labelled
+    return len(lengths), max(lengths), labelled
 
 
-def longest_batch(dataset: Dataset, size: int) -> tuple[list[Row], float]:
+def longest_batch(dataset: Dataset, size: int, padded_pairs: bool = False) -> tuple[list[Row], float]:
     """The `size` longest rows, ready for the collator, and the mean length of all rows in tokens."""
     lengths = token_lengths(dataset)
-    rows = dataset.select(np.argsort(lengths, kind="stable")[-size:])
+    longest = np.array([max(sides) for sides in dataset["seq_lengths"]]) if padded_pairs else lengths
+    rows = dataset.select(np.argsort(longest, kind="stable")[-size:])
     names = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows.column_names]
     return list(rows.select_columns(names)), float(lengths.mean())
 

@@ -17,6 +17,7 @@ from pydantic.json_schema import JsonSchemaValue
 from ..errors import RecipeError
 from .keys_of_trl import OURS_TOO, SftKeys
 from .methods import AdvancedKeys
+from .preference import PreferenceKeys
 from .types import (
     Attention,
     Count,
@@ -54,7 +55,7 @@ class ModelKeys(BaseModel):
 
 
 class MethodKeys(BaseModel):
-    stage: Stage = key("sft", "Training stage")
+    stage: Stage = key("sft", "sft: train on replies; dpo: train on preference pairs")
     do_train: bool = key(False, "Train the model")
     finetuning_type: Literal["full", "freeze", "lora", "oft"] = key("full", "Train all weights (full), some layers (freeze) or an adapter (lora, oft)")
     pure_bf16: bool = key(False, "Keep master weights in bfloat16: half the memory, but small updates are lost", "dtype")
@@ -180,10 +181,31 @@ class Source:
     notices: tuple[str, ...] = ()
 
 
-GROUPS = (ModelKeys, MethodKeys, DatasetKeys, OutputKeys, TrainKeys, EvalKeys, PredictKeys, AdvancedKeys)
+GROUPS = (
+    ModelKeys,
+    MethodKeys,
+    PreferenceKeys,
+    DatasetKeys,
+    OutputKeys,
+    TrainKeys,
+    EvalKeys,
+    PredictKeys,
+    AdvancedKeys,
+)
 
 
-class Recipe(SftKeys, AdvancedKeys, PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys, MethodKeys, ModelKeys):
+class Recipe(
+    SftKeys,
+    AdvancedKeys,
+    PredictKeys,
+    EvalKeys,
+    TrainKeys,
+    OutputKeys,
+    DatasetKeys,
+    PreferenceKeys,
+    MethodKeys,
+    ModelKeys,
+):
     """Resolved configuration of one run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from ..errors import RecipeError
 from .keys import COMMAND_LINE, Recipe, in_words, keys
 from .llamafactory import IGNORED, NO_OP, NOT_SUPPORTED, RENAMED, larger_batch, recognize
+from .preference import read_old_stage
 from .rules import conflicts, resolve
 from .yaml_file import Problems, Setting, read_file, read_overrides, shorten
 
@@ -34,13 +35,13 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     path, all_read = COMMAND_LINE if path is None else Path(path), not problems
     if other_format := recognize(settings):
         raise RecipeError(f"{path}: {other_format}")
-    larger = larger_batch(settings)
+    larger, old_stage = larger_batch(settings), read_old_stage(settings)
     ignored = _keep_known_keys(settings, problems)
     recipe = _validate(settings, problems)
     if recipe:
         lines = {key: int(location[5:]) for key, (_, location, _) in settings.items() if location.startswith("line ")}
         notices = [f"{path}: {', '.join(names)}: ignored; {why}" for why, names in ignored.items()]
-        notices += [f"{path}: {larger}"] if larger else []
+        notices += [f"{path}: {line}" for line in (larger, old_stage) if line]
         source = replace(recipe.source, path=path, lines=lines, notices=tuple(notices))
         recipe = recipe.model_copy(update={"source": source})
         if all_read:  # a value that could not be read might resolve a conflict

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from . import methods
+from . import methods, preference
 from .keys import PredictKeys, Recipe
 from .llamafactory import TOKENIZERS_OWN
 
@@ -67,6 +67,7 @@ def _notices(recipe: Recipe, resolved: Recipe) -> Iterator[str]:
     unused = [key for key, default in defaults.items() if getattr(recipe, key) not in (default, False)]
     if unused and not resolved.do_predict and not recipe.predict_during_eval:
         yield f"{', '.join(unused)}: ignored unless do_predict or predict_during_eval is set"
+    yield from preference.notices(recipe)
     if recipe.trust_remote_code:
         yield "trust_remote_code: the model's own code is run if transformers does not support its architecture"
     if recipe.pure_bf16:
@@ -89,7 +90,11 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.val_size > 1 and recipe.val_size % 1:
         yield "val_size", f"expected a fraction or an integer, found {recipe.val_size:g}"
     metric = (recipe.metric_for_best_model or "loss").removeprefix("eval_")
-    if not metric.endswith(METRICS) and not (recipe.predict_during_eval and metric.startswith("predict_")):
+    if (
+        recipe.stage == "sft"
+        and not metric.endswith(METRICS)
+        and not (recipe.predict_during_eval and metric.startswith("predict_"))
+    ):
         known = f"{', '.join(METRICS)}, or predict_<score> with predict_during_eval"
         yield "metric_for_best_model", f"expected {known}, found {metric}"
     shares = recipe.interleave_probs or []
@@ -104,6 +109,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target"):
         if is_set(recipe, key) and not is_set(recipe, "finetuning_type"):
             yield key, "requires finetuning_type: lora, which is not the default here"
+    yield from preference.find_conflicts(recipe)
     yield from methods.find_conflicts(recipe)
 
 

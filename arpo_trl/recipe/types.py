@@ -78,7 +78,6 @@ def _trackers(value: object) -> object:
 _OTHER_STAGES = {
     "pt": "use TRL's SFTTrainer on rows with a `text` column",
     "rm": "use TRL's RewardTrainer",
-    "dpo": "use TRL's DPOTrainer",
     "kto": "use TRL's KTOTrainer",
     "ppo": "TRL has removed PPO; use its GRPOTrainer or RLOOTrainer",
 }
@@ -106,10 +105,10 @@ def _to_words(value: object) -> object:
     return " ".join(value) if isinstance(value, list) and all(isinstance(part, str) for part in value) else value
 
 
-def _sft_only(value: object) -> object:
-    if value != "sft":
+def _known_stage(value: object) -> object:
+    if value not in ("sft", "dpo"):
         other = f"; {_OTHER_STAGES[value]}" if value in list(_OTHER_STAGES) else ""
-        raise ValueError(f"expected sft, found {shorten(value)}{other}")
+        raise ValueError(f"expected sft or dpo, found {shorten(value)}{other}")
     return value
 
 
@@ -170,5 +169,5 @@ Settings = Annotated[
 ]
 Words = Annotated[str | None, BeforeValidator(_to_words, json_schema_input_type=bool | str | list[str] | None)]
 Trackers = Annotated[list[str], BeforeValidator(_trackers, json_schema_input_type=str | list[str])]
-Stage = Annotated[Literal["sft"], BeforeValidator(_sft_only, json_schema_input_type=Literal["sft"])]
+Stage = Annotated[Literal["sft", "dpo"], BeforeValidator(_known_stage)]
 TemplateName = Annotated[Location, AfterValidator(_known_template)]

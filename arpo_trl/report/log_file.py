@@ -66,6 +66,10 @@ def describe_evaluation(metrics: Mapping[str, float]) -> list[str]:
             words.append(f"{name.replace('_', ' ')} {value:.4f}")
         elif name.startswith("eval_") and name.endswith("_perplexity"):
             words.append(f"perplexity {value:.2f}")
+        elif name.startswith("eval_") and name.endswith(("rewards/accuracies", "rewards/margins")):
+            words.append(
+                f"{name.rpartition('/')[2].replace('accuracies', 'accuracy').replace('margins', 'margin')} {value:.3f}"
+            )
     return words
 
 

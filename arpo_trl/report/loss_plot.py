@@ -13,14 +13,20 @@ from ..run_folder import checkpoint_step, list_checkpoints, replace
 from .log_file import LogLine
 
 
-def plot_loss(lines: list[LogLine], picture: Path) -> None:
-    """Draw the loss, raw and smoothed, with eval points, learning rate and checkpoints; nothing without a loss.
+def plot_run(lines: list[LogLine], output_dir: Path) -> None:
+    """Write training_loss.png, and with `stage: dpo` training_rewards_accuracies.png, as LLaMA-Factory names them."""
+    plot_loss(lines, output_dir / "training_loss.png")
+    plot_loss(lines, output_dir / "training_rewards_accuracies.png", "rewards/accuracies")
+
+
+def plot_loss(lines: list[LogLine], picture: Path, name: str = "loss") -> None:
+    """Draw the loss, or another figure of the log by its `name`, raw and smoothed, with eval points, learning rate and checkpoints; nothing without a loss.
 
     Args:
         lines: The lines of trainer_log.jsonl.
         picture: A .png in the run's folder, whose name is the title and whose checkpoints are marked.
     """
-    train = [(line["current_steps"], line["loss"], line["lr"]) for line in lines if "loss" in line]
+    train = [(line["current_steps"], line[name], line["lr"]) for line in lines if name in line and "lr" in line]
     if not train:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, needed only to plot
@@ -31,7 +37,7 @@ def plot_loss(lines: list[LogLine], picture: Path) -> None:
     few = len(steps) < 30  # a smoothed curve would hide the points
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss", title=picture.resolve().parent.name)
+    axes = figure.add_subplot(xlabel="step", ylabel=name, title=picture.resolve().parent.name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     rate_axes = axes.twinx()
     rate_axes.plot(steps, rates, color="tab:green", linewidth=1, alpha=0.6, label="learning rate")
@@ -39,16 +45,16 @@ def plot_loss(lines: list[LogLine], picture: Path) -> None:
     rate_axes.set_ylim(bottom=0)
     rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes.plot(
-        steps, losses, color="tab:blue", linewidth=1, alpha=1 if few else 0.4, label="loss", marker="." if few else ""
+        steps, losses, color="tab:blue", linewidth=1, alpha=1 if few else 0.4, label=name, marker="." if few else ""
     )
     if not few:
-        axes.plot(steps, smooth(losses), color="tab:blue", linewidth=2, label="loss, smoothed")
-    names = sorted({k for line in lines for k in line if k.startswith("eval_") and k.endswith("_loss")})
+        axes.plot(steps, smooth(losses), color="tab:blue", linewidth=2, label=f"{name}, smoothed")
+    names = sorted({k for line in lines for k in line if k.startswith("eval_") and k.endswith(f"_{name}")})
     colors = itertools.cycle(("tab:orange", "tab:purple", "tab:brown", "tab:olive"))
-    for name in names:
-        evals = [(line["current_steps"], line[name]) for line in lines if name in line]
-        color = "tab:red" if name == "eval_loss" else next(colors)
-        axes.plot(*zip(*evals, strict=True), "o-", color=color, markersize=4, label=name.replace("_", " "))
+    for metric in names:
+        evals = [(line["current_steps"], line[metric]) for line in lines if metric in line]
+        color = "tab:red" if metric == f"eval_{name}" else next(colors)
+        axes.plot(*zip(*evals, strict=True), "o-", color=color, markersize=4, label=metric.replace("_", " "))
     for i, folder in enumerate(list_checkpoints(picture.parent)):
         axes.axvline(
             checkpoint_step(folder), color="grey", linewidth=0.8, linestyle=":", label="checkpoint" if i == 0 else None

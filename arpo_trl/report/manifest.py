@@ -54,6 +54,7 @@ class Manifest(BaseModel):
     Attributes:
         data: A hash of each dataset's content.
         day: The date that the template writes.
+        reference: The reference model of `stage: dpo`: its path, adapters, and a hash of their files.
         results: Whether tool results are separate turns or inside the model's turn; None if there are none.
         tracker_run: The run's id in its trackers.
     """
@@ -68,6 +69,7 @@ class Manifest(BaseModel):
     world_size: int = 1
     versions: dict[str, str]
     git_commit: str | None = None
+    reference: dict[str, JsonValue] | None = None
     results: Results | None = None
     tracker_run: str | None = None
 
@@ -160,6 +162,8 @@ def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
             changes.append(f"data of {name}: {earlier.data.get(name)} -> {now.data.get(name)}")
     if earlier.template_hash != now.template_hash:
         changes.append(f"template_hash: {earlier.template_hash} -> {now.template_hash}")
+    if earlier.reference != now.reference:
+        changes.append(f"reference: {earlier.reference} -> {now.reference}")
     if earlier.world_size != now.world_size:
         changes.append(f"world_size: {earlier.world_size} -> {now.world_size}")
     return changes

@@ -13,6 +13,7 @@ from ..data.audit import Counts, missing_columns
 from ..data.encode import EncodedRow, Encoder, encode_rows
 from ..data.files import read_dataset
 from ..data.labels import IGNORED
+from ..data.pairs import SIDES
 from ..data.registry import DatasetInfo, select_datasets
 from ..data.tokenizer import load_template
 from ..errors import DatasetError, printable
@@ -76,7 +77,16 @@ def show_row(
         "trained" if label != IGNORED else "context" if other == IGNORED else "masked"
         for label, other in zip(row["labels"], unmasked["labels"], strict=True)
     ]
-    for kind, turn in groupby(zip(row["input_ids"], kinds), lambda pair: pair[1]):
+    tokens, at = list(zip(row["input_ids"], kinds)), 0
+    for side, length in zip(SIDES, row["seq_lengths"]):
+        console.print(Text(f"{side}: {length:,} tokens", "bold"))
+        _show_tokens(console, tokens[at : at + length], tokenizer)
+        at += length
+    _show_tokens(console, tokens[at:], tokenizer)
+
+
+def _show_tokens(console: Console, tokens: Sequence[tuple[int, str]], tokenizer: PreTrainedTokenizerBase) -> None:
+    for kind, turn in groupby(tokens, lambda token: token[1]):
         ids = [token for token, _ in turn]
         margin, shades, name = KINDS[kind]
         text = Text()

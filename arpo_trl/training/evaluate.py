@@ -20,6 +20,7 @@ from ..report.log_file import describe_evaluation, describe_predictions
 from ..run_folder import save_metrics
 from .callbacks import PredictOnEvaluate
 from .preflight import require_separate_rows
+from .reference import make_preference
 from .setup import load_rows
 from .trainer import ArpoTrainer
 from .trainer_log import remove_progress_bar
@@ -69,6 +70,7 @@ def _evaluate(
         train_dataset=next(iter(data.eval.values())),  # required by TRL, never trained on
         eval_dataset=eval_datasets(recipe, data),
         processing_class=tokenizer,
+        preference=make_preference(recipe, args, model),
     )
     remove_progress_bar(trainer)
     require_separate_rows(recipe, trainer)

@@ -55,6 +55,9 @@ def find_sources(rows: Dataset | None, batches: list[Batch]) -> list[str]:
     if rows is None or "source" not in rows.column_names:
         return []
     failed = {tuple(row) for batch in batches for row in _split_rows(batch)}
+    if "seq_lengths" in rows.column_names:  # pairs: two rows of the batch are one of `rows`
+        sides = [list(_split_rows(batch)) for batch in batches]
+        failed = {(*chosen, *rejected) for batch in sides for chosen, rejected in zip(batch[::2], batch[1::2])}
     known = rows.select_columns(["input_ids", "source"])
     return [row["source"] for row in known if tuple(row["input_ids"]) in failed]
 

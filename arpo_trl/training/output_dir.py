@@ -27,7 +27,8 @@ from .requirements import check_output_dir
 from .trainer import ArpoTrainer
 
 LOCK = ".lock"
-RUN_FILES = f"""{MANIFEST} trainer_log.jsonl training_loss.png train_results.json eval_results.json
+RUN_FILES = f"""{MANIFEST} trainer_log.jsonl training_loss.png
+    training_rewards_accuracies.png train_results.json eval_results.json
     all_results.json trainer_state.json""".split()
 """What `overwrite_output_dir: true` deletes besides checkpoints: a run appends to these, or writes them at its end."""
 

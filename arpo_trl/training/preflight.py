@@ -10,6 +10,7 @@ import contextlib
 import random
 import time
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,8 +22,11 @@ from ..errors import in_one_line
 from ..machine import gpu_memory, is_out_of_memory, peak_memory
 from ..model.memory import ROOM, Row, estimate_memory, longest_batch, model_shape
 from ..recipe.keys import Recipe
+from ..recipe.preference import is_base
 from ..report.console import say
 from ..report.log_file import format_seconds
+from .preference import count_pairs, unchanged_loss
+from .reference import Preference
 from .trainer import ArpoTrainer
 
 LITTLE_MEMORY = 4e9
@@ -47,7 +51,9 @@ def run_preflight(trainer: ArpoTrainer, choose_checkpointing: bool = False, skip
     evals = trainer.eval_dataset or {}
     for dataset in evals.values() if isinstance(evals, dict) else [evals]:
         with preserve_training_state(trainer):
-            inputs = trainer.data_collator(longest_batch(dataset, trainer.args.per_device_eval_batch_size)[0])
+            inputs = trainer.data_collator(
+                longest_batch(dataset, trainer.args.per_device_eval_batch_size, _pads_pairs(trainer))[0]
+            )
             trainer.model.eval()
             trainer.prediction_step(trainer.model_wrapped, inputs, prediction_loss_only=True)
     say(line)
@@ -69,7 +75,7 @@ def find_skip_reason(recipe: Recipe, trainer: ArpoTrainer) -> str | None:
 def _run_training(trainer: ArpoTrainer, choose_checkpointing: bool) -> str:
     """Run the longest batch. Return its peak memory, and the expected time of all steps, as a line."""
     args = trainer.args
-    batch, mean_length = longest_batch(trainer.train_dataset, args.per_device_train_batch_size)
+    batch, mean_length = longest_batch(trainer.train_dataset, args.per_device_train_batch_size, _pads_pairs(trainer))
     if choose_checkpointing:
         _choose_checkpointing(trainer, batch)
     seconds, peak = _run_step(trainer, batch)
@@ -82,6 +88,10 @@ def _run_training(trainer: ArpoTrainer, choose_checkpointing: bool) -> str:
     )
 
 
+def _pads_pairs(trainer: ArpoTrainer) -> bool:
+    return trainer.preference is not None and not trainer.args.padding_free
+
+
 def _run_step(trainer: ArpoTrainer, batch: list[Row]) -> tuple[float, int]:
     """Return the seconds of a forward and backward, and the peak memory in bytes."""
     with preserve_training_state(trainer), _optimizer_memory(trainer):
@@ -89,7 +99,8 @@ def _run_step(trainer: ArpoTrainer, batch: list[Row]) -> tuple[float, int]:
         inputs = trainer.data_collator(batch)
         # Trainer sets it before each step, and TRL divides the router's auxiliary loss by it.
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-        trainer.training_step(trainer.model_wrapped, inputs, (inputs["labels"][:, 1:] != IGNORED).sum())
+        items = count_pairs(inputs) if trainer.preference else (inputs["labels"][:, 1:] != IGNORED).sum()
+        trainer.training_step(trainer.model_wrapped, inputs, items)
         return time.monotonic() - began, peak_memory()
 
 
@@ -114,6 +125,46 @@ def _choose_checkpointing(trainer: ArpoTrainer, batch: list[Row]) -> None:
         torch.cuda.reset_peak_memory_stats()
     decision = "keeps activations" if fits else "recomputes activations, which do not fit"
     say(f"memory   gradient_checkpointing: auto {decision}")
+
+
+def check_first_pair(recipe: Recipe, trainer: ArpoTrainer) -> None:
+    """Check that the untrained policy equals the reference: the sigmoid loss of the first pair is ln 2.
+
+    Losses without a reference, and a resumed run, have nothing to compare. If the recipe names another reference, or
+    starts from a trained adapter, the loss is printed.
+
+    Raises:
+        RecipeError: the loss is another one.
+    """
+    preference = trainer.preference
+    if not preference or not preference.reference or trainer.state.global_step:
+        return
+    plain = Preference(recipe.model_copy(update={"ld_alpha": None, "pref_ftx": 0.0}), preference.reference)
+    with preserve_training_state(trainer), torch.no_grad():
+        trainer.model.train()
+        batch = send_to_device(trainer.data_collator([cast(Dataset, trainer.train_dataset)[0]]), trainer.args.device)
+        losses = [float(plain.score(trainer.model_wrapped, batch, trainer.accelerator)[0].loss) for _ in range(2)]
+    expected, found = unchanged_loss(recipe), losses[0]
+    wanted = f"{'ln 2' if recipe.pref_loss == 'sigmoid' else f'{expected:g}'} if policy and reference were equal"
+    if (recipe.ref_model and not is_base(recipe)) or (recipe.adapter_name_or_path and not recipe.create_new_adapter):
+        say(
+            f"reference  first pair: loss {found:.4f}, {wanted}; the recipe starts from another model than its reference"
+        )
+        return
+    if abs(found - expected) <= _tolerance(recipe) * max(expected, 1):
+        say(f"reference  first pair: loss {found:.4f}, as expected of equal policy and reference")
+        return
+    cause = "the model gives different results for the same batch (dropout, or a kernel that is not deterministic)"
+    if losses[0] == losses[1]:
+        cause = "the reference does not compute what the untrained policy computes (another dtype, file or adapter)"
+    raise recipe.error("stage", f"first pair: expected loss {expected:g} before step 1, found {found:g}: {cause}")
+
+
+def _tolerance(recipe: Recipe) -> float:
+    """Return how far the loss may be from that of an unchanged policy: adapters that rescale weights round."""
+    if recipe.use_dora or recipe.finetuning_type == "oft":
+        return 0.05 if recipe.bf16 or recipe.fp16 else 1e-3
+    return 1e-5
 
 
 def require_separate_rows(recipe: Recipe, trainer: ArpoTrainer) -> None:

@@ -21,6 +21,7 @@ from ..errors import program
 from ..machine import free_space
 from ..recipe.keys import COMMAND_LINE, Recipe
 from ..report.log_file import describe_evaluation, format_seconds, read_log, run_seconds
+from .reference import report_reference
 from .trainer import ArpoTrainer
 
 
@@ -32,6 +33,7 @@ def start_report(recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, check
         saved = "no checkpoints"
     return [
         *describe_setup(recipe, model, args),
+        *report_reference(recipe),
         *(f"data     {line}" for line in [*data.audit.lines(), *data.notices]),
         *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
         f"steps    {describe_steps(args, trainer.state.max_steps, data, recipe.packing)}",

@@ -20,13 +20,14 @@ from ..errors import RunFailed, in_one_line
 from ..generate.predict import predict, refuse_split_model
 from ..machine import full_disk_as_run_failed
 from ..model.adapters import keep_adapter_in_float32
+from ..model.base_config import splits_model
 from ..model.methods.chosen import methods_of, trainer_kwargs
 from ..model.model import load_model, stop_after_calls
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
 from ..report.console import logged_to, say
 from ..report.log_file import mean_loss, read_log
-from ..report.loss_plot import plot_loss
+from ..report.loss_plot import plot_run
 from ..report.manifest import Manifest, describe_run, read_manifest, recipe_text, require_same_run
 from ..report.model_card import write_model_card
 from ..report.trackers import finish_trackers, start_trackers
@@ -41,7 +42,9 @@ from .callbacks import (
 )
 from .evaluate import eval_datasets, run_without_training, to_inference
 from .output_dir import clear_earlier_run, find_resume_point, own_output_dir, write_start_files
-from .preflight import find_skip_reason, require_separate_rows, run_preflight
+from .precompute import use_stored_log_probs
+from .preflight import check_first_pair, find_skip_reason, require_separate_rows, run_preflight
+from .reference import describe_reference, make_preference, precomputes
 from .requirements import check_before_torch
 from .setup import check_after_torch, load_rows
 from .signals import StopOnSignal, Stopped
@@ -91,6 +94,7 @@ def _train(
 
     # The run's record, and the earlier one's
     manifest = describe_run(recipe, data)
+    manifest.reference = describe_reference(recipe)
     earlier = read_manifest(checkpoint.parent) if checkpoint else None
     if checkpoint:
         say(*on_main_process(lambda: require_same_run(earlier, manifest, recipe.allow_changed_recipe)))
@@ -110,6 +114,8 @@ def _train(
     say(*on_main_process(lambda: write_start_files(recipe, trainer, manifest)))
 
     # Train, save, evaluate
+    if precomputes(recipe) and not splits_model(recipe):
+        use_stored_log_probs(recipe, trainer, is_untrained=True)  # a checkpoint is loaded later
     try:
         trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
         evaluated = save_and_evaluate(recipe, trainer, saved_dtype)
@@ -156,6 +162,7 @@ def make_trainer(
         rows=data.train if isinstance(data.train, Dataset) else None,  # a stream would have to be read again
         on_save_error=recipe.on_save_error,
         **trainer_kwargs(recipe, model, args),
+        preference=make_preference(recipe, args, model),
     )
     refuse_split_model(recipe, trainer.is_fsdp_enabled)
     keep_adapter_in_float32(model)
@@ -187,6 +194,9 @@ def before_first_step(recipe: Recipe, trainer: ArpoTrainer, data: PreparedData, 
     """Report what the run is about to do, try it, and repeat an evaluation that a signal stopped."""
     say(*start_report(recipe, data, trainer, checkpoint))
     require_separate_rows(recipe, trainer)
+    if precomputes(recipe) and splits_model(recipe):
+        use_stored_log_probs(recipe, trainer, is_untrained=trainer.state.global_step == 0)
+    check_first_pair(recipe, trainer)
     if recipe.preflight:
         run_preflight(trainer, recipe.gradient_checkpointing == "auto", find_skip_reason(recipe, trainer))
     trainer.evaluate_pending()
@@ -218,7 +228,7 @@ def write_results(
     write_json(output_dir / "trainer_state.json", asdict(trainer.state))
     if recipe.plot_loss:
         try:
-            plot_loss(read_log(output_dir / "trainer_log.jsonl"), output_dir / "training_loss.png")
+            plot_run(read_log(output_dir / "trainer_log.jsonl"), output_dir)
         except OSError as error:  # on Windows, if a viewer has it open
             say(f"training_loss.png could not be written ({error}); the model is saved")
     write_model_card(output_dir, manifest, recipe_text(recipe))

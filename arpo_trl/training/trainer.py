@@ -32,6 +32,8 @@ from .checkpoints import CheckpointWriter, checkpoint_bytes
 from .failures import describe_not_finite, describe_out_of_memory, find_sources
 from .loss import Batch, count_tokens, mask_repeated_rows, token_means
 from .order import Endless, EpochOrder
+from .preference import PairCollator, count_pairs, metric_names
+from .reference import Preference
 from .signals import Stopped
 from .window import Speed, Window, mfu_per_token
 
@@ -68,6 +70,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         on_save_error: "stop" ends the run if a checkpoint can't be written, "continue" continues without it.
         objective: The training loss, if it is not one of TRL's.
         reference: The model that `objective` compares with, if any.
+        preference: The loss of `stage: dpo`, if the rows are pairs.
         **kwargs: As `trl.SFTTrainer`.
     """
 
@@ -82,6 +85,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         on_save_error: str = "stop",
         objective: Objective | None = None,
         reference: PreTrainedModel | None = None,
+        preference: Preference | None = None,
         **kwargs: Any,
     ) -> None:
         args = copy.copy(args)
@@ -89,14 +93,16 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         save_total_limit, args.save_total_limit = args.save_total_limit, None
         # Trainer would replace a NaN loss by the running average and log 0; training_step raises instead.
         args.logging_nan_inf_filter = False
-        self.window, self.speed = Window(), Speed()
+        self.window, self.speed, self.preference = Window(), Speed(), preference
         with router_loss_kept(kwargs["model"].config):
             super().__init__(args=args, **kwargs)
         self.rows = rows
         self.batches: list[Batch] = []  # of the update in progress
         self._sums: list[Tensor] = []  # of each batch, see _score
         self.last_batch = ""  # "training batch of 2 x 100 tokens"
-        self._eval_sums = torch.zeros(4, dtype=torch.float64)
+        self._eval_sums = self._no_sums()
+        if preference:
+            self.data_collator = PairCollator(self.data_collator)
         self.pending_evaluation = self.has_stepped = False
         # by tensor, context or sequence parallelism (Ulysses)
         self.shares_rows = getattr(self.accelerator.parallelism_config, "non_data_parallel_size", 1) > 1
@@ -159,8 +165,16 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
             remainder = len(rows) % (args.per_device_train_batch_size * args.world_size)
             earlier = args.process_index * args.per_device_train_batch_size
             if remainder:
-                mask_repeated_rows(batch, remainder - earlier, args.packing)
+                sides = 2 if self.preference else 1
+                mask_repeated_rows(batch, sides * (remainder - earlier), args.packing)
         return batch
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
+        """The labelled tokens of an update on all processes, or its pairs: each of them weighs the same in the loss."""
+        if not self.preference or not batch_samples:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        pairs = torch.stack([count_pairs(batch) for batch in batch_samples]).sum().to(device)
+        return cast(Tensor, self.accelerator.reduce(pairs))
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Run one forward and backward. Raises RunFailed if the loss is not finite."""
@@ -192,7 +206,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
             RunFailed: the gradient is not finite.
         """
         norm = self._gradient_norm()
-        sums = torch.stack(self._sums)  # shape (batches, 5 or 6)
+        sums = torch.stack(self._sums)  # shape (batches, 5 or more)
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(torch.cat([sums, norm.expand(len(sums), 1)], dim=1))
             sums, norm = sums[:, :-1], sums[0, -1]
@@ -200,13 +214,15 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         if self.accelerator.scaler is None and not math.isfinite(norm):
             raise self._not_finite("gradient", float(norm))
         window = self.window
-        for loss, seen, entropy, top1, labelled, *aux in sums.double().tolist():
+        for loss, seen, entropy, top1, labelled, *rest in sums.double().tolist():
             window.loss_sum += loss / self.args.world_size
             window.seen_tokens += int(seen)
             window.trained_tokens += int(labelled)
             values = {"entropy": entropy / max(labelled, 1), "mean_token_accuracy": top1 / max(labelled, 1)}
-            if aux:
-                values["aux_loss"] = aux[0] / self.args.world_size
+            if self.aux_loss_enabled:
+                values["aux_loss"] = rest.pop(0) / self.args.world_size
+            if self.preference:
+                window.add_pairs(metric_names(self.preference.recipe), rest)
             for name, value in values.items():
                 window.metrics.setdefault(name, []).append(value)
         self.has_stepped = True
@@ -272,24 +288,30 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         if not isinstance(datasets, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = {}
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = self._no_sums()
         for name, dataset in datasets.items():
             metrics |= super().evaluate(
                 name if eval_dataset is None else dataset, ignore_keys, f"{metric_key_prefix}_{name}"
             )
             sums += self._eval_sums
-        overall = token_means(sums, metric_key_prefix)
+        overall = self._means(sums, metric_key_prefix)
         self.log(dict(overall))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, overall)
         return metrics | overall
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        self._eval_sums = torch.zeros(4, dtype=torch.float64)
+        self._eval_sums = self._no_sums()
         kwargs["metric_key_prefix"] = metric_key_prefix
         output: EvalLoopOutput = super().evaluation_loop(*args, **kwargs)
         assert output.metrics is not None
-        output.metrics.update(token_means(self._eval_sums, metric_key_prefix))
+        output.metrics.update(self._means(self._eval_sums, metric_key_prefix))
         return output
+
+    def _no_sums(self) -> Tensor:
+        return torch.zeros(self.preference.size if self.preference else 4, dtype=torch.float64)
+
+    def _means(self, sums: Tensor, prefix: str) -> dict[str, float]:
+        return self.preference.means(sums, f"{prefix}_", "loss") if self.preference else token_means(sums, prefix)
 
     def compute_loss(
         self,
@@ -298,6 +320,8 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        if self.preference:
+            return self._compare(self.preference, model, inputs, num_items_in_batch)
         if self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         scores = model(**inputs, use_cache=False, fused_lm_head=True)
@@ -310,6 +334,19 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         self._eval_sums += gather(rows).sum(0).double().cpu()
         nll, _, _, tokens = rows.sum(0)
         return nll / tokens.clamp(min=1)
+
+    def _compare(self, preference: Preference, model: nn.Module, batch: Batch, pairs: Tensor | int | None) -> Tensor:
+        """The loss of a batch of pairs: in training its part of the update's mean over pairs, times the processes."""
+        scores, aux_loss = preference.score(model, batch, self.accelerator, self.aux_loss_enabled)
+        if not self.model.training:
+            # A row per pair, so that those which fill up the last batch of several processes are dropped again.
+            self._eval_sums += self.accelerator.gather_for_metrics(scores.rows()).sum(0).double().cpu()
+            return scores.loss.mean()
+        self._sums[-1] = torch.cat([self._sums[-1], scores.sums()])
+        loss: Tensor = (scores.loss * scores.real).sum() / torch.as_tensor(pairs).clamp(min=1) * self.args.world_size
+        if aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
+        return loss
 
     def evaluate_final_weights(self) -> dict[str, float]:
         """Return the metrics of the final weights: from the log, or else of another evaluation."""

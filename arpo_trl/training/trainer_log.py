@@ -23,7 +23,7 @@ from ..report.log_file import (
     read_log,
     run_seconds,
 )
-from ..report.loss_plot import plot_loss
+from ..report.loss_plot import plot_run
 from ..run_folder import write_text
 
 RENAMED = {"learning_rate", "num_tokens"}  # lr and seen_tokens
@@ -100,6 +100,8 @@ class TrainerLog(TrainerCallback):
         }
         if "loss" in logs:
             line |= {"loss": logs["loss"], "lr": logs["learning_rate"]}
+            if "rewards/accuracies" in logs:
+                line["accuracy"] = logs["rewards/accuracies"]  # LLaMA-Factory's name
         line |= {name: value for name, value in logs.items() if name not in {*line, *RENAMED}}
         self._write(json.dumps(line) + "\n")
         self._show(line)
@@ -119,6 +121,8 @@ class TrainerLog(TrainerCallback):
     def _show(self, line: LogLine) -> None:
         if "loss" in line:
             figures = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tokens/s"
+            if "accuracy" in line:
+                figures += f"  accuracy {line['accuracy']:.2f}  margin {line['rewards/margins']:.3f}"
             if "mfu" in line:
                 figures += f"  MFU {line['mfu']:.0f} %"
         else:
@@ -136,7 +140,7 @@ class TrainerLog(TrainerCallback):
     def on_save(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.plot and state.is_world_process_zero:
             with contextlib.suppress(OSError):  # the checkpoint reports a full disk
-                plot_loss(read_log(self.path), self.path.with_name("training_loss.png"))
+                plot_run(read_log(self.path), self.path.parent)
 
     def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.bar:

@@ -25,6 +25,8 @@ class Window:
         metrics: One value per micro-batch since the last line.
         seen_tokens: All tokens of the run so far, without padding.
         trained_tokens: The labelled ones among them.
+        pairs: Number of pairs since the last line, with `stage: dpo`.
+        pair_sums: Sums over these pairs.
     """
 
     loss_sum: float = 0.0
@@ -32,12 +34,22 @@ class Window:
     metrics: dict[str, list[float]] = field(default_factory=dict)
     seen_tokens: int = 0
     trained_tokens: int = 0
+    pairs: int = 0
+    pair_sums: dict[str, float] = field(default_factory=dict)
+
+    def add_pairs(self, names: list[str], sums: list[float]) -> None:
+        """Add the sums of a micro-batch: of each metric, of the loss, and the number of pairs."""
+        *values, _, pairs = sums
+        self.pairs += int(pairs)
+        for name, value in zip(names, values, strict=True):
+            self.pair_sums[name] = self.pair_sums.get(name, 0.0) + value
 
     def take(self, step: int) -> dict[str, float]:
         """Return the figures of the line at `step`, and start the next line."""
         figures = {"loss": self.loss_sum / max(step - self.last_logged, 1), "num_tokens": self.seen_tokens}
         figures |= {name: sum(values) / len(values) for name, values in self.metrics.items()}
-        self.loss_sum, self.last_logged, self.metrics = 0.0, step, {}
+        figures |= {name: value / max(self.pairs, 1) for name, value in self.pair_sums.items()}
+        self.loss_sum, self.last_logged, self.metrics, self.pairs, self.pair_sums = 0.0, step, {}, 0, {}
         return figures
 
 

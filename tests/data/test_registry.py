@@ -94,7 +94,10 @@ MISTAKES = {
 
 # LLaMA-Factory's own keys: fine to have in the file, refused when the dataset is used.
 REFUSED = {
-    "preference pairs": ('"ranking": true', "ranking: preference pairs are not supported in SFT"),
+    "preference pairs": (
+        '"ranking": true',
+        "ranking: preference pairs are not supported in stage: sft; set stage: dpo",
+    ),
     "a loading script": (
         '"script_url": "x"',
         "script_url: loading scripts are not supported by datasets >= 4; set hf_hub_url or file_name",
@@ -109,7 +112,7 @@ REFUSED = {
     ),
     "KTO": (
         '"columns": {"prompt": "p", "kto_tag": "k"}',
-        "columns.kto_tag: preference data is not supported in SFT",
+        "columns.kto_tag: rows with one judged reply are not supported",
     ),
 }
 

@@ -1,0 +1,114 @@
+"""`precompute_ref_log_probs`: the reference's log-probabilities of every pair, computed once and kept in the run's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from datasets import Dataset
+
+from ..errors import RecipeError
+from ..processes import on_main_process
+from ..recipe.keys import Recipe
+from ..report.console import say
+from ..run_folder import replace
+from .preference import PairCollator, PairKey, pair_key
+from .reference import Reference, describe_reference
+from .trainer import ArpoTrainer
+
+FILE = "reference_log_probs.npz"
+Stored = dict[PairKey, tuple[float, float]]
+
+
+def use_stored_log_probs(recipe: Recipe, trainer: ArpoTrainer, is_untrained: bool) -> None:
+    """Give the trainer's batches the reference's log-probabilities, and drop the reference model.
+
+    Read from the run's folder if they were computed from the same reference, tokens and precision, else computed.
+
+    Args:
+        is_untrained: Whether the policy still has the weights that it starts from.
+
+    Raises:
+        RecipeError: they are missing, and the policy, which is the reference, was trained already.
+    """
+    preference, collator = trainer.preference, trainer.data_collator
+    assert preference and preference.reference and isinstance(collator, PairCollator)
+    path = Path(recipe.output_dir) / FILE
+    datasets = list(_datasets(trainer))
+    key = _key(recipe, trainer, datasets)
+    stored = on_main_process(lambda: _read(path, key))
+    if stored is None:
+        if not is_untrained:
+            raise RecipeError(
+                f"{path}: missing or made of other data; the reference can't be computed from a checkpoint"
+            )
+        stored = _compute(trainer, preference.reference, datasets)
+        on_main_process(lambda: _write(path, key, stored))
+        say(f"reference  log-probabilities of {len(stored):,} pairs computed, kept in {path}")
+    else:
+        say(f"reference  log-probabilities of {len(stored):,} pairs read from {path}")
+    collator.reference_log_probs = stored
+    preference.reference = Reference()
+
+
+def _datasets(trainer: ArpoTrainer) -> Iterator[Dataset]:
+    evals = trainer.eval_dataset or {}
+    for dataset in (trainer.train_dataset, *(evals.values() if isinstance(evals, dict) else [evals])):
+        if isinstance(dataset, Dataset):
+            yield dataset
+
+
+def _key(recipe: Recipe, trainer: ArpoTrainer, datasets: list[Dataset]) -> str:
+    """Hash all that the log-probabilities depend on."""
+    digest = hashlib.sha256()
+    precision = [trainer.args.bf16, trainer.args.fp16, recipe.pure_bf16, recipe.quantization_bit, recipe.flash_attn]
+    digest.update(json.dumps([describe_reference(recipe), precision], sort_keys=True, default=str).encode())
+    for dataset in datasets:
+        for pair in dataset.select_columns(["input_ids", "labels", "seq_lengths"]):
+            digest.update(np.asarray([*pair["seq_lengths"], *pair["labels"]], np.int32).tobytes())
+            digest.update(pair_key(pair))
+    return digest.hexdigest()
+
+
+def _compute(trainer: ArpoTrainer, reference: Reference, datasets: list[Dataset]) -> Stored:
+    """Compute the pairs of all datasets, a part on each process, the longest first."""
+    args, accelerator = trainer.args, trainer.accelerator
+    pairs = [pair for dataset in datasets for pair in dataset.select_columns(["input_ids", "labels", "seq_lengths"])]
+    pairs = list({pair_key(pair): pair for pair in pairs}.values())
+    order = sorted(range(len(pairs)), key=lambda at: -max(pairs[at]["seq_lengths"]))
+    sums = torch.zeros(len(pairs), 2, device=args.device)
+    size, world = args.per_device_train_batch_size, args.world_size
+    trainer.model.eval()
+    for start in range(0, len(order), size * world):
+        # Each process takes part in each round: FSDP and ZeRO-3 gather weights together.
+        mine = order[start : start + size * world][args.process_index :: world] or order[:1]
+        batch = send_to_device(trainer.data_collator([pairs[at] for at in mine]), args.device)
+        found = reference.sum_log_probs(trainer.model_wrapped, batch, accelerator).view(-1, 2)
+        if start + args.process_index < len(order):
+            sums[mine] = found
+    sums = accelerator.reduce(sums)
+    return {pair_key(pair): (values[0], values[1]) for pair, values in zip(pairs, sums.tolist(), strict=True)}
+
+
+def _read(path: Path, key: str) -> Stored | None:
+    try:
+        with np.load(path) as file:
+            if str(file["key"]) != key:
+                return None
+            keys, sums = file["pairs"], file["sums"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+        return None
+    return {one.tobytes(): (values[0], values[1]) for one, values in zip(keys, sums.tolist(), strict=True)}
+
+
+def _write(path: Path, key: str, stored: Stored) -> None:
+    pairs = np.frombuffer(b"".join(stored), np.uint8).reshape(len(stored), -1)
+    temporary = path.with_name(f"{path.stem}.tmp.npz")
+    np.savez(temporary, key=np.str_(key), pairs=pairs, sums=np.array(list(stored.values()), np.float32))
+    replace(temporary, path)
