@@ -1,4 +1,4 @@
-"""What many tests share: a tiny Qwen2 with a tokenizer of its own. No network, no GPU."""
+"""Shared fixtures: a tiny Qwen2 and its tokenizer. No network, no GPU."""
 
 from __future__ import annotations
 

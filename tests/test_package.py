@@ -28,12 +28,12 @@ def test_reading_a_recipe_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", arpo_trl.__all__)
-def test_every_public_name_is_there_and_has_a_docstring(name: str) -> None:
+def test_every_public_name_exists_and_has_a_docstring(name: str) -> None:
     assert getattr(arpo_trl, name).__doc__
     assert getattr(arpo_trl, name).__module__.startswith("arpo_trl.")
 
 
-def test_another_name_is_not_there() -> None:
+def test_an_unknown_name_raises() -> None:
     with pytest.raises(AttributeError, match="module 'arpo_trl' has no attribute 'trian'"):
         arpo_trl.trian  # noqa: B018
 
@@ -45,7 +45,7 @@ def test_the_example_of_the_docs_runs(tiny_model: Path) -> None:
     assert re.fullmatch(r"arpo_sft_toy: 30 rows: \d+ kept, .*\n\S+arpo_sft_toy\.jsonl:\d+ \d+\n", printed)
 
 
-def test_every_module_that_the_docs_name_is_there() -> None:
+def test_every_module_named_in_the_docs_exists() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+/\w+\.py|\w+\.py)`", text))
     assert len(named) > 15

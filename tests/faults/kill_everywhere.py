@@ -90,7 +90,7 @@ class Copies:
 
 
 def child(act: Callable[[], int], log: Path) -> int:
-    """The exit code of `act` in a process of its own."""
+    """Return the exit code of `act`, called in a child process."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -145,7 +145,7 @@ def difference(run: Path, whole: Path) -> str | None:
     return next((str(p) for p in run.rglob("*.tmp") if "incomplete-" not in str(p)), None)
 
 
-def go_on(copies: Path, recipe: str, whole: Path, every: int, seen: set[str], told: str) -> list[Path]:
+def resume_copies(copies: Path, recipe: str, whole: Path, every: int, seen: set[str], told: str) -> list[Path]:
     """Run the command from each copy that is new; returns the copies."""
     found = sorted(path for path in copies.iterdir() if path.is_dir())
     for copy in found[::every]:
@@ -174,13 +174,13 @@ def enumerate_kills(recipe: str, folder: Path, every: int) -> None:
     assert child(lambda: run_with_copies(recipe, whole, folder / "copies"), folder / "log") == 0, (
         folder / "log"
     ).read_text()
-    copies = go_on(folder / "copies", recipe, whole, every, seen, "run")
+    copies = resume_copies(folder / "copies", recipe, whole, every, seen, "run")
     for number, part in enumerate((0.35, 0.6, 0.9)):  # in the first save, in the second, in the end
         start = copies[int(part * len(copies))] / "run"
         run, into = folder / f"resumed{number}", folder / f"copies{number}"
         shutil.copytree(start, run)
         assert child(lambda run=run, into=into: run_with_copies(recipe, run, into), folder / "log") == 0  # type: ignore[misc]
-        go_on(into, recipe, whole, every, seen, f"resume of {start.parent.name}")
+        resume_copies(into, recipe, whole, every, seen, f"resume of {start.parent.name}")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def make_trainer(
 
 
 def train(folder: Path, model: Path, stop_at: int | None = None, **changes: Any) -> ArpoTrainer:
-    """Run, or go on from the newest whole checkpoint in `folder`."""
+    """Run, or resume from the newest complete checkpoint in `folder`."""
     trainer = make_trainer(folder, model, **changes)
     if stop_at:
         trainer.add_callback(StopAt(stop_at))

@@ -1,8 +1,8 @@
 """Runs on disks of all sizes between one that holds nothing and one that holds everything, as root on Linux.
 
-    python small_disks.py RECIPE FOLDER FROM TO STEP CHECKED     (sizes in KiB; CHECKED 0: no look at the room before a save)
+    python small_disks.py RECIPE FOLDER FROM TO STEP CHECKED     (sizes in KiB; CHECKED 0: no check of the space before a save)
 
-After each run the disk gets room, and the same command is run to its end. Prints a JSON line for each size.
+After each run the disk is enlarged, and the same command is run to its end. Prints a JSON line for each size.
 """
 
 from __future__ import annotations

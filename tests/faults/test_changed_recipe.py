@@ -1,4 +1,4 @@
-"""What may change when a run is resumed, and what is refused with the list of what changed."""
+"""Which settings may change when a run is resumed, and which are rejected with a list of the changes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("key", CHANGES)
-def test_a_key_that_changes_the_course_is_refused(key: str, make_recipe: MakeRecipe) -> None:
+def test_a_changed_key_that_affects_the_weights_is_rejected(key: str, make_recipe: MakeRecipe) -> None:
     """The key is listed with both values."""
     before = manifest(make_recipe())
     now = manifest(make_recipe(**{key: CHANGES[key]}))
@@ -74,7 +74,7 @@ def test_a_key_that_changes_the_course_is_refused(key: str, make_recipe: MakeRec
         ({"world_size": 2}, "world_size: 1 -> 2"),
     ],
 )
-def test_other_data_template_or_processes_are_refused(
+def test_changed_data_template_or_processes_are_rejected(
     more: dict[str, Any], expected: str, make_recipe: MakeRecipe
 ) -> None:
     """It is listed."""
@@ -84,7 +84,7 @@ def test_other_data_template_or_processes_are_refused(
 
 
 def test_everything_that_changed_is_listed_at_once(make_recipe: MakeRecipe) -> None:
-    """Three changes, three lines; allowed, they are said."""
+    """Three changes give three lines; if allowed, they are printed."""
     before = manifest(make_recipe())
     now = manifest(make_recipe(learning_rate=0.5, seed=1), world_size=4)
     assert len(list_changes(before, now)) == 3
@@ -92,7 +92,7 @@ def test_everything_that_changed_is_listed_at_once(make_recipe: MakeRecipe) -> N
     assert lines[0] == "resuming with a changed setting: learning_rate: 0.001 -> 0.5" and len(lines) == 3
 
 
-def test_keys_that_leave_the_weights_alone_may_change(make_recipe: MakeRecipe) -> None:
+def test_keys_that_do_not_affect_the_weights_may_change(make_recipe: MakeRecipe) -> None:
     """How often is logged and saved, where to, how loudly: free."""
     before = manifest(make_recipe())
     changes = {
@@ -106,8 +106,8 @@ def test_keys_that_leave_the_weights_alone_may_change(make_recipe: MakeRecipe) -
     assert list_changes(before, manifest(make_recipe(**changes))) == []
 
 
-def test_every_free_key_is_a_key() -> None:
-    """A typo in the list would refuse what is harmless."""
+def test_every_key_that_may_change_exists() -> None:
+    """A typo in the list would reject a harmless change."""
     assert sorted(key for key in MAY_CHANGE if key not in keys()) == []
 
 
@@ -119,14 +119,14 @@ def test_a_key_at_its_default_is_no_change(make_recipe: MakeRecipe) -> None:
     assert list_changes(before, now) == []
 
 
-def test_a_key_that_this_version_no_longer_has_is_listed(make_recipe: MakeRecipe) -> None:
+def test_an_unknown_key_is_listed(make_recipe: MakeRecipe) -> None:
     """What it did is unknown, so it is not passed over."""
     before = manifest(make_recipe())
     before.recipe["once_a_key"] = 3
     assert list_changes(before, manifest(make_recipe())) == ["once_a_key: 3 -> None"]
 
 
-def test_other_versions_are_said_and_not_refused(make_recipe: MakeRecipe) -> None:
+def test_changed_versions_are_reported(make_recipe: MakeRecipe) -> None:
     """The last digits may differ."""
     path = make_recipe()
     (line,) = require_same_run(manifest(path), manifest(path, versions={"torch": "3.0"}), False)
@@ -144,7 +144,7 @@ def test_an_unreadable_manifest_is_reported(text: str | None, tmp_path: Path, ma
 
 @pytest.mark.parametrize("field", ["data", "versions", "template_hash", "world_size", "status"])
 @pytest.mark.parametrize("value", [None, 3, "text", []])
-def test_a_manifest_with_an_odd_field_is_compared_as_far_as_it_goes(
+def test_a_manifest_with_an_invalid_field_never_raises(
     field: str, value: Any, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     """A list of changes or none, never another exception."""
@@ -155,7 +155,7 @@ def test_a_manifest_with_an_odd_field_is_compared_as_far_as_it_goes(
     assert len(lines) == (field != "status")
 
 
-def test_a_changed_run_is_refused_from_end_to_end(
+def test_a_run_with_changed_settings_exits_with_code_2(
     make_recipe: MakeRecipe, output_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Edited data and another learning rate: exit code 2, nothing is lost; allowed, the run ends."""

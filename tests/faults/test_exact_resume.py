@@ -33,7 +33,7 @@ SECOND_EPOCH = {"per_device_train_batch_size": 4}  # 20 rows, 5 steps
         pytest.param(4, {"preflight": True, "lora": True}, id="preflight_before_each_session"),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(
+def test_a_resumed_run_equals_the_uninterrupted_run_bit_for_bit(
     stop_at: int, changes: dict[str, Any], tmp_path: Path, tiny_model: Path
 ) -> None:
     """The resumed run has the weights, moments and log of the run that never stopped."""

@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be written: what is said, what is left, and whether the run goes on."""
+"""A checkpoint that can't be written: the message, what is left, and whether the run continues."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def every_step(folder: Path, model: Path, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("checked", [True, False], ids=["seen_before_the_save", "seen_in_the_save"])
-def test_a_full_disk_stops_the_run_with_its_last_checkpoint_whole(
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     checked: bool, small_disk: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line says disk full; the checkpoint before is whole; nothing is left of the failed one."""
+    """One line reports a full disk; the checkpoint before is complete; nothing is left of the failed one."""
     if not checked:
         monkeypatch.setattr("arpo_trl.training.checkpoints.missing_space", lambda *args: None)
     with pytest.raises(
@@ -57,10 +57,10 @@ def test_a_full_disk_stops_the_run_with_its_last_checkpoint_whole(
     assert [find_problem(p) for p in list_checkpoints(small_disk / "run")] == [None]
 
 
-def test_a_full_disk_lets_the_run_go_on(
+def test_a_full_disk_lets_the_run_continue_if_asked(
     small_disk: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """on_save_error: continue takes all steps, says so at each failed save, and keeps the checkpoint before."""
+    """on_save_error: continue takes all steps, reports each failed save, and keeps the checkpoint before."""
     trainer = every_step(small_disk / "run", tiny_model, on_save_error="continue")
     trainer.train()
     assert trainer.state.global_step == 3
@@ -69,7 +69,7 @@ def test_a_full_disk_lets_the_run_go_on(
     assert len(told) == 2 and all("continuing without it (on_save_error: continue)" in line for line in told)
 
 
-def test_a_disk_too_small_for_one_checkpoint_is_seen_before_training(
+def test_a_disk_too_small_for_a_checkpoint_is_detected_before_training(
     make_recipe: MakeRecipe, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2 and one line, before the first step."""
@@ -94,7 +94,7 @@ ERRORS = {
 def test_any_error_of_a_writer_is_a_failed_save(
     failure: str, on_save_error: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stops the run by one line, or the run goes on; the half-written folder is removed."""
+    """It stops the run with one line, or the run continues; the half-written folder is deleted."""
     trainer = every_step(tmp_path, tiny_model, on_save_error=on_save_error)
     save = trainer._save_optimizer_and_scheduler
 
@@ -118,7 +118,7 @@ def test_any_error_of_a_writer_is_a_failed_save(
 def test_a_failed_list_of_files_is_a_failed_save(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mark stays until the list is there, so the folder is removed as not whole."""
+    """The mark stays until the list is written, so the folder is deleted as incomplete."""
 
     def fail(*args: Any) -> None:
         raise ERRORS["no_space"]
@@ -129,7 +129,7 @@ def test_a_failed_list_of_files_is_a_failed_save(
     assert list_checkpoints(tmp_path) == []
 
 
-def test_older_checkpoints_go_only_once_the_new_one_is_whole(
+def test_older_checkpoints_are_deleted_only_once_the_new_one_is_complete(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With save_total_limit 1, a failed save leaves the one before."""
@@ -152,7 +152,7 @@ def test_older_checkpoints_go_only_once_the_new_one_is_whole(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask to speak of")
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_files_have_the_mode_of_the_umask(umask: int, tmp_path: Path, tiny_model: Path) -> None:
+def test_files_follow_the_umask(umask: int, tmp_path: Path, tiny_model: Path) -> None:
     """safetensors 0.8 writes 0600, whatever the umask."""
     before = os.umask(umask)
     try:

@@ -1,4 +1,4 @@
-"""Only whole checkpoints are resumed from; the others are named, skipped and kept."""
+"""Only complete checkpoints are resumed from; the others are reported, renamed and kept."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def append(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"more")
 
 
-def expect_damage_at_3(output_dir: Path) -> str:
-    """checkpoint-3 is set aside with all its files, and checkpoint-2 is found."""
+def expect_problem_at_3(output_dir: Path) -> str:
+    """checkpoint-3 is renamed with all its files, and checkpoint-2 is used."""
     before = sorted(p.name for p in (output_dir / "checkpoint-3").iterdir())
     checkpoint, lines = newest_complete_checkpoint(output_dir)
     assert checkpoint == output_dir / "checkpoint-2"
@@ -47,32 +47,32 @@ def expect_damage_at_3(output_dir: Path) -> str:
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["ours", "foreign"])
-@pytest.mark.parametrize("damage", [cut_in_half, empty, fill_with_zeros, Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("spoil", [cut_in_half, empty, fill_with_zeros, Path.unlink], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", READ_ON_RESUME)
-def test_a_damaged_file_sets_its_checkpoint_aside(
-    name: str, damage: Callable[[Path], None], listed: bool, output_dir: Path
+def test_an_incomplete_file_excludes_its_checkpoint(
+    name: str, spoil: Callable[[Path], None], listed: bool, output_dir: Path
 ) -> None:
     """The checkpoint is named, skipped and kept; the one before it is resumed from."""
-    damage(output_dir / "checkpoint-3" / name)
+    spoil(output_dir / "checkpoint-3" / name)
     if not listed:
         (output_dir / "checkpoint-3" / FILES).unlink()
-    assert name in expect_damage_at_3(output_dir) or name == "model.safetensors"
+    assert name in expect_problem_at_3(output_dir) or name == "model.safetensors"
 
 
 @pytest.mark.parametrize("name", ["training_args.bin", "config.json", "tokenizer.json"])
 def test_a_file_that_a_resume_does_not_read_is_checked_too(name: str, output_dir: Path) -> None:
     """The checkpoint is skipped: it would not load as a model."""
     cut_in_half(output_dir / "checkpoint-3" / name)
-    assert name in expect_damage_at_3(output_dir)
+    assert name in expect_problem_at_3(output_dir)
 
 
-def test_a_flipped_byte_in_the_optimizer_is_seen(output_dir: Path) -> None:
+def test_a_flipped_byte_in_the_optimizer_is_detected(output_dir: Path) -> None:
     """The checkpoint is skipped: a zip has checksums."""
     path = output_dir / "checkpoint-3" / "optimizer.pt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert "optimizer.pt is corrupt" in expect_damage_at_3(output_dir)
+    assert "optimizer.pt is corrupt" in expect_problem_at_3(output_dir)
 
 
 @pytest.mark.parametrize(
@@ -87,26 +87,26 @@ def test_a_flipped_byte_in_the_optimizer_is_seen(output_dir: Path) -> None:
         (FILES, '{"there_once_was.pt": 4}'),
     ],
 )
-def test_a_wrong_list_or_state_sets_its_checkpoint_aside(name: str, text: str, output_dir: Path) -> None:
+def test_a_wrong_file_list_or_state_excludes_its_checkpoint(name: str, text: str, output_dir: Path) -> None:
     """The checkpoint is named, skipped and kept."""
     (output_dir / "checkpoint-3" / name).write_text(text, encoding="utf-8")
-    expect_damage_at_3(output_dir)
+    expect_problem_at_3(output_dir)
 
 
-def test_a_save_that_was_killed_is_skipped(output_dir: Path) -> None:
+def test_a_killed_save_is_skipped(output_dir: Path) -> None:
     """The checkpoint is named, skipped and kept."""
     (output_dir / "checkpoint-3" / IN_PROGRESS).touch()
-    assert "its save was interrupted" in expect_damage_at_3(output_dir)
+    assert "its save was interrupted" in expect_problem_at_3(output_dir)
 
 
-def test_a_folder_without_anything_is_skipped(output_dir: Path) -> None:
+def test_an_empty_folder_is_skipped(output_dir: Path) -> None:
     """The folder is named, skipped and kept."""
     shutil.rmtree(output_dir / "checkpoint-3")
     (output_dir / "checkpoint-3").mkdir()
-    expect_damage_at_3(output_dir)
+    expect_problem_at_3(output_dir)
 
 
-def test_a_model_without_its_optimizer_is_not_resumed_from(output_dir: Path) -> None:
+def test_a_model_without_its_optimizer_is_not_resumed(output_dir: Path) -> None:
     """save_only_model leaves no optimizer: the learning rate would start again, without a word."""
     folder = output_dir / "checkpoint-3"
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", FILES):
@@ -134,27 +134,27 @@ def shard(folder: Path, listed: bool) -> None:
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["ours", "foreign"])
-@pytest.mark.parametrize("damage", [cut_in_half, append, Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("spoil", [cut_in_half, append, Path.unlink], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "model.safetensors.index.json"])
-def test_a_damaged_shard_sets_its_checkpoint_aside(
-    name: str, damage: Callable[[Path], None], listed: bool, output_dir: Path
+def test_an_incomplete_shard_excludes_its_checkpoint(
+    name: str, spoil: Callable[[Path], None], listed: bool, output_dir: Path
 ) -> None:
     """The checkpoint is named, skipped and kept."""
     shard(output_dir / "checkpoint-3", listed)
     assert find_problem(output_dir / "checkpoint-3") is None
-    damage(output_dir / "checkpoint-3" / name)
-    line = expect_damage_at_3(output_dir)
+    spoil(output_dir / "checkpoint-3" / name)
+    line = expect_problem_at_3(output_dir)
     assert name in line or "it has no weights" in line
 
 
-def test_an_index_of_garbage_sets_its_checkpoint_aside(output_dir: Path) -> None:
+def test_an_invalid_index_excludes_its_checkpoint(output_dir: Path) -> None:
     """The checkpoint is named, skipped and kept."""
     shard(output_dir / "checkpoint-3", listed=False)
     (output_dir / "checkpoint-3" / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
-    expect_damage_at_3(output_dir)
+    expect_problem_at_3(output_dir)
 
 
-def test_three_damaged_checkpoints_are_three_lines_and_a_fresh_start(output_dir: Path) -> None:
+def test_three_incomplete_checkpoints_give_three_lines_and_a_fresh_start(output_dir: Path) -> None:
     """All are kept; a name that is taken gets a number."""
     (output_dir / "incomplete-checkpoint-2").mkdir()
     for folder in list_checkpoints(output_dir):
@@ -166,10 +166,10 @@ def test_three_damaged_checkpoints_are_three_lines_and_a_fresh_start(output_dir:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_resume_past_a_damaged_checkpoint_writes_it_anew(
+def test_a_resume_past_an_incomplete_checkpoint_writes_it_again(
     sharded: bool, output_dir: Path, saved: Path, tiny_model: Path
 ) -> None:
-    """The run goes on from checkpoint-2 to the same checkpoint-3."""
+    """The run resumes from checkpoint-2 and writes the same checkpoint-3."""
     cut_in_half(output_dir / "checkpoint-3" / "optimizer.pt")
     newest_complete_checkpoint(output_dir)
     if sharded:
@@ -179,7 +179,7 @@ def test_a_resume_past_a_damaged_checkpoint_writes_it_anew(
     assert find_problem(output_dir / "checkpoint-3") is None
 
 
-def test_no_pickle_is_read_to_find_problem(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checking_a_checkpoint_reads_no_pickle(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A look at a checkpoint runs nothing of it."""
     monkeypatch.setattr(torch, "load", None)
     monkeypatch.setattr("pickle.load", None)

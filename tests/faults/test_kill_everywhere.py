@@ -14,7 +14,7 @@ from conftest import MakeRecipe
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which Windows has not"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which Windows lacks"),
 ]
 
 EVALUATED = {"eval_dataset": "rows", "eval_strategy": "steps", "eval_steps": 2}
@@ -51,7 +51,7 @@ def test_a_kill_at_any_file_operation_loses_nothing(form: str, make_recipe: Make
 def test_a_disk_of_any_size_ends_the_run_in_a_line_and_loses_nothing(
     checked: str, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    """With room again, the same command ends as a run that never saw a full disk."""
+    """With enough space, the same command ends like a run that never had a full disk."""
     step = os.environ.get("DISK_STEP", "120")  # KiB; a checkpoint takes 2.1 MB, all of the run 5.1
     disks = lines_of("small_disks.py", make_recipe(), tmp_path / "disks", "40", "5600", step, checked)
     wrong = [d for d in disks if d["wrong"] or d["broken"] or (d["code"] and not d["told"])]

@@ -14,13 +14,13 @@ from runs import train
 from arpo_trl.run_folder import list_checkpoints
 from arpo_trl.training.checkpoints import newest_complete_checkpoint
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL, which Windows has not")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL, which Windows lacks")
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_save_killed_at_any_point_loses_no_earlier_checkpoint(kills: int, tmp_path: Path, tiny_model: Path) -> None:
-    """That many kills under save_total_limit none, 1 and 2: a whole checkpoint is found each time, every tensor in it
-    is of its step, the half-written one is named, and a run goes on from there.
+    """That many kills under save_total_limit none, 1 and 2: a complete checkpoint is found each time, every tensor in it
+    is of its step, the half-written one is reported, and a run resumes from there.
     """
     script = Path(__file__).with_name("killed_saves.py")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]), "OMP_NUM_THREADS": "1"}

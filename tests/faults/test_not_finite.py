@@ -62,7 +62,7 @@ def rows_of_step(step: int, rows_a_step: int) -> set[str]:
     ],
 )
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_a_value_that_is_not_finite_stops_the_run_at_its_step(
+def test_a_non_finite_value_stops_the_run_at_its_step(
     gradient: bool,
     value: float,
     changes: dict[str, Any],
@@ -95,7 +95,7 @@ def test_the_rows_of_all_accumulated_batches_are_named(
 
 
 @pytest.mark.parametrize("changes", [{"packing": True}, {"padding_free": True}], ids=["packing", "padding_free"])
-def test_rows_laid_end_to_end_are_named(
+def test_padding_free_rows_are_named(
     changes: dict[str, Any], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A packed batch names the rows that were packed into it, no others."""
@@ -125,7 +125,7 @@ def test_a_broken_weight_is_named(tmp_path: Path, tiny_model: Path) -> None:
         trainer.train()
 
 
-def test_a_nan_under_main_is_one_line_and_exit_code_1(
+def test_a_nan_gives_one_line_and_exit_code_1(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No final model, no checkpoint, and run.json does not say finished."""
@@ -141,7 +141,7 @@ def test_a_nan_under_main_is_one_line_and_exit_code_1(
 
 # --- no memory ---
 
-REFUSALS = [
+OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError(
         "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
@@ -153,14 +153,14 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("error", REFUSALS, ids=lambda e: f"{type(e).__name__}_{str(e)[:20]}")
-def test_a_refusal_of_memory_is_known(error: Exception) -> None:
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda e: f"{type(e).__name__}_{str(e)[:20]}")
+def test_an_out_of_memory_error_is_recognized(error: Exception) -> None:
     """CUDA, cuBLAS, MPS, the CPU and Python each say it in their own way."""
     assert is_out_of_memory(error)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("memory")])
-def test_another_error_is_not_taken_for_it(error: Exception) -> None:
+def test_another_error_is_not_taken_for_out_of_memory(error: Exception) -> None:
     """Its own words are kept."""
     assert not is_out_of_memory(error)
 
@@ -193,7 +193,7 @@ def test_another_error_is_not_taken_for_it(error: Exception) -> None:
     ],
     ids=["training", "training_one_row", "without_checkpointing", "optimizer", "step", "evaluation"],
 )
-def test_no_memory_is_one_message_with_the_shape_and_the_ways_out(
+def test_out_of_memory_gives_one_line_with_the_shape_and_the_fixes(
     where: str,
     changes: dict[str, Any],
     expected: str,
@@ -204,20 +204,20 @@ def test_no_memory_is_one_message_with_the_shape_and_the_ways_out(
     """What is cheapest to change comes first."""
     trainer: Any = make_trainer(tmp_path, tiny_model, **changes)
 
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise REFUSALS[0]
+    def run_out_of_memory(*args: Any, **kwargs: Any) -> Any:
+        raise OUT_OF_MEMORY[0]
 
     if where == "prediction_step":
         where = "compute_loss"
         real = trainer.compute_loss
-        monkeypatch.setattr(trainer, where, lambda m, *a, **k: real(m, *a, **k) if m.training else refuse())
+        monkeypatch.setattr(trainer, where, lambda m, *a, **k: real(m, *a, **k) if m.training else run_out_of_memory())
     else:
-        monkeypatch.setattr(trainer, where, refuse)
+        monkeypatch.setattr(trainer, where, run_out_of_memory)
     with pytest.raises(RunFailed, match="step [12]: out of memory on cpu.*" + expected):
         trainer.train()
 
 
-def test_an_unexpected_error_is_one_line_and_a_traceback_in_the_log(
+def test_an_unexpected_error_gives_one_line_and_a_traceback_in_the_log(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 1; the line names the error, our line, and the log."""
@@ -234,7 +234,7 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_in_the_log(
     assert "Traceback (most recent call last)" in log.read_text(encoding="utf-8")
 
 
-def test_the_preflight_meets_the_row_that_does_not_fit(
+def test_the_preflight_detects_a_row_that_does_not_fit(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch that would die at its turn dies before step 1."""
@@ -243,18 +243,18 @@ def test_the_preflight_meets_the_row_that_does_not_fit(
         trainer: Any = make_trainer(tmp_path, tiny_model, preflight=preflight)
         real = trainer.compute_loss
 
-        def refuse_the_longest(model: Any, inputs: Any, *args: Any, real: Any = real, **kwargs: Any) -> Any:
+        def reject_the_longest(model: Any, inputs: Any, *args: Any, real: Any = real, **kwargs: Any) -> Any:
             if inputs["input_ids"].shape[1] >= longest:
-                raise REFUSALS[0]
+                raise OUT_OF_MEMORY[0]
             return real(model, inputs, *args, **kwargs)
 
-        monkeypatch.setattr(trainer, "compute_loss", refuse_the_longest)
+        monkeypatch.setattr(trainer, "compute_loss", reject_the_longest)
         with pytest.raises(RunFailed, match=f"2 x {longest} tokens"):
             trainer.train()
         assert (trainer.state.global_step >= step) if step else trainer.state.global_step == 0
 
 
-def test_a_run_that_was_stopped_by_a_nan_goes_on_from_its_last_checkpoint(
+def test_a_run_stopped_by_a_nan_resumes_from_its_last_checkpoint(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of the broken step is in it."""

@@ -1,4 +1,4 @@
-"""Whose folder output_dir is: what is gone on from, refused, removed, and never touched."""
+"""output_dir: which folders are resumed, rejected, deleted, and never changed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def finished(output_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize("by", ["manifest", "config.json", "adapter_config.json"])
-def test_a_finished_run_or_a_model_is_refused(by: str, make_recipe: MakeRecipe, output_dir: Path) -> None:
+def test_a_folder_with_a_finished_run_or_a_model_is_rejected(
+    by: str, make_recipe: MakeRecipe, output_dir: Path
+) -> None:
     """One line that names the key; nothing is removed."""
     if by == "manifest":
         (output_dir / "run.json").write_text(
@@ -47,20 +49,20 @@ def test_a_finished_run_or_a_model_is_refused(by: str, make_recipe: MakeRecipe, 
     assert len(list_checkpoints(output_dir)) == 3
 
 
-def test_a_finished_run_is_gone_on_from_when_that_is_asked_for(make_recipe: MakeRecipe, finished: Path) -> None:
+def test_a_finished_run_is_resumed_if_asked(make_recipe: MakeRecipe, finished: Path) -> None:
     """resume_from_checkpoint beats both the manifest and overwrite_output_dir."""
     for overwrite in ("true", "false"):
         found = resume(make_recipe(), resume_from_checkpoint="true", overwrite_output_dir=overwrite)
         assert found == (finished / "checkpoint-3", [])
 
 
-def test_an_unfinished_run_is_gone_on_from(make_recipe: MakeRecipe, output_dir: Path) -> None:
+def test_an_unfinished_run_is_resumed(make_recipe: MakeRecipe, output_dir: Path) -> None:
     """The same command after a crash just works."""
     assert resume(make_recipe()) == (output_dir / "checkpoint-3", [])
 
 
 @pytest.mark.parametrize("place", ["itself", "checkpoint", "link", "adapter"])
-def test_a_model_in_the_run_folder_is_refused(
+def test_a_base_model_in_the_output_dir_is_rejected(
     place: str, make_recipe: MakeRecipe, output_dir: Path, tmp_path: Path
 ) -> None:
     """It would be overwritten, or removed before it is read."""
@@ -74,7 +76,7 @@ def test_a_model_in_the_run_folder_is_refused(
     assert len(list_checkpoints(output_dir)) == 3
 
 
-def test_an_output_dir_that_is_a_file_or_below_one_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_an_output_dir_that_is_a_file_or_below_one_is_rejected(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """One line, and the file stays."""
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/1/run")):
@@ -100,7 +102,7 @@ def test_an_output_dir_that_is_a_file_or_below_one_is_refused(make_recipe: MakeR
         ("{run}/checkpoint-1", r"checkpoint-1 can't be resumed from \(optimizer.pt is missing\); choose another"),
     ],
 )
-def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused_by_name(
+def test_a_missing_or_incomplete_checkpoint_is_rejected_by_name(
     wanted: str, message: str, make_recipe: MakeRecipe, output_dir: Path
 ) -> None:
     """One line that lists those there are."""
@@ -110,7 +112,7 @@ def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused_by_name(
     assert len(list_checkpoints(output_dir)) == 3
 
 
-def test_checkpoints_newer_than_the_one_that_is_named_are_set_aside(make_recipe: MakeRecipe, output_dir: Path) -> None:
+def test_checkpoints_newer_than_the_named_one_are_renamed(make_recipe: MakeRecipe, output_dir: Path) -> None:
     """They are of another course: the next resume would take the newest."""
     found, lines = resume(make_recipe(resume_from_checkpoint=str(output_dir / "checkpoint-1")))
     assert found == output_dir / "checkpoint-1" and len(lines) == 2
@@ -118,8 +120,10 @@ def test_checkpoints_newer_than_the_one_that_is_named_are_set_aside(make_recipe:
     assert (output_dir / "superseded-checkpoint-3" / "optimizer.pt").exists()
 
 
-def test_nothing_to_resume_from_is_refused_with_what_was_found(make_recipe: MakeRecipe, output_dir: Path) -> None:
-    """The lines about damaged checkpoints are part of the error."""
+def test_an_error_without_a_complete_checkpoint_lists_the_incomplete_ones(
+    make_recipe: MakeRecipe, output_dir: Path
+) -> None:
+    """The lines about incomplete checkpoints are part of the error."""
     for folder in list_checkpoints(output_dir):
         (folder / "optimizer.pt").unlink()
     with pytest.raises(
@@ -129,7 +133,7 @@ def test_nothing_to_resume_from_is_refused_with_what_was_found(make_recipe: Make
         resume(make_recipe(resume_from_checkpoint=True))
 
 
-def test_a_checkpoint_of_llamafactory_is_resumed_from_in_words(
+def test_a_checkpoint_of_llamafactory_is_resumed_with_a_notice(
     make_recipe: MakeRecipe, output_dir: Path, saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It has no run.json, no files.json, none of our log's state and none of its seconds: the run says what it could not
@@ -150,10 +154,10 @@ def test_a_checkpoint_of_llamafactory_is_resumed_from_in_words(
 # --- starting over ---
 
 
-def test_overwriting_removes_the_earlier_run_and_nothing_else(
+def test_overwriting_deletes_the_earlier_run_and_nothing_else(
     make_recipe: MakeRecipe, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Checkpoints and logs of the earlier run go, and one line says so; foreign files and folders stay."""
+    """Checkpoints and logs of the earlier run are deleted, which one line reports; other files and folders stay."""
     foreign = [
         "notes.txt",
         "checkpoint-best/x",
@@ -192,7 +196,7 @@ def test_overwriting_removes_the_earlier_run_and_nothing_else(
     ],
     ids=lambda m: next(iter(m)),
 )
-def test_a_mistake_in_the_recipe_removes_nothing(
+def test_an_error_in_the_recipe_deletes_nothing(
     mistake: dict[str, Any], make_recipe: MakeRecipe, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The earlier run goes only once the new one is about to begin."""
@@ -206,7 +210,7 @@ def test_a_mistake_in_the_recipe_removes_nothing(
 def test_nothing_is_written_outside_the_run_folder(
     make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not in the working directory, not beside the data or the model; only libraries fill their caches."""
+    """Not in the working directory, not next to the data or the model; only libraries fill their caches."""
 
     def listing() -> dict[str, float]:
         files = [*tmp_path.rglob("*"), *tiny_model.rglob("*")]
@@ -224,10 +228,10 @@ def test_nothing_is_written_outside_the_run_folder(
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"model.safetensors", "run.json", "training_loss.png"}
 
 
-def test_a_run_killed_in_its_final_save_is_finished_by_the_same_command(
+def test_a_run_killed_in_its_final_save_is_completed_by_the_same_command(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """run.json says finished only when the model is there; the second run takes no step and saves it."""
+    """run.json has status finished only once the model is saved; the second run takes no step and saves it."""
     path = make_recipe()
     with monkeypatch.context() as patch:
 
@@ -246,7 +250,7 @@ def test_a_run_killed_in_its_final_save_is_finished_by_the_same_command(
     assert (run / "model.safetensors").exists() and len(list(run.iterdir())) > 10
 
 
-def test_a_recipe_and_a_readme_of_the_users_own_stay(
+def test_a_users_recipe_and_readme_are_kept(
     make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line for each says under which name the run writes its own, which the next run finds again."""

@@ -27,7 +27,7 @@ def run_on_two(path: Path, *overrides: str) -> tuple[int, str]:
     return process.returncode, told
 
 
-def test_a_folder_that_is_refused_stops_both(make_recipe: MakeRecipe, output_dir: Path) -> None:
+def test_an_output_dir_error_stops_both_processes(make_recipe: MakeRecipe, output_dir: Path) -> None:
     """Both look at the folder, and one says what it holds."""
     text = '{"status": "finished", "recipe": {}, "data": {}, "versions": {}}'
     (output_dir / "run.json").write_text(text, encoding="utf-8")
@@ -37,7 +37,7 @@ def test_a_folder_that_is_refused_stops_both(make_recipe: MakeRecipe, output_dir
     assert "exitcode  : 2" in told, told  # torchrun may stop the other before it has ended by itself
 
 
-def test_fsdp_is_refused_for_one_process_and_trains_on_two(make_recipe: MakeRecipe) -> None:
+def test_fsdp_is_rejected_for_one_process_and_trains_on_two(make_recipe: MakeRecipe) -> None:
     path, sharded = make_recipe(), "fsdp=full_shard auto_wrap"
     process = start([*COMMANDS["python"], str(path), sharded])
     told = process.communicate(timeout=100)[0]
@@ -46,8 +46,8 @@ def test_fsdp_is_refused_for_one_process_and_trains_on_two(make_recipe: MakeReci
     assert code == 0 and "FSDP needs GPUs (accelerate 1.15): each process has the complete model" in told, told
 
 
-def test_a_nan_on_one_stops_both(make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path) -> None:
-    """The model is broken for both; each says so once, and no checkpoint is written."""
+def test_a_nan_in_one_process_stops_both(make_recipe: MakeRecipe, tmp_path: Path, tiny_model: Path) -> None:
+    """The model is broken for both; each reports it once, and no checkpoint is written."""
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -61,7 +61,7 @@ def test_a_nan_on_one_stops_both(make_recipe: MakeRecipe, tmp_path: Path, tiny_m
     assert list_checkpoints(tmp_path / "run") == []
 
 
-def test_a_full_disk_of_the_main_process_is_known_to_both(make_recipe: MakeRecipe, small_disk: Path) -> None:  # noqa: F811
+def test_a_full_disk_of_the_main_process_is_handled_by_both(make_recipe: MakeRecipe, small_disk: Path) -> None:  # noqa: F811
     """on_save_error: continue: the save fails on one, and both take the next step."""
     run = small_disk / "run"
     path = make_recipe(output_dir=str(run), save_steps=1, on_save_error="continue", per_device_train_batch_size=1)
@@ -71,8 +71,8 @@ def test_a_full_disk_of_the_main_process_is_known_to_both(make_recipe: MakeRecip
     assert [find_problem(p) for p in list_checkpoints(run)] == [None]
 
 
-def test_a_run_of_two_is_not_gone_on_from_by_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """world_size decides the batches: refused with the list."""
+def test_one_process_does_not_resume_a_run_of_two(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """world_size affects the batches, so it is listed as a change."""
     from arpo_trl.__main__ import main
 
     path = make_recipe(per_device_train_batch_size=1)
@@ -86,7 +86,7 @@ def test_a_run_of_two_is_not_gone_on_from_by_one(make_recipe: MakeRecipe, tmp_pa
 
 
 @pytest.mark.parametrize("changes", [{}, {"group_by_length": True}], ids=["random", "by_length"])
-def test_two_go_on_in_their_second_epoch_over_rows_that_do_not_divide(
+def test_two_processes_resume_in_the_second_epoch_with_an_odd_number_of_rows(
     changes: dict[str, bool], make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     """7 rows, one a process and step: log, weights and moments are those of the run that was not stopped."""

@@ -1,4 +1,4 @@
-"""A run that is killed, or stopped, where its last step, its epoch's end or its evaluation is: it ends as if whole."""
+"""A run killed or stopped at its last step, an epoch's end or an evaluation ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def killed() -> None:
         pytest.param(ArpoTrainer, "training_step", 4, {**EVALUATED, "eval_on_start": True}, id="eval_on_start"),
     ],
 )  # fmt: skip
-def test_a_killed_run_ends_as_one_that_was_not(
+def test_a_killed_run_ends_like_an_uninterrupted_one(
     cls: Any,
     method: str,
     call: int,
@@ -81,7 +81,7 @@ def test_a_signal_stops_an_evaluation_at_its_next_batch(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It is said at once, and saved with what led to the evaluation; the resumed run takes it from the beginning."""
+    """It is reported at once, and saved with the steps before the evaluation, which the resumed run repeats."""
     changes = EVALUATED | {"load_best_model_at_end": True, "save_total_limit": 1, "max_steps": 5}
     path = str(make_recipe(lr_scheduler_type="constant", **changes))
     with monkeypatch.context() as patch:
@@ -100,7 +100,7 @@ def test_a_signal_stops_an_evaluation_at_its_next_batch(
 def test_a_signal_in_the_evaluation_before_the_first_step_has_nothing_to_save(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is said; the same command starts the run."""
+    """It is reported; the same command starts the run."""
     path = str(make_recipe(eval_on_start=True, **EVALUATED))
     with monkeypatch.context() as patch:
         at_call(patch, "prediction_step", 1, send(signal.SIGTERM))
@@ -110,7 +110,7 @@ def test_a_signal_in_the_evaluation_before_the_first_step_has_nothing_to_save(
     assert main([path]) == 0
 
 
-def test_the_patience_is_that_of_the_log() -> None:
+def test_early_stopping_counts_in_the_log() -> None:
     """Evaluations in a row that are no better than the best, without the one before the first step."""
     from types import SimpleNamespace
 
@@ -123,7 +123,7 @@ def test_the_patience_is_that_of_the_log() -> None:
         assert control.should_training_stop == (count == 5)
 
 
-def test_the_lines_of_an_evaluation_that_was_stopped_are_dropped() -> None:
+def test_the_lines_of_a_stopped_evaluation_are_dropped() -> None:
     """Those at the checkpoint's step that its state does not have."""
     lines = [{"current_steps": 1}, {"current_steps": 2, "loss": 1.0}, {"current_steps": 2, "eval_a_loss": 2.0}]
     state = TrainerState(global_step=2, log_history=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
@@ -131,8 +131,8 @@ def test_the_lines_of_an_evaluation_that_was_stopped_are_dropped() -> None:
     assert lines_until([*lines, {"current_steps": 3}], state) == lines[:2]
 
 
-def test_a_run_killed_while_its_results_are_written_ends(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """A file that a kill left empty is written anew; two runs give one folder the figures of both."""
+def test_a_run_killed_while_writing_results_can_be_resumed(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """A file that a kill left empty is written again."""
     path = str(make_recipe())
     assert main([path]) == 0
     run = tmp_path / "run"

@@ -68,7 +68,7 @@ def status(run: Path) -> str:
         pytest.param(signal.SIGTERM, "evaluate", 1, 2, id="sigterm_in_an_evaluation", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_and_stops_and_the_printed_command_goes_on_bit_for_bit(
+def test_a_signal_saves_and_the_printed_command_resumes_bit_for_bit(
     number: int,
     method: str,
     call: int,
@@ -103,7 +103,7 @@ def test_the_second_ctrl_c_stops_at_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Exit code 130 and nothing saved of the step; the run goes on from the checkpoint before."""
+    """Exit code 130 and nothing of the step saved; the run resumes from the checkpoint before."""
     at_call(monkeypatch, "training_step", 3, send(signal.SIGINT, signal.SIGINT))
     assert main([str(make_recipe())]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted by Ctrl-C"
@@ -113,7 +113,7 @@ def test_the_second_ctrl_c_stops_at_once(
 @pytest.mark.parametrize(
     ("numbers", "code"), [((signal.SIGINT, signal.SIGTERM), 130), ((signal.SIGTERM, signal.SIGINT), 143)]
 )
-def test_a_second_signal_of_the_other_kind_changes_nothing(
+def test_a_second_different_signal_changes_nothing(
     numbers: tuple[int, ...], code: int, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A launcher that dies of Ctrl-C sends its own SIGTERM: the first signal decides."""
@@ -135,7 +135,7 @@ def test_a_ctrl_c_before_the_first_step_stops_at_once(
 def test_a_signal_in_the_preflight_stops_after_the_first_step(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint is there."""
+    """The checkpoint exists."""
     at_call(monkeypatch, "on_train_begin", 1, send(signal.SIGTERM), BeforeFirstStep)
     assert main([str(make_recipe(preflight=True))]) == 143
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["checkpoint-1"]
@@ -144,16 +144,16 @@ def test_a_signal_in_the_preflight_stops_after_the_first_step(
 @pytest.mark.parametrize(
     ("method", "call"), [("training_step", 4), ("save_final_model", 1)], ids=["in_the_last_step", "in_the_final_save"]
 )
-def test_a_signal_at_the_end_lets_the_run_end(
+def test_a_signal_at_the_end_lets_the_run_finish(
     method: str, call: int, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model is saved, exit code 0: there is nothing to go on with."""
+    """The model is saved, exit code 0: nothing is left to resume."""
     at_call(monkeypatch, method, call, send(signal.SIGTERM))
     assert main([str(make_recipe())]) == 0
     assert status(tmp_path / "run") == "finished" and (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_a_stop_keeps_its_checkpoint_though_another_was_better(
+def test_a_stop_keeps_its_checkpoint_even_if_another_was_better(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At its end, Trainer deletes all but the best under save_total_limit 1; not when a signal stopped it."""
@@ -210,7 +210,7 @@ COMMANDS = {
 }
 
 
-def go_on_and_compare(path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def resume_and_compare(path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three steps more are those of the run that never stopped."""
     (stopped,) = list_checkpoints(run)
     step = int(stopped.name.split("-")[1])
@@ -231,10 +231,10 @@ def go_on_and_compare(path: Path, run: Path, capsys: pytest.CaptureFixture[str])
         pytest.param(signal.SIGINT, 130, True, id="ctrl_c_and_on", marks=pytest.mark.slow),
     ],
 )
-def test_a_process_that_gets_a_signal_saves_and_says_how_to_go_on(
+def test_a_process_saves_on_a_signal_and_prints_how_to_resume(
     number: int, code: int, compare: bool, make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The exit code is the shell's for the signal; the run that goes on is the one that never stopped."""
+    """The exit code is the shell's for the signal; the resumed run equals the uninterrupted one."""
     path = make_recipe(**LONG)
     process = start([*COMMANDS["python"], str(path)])
     read_until(process, "step 3/")
@@ -246,7 +246,7 @@ def test_a_process_that_gets_a_signal_saves_and_says_how_to_go_on(
     )
     assert "Traceback" not in told and not (tmp_path / "run" / "model.safetensors").exists()
     if compare:
-        go_on_and_compare(path, tmp_path / "run", capsys)
+        resume_and_compare(path, tmp_path / "run", capsys)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
@@ -273,12 +273,12 @@ def test_a_run_stops_when_its_launcher_dies(
     assert wait_for(lambda: status(run) == "stopped", 60)
     assert "stopped by SIGTERM at step" in (run / "training.log").read_text(encoding="utf-8")
     assert not (run / "model.safetensors").exists()
-    go_on_and_compare(path, run, capsys)
+    resume_and_compare(path, run, capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["python", "accelerate"])
-def test_a_ctrl_c_for_the_whole_process_group_saves(
+def test_a_ctrl_c_for_the_process_group_saves(
     launcher: str, make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As from a terminal: launcher, run and two dataloader workers get it at once."""
@@ -290,7 +290,7 @@ def test_a_ctrl_c_for_the_whole_process_group_saves(
     run = tmp_path / "run"
     assert wait_for(lambda: status(run) == "stopped", 30), told
     assert "stopped by SIGINT at step" in (run / "training.log").read_text(encoding="utf-8")
-    go_on_and_compare(path, run, capsys)
+    resume_and_compare(path, run, capsys)
 
 
 @pytest.mark.slow
@@ -306,7 +306,7 @@ def test_a_closed_stdout_does_not_stop_a_run(make_recipe: MakeRecipe, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_a_run_killed_with_sigkill_goes_on_bit_for_bit(
+def test_a_run_killed_with_sigkill_resumes_bit_for_bit(
     seed: int, make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """kill -9 anywhere in a run that saves every second step: the same command ends as if nothing had been."""
@@ -326,8 +326,8 @@ def test_a_run_killed_with_sigkill_goes_on_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_two_processes_stop_together_and_go_on(number: int, make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """Under torchrun the launcher passes the signal on; both agree on the step, and two processes go on from it."""
+def test_two_processes_stop_together_and_resume(number: int, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """torchrun forwards the signal; both processes stop at the same step, and two processes resume from it."""
     path = make_recipe(per_device_train_batch_size=1, **LONG)
     process = start([*COMMANDS["torchrun"], str(path)])
     read_until(process, "step 3/")

@@ -1,4 +1,4 @@
-"""Two runs in one output folder: the second is refused, and a run that died refuses nobody."""
+"""Two runs in one output folder: the second is rejected, unless the first has died."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from arpo_trl.__main__ import main
 from arpo_trl.recipe import read_recipe
 from arpo_trl.training.output_dir import LOCK, own_output_dir
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL, which Windows has not")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL, which Windows lacks")
 
 
 def hold(path: Path) -> tuple[int, Callable[[], None]]:
@@ -40,10 +40,10 @@ def hold(path: Path) -> tuple[int, Callable[[], None]]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"overwrite_output_dir": True}], ids=["same_command", "overwrite"])
-def test_the_second_run_is_refused_in_a_line_that_names_the_first(
+def test_a_second_run_is_rejected_in_a_line_that_names_the_first(
     changes: dict[str, bool], make_recipe: MakeRecipe, output_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is touched. Once the first is killed, the same command goes on, though its workers still live."""
+    """Nothing is changed. Once the first is killed, the same command runs, even if its workers are still alive."""
     path = make_recipe(max_steps=3, save_steps=1, **changes)
     before = sorted(output_dir.rglob("*"))
     pid, kill = hold(path)
@@ -60,7 +60,7 @@ def test_the_second_run_is_refused_in_a_line_that_names_the_first(
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_refuses_nobody(
+def test_a_file_system_without_locks_rejects_no_run(
     error: int, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As some NFS mounts."""
@@ -79,7 +79,7 @@ def test_a_file_system_without_locks_refuses_nobody(
         kill()
 
 
-def test_a_folder_is_free_again_in_the_process_that_owned_it(make_recipe: MakeRecipe) -> None:
+def test_the_process_that_owned_a_folder_can_use_it_again(make_recipe: MakeRecipe) -> None:
     """A program may start one run after the other."""
     recipe = read_recipe(make_recipe())
     for _ in range(2):

@@ -96,7 +96,7 @@ def test_code_in_the_folder_of_a_known_architecture_does_not_run(
     tiny_model: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """transformers has Qwen2 built in, so trust_remote_code is not used, and one line says so."""
+    """transformers has Qwen2 built in, so trust_remote_code is not used, which one line reports."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     proof = tmp_path / "ran"
     (model / "strange.py").write_text(

@@ -34,7 +34,7 @@ def log_of(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()[1:]
 
 
-def test_a_line_reaches_both_and_a_progress_bar_only_the_terminal(
+def test_lines_reach_terminal_and_log_but_a_progress_bar_only_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with logged_to(tmp_path / "log"):
@@ -75,7 +75,7 @@ def test_a_python_warning_is_shown_and_in_the_log(
     assert capsys.readouterr().err.count("UserWarning: use another kernel") == 1
 
 
-def test_what_a_terminal_would_obey_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with logged_to(tmp_path / "log"):
         say("run \x1b]0;title\x07 \u202egpj.exe \r 100 %")
     escaped = r"run \x1b]0;title\x07 \u202egpj.exe \r 100 %"
@@ -97,7 +97,7 @@ def test_each_session_begins_with_its_date_and_command_and_is_appended_until_a_r
     assert [line[:6] for line in log.read_text(encoding="utf-8").splitlines()[1:]] == ["before", "after"]
 
 
-def test_the_traceback_of_what_nobody_expected_is_in_the_log_and_the_error_says_so(tmp_path: Path) -> None:
+def test_an_unexpected_errors_traceback_is_in_the_log_and_the_error_points_to_it(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError) as caught, logged_to(tmp_path / "log"):
         1 / 0  # noqa: B018
     lines = log_of(tmp_path / "log")
@@ -111,7 +111,7 @@ def test_the_error_that_ends_a_run_is_in_its_log(tmp_path: Path) -> None:
     assert log_of(tmp_path / "log") == ["step 7: the loss is nan"]
 
 
-def test_a_terminal_that_went_away_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_terminal_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", GoneTerminal())
     with logged_to(tmp_path / "log"):
         say("still here")
@@ -124,7 +124,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     assert not (tmp_path / "log").exists()
 
 
-def test_lines_printed_beside_a_bar_stand_above_it_and_in_the_log(
+def test_lines_printed_during_a_progress_bar_appear_above_it_and_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = Terminal()
@@ -144,12 +144,12 @@ def test_lines_printed_beside_a_bar_stand_above_it_and_in_the_log(
     assert line.split("\r")[-1] == "step 5  eval_loss 1.0" and line.split("\r")[-2].strip() == ""  # bar wiped first
 
 
-def test_there_is_no_bar_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_gets_no_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     assert start_bar(total=10, initial=0) is None
     assert capsys.readouterr() == ("", "")
 
 
-def test_warnings_that_a_user_can_act_on_stay_and_libraries_bars_go_from_a_pipe() -> None:
+def test_useful_warnings_stay_and_libraries_bars_are_off_in_a_pipe() -> None:
     code = """
 import warnings
 from arpo_trl.report import console
@@ -172,7 +172,7 @@ for keys in (["lm_head.weight"], ["model.norm.weight"]):
     assert "renamed" not in found.stderr and "pin_memory" not in found.stderr
 
 
-def test_nothing_in_the_package_prints_past_the_log() -> None:
+def test_nothing_in_the_package_bypasses_the_log() -> None:
     """But the command line's answers, a chat, and the process that runs its Python: no log keeps these."""
     package = Path(console.__file__).parents[1]
     printing = {

@@ -24,7 +24,7 @@ pytestmark = small_run.QUIET
 
 @pytest.fixture(scope="module")
 def home(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home folder with a recipe, in which a process of its own ran it with secrets in its environment."""
+    """A home folder with a recipe, in which a child process ran it with secrets in its environment."""
     home = tmp_path_factory.mktemp("home")
     (home / "work").mkdir()
     recipe = small_run.make_recipe(home / "work", tiny_model, val_size=3, do_eval=True, tokenized_path=None)
@@ -49,7 +49,7 @@ def run(home: Path) -> Path:
     return home / "work" / "run"
 
 
-def test_the_head_of_the_card_is_what_the_hub_reads(run: Path) -> None:
+def test_the_cards_header_is_valid_metadata_for_the_hub(run: Path) -> None:
     data = ModelCard.load(run / "README.md").data.to_dict()
     assert data == {
         "library_name": "transformers",
@@ -59,7 +59,7 @@ def test_the_head_of_the_card_is_what_the_hub_reads(run: Path) -> None:
     }  # no base_model: a local folder is no hub id; no licence: the publisher states it
 
 
-def test_the_card_tells_data_losses_recipe_versions_and_how_to_chat(run: Path, tiny_model: Path) -> None:
+def test_the_card_has_data_losses_recipe_versions_and_usage(run: Path, tiny_model: Path) -> None:
     card = (run / "README.md").read_text(encoding="utf-8")
     manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
     counts = manifest["audit"]["counting"]
@@ -84,7 +84,7 @@ def use_section(card: Path) -> tuple[str, str]:
     return python.removeprefix("python\n"), rest
 
 
-def test_the_cards_python_answers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cards_python_code_runs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     python, rest = use_section(run / "README.md")
     names: dict[str, Any] = {}
     exec(python, names)
@@ -92,7 +92,7 @@ def test_the_cards_python_answers(run: Path, capsys: pytest.CaptureFixture[str])
     assert f"vllm serve {run}`" in rest and f"convert_hf_to_gguf.py {run} " in rest and "merge" not in rest
 
 
-def test_an_adapters_card_says_how_to_merge_or_to_serve_it_beside_its_base(
+def test_an_adapters_card_has_the_commands_to_merge_and_to_serve_it(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = small_run.run(tmp_path, tiny_model, finetuning_type="lora")
@@ -101,14 +101,14 @@ def test_an_adapters_card_says_how_to_merge_or_to_serve_it_beside_its_base(
     names: dict[str, Any] = {}
     exec(python, names)
     assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1] and capsys.readouterr().out
-    beside = f"vllm serve {tiny_model} --enable-lora --lora-modules run={run} --generation-config {run}"
-    assert beside in rest and f"vllm serve {run}-merged`" in rest
+    unmerged = f"vllm serve {tiny_model} --enable-lora --lora-modules run={run} --generation-config {run}"
+    assert unmerged in rest and f"vllm serve {run}-merged`" in rest
     merge = next(line for line in rest.splitlines() if line.startswith("arpo-trl merge"))
     assert main(merge.split()[1:]) == 0
     assert AutoModelForCausalLM.from_pretrained(f"{run}-merged").config.model_type == "qwen2"
 
 
-def test_a_base_model_goes_by_its_hub_id_or_the_name_of_its_folder(tmp_path: Path) -> None:
+def test_a_base_model_is_named_by_its_hub_id_or_folder(tmp_path: Path) -> None:
     cached = tmp_path / "models--Qwen--Qwen2.5-0.5B" / "snapshots" / "060db6499f32faf8b98477b0a26969ef7d8b9987"
     cached.mkdir(parents=True)
     (tmp_path / "my-model").mkdir()

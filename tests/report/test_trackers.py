@@ -1,4 +1,4 @@
-"""Trackers write inside output_dir, tell what the run was, and go on in the same run when it is resumed."""
+"""Trackers write inside output_dir, record the run's inputs, and continue the same run when it is resumed."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def tracked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield folder
 
 
-def test_wandb_holds_the_recipe_the_audit_and_the_versions_as_config(tracked: Path) -> None:
+def test_the_wandb_config_has_recipe_audit_and_versions(tracked: Path) -> None:
     folder = sorted((tracked / "run" / "wandb").glob("offline-run-*"))[0]
     run, config, _, _ = wandb_run(folder)
     assert (run.project, run.display_name) == ("arpo", "cold start")
@@ -142,7 +142,7 @@ def test_wandb_holds_the_recipe_the_audit_and_the_versions_as_config(tracked: Pa
         assert config[part] == manifest[part]
 
 
-def test_a_resumed_run_goes_on_in_the_same_wandb_run(tracked: Path) -> None:
+def test_a_resumed_run_continues_its_wandb_run(tracked: Path) -> None:
     folders = sorted((tracked / "run" / "wandb").glob("offline-run-*"))
     runs = [wandb_run(folder) for folder in folders]
     manifest = json.loads((tracked / "run" / "run.json").read_text(encoding="utf-8"))
@@ -154,7 +154,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tracked: Path) -> None:
             assert [[line[step] for line in session] for session in lines] == expected
 
 
-def test_figures_after_a_resume_are_those_of_the_whole_run(tracked: Path) -> None:
+def test_figures_after_a_resume_cover_the_whole_run(tracked: Path) -> None:
     logged = (tracked / "run" / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [line["loss"] for line in map(json.loads, logged) if "loss" in line]
     results = json.loads((tracked / "run" / "train_results.json").read_text(encoding="utf-8"))
@@ -191,21 +191,21 @@ def test_tensorboard_has_one_curve_for_a_resumed_run(tracked: Path) -> None:
 
 def test_trackers_write_no_secret_and_nothing_outside_output_dir(tracked: Path) -> None:
     assert files_that_hold(SECRETS, tracked) == []
-    assert files_that_hold({"the recipe's": "cold start"}, tracked)  # the search finds what is there
+    assert files_that_hold({"the recipe's": "cold start"}, tracked)  # the search works
     outside = {path.name for path in tracked.iterdir()} - {"run", "data", "tokenized", "recipe.yaml", "home"}
     left = [p for p in (tracked / "home").rglob("*") if p.is_file() and "matplotlib" not in str(p)]
     assert (outside, left) == (set(), [])
 
 
-def test_a_wandb_that_cannot_begin_a_run_is_told_in_one_line(
+def test_a_failed_wandb_start_is_reported_in_one_line(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import wandb
 
-    def refuse(**kwargs: Any) -> None:
+    def fail(**kwargs: Any) -> None:
         raise wandb.errors.CommError("Run initialization has timed out\nafter 90 s")
 
-    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr(wandb, "init", fail)
     for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
     recipe = small_run.make_recipe(tmp_path, tiny_model, report_to="wandb")

@@ -14,7 +14,7 @@ from arpo_trl.training.check import check, checkpoint_steps, count_steps
 from arpo_trl.training.requirements import check_before_torch
 
 
-def test_check_says_what_the_run_would_do(
+def test_check_prints_what_the_run_would_do(
     chat_recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**9))
@@ -35,15 +35,13 @@ def test_check_says_what_the_run_would_do(
     assert "  save_steps: 2" in lines and not any("cutoff_len" in line for line in lines)
 
 
-def test_check_tells_every_key_when_asked(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_prints_every_key_if_verbose(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     check(chat_recipe, verbose=True)
     lines = capsys.readouterr().out.splitlines()
     assert "  cutoff_len: 2048" in lines and any("##" in line for line in lines)
 
 
-def test_check_tells_the_time_at_the_speed_of_an_earlier_run(
-    chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_estimates_the_time_from_an_earlier_run(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     log = Path(chat_recipe.output_dir) / "trainer_log.jsonl"
     log.parent.mkdir()
     log.write_text("".join(json.dumps({"tokens_per_second": speed}) + "\n" for speed in (1, 2, 500)), encoding="utf-8")
@@ -52,19 +50,17 @@ def test_check_tells_the_time_at_the_speed_of_an_earlier_run(
     assert re.match(r"time     about 0:\d\d:\d\d, at the 2 tokens/s of the earlier run in ", said)
 
 
-def test_check_of_a_stream_says_what_is_unknown(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_a_stream_names_what_is_unknown(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     check(chat_recipe.model_copy(update={"streaming": True, "max_steps": 4}))
     assert "; the rows are read and counted during the run\n" in capsys.readouterr().out
 
 
-def test_check_of_an_evaluation_says_what_is_evaluated(
-    chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_of_an_evaluation_prints_its_data(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     check(chat_recipe.model_copy(update={"do_train": False, "do_eval": True, "dataset": [], "eval_dataset": ["d"]}))
     assert capsys.readouterr().out.startswith("data     d: 11 rows: 10 kept, ")
 
 
-def test_check_counts_what_is_trained_on_not_what_is_held_out(
+def test_check_counts_training_rows_without_held_out_ones(
     chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check(chat_recipe.model_copy(update={"val_size": 0.4}))
@@ -79,14 +75,14 @@ def test_check_counts_what_is_trained_on_not_what_is_held_out(
     assert 0 < seen < whole
 
 
-def test_check_counts_an_adapter_alone(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_counts_only_the_adapter_as_trained(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     check(chat_recipe.model_copy(update={"finetuning_type": "lora"}))
     parameters = next(line for line in capsys.readouterr().out.splitlines() if " trained (" in line).split(": ", 1)[1]
     whole, trained = (int(part.split()[0].replace(",", "")) for part in parameters.split(" parameters, "))
     assert 0 < trained < whole / 2
 
 
-def test_check_refuses_a_disk_that_is_too_small(chat_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_rejects_a_disk_that_is_too_small(chat_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
     reason = r"output_dir: disk full: the whole run needs 0.007 GB, and .*out has 0.000 GB free; free some space or choose another folder, or keep fewer checkpoints"
     with pytest.raises(RecipeError, match=reason):
@@ -122,12 +118,12 @@ def test_steps_are_counted_as_the_trainer_does(changes: dict[str, Any], steps: t
     ("strategy", "every", "steps"),
     [("no", 2, []), ("steps", 3, [3, 6, 7]), ("steps", 0.5, [4, 7]), ("epoch", 2, [3, 6, 7]), ("steps", 100, [7])],
 )
-def test_a_checkpoint_is_written_every_so_often_and_at_the_end(strategy: str, every: float, steps: list[int]) -> None:
+def test_checkpoints_are_written_periodically_and_at_the_end(strategy: str, every: float, steps: list[int]) -> None:
     args: Any = SimpleNamespace(save_strategy=strategy, save_steps=every)
     assert checkpoint_steps(args, per_epoch=3, total=7) == steps
 
 
-def test_of_the_best_there_may_be_a_checkpoint_after_each_evaluation() -> None:
+def test_save_strategy_best_has_at_most_one_checkpoint_per_evaluation() -> None:
     args: Any = SimpleNamespace(save_strategy="best", save_steps=100, eval_strategy="steps", eval_steps=3)
     assert checkpoint_steps(args, per_epoch=3, total=7) == [3, 6, 7]
     args.eval_strategy = "epoch"

@@ -170,19 +170,19 @@ def test_two_processes_leave_the_files_of_one(one: Path, two: Path) -> None:
     assert (two / "row_audit.jsonl").read_bytes() == (one / "row_audit.jsonl").read_bytes()
 
 
-def test_two_processes_speak_with_one_voice(two: Path) -> None:
+def test_only_one_of_two_processes_prints(two: Path) -> None:
     printed = (two / "printed").read_text(encoding="utf-8").splitlines()
     told = (two / "training.log").read_text(encoding="utf-8").splitlines()[1:]
     assert [line for line in printed if line.startswith("step")] == [line for line in told if line.startswith("step")]
     assert sum(line.startswith("step 4/4") for line in printed) == 1
 
 
-def test_the_report_says_how_many_rows_a_step_takes(two: Path) -> None:
+def test_the_report_has_the_rows_per_step(two: Path) -> None:
     printed = (two / "printed").read_text(encoding="utf-8")
     assert "4 rows per step (2 per device x 2 devices)" in printed
 
 
-def test_another_number_of_processes_does_not_resume(two: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_a_different_number_of_processes_does_not_resume(two: Path, tmp_path: Path, tiny_model: Path) -> None:
     shutil.copytree(two, tmp_path / "run")
     manifest = json.loads((two / "run.json").read_text(encoding="utf-8")) | {"status": "stopped"}
     (tmp_path / "run" / "run.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -268,21 +268,21 @@ def shipped(name: str) -> dict[str, Any]:
     return config | {"use_cpu": True, "mixed_precision": "no", "num_processes": 2}
 
 
-def go_on_from_step_2(run: Path, command: list[str], **env: str) -> None:
+def resume_from_step_2(run: Path, command: list[str], **env: str) -> None:
     """Take the last checkpoint away and resume from the one before it."""
     shutil.rmtree(run / "checkpoint-4")
     assert "checkpoint-2" in launch([*command, "resume_from_checkpoint=true"], **env)
 
 
 @pytest.mark.slow
-def test_fsdp2_splits_the_model_and_saves_it_whole(tmp_path: Path, tiny_model: Path, one: Path) -> None:
+def test_fsdp2_splits_the_model_and_saves_it_complete(tmp_path: Path, tiny_model: Path, one: Path) -> None:
     config, given = write_config(tmp_path, **shipped("fsdp2.yaml")), write_recipe(tmp_path, tiny_model)
     script = tmp_path / "as_if_on_gpus.py"
     script.write_text(AS_IF_ON_GPUS, encoding="utf-8")
     command = [*ACCELERATE, "--config_file", config, "--main_process_port", "0", str(script), str(given)]
     assert "parameters are {'DTensor'}" in launch(command)
     require_same_training(tmp_path / "run", one)
-    go_on_from_step_2(tmp_path / "run", command)
+    resume_from_step_2(tmp_path / "run", command)
     require_same_training(tmp_path / "run", one)
 
     launch([*command, "bf16=true", "overwrite_output_dir=true"])
@@ -291,7 +291,7 @@ def test_fsdp2_splits_the_model_and_saves_it_whole(tmp_path: Path, tiny_model: P
 
 
 @pytest.mark.slow
-def test_fsdp_without_gpus_is_said_to_be_ddp(tmp_path: Path, tiny_model: Path) -> None:
+def test_fsdp_without_gpus_is_reported_as_ddp(tmp_path: Path, tiny_model: Path) -> None:
     config, given = write_config(tmp_path, **shipped("fsdp2.yaml")), write_recipe(tmp_path, tiny_model)
     printed = launch([*ACCELERATE, "--config_file", config, "--main_process_port", "0", "-m", "arpo_trl", str(given)])
     assert "FSDP needs GPUs" in printed
@@ -302,14 +302,14 @@ def test_fsdp_without_gpus_is_said_to_be_ddp(tmp_path: Path, tiny_model: Path) -
     importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed (DS_BUILD_OPS=0 pip install)"
 )
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_splits_the_state_and_saves_the_model_whole(
+def test_zero_splits_the_state_and_saves_the_complete_model(
     stage: int, tmp_path: Path, tiny_model: Path, one: Path
 ) -> None:
     config, given = write_config(tmp_path, **shipped(f"zero{stage}.yaml")), write_recipe(tmp_path, tiny_model)
     command = [*ACCELERATE, "--config_file", config, "--main_process_port", "0", "-m", "arpo_trl", str(given)]
     launch(command, timeout=500, DS_ACCELERATOR="cpu")  # builds its CPU ops the first time
     require_same_training(tmp_path / "run", one)
-    go_on_from_step_2(tmp_path / "run", command, DS_ACCELERATOR="cpu")
+    resume_from_step_2(tmp_path / "run", command, DS_ACCELERATOR="cpu")
     require_same_training(tmp_path / "run", one)
 
 

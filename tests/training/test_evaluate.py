@@ -93,7 +93,7 @@ def token_losses(model: Path, dataset: Dataset) -> list[float]:
         ),
     ],
 )
-def test_the_eval_loss_is_the_mean_over_tokens_at_any_batch_size_and_under_any_training_loss(
+def test_the_eval_loss_is_a_mean_over_tokens_for_any_batch_size_and_training_loss(
     batch: int, changes: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     losses = token_losses(tiny_model, SHORT)
@@ -103,14 +103,14 @@ def test_the_eval_loss_is_the_mean_over_tokens_at_any_batch_size_and_under_any_t
     assert 0 <= metrics["eval_mean_token_accuracy"] <= 1 < metrics["eval_entropy"]
 
 
-def test_the_mean_over_batches_is_another_number(tiny_model: Path) -> None:
+def test_the_mean_over_batches_differs(tiny_model: Path) -> None:
     rows = [token_losses(tiny_model, SHORT.select([i])) for i in range(len(SHORT))]
     of_rows = sum(sum(row) / len(row) for row in rows) / len(rows)
     of_tokens = sum(map(sum, rows)) / sum(map(len, rows))
     assert of_rows != pytest.approx(of_tokens, rel=1e-4)
 
 
-def test_several_datasets_have_a_loss_each_and_one_over_all_their_tokens(tiny_model: Path, tmp_path: Path) -> None:
+def test_several_datasets_have_their_losses_and_one_over_all_tokens(tiny_model: Path, tmp_path: Path) -> None:
     short, long = token_losses(tiny_model, SHORT), token_losses(tiny_model, LONG)
     metrics = evaluate(tiny_model, tmp_path, {"short": SHORT, "long": LONG})
     assert metrics["eval_short_loss"] == pytest.approx(sum(short) / len(short), rel=1e-5)
@@ -152,7 +152,7 @@ def watched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def test_early_stopping_ends_the_run_and_the_best_weights_become_the_model(watched: Path) -> None:
+def test_early_stopping_keeps_the_best_weights(watched: Path) -> None:
     log = [line for line in read_log(watched / "trainer_log.jsonl") if "eval_loss" in line]
     losses = {line["current_steps"]: line["eval_loss"] for line in log}
     best = min(losses, key=lambda step: losses[step])
@@ -164,7 +164,7 @@ def test_early_stopping_ends_the_run_and_the_best_weights_become_the_model(watch
     assert f"best     step {best}" in (watched / "training.log").read_text(encoding="utf-8")
 
 
-def test_the_final_evaluation_is_written_with_each_datasets_perplexity(watched: Path) -> None:
+def test_the_final_evaluation_has_a_perplexity_per_dataset(watched: Path) -> None:
     results = json.loads((watched / "all_results.json").read_text(encoding="utf-8"))
     names = {f"eval_{part}{what}" for part in ("", "counting_", "greetings_") for what in ("loss", "perplexity")}
     assert names <= results.keys() and "train_loss" in results
@@ -193,14 +193,14 @@ def test_a_model_can_be_evaluated_without_training(
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_evaluation_batches_are_no_larger_than_those_of_training(tiny_model: Path, tmp_path: Path) -> None:
+def test_evaluation_batches_are_at_most_as_large_as_training_batches(tiny_model: Path, tmp_path: Path) -> None:
     run = small_run.run(tmp_path, tiny_model, val_size=0.25, do_eval=True, per_device_train_batch_size=1, max_steps=1)
     args = torch.load(run / "training_args.bin", weights_only=False)
     assert args.per_device_eval_batch_size == 1
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_losses_and_one_of_them_writes(tiny_model: Path, tmp_path: Path) -> None:
+def test_two_processes_compute_the_same_losses_and_one_writes(tiny_model: Path, tmp_path: Path) -> None:
     """5 and 12 rows over 2 processes of 2: rows that fill up the last batch do not count."""
     changes = {"eval_dataset": "counting,greetings", "do_eval": True, "eval_strategy": "steps", "eval_steps": 2}
     alone = small_run.run(tmp_path / "alone", tiny_model, **changes, per_device_train_batch_size=4)
@@ -219,5 +219,5 @@ def test_two_processes_find_the_same_losses_and_one_of_them_writes(tiny_model: P
     assert shown.count("done     in") == 1 and shown.count("model    ") == 2
 
 
-def test_the_best_may_be_of_each_metric_that_an_evaluation_has() -> None:
+def test_the_best_model_can_be_chosen_by_any_eval_metric() -> None:
     assert {f"eval_{name}" for name in METRICS} == token_means(torch.ones(4), "eval").keys()

@@ -33,9 +33,7 @@ pytestmark = small_run.QUIET
 
 THERE = torch.cuda.is_available()
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not THERE, reason="no GPU")])
-CPU = pytest.param(
-    "cpu", marks=[pytest.mark.slow, pytest.mark.skipif(THERE, reason="a GPU is there, and a run takes it")]
-)
+CPU = pytest.param("cpu", marks=[pytest.mark.slow, pytest.mark.skipif(THERE, reason="a run would use the GPU")])
 anywhere = pytest.mark.parametrize("device", [CPU, GPU])
 on_gpu = pytest.mark.parametrize("device", [GPU])
 WITHIN = {"cpu": 1e-4, "cuda": 2e-3}
@@ -84,7 +82,7 @@ def test_the_fused_head_scores_as_plain_pytorch_in_training_and_in_evaluation(
 
 
 @anywhere
-def test_bf16_computes_near_float32_and_keeps_float32_weights(device: str, tmp_path: Path, tiny_model: Path) -> None:
+def test_bf16_is_close_to_float32_and_keeps_float32_weights(device: str, tmp_path: Path, tiny_model: Path) -> None:
     full, half = (small_run.run(tmp_path / str(bf16), tiny_model, bf16=bf16) for bf16 in (False, True))
     assert losses(half) == pytest.approx(losses(full), abs=0.05) and losses(half) != losses(full)
     kinds = [{t.dtype for t in load_file(half / name / "model.safetensors").values()} for name in ("checkpoint-4", "")]
@@ -92,16 +90,14 @@ def test_bf16_computes_near_float32_and_keeps_float32_weights(device: str, tmp_p
 
 
 @on_gpu
-def test_fp16_skips_the_steps_that_overflow_and_trains(device: str, tmp_path: Path, tiny_model: Path) -> None:
+def test_fp16_skips_overflowing_steps_and_trains(device: str, tmp_path: Path, tiny_model: Path) -> None:
     """Under float16 the scaler meets infinite gradients by design: they end no run."""
     half = losses(small_run.run(tmp_path, tiny_model, fp16=True, max_steps=20))
     assert all(loss == loss for loss in half) and half[-1] < half[0]
 
 
 @anywhere
-def test_replies_are_generated_between_steps_that_stay_as_they_were(
-    device: str, tmp_path: Path, tiny_model: Path
-) -> None:
+def test_generating_replies_does_not_change_the_steps(device: str, tmp_path: Path, tiny_model: Path) -> None:
     keys = {"finetuning_type": "lora", "lora_dropout": 0.3, "full_determinism": device == "cuda", "val_size": 2}
     keys |= {"eval_strategy": "steps", "eval_steps": 2, "max_new_tokens": 8}
     plain = small_run.run(tmp_path / "plain", tiny_model, **keys)
@@ -112,7 +108,7 @@ def test_replies_are_generated_between_steps_that_stay_as_they_were(
 
 @anywhere
 @pytest.mark.parametrize("key", ["padding_free", "packing"])
-def test_rows_laid_end_to_end_have_the_loss_of_padded_ones(
+def test_padding_free_rows_have_the_loss_of_padded_rows(
     key: str, device: str, tmp_path: Path, tiny_model: Path
 ) -> None:
     keys = {"max_steps": 1, "disable_shuffling": True, "cutoff_len": 2048}
@@ -124,7 +120,7 @@ def test_rows_laid_end_to_end_have_the_loss_of_padded_ones(
 
 @on_gpu
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="no flash_attn")
-def test_flash_attention_keeps_rows_apart(device: str, tmp_path: Path, tiny_model: Path) -> None:
+def test_flash_attention_separates_rows(device: str, tmp_path: Path, tiny_model: Path) -> None:
     keys = {"max_steps": 1, "disable_shuffling": True, "bf16": True, "per_device_train_batch_size": 12}
     padded = small_run.run(tmp_path / "padded", tiny_model, **keys)
     flash = small_run.run(tmp_path / "flash", tiny_model, flash_attn="fa2", padding_free=True, **keys)
@@ -133,7 +129,7 @@ def test_flash_attention_keeps_rows_apart(device: str, tmp_path: Path, tiny_mode
 
 @anywhere
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_resumed_run_is_the_run_that_never_stopped(kind: str, device: str, tmp_path: Path, tiny_model: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_run(kind: str, device: str, tmp_path: Path, tiny_model: Path) -> None:
     keys = {"finetuning_type": kind, "full_determinism": device == "cuda", "preflight": device == "cuda"}
     whole = small_run.run(tmp_path / "whole", tiny_model, **keys)
     parts = small_run.run(tmp_path / "parts", tiny_model, **keys)
@@ -172,7 +168,7 @@ def test_a_quantized_base_trains_a_float32_adapter(bits: int, device: str, tmp_p
 
 
 @on_gpu
-def test_the_preflight_holds_the_optimizers_memory_and_says_the_peak(
+def test_the_preflight_reserves_optimizer_memory_and_prints_the_peak(
     device: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     held: list[int] = []
@@ -209,7 +205,7 @@ def larger_model(folder: Path) -> Path:
 
 
 @on_gpu
-def test_out_of_memory_says_what_to_change(device: str, tmp_path: Path) -> None:
+def test_an_out_of_memory_error_names_the_keys_to_change(device: str, tmp_path: Path) -> None:
     """Of 400 MB the weights take half, gradients and moments the rest three times."""
     model = larger_model(tmp_path / "model")
     torch.cuda.set_per_process_memory_fraction(400e6 / torch.cuda.get_device_properties(0).total_memory)
@@ -221,7 +217,7 @@ def test_out_of_memory_says_what_to_change(device: str, tmp_path: Path) -> None:
 
 
 @on_gpu
-def test_the_estimate_is_near_the_measured_peak(device: str, tmp_path: Path) -> None:
+def test_the_estimate_is_close_to_the_measured_peak(device: str, tmp_path: Path) -> None:
     model = larger_model(tmp_path / "model")
     keys = {"bf16": True, "per_device_train_batch_size": 12, "max_steps": 2, "preflight": False}
     recipe = small_run.make_recipe(tmp_path, model, **keys)

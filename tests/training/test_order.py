@@ -23,7 +23,7 @@ def orders(sampler: object, epochs: list[int]) -> list[list[int]]:
     return made
 
 
-def test_an_epochs_order_is_found_again_without_those_before_it() -> None:
+def test_the_order_of_an_epoch_does_not_depend_on_earlier_epochs() -> None:
     lengths = [n % 5 + 1 for n in ROWS]
     for sampler in (RandomSampler(ROWS), LengthGroupedSampler(2, lengths=lengths)):
         first, second = orders(sampler, [0, 1])
@@ -32,15 +32,15 @@ def test_an_epochs_order_is_found_again_without_those_before_it() -> None:
     assert orders(SequentialSampler(ROWS), [0, 1]) == [ROWS, ROWS]
 
 
-def test_a_random_order_is_that_of_accelerate() -> None:
-    """So a checkpoint of a version that left it to accelerate goes on with the rows that are next."""
+def test_a_random_order_is_the_one_of_accelerate() -> None:
+    """EpochOrder changes accelerate's order in no epoch."""
     theirs = SeedableRandomSampler(ROWS, data_seed=7)
     for epoch, ours in enumerate(orders(RandomSampler(ROWS), [0, 1, 2])):
         theirs.set_epoch(epoch)
         assert ours == list(theirs)
 
 
-def test_a_stream_begins_again_in_another_order_with_every_row() -> None:
+def test_a_stream_repeats_all_rows_in_another_order() -> None:
     rows = Dataset.from_dict({"n": ROWS}).to_iterable_dataset().shuffle(seed=3, buffer_size=8)
     stream = iter(Endless(rows))
     passes = [[next(stream)["n"] for _ in ROWS] for _ in range(3)]
@@ -59,5 +59,5 @@ def test_the_order_of_a_stream_does_not_depend_on_its_workers() -> None:
     assert read[0] == read[1] == read[2]
 
 
-def test_a_stream_without_a_row_ends() -> None:
+def test_an_empty_stream_ends() -> None:
     assert list(Endless(Dataset.from_dict({"n": ROWS}).to_iterable_dataset().filter(lambda row: False))) == []

@@ -1,4 +1,4 @@
-"""Rows laid end to end, padding-free or packed, give the loss of padded rows, and no row sees another."""
+"""Padding-free and packed rows have the loss of padded rows, and no row sees another."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def row_losses(trainer: ArpoTrainer, batch: list[dict[str, Any]]) -> torch.Tenso
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_each_loss_is_that_of_padded_rows(attention: str, tmp_path: Path, tiny_model: Path) -> None:
+def test_each_loss_equals_the_loss_of_padded_rows(attention: str, tmp_path: Path, tiny_model: Path) -> None:
     rows, found = make_rows(0), {}
     for padding_free in (False, True):
         trainer = make_trainer(tmp_path, tiny_model, rows, attention, padding_free=padding_free)
@@ -88,7 +88,7 @@ def test_no_row_sees_another(attention: str, tmp_path: Path, tiny_model: Path) -
     torch.testing.assert_close(row_losses(trainer, changed)[first:], together[first:], atol=1e-6, rtol=0)
 
 
-def test_packed_rows_do_not_see_each_other_and_none_is_lost(tmp_path: Path, tiny_model: Path) -> None:
+def test_packing_separates_rows_and_loses_none(tmp_path: Path, tiny_model: Path) -> None:
     rows = make_rows(2)
     trainer = make_trainer(tmp_path, tiny_model, rows, packing=True, max_length=64, dataset_kwargs=None)
     packed = trainer.train_dataset

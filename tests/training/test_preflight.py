@@ -38,9 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
     ],
     ids=["lora_dropout", "packing", "padding_free", "evaluation"],
 )
-def test_a_run_after_a_preflight_is_the_run_without_one(
-    changes: dict[str, Any], tmp_path: Path, tiny_model: Path
-) -> None:
+def test_a_preflight_does_not_change_the_run(changes: dict[str, Any], tmp_path: Path, tiny_model: Path) -> None:
     """Weights, moments and log are the same bits."""
     for name in (False, True):
         train(tmp_path / str(name), tiny_model, stop_at=4, preflight=name, logging_steps=1, **changes)
@@ -48,7 +46,7 @@ def test_a_run_after_a_preflight_is_the_run_without_one(
     assert log_without_times(tmp_path / "False") == log_without_times(tmp_path / "True")
 
 
-def test_nothing_that_a_step_touches_is_left_changed(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_training_state_is_restored(tmp_path: Path, tiny_model: Path) -> None:
     trainer: Any = make_trainer(tmp_path, tiny_model, lora=True)
     trainer.create_optimizer_and_scheduler(8)
 
@@ -88,7 +86,7 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def test_it_costs_one_forward_and_backward_and_one_forward(
+def test_a_preflight_runs_one_training_and_one_eval_batch(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[Any] = []
@@ -112,13 +110,15 @@ def test_it_costs_one_forward_and_backward_and_one_forward(
     assert evaluated[0] == (3, longest)
 
 
-def test_it_prints_the_peak_and_the_time(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_preflight_prints_the_peak_and_the_time(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(tmp_path, tiny_model, preflight=True, max_steps=1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preflight")]
     assert re.search(r"\(\d+ tokens\) ok, peak \d\.\d\d GB; about 0:00:0\d for 1 steps$", line)
 
 
-def test_a_run_that_needs_little_memory_starts_with_its_first_step(
+def test_a_run_that_needs_little_memory_skips_the_training_batch(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The longest rows to evaluate on, which the estimate does not cover, are run nevertheless."""
@@ -180,7 +180,7 @@ def test_an_estimate_draws_no_random_number(tmp_path: Path, tiny_model: Path, ch
     [(16e9, 10e9, False), (16e9, 15e9, True), (16e9, None, True), (None, 10e9, True)],
     ids=["fits", "too_near_the_edge", "out_of_memory", "memory_not_known"],
 )
-def test_auto_keeps_activations_only_where_the_longest_batch_fits(
+def test_auto_keeps_activations_only_if_the_longest_batch_fits(
     memory: float | None,
     peak: float | None,
     recomputes: bool,

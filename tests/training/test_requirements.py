@@ -1,4 +1,4 @@
-"""What a recipe needs and this machine lacks is said before anything is loaded."""
+"""Files, packages and devices that a recipe needs are checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.fixture
 def with_data(tmp_path: Path) -> list[str]:
-    """Lines for a dataset that is there."""
+    """Return lines for a dataset that exists."""
     (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.jsonl"}}', encoding="utf-8")
     (tmp_path / "d.jsonl").touch()
     return [f"dataset_dir={tmp_path}", "dataset=d"]
@@ -67,7 +67,7 @@ def missing(recipe: Recipe) -> list[str]:
     return [line.partition(f"{recipe.path}")[2].partition(": ")[2] for line in lines]
 
 
-def test_all_that_is_missing_is_said_at_once_with_the_way_out(recipe_of: Any, installed: set[str]) -> None:
+def test_all_missing_packages_are_reported_at_once_with_fixes(recipe_of: Any, installed: set[str]) -> None:
     recipe = recipe_of("deepspeed=z3.json", "quantization_bit=4", "report_to=wandb", "enable_liger_kernel=true")
     assert missing(recipe) == [
         "deepspeed: not installed; pip install deepspeed, or remove the line and launch with "
@@ -78,7 +78,7 @@ def test_all_that_is_missing_is_said_at_once_with_the_way_out(recipe_of: Any, in
     ]
 
 
-def test_a_recipe_that_needs_nothing_more_passes(recipe_of: Any, installed: set[str]) -> None:
+def test_a_recipe_without_extra_packages_passes(recipe_of: Any, installed: set[str]) -> None:
     check_machine(recipe_of("bf16=true", "report_to=none"))
 
 
@@ -91,7 +91,7 @@ def test_a_missing_deepspeed_file_is_named(recipe_of: Any, installed: set[str], 
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
-def test_what_needs_a_gpu_is_refused_without_one(recipe_of: Any) -> None:
+def test_keys_that_need_a_gpu_are_rejected_without_one(recipe_of: Any) -> None:
     assert missing(recipe_of("activation_offloading=true", "tf32=true", "flash_attn=flex")) == [
         "activation_offloading: needs a GPU; remove the line",
         "tf32: needs a GPU; remove the line",
@@ -99,7 +99,7 @@ def test_what_needs_a_gpu_is_refused_without_one(recipe_of: Any) -> None:
     ]
 
 
-def test_muon_asks_for_a_torch_that_has_it(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_muon_needs_a_recent_torch(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     given = recipe_of("use_muon=true", "report_to=none")
     check_device(given)
     monkeypatch.delattr(torch.optim, "Muon")
@@ -107,7 +107,7 @@ def test_muon_asks_for_a_torch_that_has_it(recipe_of: Any, monkeypatch: pytest.M
         check_device(given)
 
 
-def test_the_trackers_that_a_recipe_may_name_are_those_of_transformers() -> None:
+def test_a_recipe_accepts_the_trackers_of_transformers() -> None:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     assert set(INTEGRATION_TO_CALLBACK) == TRACKERS
@@ -122,7 +122,7 @@ def test_the_trackers_that_a_recipe_may_name_are_those_of_transformers() -> None
         ("optim=paged_adamw_8bit", "bitsandbytes"),
     ],
 )
-def test_an_optimizers_package_is_asked_for(recipe_of: Any, installed: set[str], line: str, package: str) -> None:
+def test_the_package_of_an_optimizer_is_required(recipe_of: Any, installed: set[str], line: str, package: str) -> None:
     recipe = recipe_of("finetuning_type=full", line)
     assert f"needs {package}, which is not installed" in missing(recipe)[0]
     installed.add(package)
@@ -130,7 +130,7 @@ def test_an_optimizers_package_is_asked_for(recipe_of: Any, installed: set[str],
 
 
 def test_every_optimizers_package_is_known(recipe_of: Any, installed: set[str]) -> None:
-    """None of them is there, and transformers asks for one wherever `check_packages` does."""
+    """None of them is installed, and transformers requires one whenever `check_packages` does."""
     names = keys()["optim"].schema["enum"]
     torchs_own = [name for name in names if not [*_packages(recipe_of(f"optim={name}"))]]
     assert sorted(torchs_own) == ["adafactor", "adagrad", "adamw_torch", "adamw_torch_fused", "rmsprop", "sgd"]
@@ -143,7 +143,7 @@ class Wandb:
         self.logged_in = logged_in
 
     def login(self, prompt: bool) -> bool:
-        assert prompt is False  # nobody is there to answer
+        assert prompt is False  # nobody can answer
         return self.logged_in
 
 
@@ -184,7 +184,7 @@ def test_wandb_needs_a_login_unless_it_is_offline(
         ("template", "my.jinja", "my.jinja: no such file; paths are relative to "),
     ],
 )
-def test_what_is_not_there_is_said_with_the_line_of_its_key(
+def test_a_missing_file_is_reported_with_the_line_of_its_key(
     recipe_of: Any, with_data: list[str], tmp_path: Path, tiny_model: Path, key: str, value: str, message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -195,7 +195,7 @@ def test_what_is_not_there_is_said_with_the_line_of_its_key(
     assert "\n" not in str(caught.value)
 
 
-def test_what_the_registry_says_is_among_the_notices_once(
+def test_a_notice_of_the_registry_appears_once(
     recipe_of: Any, with_data: list[str], tiny_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.jsonl", "colums": {}}}', encoding="utf-8")
@@ -229,7 +229,7 @@ def write_quantized(folder: Path, method: str) -> Path:
 
 
 @pytest.mark.parametrize(("method", "package"), [("gptq", "gptqmodel"), ("awq", "gptqmodel"), ("aqlm", "aqlm")])
-def test_a_quantized_base_asks_for_its_package_before_torch(method: str, package: str, tmp_path: Path) -> None:
+def test_the_package_of_a_quantized_base_is_required_before_torch(method: str, package: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
     model = write_quantized(tmp_path / "model", method)
@@ -257,7 +257,7 @@ def test_a_quantized_base_asks_for_its_package_before_torch(method: str, package
         (["finetuning_type=full", "do_train=false", "do_predict=true", "eval_dataset=d", "dataset=null"], None),
     ],
 )
-def test_what_a_quantized_base_cannot_carry_is_told_with_its_line(
+def test_keys_not_supported_on_a_quantized_base_are_reported_with_their_line(
     lines: list[str],
     expected: str | None,
     installed: set[str],
@@ -298,7 +298,7 @@ def test_what_a_quantized_base_cannot_carry_is_told_with_its_line(
         ("config.json", "{}", "contains a model that was not written by a run; choose another folder, or set"),
     ],
 )
-def test_an_output_dir_that_is_taken_is_refused_before_torch(
+def test_an_output_dir_in_use_is_rejected_before_torch(
     file: str, text: str, expected: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -307,7 +307,7 @@ def test_an_output_dir_that_is_taken_is_refused_before_torch(
     assert told.startswith(f"{tmp_path}/r.yaml:2: output_dir: {tmp_path}/out {expected}") if expected else not told
 
 
-def test_a_hub_that_cannot_be_reached_is_said_at_once(
+def test_an_unreachable_hub_is_reported_at_once(
     recipe_of: Any, with_data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -333,7 +333,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(
         hub.shutdown()
 
 
-def test_a_registry_on_the_hub_and_none_are_found_as_in_llama_factory(recipe_of: Any, tmp_path: Path) -> None:
+def test_dataset_dir_may_be_on_the_hub_as_in_llamafactory(recipe_of: Any, tmp_path: Path) -> None:
     (online,) = select_datasets(recipe_of("dataset_dir=ONLINE", "dataset=owner/rows"))
     assert (online.hf_hub_url, online.formatting, online.columns["prompt"]) == ("owner/rows", "alpaca", "instruction")
     snapshot = tmp_path / "datasets--owner--registry" / "snapshots" / "abc"  # huggingface_hub's cache

@@ -42,7 +42,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_sixty_rows_teach_it_the_form_and_a_merged_adapter_predicts_the_same(
+def test_sixty_rows_teach_the_form_and_a_merged_adapter_predicts_the_same(
     kind: str, smollm2: Path, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {

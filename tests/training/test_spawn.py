@@ -1,4 +1,4 @@
-"""Windows and macOS start processes anew (spawn) where Linux forks them: what they are handed must be picklable."""
+"""Windows and macOS spawn processes instead of forking them, so their arguments must be picklable."""
 
 from __future__ import annotations
 

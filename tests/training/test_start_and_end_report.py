@@ -1,4 +1,4 @@
-"""What a run says before its first step: a GPU that is not there, and the command that goes on."""
+"""The start report warns about a missing GPU, and the last lines name the command to resume."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = small_run.QUIET
         ((), "False", None, "although the accelerate config expects a GPU"),
     ],
 )
-def test_a_gpu_that_is_expected_and_not_seen_is_told(
+def test_a_missing_gpu_is_reported_if_one_is_expected(
     keys: tuple[str, ...],
     use_cpu: str | None,
     cuda: str | None,
@@ -63,7 +63,7 @@ def test_a_gpu_that_is_expected_and_not_seen_is_told(
         ("fp16", {"avx512_bf16": False}, False),
     ],
 )
-def test_a_cpu_that_is_slower_in_bfloat16_is_told(
+def test_a_cpu_that_is_slower_in_bfloat16_is_reported(
     key: str, capabilities: dict[str, int], said: bool, recipe_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """oneDNN held to such a CPU's instructions (ONEDNN_MAX_CPU_ISA): 1.2 times slower under AVX-512, 6 under AVX2."""
@@ -73,9 +73,7 @@ def test_a_cpu_that_is_slower_in_bfloat16_is_told(
     assert (f"no bfloat16 instructions; set {key}: false" in text) is said
 
 
-def test_the_command_that_goes_on_is_one_for_every_shell_of_windows(
-    recipe_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_resume_command_works_in_every_windows_shell(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of("overwrite_output_dir=true")
     argv = ["arpo_trl", str(recipe.path), "run_name=my run"]
     for platform, quoted in (("linux", "'run_name=my run'"), ("win32", '"run_name=my run"')):
@@ -88,7 +86,7 @@ def test_the_command_that_goes_on_is_one_for_every_shell_of_windows(
         assert resume_command(recipe) == expected
 
 
-def test_a_plot_that_cannot_be_written_does_not_fail_a_run_that_is_saved(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_unwritable_plot_does_not_fail_the_run(tiny_model: Path, tmp_path: Path) -> None:
     """And an evaluation before the first step is the log's first line: what the base model could."""
     (tmp_path / "run" / "training_loss.png.tmp").mkdir(parents=True)  # as good as one that a viewer has open
     run = small_run.run(tmp_path, tiny_model, val_size=2, eval_on_start=True)
@@ -100,10 +98,8 @@ def test_a_plot_that_cannot_be_written_does_not_fail_a_run_that_is_saved(tiny_mo
     assert first["current_steps"] == 0 and first["eval_loss"] > 0
 
 
-def test_zero3_s_empty_parameters_count_as_large_as_they_are(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """DeepSpeed leaves their size beside them, as `ds_numel`."""
+def test_empty_parameters_of_zero3_are_counted(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed leaves their size in `ds_numel`."""
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
     model.lm_head.requires_grad_(False)
     whole = describe_model(model)

@@ -34,7 +34,7 @@ TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @pytest.fixture(scope="module")
 def rows() -> Dataset:
-    """Rows of 5 to 60 tokens, two spans of which carry loss."""
+    """Rows of 5 to 60 tokens, two spans of which are trained."""
     rng = random.Random(0)
     made = []
     for number in range(100):
@@ -132,7 +132,7 @@ def hand_written_losses(
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_every_loss_is_that_of_a_hand_written_loop(
+def test_every_loss_equals_a_hand_written_loop(
     accumulation: int, tmp_path: Path, tiny_model: Path, rows: Dataset
 ) -> None:
     expected = list(hand_written_losses(tiny_model, rows, accumulation))
@@ -153,7 +153,7 @@ def test_every_loss_is_that_of_a_hand_written_loop(
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
-def test_the_losses_that_trl_has_not_are_those_of_a_hand_written_loop(
+def test_the_losses_that_trl_lacks_equal_a_hand_written_loop(
     keys: dict[str, Any],
     token_loss: TokenLoss,
     tile: int,
@@ -175,7 +175,7 @@ def test_the_losses_that_trl_has_not_are_those_of_a_hand_written_loop(
     assert abs(sum(expected) - sum(hand_written_losses(certain, rows, 2))) > STEPS / 4
 
 
-def test_losses_accuracy_and_entropy_are_those_of_trl(tmp_path: Path, tiny_model: Path, rows: Dataset) -> None:
+def test_losses_accuracy_and_entropy_equal_those_of_trl(tmp_path: Path, tiny_model: Path, rows: Dataset) -> None:
     ours, theirs = (make(tmp_path, tiny_model, rows, cls) for cls in (ArpoTrainer, SFTTrainer))
     losses(ours), losses(theirs)
     for a, b in zip(ours.state.log_history[:STEPS], theirs.state.log_history[:STEPS], strict=True):
@@ -230,7 +230,7 @@ def test_a_nan_stops_the_run_at_its_step_and_names_the_rows(tmp_path: Path, tiny
 @pytest.mark.parametrize(
     ("rows", "size", "processes"), [(5, 2, 2), (6, 2, 2), (7, 2, 3), (9, 4, 2), (3, 1, 2), (5, 4, 4)]
 )
-def test_each_row_carries_loss_once_however_many_processes_share_them(
+def test_each_row_is_trained_once_with_any_number_of_processes(
     rows: int, size: int, processes: int, padding_free: bool
 ) -> None:
     """The batches that accelerate deals out, collated as TRL does: a row of n + 1 tokens has n labels of its number."""
@@ -249,7 +249,7 @@ def test_each_row_carries_loss_once_however_many_processes_share_them(
     assert sorted(found) == sorted(i + 1 for i in range(rows) for _ in range(i + 1))
 
 
-def test_of_packed_rows_a_batch_of_repeated_ones_alone_is_masked() -> None:
+def test_a_packed_batch_is_masked_only_if_all_its_rows_are_repeated() -> None:
     for new, left in ((0, 0), (1, 4)):
         batch = {"labels": torch.ones(1, 4, dtype=torch.long), "position_ids": torch.tensor([[0, 1, 0, 1]])}
         mask_repeated_rows(batch, new, packed=True)
@@ -257,7 +257,7 @@ def test_of_packed_rows_a_batch_of_repeated_ones_alone_is_masked() -> None:
 
 
 @pytest.mark.parametrize("shares_rows", [False, True])
-def test_of_processes_that_share_rows_none_masks_or_drops_what_only_it_has(
+def test_processes_that_share_rows_mask_and_drop_nothing(
     shares_rows: bool, rows: Dataset, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of two, at the end of an epoch of 6 rows, 2 a batch: alone it repeats rows, under context parallelism

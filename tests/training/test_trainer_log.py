@@ -62,7 +62,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     )
 
 
-def test_a_log_line_has_llama_factorys_names_and_ours(finished: Path) -> None:
+def test_a_log_line_has_the_keys_of_llamafactory_and_ours(finished: Path) -> None:
     lines = [line for line in read_log(finished / "trainer_log.jsonl") if "loss" in line]
     assert [set(line) for line in lines] == [LLAMA_FACTORY | OURS] * 5
     assert [line["current_steps"] for line in lines] == [1, 2, 3, 4, 5]
@@ -71,14 +71,14 @@ def test_a_log_line_has_llama_factorys_names_and_ours(finished: Path) -> None:
     assert all(line["elapsed_seconds"] > 0 and line["peak_memory_gb"] > 0.01 for line in lines)
 
 
-def test_tokens_are_those_of_the_data(finished: Path) -> None:
+def test_token_counts_match_the_audit(finished: Path) -> None:
     audit = json.loads((finished / "run.json").read_text(encoding="utf-8"))["audit"]["counting"]
     last = [line for line in read_log(finished / "trainer_log.jsonl") if "loss" in line][-1]
     assert 0 < last["trained_tokens"] < last["seen_tokens"] < audit["tokens"]  # two rows were held out
     assert last["trained_tokens"] < audit["trained_tokens"]
 
 
-def test_the_start_and_the_end_of_a_run_are_told(finished: Path) -> None:
+def test_a_run_prints_its_start_and_end_reports(finished: Path) -> None:
     text = (finished / "training.log").read_text(encoding="utf-8")
     words = [line.split()[0] for line in text.splitlines()]
     assert words == [
@@ -91,13 +91,13 @@ def test_the_start_and_the_end_of_a_run_are_told(finished: Path) -> None:
     assert "steps    5: 1 epoch, 2 rows per step, about" in text
 
 
-def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
+def test_a_truncated_last_line_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "log").write_text('{"current_steps": 1}\n{"current_st', encoding="utf-8")
     assert read_log(tmp_path / "log") == [{"current_steps": 1}]
     assert read_log(tmp_path / "none") == []
 
 
-def test_the_mean_loss_is_over_all_steps_of_all_sessions() -> None:
+def test_the_mean_loss_covers_all_sessions() -> None:
     lines = [
         {"current_steps": 2, "loss": 4.0},
         {"current_steps": 2, "eval_loss": 9.0},
@@ -151,11 +151,11 @@ def test_the_remaining_time_is_estimated_from_the_steps_alone(
     assert first.endswith("eval loss 1.0000  0:01:40") and second.endswith("0:01:42 < 0:00:08")
 
 
-def test_seconds_read_as_a_clock() -> None:
+def test_seconds_are_formatted_as_hours_minutes_and_seconds() -> None:
     assert [format_seconds(s) for s in (0.2, 59.6, 3600, 360_000)] == ["0:00:00", "0:01:00", "1:00:00", "100:00:00"]
 
 
-def test_a_process_without_a_gpu_has_a_peak_too() -> None:
+def test_peak_memory_is_measured_without_a_gpu() -> None:
     assert peak_memory() > 10_000_000
 
 
@@ -198,7 +198,7 @@ def test_a_plot_is_drawn_at_any_length(steps: int, evals: tuple[str, ...], tmp_p
     assert list(picture.parent.glob("*.tmp")) == []
 
 
-def test_no_plot_is_drawn_of_nothing(tmp_path: Path) -> None:
+def test_an_empty_log_gives_no_plot(tmp_path: Path) -> None:
     plot_loss([], tmp_path / "training_loss.png")
     assert not (tmp_path / "training_loss.png").exists()
 
@@ -206,7 +206,7 @@ def test_no_plot_is_drawn_of_nothing(tmp_path: Path) -> None:
 # --- MFU ---
 
 
-def test_the_mean_context_is_that_of_the_average_token() -> None:
+def test_the_mean_context_is_weighted_by_tokens() -> None:
     assert mean_context(Dataset.from_dict({"input_ids": [[0] * 2, [0] * 6]})) == 5  # (2 * 2 + 6 * 6) / 8
     packed = Dataset.from_dict({"input_ids": [[0] * 8], "seq_lengths": [[2, 6]]})
     assert mean_context(packed) == 5
@@ -219,9 +219,7 @@ def trainer_on(device: str, model: Any) -> Any:
     return SimpleNamespace(args=args, accelerator=unwrap, model=model, train_dataset=rows)
 
 
-def test_mfu_is_six_flops_per_weight_and_token_over_the_peak(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mfu_counts_six_flops_per_weight_and_token(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model))
     assert mfu_per_token(trainer_on("cpu", model)) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")

@@ -1,4 +1,4 @@
-"""Rows, model and batch that do not go together are refused before weights are loaded, by --check and by a run."""
+"""Rows, model and batch that do not fit are rejected before weights are loaded, by --check and by a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from arpo_trl.__main__ import main
 
 
 @pytest.mark.parametrize("command", [[], ["--check"]], ids=["train", "check"])
-def test_what_does_not_go_together_is_refused_with_the_keys_line(
+def test_rows_that_do_not_fit_are_rejected_with_the_keys_line(
     command: list[str], tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
@@ -23,11 +23,11 @@ def test_what_does_not_go_together_is_refused_with_the_keys_line(
     recipe = small_run.write_recipe(tmp_path, model, dataset="counting", dataset_dir=str(data))
     line = recipe.read_text("utf-8").splitlines().index(f"model_name_or_path: {model}") + 1
 
-    def refused(*overrides: str) -> str:
+    def error_of(*overrides: str) -> str:
         assert main([str(recipe), *overrides, *command]) == 2
         return capsys.readouterr().err.strip().split("\n")[-1]
 
-    assert refused("dataloader_drop_last=true", "per_device_train_batch_size=13") == (
+    assert error_of("dataloader_drop_last=true", "per_device_train_batch_size=13") == (
         f"{recipe}: dataloader_drop_last: drops all 12 rows, fewer than a batch of 13; remove the line, "
         "or lower per_device_train_batch_size"
     )
@@ -40,25 +40,25 @@ def test_what_does_not_go_together_is_refused_with_the_keys_line(
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": f"<new_{new}>"}]
     (data / "counting.json").write_text(json.dumps(rows), encoding="utf-8")
     for overrides in ((), ("do_train=false", "do_eval=true", "dataset=null", "eval_dataset=counting")):
-        assert refused(*overrides).startswith(
+        assert error_of(*overrides).startswith(
             f"{recipe}:{line}: model_name_or_path: {model} has embeddings for {size:,} tokens, but "
             f"{data / 'counting.json'}:1:39 has token {new:,} ('<new_{new}>'); resize the model once"
         )
 
 
 @pytest.mark.parametrize("key", ["use_eaft_loss", "use_asft_loss"])
-def test_a_loss_that_this_launch_or_model_does_not_allow_is_refused(
+def test_a_loss_not_supported_by_launch_or_model_is_rejected(
     key: str, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the way out that it names is one: use_dft_loss, or no FSDP."""
+    """And the fix that it names works: use_dft_loss, or no FSDP."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     data = small_run.write_data(tmp_path / "data")
     recipe = small_run.write_recipe(tmp_path, model, dataset="counting", dataset_dir=str(data))
     with monkeypatch.context() as patched:
         patched.setenv("ACCELERATE_USE_FSDP", "true")
         assert main(["--check", str(recipe), f"{key}=true"]) == (2 if key == "use_asft_loss" else 0)
-        refused = f"{recipe}: {key}: requires a complete second model on each process; launch with accelerate_configs/multi_gpu"
-        assert (refused in capsys.readouterr().err) == (key == "use_asft_loss")
+        error = f"{recipe}: {key}: requires a complete second model on each process; launch with accelerate_configs/multi_gpu"
+        assert (error in capsys.readouterr().err) == (key == "use_asft_loss")
     assert main(["--check", str(recipe), f"{key}=true"]) == 0
     config = Gemma2Config(
         vocab_size=AutoConfig.from_pretrained(tiny_model).vocab_size,
@@ -84,7 +84,7 @@ def test_a_loss_that_this_launch_or_model_does_not_allow_is_refused(
         (["lr_scheduler_type=cosine_with_restarts", "lr_scheduler_kwargs={num_cycle: 2}"], "lr_scheduler_kwargs: cosine_"),
     ],
 )  # fmt: skip
-def test_a_schedule_that_lacks_a_setting_is_refused(
+def test_a_schedule_that_lacks_a_setting_is_rejected(
     overrides: list[str], message: str, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = small_run.write_data(tmp_path / "data")
