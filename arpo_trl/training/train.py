@@ -127,8 +127,9 @@ def _train(
         return 128 + stop.signum
     log = read_log(output_dir / "trainer_log.jsonl")
     trained["train_loss"] = mean_loss(log, trainer.state.global_step) or trained["train_loss"]  # since the resume
-    write_results(recipe, trainer, manifest, trained, evaluated)
-    say(*on_main_process(lambda: check_run(recipe, data, output_dir)))
+    serving = on_main_process(lambda: check_run(recipe, data, output_dir))
+    write_results(recipe, trainer, manifest, trained, evaluated)  # last, because it marks the run as finished
+    say(*serving)
 
     # Predict
     if recipe.do_predict:

@@ -343,5 +343,7 @@ def test_dataset_dir_may_be_on_the_hub_as_in_llamafactory(recipe_of: Any, tmp_pa
     (snapshot / "dataset_info.json").write_text('{"d": {"hf_hub_url": "owner/d"}}', encoding="utf-8")
     (remote,) = select_datasets(recipe_of("dataset_dir=REMOTE:owner/registry", f"cache_dir={tmp_path}", "dataset=d"))
     assert remote.hf_hub_url == "owner/d"
-    with pytest.raises(RecipeError, match=r"dataset_dir: owner/none: the hub gives no dataset_info.json"):
+    with pytest.raises(
+        RecipeError, match=r"dataset_dir: owner/none: dataset_info.json of this dataset repository can.t be downloaded"
+    ):
         select_datasets(recipe_of("dataset_dir=REMOTE:owner/none", f"cache_dir={tmp_path}", "dataset=d"))

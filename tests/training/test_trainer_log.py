@@ -85,6 +85,7 @@ def test_a_run_prints_its_start_and_end_reports(finished: Path) -> None:
         "#",
         *"model device data validation: steps disk output preflight".split(),
         *["step"] * 6,
+        "serving",
         "done",
         "model",
     ]
