@@ -67,6 +67,8 @@ def _run(argv: Sequence[str]) -> int:
         "chat": _chat,
         "merge": _merge,
         "check-serving": _check_serving,
+        "rollout": _rollout,
+        "select": _select,
     }
     if argv[0] in subcommands and not isfile(argv[0]):
         return subcommands[argv[0]](argv[1:]) or 0
@@ -111,6 +113,26 @@ def _check_serving(argv: Sequence[str]) -> int:
     with gc_paused():
         from .generate.check_serving import check_serving_command
     return check_serving_command(args)
+
+
+def _rollout(argv: Sequence[str]) -> None:
+    recipe = _recipe(read_command_line(argv), rollout=True)
+    checked = check_inputs(recipe.model_copy(update={"do_train": False}))  # its output_dir holds a finished run
+    recipe = recipe.with_notices(*checked.notices)
+    with gc_paused():
+        from .generate.rollout import rollout
+        from .training.output_dir import own_output_dir
+    with own_output_dir(recipe):
+        rollout(recipe)
+
+
+def _select(argv: Sequence[str]) -> None:
+    from .arguments import select_arguments
+
+    args = select_arguments(argv)
+    with gc_paused():
+        from .generate.selection import select
+    print("\n".join(select(args.folder, args.max_per_question, args.max_pairs_per_question)))
 
 
 def _print_environment(line: CommandLine) -> None:
@@ -190,10 +212,10 @@ def gc_paused() -> Iterator[None]:
         gc.enable()
 
 
-def _recipe(line: CommandLine) -> Recipe:
+def _recipe(line: CommandLine, rollout: bool = False) -> Recipe:
     if len(line.words) > 1 or not (line.words or line.overrides):
         raise RecipeError(f"expected one recipe, found {len(line.words)}: {' '.join(line.words)}\n{usage()}")
-    return read_recipe(line.words[0] if line.words else None, line.overrides)
+    return read_recipe(line.words[0] if line.words else None, line.overrides, rollout)
 
 
 def _describe(error: Exception) -> str:

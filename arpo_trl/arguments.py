@@ -21,6 +21,11 @@ CHAT = """Chat with a trained model. When it calls a tool, you type the tool's r
 
 A result is inserted as a turn or inside the model's turn, as in the model's training data.
 """
+SELECT = """Select SFT rows and preference pairs from the trajectories of `arpo-trl rollout`.
+
+Writes selected.jsonl, pairs.jsonl and dataset_info.json into FOLDER, which is then a dataset_dir with the datasets
+`selected` and `pairs`.
+"""
 MERGE = """Merge an adapter into its base model, for programs that only load complete models.
 
 OUTPUT is a model folder in the base model's dtype with the adapter's tokenizer and chat template. Its configs stop at
@@ -79,6 +84,18 @@ def merge_arguments(argv: Sequence[str]) -> argparse.Namespace:
     existing = nearest_existing_parent(args.output)
     if existing and (not existing.is_dir() or (existing == args.output and any(existing.iterdir()))):
         raise RecipeError(f"{existing}: exists and is not an empty folder. Choose another one")
+    return args
+
+
+def select_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of `select`."""
+    parser = _parser("select", SELECT)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="output_dir of a finished rollout")
+    for name, text in (("max-per-question", "selected trajectories"), ("max-pairs-per-question", "preference pairs")):
+        parser.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{text} per question (1)")
+    args = parser.parse_args(argv)
+    if min(args.max_per_question, args.max_pairs_per_question) < 0:
+        parser.error("--max-per-question and --max-pairs-per-question must be >= 0")
     return args
 
 

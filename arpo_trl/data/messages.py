@@ -20,7 +20,7 @@ from itertools import pairwise, takewhile
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from ..errors import RowError
-from .registry import TAGS, DatasetInfo
+from .registry import PROVENANCE, TAGS, DatasetInfo
 from .strict_json import decode_json, excerpt, parse_json
 
 Fields = dict[str, Any]  # a JSON object
@@ -111,6 +111,8 @@ def complete(turns: Turns, rest: Fields, info: DatasetInfo, default_system: str 
         tools.append(listed)
     if any(other != tools[0] for other in tools):
         raise RowError("wrong type: the row has two lists of tools that differ")
+    for column in (info.columns.get("answer", ""), *PROVENANCE):
+        rest.pop(column, None)
     unread.update(("ignored column", name) for name in _names_left(rest))
     return Conversation(messages, tools[0] if tools else None, unread)
 

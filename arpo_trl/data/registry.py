@@ -25,10 +25,12 @@ from .strict_json import EXCERPT, excerpt, parse_json
 # The columns of each format by key, with their default names.
 COLUMNS: dict[str, dict[str, str | None]] = {
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output"}
-    | dict.fromkeys(("history", "system", "tools")),
-    "sharegpt": {"messages": "conversations", "system": None, "tools": None},
-    "openai": {"messages": "messages", "system": None, "tools": None},
+    | dict.fromkeys(("history", "system", "tools", "answer")),
+    "sharegpt": {"messages": "conversations", "system": None, "tools": None, "answer": None},
+    "openai": {"messages": "messages", "system": None, "tools": None, "answer": None},
 }
+PROVENANCE = ("source", "sample", "scores")
+"""Columns of the rows that `arpo-trl select` writes; they are not trained on."""
 PAIR_COLUMNS: dict[str, str | None] = {"chosen": "chosen", "rejected": "rejected"}
 NEEDED = ("messages", "response")
 _TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")

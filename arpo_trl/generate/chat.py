@@ -1,125 +1,133 @@
-"""`arpo-trl chat MODEL`: a conversation with a trained model, in which tools are called. Its words: arguments.py."""
+"""`arpo-trl chat MODEL`: a conversation with a trained model, with the loop and the tools of rollouts.
+
+Its arguments are in arguments.py.
+"""
 
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedTokenizerBase,
-    TextStreamer,
-)
+from transformers import AutoTokenizer, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from ..data.messages import Conversation, Fields, Message
-from ..data.segments import to_segments
-from ..data.template import Template
+from ..data.messages import Fields, Message
 from ..data.template_probe import find_template
-from ..data.tokenizer import make_tokenize
-from ..errors import RecipeError, RowError, in_one_line
+from ..errors import RecipeError, RowError, printable
 from ..report.manifest import Results, find_manifest
-from .predict import Model, decode, generation_config
-from .sandbox import Limits, describe_isolation, run_python
-from .tags import TOOL_ENDS, TOOL_TAGS
+from .engines import Sampling, TransformersEngine, load_for_generation
+from .questions import TOOL_CALLS, Question, ResultForm
+from .rollout import describe_form, form_of, roll_out
+from .sandbox import Limits as ToolLimits
+from .sandbox import Outcome, describe_isolation, run_python
+from .tags import Call
+from .tools import PYTHON, to_code
+from .trajectory import Limits, Writer
 
-CALL = re.compile(rf"<({'|'.join(TOOL_TAGS)}|tool_call)>((?:(?!<\1>).)*)</\1>\s*\Z", re.DOTALL)
-MOST_CALLS = 20  # that one question may take with --run-python
+MAX_CALLS = 20  # per question
+NOT_TRAINED = "not in run.json: results are inserted as turns (--results inside: into the model's turn)"
+
+
+class _NoResultError(Exception):
+    """The user typed no result."""
+
+
+class _Ask(Protocol):
+    def __call__(self, prompt: str, /) -> str: ...
+
+
+@dataclass(frozen=True)
+class ChatTools:
+    """Runs python if `limits` are given; otherwise the user types the result. `ask`: None for a single prompt."""
+
+    limits: ToolLimits | None
+    ask: _Ask | None
+
+    def run(self, call: Call) -> Outcome:
+        print()
+        if call.tool == PYTHON and self.limits:
+            outcome = run_python(to_code(call.arguments), self.limits)
+            print(printable(f"[result of {call.tool}]\n{outcome}"))
+            return outcome
+        print(printable(f"[{call.tool} would be called here with: {call.arguments}]"))
+        result = self.ask(f"result of {call.tool}: ") if self.ask else ""
+        if not result:
+            raise _NoResultError
+        return Outcome(result, "", 0.0)
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A model and how it is talked with. `results`: where a tool's result goes."""
+    """A model, the form in which it gets results, the tools of its prompt, and the usual system message."""
 
-    model: Model
-    tokenizer: PreTrainedTokenizerBase
-    template: Template
+    engine: TransformersEngine
+    writer: Writer
+    form: ResultForm
     tools: list[Fields] | None
-    results: Results
-    config: GenerationConfig
+    system: str
 
-    def go_on(self, messages: list[Message], turn: str) -> str:
-        """What the model writes after these messages and the beginning of its turn; shown as it is written.
+    def answer(self, messages: list[Message], tools: ChatTools) -> bool:
+        """Let the model answer the last message, and append its replies and its tools' results to `messages`.
+
+        Returns:
+            False if the user typed no result.
 
         Raises:
-            RecipeError: the template does not render them.
+            RecipeError: the template can't render the conversation.
         """
         try:
-            pieces = [*to_context(messages, self.tools, self.template), *([turn] if turn else [])]
+            trajectory = self.writer.start(Question("", "", messages, self.tools, None, self.form), 0)
+            roll_out([trajectory], self.engine, self.writer, tools)
         except RowError as error:
-            raise RecipeError(f"{self.tokenizer.name_or_path}: {error}") from None
-        tokens = make_tokenize(self.tokenizer)(pieces, ["", *pieces[:-1]])
-        ids = torch.tensor([[token for piece in tokens for token in piece.ids]], device=self.model.device)
-        output = cast(GenerationMixin, self.model).generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=self.config,
-            tokenizer=self.tokenizer,
-            streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-        )
-        return decode(self.tokenizer, output[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+            raise RecipeError(f"{self.engine.tokenizer.name_or_path}: {error}") from None
+        except _NoResultError:
+            return False
+        if trajectory.end not in ("stop", None):
+            print(f"[stopped: {trajectory.end}]")
+        messages += trajectory.messages
+        return True
 
 
-def to_context(messages: list[Message], tools: list[Fields] | None, template: Template) -> list[str]:
-    """The conversation up to the next reply, in the pieces that training tokenises each alone. Raises RowError."""
-    prompt = template.render(messages, tools, True)
-    conversation = Conversation(messages, tools)
-    done = [segment.text for segment in to_segments(conversation, template)] if conversation.replies else []
-    length = len("".join(done))
-    return [*done, prompt[length:]] if prompt.startswith("".join(done)) else [prompt]
+class _Streamer(TextStreamer):  # type: ignore[misc, unused-ignore]
+    """Prints the reply as it is written, and no line end in the middle of one."""
 
-
-def find_call(reply: str) -> tuple[str, str] | None:
-    """The tag and the text of the tool call that a reply ends with, if it does."""
-    call = CALL.search(reply)
-    return (call[1], call[2].strip()) if call else None
-
-
-def as_message(tag: str, result: str) -> Message:
-    """A tool's result as a turn: ARPO's form is a user turn, Qwen's a tool turn."""
-    if tag == "tool_call":
-        return {"role": "tool", "content": result}
-    return {"role": "user", "content": f"<result>\n{result}\n</result>"}
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(printable(text), end="", flush=True)
 
 
 def load_chat(args: argparse.Namespace) -> Chat:
     """Load the model.
 
     Raises:
-        RecipeError: its files can't be read, or its template can't be rendered.
+        RecipeError: its files can't be read, or it has no chat template.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map=device)
-    except (OSError, ValueError) as error:  # no weights yet, or an adapter whose base is elsewhere
-        way_out = "give the output_dir of a finished run, from the folder where it was started"
-        raise RecipeError(f"{args.model}: can't be loaded ({in_one_line(error)}); {way_out}") from None
+    model = load_for_generation(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
     if not tokenizer.chat_template:
-        raise RecipeError(
-            f"{args.model}: its tokenizer has no chat template; give the output_dir of a run of arpo_trl"
-        )
+        raise RecipeError(f"{args.model}: the tokenizer has no chat template. Use the output_dir of a run of arpo_trl")
     manifest = find_manifest(args.model)
-    results = args.results or (manifest and manifest.results)
-    if results is None and args.run_python:
-        print(
-            "results  as turns: no run.json says where they go; --results inside puts them into the model's own turn"
-        )
-    config = generation_config(
-        model,
-        tokenizer,
-        max_new_tokens=args.max_new_tokens,
-        do_sample=args.temperature > 0,
-        temperature=args.temperature or 1.0,
-        stop_strings=TOOL_ENDS if results == "inside" else None,
-    )
-    return Chat(model.eval(), tokenizer, find_template(tokenizer), args.tools, results or "turn", config)
+    results: Results | None = args.results or (manifest.results if manifest else None)
+    form = form_of(results) or ResultForm()
+    sampling = Sampling(do_sample=args.temperature > 0, temperature=args.temperature or 1.0, seed=torch.seed() % 2**32)
+    engine = TransformersEngine(model, tokenizer, sampling)
+    engine.streamer = cast(BaseStreamer, _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    limits = Limits(MAX_CALLS, args.max_new_tokens, engine.context)
+    writer = Writer(find_template(tokenizer), engine.ends, limits, [])
+    system = args.system if args.system is not None else (manifest.system if manifest else None)
+    return Chat(engine, writer, TOOL_CALLS if args.tools else form, args.tools, system or "")
+
+
+def describe(chat: Chat, args: argparse.Namespace, limits: ToolLimits | None) -> list[str]:
+    """Return the banner: the system message, where results go, and how python runs."""
+    manifest = find_manifest(args.model)
+    unknown = not args.results and not args.tools and (manifest is None or manifest.results is None)
+    lines = [f"system   {' '.join(chat.system.split())[:100]}"] if chat.system else []
+    lines.append(f"results  {NOT_TRAINED if unknown else describe_form(chat.form)}")
+    run = describe_isolation(limits) if limits else "not run, you type its results (--run-python runs it)"
+    return [*lines, f"python   {run}"]
 
 
 def ask(prompt: str) -> str:
@@ -130,52 +138,21 @@ def ask(prompt: str) -> str:
         return ""
 
 
-def answer(chat: Chat, messages: list[Message], limits: Limits | None, one_question: bool) -> bool:
-    """Let the model answer the last message, with the results of what it calls; add its turns to `messages`.
-
-    Returns:
-        Whether the conversation goes on: not when a result was asked for and nothing was typed.
-    """
-    turn = ""
-    for _ in range(MOST_CALLS):
-        turn += chat.go_on(messages, turn)
-        call = find_call(turn)
-        if call is None:
-            break
-        tag, text = call
-        if tag == "python" and limits:
-            result = str(run_python(text, limits))
-            print(f"[result of <python>]\n{result}")
-        else:
-            print(f"[{tag} would be called here with: {text}]")
-            result = "" if one_question else ask(f"result of <{tag}>: ")
-            if not result:
-                messages.append({"role": "assistant", "content": turn})
-                return False
-        if chat.results == "inside" and tag != "tool_call":
-            turn += f" <result>\n{result}\n</result>"
-        else:
-            messages += [{"role": "assistant", "content": turn}, as_message(tag, result)]
-            turn = ""
-    else:
-        print(f"[stopped after {MOST_CALLS} calls]")
-    messages.append({"role": "assistant", "content": turn})
-    return True
-
-
 def chat_command(args: argparse.Namespace) -> None:
-    """Ask and answer, until nothing is typed. `args`: of `chat_arguments`.
+    """Ask and answer until the user types nothing. `args`: from `chat_arguments`.
 
     Raises:
         RecipeError: the model can't be loaded.
     """
     logging.disable_progress_bar()
     chat = load_chat(args)
-    limits = Limits(args.time_limit, args.memory_limit) if args.run_python else None
-    if limits:
-        print(f"python   {describe_isolation(limits)}")
-    messages: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
+    limits = ToolLimits(args.time_limit, args.memory_limit) if args.run_python else None
+    print(*map(printable, describe(chat, args, limits)), sep="\n")
+    tools = ChatTools(limits, None if args.prompt else ask)
+    messages: list[Message] = [{"role": "system", "content": chat.system}] if chat.system else []
     while text := args.prompt or ask("you: "):
         messages.append({"role": "user", "content": text})
-        if not answer(chat, messages, limits, bool(args.prompt)) or args.prompt:
+        answered = chat.answer(messages, tools)
+        print()
+        if not answered or args.prompt:
             break

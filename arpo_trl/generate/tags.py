@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 TOOL_TAGS = ("python", "search")
@@ -12,9 +14,10 @@ TOOL_TAGS = ("python", "search")
 TOOL_ENDS = [f"</{tag}>" for tag in TOOL_TAGS]
 CALL_ENDS = [*TOOL_ENDS, "</tool_call>"]
 """What ends a call inside a reply. Qwen's templates write `<tool_call>` around JSON."""
-RESULT = "<result>"
+RESULT, RESULT_END = "<result>", "</result>"
 TAG = re.compile(rf"<(/?)(think|{'|'.join(TOOL_TAGS)}|result|answer|tool_call)>")
-_CALL = re.compile(rf'<({"|".join(TOOL_TAGS)}|tool_call)>|\{{\s*"(?:id|type|name|function|arguments|parameters)"')
+_JSON_CALL = r'\{\s*"(?:id|type|name|function|arguments|parameters)"'
+_REACT_CALL = r"Action:\s*(?P<action>\S+)\s*Action Input:\s*"
 
 
 class Call(NamedTuple):
@@ -24,18 +27,23 @@ class Call(NamedTuple):
     arguments: str
 
 
-def find_calls(text: str) -> list[Call]:
+def find_calls(text: str, tags: Sequence[str] = TOOL_TAGS) -> list[Call]:
     """Return the closed tool calls of a reply, in order, up to the first `<result>` in it.
 
-    Recognized are ARPO's `<python>` and `<search>`, `<tool_call>` around JSON or any other form, and JSON objects with
-    a name and arguments (or parameters), as Mistral's and Llama's templates write them. JSON is returned in one
-    canonical form, other text as it is.
+    Recognized are ARPO's `<python>` and `<search>` (or the given tags), `<tool_call>` around JSON or any other form, and JSON objects with
+    a name and arguments (or parameters), as Mistral's and Llama's templates write them, and `Action:` with `Action Input:`
+    (ReAct). JSON is returned in one canonical form, other text as it is.
     """
     text = text.partition(RESULT)[0]
     calls: list[Call] = []
     at = 0
-    while match := _CALL.search(text, at):
+    call_start = _call_start(tuple(tags))
+    while match := call_start.search(text, at):
         start, at = match.start(), match.end()
+        if match["action"]:
+            react_call, at = _react_call(match["action"], text, at)
+            calls.append(react_call)
+            continue
         if not (tag := match[1]):
             call, at = _json_call(text, start, or_else=at)
             calls += [call] if call else []
@@ -45,10 +53,26 @@ def find_calls(text: str) -> list[Call]:
             break  # an unclosed tag calls nothing, nor does anything inside it
         inside, at = text[at:end], end
         if tag == "tool_call":
-            calls += find_calls(inside) or [_call_in_another_form(inside)]
+            calls += find_calls(inside, tags) or [_call_in_another_form(inside)]
         else:
             calls.append(Call(tag, inside.strip()))
     return calls
+
+
+@functools.cache
+def _call_start(tags: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"<({'|'.join(map(re.escape, tags))}|tool_call)>|{_REACT_CALL}|{_JSON_CALL}")
+
+
+def _react_call(name: str, text: str, start: int) -> tuple[Call, int]:
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError):
+        end = min(
+            at for at in (text.find("\nObservation:", start), text.find("\nAction:", start), len(text)) if at >= 0
+        )
+        return Call(name, text[start:end].strip()), end
+    return Call(name, json.dumps(value, sort_keys=True)), end
 
 
 def _json_call(text: str, start: int, or_else: int) -> tuple[Call | None, int]:
@@ -69,8 +93,20 @@ def _json_call(text: str, start: int, or_else: int) -> tuple[Call | None, int]:
 
 def _call_in_another_form(text: str) -> Call:
     """Qwen3-Coder writes `<function=name>`, GLM the name on its own line; broken JSON may still contain a name."""
+    if function := re.match(r"\s*<function=([\w.-]+)>(.*)", text, re.DOTALL):
+        parameters = re.findall(r"<parameter=([\w.-]+)>\n?(.*?)\n?</parameter>", function[2], re.DOTALL)
+        return Call(function[1], json.dumps({key: _value(value) for key, value in parameters}, sort_keys=True))
     name = re.search(r'"name"\s*:\s*"([^"]*)"', text) or re.match(r"\s*(?:<function=)?([\w.-]+)", text)
     return Call(name[1] if name else "", text.strip())
+
+
+def _value(text: str) -> object:
+    """Read a parameter as JSON, else as text."""
+    try:
+        value = _DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return text
+    return text if isinstance(value, str) else value
 
 
 def _float(digits: str) -> int | float:

@@ -18,6 +18,7 @@ from ..errors import RecipeError
 from .keys_of_trl import OURS_TOO, SftKeys
 from .methods import AdvancedKeys
 from .preference import PreferenceKeys
+from .rollout_keys import RolloutKeys
 from .types import (
     Attention,
     Count,
@@ -190,6 +191,7 @@ GROUPS = (
     TrainKeys,
     EvalKeys,
     PredictKeys,
+    RolloutKeys,
     AdvancedKeys,
 )
 
@@ -197,6 +199,7 @@ GROUPS = (
 class Recipe(
     SftKeys,
     AdvancedKeys,
+    RolloutKeys,
     PredictKeys,
     EvalKeys,
     TrainKeys,

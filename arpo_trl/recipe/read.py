@@ -23,8 +23,10 @@ from .rules import conflicts, resolve
 from .yaml_file import Problems, Setting, read_file, read_overrides, shorten
 
 
-def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: str | Path | None, overrides: Sequence[str] = (), rollout: bool = False) -> Recipe:
     """Read a recipe file and `key=value` overrides; without a file, the overrides are the recipe.
+
+    A recipe for a `rollout` needs nothing to train, evaluate or predict.
 
     Raises:
         RecipeError: lists all problems, each with its line.
@@ -45,14 +47,14 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         source = replace(recipe.source, path=path, lines=lines, notices=tuple(notices))
         recipe = recipe.model_copy(update={"source": source})
         if all_read:  # a value that could not be read might resolve a conflict
-            problems += [(_location(key, settings), f"{key}: {why}") for key, why in conflicts(recipe)]
+            problems += [(_location(key, settings), f"{key}: {why}") for key, why in conflicts(recipe, rollout)]
     if problems or not recipe:
         # by line number ("line 9" before "line 10"), then the problems without a line: "missing", "override"
         problems.sort(key=lambda problem: (problem[0][:4] != "line", len(problem[0]), problem[0]))
         width = max(len(location) for location, _ in problems)
         header = f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}"
         raise RecipeError([header, *(f"  {location:<{width}}  {text}" for location, text in problems)])
-    return resolve(recipe)
+    return resolve(recipe, rollout)
 
 
 def _keep_known_keys(settings: dict[str, Setting], problems: Problems) -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ from .keys import PredictKeys, Recipe
 from .llamafactory import TOKENIZERS_OWN
 
 
-def resolve(recipe: Recipe) -> Recipe:
+def resolve(recipe: Recipe, rollout: bool = False) -> Recipe:
     """Set the keys that depend on other keys or on this machine, and collect the notices to print."""
     sampled = any(is_set(recipe, key) for key in ("temperature", "top_p", "top_k"))
     packing = recipe.packing or recipe.neat_packing
@@ -32,8 +32,8 @@ def resolve(recipe: Recipe) -> Recipe:
             "do_sample": sampled if recipe.do_sample is None else recipe.do_sample,
         }
     )
-    notices = [*recipe.source.notices, *(f"{recipe.path}: {line}" for line in _notices(recipe, resolved))]
-    if not recipe.do_train:
+    notices = [*recipe.source.notices, *(f"{recipe.path}: {line}" for line in _notices(recipe, resolved, rollout))]
+    if not recipe.do_train and not rollout:
         uses = ["evaluated"] * recipe.do_eval + ["used to generate replies"] * predict
         notices.insert(0, f"{recipe.path}: do_train is not set; the model is only {' and '.join(uses)}")
     return resolved.model_copy(update={"source": replace(recipe.source, notices=tuple(notices))})
@@ -50,7 +50,7 @@ def _missing_kernel(recipe: Recipe) -> str | None:
     return kernel if kernel and importlib.util.find_spec(kernel) is None else None
 
 
-def _notices(recipe: Recipe, resolved: Recipe) -> Iterator[str]:
+def _notices(recipe: Recipe, resolved: Recipe, rollout: bool) -> Iterator[str]:
     if recipe.warmup_steps and recipe.warmup_ratio:
         yield "warmup_ratio: ignored; warmup_steps overrides it"
     if recipe.packing and not recipe.neat_packing:
@@ -65,7 +65,7 @@ def _notices(recipe: Recipe, resolved: Recipe) -> Iterator[str]:
         yield f"template: {recipe.template} is not shipped; using the tokenizer's own template"
     defaults = {key: field.default for key, field in PredictKeys.model_fields.items() if "predict" not in key}
     unused = [key for key, default in defaults.items() if getattr(recipe, key) not in (default, False)]
-    if unused and not resolved.do_predict and not recipe.predict_during_eval:
+    if unused and not (resolved.do_predict or recipe.predict_during_eval or rollout):
         yield f"{', '.join(unused)}: ignored unless do_predict or predict_during_eval is set"
     yield from preference.notices(recipe)
     if recipe.trust_remote_code:
@@ -80,9 +80,10 @@ def wandb_is_disabled() -> bool:
     return os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
 
 
-def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def conflicts(recipe: Recipe, rollout: bool = False) -> Iterator[tuple[str, str]]:
     """Yield each key that conflicts with others, with the problem and its fix."""
-    yield from ((key, fix) for key, is_wrong, fix in RULES if is_wrong(recipe))
+    training_only = ("do_train", "dataset") if rollout else ()
+    yield from ((key, fix) for key, is_wrong, fix in RULES if key not in training_only and is_wrong(recipe))
     use_eval_rows = ("do_eval", "eval_strategy", "eval_on_start", "do_predict", "predict_with_generate")
     keys = [key for key in use_eval_rows if getattr(recipe, key) not in (False, "no")]
     if keys and not recipe.val_size and not recipe.eval_dataset:

@@ -6,6 +6,7 @@ import contextlib
 import platform
 import subprocess
 import time
+from collections import Counter
 from dataclasses import asdict
 from datetime import date
 from itertools import dropwhile, islice
@@ -24,6 +25,7 @@ from ..errors import RecipeError, RowError
 from ..machine import installed_versions
 from ..processes import on_main_process
 from ..recipe.keys import PredictKeys, Recipe, keys
+from ..recipe.rollout_keys import RolloutKeys
 from ..run_folder import MANIFEST, write_json
 from ..version import __version__
 
@@ -44,7 +46,7 @@ MAY_CHANGE = frozenset(
     cache_dir gradient_checkpointing use_reentrant_gc activation_offloading use_cpu
     trust_remote_code include_num_input_tokens_seen
     """.split()
-) | frozenset(PredictKeys.model_fields)
+) | frozenset([*PredictKeys.model_fields, *RolloutKeys.model_fields])
 """Keys that do not affect the weights, so that they may change when a run is resumed."""
 
 
@@ -56,6 +58,7 @@ class Manifest(BaseModel):
         day: The date that the template writes.
         reference: The reference model of `stage: dpo`: its path, adapters, and a hash of their files.
         results: Whether tool results are separate turns or inside the model's turn; None if there are none.
+        system: The most frequent system message of the rows, for `arpo-trl chat`.
         tracker_run: The run's id in its trackers.
     """
 
@@ -71,6 +74,7 @@ class Manifest(BaseModel):
     git_commit: str | None = None
     reference: dict[str, JsonValue] | None = None
     results: Results | None = None
+    system: str | None = None
     tracker_run: str | None = None
 
     def write(self, output_dir: Path, status: Literal["running", "stopped", "finished"]) -> None:
@@ -81,6 +85,7 @@ class Manifest(BaseModel):
 
 def describe_run(recipe: Recipe, data: PreparedData) -> Manifest:
     """Return the manifest of a run that starts now."""
+    results, system = sample_rows(recipe)
     return Manifest(
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         recipe=recipe.resolved(),
@@ -91,7 +96,8 @@ def describe_run(recipe: Recipe, data: PreparedData) -> Manifest:
         world_size=PartialState().num_processes,
         versions={"arpo_trl": __version__, "python": platform.python_version(), **installed_versions(PACKAGES)},
         git_commit=git_commit(),
-        results=find_results_form(recipe),
+        results=results,
+        system=system,
     )
 
 
@@ -118,22 +124,25 @@ def git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def find_results_form(recipe: Recipe) -> Results | None:
-    """Return where most of the first rows with tool results have them.
+def sample_rows(recipe: Recipe) -> tuple[Results | None, str | None]:
+    """Return where most of the first rows with tool results have them, and the most frequent system message.
 
-    Only after the first reply: a system prompt or a question may mention the tag.
+    Results are looked for after the first reply: a system prompt or a question may mention the tag.
     """
     inside = turns = 0
+    systems: Counter[str] = Counter()
     with contextlib.suppress(RecipeError):  # the rows were encoded elsewhere, without their files here
         for info in select_datasets(recipe):
             for row in islice(read_dataset(info, recipe.streaming), SAMPLED):
                 with contextlib.suppress(RowError):
-                    messages = to_conversation(row.value, info).messages
+                    messages = to_conversation(row.value, info, recipe.default_system).messages
+                    systems[messages[0]["content"] if messages[0]["role"] == "system" else ""] += 1
                     later = list(dropwhile(lambda message: message["role"] != "assistant", messages))
                     with_result = {message["role"] for message in later if "<result>" in message["content"]}
                     inside += "assistant" in with_result
                     turns += "user" in with_result or any(message["role"] == "tool" for message in later)
-    return "inside" if inside > turns else "turn" if turns else None
+    results: Results | None = "inside" if inside > turns else "turn" if turns else None
+    return results, (systems.most_common(1)[0][0] or None) if systems else None
 
 
 def read_manifest(output_dir: Path) -> Manifest | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +23,35 @@ from arpo_trl.data.template_probe import find_template
 from arpo_trl.data.tokenizer import load_template, make_tokenize
 from arpo_trl.errors import RecipeError
 from arpo_trl.generate import chat
+from arpo_trl.generate.engines import Request, TransformersEngine
+from arpo_trl.generate.sandbox import Limits, describe_isolation
+from arpo_trl.generate.trajectory import to_context
 from arpo_trl.recipe import Recipe, read_recipe
-from arpo_trl.report.manifest import find_manifest, find_results_form
+from arpo_trl.report.manifest import find_manifest, sample_rows
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.mark.parametrize(
-    ("reply", "call"),
-    [
-        ("<think>a</think>\n<python>\nprint(1)\n</python>", ("python", "print(1)")),
-        ("<search>who</search> ", ("search", "who")),
-        ('text\n<tool_call>\n{"name": "f"}\n</tool_call>', ("tool_call", '{"name": "f"}')),
-        ("<python>1</python> <result>\n1\n</result><python>2</python>", ("python", "2")),
-        ("<python>1</python> <result>\n1\n</result><search>2</search>", ("search", "2")),
-        ("<python>1</python> and so <answer>1</answer>", None),
-        ("<python>cut off", None),
-        ("no call", None),
-    ],
-)
-def test_find_call_finds_the_call_that_a_reply_ends_with(reply: str, call: tuple[str, str] | None) -> None:
-    assert chat.find_call(reply) == call
 
 
 def test_the_command_answers_one_prompt(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", str(tiny_model), "--prompt", "你好", "--max-new-tokens", "4"]) == 0
     captured = capsys.readouterr()
-    assert (captured.out != "", captured.err) == (True, "")
+    results, python, *reply = captured.out.splitlines()
+    assert (results, captured.err) == (f"results  {chat.NOT_TRAINED}", "") and reply
+    assert python == "python   not run, you type its results (--run-python runs it)"
 
 
-TOLD = json.loads((ROOT / "recipes" / "data" / "tool_calls_demo.json").read_text(encoding="utf-8"))[0]
+TOOLS_ROW = json.loads((ROOT / "recipes" / "data" / "tool_calls_demo.json").read_text(encoding="utf-8"))[0]
 
 
 def encoded(tiny_model: Path, dataset: str, row: dict[str, Any]) -> tuple[list[int], list[int]]:
     recipe = Recipe(model_name_or_path=str(tiny_model), output_dir="unused")
     encoder = Encoder(read_registry(ROOT / "recipes")[dataset], recipe, load_template(recipe))
-    [trained] = encode_rows([Row("told", row)], encoder)
+    [trained] = encode_rows([Row("row", row)], encoder)
     return trained["input_ids"].tolist(), trained["labels"].tolist()
 
 
-@pytest.mark.parametrize("text", [TOLD["tools"], json.dumps(TOLD["tools"])], ids=["a list", "a row's text"])
-def test_the_model_is_told_of_tools_as_in_training(
+@pytest.mark.parametrize("text", [TOOLS_ROW["tools"], json.dumps(TOOLS_ROW["tools"])], ids=["a list", "a row's text"])
+def test_tools_are_in_the_prompt_as_in_training(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     prompts: list[list[int]] = []
@@ -75,15 +63,15 @@ def test_the_model_is_told_of_tools_as_in_training(
 
     monkeypatch.setattr(Qwen2ForCausalLM, "generate", recorded)
     (tmp_path / "tools.json").write_text(text, encoding="utf-8")
-    question = TOLD["conversations"][0]["value"]
+    question = TOOLS_ROW["conversations"][0]["value"]
     options = ["--tools", str(tmp_path / "tools.json"), "--prompt", question, "--max-new-tokens", "2"]
     assert main(["chat", str(tiny_model), *options]) == 0
-    ids, labels = encoded(tiny_model, "tool_calls_demo", TOLD)
+    ids, labels = encoded(tiny_model, "tool_calls_demo", TOOLS_ROW)
     first_reply = next(at for at, label in enumerate(labels) if label != IGNORED)
     assert prompts == [ids[:first_reply]]
 
 
-def test_every_later_prompt_is_training_s_own_tokens_too(
+def test_every_later_prompt_has_the_tokens_of_training(
     tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     with (ROOT / "recipes" / "data" / "arpo_sft_toy.jsonl").open(encoding="utf-8") as lines:
@@ -97,7 +85,7 @@ def test_every_later_prompt_is_training_s_own_tokens_too(
         turns = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
         messages = [{"role": "system", "content": row["system"]}, *turns]
         for number, start in enumerate(starts):
-            pieces = chat.to_context(messages[: 2 + 2 * number], None, template)
+            pieces = to_context(messages[: 2 + 2 * number], None, template)
             assert [token for piece in tokenize(pieces) for token in piece.ids] == ids[:start]
             prompts += 1
     assert prompts > 20
@@ -129,7 +117,7 @@ def test_tools_that_cannot_be_read_are_named(
         ("temperature", "-1"),
     ],
 )
-def test_a_limit_that_leaves_nothing_is_refused(
+def test_a_limit_of_nothing_is_rejected(
     option: str, value: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -143,7 +131,7 @@ def test_a_folder_without_weights_or_model_is_named_in_one_line(
     shutil.copytree(tiny_model, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors"))
     assert main(["chat", str(tmp_path / "run"), "--prompt", "hi"]) == 2
     assert re.fullmatch(
-        r".*run: can't be loaded \(.+\); give the output_dir of a finished run.*\n", capsys.readouterr().err
+        r".*run: can't be loaded \(.+\)\. Give the output_dir of a finished run.*\n", capsys.readouterr().err
     )
     assert main(["chat", str(tmp_path)]) == 2
     assert "not a model folder. Use the output_dir of a finished run" in capsys.readouterr().err
@@ -151,83 +139,80 @@ def test_a_folder_without_weights_or_model_is_named_in_one_line(
 
 # --- where results go ---
 
-Written = Callable[[list[str], list[str]], list[tuple[list[dict[str, Any]], str]]]
+Written = Callable[[list[str], list[str]], list[str]]
 
 
 @pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Written:
-    """Makes the model write given texts, and the user type; returns what the model was given each time."""
+def written(monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerBase) -> Written:
+    """Make the model write given texts and the user type others; returns the prompts that the model gets."""
 
-    def make(texts: list[str], typed: list[str]) -> list[tuple[list[dict[str, Any]], str]]:
-        seen: list[tuple[list[dict[str, Any]], str]] = []
+    def make(texts: list[str], typed: list[str]) -> list[str]:
+        prompts: list[str] = []
         writes, types = iter(texts), iter(typed)
 
-        def go_on(self: chat.Chat, messages: list[dict[str, Any]], turn: str) -> str:
-            seen.append((list(messages), turn))
-            return next(writes)
+        def generate(self: TransformersEngine, requests: Sequence[Request]) -> list[list[int]]:
+            prompts.extend(str(tiny_tokenizer.decode(request.ids)) for request in requests)
+            return [tiny_tokenizer(next(writes), add_special_tokens=False).input_ids for _ in requests]
 
-        monkeypatch.setattr(chat.Chat, "go_on", go_on)
+        monkeypatch.setattr(TransformersEngine, "generate", generate)
         monkeypatch.setattr("builtins.input", lambda prompt: next(types))
-        return seen
+        return prompts
 
     return make
 
 
-SEARCH, PYTHON = "<search>Karamont</search>", "<python>\nprint(6 * 7)\n</python>"
+SEARCH, PYTHON, END = "<search>Karamont</search>", "<python>\nprint(6 * 7)\n</python>", "<|im_end|>"
 
 
-def test_a_typed_result_is_a_turn_of_its_own(
+def test_a_typed_result_is_a_separate_turn(
     tiny_model: Path, written: Written, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen = written([SEARCH, "<answer>Kasivik</answer>", SEARCH], ["Who founded it?", "Kasivik", "And?", "", ""])
+    texts = [SEARCH + END, "<answer>Kasivik</answer>" + END, SEARCH + END]
+    prompts = written(texts, ["Who founded it?", "Kasivik", "And?", "", ""])
     assert main(["chat", str(tiny_model), "--system", "Be brief.", "--results", "turn"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["[search would be called here with: Karamont]"] * 2
-    assert [message["role"] for message in seen[1][0]] == ["system", "user", "assistant", "user"]
-    assert seen[1][0][-1]["content"] == "<result>\nKasivik\n</result>"
-    assert [turn for _, turn in seen] == ["", "", ""]
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert printed == ["[search would be called here with: Karamont]"] * 2
+    turns = prompts[1].split("<|im_start|>")[1:]
+    assert [turn.partition("\n")[0] for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert turns[3] == "user\n<result>\nKasivik\n</result><|im_end|>\n"
+    assert prompts[2].endswith("user\nAnd?<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_a_result_inside_the_turn_is_written_as_arpo_s_rollout_does(tiny_model: Path, written: Written) -> None:
-    seen = written([SEARCH, "<answer>Kasivik</answer>", "bye"], ["Who founded it?", "Kasivik", "thanks", ""])
+def test_a_result_inside_the_turn_is_written_as_in_arpo_s_rollouts(tiny_model: Path, written: Written) -> None:
+    texts = [SEARCH, "<answer>Kasivik</answer>" + END, "bye" + END]
+    prompts = written(texts, ["Who founded it?", "Kasivik", "thanks", ""])
     assert main(["chat", str(tiny_model), "--results", "inside"]) == 0
-    assert [message["role"] for message in seen[1][0]] == ["user"]
     turn = f"{SEARCH} <result>\nKasivik\n</result>"
-    assert seen[1][1] == turn
-    assert seen[2][0][1] == {"role": "assistant", "content": turn + "<answer>Kasivik</answer>"}
+    assert prompts[1] == prompts[0] + turn
+    assert f"{turn}<answer>Kasivik</answer><|im_end|>" in prompts[2]
 
 
-def test_a_program_is_run_only_where_asked_for(
+def test_a_program_runs_only_if_asked_for(
     tiny_model: Path, written: Written, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen = written([PYTHON, "done"], [])
+    prompts = written([PYTHON, "done" + END], [])
     assert main(["chat", str(tiny_model), "--prompt", "6 * 7?", "--run-python", "--results", "inside"]) == 0
-    assert seen[1][1] == f"{PYTHON} <result>\n42\n</result>"
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("python   20 s, 1024 MB, 32 processes")
-    assert said[1:] == ["[result of <python>]", "42"]
-    seen = written([PYTHON], [])
-    assert main(["chat", str(tiny_model), "--prompt", "6 * 7?"]) == 0
-    assert len(seen) == 1 and capsys.readouterr().out == "[python would be called here with: print(6 * 7)]\n"
+    assert prompts[1].endswith(f"{PYTHON} <result>\n42\n</result>")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["results  inside the reply", f"python   {describe_isolation(Limits())}"]
+    assert [line for line in lines[2:] if line] == ["[result of python]", "42"]
+    prompts = written([PYTHON], [])
+    assert main(["chat", str(tiny_model), "--prompt", "6 * 7?", "--results", "inside"]) == 0
+    assert len(prompts) == 1 and "[python would be called here with: print(6 * 7)]\n" in capsys.readouterr().out
 
 
-def test_a_model_that_calls_for_ever_is_stopped(
+def test_a_model_that_never_stops_calling_is_stopped(
     tiny_model: Path, written: Written, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "MOST_CALLS", 2)
-    written(["<python>print(1)</python>"] * 3, [])
+    monkeypatch.setattr(chat, "MAX_CALLS", 2)
+    written(["<python>print(1)</python>" + END] * 3, [])
     assert main(["chat", str(tiny_model), "--prompt", "hi", "--run-python"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "[stopped after 2 calls]"
-
-
-def test_inside_a_turn_the_model_stops_where_the_call_ends(tiny_model: Path) -> None:
-    args = chat_args(tiny_model, results="inside")
-    assert chat.load_chat(args).config.stop_strings == ["</python>", "</search>"]
-    assert chat.load_chat(chat_args(tiny_model, results="turn")).config.stop_strings is None
+    assert capsys.readouterr().out.splitlines()[-2:] == ["[stopped: max_tool_calls]", ""]
 
 
 def chat_args(model: Path, **changes: Any) -> Any:
     values = {"model": model, "tools": None, "results": None, "run_python": False, "max_new_tokens": 4}
-    return type("Args", (), values | {"temperature": 0.0} | changes)()
+    return type("Args", (), values | {"temperature": 0.0, "system": None} | changes)()
 
 
 SYSTEM = ("system", "Results come between <result> and </result>.")
@@ -248,9 +233,9 @@ def test_where_results_go_is_found_in_the_first_rows(
     info = {"d": {"file_name": "d.json", "formatting": "sharegpt"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     recipe = read_recipe(small_run.write_recipe(tmp_path, tiny_model, dataset="d", dataset_dir=str(tmp_path)))
-    assert find_results_form(recipe) == form
+    assert sample_rows(recipe)[0] == form
     (tmp_path / "d.json").unlink()
-    assert find_results_form(recipe) is None
+    assert sample_rows(recipe) == (None, None)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -261,15 +246,14 @@ def test_where_results_go_is_found_in_a_dataset_of_the_hub(streaming: bool, tmp_
     info = {"d": {"hf_hub_url": str(tmp_path / "repo"), "formatting": "sharegpt"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     keys = {"dataset": "d", "dataset_dir": str(tmp_path), "streaming": streaming}
-    assert find_results_form(read_recipe(small_run.write_recipe(tmp_path, tiny_model, **keys))) == "inside"
+    assert sample_rows(read_recipe(small_run.write_recipe(tmp_path, tiny_model, **keys)))[0] == "inside"
 
 
 @pytest.mark.parametrize(
-    ("dataset", "form", "stops"),
-    [("arpo_sft_toy_inside", "inside", ["</python>", "</search>"]), ("arpo_sft_toy", "turn", None)],
+    ("dataset", "form", "place"), [("arpo_sft_toy_inside", "inside", "inside"), ("arpo_sft_toy", "turn", "user")]
 )
 def test_a_chat_puts_results_where_the_run_s_manifest_has_them(
-    dataset: str, form: str, stops: list[str] | None, tmp_path: Path, tiny_model: Path
+    dataset: str, form: str, place: str, tmp_path: Path, tiny_model: Path
 ) -> None:
     data = {"dataset": dataset, "dataset_dir": str(ROOT / "recipes"), "max_samples": 2, "tokenized_path": None}
     keys = {"finetuning_type": "lora", "cutoff_len": 1024, "max_steps": 1, "preflight": False}
@@ -278,7 +262,9 @@ def test_a_chat_puts_results_where_the_run_s_manifest_has_them(
         merged = tmp_path / f"merged {adapter.name}" / "model"
         assert main(["merge", str(adapter), str(merged)]) == 0
         for model in (adapter, merged):
-            assert chat.load_chat(chat_args(model)).config.stop_strings == stops, model
+            loaded = chat.load_chat(chat_args(model))
+            assert loaded.form.place == place and "<python>" in loaded.system, model
+            assert chat.load_chat(chat_args(model, system="")).system == ""
             made = find_manifest(model)
             assert made and (made.results, made.recipe["output_dir"]) == (form, str(run)), model
     assert find_manifest(tiny_model) is None
@@ -293,12 +279,12 @@ def test_a_recipe_that_is_called_chat_is_still_a_recipe(
     assert "chat: " in capsys.readouterr().err and [path.name for path in Path().iterdir()] == ["chat"]
 
 
-def test_a_template_that_refuses_the_conversation_is_told_in_a_line(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_template_that_raises_an_error_is_reported_in_one_line(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "m")
     jinja = (tiny_model / "chat_template.jinja").read_text(encoding="utf-8")
     refuses = "{%- if messages | length > 2 %}{{ raise_exception('one question only') }}{%- endif %}" + jinja
     (tmp_path / "m" / "chat_template.jinja").write_text(refuses, encoding="utf-8")
-    talk = chat.load_chat(chat_args(tmp_path / "m"))
+    loaded = chat.load_chat(chat_args(tmp_path / "m"))
     user = {"role": "user", "content": "hi"}
     with pytest.raises(RecipeError, match="one question only"):
-        talk.go_on([user, {"role": "assistant", "content": "a"}, user], "")
+        loaded.answer([user, {"role": "assistant", "content": "a"}, user], chat.ChatTools(None, None))  # type: ignore[list-item]

@@ -1,0 +1,233 @@
+"""Engines that continue token ids: transformers, batched, in this process. server.py has the other one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from ..errors import RecipeError, RunFailed, in_one_line
+from ..machine import is_out_of_memory
+from ..model.model import end_tokens
+from .predict import Model, generation_config
+
+TAIL_TOKENS = 16
+"""Tokens in which an end tag is looked for: it may be as many tokens as it has characters."""
+PADDING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}  # of the largest logit
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn. `seed`: of the run; each request has its own on top."""
+
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 42
+
+    def __str__(self) -> str:
+        if not self.do_sample:
+            return "greedy"
+        return f"temperature {self.temperature:g}, top_p {self.top_p:g}, top_k {self.top_k}, seed {self.seed}"
+
+
+class Request(NamedTuple):
+    """Ids to continue by at most `limit` tokens, up to an end token or one of the texts `stops`. `key`: its own seed."""
+
+    ids: list[int]
+    limit: int
+    key: str
+    stops: tuple[str, ...] = ()
+
+
+class Engine(Protocol):
+    """`context`: tokens that the model can read. `ends`: ids that end a reply."""
+
+    context: int
+    ends: list[int]
+
+    def generate(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Return the new ids of each request, with the end token or the token that completes a stop text."""
+        ...
+
+
+def seed_of(sampling: Sampling, key: str) -> int:
+    """Return the seed of a request: the same for the same key, whatever else is generated with it."""
+    return int.from_bytes(hashlib.blake2b(f"{sampling.seed} {key}".encode(), digest_size=4).digest())
+
+
+class TransformersEngine:
+    """Generates with transformers, in left-padded batches that the caller chooses.
+
+    Each request draws from its own generator: Gumbel noise is added to the logits and the maximum is taken, which is a
+    sample of their softmax. So a request's tokens don't depend on its batch, apart from rounding in the padding.
+    """
+
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
+        self.model, self.tokenizer, self.sampling = model.eval(), tokenizer, sampling
+        self.ends = end_tokens(model, tokenizer)
+        text_config = model.config.get_text_config()
+        self.context = int(getattr(text_config, "max_position_embeddings", None) or 1 << 30)
+        self.streamer: BaseStreamer | None = None
+
+    def generate(self, requests: Sequence[Request]) -> list[list[int]]:
+        try:
+            return self._generate(requests)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunFailed(
+                f"out of memory on {self.model.device} while generating {len(requests)} replies at a time. Lower "
+                "per_device_eval_batch_size or max_new_tokens"
+            ) from error
+
+    def _generate(self, requests: Sequence[Request]) -> list[list[int]]:
+        ids, mask = self._pad([request.ids for request in requests])
+        width = ids.shape[1]
+        config = generation_config(
+            self.model,
+            self.tokenizer,
+            max_new_tokens=max(request.limit for request in requests),
+            do_sample=False,
+            repetition_penalty=self.sampling.repetition_penalty,
+        )
+        stop = _StopEachRow(self.tokenizer, requests, width)
+        with torch.no_grad():
+            output = cast(GenerationMixin, self.model).generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=self._processors(requests),
+                stopping_criteria=StoppingCriteriaList([stop]),
+                streamer=self.streamer,
+            )
+        return [
+            self._trim(row, length)
+            for row, length in zip(output[:, width:].tolist(), stop.lengths.tolist(), strict=True)
+        ]
+
+    def padding_error(self, first: Sequence[int], second: Sequence[int]) -> float:
+        """Return how much padding the shorter one changes its next logits, relative to the largest logit."""
+        short, long = sorted((list(first), list(second)), key=len)
+        alone, together = self._next_logits([short])[0], self._next_logits([short, long])[0]
+        return float((alone - together).abs().max() / alone.abs().max())
+
+    @property
+    def padding_tolerance(self) -> float:
+        return PADDING_TOLERANCE.get(next(self.model.parameters()).dtype, 0.15)
+
+    def _next_logits(self, rows: Sequence[list[int]]) -> torch.Tensor:
+        ids, mask = self._pad(rows)
+        returned = {"output_logits": True, "return_dict_in_generate": True}
+        config = generation_config(self.model, self.tokenizer, max_new_tokens=1, do_sample=False, **returned)
+        with torch.no_grad():
+            output: Any = cast(GenerationMixin, self.model).generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+            )
+        return cast(torch.Tensor, output.logits[0]).float()
+
+    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        tensors = [torch.tensor(row) for row in rows]
+        pad = partial(pad_sequence, batch_first=True, padding_side="left")
+        ids = pad(tensors, padding_value=float(self.tokenizer.pad_token_id or 0))
+        mask = pad([torch.ones_like(row) for row in tensors])
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def _processors(self, requests: Sequence[Request]) -> LogitsProcessorList:
+        sampling, processors = self.sampling, LogitsProcessorList()
+        if not sampling.do_sample:
+            return processors
+        if sampling.temperature != 1:
+            processors.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(_GumbelNoise([seed_of(sampling, request.key) for request in requests], self.model.device))
+        return processors
+
+    def _trim(self, row: list[int], length: int) -> list[int]:
+        row = row[:length] if length else row
+        end = next((at for at, token in enumerate(row) if token in self.ends), len(row))
+        return row[: end + 1]
+
+
+class _GumbelNoise(LogitsProcessor):
+    """Adds noise from a generator of each row."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log()
+
+
+class _StopEachRow(StoppingCriteria):
+    """Ends a row at its limit, or once its last tokens complete one of its stop texts. `lengths`: 0 while it runs."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], width: int) -> None:
+        self.tokenizer, self.requests, self.width = tokenizer, requests, width
+        self.lengths = torch.zeros(len(requests), dtype=torch.long)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        written = input_ids.shape[1] - self.width
+        tails = input_ids[:, max(self.width, input_ids.shape[1] - TAIL_TOKENS) :].tolist()
+        for at, (request, tail) in enumerate(zip(self.requests, tails, strict=True)):
+            if not self.lengths[at] and (written >= request.limit or self._completes(request.stops, tail)):
+                self.lengths[at] = written
+        return (self.lengths > 0).to(input_ids.device)
+
+    def _completes(self, stops: Sequence[str], tail: list[int]) -> bool:
+        if not stops:
+            return False
+        decode = partial(self.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text, before = str(decode(tail)), str(decode(tail[:-1]))
+        return any(text.rfind(stop) + len(stop) > len(before) for stop in stops if stop in text)
+
+
+def load_for_generation(path: str | Path, trust_remote_code: bool = False) -> Model:
+    """Load a model folder, or an adapter folder with its base: on a GPU in the dtype of its file, else in float32.
+
+    Raises:
+        RecipeError: there is no model, or an adapter's base is missing.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        from accelerate import PartialState
+
+        device = str(PartialState().device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if device != "cpu" else torch.float32,
+            device_map=device,
+            trust_remote_code=trust_remote_code,
+        )
+    except (ImportError, OSError, ValueError) as error:
+        fix = "Give the output_dir of a finished run, from the folder where it was started"
+        raise RecipeError(f"{path}: can't be loaded ({in_one_line(error)}). {fix}") from None
+    return cast(Model, model.eval())

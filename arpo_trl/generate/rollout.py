@@ -1,0 +1,428 @@
+"""`arpo-trl rollout RECIPE`: trajectories with real tools, their scores, and what is selected from them."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.text import Text
+from tqdm import tqdm
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from ..data.tokenizer import load_template
+from ..errors import RowError, RunFailed, printable
+from ..model.model import load_model
+from ..processes import leave_together, on_main_process
+from ..recipe.keys import Recipe
+from ..report.console import logged_to, say, start_bar
+from ..report.manifest import Results, find_manifest, run_day
+from ..run_folder import save_metrics, write_text
+from .engines import Engine, Request, Sampling, TransformersEngine, load_for_generation
+from .questions import INSIDE, Question, ResultForm, read_questions
+from .rollout_files import ROLLOUTS, append_lines, begin, finish, part_path, read_lines, to_row, to_text
+from .rollout_scores import RIGHT, Line, describe, final_answer, is_well_formed, judge, score_answer, summarize
+from .sandbox import Limits as ToolLimits
+from .sandbox import Outcome
+from .selection import select
+from .server import ServerEngine
+from .tags import RESULT, RESULT_END, Call
+from .tools import Toolbox, Tools
+from .trajectory import Limits, Trajectory, Writer
+
+PARALLEL_TOOLS = 32
+WAIT_FOR_OTHERS = timedelta(days=7)  # a process may take much longer than the others
+
+
+def rollout(recipe: Recipe) -> None:
+    """Roll out the questions of a recipe, score them, and select rows and pairs if they are training questions.
+
+    Raises:
+        RecipeError: the model, the questions or a tool is missing.
+        RunFailed: the server or the device failed; the same command resumes.
+    """
+    PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT_FOR_OTHERS)
+    logging.disable_progress_bar()
+    folder = Path(recipe.output_dir)
+    with logged_to(folder / "rollout.log", enabled=PartialState().is_main_process):
+        say(*recipe.notices)
+        _Rollout(recipe, folder).run()
+        leave_together()
+
+
+def sampling_of(recipe: Recipe) -> Sampling:
+    """Return the sampling settings. Omitted ones are neutral: LLaMA-Factory's defaults make eight near copies."""
+    keys = recipe.model_fields_set
+    return Sampling(
+        do_sample=bool(recipe.do_sample) or recipe.num_generations > 1,
+        temperature=recipe.temperature if "temperature" in keys else 1.0,
+        top_p=recipe.top_p if "top_p" in keys else 1.0,
+        top_k=recipe.top_k if "top_k" in keys else 0,
+        repetition_penalty=recipe.repetition_penalty,
+        seed=recipe.seed,
+    )
+
+
+def find_model(recipe: Recipe) -> str:
+    """Return what is rolled out: the final model of a training recipe, else model_name_or_path.
+
+    Raises:
+        RecipeError: the training recipe has no final model yet.
+    """
+    if not recipe.do_train:
+        return recipe.model_name_or_path
+    folder = Path(recipe.output_dir)
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise recipe.error(
+            "output_dir",
+            f"{folder} has no final model. Train it first, or set do_train=false to roll out model_name_or_path",
+        )
+    return str(folder)
+
+
+def toolbox_of(recipe: Recipe) -> Toolbox:
+    """Return the tools of a recipe.
+
+    Raises:
+        RecipeError: a command can't be started.
+    """
+    limits = ToolLimits(recipe.tool_timeout, recipe.tool_memory, output=recipe.max_tool_output)
+    toolbox = Toolbox(recipe.tools, limits)
+    if missing := toolbox.missing():
+        raise recipe.error("tools", "; ".join(missing))
+    return toolbox
+
+
+class _Rollout:
+    """One command: what it rolls out, with what, and where the lines go."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder, self.state = recipe, folder, PartialState()
+        self.model_path = find_model(recipe)
+        self.toolbox, self.sampling = toolbox_of(recipe), sampling_of(recipe)
+        loaded = recipe.model_copy(update={"model_name_or_path": self.model_path})
+        self.template = load_template(loaded, run_day(recipe))
+        self.tokenizer = self.template.tokenizer
+        manifest = find_manifest(Path(self.model_path))
+        questions = read_questions(recipe, self.template, form_of(manifest.results if manifest else None))
+        self.questions, self.notices = questions.items, questions.notices
+        self.batch_size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size
+        self.bar: tqdm | None = None
+        self.lock = threading.Lock()
+
+    def run(self) -> None:
+        settings = self._settings()
+        line, finished = on_main_process(lambda: begin(self.folder, settings))
+        say(*self._describe(), *([line] if line else []))
+        if not finished:
+            self._generate()
+            self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            lines = (
+                read_lines(self.folder / ROLLOUTS)
+                if finished
+                else finish(self.folder, settings, self.state.num_processes)
+            )
+            self._report(lines)
+
+    def _generate(self) -> None:
+        engine = self._engine()
+        writer = self._writer(engine)
+        trajectories = [
+            writer.start(question, sample)
+            for question in self.questions
+            for sample in range(self.recipe.num_generations)
+        ]
+        numbers = {id(trajectory): at // self.recipe.num_generations for at, trajectory in enumerate(trajectories)}
+        part = part_path(self.folder, self.state.process_index)
+        ordered = sorted(trajectories, key=lambda trajectory: -trajectory.prompt_tokens)
+        size = 1 if self.recipe.server_url else self._batch_size(engine, ordered)
+        batches = [ordered[at : at + size] for at in range(0, len(ordered), size)]
+        mine = batches[self.state.process_index :: self.state.num_processes]
+        done = self._resume(part, mine, numbers)
+        waiting = [batch for batch in mine if not done.issuperset((numbers[id(one)], one.sample) for one in batch)]
+        total = sum(map(len, mine))
+        self.bar = start_bar(total, total - sum(map(len, waiting))) if self.state.is_main_process else None
+        with ThreadPoolExecutor(PARALLEL_TOOLS) as tools:
+            save = partial(self._save, writer, part, numbers, tools)
+            if self.recipe.server_url:
+                self._serve(engine, writer, waiting, save)
+            else:
+                for batch in waiting:
+                    roll_out(batch, engine, writer, self.toolbox, tools)
+                    save(batch)
+        if self.bar:
+            self.bar.close()
+
+    def _serve(
+        self, engine: Engine, writer: Writer, waiting: Sequence[list[Trajectory]], save: Callable[..., None]
+    ) -> None:
+        """Roll out with many requests in flight: each trajectory runs in its own thread, and so do its tools."""
+        pool = ThreadPoolExecutor(self.recipe.server_requests)
+
+        def complete(batch: list[Trajectory]) -> None:
+            roll_out(batch, engine, writer, self.toolbox)
+            save(batch)
+
+        futures = [pool.submit(complete, batch) for batch in waiting]
+        saved = len(self.questions) * self.recipe.num_generations - len(futures)
+        try:
+            for future in as_completed(futures):
+                future.result()
+                saved += 1
+        except RunFailed as error:
+            raise RunFailed(f"{error} ({saved:,} trajectories are saved)") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _engine(self) -> Engine:
+        path, recipe = self.model_path, self.recipe
+        ends = [int(str(self.tokenizer.convert_tokens_to_ids(token))) for token in self.template.turn_ends]
+        if recipe.server_url:
+            server = ServerEngine(
+                recipe.server_url, self.tokenizer, read_ends(path, ends), self.sampling, recipe.server_requests
+            )
+            say(
+                f"server   {server.url}: {server.model}, context {server.context:,}",
+                *(f"         {line}" for line in server.notices),
+            )
+            return server
+        if not recipe.do_train and recipe.adapter_name_or_path:
+            model = load_model(recipe)[0]
+            model.to(self.state.device)
+        else:
+            model = load_for_generation(path, recipe.trust_remote_code)
+        engine = TransformersEngine(model, self.tokenizer, self.sampling)
+        engine.ends = list(dict.fromkeys([*engine.ends, *ends]))
+        return engine
+
+    def _writer(self, engine: Engine) -> Writer:
+        recipe = self.recipe
+        limits = Limits(recipe.max_tool_calls, recipe.max_new_tokens, engine.context)
+        return Writer(self.template, engine.ends, limits, self.toolbox.tools)
+
+    def _batch_size(self, engine: Engine, ordered: Sequence[Trajectory]) -> int:
+        """Return the batch size, or 1 if padding changes what the model predicts."""
+        assert isinstance(engine, TransformersEngine)
+        longest, shortest = ordered[0].ids, ordered[-1].ids
+        if self.batch_size == 1 or len(longest) == len(shortest):
+            return self.batch_size
+        error = engine.padding_error(longest, shortest)
+        if error <= engine.padding_tolerance:
+            return self.batch_size
+        say(f"batches  of 1: padding changes this model's logits by {error:.1%}")
+        return 1
+
+    def _resume(
+        self, part: Path, batches: Sequence[Sequence[Trajectory]], numbers: dict[int, int]
+    ) -> set[tuple[int, int]]:
+        """Return the trajectories that are complete. Lines of an incomplete batch are removed: it runs again in full."""
+        lines = {(line["number"], line["sample"]): line for line in read_lines(part)}
+        keys = [[(numbers[id(one)], one.sample) for one in batch] for batch in batches]
+        complete = {key for batch in keys if lines.keys() >= set(batch) for key in batch}
+        if lines:
+            write_text(part, to_text([line for key, line in lines.items() if key in complete]))
+            say(f"resumed  {len(complete):,} trajectories of this process are complete")
+        return complete
+
+    def _save(
+        self, writer: Writer, part: Path, numbers: dict[int, int], tools: Executor, batch: Sequence[Trajectory]
+    ) -> None:
+        """Score the trajectories of a batch and append their lines."""
+        to_line = partial(self._to_line, writer)
+        lines = list(tools.map(to_line, batch, [numbers[id(one)] for one in batch]))
+        with self.lock:
+            append_lines(part, lines)
+            if self.bar is not None:
+                self.bar.update(len(batch))
+            first, self._shown = not self._shown, True
+        if first and self.state.is_main_process:
+            show("first trajectory", batch[0], lines[0])
+
+    _shown = False
+
+    def _to_line(self, writer: Writer, trajectory: Trajectory, number: int) -> Line:
+        """Return a line of rollouts.jsonl."""
+        question, predicted = trajectory.question, final_answer(trajectory)
+        if self.recipe.judge and trajectory.end != "environment":
+            score = judge(self.recipe.judge, trajectory, self.toolbox.limits)
+            if score is None:
+                trajectory.end = "environment"
+        else:
+            score = score_answer(predicted, question.answer)
+        return {
+            "number": number,
+            "dataset": question.dataset,
+            "source": question.source,
+            "sample": trajectory.sample,
+            "split": self.recipe.rollout_on,
+            "formatting": question.formatting,
+            **to_row([*question.messages, *trajectory.messages], question.tools, question.formatting),
+            "prompt_messages": prompt_turns(question),
+            "answer": question.answer,
+            "predicted": predicted,
+            "score": score,
+            "right": score is not None and score >= RIGHT,
+            "well_formed": is_well_formed(trajectory),
+            "end": trajectory.end,
+            "tokens": trajectory.tokens,
+            "prompt_tokens": trajectory.prompt_tokens,
+            "total_tokens": len(trajectory.ids),
+            "encoding": writer.encoding(trajectory),
+            "rerendered": trajectory.rerendered,
+            "calls": [asdict(call) for call in trajectory.calls],
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """Return everything that decides the trajectories, to recognize the same rollout when it is resumed."""
+        recipe = self.recipe
+        keys = """rollout_on num_generations max_tool_calls max_new_tokens tools tool_timeout tool_memory max_tool_output
+            judge server_url seed dataset eval_dataset val_size max_samples default_system template enable_thinking"""
+        texts = "".join(f"{question.source} {question.digest} {question.answer}\n" for question in self.questions)
+        weights = sorted(Path(self.model_path).glob("*.safetensors")) if Path(self.model_path).is_dir() else []
+        return {
+            **{key: recipe.model_dump(mode="json")[key] for key in keys.split()},
+            "sampling": self.sampling._asdict(),
+            "model": self.model_path,
+            "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
+            "questions": hashlib.sha256(texts.encode(errors="replace")).hexdigest(),
+            "batch_size": self.batch_size,
+            "processes": self.state.num_processes,
+        }
+
+    def _describe(self) -> list[str]:
+        recipe, total = self.recipe, len(self.questions) * self.recipe.num_generations
+        forms = dict.fromkeys(describe_form(question.form) for question in self.questions)
+        first = f"rollout  {self.model_path}: {len(self.questions):,} questions ({recipe.rollout_on})"
+        return [
+            f"{first} x {recipe.num_generations} = {total:,} trajectories",
+            *(f"         {notice}" for notice in self.notices),
+            f"sampling {self.sampling}; {recipe.max_new_tokens:,} tokens per reply, {recipe.max_tool_calls} tool calls",
+            *(f"{'tools' if at == 0 else '':<8} {line}" for at, line in enumerate(self.toolbox.describe())),
+            f"results  {', '.join(forms)}",
+        ]
+
+    def _report(self, lines: list[Line]) -> None:
+        columns = {name: summarize([line for line in lines if line["dataset"] == name]) for name in _datasets(lines)}
+        figures = {f"rollout_{key}": value for key, value in summarize(lines).items()}
+        if len(columns) > 1:
+            columns["all"] = summarize(lines)
+            figures |= {
+                f"rollout_{name}_{key}": value
+                for name in columns
+                if name != "all"
+                for key, value in columns[name].items()
+            }
+        save_metrics(self.folder, "rollout", figures)
+        ends: dict[str, int] = {}
+        for line in lines:
+            ends[line["end"]] = ends.get(line["end"], 0) + 1
+        say(f"rollout  {len(lines):,} trajectories are in {self.folder / ROLLOUTS}")
+        say(*(f"         {line}" for line in describe(columns)))
+        say(f"         ended by {', '.join(f'{end} {count:,}' for end, count in sorted(ends.items()))}")
+        if self.recipe.rollout_on == "train":
+            say(*select(self.folder, self.recipe.max_per_question, self.recipe.max_pairs_per_question))
+
+
+def roll_out(
+    batch: Sequence[Trajectory], engine: Engine, writer: Writer, toolbox: Tools, pool: Executor | None = None
+) -> None:
+    """Advance all trajectories of a batch to their ends. Their tools run in parallel; the next replies wait for all."""
+    active = [trajectory for trajectory in batch if trajectory.end is None]
+    while active:
+        requests = [to_request(trajectory, writer) for trajectory in active]
+        calls = [
+            (trajectory, writer.accept(trajectory, ids))
+            for trajectory, ids in zip(active, engine.generate(requests), strict=True)
+        ]
+        run = partial(_run_calls, writer, toolbox)
+        waiting = [(trajectory, found) for trajectory, found in calls if found]
+        if pool is None:
+            for trajectory, found in waiting:
+                run(trajectory, found)
+        else:
+            futures: list[Future[None]] = [pool.submit(run, trajectory, found) for trajectory, found in waiting]
+            for future in futures:
+                future.result()
+        active = [trajectory for trajectory in active if trajectory.end is None]
+
+
+def to_request(trajectory: Trajectory, writer: Writer) -> Request:
+    """Return the request for a trajectory's next tokens. Its seed depends on its source, sample and calls alone."""
+    question = trajectory.question
+    inside = question.form.place == "inside"
+    key = f"{question.dataset} {question.source} {trajectory.sample} {len(trajectory.ids)}"
+    stops = tuple(f"</{tag}>" for tag in writer.tags) if inside else ()
+    return Request(trajectory.ids, writer.tokens_left(trajectory), key, stops)
+
+
+def _run_calls(writer: Writer, toolbox: Tools, trajectory: Trajectory, calls: Sequence[Call]) -> None:
+    """Run the calls of a reply in order and append their results."""
+    outcomes: list[Outcome] = []
+    try:
+        for call in calls:
+            outcomes.append(toolbox.run(call))
+        writer.add_results(trajectory, calls, outcomes)
+    except (OSError, RowError):
+        writer.fail(trajectory)
+
+
+def read_ends(path: str, ends: Sequence[int]) -> list[int]:
+    """Return the ids that end a reply of a model that is not loaded: the template's, and its generation config's."""
+    try:
+        saved = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        saved = None
+    return list(dict.fromkeys([*ends, *(saved if isinstance(saved, list) else [saved] if saved is not None else [])]))
+
+
+def form_of(results: Results | None) -> ResultForm | None:
+    """Return the form that a run's manifest names."""
+    return INSIDE if results == "inside" else ResultForm() if results else None
+
+
+def prompt_turns(question: Question) -> int:
+    """Return how many turns of the row precede the trajectory; a system message of a ShareGPT row is a column."""
+    has_system = question.formatting != "openai" and question.messages[0]["role"] == "system"
+    return len(question.messages) - has_system
+
+
+def describe_form(form: ResultForm) -> str:
+    places = {"inside": "inside the reply", "user": "as user turns", "tool": "as tool messages"}
+    return places[form.place] + (" after tool_calls" if form.calls else "")
+
+
+def _datasets(lines: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(line["dataset"] for line in lines))
+
+
+def show(title: str, trajectory: Trajectory, line: Line) -> None:
+    """Print a trajectory: the model's text green, results yellow, the question dim."""
+    console = Console(highlight=False, soft_wrap=True)
+    score = "no reference" if line["score"] is None else f"score {line['score']:g}"
+    say(f"{title}: {line['source']}, sample {line['sample']}, {score}, ended by {line['end']}")
+    text = Text()
+    for message in [*trajectory.question.messages, *trajectory.messages]:
+        if message["role"] != "assistant":
+            style = "yellow" if message in trajectory.messages else "dim"
+            text.append(f"{message['role']}: {printable(message['content'])}\n", style)
+            continue
+        for piece in message["content"].split(RESULT):
+            inside, end, after = piece.rpartition(RESULT_END)
+            text.append(printable(f"{RESULT}{inside}{end}") if end else "", "yellow")
+            text.append(printable(after), "green")
+        for call in message.get("tool_calls", ()):
+            text.append(printable(f"\n{call['function']}"), "green")
+        text.append("\n")
+    with tqdm.external_write_mode():
+        console.print(text)

@@ -1,0 +1,156 @@
+"""The files of a rollout: lines appended by each process, the sorted rollouts.jsonl, and rows in LLaMA-Factory's forms."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ..data.messages import Fields, Message
+from ..run_folder import read_json, write_json, write_text
+
+ROLLOUTS, STATE = "rollouts.jsonl", "rollout.json"
+Settings: TypeAlias = dict[str, Any]
+
+
+def part_path(folder: Path, process: int) -> Path:
+    return folder / f"rollouts-part-{process}.jsonl"
+
+
+def append_lines(path: Path, lines: Sequence[Fields]) -> None:
+    """Append lines in one write and flush them to disk: a killed process leaves complete lines, but for the last."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[Fields]:
+    """Return the complete lines of a file, none if it doesn't exist."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return list(_parse(lines))
+
+
+def _parse(lines: Iterable[str]) -> Iterator[Fields]:
+    for line in lines:
+        try:
+            value = json.loads(line) if line else None
+        except ValueError:
+            return  # the last line, cut where the process was killed
+        if isinstance(value, dict):
+            yield value
+
+
+def begin(folder: Path, settings: Settings) -> tuple[str, bool]:
+    """Mark a rollout as running, and return what earlier files mean for it: a line for people, and if it is finished.
+
+    Files of a rollout with other settings are renamed.
+    """
+    state = read_json(folder / STATE)
+    same = isinstance(state, dict) and state.get("settings") == settings
+    if same and state["status"] == "finished" and (folder / ROLLOUTS).is_file():
+        return f"{folder / ROLLOUTS} is complete. Delete it to roll out again", True
+    parts = sorted(folder.glob("rollouts-part-*.jsonl"))
+    if same and not parts and (folder / ROLLOUTS).is_file() and state["status"] == "finished":
+        return "", True
+    line = ""
+    if not same:
+        old = [path for path in (*parts, folder / ROLLOUTS) if path.is_file()]
+        for path in old:
+            path.replace(path.with_name(f"{path.name}.old"))
+        line = f"renamed {', '.join(path.name for path in old)} to .old: other settings" if old else ""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / STATE, {"status": "running", "settings": settings})
+    return line, False
+
+
+def finish(folder: Path, settings: Settings, processes: int) -> list[Fields]:
+    """Merge the parts into rollouts.jsonl, in the order of the questions, and return its lines."""
+    lines = [line for process in range(processes) for line in read_lines(part_path(folder, process))]
+    unique = {(line["number"], line["sample"]): line for line in lines}
+    ordered = [unique[key] for key in sorted(unique)]
+    write_text(folder / ROLLOUTS, to_text(ordered))
+    write_json(folder / STATE, {"status": "finished", "settings": settings})
+    for process in range(processes):
+        part_path(folder, process).unlink(missing_ok=True)
+    return ordered
+
+
+def to_text(lines: Iterable[Fields]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+# --- rows ---
+
+
+def to_turns(messages: Sequence[Message], formatting: str) -> list[Fields]:
+    """Return messages as turns of a row: OpenAI's, else ShareGPT's, in which a call is a turn from function_call."""
+    if formatting == "openai":
+        return [_to_openai(message) for message in messages]
+    return [_to_sharegpt(message) for message in messages]
+
+
+def _to_openai(message: Message) -> Fields:
+    turn = {key: value for key, value in message.items() if key != "trained"}
+    if calls := message.get("tool_calls"):
+        functions = [call["function"] for call in calls]
+        turn["tool_calls"] = [
+            {
+                "id": f"call_{number}",
+                "type": "function",
+                "function": {
+                    "name": function["name"],
+                    "arguments": json.dumps(function["arguments"], ensure_ascii=False),
+                },
+            }
+            for number, function in enumerate(functions)
+        ]
+    return turn
+
+
+def _to_sharegpt(message: Message) -> Fields:
+    speakers = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+    if calls := message.get("tool_calls"):
+        functions = [call["function"] for call in calls]
+        text = json.dumps(functions[0] if len(functions) == 1 else functions, ensure_ascii=False)
+        content = message["content"]
+        return {"from": "function_call", "value": f"{content}\n{text}" if content.strip() else text}
+    return {"from": speakers[message["role"]], "value": message["content"]}
+
+
+def to_row(messages: Sequence[Message], tools: list[Fields] | None, formatting: str) -> Fields:
+    """Return a conversation as a row; the system message of a ShareGPT row is a column."""
+    if formatting == "openai":
+        row: Fields = {"messages": to_turns(messages, formatting)}
+    else:
+        system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
+        row = {"conversations": to_turns(messages[1:] if system else messages, formatting)}
+        row |= {"system": system} if system else {}
+    if tools:
+        row["tools"] = json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False)
+    return row
+
+
+def messages_column(formatting: str) -> str:
+    return "messages" if formatting == "openai" else "conversations"
+
+
+def registry_entry(file_name: str, lines: Sequence[Fields], formatting: str, ranking: bool = False) -> Fields:
+    """Return the entry of dataset_info.json for a file of rows."""
+    column = messages_column(formatting)
+    columns = {"messages": column}
+    columns |= {key: key for key in ("system", "tools") if any(key in line for line in lines)}
+    if ranking:
+        columns |= {"chosen": "chosen", "rejected": "rejected"}
+    entry: Fields = {"file_name": file_name, "formatting": "sharegpt", "columns": columns}
+    if ranking:
+        entry["ranking"] = True
+    if formatting == "openai":
+        tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+        entry |= {"formatting": "openai", "tags": tags | {"observation_tag": "tool", "system_tag": "system"}}
+    return entry

@@ -1,0 +1,163 @@
+"""The engine that continues token ids on an OpenAI-compatible server: vLLM, SGLang, llama.cpp."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import httpx
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import RunFailed, in_one_line
+from .engines import Request, Sampling, seed_of
+
+RETRIES = 5
+WAIT_SECONDS = 0.5  # before the first retry; doubled each time
+READ_SECONDS = 600.0
+Ids = Literal["token_ids", "logprobs", "text"]
+"""Where a reply's ids are: vLLM's `token_ids`, llama.cpp's log-probabilities, or nowhere."""
+
+
+class ServerEngine:
+    """Sends prompts as token ids to `url` (http://host:port/v1). Safe to use from several threads.
+
+    `notices`: what the server lacks, found out by small requests.
+
+    Raises:
+        RunFailed: the server can't be reached, or doesn't take token ids.
+    """
+
+    def __init__(
+        self, url: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], sampling: Sampling, requests: int
+    ) -> None:
+        self.url, self.tokenizer, self.ends, self.sampling = url.rstrip("/"), tokenizer, list(ends), sampling
+        key = os.environ.get("OPENAI_API_KEY")
+        self.client = httpx.Client(
+            timeout=httpx.Timeout(READ_SECONDS, connect=10.0),
+            limits=httpx.Limits(max_connections=requests, max_keepalive_connections=requests),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+        )
+        models = self._send("GET", "/models").get("data") or [{}]
+        self.model = str(models[0].get("id", "default"))
+        self.context = int(models[0].get("max_model_len") or self._slot_context() or 1 << 30)
+        self.ids: Ids = "token_ids"
+        self.notices: list[str] = []
+        self._probe()
+
+    def generate(self, requests: Sequence[Request]) -> list[list[int]]:
+        return [self._continue(request) for request in requests]
+
+    def _continue(self, request: Request) -> list[int]:
+        choice = self._complete(request)["choices"][0]
+        ids = self._read_ids(choice, request.stops)
+        end = next((at for at, token in enumerate(ids) if token in self.ends), len(ids))
+        return cut_after_stop(self.tokenizer, ids[: end + 1], request.stops)[: request.limit]
+
+    def _complete(self, request: Request) -> dict[str, Any]:
+        """Send every sampling parameter: llama.cpp has its own defaults (min_p 0.05), vLLM those of the model's file."""
+        sampling = self.sampling
+        body: dict[str, Any] = {
+            "model": self.model,
+            "prompt": request.ids,
+            "max_tokens": request.limit,
+            "temperature": sampling.temperature if sampling.do_sample else 0.0,
+            "top_p": sampling.top_p if sampling.do_sample else 1.0,
+            "top_k": (sampling.top_k if sampling.do_sample else 0) or -1,  # SGLang rejects 0
+            "min_p": 0.0,
+            "repetition_penalty": sampling.repetition_penalty,
+            "repeat_penalty": sampling.repetition_penalty,
+            "seed": seed_of(sampling, request.key) % (1 << 31),
+            "stop_token_ids": self.ends,
+            "skip_special_tokens": False,
+            "spaces_between_special_tokens": False,
+            "return_token_ids": True,
+        }
+        if request.stops:
+            body |= {"stop": list(request.stops), "include_stop_str_in_output": True}
+        if self.ids == "logprobs":
+            body["logprobs"] = 1
+        return self._send("POST", "/completions", body)
+
+    def _read_ids(self, choice: dict[str, Any], stops: Sequence[str]) -> list[int]:
+        if self.ids == "token_ids":
+            return list(choice["token_ids"])
+        if self.ids == "logprobs":
+            return [int(token["id"]) for token in (choice.get("logprobs") or {}).get("content") or []]
+        text = str(choice["text"])
+        if choice.get("finish_reason") == "stop":
+            # A stop text may be cut off, and the server doesn't report which one: it is the one that is open.
+            opened = [stop for stop in stops if text.rfind(stop.replace("/", "")) > text.rfind(stop)]
+            text += opened[0] if opened else ""
+            end = [] if opened else self.ends[:1]
+            return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _probe(self) -> None:
+        prompt: list[int] = self.tokenizer("The quick brown fox", add_special_tokens=False)["input_ids"]
+        answer = self._complete(Request(prompt, 8, "probe"))
+        if not isinstance(answer["choices"][0].get("token_ids"), list):
+            self.ids = "logprobs"
+            answer = self._complete(Request(prompt, 8, "probe"))
+            content = (answer["choices"][0].get("logprobs") or {}).get("content") or [{}]
+            if "id" not in content[0]:
+                self.ids = "text"
+                self.notices.append("returns no token ids: replies are tokenized again, which may give other ids")
+        counted = (answer.get("usage") or {}).get("prompt_tokens", len(prompt))
+        if counted != len(prompt):
+            self.notices.append(f"counts {counted} tokens for a prompt of {len(prompt)}: it adds some (BOS?)")
+        if self.sampling.do_sample:
+            again, other = (self._continue(Request(prompt, 8, key)) for key in ("probe", "other"))
+            first = self._continue(Request(prompt, 8, "probe"))
+            if first != again:
+                self.notices.append("ignores seeds: a repeated rollout gives other trajectories")
+            elif again == other:
+                self.notices.append("gives the same sample for different seeds")
+
+    def _slot_context(self) -> int | None:
+        """Return the context of a slot of llama.cpp, which divides its total by the slots."""
+        try:
+            settings = self.client.get(f"{self.url.removesuffix('/v1')}/props").json()
+            return int(settings["default_generation_settings"]["n_ctx"])
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return None
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        problem = ""
+        for attempt in range(RETRIES):
+            if attempt:
+                time.sleep(WAIT_SECONDS * 2 ** (attempt - 1))
+            try:
+                response = self.client.request(method, self.url + path, json=body)
+            except httpx.TransportError as error:
+                problem = f"no answer ({in_one_line(error)})"
+                continue
+            if response.status_code < 400:
+                answer: dict[str, Any] = response.json()
+                return answer
+            problem = f"HTTP {response.status_code}: {' '.join(response.text.split())[:200]}"
+            if response.status_code < 500 and response.status_code not in (408, 425, 429):
+                break
+        fix = (
+            "Run the same command again to resume"
+            if body
+            else "Start the server, or check the URL (http://host:port/v1)"
+        )
+        if "HTTP 400" in problem and body:
+            fix = "The server has to take token ids as prompt (vLLM, SGLang and llama.cpp do)"
+        raise RunFailed(f"server_url: {self.url}{path}: {problem}. {fix}")
+
+
+def cut_after_stop(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[str]) -> list[int]:
+    """Return the ids up to the token that completes the first stop text."""
+    if not any(stop in str(tokenizer.decode(ids)) for stop in stops):
+        return ids
+    low, high = 1, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        if any(stop in str(tokenizer.decode(ids[:middle])) for stop in stops):
+            high = middle
+        else:
+            low = middle + 1
+    return ids[:low]
