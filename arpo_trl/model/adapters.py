@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraModel, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..errors import in_one_line
 from ..recipe.keys import Recipe
-from .base_config import splits_model
+from .base import splits_model
 from .methods.chosen import methods_of
 from .methods.method import AdapterConfig
 from .sft_config import to_lora_config
@@ -101,7 +101,8 @@ def _load_adapter(recipe: Recipe, model: PreTrainedModel, adapter: str, is_train
             weights = load_peft_weights(adapter, device="cpu", **hub)
     except (OSError, ValueError, RuntimeError, UserWarning) as error:
         raise recipe.error("adapter_name_or_path", f"{adapter} can't be loaded ({in_one_line(error)})") from error
-    saved = {name for name in weights if ".lora_" in name or ".oft_" in name}
+    prefix = cast(LoraModel, peft_model.base_model).prefix  # of the adapter's modules: lora_
+    saved = {name for name in weights if f".{prefix}" in name}
     if extra := saved - get_peft_model_state_dict(peft_model).keys():
         raise recipe.error(
             "adapter_name_or_path", f"{adapter} is of another model: this one has no module for {min(extra)}"

@@ -1,7 +1,7 @@
-"""What a step will take of a device's memory, by part, before any weight is loaded.
+"""Estimate peak memory per step, by part, without loading weights.
 
-The parts of weights are counted, the activations are those that autograd saves in a forward over fake tensors, which
-have shapes and no data (as torchtitan estimates its runs). docs/measurements.md compares the sum with measured peaks.
+Weights are counted. Activations are the tensors that autograd saves in a forward pass over fake tensors, which have
+shapes but no data (as in torchtitan). docs/measurements.md compares the estimates with measured peaks.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from ..errors import in_one_line
 from ..recipe.keys import Recipe
 from ..recipe.preference import keeps_base, needs_reference
 from .adapters import new_adapter
-from .base_config import load_config
+from .base import load_config
 from .methods.chosen import methods_of
 from .sft_config import model_init_kwargs
 from .token_scores import TILE_POSITIONS
 
-CARDS = (16, 24, 80)
-"""GB of the cards that a user without one in sight may think of."""
-ROOM = 0.9
-"""Share of a GPU that may be taken: the allocator's gaps and the collectives' buffers need the rest."""
+GPU_SIZES = (16, 24, 80)
+"""GB of common GPUs, for a user on a machine without one."""
+USABLE = 0.9
+"""Fraction of a GPU that a step may use: fragmentation and the buffers of collectives take the rest."""
 MOMENTS = {"8bit": 2 / 4, "adafactor": 0.0, "sgd": 0.0, "lion": 1.0, "adagrad": 1.0, "rmsprop": 1.0}
-"""Copies of the trained weights that an optimizer keeps; AdamW and what is not here keeps two."""
+"""Copies of the trained weights that an optimizer keeps, by a part of its name. AdamW and all others keep two."""
 Row = dict[str, list[int]]
-"""Of the collator: input_ids, labels, and of packed rows their seq_lengths."""
+"""A row of the collator: input_ids, labels, and for packed rows seq_lengths."""
 
 
 class Memory(NamedTuple):
-    """Bytes on each device; FSDP and ZeRO share out the first three.
+    """Bytes on each device. FSDP and ZeRO divide the first three among the devices.
 
-    `gradients` has the copy in which that of the embedding arrives, `logits` that of the head.
+    `gradients` includes the copy in which the embedding's gradient arrives, `logits` that of the head's.
     """
 
     weights: int
@@ -53,41 +53,45 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """The most at once: gradients come as activations go, after the first step, when the optimizer has its state."""
+        """The maximum after the first step, which allocates the optimizer state. Gradients replace activations."""
         return self.weights + self.optimizer + max(self.gradients, self.activations + self.logits)
 
 
 def estimate_memory(
     recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel, rows: Dataset
 ) -> Memory | None:
-    """The memory of a step on the longest batch, or None for a model whose forward needs data to be followed.
+    """Return the memory of a step on the longest batch; None if the model's forward pass depends on data.
 
-    `model` is what `model_shape` makes, `rows` are those to train on.
+    Args:
+        recipe: The recipe.
+        args: Its SFTConfig.
+        model: From `model_shape`.
+        rows: The training rows.
     """
     count, length, labelled = _largest_batch(recipe, args, rows)
-    autocast = torch.autocast("cpu", torch.bfloat16 if args.bf16 else torch.float16, enabled=args.bf16 or args.fp16)
-    trained = [p.nbytes for p in model.parameters() if p.requires_grad]
-    base = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
     backbone = base.base_model  # without the head
+    half = args.bf16 or args.fp16
+    autocast = torch.autocast("cpu", torch.bfloat16 if args.bf16 else torch.float16, enabled=half)
     try:
         with FakeTensorMode(), autocast:
             fakes = {
                 name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
                 for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers())
             }
-            saved, stream = _saved_by_autograd(backbone, fakes, count, length)
-    except Exception:  # each model has its own way to need data: .item(), nonzero, a kernel
+            saved, hidden = _saved_by_autograd(backbone, fakes, count, length)
+    except Exception:  # models depend on data in different ways: .item(), nonzero, a kernel
         return None
-    blocks = base.config.get_text_config().num_hidden_layers
-    activations = blocks * stream + saved // blocks if args.activation_checkpointing else saved
-    head = cast(nn.Linear, base.get_output_embeddings()).weight
+    layers = base.config.get_text_config().num_hidden_layers
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     embedding = cast(nn.Embedding, base.get_input_embeddings()).weight
+    head = cast(nn.Linear, base.get_output_embeddings()).weight
     parts = {
         "weights": sum(p.nbytes for p in model.parameters()) + _reference_bytes(recipe, base, args),
-        "gradients": sum(trained) + embedding.nbytes * embedding.requires_grad,
-        "optimizer": int(moments(args) * sum(trained)),
-        "activations": activations,
-        "logits": _logits(head, labelled, args.bf16 or args.fp16) + head.nbytes * head.requires_grad,
+        "gradients": trained + embedding.nbytes * embedding.requires_grad,
+        "optimizer": int(moments(args) * trained),
+        "activations": layers * hidden + saved // layers if args.activation_checkpointing else saved,
+        "logits": _logits(head, labelled, half) + head.nbytes * head.requires_grad,
     }
     for method in methods_of(recipe):
         parts |= method.memory(parts, model, args)
@@ -104,44 +108,44 @@ def _reference_bytes(recipe: Recipe, base: PreTrainedModel, args: TrainingArgume
 
 
 def moments(args: TrainingArguments) -> float:
-    """Copies of the trained weights that the optimizer keeps."""
+    """Return how many copies of the trained weights the optimizer keeps."""
     return next((copies for name, copies in MOMENTS.items() if name in str(args.optim).lower()), 2.0)
 
 
 def model_shape(recipe: Recipe) -> PreTrainedModel | PeftModel:
-    """The model as the recipe trains it, on torch's meta device: shapes without weights.
+    """Return the model as the recipe trains it, on torch's meta device: shapes without weights.
 
     Raises:
-        RecipeError: there is no such model, or it lacks a module that the recipe names.
+        RecipeError: the model can't be found, or it lacks a module that the recipe names.
     """
     try:
         config = load_config(recipe)
     except (OSError, ValueError) as error:
-        what = f"{recipe.model_name_or_path}: no model there ({in_one_line(error)})"
-        raise recipe.error("model_name_or_path", what) from None
+        name = recipe.model_name_or_path
+        raise recipe.error("model_name_or_path", f"{name} can't be loaded ({in_one_line(error)})") from None
     kwargs = model_init_kwargs(recipe, config)
     dtype = getattr(config, "dtype", None) if kwargs["dtype"] == "auto" else kwargs["dtype"]
-    given = {"trust_remote_code": kwargs["trust_remote_code"], "dtype": dtype or torch.float32}
+    kwargs = {"trust_remote_code": kwargs["trust_remote_code"], "dtype": dtype or torch.float32}
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **given)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)
         for method in methods_of(recipe):
             method.prepare_base(model)
         return new_adapter(recipe, model) if recipe.trains_adapter else model
 
 
 def describe_memory(memory: Memory, gpu: int | None) -> str:
-    """The parts and where they fit. `gpu`: bytes of the one that is there."""
+    """Return the parts, and the GPU that they fit. `gpu`: bytes of this machine's GPU, if it has one."""
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory._asdict().items())
     if gpu is not None:
-        fits = f"{'fits' if memory.peak < ROOM * gpu else 'does not fit'} this GPU of {gpu / 1e9:.0f} GB"
+        fits = f"{'fits' if memory.peak < USABLE * gpu else 'does not fit'} this {gpu / 1e9:.0f} GB GPU"
     else:
-        cards = [size for size in CARDS if memory.peak < ROOM * size * 1e9]
-        fits = f"fits a GPU of {cards[0]} GB" if cards else f"does not fit a GPU of {CARDS[-1]} GB"
-    return f"about {memory.peak / 1e9:.1f} GB at its peak ({parts}); {fits}"
+        sizes = [size for size in GPU_SIZES if memory.peak < USABLE * size * 1e9]
+        fits = f"fits a {sizes[0]} GB GPU" if sizes else f"does not fit an {GPU_SIZES[-1]} GB GPU"
+    return f"about {memory.peak / 1e9:.1f} GB peak ({parts}); {fits}"
 
 
 def _largest_batch(recipe: Recipe, args: SFTConfig, rows: Dataset) -> tuple[int, int, int]:
-    """Rows, tokens a row, and labelled tokens in all of a batch filled with the longest rows."""
+    """Return the rows, tokens per row and labelled tokens of a batch of the longest rows."""
     pairs = recipe.stage == "dpo"
     batch, _ = longest_batch(rows, args.per_device_train_batch_size, pairs and not recipe.padding_free)
     lengths = [length for row in batch for length in (row["seq_lengths"] if pairs else [len(row["input_ids"])])]
@@ -154,7 +158,7 @@ def _largest_batch(recipe: Recipe, args: SFTConfig, rows: Dataset) -> tuple[int,
 
 
 def longest_batch(dataset: Dataset, size: int, padded_pairs: bool = False) -> tuple[list[Row], float]:
-    """The `size` longest rows, ready for the collator, and the mean length of all rows in tokens."""
+    """Return the `size` longest rows, ready for the collator, and the mean length of all rows in tokens."""
     lengths = token_lengths(dataset)
     longest = np.array([max(sides) for sides in dataset["seq_lengths"]]) if padded_pairs else lengths
     rows = dataset.select(np.argsort(longest, kind="stable")[-size:])
@@ -163,9 +167,9 @@ def longest_batch(dataset: Dataset, size: int, padded_pairs: bool = False) -> tu
 
 
 def _saved_by_autograd(backbone: nn.Module, tensors: dict[str, Tensor], count: int, length: int) -> tuple[int, int]:
-    """Bytes that a forward of `count` rows saves for the backward, and bytes of the stream between two blocks.
+    """Return the bytes that a forward pass of `count` rows saves, and the bytes of the hidden states between layers.
 
-    `tensors` stand in for the weights and buffers of the `backbone`.
+    `tensors` replace the weights and buffers of the `backbone`.
     """
     weights = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -186,6 +190,6 @@ def _saved_by_autograd(backbone: nn.Module, tensors: dict[str, Tensor], count: i
 
 
 def _logits(head: Tensor, labelled: int, half: bool) -> int:
-    """Bytes that one tile of logits takes: as projected, in float32, their log-softmax and its exponential."""
+    """Return the bytes of a tile of logits: as projected, in float32, their log-softmax and its exponential."""
     copies = 2 + 3 * 4 if half else 4 + 2 * 4
     return min(labelled, TILE_POSITIONS) * head.shape[0] * copies + (2 * head.numel() if half else 0)

@@ -1,4 +1,4 @@
-"""Recipe -> SFTConfig, LoraConfig, BitsAndBytesConfig: the only file that knows both vocabularies."""
+"""Recipe -> SFTConfig, LoraConfig and the arguments of `from_pretrained`: a recipe's keys in TRL's, PEFT's and transformers' terms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -16,11 +15,9 @@ from trl.trainer.sft_config import SFTConfig
 from ..errors import RecipeError, in_one_line
 from ..recipe.keys import Recipe
 from ..recipe.rules import wandb_is_disabled
-from .base_config import compute_dtype, hub_kwargs
+from .base import compute_dtype, hub_kwargs
 from .methods.chosen import methods_of
-
-Keywords = dict[str, Any]
-"""Of a library's constructor."""
+from .methods.method import Keywords
 
 _KERNELS = {"disabled": "eager", "sdpa": "sdpa", "flex": "flex_attention"}
 _KERNELS |= {"fa2": "flash_attention_2", "fa3": "flash_attention_3"}
@@ -34,41 +31,40 @@ _SAME = """
 
 
 def to_sft_config(recipe: Recipe) -> SFTConfig:
-    """What SFTTrainer is told. Rows arrive cut and encoded: TRL prepares nothing, unless it packs.
+    """Return the recipe's SFTConfig. Rows are already truncated and encoded: TRL only packs them, if at all.
 
     Raises:
-        RecipeError: what transformers says against a combination of keys.
+        RecipeError: transformers or TRL rejects a value or a combination of keys.
     """
-    settings, given = _settings(recipe), _given(recipe)
+    settings, overrides = _settings(recipe), _trl_keys(recipe)
     try:
-        config = SFTConfig(**settings | given)
-    except Exception as error:  # what transformers says against a value has many types
-        raise _refused(recipe, settings, given) from error
-    _try_scheduler(recipe, config)
-    # Of several visible GPUs a process without a launcher takes one: TRL refuses nn.DataParallel, Trainer's way to use
-    # them all (https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L1118).
+        config = SFTConfig(**settings | overrides)
+    except Exception as error:  # they raise many types
+        raise _rejected(recipe, settings, overrides) from error
+    _check_scheduler(recipe, config)
+    # Without a launcher, use one of several visible GPUs: TRL does not support nn.DataParallel, with which Trainer
+    # would use them all (https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L1118).
     config._n_gpu = min(config.n_gpu, 1)
     if wandb_is_disabled():
-        config.report_to = [tracker for tracker in config.report_to or [] if tracker != "wandb"]  # left by `all`
+        config.report_to = [tracker for tracker in config.report_to or [] if tracker != "wandb"]  # from `all`
     if config.mixed_precision in ("bf16", "fp16") and not (config.bf16 or config.fp16):
-        config.mixed_precision = "no"  # the recipe decides what is computed, the launcher only where
+        config.mixed_precision = "no"  # the recipe sets the precision, not the launcher
     return config
 
 
 def _settings(recipe: Recipe) -> Keywords:
-    """What LLaMA-Factory's keys mean."""
+    """Return the arguments that LLaMA-Factory's keys set."""
     settings: Keywords = {name: getattr(recipe, name) for name in _SAME} | {
-        # evaluation needs no more memory than training did
+        # evaluation needs less memory than training
         "per_device_eval_batch_size": recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size,
         "report_to": recipe.report_to or "none",
         "bf16": recipe.bf16 and not recipe.pure_bf16,
         "gradient_accumulation_steps": _accumulation(recipe),
-        "warmup_steps": recipe.warmup_steps or recipe.warmup_ratio,  # below 1 it is a share, since transformers 5
+        "warmup_steps": recipe.warmup_steps or recipe.warmup_ratio,  # transformers 5 reads a value below 1 as a ratio
         "activation_checkpointing": bool(recipe.gradient_checkpointing),
-        "gradient_checkpointing": None,  # TRL's default, True, would be answered with a FutureWarning
+        "gradient_checkpointing": None,  # the default of TRL, True, causes a FutureWarning
         "use_liger_kernel": recipe.enable_liger_kernel,
-        # without the key TRL would add the loss of the model's own config
-        "router_aux_loss_coef": recipe.moe_aux_loss_coef or 0.0,
+        "router_aux_loss_coef": 0.0,  # by default TRL adds the loss of the model's config.json
         "dataset_num_proc": recipe.preprocessing_num_workers,
         "loss_type": "dft" if recipe.use_dft_loss else "nll",
         "train_sampling_strategy": (
@@ -85,22 +81,22 @@ def _settings(recipe: Recipe) -> Keywords:
     return settings
 
 
-def _given(recipe: Recipe) -> Keywords:
-    """The keys that are SFTConfig's own, and what follows from them."""
+def _trl_keys(recipe: Recipe) -> Keywords:
+    """Return the recipe's other keys of SFTConfig, and what they imply."""
     checkpointing = dict(recipe.trl.get("activation_checkpointing_kwargs") or {})
     if recipe.use_reentrant_gc is not None:
         checkpointing["use_reentrant"] = recipe.use_reentrant_gc
-    given = recipe.trl | _fsdp(recipe) | {"activation_checkpointing_kwargs": checkpointing or None}
-    if (metric := given.get("metric_for_best_model")) and given.get("greater_is_better") is None:
-        # transformers takes whatever does not end in "loss" for better when greater.
-        given["greater_is_better"] = not metric.endswith(("loss", "perplexity", "entropy"))
-    return given
+    overrides = recipe.trl | _fsdp(recipe) | {"activation_checkpointing_kwargs": checkpointing or None}
+    if (metric := overrides.get("metric_for_best_model")) and overrides.get("greater_is_better") is None:
+        # transformers assumes that greater is better unless the name ends in "loss".
+        overrides["greater_is_better"] = not metric.endswith(("loss", "perplexity", "entropy"))
+    return overrides
 
 
 def _fsdp(recipe: Recipe) -> Keywords:
-    """`fsdp: full_shard auto_wrap` as true and settings of fsdp_config. Other words, and FSDP 1's, transformers reads.
+    """Return `fsdp: full_shard auto_wrap` as `fsdp: true` and fsdp_config. Leave other words and FSDP 1 to transformers.
 
-    It warns of the words, and will drop them: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/training_args.py#L2889
+    It deprecates the words: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/training_args.py#L2889
     """
     words, config = (recipe.fsdp or "").split(), recipe.fsdp_config or {}
     if isinstance(config, str):
@@ -108,12 +104,12 @@ def _fsdp(recipe: Recipe) -> Keywords:
     versions = {str(config.get(name, 2)) for name in ("version", "fsdp_version")} if isinstance(config, dict) else ()
     if not words or not _FSDP.keys() >= {*words} or versions != {"2"}:
         return {}
-    meant = [setting for word in reversed(words) for setting in _FSDP[word].items()]  # of two, the first counts
-    return {"fsdp": True, "fsdp_config": dict(meant) | config}
+    implied = [setting for word in reversed(words) for setting in _FSDP[word].items()]  # the first word wins
+    return {"fsdp": True, "fsdp_config": dict(implied) | config}
 
 
-def _try_scheduler(recipe: Recipe, config: SFTConfig) -> None:
-    """Ask for the learning rate's schedule, which transformers would make after the model is loaded."""
+def _check_scheduler(recipe: Recipe, config: SFTConfig) -> None:
+    """Create the learning rate schedule, as transformers does after the model is loaded. Raises RecipeError."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     name, settings = SchedulerType(config.lr_scheduler_type), recipe.trl.get("lr_scheduler_kwargs")
     try:
@@ -121,23 +117,23 @@ def _try_scheduler(recipe: Recipe, config: SFTConfig) -> None:
     except (TypeError, ValueError) as error:
         key = "lr_scheduler_kwargs" if settings else "lr_scheduler_type"
         reason = f"{name.value}: {in_one_line(error)}"
-        raise recipe.error(key, f"{reason}; lr_scheduler_kwargs holds what a schedule needs") from error
+        raise recipe.error(key, f"{reason}; set its arguments in lr_scheduler_kwargs") from error
 
 
-def _refused(recipe: Recipe, settings: Keywords, given: Keywords) -> RecipeError:
-    """What transformers and TRL say against each key, found by giving them one more key at a time."""
-    if reason := _objection(settings):
-        return RecipeError(f"{recipe.path}: transformers refuses: {reason}")
+def _rejected(recipe: Recipe, settings: Keywords, overrides: Keywords) -> RecipeError:
+    """Return what transformers and TRL report about each key, by adding one key at a time."""
+    if reason := _reason(settings):
+        return RecipeError(f"{recipe.path}: rejected by transformers: {reason}")
     problems = []
-    for key, value in given.items():
-        if reason := _objection(settings | {key: value}):
+    for key, value in overrides.items():
+        if reason := _reason(settings | {key: value}):
             problems.append(str(recipe.error(key, reason)))
         else:
             settings[key] = value
     return RecipeError(problems)
 
 
-def _objection(settings: Keywords) -> str | None:
+def _reason(settings: Keywords) -> str | None:
     try:
         SFTConfig(**settings)
     except Exception as error:
@@ -185,32 +181,32 @@ def model_init_kwargs(recipe: Recipe, config: PreTrainedConfig) -> Keywords:
 
 
 def _accumulation(recipe: Recipe) -> int:
-    """Batches per update, so that all devices together see `global_batch_size` rows."""
+    """Return the batches per update with which all devices together see `global_batch_size` rows."""
     if recipe.global_batch_size is None:
         return recipe.gradient_accumulation_steps
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    at_once = recipe.per_device_train_batch_size * world
-    if recipe.global_batch_size % at_once:
+    rows = recipe.per_device_train_batch_size * world
+    if recipe.global_batch_size % rows:
         raise recipe.error(
             "global_batch_size",
-            f"expected a multiple of {at_once} (per_device_train_batch_size "
+            f"expected a multiple of {rows} (per_device_train_batch_size "
             f"{recipe.per_device_train_batch_size} x {world} processes), found {recipe.global_batch_size}",
         )
-    return recipe.global_batch_size // at_once
+    return recipe.global_batch_size // rows
 
 
 def _rope(recipe: Recipe, config: PreTrainedConfig) -> Keywords:
-    """Stretch the position embeddings by the whole factor that covers cutoff_len, as LLaMA-Factory does."""
+    """Scale the position embeddings by the smallest integer that covers cutoff_len, as LLaMA-Factory does."""
     if recipe.rope_scaling is None:
         return {}
-    given = getattr(config, "rope_parameters", None)
+    parameters = getattr(config, "rope_parameters", None)
     length = getattr(config, "max_position_embeddings", None)
-    if not given or not length or any(isinstance(value, dict) for value in given.values()):
+    if not parameters or not length or any(isinstance(value, dict) for value in parameters.values()):
         raise rope_error(recipe, config)
     if recipe.cutoff_len <= length:
         return {}
     factor = math.ceil(recipe.cutoff_len / length)
-    rope = {**given, "rope_type": recipe.rope_scaling, "factor": float(factor)}
+    rope = {**parameters, "rope_type": recipe.rope_scaling, "factor": float(factor)}
     if recipe.rope_scaling != "linear":
         rope["original_max_position_embeddings"] = length
     if recipe.rope_scaling == "llama3":
@@ -219,8 +215,8 @@ def _rope(recipe: Recipe, config: PreTrainedConfig) -> Keywords:
 
 
 def rope_error(recipe: Recipe, config: PreTrainedConfig) -> RecipeError:
-    """For models without rotary positions, and for those with a set of them for each type of layer (Gemma 3)."""
+    """Return the error for models without rotary embeddings, and with different ones per type of layer (Gemma 3)."""
     limit = getattr(config, "max_position_embeddings", 0)
-    shorter = f" and write cutoff_len: {limit} or less" if limit else ""
-    what = f"{config.model_type} does not read one rope_type for all its layers"
+    shorter = f" and set cutoff_len to at most {limit}" if limit else ""
+    what = f"not supported: {config.model_type} has no rope_type that applies to all its layers"
     return recipe.error("rope_scaling", f"{what}; remove the line{shorter}")

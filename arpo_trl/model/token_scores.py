@@ -1,7 +1,6 @@
-"""What the loss and its companions are computed from: the score of each labelled token.
+"""Scores of each labelled token: its log-probability, the entropy, and whether it is the model's first guess.
 
-On GPUs TRL's fused head does this; here is what takes its place on devices without Triton, and for losses that TRL
-does not have.
+On GPUs, TRL's fused head computes them. This replaces it on devices without Triton, and for losses that TRL lacks.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from ..recipe.keys import Recipe
 Scores = tuple[Tensor, Tensor, Tensor]
 
 Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""What takes the place of log p in training, from: log p of each label, shape (tokens,); the log-softmax over the
-vocabulary, shape (tokens, vocabulary); and that of the reference model, or None without one."""
+"""Replaces log p in training. Arguments: log p of each label, shape (tokens,); the log-softmax over the vocabulary,
+shape (tokens, vocabulary); and that of the reference model, if there is one."""
 
 TILE_POSITIONS = 512
-"""Labelled positions scored at once: 512 x 151,936 float32 logits are 311 MB."""
+"""Labelled positions to score at once: 512 x 151,936 float32 logits are 311 MB."""
 
 
 def has_scaled_logits(config: PreTrainedConfig) -> bool:
-    """Whether the model's logits are not its head's, or its loss has the routers' in it."""
+    """Return whether the logits are more than the head's output, or the loss includes the routers'."""
     scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
     return any(getattr(config, name, None) for name in scales) or getattr(config, "output_router_logits", False)
 
@@ -48,14 +47,14 @@ def check_objective(recipe: Recipe, key: str, config: PreTrainedConfig, args: SF
 def score_labelled_positions_only(
     model: PreTrainedModel, objective: Objective | None = None, reference: PreTrainedModel | None = None
 ) -> None:
-    """Project only the positions that carry a label, in tiles, with a plain log-softmax.
+    """Replace the forward pass of TRL's fused head: project only labelled positions, in tiles, with a plain log-softmax.
 
-    On devices without Triton, TRL's fused head projects every position and walks the logits in several float32
-    passes (trl 1.16, trl/trainer/utils.py: `compact = _use_triton(...)`). The loss is the same to float rounding. To
-    be dropped when TRL scores labelled positions everywhere.
+    On devices without Triton, TRL's fused head projects every position and processes the logits in several float32
+    passes (trl 1.16, trl/trainer/utils.py: `compact = _use_triton(...)`). The loss is the same up to float rounding.
+    Remove this when TRL scores only labelled positions on all devices.
 
-    With an `objective`, its values are the log-probabilities that TRL takes the loss from in training. The forward of
-    a model with scaled or soft-capped logits, or with a balancing loss, is left to TRL.
+    In training, an `objective` replaces the log-probabilities from which TRL computes the loss. Models with scaled or
+    soft-capped logits, or with a balancing loss, keep TRL's forward pass.
     """
     if has_scaled_logits(model.config.get_text_config()):
         return
@@ -69,13 +68,13 @@ def score_labelled_positions_only(
         hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         labels = labels[:, 1:]
         mask = labels != IGNORED
-        trains = objective if model.training else None
+        training_objective = objective if model.training else None
         other = None
-        if trains and reference is not None:
+        if training_objective and reference is not None:
             with torch.no_grad():
                 states = reference.base_model(*args, **kwargs).last_hidden_state[:, :-1][mask]
             other = states, reference.get_output_embeddings()
-        scores = score_tokens(hidden[mask], labels[mask], model.get_output_embeddings(), trains, other)
+        scores = score_tokens(hidden[mask], labels[mask], model.get_output_embeddings(), training_objective, other)
         log_probs, entropy, is_top1 = (s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores)
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
 
@@ -89,24 +88,24 @@ def score_tokens(
     objective: Objective | None = None,
     reference: tuple[Tensor, nn.Module] | None = None,
 ) -> Scores:
-    """Log-probability of each label, entropy of its distribution, and whether it is the most likely token.
+    """Return each label's log-probability, the entropy of its distribution, and whether it is the most likely token.
 
     Args:
         hidden: Shape (tokens, hidden_size).
         labels: Shape (tokens,).
         head: The output projection, hidden_size -> vocabulary.
-        objective: What takes the place of the log-probability.
-        reference: `hidden` and `head` of the reference model, where the objective compares with one.
+        objective: Replaces the log-probability.
+        reference: `hidden` and `head` of the reference model, if the objective needs one.
 
     Returns:
-        Three float32 tensors of shape (tokens,); only the first carries a gradient.
+        Three float32 tensors of shape (tokens,); only the first has a gradient.
     """
-    others, other_head = ([reference[0]], reference[1]) if reference else ([], None)
-    tiles = list(zip(*(tensor.split(TILE_POSITIONS) for tensor in (hidden, labels, *others)), strict=True))
-    score = functools.partial(_score_tile, head, objective, other_head)
-    # One tile keeps its logits for the backward pass; of several, each is computed again there.
-    again = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
-    scored = [(score if len(tiles) == 1 else again)(*tile) for tile in tiles]
+    reference_hidden, reference_head = ([reference[0]], reference[1]) if reference else ([], None)
+    tiles = list(zip(*(tensor.split(TILE_POSITIONS) for tensor in (hidden, labels, *reference_hidden)), strict=True))
+    score = functools.partial(_score_tile, head, objective, reference_head)
+    # A single tile keeps its logits for the backward pass; several are recomputed there.
+    recomputed = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
+    scored = [(score if len(tiles) == 1 else recomputed)(*tile) for tile in tiles]
     log_probs, entropy, is_top1 = (torch.cat(parts) for parts in zip(*scored, strict=True))
     return log_probs, entropy, is_top1
 
@@ -114,15 +113,17 @@ def score_tokens(
 def _score_tile(
     head: nn.Module,
     objective: Objective | None,
-    other_head: nn.Module | None,
+    reference_head: nn.Module | None,
     hidden: Tensor,
     labels: Tensor,
-    other_hidden: Tensor | None = None,
+    reference_hidden: Tensor | None = None,
 ) -> Scores:
     log_softmax = torch.log_softmax(head(hidden).float(), dim=-1)
     log_probs = log_softmax.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
-        reference = None if other_head is None else torch.log_softmax(other_head(other_hidden).float(), dim=-1)
+        reference = (
+            None if reference_head is None else torch.log_softmax(reference_head(reference_hidden).float(), dim=-1)
+        )
     if objective:
         log_probs = objective(log_probs, log_softmax, reference)
     with torch.no_grad():

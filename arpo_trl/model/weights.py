@@ -8,9 +8,12 @@ from transformers import PreTrainedModel
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Return the names of all linear layers except the head, including those of GPTQ, AWQ and AQLM."""
-    modules = model.named_modules()
-    linear = [(name, one) for name, one in modules if isinstance(one, nn.Linear) or "Linear" in type(one).__name__]
-    return [name for name, one in linear if one is not model.get_output_embeddings()]
+    head = model.get_output_embeddings()
+    return [name for name, layer in model.named_modules() if _is_linear(layer) and layer is not head]
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or "Linear" in type(layer).__name__
 
 
 def frozen_linear_weights(model: PreTrainedModel) -> list[Tensor]:

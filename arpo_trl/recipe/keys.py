@@ -67,8 +67,6 @@ class MethodKeys(BaseModel):
     additional_target: Names = key([], "LoRA: other modules to train fully and save with the adapter", "modules_to_save")
     use_rslora: bool = key(False, "rsLoRA: scale by alpha/sqrt(rank)", "LoraConfig")
     use_dora: bool = key(False, "DoRA: weight-decomposed LoRA", "LoraConfig")
-    loraplus_lr_ratio: Number | None = key(None, "LoRA+: learning rate of B relative to A", "the optimizer")
-    loraplus_lr_embedding: Number = key(1e-6, "LoRA+: learning rate of adapted embeddings", "the optimizer", ge=0)
     create_new_adapter: bool = key(False, "Merge adapter_name_or_path into the base model and train a new adapter")
 
 

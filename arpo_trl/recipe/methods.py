@@ -4,8 +4,11 @@ To delete a method, delete its block, its file in model/methods/ and the lines t
 model/methods/chosen.py.
 """
 
+import importlib
 import importlib.util
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -13,10 +16,10 @@ from pydantic import BaseModel
 
 from .types import Count, Names, Number, Whole, key
 
-# A recipe as the rules below read it: `Recipe` inherits from the classes here, so it can't be named.
+# A `Recipe`, which inherits from the classes below, so that this file can't import it.
 _Recipe = Any
 Rule = tuple[str, Callable[[_Recipe], object], str]
-"""The key whose line is named, a condition that is true when it is wrong, and what to do."""
+"""A key, a condition that is true if it conflicts with others, and what to do."""
 
 RULES: list[Rule] = []
 LOSSES: list[str] = []
@@ -29,10 +32,9 @@ PACKAGES: dict[str, str] = {}
 """The package that a key needs."""
 OPTIM_PACKAGES: dict[str, str] = {}
 """The package that a value of `optim` needs, by words in its name; the first that matches counts."""
-QUIET_LOGGERS: list[str] = []
-"""Loggers whose lines a user can't act on."""
-QUIET_WARNINGS: list[tuple[str, str]] = []
-"""The start of a warning that a user can't act on, and the module that issues it."""
+SILENT_LOGGERS: list[str] = []
+SILENT_WARNINGS: list[tuple[str, str]] = []
+"""The start of a warning, and the module that issues it (regular expressions)."""
 
 
 # --- GaLore ---
@@ -53,6 +55,7 @@ class GaloreKeys(BaseModel):
 OPTIMIZERS += ["use_galore"]
 LAYERWISE += [("use_galore", "galore_layerwise")]
 PACKAGES["use_galore"] = OPTIM_PACKAGES["galore"] = "galore_torch"
+SILENT_WARNINGS += [("", r"galore_torch\b.*")]
 
 
 # --- APOLLO ---
@@ -149,6 +152,17 @@ RULES += [
 ]  # fmt: skip
 
 
+# --- LoRA+ ---
+
+
+class LoraPlusKeys(BaseModel):
+    loraplus_lr_ratio: Number | None = key(None, "LoRA+: ratio of the learning rates of B and A", "the optimizer")
+    loraplus_lr_embedding: Number = key(1e-6, "LoRA+: learning rate of adapted embeddings", "the optimizer", ge=0)
+
+
+RULES += [("loraplus_lr_ratio", lambda r: r.loraplus_lr_ratio and r.finetuning_type != "lora", "requires finetuning_type: lora")]  # fmt: skip
+
+
 # --- PiSSA ---
 
 
@@ -190,7 +204,7 @@ class QloraKeys(BaseModel):
 
 
 PACKAGES["quantization_bit"] = "bitsandbytes"
-QUIET_LOGGERS += ["bitsandbytes.backends.cpu"]  # it looks for a kernel on the hub at import, also where none is used
+SILENT_LOGGERS += ["bitsandbytes.backends.cpu"]  # it looks for a kernel on the hub at import, also where none is used
 RULES += [
     ("quantization_bit", lambda r: r.quantization_bit and not r.trains_adapter, "full training of a quantized model is not supported; use finetuning_type: lora"),
 ]  # fmt: skip
@@ -204,7 +218,7 @@ QUANTIZED_PACKAGES = {
     "aqlm": "aqlm",
     "bitsandbytes": "bitsandbytes",
 }
-"""The packages that read a base, by the method that quantized it."""
+"""The packages that read a quantized base, by its quantization method."""
 
 
 def quantized_conflicts(recipe: _Recipe, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -254,9 +268,9 @@ class MoeKeys(BaseModel):
 
 
 # peft 0.21 looks for the rank of fused experts among modules only: https://github.com/huggingface/peft/pull/3588
-QUIET_WARNINGS += [("The following (rank|alpha)_pattern keys did not match", "peft")]
+SILENT_WARNINGS += [("The following (rank|alpha)_pattern keys did not match", "peft")]
 # The memory of a step is measured instead of estimated: grouped_mm has no fake implementation in float32 (torch 2.13).
-QUIET_LOGGERS += ["torch._subclasses.fake_tensor"]
+SILENT_LOGGERS += ["torch._subclasses.fake_tensor"]
 
 
 # --- EAFT and ASFT ---
@@ -291,6 +305,7 @@ class AdvancedKeys(
     QloraKeys,
     FreezeKeys,
     PissaKeys,
+    LoraPlusKeys,
     OftKeys,
     BadamKeys,
     AdamMiniKeys,
@@ -302,9 +317,19 @@ class AdvancedKeys(
 
 
 def layerwise_key(recipe: _Recipe) -> str | None:
-    """Return the key of an optimizer that transformers steps layer by layer in the backward pass, if one is set."""
+    """Return the key that has transformers update layer by layer in the backward pass, if one is set."""
     keys = [name for switch, name in LAYERWISE if getattr(recipe, switch) and getattr(recipe, name)]
     return next(iter(keys), "optim" if "layerwise" in str(recipe.optim) else None)
+
+
+def silence_libraries() -> None:
+    """Silence the methods' libraries where a user can't act on their messages. Call before torch is imported."""
+    for name in SILENT_LOGGERS:
+        logging.getLogger(name).addFilter(lambda record: False)
+    for message, module in SILENT_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, module=module)
+    if importlib.util.find_spec("logbar"):  # gptqmodel's, which prints a banner whenever peft is imported
+        importlib.import_module("logbar").LogBar.shared().setLevel("ERROR")
 
 
 def optim_package(optim: str) -> dict[str, str]:

@@ -103,7 +103,7 @@ def conflicts(recipe: Recipe, rollout: bool = False) -> Iterator[tuple[str, str]
         yield "interleave_probs", f"expected one value per dataset ({len(recipe.dataset)}), found {len(shares)}"
     elif shares and (min(shares) < 0 or abs(sum(shares) - 1) > 1e-8):  # numpy's tolerance
         yield "interleave_probs", f"expected values that sum to 1, found {', '.join(f'{share:g}' for share in shares)}"
-    for key in ("loraplus_lr_ratio", "use_rslora", "use_dora"):
+    for key in ("use_rslora", "use_dora"):
         if getattr(recipe, key) and recipe.finetuning_type != "lora":
             yield key, "requires finetuning_type: lora"
     # LLaMA-Factory trains an adapter if finetuning_type is omitted; a recipe that relies on it must not train all weights.

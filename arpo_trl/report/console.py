@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
 import shlex
@@ -17,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import RecipeError, RunFailed, printable
+from ..recipe import methods
 
 TIED_HEAD_IS_MISSING = "missing keys in the checkpoint model loaded: ['lm_head.weight']"
 LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "transformers", "trl", "py.warnings")
@@ -140,8 +140,7 @@ def silence_libraries() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if importlib.util.find_spec("logbar"):  # gptqmodel's, which prints its banner whenever peft is imported
-        importlib.import_module("logbar").LogBar.shared().setLevel("ERROR")
+    methods.silence_libraries()
     main_process = os.environ.get("RANK", "0") == "0"
     if not (main_process and sys.stdout.isatty() and sys.stderr.isatty()):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
@@ -152,15 +151,7 @@ def silence_libraries() -> None:
     # DataLoader workers on a machine without a GPU; the flag is Trainer's default, not the user's choice.
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     # TRL marks trainers as experimental and warns about arguments that it sets itself.
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"(trl|transformers|accelerate|peft|torch|galore_torch)\b.*"
-    )
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers|accelerate|peft|torch)\b.*")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.(utils\.checkpoint|autograd)\b.*")
-    # peft 0.21 looks for the rank of fused experts among modules alone: https://github.com/huggingface/peft/pull/3588
-    warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match", module="peft")
     # A checkpoint contains tied weights once; Trainer warns about it on every resume.
     logging.getLogger("transformers.trainer").addFilter(lambda record: TIED_HEAD_IS_MISSING not in record.getMessage())
-    # MoE memory can't be estimated: grouped_mm has no fake kernel in float32 (torch 2.13).
-    logging.getLogger("torch._subclasses.fake_tensor").addFilter(lambda record: False)
-    # It looks for a kernel on the Hub when imported, on any machine.
-    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)

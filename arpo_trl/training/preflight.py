@@ -20,7 +20,7 @@ from datasets import Dataset
 from ..data.labels import IGNORED
 from ..errors import in_one_line
 from ..machine import gpu_memory, is_out_of_memory, peak_memory
-from ..model.memory import ROOM, Row, estimate_memory, longest_batch, model_shape
+from ..model.memory import USABLE, Row, estimate_memory, longest_batch, model_shape
 from ..recipe.keys import Recipe
 from ..recipe.preference import is_base
 from ..report.console import say
@@ -110,7 +110,7 @@ def _choose_checkpointing(trainer: ArpoTrainer, batch: list[Row]) -> None:
         return
     model.activation_checkpointing_disable()
     try:
-        fits = _run_step(trainer, batch)[1] < ROOM * memory
+        fits = _run_step(trainer, batch)[1] < USABLE * memory
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

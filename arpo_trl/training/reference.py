@@ -23,7 +23,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from ..errors import in_one_line
-from ..model.base_config import splits_model
+from ..model.base import splits_model
 from ..model.model import load_model
 from ..model.token_scores import score_labelled_positions_only
 from ..recipe.keys import Recipe

@@ -13,7 +13,7 @@ from trl.trainer.sft_config import SFTConfig
 from ..data.prepare import PreparedData, prepare_datasets
 from ..data.tokenizer import load_template
 from ..errors import RecipeError
-from ..model.base_config import load_config
+from ..model.base import load_config
 from ..model.methods.chosen import methods_of
 from ..model.sft_config import to_sft_config
 from ..recipe.keys import Recipe

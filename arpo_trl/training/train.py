@@ -20,7 +20,7 @@ from ..errors import RunFailed, in_one_line
 from ..generate.predict import predict, refuse_split_model
 from ..machine import full_disk_as_run_failed
 from ..model.adapters import keep_adapter_in_float32
-from ..model.base_config import splits_model
+from ..model.base import splits_model
 from ..model.methods.chosen import methods_of, trainer_kwargs
 from ..model.model import load_model, stop_after_calls
 from ..processes import leave_together, on_main_process

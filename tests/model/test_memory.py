@@ -120,7 +120,7 @@ def test_an_optimizer_keeps_its_own_moments(optim: str, moments: float, tmp_path
     assert found and found.optimizer == moments * found.weights
 
 
-def test_checkpointing_keeps_one_block_and_a_stream_a_block(tmp_path: Path, tiny_model: Path) -> None:
+def test_checkpointing_keeps_one_layer_and_the_hidden_states_of_each(tmp_path: Path, tiny_model: Path) -> None:
     kept, recomputed = (
         estimate_memory(given, to_sft_config(given), model_shape(given), ROWS)
         for given in (recipe(tmp_path, tiny_model, f"gradient_checkpointing={on}") for on in ("false", "true"))
@@ -129,13 +129,13 @@ def test_checkpointing_keeps_one_block_and_a_stream_a_block(tmp_path: Path, tiny
     assert recomputed.activations == 2 * (2 * 80 * 64 * 4) + kept.activations // 2
 
 
-def test_it_is_said_where_it_fits() -> None:
+def test_the_smallest_gpu_that_fits_is_named() -> None:
     memory = Memory(2_000_000_000, 2_000_000_000, 4_000_000_000, 3_000_000_000, 1_000_000_000)
     assert memory.peak == 10_000_000_000
-    parts = "about 10.0 GB at its peak (weights 2.0, gradients 2.0, optimizer 4.0, activations 3.0, logits 1.0); "
-    assert describe_memory(memory, None) == f"{parts}fits a GPU of 16 GB"
-    assert describe_memory(memory, 10_500_000_000) == f"{parts}does not fit this GPU of 10 GB"
-    assert describe_memory(memory._replace(optimizer=90_000_000_000), None).endswith("does not fit a GPU of 80 GB")
+    parts = "about 10.0 GB peak (weights 2.0, gradients 2.0, optimizer 4.0, activations 3.0, logits 1.0); "
+    assert describe_memory(memory, None) == f"{parts}fits a 16 GB GPU"
+    assert describe_memory(memory, 10_500_000_000) == f"{parts}does not fit this 10 GB GPU"
+    assert describe_memory(memory._replace(optimizer=90_000_000_000), None).endswith("does not fit an 80 GB GPU")
 
 
 MEASURED = """

@@ -49,7 +49,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
         monkeypatch.setattr("arpo_trl.model.merge.free_space", lambda folder, free=free: free)
         assert main(["merge", str(adapter), str(tmp_path / "merged")]) == code
         assert (tmp_path / "merged").exists() == (not code)
-        assert ("disk full: the merged model takes 0.000 GB" in capsys.readouterr().err) == bool(code)
+        assert ("disk full: the merged model needs 0.000 GB" in capsys.readouterr().err) == bool(code)
 
 
 def test_the_merged_model_keeps_the_dtype_and_the_template_and_stops_at_the_end_of_a_turn(
@@ -57,7 +57,7 @@ def test_the_merged_model_keeps_the_dtype_and_the_template_and_stops_at_the_end_
 ) -> None:
     assert main(["merge", str(adapter), str(tmp_path / "merged")]) == 0
     said = capsys.readouterr().out
-    assert "predicts what the adapter does; bfloat16 moves a token's log-probability by" in said
+    assert "predicts what the adapter predicts; bfloat16 changes a token's log-probability by" in said
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     end_of_turn, end_of_text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
@@ -81,7 +81,7 @@ def test_a_sum_that_is_not_the_adapter_is_not_written(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, safe_merge: self.unload())
-    with pytest.raises(RunFailed, match="predicts otherwise"):
+    with pytest.raises(RunFailed, match="log-probabilities differ by"):
         merge(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -97,8 +97,8 @@ def test_a_base_that_is_not_there_is_named(
     monkeypatch.chdir(tmp_path)
     assert main(["merge", str(adapter), "merged"]) == 2
     assert capsys.readouterr().err == (
-        f"{adapter / 'adapter_config.json'}: base_model_name_or_path: no model at {name!r}, looked for from {tmp_path} "
-        "and on the hub; run this where the training was started, or write the base model's path there\n"
+        f"{adapter / 'adapter_config.json'}: base_model_name_or_path: no model {name!r} in {tmp_path} or on "
+        "the hub. Run this in the folder where the training was started, or set the path there\n"
     )
     assert not (tmp_path / "merged").exists()
 

@@ -27,9 +27,9 @@ class Architectures(Method):
         if "all" not in getattr(self.recipe, f"{self.recipe.finetuning_type}_target"):
             return config
         modules = {(name.rsplit(".", 1)[-1], type(module)) for name, module in model.named_modules()}
-        found = {name for name, cls in modules if issubclass(cls, nn.Linear) and "Router" in cls.__name__}
+        excluded = {name for name, cls in modules if issubclass(cls, nn.Linear) and "Router" in cls.__name__}
         if any(name == "conv1d" for name, _ in modules):
-            found |= {"conv1d", "out_proj"}
-        if found:
-            config.exclude_modules = sorted(found)
+            excluded |= {"conv1d", "out_proj"}
+        if excluded:
+            config.exclude_modules = sorted(excluded)
         return config

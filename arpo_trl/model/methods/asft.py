@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 from ...recipe.keys import Recipe
-from ..base_config import splits_model
+from ..base import splits_model
 from ..token_scores import check_objective
 from .method import Keywords, Method
 
@@ -55,7 +55,7 @@ def anchored(log_probs: Tensor, log_softmax: Tensor, reference: Tensor, alpha: f
 
 
 def frozen_copy(model: PreTrainedModel | PeftModel, args: SFTConfig) -> PreTrainedModel:
-    """Return a copy of the current model without its adapter, in the dtype that the run computes in."""
+    """Return a copy of the current model, adapter included, in the dtype that the run computes in."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    found = copy.deepcopy(model.get_base_model() if isinstance(model, PeftModel) else model).requires_grad_(False)
-    return cast(PreTrainedModel, found.to(dtype=dtype).eval())
+    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    return cast(PreTrainedModel, copy.deepcopy(base).requires_grad_(False).to(dtype=dtype).eval())

@@ -30,16 +30,16 @@ class Badam(Method):
 
     def prepare_base(self, model: PreTrainedModel) -> None:
         """Train the first block, which needs the most memory. The optimizer switches to the next ones."""
-        found = [(re.match(r".*layers\.[^.]*\.", name), parameter) for name, parameter in model.named_parameters()]
-        blocks = list(dict.fromkeys(match[0] for match, _ in found if match))
+        weights = [(re.match(r".*layers\.[^.]*\.", name), weight) for name, weight in model.named_parameters()]
+        blocks = list(dict.fromkeys(match[0] for match, _ in weights if match))
         if not blocks:
             raise self.recipe.error(
                 "use_badam", f"{model.config.model_type} has no blocks named layers; remove the line"
             )
         if (start := self.recipe.badam_start_block or 0) >= len(blocks):
             raise self.recipe.error("badam_start_block", f"expected a number below {len(blocks)}, found {start}")
-        for match, parameter in found:
-            parameter.requires_grad = match is not None and match[0] == blocks[0]
+        for match, weight in weights:
+            weight.requires_grad = match is not None and match[0] == blocks[0]
         if self.recipe.use_reentrant_gc:
             model.enable_input_require_grads()  # a reentrant checkpoint has no gradient where its input has none
 

@@ -12,13 +12,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...recipe.keys import Recipe
 from ..weights import linear_layers
-from .method import AdapterConfig, Method
+from .method import AdapterConfig, Keywords, Method
 
 
 class Moe(Method):
     @staticmethod
     def applies(recipe: Recipe) -> bool:
         return recipe.trains_adapter or bool(recipe.moe_aux_loss_coef)
+
+    def sft_config(self) -> Keywords:
+        return {"router_aux_loss_coef": self.recipe.moe_aux_loss_coef or 0.0}
 
     def prepare_base(self, model: PreTrainedModel) -> None:
         """Check that there are experts to balance, and name their number as TRL expects it."""
@@ -58,14 +61,16 @@ def _fused_targets(config: AdapterConfig, model: PreTrainedModel) -> set[str] | 
     convert_peft_config_for_transformers(converted, model, None)
     if not isinstance(converted, LoraConfig) or not converted.target_parameters:
         return None
-    given = getattr(config, "target_modules", None)
-    names = {name.rpartition(".")[2] for name in linear_layers(model)} if isinstance(given, str) else {*(given or ())}
+    targets = getattr(config, "target_modules", None)
+    names = (
+        {name.rpartition(".")[2] for name in linear_layers(model)} if isinstance(targets, str) else {*(targets or ())}
+    )
     return names - {*(converted.target_modules or ())}
 
 
 @contextlib.contextmanager
 def router_loss_kept(config: PreTrainedConfig) -> Iterator[None]:
-    """Restore the coefficient of the balancing loss in config.json: TRL writes 0 where the recipe asks for no such loss."""
+    """Restore the coefficient of the balancing loss in config.json: TRL writes 0 for a recipe without that loss."""
     text_config = config.get_text_config()
     coefficient = getattr(text_config, "router_aux_loss_coef", None)
     yield

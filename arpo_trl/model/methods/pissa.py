@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
 from ...recipe.keys import Recipe
-from ..base_config import splits_model
+from ..base import splits_model
 from .method import AdapterConfig, Method
 
 START = "pissa_start"
@@ -26,7 +26,7 @@ START = "pissa_start"
 class Pissa(Method):
     @staticmethod
     def applies(recipe: Recipe) -> bool:
-        return recipe.finetuning_type == "lora"  # the adapter may come from a checkpoint of a PiSSA run
+        return recipe.finetuning_type == "lora"  # also to resume the adapter of a PiSSA checkpoint
 
     def prepare_base(self, model: PreTrainedModel) -> None:
         recipe = self.recipe

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ...recipe.keys import Recipe
-from ..base_config import compute_dtype
+from ..base import compute_dtype
 from ..weights import frozen_linear_weights, saved_bytes
 from .method import AdapterConfig, Keywords, Method
 from .quantized import keep_gradients, name_all_linear_layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
+from ...errors import RecipeError
 from ...recipe.keys import Recipe
-from ..base_config import quantization, splits_model
+from ...recipe.methods import QUANTIZED_PACKAGES
+from ..base import quantization, splits_model
 from ..weights import frozen_linear_weights, linear_layers, saved_bytes
 from .method import AdapterConfig, Keywords, Method
 
@@ -79,8 +82,7 @@ class Quantized(Method):
 
 def set_trainable_backend(config: PreTrainedConfig) -> bool:
     """Have a base of GPTQ, AWQ or AQLM unpacked by kernels that have a backward pass. Return whether it is one."""
-    packed = getattr(config, "quantization_config", None) or {}
-    method = packed.get("quant_method")
+    packed, method = getattr(config, "quantization_config", None) or {}, _method(config)
     if method in ("gptq", "awq"):
         packed["backend"] = "auto_trainable"  # the fastest kernels of gptqmodel have none
     elif method == "aqlm" and (names := packed.get("linear_weights_not_to_quantize")):
@@ -91,13 +93,22 @@ def set_trainable_backend(config: PreTrainedConfig) -> bool:
 
 
 def dequantized(config: PreTrainedConfig) -> Keywords:
-    """Return what `from_pretrained` needs to dequantize MXFP4 or FP8 (gpt-oss, DeepSeek-V3), as LLaMA-Factory does.
+    """Return the arguments of `from_pretrained` that dequantize MXFP4 or FP8 (gpt-oss, DeepSeek-V3), as LLaMA-Factory does.
 
     transformers 5.24 does so by itself only where it finds no kernel for them, and these have no backward pass.
     """
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method", "")
-    config_class = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}.get(method)
+    config_class = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}.get(_method(config))
     return {"quantization_config": config_class(dequantize=True)} if config_class else {}
+
+
+def require_mergeable(config: PreTrainedConfig, adapter: Path) -> None:
+    """Raise RecipeError if the adapter's base is quantized in a way that no adapter can be merged into."""
+    method = _method(config)
+    if method in QUANTIZED_PACKAGES:
+        raise RecipeError(
+            f"{adapter}: its base is quantized with {method.upper()}, so it can't be merged. Use it as it is: "
+            f"arpo-trl chat {adapter}"
+        )
 
 
 def keep_gradients(model: PreTrainedModel) -> None:
@@ -119,6 +130,11 @@ def name_all_linear_layers(config: AdapterConfig, model: PreTrainedModel) -> Ada
     if getattr(config, "target_modules", None) == "all-linear" and hasattr(model, "quantization_method"):
         config.target_modules = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
     return config
+
+
+def _method(config: PreTrainedConfig) -> str:
+    method: str = (getattr(config, "quantization_config", None) or {}).get("quant_method", "")
+    return method
 
 
 def _saved(weights: list[Tensor], config: Mapping[str, Any]) -> int:

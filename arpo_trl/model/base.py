@@ -1,0 +1,85 @@
+"""The base model: its config.json, whether the launch splits it, and loading its weights."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..recipe.keys import Recipe
+
+
+def load_config(recipe: Recipe) -> PreTrainedConfig:
+    """Return the base model's config. Raises OSError or ValueError if it can't be loaded."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(recipe.model_name_or_path, **hub_kwargs(recipe))
+    return config
+
+
+def load_weights(name: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Return the model of a folder or a hub ID. `kwargs`: of `from_pretrained`.
+
+    Raises:
+        OSError, ImportError, ValueError, RuntimeError: it can't be loaded, or its weights don't match its config.json.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    model: PreTrainedModel
+    model, info = loaded
+    for kind in ("missing", "unexpected"):
+        if keys := info[f"{kind}_keys"]:
+            raise ValueError(
+                f"its weights don't match its config.json: {len(keys)} {kind} keys, the first is {min(keys)}; "
+                f"expected the files of one {model.config.model_type} model"
+            )
+    return model
+
+
+def hub_kwargs(recipe: Recipe) -> dict[str, Any]:
+    """Return where to load the model from, and whether to run its code: only if transformers lacks the architecture."""
+    return {
+        "revision": recipe.model_revision,
+        "cache_dir": recipe.cache_dir,
+        "trust_remote_code": recipe.trust_remote_code
+        and _config_values(recipe).get("model_type") not in CONFIG_MAPPING,
+    }
+
+
+def quantization(recipe: Recipe) -> dict[str, Any]:
+    """Return the quantization_config in the base's config.json; empty if it has none."""
+    return _config_values(recipe).get("quantization_config") or {}
+
+
+def splits_model(recipe: Recipe) -> bool:
+    """Return whether FSDP or ZeRO-3 splits the model. Needs no Accelerator, but call it after `to_sft_config`."""
+    fsdp = recipe.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return bool(fsdp or is_deepspeed_zero3_enabled())
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype | None:
+    """Return the half-precision dtype that the recipe computes in; None for float32."""
+    if recipe.bf16 or recipe.pure_bf16:
+        return torch.bfloat16
+    return torch.float16 if recipe.fp16 else None
+
+
+def _config_values(recipe: Recipe) -> dict[str, Any]:
+    """Return the base's config.json as a dict; empty if it can't be read, which `load_config` reports."""
+    path = Path(recipe.model_name_or_path, "config.json").absolute()
+    changed = path.stat().st_mtime_ns if path.is_file() else 0
+    name = str(path.parent) if changed else recipe.model_name_or_path
+    try:
+        return _read_config(name, recipe.model_revision, recipe.cache_dir, changed)
+    except (OSError, ValueError):
+        return {}
+
+
+@functools.lru_cache(maxsize=8)
+def _read_config(name: str, revision: str, cache_dir: str | None, changed: int) -> dict[str, Any]:
+    values: dict[str, Any]
+    values, _ = PreTrainedConfig.get_config_dict(name, revision=revision, cache_dir=cache_dir)
+    return values
