@@ -1,4 +1,4 @@
-"""docs/reference/architectures.md says what is measured: every family trains with the plain loss, packs exactly or not at all."""
+"""docs/reference/architectures.md equals the measurements: every family trains with the plain loss, and packs exactly or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 TABLE = architectures.read_table(architectures.DOCS.read_text(encoding="utf-8"))
 
 
-def test_the_table_has_every_family_and_no_cell_that_fails() -> None:
+def test_the_table_has_every_family_and_no_failing_cell() -> None:
     assert list(TABLE) == sorted(architectures.FAMILIES)
     for line in TABLE.values():
         assert (line["full"], line["LoRA"]) == ("exact", "exact")
@@ -30,7 +30,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("folder", ["gpt_oss"], indirect=True)
-def test_a_mixture_trains_with_the_plain_loss_unless_asked_and_is_not_packed_where_rows_would_see_each_other(
+def test_moe_models_train_with_the_plain_loss_by_default_and_are_not_packed_if_rows_would_mix(
     folder: Path, capfd: Any
 ) -> None:
     rows = architectures.write_rows(folder / "data")
@@ -46,5 +46,5 @@ def test_a_mixture_trains_with_the_plain_loss_unless_asked_and_is_not_packed_whe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", architectures.FAMILIES)
-def test_a_line_of_the_table_is_what_is_measured(family: str, tmp_path: Path) -> None:
+def test_a_line_of_the_table_equals_a_new_measurement(family: str, tmp_path: Path) -> None:
     assert architectures.measure(family, tmp_path) == TABLE[family]

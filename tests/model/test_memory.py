@@ -1,4 +1,4 @@
-"""The parts of a step's memory are what the model, its optimizer and autograd really hold."""
+"""The estimated parts of a step's memory equal what the model, its optimizer and autograd allocate."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def recipe(folder: Path, model: Path, *lines: str) -> Recipe:
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"])
-def test_a_checkpoint_takes_the_weights_and_the_optimizers_state(optim: str, tmp_path: Path, tiny_model: Path) -> None:
+def test_checkpoint_bytes_count_weights_and_optimizer_state(optim: str, tmp_path: Path, tiny_model: Path) -> None:
     args = to_sft_config(recipe(tmp_path, tiny_model, f"optim={optim}"))
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -56,7 +56,9 @@ def test_a_checkpoint_takes_the_weights_and_the_optimizers_state(optim: str, tmp
     [[], ["finetuning_type=lora"], ["finetuning_type=freeze"], ["bf16=true"], ["bf16=true", "finetuning_type=lora"]],
     ids=" ".join,
 )
-def test_the_parts_are_those_of_the_loaded_model(lines: list[str], tmp_path: Path, tiny_model: Path) -> None:
+def test_the_estimated_parts_equal_those_of_the_loaded_model(
+    lines: list[str], tmp_path: Path, tiny_model: Path
+) -> None:
     given = recipe(tmp_path, tiny_model, "gradient_checkpointing=false", *lines)
     args = to_sft_config(given)
     found = estimate_memory(given, args, model_shape(given), ROWS)
@@ -77,7 +79,7 @@ def test_the_parts_are_those_of_the_loaded_model(lines: list[str], tmp_path: Pat
 
 
 @pytest.mark.parametrize("lines", [[], ["bf16=true"], ["bf16=true", "finetuning_type=lora"]], ids=" ".join)
-def test_the_reference_model_of_asft_is_one_of_the_weights(lines: list[str], tmp_path: Path, tiny_model: Path) -> None:
+def test_the_weights_include_the_reference_model_of_asft(lines: list[str], tmp_path: Path, tiny_model: Path) -> None:
     given = recipe(tmp_path, tiny_model, "use_asft_loss=true", *lines)
     args = to_sft_config(given)
     model, _ = load_model(given)
@@ -88,8 +90,8 @@ def test_the_reference_model_of_asft_is_one_of_the_weights(lines: list[str], tmp
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantized_base_takes_less(bits: int, tmp_path: Path, tiny_model: Path) -> None:
-    """All but the scales of its blocks, 3 % of a layer of 4 bits, on a model of any size."""
+def test_the_weights_of_a_quantized_base_are_packed(bits: int, tmp_path: Path, tiny_model: Path) -> None:
+    """Except the scales of its blocks: 3% of a 4-bit layer, at any model size."""
     pytest.importorskip("bitsandbytes")
     given = recipe(tmp_path, tiny_model, "finetuning_type=lora", f"quantization_bit={bits}")
     found = estimate_memory(given, to_sft_config(given), model_shape(given), ROWS)
@@ -114,7 +116,9 @@ def test_the_batch_is_the_largest_that_the_sampler_can_draw(
 
 
 @pytest.mark.parametrize(("optim", "moments"), [("adamw_torch", 2), ("adafactor", 0), ("adamw_8bit", 0.5), ("sgd", 0)])
-def test_an_optimizer_keeps_its_own_moments(optim: str, moments: float, tmp_path: Path, tiny_model: Path) -> None:
+def test_the_optimizer_state_depends_on_the_optimizer(
+    optim: str, moments: float, tmp_path: Path, tiny_model: Path
+) -> None:
     given = recipe(tmp_path, tiny_model, f"optim={optim}")
     found = estimate_memory(given, to_sft_config(given), model_shape(given), ROWS)
     assert found and found.optimizer == moments * found.weights

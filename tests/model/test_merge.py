@@ -1,4 +1,4 @@
-"""`arpo-trl merge`: one model that predicts what the adapter does, and stops where it does."""
+"""`arpo-trl merge` writes a model that predicts what the adapter predicts, and stops where it stops."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 
 @pytest.fixture
 def base(tiny_model: Path, tmp_path: Path) -> Path:
-    """A base model as it comes: it stops at the end of a document alone."""
+    """A base model that stops only at the end of a document."""
     shutil.copytree(tiny_model, tmp_path / "base")
     end = AutoTokenizer.from_pretrained(tiny_model).convert_tokens_to_ids("<|endoftext|>")
     for name in ("config.json", "generation_config.json"):
@@ -33,7 +33,7 @@ def base(tiny_model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
-    """An adapter of that base, whose tokenizer ends a turn in <|im_end|>."""
+    """An adapter of that base, whose tokenizer ends a turn with <|im_end|>."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
@@ -41,7 +41,7 @@ def adapter(base: Path, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_a_full_disk_is_seen_before_anything_is_written(
+def test_a_full_disk_is_reported_before_anything_is_written(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto").parameters())
@@ -71,13 +71,13 @@ def test_the_merged_model_keeps_the_dtype_and_the_template_and_stops_at_the_end_
     assert set(modes.values()) == {0o666 & ~umask}, modes
 
 
-def test_a_dtype_that_was_asked_for_keeps_the_log_probabilities(adapter: Path, tmp_path: Path) -> None:
+def test_dtype_float32_keeps_the_log_probabilities(adapter: Path, tmp_path: Path) -> None:
     rounded = merge(adapter, tmp_path / "rounded")
     kept = merge(adapter, tmp_path / "kept", "float32")
     assert kept.dtype == torch.float32 and kept.most < 1e-4 < rounded.mean < rounded.most
 
 
-def test_a_sum_that_is_not_the_adapter_is_not_written(
+def test_a_merged_model_that_predicts_otherwise_is_not_written(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, safe_merge: self.unload())
@@ -87,7 +87,7 @@ def test_a_sum_that_is_not_the_adapter_is_not_written(
 
 
 @pytest.mark.parametrize("name", ["elsewhere/tiny", "a/folder/of/three"])
-def test_a_base_that_is_not_there_is_named(
+def test_a_missing_base_is_named(
     name: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ def test_a_base_that_is_not_there_is_named(
     assert not (tmp_path / "merged").exists()
 
 
-def test_folders_are_looked_at_first(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_folders_are_checked_first(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(tmp_path), "merged"]) == 2
     assert "adapter_config.json is missing. Use the output_dir of a LoRA run" in capsys.readouterr().err
     assert main(["merge", str(adapter), str(adapter)]) == 2
@@ -113,8 +113,8 @@ def test_folders_are_looked_at_first(adapter: Path, tmp_path: Path, capsys: pyte
     assert f"{file}: exists and is not an empty folder. Choose another one" in capsys.readouterr().err
 
 
-def test_an_adapters_folder_says_where_its_turns_end(base: Path, tmp_path: Path) -> None:
-    """Its base's generation config does not; `generate` and servers are told by the file beside the adapter."""
+def test_an_adapters_folder_has_the_end_of_turn_in_its_generation_config(base: Path, tmp_path: Path) -> None:
+    """Its base's generation config lacks it; `generate` and servers read the file next to the adapter."""
     from small_run import run
 
     folder = run(tmp_path, base, finetuning_type="lora", max_steps=1, preflight=False)
@@ -131,8 +131,8 @@ CALLS_END_OTHERWISE = (
 )
 
 
-def test_where_a_call_ends_in_a_token_of_its_own_the_model_stops_there_too(tiny_model: Path, tmp_path: Path) -> None:
-    """As gpt-oss's template has it: a full run's model, an adapter's folder, and its merged model say so."""
+def test_generation_also_stops_at_a_separate_token_that_ends_calls(tiny_model: Path, tmp_path: Path) -> None:
+    """As in gpt-oss: in a full run's model, an adapter's folder and its merged model."""
     from small_run import run
 
     template, base = tmp_path / "calls.jinja", shutil.copytree(tiny_model, tmp_path / "base")

@@ -1,4 +1,4 @@
-"""What `load_model` makes of a recipe, and that what is saved is what was trained."""
+"""`load_model` builds what the recipe asks for, and the saved model is the trained one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def recipe(folder: Path, model: Path, **keys: Any) -> Recipe:
 
 
 def run(given: Recipe, resume: bool = False) -> Any:
-    """As `train` goes, without its data and its reports."""
+    """Train as `train` does, without its data and reports."""
     args = to_sft_config(given)
     model, dtype = load_model(given)
     trainer = ArpoTrainer(
@@ -81,7 +81,7 @@ def run(given: Recipe, resume: bool = False) -> Any:
 
 
 def assert_a_resume_is_exact(folder: Path, model: Path, *files: str, **keys: Any) -> None:
-    """A run of four steps, and one that goes on from its checkpoint-2, end with the same tensors in `files`."""
+    """Assert that a run of four steps and one resumed from checkpoint-2 end with the same tensors in `files`."""
     keys |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     run(recipe(folder / "whole", model, **keys))
     parts = recipe(folder / "parts", model, **keys)
@@ -100,7 +100,7 @@ def predict(model: Any) -> torch.Tensor:
 
 
 def on_its_base(adapter: Path) -> PeftModel:
-    """The adapter as a stranger loads it: on the base that its own config names, in float32."""
+    """Return the adapter on the base that its config names, in float32."""
     name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), str(adapter))
 
@@ -146,7 +146,7 @@ def test_an_adapter_on_the_original_base_predicts_what_was_trained(
 
 
 @pytest.mark.parametrize("keys", [{"pissa_init": True}, {"use_dora": True, "loraplus_lr_ratio": 4.0}, OFT], ids=str)
-def test_an_adapter_that_was_resumed_is_the_adapter_that_never_stopped(
+def test_a_resumed_adapter_equals_the_uninterrupted_one(
     keys: dict[str, Any], tmp_path: Path, tiny_model: Path
 ) -> None:
     files = ("checkpoint-4/adapter_model.safetensors", "adapter_model.safetensors")
@@ -165,7 +165,7 @@ def test_a_run_in_the_folder_of_an_earlier_one_leaves_one_model(tmp_path: Path, 
 # --- where an adapter starts ---
 
 
-def test_the_base_is_bfloat16_under_bf16_and_what_is_trained_is_float32(tmp_path: Path, tiny_model: Path) -> None:
+def test_under_bf16_the_base_is_bfloat16_and_trained_weights_are_float32(tmp_path: Path, tiny_model: Path) -> None:
     trainer = run(recipe(tmp_path, tiny_model, bf16=True, additional_target="embed_tokens"))
     parameters = list(trainer.model.parameters())
     assert {p.dtype for p in parameters if p.requires_grad} == {torch.float32}
@@ -177,13 +177,13 @@ def test_full_keeps_float32_master_weights_and_saves_the_dtype_of_the_file(tmp_p
     assert (model.dtype, saved_dtype) == (torch.float32, torch.bfloat16)
 
 
-def test_all_is_every_linear_layer_but_the_head(tmp_path: Path, tiny_model: Path) -> None:
+def test_all_is_every_linear_layer_except_the_head(tmp_path: Path, tiny_model: Path) -> None:
     model, _ = load_model(recipe(tmp_path, tiny_model))
     adapted = {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith(".lora_A")}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def test_the_seed_decides_where_an_adapter_starts(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_seed_initializes_the_adapter(tmp_path: Path, tiny_model: Path) -> None:
     def start(seed: int) -> torch.Tensor:
         model, _ = load_model(recipe(tmp_path, tiny_model, seed=seed))
         weight: torch.Tensor = next(p for name, p in model.named_parameters() if "lora_A" in name)
@@ -193,13 +193,13 @@ def test_the_seed_decides_where_an_adapter_starts(tmp_path: Path, tiny_model: Pa
     assert not torch.equal(start(1), start(2))
 
 
-def test_one_adapter_is_trained_on(tmp_path: Path, tiny_model: Path, adapters: list[Path]) -> None:
+def test_a_single_adapter_is_trained_further(tmp_path: Path, tiny_model: Path, adapters: list[Path]) -> None:
     model, _ = load_model(recipe(tmp_path, tiny_model, adapter_name_or_path=str(adapters[0])))
     torch.testing.assert_close(predict(model), predict(on_its_base(adapters[0])))
     assert sum(p.requires_grad for p in model.parameters()) == 2 * 14  # A and B of 7 layers in 2 blocks
 
 
-def test_an_adapter_of_the_hub_is_taken_at_the_model_s_revision_and_from_its_cache(
+def test_an_adapter_on_the_hub_uses_the_models_revision_and_cache(
     tmp_path: Path, tiny_model: Path, adapters: list[Path]
 ) -> None:
     """As in LLaMA-Factory."""
@@ -215,7 +215,7 @@ def test_an_adapter_of_the_hub_is_taken_at_the_model_s_revision_and_from_its_cac
 
 
 @pytest.mark.parametrize("new", [False, True], ids=["the_last_is_trained_on", "create_new_adapter"])
-def test_of_several_adapters_the_earlier_are_merged_into_a_base_that_is_saved(
+def test_earlier_adapters_are_merged_into_a_saved_base(
     new: bool, tmp_path: Path, tiny_model: Path, adapters: list[Path]
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -231,7 +231,7 @@ def test_of_several_adapters_the_earlier_are_merged_into_a_base_that_is_saved(
     torch.testing.assert_close(predict(on_its_base(tmp_path / "run")), trained, atol=1e-5, rtol=1e-4)
 
 
-def test_loraplus_gives_b_its_own_learning_rate(tmp_path: Path, tiny_model: Path) -> None:
+def test_loraplus_gives_b_a_different_learning_rate(tmp_path: Path, tiny_model: Path) -> None:
     given = recipe(tmp_path, tiny_model, loraplus_lr_ratio=16.0, learning_rate=1e-3, weight_decay=0.1)
     model, _ = load_model(given)
     groups = [group for group in create_optimizer(given, model).param_groups if group["params"]]
@@ -260,7 +260,7 @@ def create_optimizer(given: Recipe, model: Any) -> torch.optim.Optimizer:
     ],
 )
 def test_an_adapter_trains_experts_shared_experts_and_dense_blocks(family: str, target: str, tmp_path: Path) -> None:
-    """With the losses of a plain loop, and as it is saved; PEFT alone leaves out all but the fused experts."""
+    """With the losses of a plain loop, and as it is saved. PEFT alone would adapt only the fused experts."""
     base = tmp_path / "model"
     plain_base = architectures.make_model(family, base)
     layers = (name for name, one in plain_base.named_modules() if isinstance(one, torch.nn.Linear))
@@ -287,7 +287,7 @@ def test_an_adapter_trains_experts_shared_experts_and_dense_blocks(family: str, 
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
-def test_what_peft_has_not_for_fused_experts_is_refused_with_a_way_out(tmp_path: Path) -> None:
+def test_settings_that_peft_lacks_for_fused_experts_are_errors_with_a_fix(tmp_path: Path) -> None:
     base = tmp_path / "model"
     architectures.make_model("qwen3_moe", base)
     with pytest.raises(RecipeError, match=r"lora_target: .*gate_proj without also targeting up_proj"):
@@ -324,7 +324,7 @@ def test_llama_pro_trains_every_nth_layer(layers: int, count: int, trained: list
     assert list(trained_layers(given, layers)) == trained
 
 
-def test_llama_pro_adapts_the_trained_layers_alone(tmp_path: Path, tiny_model: Path) -> None:
+def test_llama_pro_adapts_only_the_trained_layers(tmp_path: Path, tiny_model: Path) -> None:
     for target in ("all", "q_proj,up_proj"):
         keys = {"freeze_trainable_layers": 1, "use_llama_pro": True, "lora_target": target}
         model, _ = load_model(recipe(tmp_path, tiny_model, **keys))
@@ -336,7 +336,7 @@ def test_llama_pro_adapts_the_trained_layers_alone(tmp_path: Path, tiny_model: P
 
 
 def plain_muon(model: Any, **lr: float) -> list[torch.optim.Optimizer]:
-    """What LLaMA-Factory's use_muon does, by torch alone: its scale, 0.2 sqrt(the longer side), has a name there."""
+    """Return the optimizers of LLaMA-Factory's use_muon, in plain torch. Its scale is 0.2 sqrt(the longer side)."""
     names = dict(model.named_parameters())
     inner = [names.pop(n) for n in [*names] if names[n].ndim == 2 and not re.search("embed|lm_head", n)]
     return [
@@ -354,7 +354,7 @@ def plain_adam_mini(model: Any, **lr: float) -> list[torch.optim.Optimizer]:
 @pytest.mark.parametrize(
     ("key", "plain"), [("use_muon", plain_muon), ("use_adam_mini", plain_adam_mini)], ids=["muon", "adam_mini"]
 )
-def test_an_optimizer_of_its_own_steps_as_the_plain_one_and_resumes(
+def test_muon_and_adam_mini_step_as_the_plain_optimizers_and_resume(
     key: str, plain: Any, tmp_path: Path, tiny_model: Path
 ) -> None:
     keys = {"finetuning_type": "full", key: True, "weight_decay": 0.1}
@@ -378,14 +378,14 @@ def test_an_optimizer_of_its_own_steps_as_the_plain_one_and_resumes(
 @pytest.mark.parametrize(
     "keys", [{"use_galore": True}, {"use_apollo": True}, {"use_apollo": True, "apollo_proj": "svd"}]
 )
-def test_galore_and_apollo_go_on_with_their_projections(
+def test_galore_and_apollo_resume_with_their_projections(
     keys: dict[str, Any], tmp_path: Path, tiny_model: Path
 ) -> None:
     assert_a_resume_is_exact(tmp_path, tiny_model, "model.safetensors", finetuning_type="full", **keys)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_asft_goes_on_beside_the_model_of_the_start(method: str, tmp_path: Path, tiny_model: Path) -> None:
+def test_asft_resumes_with_the_initial_model_as_reference(method: str, tmp_path: Path, tiny_model: Path) -> None:
     keys = {"finetuning_type": method, "use_asft_loss": True, "asft_alpha": 5.0}
     file = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     assert_a_resume_is_exact(tmp_path, tiny_model, file, **keys)
@@ -395,7 +395,7 @@ def test_asft_goes_on_beside_the_model_of_the_start(method: str, tmp_path: Path,
 
 
 def write_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
-    """A tiny gpt-oss as its files are; the weights that they stand for."""
+    """Write a tiny gpt-oss in MXFP4. Return its weights, dequantized and packed."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32, "vocab_size": 1088}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
     AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **heads)).save_pretrained(folder)
@@ -414,7 +414,7 @@ def write_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def write_fp8(folder: Path) -> dict[str, torch.Tensor]:
-    """A tiny llama in FP8, as DeepSeek-V3's files are; the weights that they stand for."""
+    """Write a tiny Llama in FP8, as DeepSeek-V3's files are. Return its weights, dequantized and packed."""
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 1088}
     AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads)).save_pretrained(folder)
@@ -429,7 +429,7 @@ def write_fp8(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize(("kind", "write"), [("mxfp4", write_mxfp4), ("fp8", write_fp8)], ids=["mxfp4", "fp8"])
-def test_a_base_in_four_or_eight_bit_floats_is_unpacked_and_trains(
+def test_mxfp4_and_fp8_bases_are_dequantized_and_trained(
     kind: str, write: Any, method: str, tmp_path: Path, tiny_model: Path
 ) -> None:
     base = tmp_path / "base"
@@ -471,8 +471,8 @@ def test_muon_trains_an_adapter_too(tmp_path: Path, tiny_model: Path) -> None:
 BADAM = {"finetuning_type": "full", "use_badam": True, "badam_switch_interval": 3, "weight_decay": 0.1}
 
 
-def test_badam_is_adamw_in_float32_on_one_block_after_the_other(tmp_path: Path, tiny_model: Path) -> None:
-    """The first block has a step less: BAdam 1.4 counts the next step before it compares."""
+def test_badam_is_float32_adamw_on_one_block_after_another(tmp_path: Path, tiny_model: Path) -> None:
+    """The first block has one step less: BAdam 1.4 counts the next step before it compares."""
     given = recipe(tmp_path, tiny_model, **BADAM)
     ours, theirs = (load_model(given)[0] for _ in range(2))
     assert ours.dtype == torch.bfloat16  # the file's
@@ -505,7 +505,7 @@ def test_badam_is_adamw_in_float32_on_one_block_after_the_other(tmp_path: Path, 
         ),
     ],
 )
-def test_badam_goes_on_in_its_block(mode: str, steps: tuple[int], tmp_path: Path, tiny_model: Path) -> None:
+def test_badam_resumes_in_its_block(mode: str, steps: tuple[int], tmp_path: Path, tiny_model: Path) -> None:
     keys = BADAM | {"badam_switch_mode": mode, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
     given = recipe(tmp_path, tiny_model, **keys)
     run(given)
@@ -522,7 +522,7 @@ def test_badam_goes_on_in_its_block(mode: str, steps: tuple[int], tmp_path: Path
         assert [name for name in whole if not torch.equal(whole[name], found[name])] == [], step
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused_by_badam(tmp_path: Path, tiny_model: Path) -> None:
+def test_badam_rejects_a_checkpoint_of_another_optimizer(tmp_path: Path, tiny_model: Path) -> None:
     keys = {"finetuning_type": "full", "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     run(recipe(tmp_path, tiny_model, **keys))
     with pytest.raises(RecipeError, match="use_badam: the checkpoint is of another optimizer; set a new output_dir"):
@@ -537,7 +537,7 @@ def test_badam_trains_through_a_reentrant_checkpoint(tmp_path: Path, tiny_model:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_badam_leaves_a_weight_without_a_gradient_as_it_is(tmp_path: Path, tiny_model: Path) -> None:
+def test_badam_does_not_change_a_weight_without_a_gradient(tmp_path: Path, tiny_model: Path) -> None:
     keys = {"vocab_size": 1024, "pad_token_id": 0, **architectures.FAMILIES["ernie4_5_moe"]}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("ernie4_5_moe", **keys))
     model.save_pretrained(tmp_path / "moe")
@@ -550,7 +550,7 @@ def test_badam_leaves_a_weight_without_a_gradient_as_it_is(tmp_path: Path, tiny_
     }
 
 
-def test_badam_names_what_its_blocks_lack(tmp_path: Path, tiny_model: Path) -> None:
+def test_badam_reports_models_and_keys_without_matching_blocks(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(RecipeError, match="badam_start_block: expected a number below 2, found 2"):
         load_model(recipe(tmp_path, tiny_model, **BADAM, badam_start_block=2))
     config = AutoConfig.for_model("gpt2", n_layer=1, n_embd=32, n_head=2, vocab_size=64)
@@ -573,7 +573,7 @@ def test_badam_names_what_its_blocks_lack(tmp_path: Path, tiny_model: Path) -> N
     ],
     ids=str,
 )
-def test_freeze_trains_the_layers_and_modules_that_it_names(
+def test_freeze_trains_the_given_layers_and_modules(
     keys: dict[str, Any], trained: set[str], tmp_path: Path, tiny_model: Path
 ) -> None:
     model, saved_dtype = load_model(recipe(tmp_path, tiny_model, finetuning_type="freeze", bf16=True, **keys))
@@ -588,7 +588,7 @@ def test_freeze_trains_the_layers_and_modules_that_it_names(
     assert saved_dtype == torch.bfloat16
 
 
-def test_freeze_changes_what_it_names_alone_and_resumes(tmp_path: Path, tiny_model: Path) -> None:
+def test_freeze_changes_only_the_given_modules_and_resumes(tmp_path: Path, tiny_model: Path) -> None:
     keys: dict[str, Any] = {"bf16": True, "use_reentrant_gc": True}
     keys |= {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_trainable_modules": "mlp"}
     assert_a_resume_is_exact(tmp_path, tiny_model, "model.safetensors", **keys)
@@ -602,7 +602,7 @@ def test_freeze_changes_what_it_names_alone_and_resumes(tmp_path: Path, tiny_mod
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantized_base_carries_a_float32_adapter(bits: int, tmp_path: Path, tiny_model: Path) -> None:
+def test_the_adapter_of_a_quantized_base_is_float32(bits: int, tmp_path: Path, tiny_model: Path) -> None:
     pytest.importorskip("bitsandbytes")
     trainer = run(recipe(tmp_path, tiny_model, quantization_bit=bits))
     kinds = {type(module).__name__ for module in trainer.model.modules()}
@@ -613,7 +613,7 @@ def test_a_quantized_base_carries_a_float32_adapter(bits: int, tmp_path: Path, t
 
 
 def test_a_4_bit_base_has_the_same_gradients_after_an_evaluation(tmp_path: Path, tiny_model: Path) -> None:
-    """On CPUs with AVX512_BF16 bitsandbytes keeps the layout that it packs a layer's weights into for inference."""
+    """On CPUs with AVX512_BF16, bitsandbytes would keep the layout into which it packs weights for inference."""
     pytest.importorskip("bitsandbytes")
     model, _ = load_model(recipe(tmp_path, tiny_model, quantization_bit=4))
 
@@ -668,7 +668,7 @@ def test_a_4_bit_base_has_the_same_gradients_after_an_evaluation(tmp_path: Path,
         ),
     ],
 )
-def test_what_cannot_be_loaded_is_told_in_one_line(
+def test_a_model_that_cannot_be_loaded_is_reported_in_one_line(
     keys: dict[str, Any], words: str, tmp_path: Path, tiny_model: Path
 ) -> None:
     if "quantization_bit" in keys:
@@ -680,7 +680,7 @@ def test_what_cannot_be_loaded_is_told_in_one_line(
 
 
 def rename(file: Path, kept: str, prefix: str = "") -> None:
-    """Keep the tensors whose name contains `kept`, under their names with `prefix` before."""
+    """Keep the tensors whose name contains `kept`, and add a prefix to their names."""
     save_file({prefix + name: t for name, t in load_file(file).items() if kept in name}, file, {"format": "pt"})
 
 
@@ -692,10 +692,10 @@ def rename(file: Path, kept: str, prefix: str = "") -> None:
         ("", "", 1, "12 unexpected keys, the first is model.layers.1.input_layernorm.weight"),
     ],
 )
-def test_weights_that_do_not_fit_the_config_are_refused(
+def test_weights_that_do_not_match_the_config_are_an_error(
     kept: str, prefix: str, layers: int, words: str, tmp_path: Path, tiny_model: Path
 ) -> None:
-    """They would be drawn anew, or left out, with a line of transformers' that nobody reads."""
+    """transformers would initialize or ignore them, with a warning that is easy to miss."""
     shutil.copytree(tiny_model, tmp_path / "base")
     rename(tmp_path / "base" / "model.safetensors", kept, prefix)
     config = tmp_path / "base" / "config.json"
@@ -710,7 +710,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(
     ("kept", "prefix", "words"),
     [("layers.1", "", "Found missing adapter keys"), ("", "model.", "Found missing adapter keys")],
 )
-def test_an_adapter_that_lacks_modules_is_refused(
+def test_an_adapter_that_lacks_modules_is_an_error(
     kept: str, prefix: str, words: str, tmp_path: Path, tiny_model: Path, adapters: list[Path]
 ) -> None:
     shutil.copytree(adapters[0], tmp_path / "adapter")
@@ -720,7 +720,7 @@ def test_an_adapter_that_lacks_modules_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["lora", "oft"])
-def test_an_adapter_of_a_deeper_model_is_refused(kind: str, tmp_path: Path, tiny_model: Path) -> None:
+def test_an_adapter_of_a_deeper_model_is_an_error(kind: str, tmp_path: Path, tiny_model: Path) -> None:
     configs = {"lora": LoraConfig(target_modules="all-linear"), "oft": OFTConfig(oft_block_size=16, r=0)}
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     get_peft_model(model, configs[kind]).save_pretrained(tmp_path / "adapter")
@@ -735,7 +735,7 @@ def test_an_adapter_of_a_deeper_model_is_refused(kind: str, tmp_path: Path, tiny
 # --- large models ---
 
 
-def test_a_model_in_several_files_is_whole_resumed_and_noticed_when_one_is_gone(
+def test_a_sharded_model_resumes_and_a_missing_shard_is_found(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = AutoModelForCausalLM.from_pretrained(tiny_model).__class__.save_pretrained
@@ -759,7 +759,7 @@ def test_a_model_in_several_files_is_whole_resumed_and_noticed_when_one_is_gone(
     assert [name for name in whole if not torch.equal(whole[name], found[name])] == []
 
 
-def test_an_adapter_of_a_model_in_several_files_is_trained_and_merged(tmp_path: Path, tiny_model: Path) -> None:
+def test_an_adapter_of_a_sharded_model_is_trained_and_merged(tmp_path: Path, tiny_model: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path / "base", max_shard_size="200KB")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "base")
     assert (tmp_path / "base" / "model.safetensors.index.json").is_file()
@@ -773,8 +773,8 @@ def test_an_adapter_of_a_model_in_several_files_is_trained_and_merged(tmp_path: 
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "opt", "granitemoehybrid"])
-def test_rope_scaling_that_a_model_ignores_is_refused(family: str, tmp_path: Path) -> None:
-    """A set of frequencies for each type of layer, none at all, and a config that has them and a model that does not."""
+def test_rope_scaling_that_a_model_ignores_is_an_error(family: str, tmp_path: Path) -> None:
+    """Frequencies per type of layer, no rotary embeddings, and a config with rotary embeddings of a model without them."""
     model = tmp_path / "model"
     if family == "granitemoehybrid":
         nope = {"position_embedding_type": "nope", "layer_types": ["attention"] * 2}

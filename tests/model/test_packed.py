@@ -1,4 +1,4 @@
-"""Training on a base that GPTQ, AWQ or AQLM quantized: skipped where gptqmodel, optimum or aqlm is not installed."""
+"""Training on a base quantized with GPTQ, AWQ or AQLM. Skipped without gptqmodel and optimum, or aqlm."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def logits(model: Any, bf16: bool = False) -> torch.Tensor:
 @METHODS
 @pytest.mark.parametrize("kind", ["lora", "oft"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_base_is_what_its_file_says_and_the_adapter_learns(
+def test_the_base_predicts_as_its_dequantized_weights_and_the_adapter_learns(
     method: str, kind: str, bf16: bool, base: Path, tmp_path: Path
 ) -> None:
-    """Its predictions are those of the same weights unpacked; the adapter is read back on it, and predicts the same."""
+    """It predicts as the same weights dequantized; the saved adapter, loaded again, predicts what was trained."""
     keys = {"max_steps": 20, "bf16": bf16, "logging_steps": 1, "learning_rate": 1e-2, **(OFT if kind == "oft" else {})}
     given = recipe(tmp_path / "out", base, **keys)
     model = load_model(given)[0]
@@ -71,7 +71,7 @@ def test_the_base_is_what_its_file_says_and_the_adapter_learns(
 
 @METHODS
 @pytest.mark.parametrize("keys", [{"bf16": True}, OFT], ids=str)
-def test_a_resumed_run_is_the_one_that_never_stopped(
+def test_a_resumed_run_equals_the_uninterrupted_one(
     method: str, keys: dict[str, Any], base: Path, tmp_path: Path
 ) -> None:
     assert_a_resume_is_exact(tmp_path, base, "adapter_model.safetensors", **keys, lora_dropout=0.2)
@@ -95,7 +95,7 @@ def test_the_estimate_counts_the_packed_weights(method: str, checkpointing: bool
 
 
 @METHODS
-def test_a_whole_run_checks_trains_and_evaluates(
+def test_a_run_checks_trains_and_evaluates(
     method: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = make_recipe(
@@ -113,13 +113,13 @@ def test_a_whole_run_checks_trains_and_evaluates(
     trained = sum(tensor.numel() for tensor in load_file(tmp_path / "run" / "adapter_model.safetensors").values())
     assert f"{base}: {trained:,} parameters trained beside a quantized base" in said
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
-    with pytest.raises(RecipeError, match=f"is quantized with {method.upper()}, and no adapter can be merged into it"):
+    with pytest.raises(RecipeError, match=f"is quantized with {method.upper()}, so it can't be merged"):
         merge(tmp_path / "run", tmp_path / "merged")
 
 
 @METHODS
-def test_a_first_forward_without_training_leaves_the_gradients(method: str, base: Path, tmp_path: Path) -> None:
-    """gptqmodel 7.7 settles a layer's kernel in its first forward: in eval mode for one that has no backward."""
+def test_a_first_forward_pass_in_eval_mode_keeps_the_gradients(method: str, base: Path, tmp_path: Path) -> None:
+    """gptqmodel 7.7 selects a layer's kernel in its first forward pass; in eval mode, one without a backward pass."""
     gradients = []
     for evaluated_first in (False, True):
         model = load_model(recipe(tmp_path / "out", base, bf16=True))[0]
@@ -159,7 +159,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(method: str, base: Path
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_base_that_bitsandbytes_saved_trains_too(bits: int, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_base_saved_by_bitsandbytes_can_be_trained(bits: int, tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     saved = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
     base = tmp_path / "base"
@@ -175,12 +175,12 @@ def test_a_base_that_bitsandbytes_saved_trains_too(bits: int, tiny_model: Path, 
     assert losses[-1] < losses[0] - 0.2
     again = load_model(recipe(tmp_path / "again", base, adapter_name_or_path=str(tmp_path / "out"), **keys))[0]
     assert torch.equal(logits(again, True), logits(trainer.model, True))
-    with pytest.raises(RecipeError, match="is quantized with BITSANDBYTES, and no adapter can be merged into it"):
+    with pytest.raises(RecipeError, match="is quantized with BITSANDBYTES, so it can't be merged"):
         merge(tmp_path / "out", tmp_path / "merged")
 
 
 @METHODS
-def test_an_unknown_target_is_told_with_those_that_are_there(method: str, base: Path, tmp_path: Path) -> None:
+def test_an_unknown_target_is_reported_with_the_known_ones(method: str, base: Path, tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError, match="no module q_prj; expected some of down_proj, embed_tokens, gate_proj, k_proj, "
     ):
@@ -188,7 +188,9 @@ def test_an_unknown_target_is_told_with_those_that_are_there(method: str, base: 
 
 
 @METHODS
-def test_fsdp_is_refused_in_a_line(method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_is_an_error_in_one_line(
+    method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(RecipeError, match="is quantized already, and can't be split by FSDP"):
         load_model(recipe(tmp_path / "by_recipe", base, fsdp="full_shard auto_wrap"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -196,7 +198,7 @@ def test_fsdp_is_refused_in_a_line(method: str, base: Path, tmp_path: Path, monk
         load_model(recipe(tmp_path / "out", base))
 
 
-def test_codebooks_of_8_bits_are_refused_on_a_cpu(tiny_model: Path, tmp_path: Path) -> None:
+def test_8_bit_codebooks_are_an_error_on_a_cpu(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("aqlm")
     if torch.accelerator.is_available():
         pytest.skip("this machine has a GPU")

@@ -28,7 +28,7 @@ MAIN_TESTS = [
     "recipe/test_read.py::test_all_problems_are_reported_at_once_in_the_order_of_the_file",
     "recipe/test_read.py::test_resolved_reads_back_to_the_same_recipe",
     "recipe/test_read.py::test_other_fields_of_sft_config_are_passed_on_by_name",
-    "model/test_memory.py::test_the_parts_are_those_of_the_loaded_model",
+    "model/test_memory.py::test_the_estimated_parts_equal_those_of_the_loaded_model",
     "model/test_model.py::test_full_keeps_float32_master_weights_and_saves_the_dtype_of_the_file",
     "model/test_model.py::test_an_adapter_on_the_original_base_predicts_what_was_trained[lora]",
     "model/test_model.py::test_a_run_in_the_folder_of_an_earlier_one_leaves_one_model",

@@ -1,4 +1,4 @@
-"""What TRL, PEFT and transformers are told of a recipe."""
+"""A recipe's keys reach TRL, PEFT and transformers."""
 
 import copy
 import logging
@@ -22,7 +22,7 @@ from arpo_trl.recipe import Recipe
 from arpo_trl.recipe.keys import keys
 
 
-def test_a_recipe_of_nothing_becomes_llama_factorys_defaults(recipe_of: Any) -> None:
+def test_a_minimal_recipe_has_llama_factorys_defaults(recipe_of: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no FutureWarning reaches the user
         config = to_sft_config(recipe_of())
@@ -38,7 +38,7 @@ def test_a_recipe_of_nothing_becomes_llama_factorys_defaults(recipe_of: Any) -> 
     assert config.average_tokens_across_devices
 
 
-def test_rows_arrive_finished_so_trl_neither_cuts_nor_prepares_them(recipe_of: Any) -> None:
+def test_trl_neither_truncates_nor_prepares_the_encoded_rows(recipe_of: Any) -> None:
     config = to_sft_config(recipe_of("cutoff_len=512"))
     assert config.max_length is None and config.dataset_kwargs == {"skip_prepare_dataset": True}
     packed = to_sft_config(recipe_of("cutoff_len=512", "neat_packing=true"))
@@ -46,7 +46,7 @@ def test_rows_arrive_finished_so_trl_neither_cuts_nor_prepares_them(recipe_of: A
     assert packed.dataset_kwargs is None
 
 
-def test_a_machine_without_a_gpu_is_found_out(recipe_of: Any) -> None:
+def test_use_cpu_is_set_without_a_gpu(recipe_of: Any) -> None:
     config = to_sft_config(recipe_of("bf16=true"))
     assert config.use_cpu is not torch.accelerator.is_available() and config.bf16
 
@@ -57,7 +57,7 @@ def test_a_machine_without_a_gpu_is_found_out(recipe_of: Any) -> None:
 @pytest.mark.parametrize(
     "words", ["full_shard auto_wrap", "shard_grad_op offload", "full_shard shard_grad_op", "true"]
 )
-def test_fsdp_s_words_mean_what_transformers_reads_in_them_without_its_warning(
+def test_the_words_of_fsdp_mean_the_same_as_in_transformers_without_its_warning(
     words: str, config: str, recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -74,7 +74,7 @@ def test_fsdp_s_words_mean_what_transformers_reads_in_them_without_its_warning(
 
 
 @pytest.mark.parametrize("keys", [("fsdp=hybrid_shard",), ("fsdp=all",), ("fsdp=full_shard", "fsdp_config=f.json")])
-def test_what_fsdp_cannot_mean_is_told_by_its_line(
+def test_invalid_fsdp_values_are_reported_with_their_line(
     keys: tuple[str, ...], recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -83,10 +83,10 @@ def test_what_fsdp_cannot_mean_is_told_by_its_line(
         to_sft_config(recipe_of(*keys))
 
 
-def test_of_several_visible_gpus_a_process_without_a_launcher_takes_one(
+def test_a_process_without_a_launcher_uses_one_of_several_gpus(
     recipe_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trainer would wrap the model in nn.DataParallel, which TRL refuses once the model is loaded."""
+    """Trainer would wrap the model in nn.DataParallel, which TRL rejects after the model is loaded."""
     real = SFTConfig.__post_init__
 
     def with_four_gpus(config: SFTConfig) -> None:
@@ -160,7 +160,7 @@ def test_a_key_reaches_sft_config(recipe_of: Any, line: str) -> None:
     assert value == expected
 
 
-def test_every_key_that_stands_in_sft_config_is_tried_above() -> None:
+def test_every_key_of_sft_config_is_tested_above() -> None:
     tried = {line.split("=")[0] for line in MOVED}
     same = {name for name, key in keys().items() if key.group != "trl" and key.mapping == "same"}
     # tried by the other tests of this file
@@ -173,7 +173,7 @@ def test_every_key_that_stands_in_sft_config_is_tried_above() -> None:
     [("loss", False), ("eval_a_loss", False), ("perplexity", False), ("eval_entropy", False),
      ("eval_mean_token_accuracy", True), ("predict_right_tool", True)],
 )  # fmt: skip
-def test_the_best_is_the_lowest_of_what_should_be_low(
+def test_lower_is_better_for_losses_perplexity_and_entropy(
     metric: str, greater: bool, strategy: str, recipe_of: Any
 ) -> None:
     evaluated = ("val_size=2", "eval_strategy=steps", "save_strategy=steps", "save_steps=10", "eval_steps=10")
@@ -184,7 +184,7 @@ def test_the_best_is_the_lowest_of_what_should_be_low(
     assert to_sft_config(given).greater_is_better is not greater
 
 
-def test_warmup_steps_beat_warmup_ratio_as_in_transformers_4(recipe_of: Any) -> None:
+def test_warmup_steps_override_warmup_ratio_as_in_transformers_4(recipe_of: Any) -> None:
     recipe = recipe_of("warmup_steps=10", "warmup_ratio=0.1")
     assert to_sft_config(recipe).warmup_steps == 10
     assert "warmup_ratio: ignored" in recipe.notices[0]
@@ -208,15 +208,13 @@ def test_global_batch_size_counts_the_processes(recipe_of: Any, monkeypatch: pyt
         (["dataloader_prefetch_factor=2"], "--dataloader_prefetch_factor can only be set when data is loaded in a"),
     ],
 )
-def test_what_transformers_has_against_a_recipe_is_one_line(recipe_of: Any, lines: list[str], message: str) -> None:
+def test_errors_of_transformers_are_one_line_per_key(recipe_of: Any, lines: list[str], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         to_sft_config(recipe_of(*lines))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_recipe_decides_the_precision_and_not_the_launcher(
-    recipe_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_recipe_sets_the_precision_not_the_launcher(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "ACCELERATE_MIXED_PRECISION", "bf16")
     assert to_sft_config(recipe_of()).mixed_precision == "no"
     assert to_sft_config(recipe_of("bf16=true")).mixed_precision == "bf16"
@@ -237,7 +235,7 @@ def test_galore_and_apollo_become_transformers_optimizers(recipe_of: Any) -> Non
 
 
 def adapted(recipe: Recipe, tiny_model: Path) -> set[str]:
-    """The modules that PEFT adapts, by their last name."""
+    """Return the modules that PEFT adapts, by the last part of their names."""
     adapter = new_adapter(recipe, AutoModelForCausalLM.from_pretrained(tiny_model))
     names = [name for name, weight in adapter.named_parameters() if weight.requires_grad]
     return {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}
@@ -245,13 +243,13 @@ def adapted(recipe: Recipe, tiny_model: Path) -> set[str]:
 
 # PEFT 0.21 asks transformers 5.23 by the old name, and not of us.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_all_adapts_every_linear_layer_but_the_head(recipe_of: Any, tiny_model: Path) -> None:
+def test_all_adapts_every_linear_layer_except_the_head(recipe_of: Any, tiny_model: Path) -> None:
     linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert adapted(recipe_of(), tiny_model) == linear
     assert adapted(recipe_of("lora_target=q_proj, v_proj"), tiny_model) == {"q_proj", "v_proj"}
 
 
-def test_the_adapters_keys_reach_peft(recipe_of: Any, tiny_model: Path) -> None:
+def test_the_keys_of_an_adapter_are_passed_to_peft(recipe_of: Any, tiny_model: Path) -> None:
     config = to_lora_config(recipe_of("lora_rank=4"), tied=True)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0)
     assert config.init_lora_weights is True and config.modules_to_save is None
@@ -285,11 +283,13 @@ def init_kwargs(recipe: Recipe, config: PreTrainedConfig | None = None) -> dict[
         ([], torch.float32),  # on a CPU
     ],
 )
-def test_the_dtype_of_the_weights(recipe_of: Any, lines: list[str], dtype: object) -> None:
+def test_the_dtype_of_the_weights_follows_method_and_precision(
+    recipe_of: Any, lines: list[str], dtype: object
+) -> None:
     assert init_kwargs(recipe_of(*lines))["dtype"] == dtype
 
 
-def test_on_a_gpu_a_frozen_base_keeps_its_files_dtype_unless_a_part_is_trained_whole(
+def test_on_a_gpu_a_frozen_base_keeps_its_files_dtype_unless_modules_are_trained(
     recipe_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
@@ -298,23 +298,23 @@ def test_on_a_gpu_a_frozen_base_keeps_its_files_dtype_unless_a_part_is_trained_w
     assert init_kwargs(recipe_of("finetuning_type=freeze"))["dtype"] == torch.float32
 
 
-def test_pure_bf16_is_warned_about(recipe_of: Any) -> None:
+def test_pure_bf16_gives_a_notice(recipe_of: Any) -> None:
     assert "most updates are rounded to zero" in recipe_of("pure_bf16=true").notices[0]
 
 
 @pytest.mark.parametrize(("written", "told"), [("disabled", "eager"), ("sdpa", "sdpa"), ("flex", "flex_attention")])
-def test_flash_attn_names_a_kernel_of_transformers(recipe_of: Any, written: str, told: str) -> None:
+def test_flash_attn_selects_an_attention_implementation(recipe_of: Any, written: str, told: str) -> None:
     assert init_kwargs(recipe_of(f"flash_attn={written}"))["attn_implementation"] == told
     assert "attn_implementation" not in init_kwargs(recipe_of())
 
 
-def test_places_of_the_model_are_told(recipe_of: Any) -> None:
+def test_revision_and_cache_of_the_model_are_passed_on(recipe_of: Any) -> None:
     kwargs = init_kwargs(recipe_of("model_revision=r", "cache_dir=c", "trust_remote_code=true"))
     assert (kwargs["revision"], kwargs["cache_dir"], kwargs["trust_remote_code"]) == ("r", "c", True)
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
-def test_rope_scaling_stretches_by_the_whole_factor_that_covers_the_cutoff(
+def test_rope_scaling_uses_the_smallest_integer_that_covers_the_cutoff(
     recipe_of: Any, tiny_model: Path, kind: str
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(tiny_model).config
@@ -330,7 +330,7 @@ def test_rope_scaling_stretches_by_the_whole_factor_that_covers_the_cutoff(
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
-def test_quantization_becomes_bitsandbytes(recipe_of: Any) -> None:
+def test_quantization_bit_configures_bitsandbytes(recipe_of: Any) -> None:
     pytest.importorskip("bitsandbytes")  # transformers asks for its version
     assert not Qlora.applies(recipe_of())
     four = to_bitsandbytes_config(recipe_of("quantization_bit=4", "bf16=true", "double_quantization=false"))
@@ -341,6 +341,6 @@ def test_quantization_becomes_bitsandbytes(recipe_of: Any) -> None:
     assert eight is not None and eight.load_in_8bit
 
 
-def test_wandb_disabled_beats_all(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_disabled_overrides_all(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "WANDB_DISABLED", "true")
     assert "wandb" not in to_sft_config(recipe_of("report_to=all")).report_to

@@ -58,4 +58,5 @@ def frozen_copy(model: PreTrainedModel | PeftModel, args: SFTConfig) -> PreTrain
     """Return a copy of the current model, adapter included, in the dtype that the run computes in."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-    return cast(PreTrainedModel, copy.deepcopy(base).requires_grad_(False).to(dtype=dtype).eval())
+    copied: nn.Module = copy.deepcopy(base).requires_grad_(False)
+    return cast(PreTrainedModel, copied.to(dtype=dtype).eval())
