@@ -46,7 +46,7 @@ def test_a_full_disk_is_reported_before_anything_is_written(
 ) -> None:
     size = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto").parameters())
     for free, code in ((size - 1, 1), (size, 0)):
-        monkeypatch.setattr("arpo_trl.model.merge.free_space", lambda folder, free=free: free)
+        monkeypatch.setattr("arpo_trl.machine.free_space", lambda folder, free=free: free)
         assert main(["merge", str(adapter), str(tmp_path / "merged")]) == code
         assert (tmp_path / "merged").exists() == (not code)
         assert ("disk full: the merged model needs 0.000 GB" in capsys.readouterr().err) == bool(code)

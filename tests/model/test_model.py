@@ -783,6 +783,6 @@ def test_rope_scaling_that_a_model_ignores_is_an_error(family: str, tmp_path: Pa
     else:
         AutoConfig.for_model(family, **architectures.FAMILIES[family]).save_pretrained(model)
     with pytest.raises(
-        RecipeError, match=rf"rope_scaling: {family} does not read one rope_type .* cutoff_len: 512 or"
+        RecipeError, match=rf"rope_scaling: not supported: {family} has no rope_type .* set cutoff_len to at most 512"
     ):
         load_model(recipe(tmp_path / "run", model, rope_scaling="linear", cutoff_len=2048))

@@ -91,4 +91,4 @@ def test_a_schedule_that_lacks_a_setting_is_rejected(
     recipe = small_run.write_recipe(tmp_path, tiny_model, dataset="counting", dataset_dir=str(data))
     assert main([str(recipe), *overrides]) == 2
     err = capsys.readouterr().err
-    assert f"{recipe}: {message}" in err and err.endswith("; lr_scheduler_kwargs holds what a schedule needs\n")
+    assert f"{recipe}: {message}" in err and err.endswith("; set its arguments in lr_scheduler_kwargs\n")
