@@ -1,13 +1,12 @@
 """Command line -> options, recipe files, and `key=value` overrides.
 
 LLaMA-Factory's flags mean the same as the lines of a recipe: `--key value`, `--key=value`, and `--key` for true.
-argparse reads the options. Flags are parsed here, because argparse would take the recipe in `--bf16 recipe.yaml` or the
-override in `--bf16 seed=7` for the flag's value.
+argparse is no help: it would take the recipe in `--bf16 recipe.yaml` or the override in `--bf16 seed=7` for the flag's
+value.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,13 +17,14 @@ from .keys import keys
 from .llamafactory import IGNORED, NOT_SUPPORTED, RENAMED
 
 OPTIONS = ("check", "verbose", "preview", "help", "init", "env", "version")
+_OPTIONS = {f"--{option}": option for option in OPTIONS} | {"-h": "help", "-v": "verbose"}
 
 
 @dataclass
 class CommandLine:
     """`options`: those of `OPTIONS` that are set. `words`: recipe files and arguments of options."""
 
-    options: set[str]
+    options: set[str] = field(default_factory=set)
     words: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
 
@@ -35,26 +35,21 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     Raises:
         RecipeError: an option has a value, or a key that needs one has none.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for option in OPTIONS:
-        short = {"help": ["-h"], "verbose": ["-v"]}.get(option, [])
-        parser.add_argument(f"--{option}", *short, dest="options", action="append_const", const=option, default=[])
-    try:
-        parsed, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        option = str(error.argument_name).split("/")[0]
-        raise RecipeError(f"{option}: an option, not a key; it takes no value") from None
-    line = CommandLine(set(parsed.options))
-    if rest[:1] == ["train"] and not isfile("train"):  # as in `llamafactory-cli train RECIPE`
-        del rest[0]
+    line, rest = CommandLine(), list(argv)
     while rest:
         word = rest.pop(0)
-        if flag := _FLAG.match(word):
+        if word in _OPTIONS:
+            line.options.add(_OPTIONS[word])
+        elif flag := _FLAG.match(word):
+            if flag["key"] in OPTIONS:
+                raise RecipeError(f"--{flag['key']}: an option, not a key; it takes no value")
             line.overrides.append(_flag_to_override(flag["key"].replace("-", "_"), flag["value"], rest))
         elif "=" in word and not isfile(word):
             line.overrides.append(word)
         else:
             line.words.append(word)
+    if line.words[:1] == ["train"] and not isfile("train"):  # as in `llamafactory-cli train RECIPE`
+        del line.words[0]
     return line
 
 
@@ -78,7 +73,7 @@ def _flag_to_override(key: str, value: str | None, rest: list[str]) -> str:
 def _is_value(key: str, word: str) -> bool:
     """Return whether the word after a flag is its value, not the next flag, an override or the recipe."""
     name, equals, _ = word.partition("=")
-    if _FLAG.match(word) or (equals and _is_known(name)):
+    if word in _OPTIONS or _FLAG.match(word) or (equals and _is_known(name)):
         return False
     is_recipe = word.endswith((".yaml", ".yml")) and isfile(word)
     return not (is_recipe and (_is_bool(key) or "array" in _schema(key)))

@@ -7,7 +7,6 @@ TRL's other fields are in keys_of_trl.py.
 """
 
 import functools
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -164,62 +163,23 @@ class PredictKeys(BaseModel):
     skip_special_tokens: bool = key(True, "Omit special tokens from generated_predictions.jsonl")
 
 
-# fmt: on
 COMMAND_LINE = Path("command line")  # the path of a recipe without a file
-
-
-@dataclass(frozen=True)
-class Source:
-    """Origin of a recipe.
-
-    `path`: the file, or `COMMAND_LINE`. `lines`: the line of each key in the file. `notices`: lines to print once.
-    """
-
-    path: Path = Path()
-    lines: dict[str, int] = field(default_factory=dict)
-    notices: tuple[str, ...] = ()
-
-
 GROUPS = (
-    ModelKeys,
-    MethodKeys,
-    PreferenceKeys,
-    DatasetKeys,
-    OutputKeys,
-    TrainKeys,
-    EvalKeys,
-    PredictKeys,
-    RolloutKeys,
-    AdvancedKeys,
+    ModelKeys, MethodKeys, PreferenceKeys, DatasetKeys, OutputKeys, TrainKeys, EvalKeys, PredictKeys, RolloutKeys, AdvancedKeys
 )
 
 
 class Recipe(
-    SftKeys,
-    AdvancedKeys,
-    RolloutKeys,
-    PredictKeys,
-    EvalKeys,
-    TrainKeys,
-    OutputKeys,
-    DatasetKeys,
-    PreferenceKeys,
-    MethodKeys,
-    ModelKeys,
+    SftKeys, AdvancedKeys, RolloutKeys, PredictKeys, EvalKeys, TrainKeys, OutputKeys, DatasetKeys, PreferenceKeys, MethodKeys, ModelKeys
 ):
+    # fmt: on
     """Resolved configuration of one run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
 
-    source: Source = Field(default_factory=Source, exclude=True)
-
-    @property
-    def path(self) -> Path:
-        return self.source.path
-
-    @property
-    def notices(self) -> list[str]:
-        return list(self.source.notices)
+    path: Path = Field(default=Path(), exclude=True)  # of the recipe's file, or `COMMAND_LINE`
+    lines: dict[str, int] = Field(default={}, exclude=True)  # the line of each key in the file
+    notices: list[str] = Field(default=[], exclude=True)  # to print once
 
     @property
     def trl(self) -> dict[str, Any]:
@@ -237,12 +197,11 @@ class Recipe(
 
     def with_notices(self, *lines: str) -> Self:
         """Return the recipe with more lines to print, without duplicates."""
-        notices = tuple(dict.fromkeys((*self.source.notices, *lines)))
-        return self.model_copy(update={"source": replace(self.source, notices=notices)})
+        return self.model_copy(update={"notices": list(dict.fromkeys([*self.notices, *lines]))})
 
     def error(self, key: str, problem: str) -> RecipeError:
         """Return an error with the key's location: `recipes/x.yaml:12: lora_target: no module matches`."""
-        line = f":{self.source.lines[key]}" if key in self.source.lines else ""
+        line = f":{self.lines[key]}" if key in self.lines else ""
         location = "" if self.path == Path() else f"{self.path}{line}: "
         return RecipeError(f"{location}{key}: {problem}")
 

@@ -80,8 +80,8 @@ def keeps_base(recipe: _Recipe) -> bool:
 
 def names_base(recipe: _Recipe) -> bool:
     """Return whether `ref_model` is `model_name_or_path`."""
-    one, other = recipe.ref_model, recipe.model_name_or_path
-    return one == other or bool(one and _same_folder(one, other))
+    reference, base = recipe.ref_model, recipe.model_name_or_path
+    return reference == base or bool(reference and _same_folder(reference, base))
 
 
 def is_base(recipe: _Recipe) -> bool:
@@ -89,8 +89,8 @@ def is_base(recipe: _Recipe) -> bool:
     return names_base(recipe) and not recipe.ref_model_adapters and not recipe.adapter_name_or_path
 
 
-def _same_folder(one: str, other: str) -> bool:
-    return Path(one).is_dir() and Path(other).is_dir() and Path(one).resolve() == Path(other).resolve()
+def _same_folder(first: str, second: str) -> bool:
+    return Path(first).is_dir() and Path(second).is_dir() and Path(first).resolve() == Path(second).resolve()
 
 
 METRICS = (
@@ -123,7 +123,7 @@ _NOT_SUPPORTED = {
 
 
 def find_conflicts(recipe: _Recipe) -> Iterator[tuple[str, str]]:
-    """Yield each key that is wrong beside another one, and what to do."""
+    """Yield each key that conflicts with others, with the problem and its fix."""
     fields = PreferenceKeys.model_fields
     if recipe.stage != "dpo":
         for name in fields:

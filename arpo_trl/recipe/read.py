@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -44,8 +43,7 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = (), rollout:
         lines = {key: int(location[5:]) for key, (_, location, _) in settings.items() if location.startswith("line ")}
         notices = [f"{path}: {', '.join(names)}: ignored; {why}" for why, names in ignored.items()]
         notices += [f"{path}: {line}" for line in (larger, old_stage) if line]
-        source = replace(recipe.source, path=path, lines=lines, notices=tuple(notices))
-        recipe = recipe.model_copy(update={"source": source})
+        recipe = recipe.model_copy(update={"path": path, "lines": lines, "notices": notices})
         if all_read:  # a value that could not be read might resolve a conflict
             problems += [(_location(key, settings), f"{key}: {why}") for key, why in conflicts(recipe, rollout)]
     if problems or not recipe:

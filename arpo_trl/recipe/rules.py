@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from . import methods, preference
 from .keys import PredictKeys, Recipe
@@ -32,11 +31,11 @@ def resolve(recipe: Recipe, rollout: bool = False) -> Recipe:
             "do_sample": sampled if recipe.do_sample is None else recipe.do_sample,
         }
     )
-    notices = [*recipe.source.notices, *(f"{recipe.path}: {line}" for line in _notices(recipe, resolved, rollout))]
+    notices = [*recipe.notices, *(f"{recipe.path}: {line}" for line in _notices(recipe, resolved, rollout))]
     if not recipe.do_train and not rollout:
         uses = ["evaluated"] * recipe.do_eval + ["used to generate replies"] * predict
         notices.insert(0, f"{recipe.path}: do_train is not set; the model is only {' and '.join(uses)}")
-    return resolved.model_copy(update={"source": replace(recipe.source, notices=tuple(notices))})
+    return resolved.model_copy(update={"notices": notices})
 
 
 def _trackers(recipe: Recipe) -> list[str]:

@@ -188,7 +188,7 @@ def require_separate_rows(recipe: Recipe, trainer: ArpoTrainer) -> None:
         config = trainer.model.config
         keys = ("packing", "neat_packing") if recipe.packing else ("padding_free",)
         raise recipe.error(
-            next((key for key in keys if key in recipe.source.lines), keys[0]),
+            next((key for key in keys if key in recipe.lines), keys[0]),
             f"{config.model_type} with {config._attn_implementation} attention {reason}; "
             f"set {' and '.join(f'{key}: false' for key in keys)}",
         )
