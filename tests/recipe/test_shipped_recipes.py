@@ -74,10 +74,12 @@ def test_a_shipped_recipes_header_gives_its_command_and_its_data_is_registered(p
 def test_the_schema_rejects_a_typo_and_a_wrong_type() -> None:
     SCHEMA.check_schema(SCHEMA.schema)
     good = yaml.safe_load((REPOSITORY / "recipes" / "qwen_toy.yaml").read_text(encoding="utf-8"))
-    SCHEMA.validate(good | {"use_unsloth": True, "vllm_enforce_eager": False, "pref_beta": 0.1, "packing": None})
+    SCHEMA.validate(
+        good | {"use_unsloth": True, "vllm_enforce_eager": False, "kto_chosen_weight": 1.0, "packing": None}
+    )
     for wrong in (
         {"vllm_enforce_eager": True},
-        {"pref_beta": 0.2},
+        {"kto_chosen_weight": 2.0},
         {"warmup_ration": 0.1},
         {"cutoff_len": "4k"},
         {"learning_rate": -1},
