@@ -91,6 +91,8 @@ def test_links_files_and_tests_exist(path: Path) -> None:
             missing.append(link)
     named = r"(?<![\w/.])((?:recipes|accelerate_configs|scripts|docs|tests|arpo_trl)/[\w./]*\w\.(?:py|sh|yaml|md|png|json|jsonl|toml))\b"
     missing += [name for name in re.findall(named, text) if not (ROOT / name).exists()]
+    modules = re.findall(r"`((?:recipe|data|report|model|generate|training)/[\w/]+\.(?:py|toml|md)|\w+\.py)`", text)
+    missing += [name for name in modules if not (ROOT / "arpo_trl" / name).exists()]
     assert missing == []
 
 
