@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 DATE = re.compile(r"\d{1,2} [A-Z][a-z]{2,8} \d{4}|\d{4}-\d\d-\d\d|[A-Z][a-z]{2,8} \d{1,2}, \d{4}")
 REASONING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
-# What transformers gives every chat template; any other name that one reads is a switch of its own.
+# What transformers gives every chat template; any other name that one reads is a switch.
 GIVEN = frozenset(
     """
     messages tools documents add_generation_prompt continue_final_message strftime_now raise_exception bos_token eos_token
@@ -84,12 +84,12 @@ class Difference:
 
 def add(differences: list[Difference], explanation: Explanation, source: str) -> None:
     """Count the row under its explanation."""
-    for one in differences:
-        if (one.cause, one.fix) == (explanation.cause, explanation.fix) and explanation.cause != UNKNOWN:
-            one.rows.append(source)
+    for difference in differences:
+        if (difference.cause, difference.fix) == (explanation.cause, explanation.fix) and explanation.cause != UNKNOWN:
+            difference.rows.append(source)
             return
-        if one.cause == explanation.cause == UNKNOWN:  # the first difference stands for all
-            one.rows.append(source)
+        if difference.cause == explanation.cause == UNKNOWN:  # the first difference stands for all
+            difference.rows.append(source)
             return
     differences.append(Difference(*explanation, [source]))
 
@@ -110,14 +110,16 @@ def explain(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBase, ch
         target, fix = row.text, "send"
     else:
         target, fix = served, "undo"
-    if found := _explain_head(row, served, tokenizer) or _find_missing(row, served):
-        return found
-    for one in changes:
-        if (asked := one.apply(plain, row)) and render(asked, tokenizer) == target:
-            return _explained([one], fix)
+    if explanation := _explain_head(row, served, tokenizer) or _find_missing(row, served):
+        return explanation
+    for change in changes:
+        if (asked := change.apply(plain, row)) and render(asked, tokenizer) == target:
+            return _explained([change], fix)
     if REASONING.sub("", row.text) == REASONING.sub("", served):
         return _explain_reasoning(row.text, served)
-    for first, second in permutations([one for one in changes if not one.what.startswith("the template ")], 2):
+    for first, second in permutations(
+        [change for change in changes if not change.what.startswith("the template ")], 2
+    ):
         asked = first.apply(plain, row)
         asked = second.apply(asked, row) if asked else None
         if asked and render(asked, tokenizer) == target:
@@ -137,28 +139,30 @@ def explain_counts(
         text = render(ask, tokenizer) if ask else None
         return -1 if text is None else len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    for one in changes:
+    for change in changes:
         for row, tokens in rows:
             plain = Ask(with_reasoning_key(row.messages, key), row.tools)
-            if count(one.apply(plain, row) or plain) != tokens:
+            if count(change.apply(plain, row) or plain) != tokens:
                 break
         else:
-            return _explained([one], "undo")
+            return _explained([change], "undo")
     return None
 
 
-def _explained(found: list[Change], fix: str) -> Explanation:
-    what = " and ".join(one.what for one in found)
+def _explained(changes: list[Change], fix: str) -> Explanation:
+    what = " and ".join(change.what for change in changes)
     sent = fix == "send"
     text = f"training rendered with {what}, and the folder does not" if sent else f"the server renders with {what}"
-    fixes = list(dict.fromkeys(one.send if sent else one.undo for one in found))
-    return Explanation(" and ".join(dict.fromkeys(one.cause for one in found)), text, " ".join(filter(None, fixes)))
+    fixes = list(dict.fromkeys(change.send if sent else change.undo for change in changes))
+    return Explanation(
+        " and ".join(dict.fromkeys(change.cause for change in changes)), text, " ".join(filter(None, fixes))
+    )
 
 
 def first_difference(trained: str, served: str) -> str:
     """Both texts around the first character that differs."""
     at = next(
-        (n for n, (one, other) in enumerate(zip(trained, served)) if one != other), min(len(trained), len(served))
+        (n for n, (ours, other) in enumerate(zip(trained, served)) if ours != other), min(len(trained), len(served))
     )
     start = max(at - 20, 0)
     return f"{trained[start : at + 30]!r} trained, {served[start : at + 30]!r} served, at character {at:,}"
@@ -179,8 +183,8 @@ def list_changes(tokenizer: PreTrainedTokenizerBase) -> list[Change]:
 
 
 def _templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    found = tokenizer.chat_template
-    return list(found.values()) if isinstance(found, dict) else [str(found or "")]
+    template = tokenizer.chat_template
+    return list(template.values()) if isinstance(template, dict) else [str(template or "")]
 
 
 def switches_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -394,17 +398,17 @@ def _explain_reasoning(trained: str, served: str) -> Explanation:
     """The two differ in their reasoning blocks alone: at the end the switch, earlier what the template drops."""
     ends = [text[-len(match[0]) :] if (match := _last_reasoning(text)) else "" for text in (trained, served)]
     if REASONING.sub("", ends[0]) == REASONING.sub("", ends[1]) and bool(ends[0]) != bool(ends[1]):
-        wanted = "false" if ends[0] else "true"
+        switch = "false" if ends[0] else "true"
         return Explanation(
             "thinking switch",
             f"the generation prompt {'has' if ends[0] else 'has no'} empty reasoning in training, and the reverse served",
-            f'Send chat_template_kwargs {{"enable_thinking": {wanted}}}, or start the server with it.',
+            f'Send chat_template_kwargs {{"enable_thinking": {switch}}}, or start the server with it.',
         )
     keeps = len(REASONING.findall(trained)) > len(REASONING.findall(served))
-    found = "training keeps it, the server drops it" if keeps else "training drops it, the server keeps it"
+    difference = "training keeps it, the server drops it" if keeps else "training drops it, the server keeps it"
     return Explanation(
         "reasoning of earlier turns",
-        found,
+        difference,
         "Use a chat template that treats it as training did, or set mask_history: true in the recipe." * keeps,
     )
 
@@ -445,11 +449,11 @@ def _compare_skeletons(row: ServingRow, served: str) -> Explanation | None:
     texts = (row.text, served)
     for message in row.messages:
         content = message["content"].strip()
-        found = [text.find(content, start) for text, start in zip(texts, starts)]
-        if not content or min(found) < 0:
+        positions = [text.find(content, start) for text, start in zip(texts, starts)]
+        if not content or min(positions) < 0:
             continue
-        pieces.append((texts[0][starts[0] : found[0]], texts[1][starts[1] : found[1]]))
-        starts = [at + len(content) for at in found]
+        pieces.append((texts[0][starts[0] : positions[0]], texts[1][starts[1] : positions[1]]))
+        starts = [at + len(content) for at in positions]
     pieces.append((texts[0][starts[0] :], texts[1][starts[1] :]))
     if not starts[0]:
         return None
@@ -471,7 +475,7 @@ def _holds_content(text: str, row: ServingRow) -> bool:
 
 def _around(trained: str, served: str) -> str:
     at = next(
-        (n for n, (one, other) in enumerate(zip(trained, served)) if one != other), min(len(trained), len(served))
+        (n for n, (ours, other) in enumerate(zip(trained, served)) if ours != other), min(len(trained), len(served))
     )
     start = max(at - 10, 0)
     return f"{trained[start : at + 30]!r} trained, {served[start : at + 30]!r} served"

@@ -93,11 +93,11 @@ def choose_rows(recipe: Recipe, data: PreparedData, number: int = ROWS) -> list[
     rows, in turn, the context of the last reply, of the first one with calls, and of the first; then what is left of these.
     """
     encoders = [Encoder(info, recipe, data.template) for info in select_datasets(recipe)]
-    found: list[ServingRow] = []
+    chosen: list[ServingRow] = []
     for stored in (list(data.eval.values()), [data.train]):
-        if len(found) < number:
-            found += _choose_of(stored, encoders, number - len(found))
-    return found
+        if len(chosen) < number:
+            chosen += _choose_of(stored, encoders, number - len(chosen))
+    return chosen
 
 
 def _choose_of(stored: list[Rows], encoders: list[Encoder], number: int) -> list[ServingRow]:

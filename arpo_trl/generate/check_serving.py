@@ -54,9 +54,9 @@ class ServingReport:
         parts = {"server": facts, "prompts": self.prompts, "replies": self.replies, "chat": self.chats}
         lines = [f"{name:9}{text}" for name, text in parts.items() if text]
         lines += [f"note     {note}" for note in self.notes]
-        lines += [f"differs  {one}" for one in self.differences]
-        found = f"{len(self.differences)} differences" if self.differences else "what is served is what was trained"
-        return [*lines, f"serving check  {found}"]
+        lines += [f"differs  {difference}" for difference in self.differences]
+        result = f"{len(self.differences)} differences" if self.differences else "what is served is what was trained"
+        return [*lines, f"serving check  {result}"]
 
 
 def check_serving_command(args: argparse.Namespace) -> int:
@@ -111,8 +111,8 @@ def check_serving(
         check_replies(check, rows)
         report.replies = check.summary()
         report.notes += check.notes
-        known = {one.cause for one in report.differences}
-        report.differences += [one for one in check.differences if one.cause not in known]
+        known = {difference.cause for difference in report.differences}
+        report.differences += [difference for difference in check.differences if difference.cause not in known]
         _check_chats(server, [row for at, row in enumerate(rows) if at in same], tokenizer, report)
     except ServerError as error:
         report.differences.append(Difference("server error", str(error), "See the server's log."))
@@ -171,20 +171,24 @@ def _check_prompts(
             if not compare.add(check, row, text, answer.ids):
                 same.add(at)
     if counted:
-        found = explain_counts(counted, tokenizer, compare.changes) or _try_template(server, counted, tokenizer)
+        explanation = explain_counts(counted, tokenizer, compare.changes) or _try_template(server, counted, tokenizer)
         for row, tokens in counted:
             other = Explanation("cause unknown", f"{tokens:,} tokens where training had {len(row.ids):,}", "")
-            add(check.differences, found or other, row.source)
+            add(check.differences, explanation or other, row.source)
     if check.differences:
         _try_switches(server, served, check, compare)
-    told = (
+    notice = (
         ""
         if any(answer.ids for _, answer in served)
         else " in their number of tokens, which is all that the server tells"
     )
-    report.prompts = check.summary() + told
-    known = {one.cause for one in report.differences}
-    report.differences += [one for one in check.differences if one.cause not in known or one.cause == "server error"]
+    report.prompts = check.summary() + notice
+    known = {difference.cause for difference in report.differences}
+    report.differences += [
+        difference
+        for difference in check.differences
+        if difference.cause not in known or difference.cause == "server error"
+    ]
     return same
 
 
@@ -219,8 +223,8 @@ def _try_template(
         if all(server.render(row, switches).tokens == len(row.ids) for row, _ in counted[:4]):
             fix = "Start the server with the folder's own chat template, as it was after training."
             row, tokens = counted[0]
-            found = f"{tokens:,} tokens where training had {len(row.ids):,}; with the folder's template the numbers are equal"
-            return Explanation("chat template", f"the server's is another: {found}", fix)
+            difference = f"{tokens:,} tokens where training had {len(row.ids):,}; with the folder's template the numbers are equal"
+            return Explanation("chat template", f"the server's is another: {difference}", fix)
     except ServerError:
         pass
     return None
@@ -243,8 +247,8 @@ def _try_switches(
             except ServerError:
                 continue
             if all(
-                one.ids == row.ids if one.ids is not None else one.tokens == len(row.ids)
-                for one, row in zip(asked, rows)
+                prompt.ids == row.ids if prompt.ids is not None else prompt.tokens == len(row.ids)
+                for prompt, row in zip(asked, rows)
             ):
                 text = json.dumps(switches.switches)
                 difference.cause = change.cause
@@ -264,22 +268,22 @@ def _check_chats(
     mark = call_mark(template)
     with_calls = [row for row in rows if row.calls]
     chosen = (with_calls[:CHATS] + [row for row in rows if not row.calls])[:CHATS]
-    found: list[Difference] = []
+    differences: list[Difference] = []
     for row in chosen:
         limit = min(max(len(row.reply_ids) + 8, REPLY_TOKENS), CHAT_TOKENS)
         try:
             chat = server.chat(row, limit)
         except ServerError as error:
-            add(found, _explain_error(error, tokenizer), row.source)
+            add(differences, _explain_error(error, tokenizer), row.source)
             continue
         if explained := _compare_chat(server, row, chat, mark, tokenizer):
-            add(found, explained, row.source)
-    right = len(chosen) - sum(len(one.rows) for one in found)
+            add(differences, explained, row.source)
+    right = len(chosen) - sum(len(difference.rows) for difference in differences)
     if chosen:
         report.chats = f"{right} of {len(chosen)} answers as generated"
         report.chats += f", {len(with_calls[:CHATS])} of them asked for tool calls" * bool(with_calls)
-    known = {one.cause for one in report.differences}
-    report.differences += [one for one in found if one.cause not in known]
+    known = {difference.cause for difference in report.differences}
+    report.differences += [difference for difference in differences if difference.cause not in known]
 
 
 def _compare_chat(
@@ -340,8 +344,8 @@ def _holds_json(text: str) -> bool:
     return isinstance(value, dict) and "name" in value
 
 
-def _parser_is_off(found: str, tokenizer: PreTrainedTokenizerBase) -> Explanation:
+def _parser_is_off(difference: str, tokenizer: PreTrainedTokenizerBase) -> Explanation:
     flags = serving_flags(find_template(tokenizer))
     fix = f"Start vLLM with {flags.vllm}" if flags.vllm else "Start the server with a parser for this template's calls"
     fix += f", SGLang with {flags.sglang}" if flags.sglang else ""
-    return Explanation("tool-call parser", found, f"{fix}; llama.cpp with --jinja.")
+    return Explanation("tool-call parser", difference, f"{fix}; llama.cpp with --jinja.")

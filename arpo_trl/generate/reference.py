@@ -68,7 +68,7 @@ class Reference:
         chosen = predicted.gather(1, torch.tensor(reply, device=predicted.device)[:, None])[:, 0]
         values, best = top.values.tolist(), top.indices.tolist()
         firsts, seconds = [value[0] for value in values], [value[1] for value in values]
-        return Scores(chosen.tolist(), [one[0] for one in best], firsts, seconds)
+        return Scores(chosen.tolist(), [pair[0] for pair in best], firsts, seconds)
 
     def reply(self, context: list[int], limit: int, ends: list[int]) -> list[int]:
         """Generate greedily until one of `ends`, which is returned too."""
@@ -76,8 +76,8 @@ class Reference:
         config = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
         generate = cast(GenerationMixin, self.model).generate
         written = generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        found: list[int] = cast(Tensor, written)[0, len(context) :].tolist()
-        return found
+        reply: list[int] = cast(Tensor, written)[0, len(context) :].tolist()
+        return reply
 
 
 def load_reference(folder: Path | str) -> Reference:

@@ -93,14 +93,14 @@ class ReplyCheck:
 
     def summary(self) -> str:
         """The comparison in one line."""
-        found = self.distance
-        if found is None:
+        distance = self.distance
+        if distance is None:
             return ""
-        same = f"{found.rows - found.other_rows} of {found.rows} greedy replies identical"
-        if not found.tokens:
+        same = f"{distance.rows - distance.other_rows} of {distance.rows} greedy replies identical"
+        if not distance.tokens:
             return same
         dtype = f", compared with {self.matched}" if self.matched else ""
-        return f"{same}; log-probabilities of {found.tokens:,} tokens differ by {found.mean:.1e} nats on average, {found.most:.1e} at most{dtype}"
+        return f"{same}; log-probabilities of {distance.tokens:,} tokens differ by {distance.mean:.1e} nats on average, {distance.most:.1e} at most{dtype}"
 
 
 def check_replies(check: ReplyCheck, rows: Sequence[ServingRow]) -> None:
@@ -111,7 +111,8 @@ def check_replies(check: ReplyCheck, rows: Sequence[ServingRow]) -> None:
         return
     _judge(check, samples)
     _check_runs_on(check, samples)
-    if not any(one.cause == "wrong model" for one in check.differences):  # another model ends its replies elsewhere
+    # Another model ends its replies elsewhere.
+    if not any(difference.cause == "wrong model" for difference in check.differences):
         _check_ends(check, rows)
 
 
@@ -119,7 +120,7 @@ def _ask_server(server: Server, rows: Sequence[ServingRow], ends: list[int]) -> 
     """Ask for the greedy reply of each row, and for the scores of its trained reply."""
 
     def ask(row: ServingRow) -> list[Sample]:
-        found = []
+        samples = []
         reply = server.complete(row.ids, REPLY_TOKENS)
         if reply:
             ids, log_probs = reply.ids, reply.log_probs
@@ -127,14 +128,14 @@ def _ask_server(server: Server, rows: Sequence[ServingRow], ends: list[int]) -> 
                 stop = next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
                 length = min(stop, len(log_probs)) if log_probs else stop
                 ids, log_probs = ids[:length], log_probs[:length]
-            found.append(Sample(row.ids, ids, log_probs, reply))
+            samples.append(Sample(row.ids, ids, log_probs, reply))
         trained = row.reply_ids[:TRAINED_TOKENS]
         if scores := server.score([*row.ids, *trained], len(row.ids)):
-            found.append(Sample(row.ids, trained, scores, None))
-        return found
+            samples.append(Sample(row.ids, trained, scores, None))
+        return samples
 
     with ThreadPoolExecutor(4) as pool:
-        return [sample for found in pool.map(ask, rows) for sample in found]
+        return [sample for samples in pool.map(ask, rows) for sample in samples]
 
 
 def measure(check: ReplyCheck, samples: Iterable[Sample]) -> Distance:
@@ -147,14 +148,14 @@ def measure(check: ReplyCheck, samples: Iterable[Sample]) -> Distance:
             gap = _gap_of_text(check, sample)
         else:
             scores = check.reference.score(sample.context, sample.ids)
-            differences += [abs(one - other) for one, other in zip(sample.log_probs, scores.log_probs)]
+            differences += [abs(ours - other) for ours, other in zip(sample.log_probs, scores.log_probs)]
             gap = _gap_of_ids(sample, scores) if sample.reply else None
         if sample.reply:
             rows += 1
             others += gap is not None
         gaps.append(gap or 0.0)
     # max() and sum() would lose a NaN
-    broken = any(math.isnan(one) for one in (*differences, *gaps))
+    broken = any(math.isnan(value) for value in (*differences, *gaps))
     mean = sum(differences) / len(differences) if differences else 0.0
     most = max(differences, default=0.0)
     if broken:
@@ -227,7 +228,7 @@ def _check_ends(check: ReplyCheck, rows: Sequence[ServingRow]) -> None:
         if reply.stopped and reply.tokens <= 1:
             continue
         if wrote_end or (wrote_end is None and (not reply.stopped or reply.tokens > 1)):
-            if not any(one.cause == "end-of-turn token" for one in check.differences):
+            if not any(difference.cause == "end-of-turn token" for difference in check.differences):
                 check.differences.append(
                     _runs_on(check, row.end, f"the server writes {reply.tokens} tokens from it on")
                 )
@@ -236,11 +237,11 @@ def _check_ends(check: ReplyCheck, rows: Sequence[ServingRow]) -> None:
         check.notes.append("the end of a reply could not be tried: the model does not end any of the trained replies")
 
 
-def _runs_on(check: ReplyCheck, end: int, found: str) -> Difference:
+def _runs_on(check: ReplyCheck, end: int, difference: str) -> Difference:
     name = check.tokenizer.convert_ids_to_tokens(end)
     return Difference(
         "end-of-turn token",
-        f"the server does not stop at {name!r} ({end}): {found}",
+        f"the server does not stop at {name!r} ({end}): {difference}",
         f'Write "eos_token_id": {check.ends} into the served generation_config.json (GGUF: convert again), or send '
         f"stop_token_ids: [{end}].",
     )
@@ -297,23 +298,23 @@ def _report_rounding(check: ReplyCheck, samples: list[Sample], dtype: str, measu
         check.reference.round_to(own)
         measured[own] = measure(check, samples)
     moved = measured[own]
-    found = f"weights rounded to {dtype} (the folder: {own}) move log-probabilities by {moved.mean:.1e} on average, {moved.most:.1e} at most"
+    note = f"weights rounded to {dtype} (the folder: {own}) move log-probabilities by {moved.mean:.1e} on average, {moved.most:.1e} at most"
     if moved.within(LIMITS[dtype]):
-        check.notes.append(found)
+        check.notes.append(note)
     else:
         fix = "Merge with --dtype float32, or train and serve in the same dtype."
-        check.differences.append(Difference("merge rounding", found, fix))
+        check.differences.append(Difference("merge rounding", note, fix))
 
 
 def _explain_weights(check: ReplyCheck, samples: list[Sample], measured: dict[str, Distance]) -> Difference:
     """The folder's weights in no dtype give the server's replies: try the base, its checkpoints, and what the server tells."""
-    found = check.distance
-    assert found is not None
-    size = f"log-probabilities differ by {found.mean:.1e} on average, {found.most:.1e} at most"
-    if not found.tokens:
-        size = f"{found.other_rows} of {found.rows} greedy replies differ, by up to {found.gap:.2g} nats"
+    distance = check.distance
+    assert distance is not None
+    size = f"log-probabilities differ by {distance.mean:.1e} on average, {distance.most:.1e} at most"
+    if not distance.tokens:
+        size = f"{distance.other_rows} of {distance.rows} greedy replies differ, by up to {distance.gap:.2g} nats"
     for dtype in ("float16", "bfloat16"):
-        if (lost := check.reference.overflows(dtype)) and not math.isfinite(found.mean):
+        if (lost := check.reference.overflows(dtype)) and not math.isfinite(distance.mean):
             return Difference(
                 "merge rounding",
                 f"{dtype} cannot hold {lost:,} weights of this model, and the server's replies are not numbers",
@@ -343,13 +344,13 @@ def _explain_weights(check: ReplyCheck, samples: list[Sample], measured: dict[st
 
 def _other_models(folder: Path) -> list[tuple[str, str]]:
     """Models that may be served instead: what was trained from, and the run's checkpoints."""
-    found: list[tuple[str, str]] = []
+    models: list[tuple[str, str]] = []
     if manifest := find_manifest(folder):
         trained_from = str(manifest.recipe["model_name_or_path"])
         if Path(trained_from).is_dir():
-            found.append((trained_from, "the model before training"))
+            models.append((trained_from, "the model before training"))
         run = Path(str(manifest.recipe["output_dir"]))
         if (run / "tokenizer_config.json").is_file() and run.resolve() != folder.resolve():
-            found.append((str(run), "the run's own folder"))
-    found += [(str(path), "a checkpoint of the run") for path in list_checkpoints(folder)]
-    return found
+            models.append((str(run), "the run's own folder"))
+    models += [(str(path), "a checkpoint of the run") for path in list_checkpoints(folder)]
+    return models

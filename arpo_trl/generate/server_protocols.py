@@ -203,17 +203,17 @@ class SGLang(Vllm):
         sampling = {"temperature": 0.0, "max_new_tokens": limit, "skip_special_tokens": False}
         body = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": CANDIDATES}
         answer = self.post("/generate", body)
-        told = answer["meta_info"]
-        chosen = told.get("output_token_logprobs") or []
+        meta = answer["meta_info"]
+        chosen = meta.get("output_token_logprobs") or []
         return Reply(
             text=answer["text"],
             ids=[token for _, token, *_ in chosen],
             log_probs=[value for value, *_ in chosen],
             candidates=[
-                {token: value for value, token, *_ in place} for place in told.get("output_top_logprobs") or []
+                {token: value for value, token, *_ in place} for place in meta.get("output_top_logprobs") or []
             ],
-            stopped=(told.get("finish_reason") or {}).get("type") == "stop",
-            tokens=told.get("completion_tokens", len(chosen)),
+            stopped=(meta.get("finish_reason") or {}).get("type") == "stop",
+            tokens=meta.get("completion_tokens", len(chosen)),
         )
 
     def score(self, ids: list[int], start: int) -> list[float] | None:
@@ -232,10 +232,10 @@ class LlamaCpp(Server):
 
     def __init__(self, client: httpx.Client, model: Fields, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(client, model, tokenizer)
-        told = model.get("meta") or {}
-        if told.get("n_params") and told.get("size"):
-            self.parameters = int(told["n_params"])
-            self.bits = 8 * int(told["size"]) / self.parameters
+        meta = model.get("meta") or {}
+        if meta.get("n_params") and meta.get("size"):
+            self.parameters = int(meta["n_params"])
+            self.bits = 8 * int(meta["size"]) / self.parameters
             self.facts["bits of a weight"] = round(self.bits, 1)
         with contextlib.suppress(httpx.HTTPError, ValueError):
             self.facts["model_path"] = client.get("/props").json().get("model_path")
@@ -261,7 +261,10 @@ class LlamaCpp(Server):
             text=answer["content"],
             ids=answer["tokens"] if len(answer["tokens"]) >= len(places) else [place["id"] for place in places],
             log_probs=[place["logprob"] for place in places],
-            candidates=[{one["id"]: one["logprob"] for one in place.get("top_logprobs", ())} for place in places],
+            candidates=[
+                {candidate["id"]: candidate["logprob"] for candidate in place.get("top_logprobs", ())}
+                for place in places
+            ],
             stopped=answer.get("stop_type") == "eos",
             tokens=answer.get("tokens_predicted", len(places)),
         )
@@ -351,7 +354,7 @@ def _kind(
 
 def to_wire(messages: list[Message]) -> list[Fields]:
     """The messages as OpenAI's API takes them: the arguments of calls are JSON text."""
-    found: list[Fields] = []
+    messages_sent: list[Fields] = []
     for message in messages:
         sent: Fields = dict(message)
         if calls := message.get("tool_calls"):
@@ -370,8 +373,8 @@ def to_wire(messages: list[Message]) -> list[Fields]:
             sent["reasoning"] = reasoning  # vLLM's name; llama.cpp reads reasoning_content
         if message["role"] == "tool":
             sent.setdefault("tool_call_id", "call_0")
-        found.append(sent)
-    return found
+        messages_sent.append(sent)
+    return messages_sent
 
 
 def to_chat(answer: Any) -> Chat:
@@ -391,8 +394,8 @@ def to_chat(answer: Any) -> Chat:
 
 def to_id(name: str) -> int | None:
     """The id in vLLM's names of tokens, "token_id:17"."""
-    found = re.fullmatch(r"token_id:(\d+)", name)
-    return int(found[1]) if found else None
+    match = re.fullmatch(r"token_id:(\d+)", name)
+    return int(match[1]) if match else None
 
 
 def as_folder(name: object) -> Path | None:

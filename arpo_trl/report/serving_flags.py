@@ -52,10 +52,10 @@ def serving_commands(folder: Path, names: dict[str, str], is_adapter: bool) -> l
     lines = []
     for kind, server in _TABLE["servers"].items():
         own = getattr(flags, kind, "")
-        given = names | {"flags": f" {own}" if own else ""}
-        line = f"- {server['title']}: {server['command'].format(**given)}"
+        values = names | {"flags": f" {own}" if own else ""}
+        line = f"- {server['title']}: {server['command'].format(**values)}"
         if is_adapter and "adapter" in server:
-            line += f", or without merging {server['adapter'].format(**given)}"
+            line += f", or without merging {server['adapter'].format(**values)}"
         lines.append(f"{line} ({'tested: ' + server['tested'] if 'tested' in server else 'untested'})")
     return lines
 
