@@ -26,7 +26,7 @@ def usage() -> str:
         "--version, --env": "print the version, or the environment for a bug report",
         "chat MODEL": "chat with a trained model",
         "merge ADAPTER OUTPUT": "merge an adapter into its base model",
-        "rollout RECIPE.yaml [key=value ...]": "sample trajectories with real tools, score them, select rows and pairs",
+        "rollout RECIPE.yaml [key=value ...]": "sample trajectories with real tools, score and select them",
         "select FOLDER": "select rows and pairs again, with other limits",
     }
     lines = [
