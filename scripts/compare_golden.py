@@ -40,6 +40,7 @@ def compare(golden_dir: Path, data_dir: Path, recipe: Recipe) -> tuple[int, int]
         RecipeError: there is nothing to compare, or a file can't be read.
     """
     template = load_template(recipe)
+    pair_recipe = recipe.model_copy(update={"stage": "dpo"})
     registry, equal, total = read_registry(data_dir), 0, 0
     paths = sorted(path for path in golden_dir.glob("*.json") if path.name != "templates.json")  # texts, not tokens
     if not paths:
@@ -50,9 +51,13 @@ def compare(golden_dir: Path, data_dir: Path, recipe: Recipe) -> tuple[int, int]
         info = registry.get(name)
         if info is None or info.path is None:
             raise DatasetError(f"{path}: no dataset {name!r} in {data_dir}/dataset_info.json with a file_name")
+        encoder = Encoder(info, recipe, template)
+        if info.ranking:  # two entries a row: chosen, rejected
+            golden = [(one[0] + two[0], one[1] + two[1]) for one, two in zip(golden[::2], golden[1::2])]
+            encoder = Encoder(info, pair_recipe, load_template(pair_recipe))
         rows = list(islice(read_rows(info.path), len(golden)))
         total += len(golden)
-        for encoded, (input_ids, trained) in zip(encode_rows(rows, Encoder(info, recipe, template)), golden):
+        for encoded, (input_ids, trained) in zip(encode_rows(rows, encoder), golden):
             if encoded["outcome"] != "kept":
                 print(f"{encoded['source']}: {encoded['outcome']} ({encoded['reason']})")
             tokens = [(token, int(label != IGNORED)) for token, label in zip(encoded["input_ids"], encoded["labels"])]
