@@ -98,8 +98,10 @@ def make_preference(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | Pe
     """Return the recipe's preference loss, None for another stage; `model`, the policy, loses its dropout."""
     if recipe.stage != "dpo":
         return None
-    disable_dropout(model)
-    return Preference(recipe, make_reference(recipe, args, model))
+    disable_dropout(model)  # before it is copied
+    made = Preference(recipe, make_reference(recipe, args, model))
+    disable_dropout(model)  # of an adapter that the reference added
+    return made
 
 
 def make_reference(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel) -> Reference | None:
