@@ -220,7 +220,7 @@ def test_trls_trainer_has_the_same_loss(loss: str, tmp_path: Path, tiny_model: P
     trainer = make(tmp_path, tiny_model, pairs, {"pref_loss": loss, "pref_beta": 0.2})
     trainer.train()
     assert logged(trainer) == pytest.approx([x["loss"] for x in theirs.state.log_history if "loss" in x], rel=1e-4)
-    for name in ("rewards/chosen", "rewards/margins"):
+    for name in ("rewards/chosen", "rewards/margins") if loss != "ipo" else ():  # TRL's are sums there
         expected = [x[name] for x in theirs.state.log_history if name in x]
         assert logged(trainer, name) == pytest.approx(expected, abs=2e-5)
 
