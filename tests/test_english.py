@@ -1,7 +1,6 @@
 """Messages, help, docs, comments and names are idiomatic English: each phrase below has a better one next to it.
 
 A phrase is a regular expression. An entry of ALLOWED is a technical use of a phrase in one file, with its reason.
-What is left in one package: `pytest --runxfail tests/test_english.py -k recipe`.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ ALLOWED = {
     ("refuse", "arpo_trl/data/messages.py"): "`refusal` is a field of OpenAI's messages",
     ("refuse", "arpo_trl/data/templates/names.toml"): "system messages of model families",
 }
-NOT_CLEAN_YET = pytest.mark.xfail(strict=False, reason="being rewritten")
+ALLOWED_NAMES = {("found", "arpo_trl/data/serving_causes.py"): "a field: found, next to cause and fix"}
 GENERATED = {"arpo_trl/recipe/keys_of_trl.py"}  # transformers' and TRL's own help
 
 
@@ -100,7 +99,7 @@ def group_of(name: str) -> str:
     return max((group for group in GROUPS if in_group(name, group)), key=len)
 
 
-@pytest.mark.parametrize("group", [pytest.param(group, marks=NOT_CLEAN_YET) for group in GROUPS])
+@pytest.mark.parametrize("group", GROUPS)
 def test_no_phrase_of_the_table_is_left(group: str) -> None:
     wrong = []
     for name, text in texts():
@@ -125,7 +124,6 @@ def test_every_allowed_use_exists() -> None:
     assert not unused
 
 
-@NOT_CLEAN_YET
 def test_docstrings_open_with_a_verb_and_names_are_nouns() -> None:
     wrong = []
     for path in sorted((ROOT / "arpo_trl").rglob("*.py")):
@@ -135,6 +133,6 @@ def test_docstrings_open_with_a_verb_and_names_are_nouns() -> None:
                 wrong.append(f"{name}:{node.lineno}: {node.name}: {(ast.get_docstring(node) or '').splitlines()[0]}")
             stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id
             argument = isinstance(node, ast.arg) and node.arg
-            if (stored or argument) in NAMES:
+            if (stored or argument) in NAMES and (stored or argument, name) not in ALLOWED_NAMES:
                 wrong.append(f"{name}:{node.lineno}: the name {stored or argument!r}")
     assert not wrong, "\n" + "\n".join(wrong)

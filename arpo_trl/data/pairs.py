@@ -71,16 +71,16 @@ def to_pair(row: object, info: DatasetInfo, default_system: str | None = None) -
     else:
         messages, sides = prompt.messages, [chosen.messages, rejected.messages]
     _check_pair(messages, sides)
-    messages = [{**one, "trained": False} if one["role"] == "assistant" else one for one in messages]
+    messages = [{**message, "trained": False} if message["role"] == "assistant" else message for message in messages]
     tools, unread = [], Counter[Note]()
     for turns in (prompt, chosen, rejected):
         tools += turns.tools
         unread += turns.unread
-    whole = complete(Turns([*messages, *sides[0]], tools, unread), rest, info, default_system)
-    before = len(whole.messages) - len(sides[0])
-    other = [*whole.messages[:before], *sides[1]]
+    chosen_row = complete(Turns([*messages, *sides[0]], tools, unread), rest, info, default_system)
+    before = len(chosen_row.messages) - len(sides[0])
+    other = [*chosen_row.messages[:before], *sides[1]]
     check_order(other)
-    return replace(whole, prompt=before), replace(whole, messages=other, prompt=before, unread=Counter())
+    return replace(chosen_row, prompt=before), replace(chosen_row, messages=other, prompt=before, unread=Counter())
 
 
 def split_answers(row: Row, info: DatasetInfo) -> Iterator[Row]:
@@ -125,11 +125,11 @@ def _read_side(name: str, value: object, info: DatasetInfo) -> Turns:
     if isinstance(value, str):
         return Turns([{"role": "assistant", "content": value}], [], Counter())
     turns = [value] if isinstance(value, dict) else value
-    found = read_turns(turns, name, _tags(turns, info))
-    replies = [one for one in found.messages if one["role"] == "assistant"]
-    if not replies or not any(one["content"].strip() or one.get("tool_calls") for one in replies):
+    side = read_turns(turns, name, _tags(turns, info))
+    replies = [message for message in side.messages if message["role"] == "assistant"]
+    if not replies or not any(message["content"].strip() or message.get("tool_calls") for message in replies):
         raise RowError(f"no pair: {name} is empty" if replies else f"no pair: {name} has no assistant turn")
-    return found
+    return side
 
 
 def _read_prompt(rest: Fields, info: DatasetInfo) -> Turns:
@@ -143,7 +143,7 @@ def _read_prompt(rest: Fields, info: DatasetInfo) -> Turns:
         return read_turns(value, column, _tags(value, info)) if value else Turns([], [], Counter())
     if info.formatting == "alpaca":
         messages = read_alpaca_prompt(rest, info.columns)
-        return Turns([one for one in messages if one["content"]], [], Counter())
+        return Turns([message for message in messages if message["content"]], [], Counter())
     rest.pop(column, None)
     if value is not None and not isinstance(value, str):
         raise RowError(f"wrong type: {column} holds {excerpt(value, 60)}, expected a list of messages or text")
@@ -165,12 +165,12 @@ def _split_conversations(
     prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[list[Message]]]:
     """Return the prompt and the two sides of complete conversations; `prompt`: what the row's other columns hold."""
-    given, system = _without_system(prompt), _system_of(prompt)
+    turns, system = _without_system(prompt), _system_of(prompt)
     sides = [_without_system(side) for side in (chosen, rejected)]
-    systems = [one for one in (_system_of(chosen), _system_of(rejected), system) if one]
-    if any(not _same(one, systems[0]) for one in systems):
+    systems = [messages for messages in (_system_of(chosen), _system_of(rejected), system) if messages]
+    if any(not _same(messages, systems[0]) for messages in systems):
         raise RowError("no pair: the system messages of prompt, chosen and rejected differ")
-    if given and not any(_count_shared(given, side) == len(given) for side in sides):
+    if turns and not any(_count_shared(turns, side) == len(turns) for side in sides):
         raise RowError("no pair: the prompt is not the beginning of chosen or rejected")
     shared = _count_shared(*sides)
     while shared and sides[0][shared - 1]["role"] not in ("user", "tool"):
@@ -188,12 +188,12 @@ def _without_system(messages: list[Message]) -> list[Message]:
     return messages[len(_system_of(messages)) :]
 
 
-def _same(one: list[Message], other: list[Message]) -> bool:
-    return len(one) == len(other) == _count_shared(one, other)
+def _same(messages: list[Message], other: list[Message]) -> bool:
+    return len(messages) == len(other) == _count_shared(messages, other)
 
 
-def _count_shared(one: list[Message], other: list[Message]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+def _count_shared(messages: list[Message], other: list[Message]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(messages, other)))
 
 
 def _check_pair(prompt: list[Message], sides: list[list[Message]]) -> None:
@@ -203,8 +203,8 @@ def _check_pair(prompt: list[Message], sides: list[list[Message]]) -> None:
         raise RowError(f"no pair: the prompt ends in a turn from {prompt[-1]['role']}, expected user or observation")
     for name, side in zip(SIDES, sides):
         if not side or side[0]["role"] != "assistant":
-            found = side[0]["role"] if side else "no turn"
-            raise RowError(f"no pair: {name} begins with {found} after the prompt, expected an assistant turn")
+            role = side[0]["role"] if side else "no turn"
+            raise RowError(f"no pair: {name} begins with {role} after the prompt, expected an assistant turn")
 
 
 # --- its tokens ---
@@ -238,7 +238,7 @@ def to_pair_examples(
 
 def _to_example(pair: PairSegments, tokens: list[list[Tokens]], config: ExampleConfig) -> Example | RowError:
     lengths = [[len(ids) for ids, _ in part] for part in tokens]
-    if [one.ids for one in tokens[1]] == [one.ids for one in tokens[2]]:
+    if [encoding.ids for encoding in tokens[1]] == [encoding.ids for encoding in tokens[2]]:
         return RowError("no pair: chosen and rejected are equal")
     if sum(lengths[0]) >= config.cutoff_len and config.truncation_mode != "llamafactory":
         return RowError(
@@ -249,8 +249,8 @@ def _to_example(pair: PairSegments, tokens: list[list[Tokens]], config: ExampleC
     for part in (1, 2):
         side = Example()
         for segments, number in ((pair.prompt, 0), (pair[part], part)):
-            for at, (segment, one, length) in enumerate(zip(segments, tokens[number], kept[number], strict=True)):
-                add_segment(side, segment, one, length, trained=number > 0 and at % 2 == 0 and not segment.masked)
+            for at, (segment, encoding, length) in enumerate(zip(segments, tokens[number], kept[number], strict=True)):
+                add_segment(side, segment, encoding, length, trained=number > 0 and at % 2 == 0 and not segment.masked)
         if all(label == IGNORED for label in side.labels[1:]):  # no token precedes the first
             return RowError(f"no trained token left of {SIDES[part - 1]}: raise cutoff_len ({config.cutoff_len:,})")
         sides.append(side)

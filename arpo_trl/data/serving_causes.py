@@ -222,7 +222,7 @@ def _switch(cause: str, switches: dict[str, object]) -> Change:
 
 
 def _reasoning(tokenizer: PreTrainedTokenizerBase) -> Iterator[Change]:
-    """What templates call their switch for the reasoning of earlier turns, then TRL's training form."""
+    """Yield the template's switches for the reasoning of earlier turns, then TRL's training form."""
     if known := {name: value for name, value in KEEP_REASONING.items() if name in switches_of(tokenizer)}:
         yield _switch("reasoning of earlier turns", dict(known))
         yield _switch("reasoning of earlier turns", {name: not value for name, value in known.items()})
@@ -437,7 +437,7 @@ def _find_missing(row: ServingRow, served: str) -> Explanation | None:
 
 
 def _is_in(content: str, text: str) -> bool:
-    """Whether most of a message's beginning is in a text, in whatever case."""
+    """Return whether most of a message's beginning is in a text, ignoring case."""
     content, text = content[:200].lower(), text.lower()
     return 10 * SequenceMatcher(None, content, text, autojunk=False).find_longest_match().size > 6 * len(content)
 
@@ -468,7 +468,7 @@ def _compare_skeletons(row: ServingRow, served: str) -> Explanation | None:
 
 
 def _holds_content(text: str, row: ServingRow) -> bool:
-    """Whether a message, in whatever case or form, may be in the text: then more than the template's own text differs."""
+    """Return whether a message may be in the text, ignoring case: then more than the template's own text differs."""
     words = {word for message in row.messages for word in re.findall(r"\w{3,}", message["content"].lower())}
     return bool(words & {*re.findall(r"\w{3,}", text.lower())} - {"system", "user", "assistant", "tool"})
 

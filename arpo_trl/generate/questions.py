@@ -98,8 +98,8 @@ def read_questions(recipe: Recipe, template: Template, default_form: ResultForm 
     questions, held_out = Questions(), Questions()
     sources = _split_sources(recipe, template) if recipe.val_size else None
     for name in names:
-        wanted = None if sources is None else sources[recipe.rollout_on]
-        _read_dataset(infos[name], recipe, default_form, questions, wanted)
+        places = None if sources is None else sources[recipe.rollout_on]
+        _read_dataset(infos[name], recipe, default_form, questions, places)
     if recipe.rollout_on == "train":
         for name in recipe.eval_dataset or (names if sources else []):
             _read_dataset(infos[name], recipe, default_form, held_out, sources["eval"] if sources else None)
@@ -124,14 +124,14 @@ def _read_dataset(
     recipe: Recipe,
     default_form: ResultForm | None,
     questions: Questions,
-    wanted: set[str] | None,
+    places: set[str] | None,
 ) -> None:
     """Add the questions of a dataset, and the counts of what they leave out."""
     rows = list(_read_rows(info, recipe))
     form = learn_form(conversation for _, _, conversation in rows[:SAMPLED_ROWS] if conversation) or default_form
     skipped: Counter[str] = Counter()
     for row, value, conversation in rows:
-        if wanted is not None and row.place not in wanted:
+        if places is not None and row.place not in places:
             continue
         if conversation is None:
             skipped["rows that can't be read"] += 1

@@ -59,7 +59,7 @@ class Distance(NamedTuple):
     tokens: int
 
     def within(self, limit: Limit) -> bool:
-        """Whether rounding explains it; NaN is not explained."""
+        """Return whether rounding explains the distance; it never explains NaN."""
         return self.mean <= limit.mean and self.most <= limit.most and self.gap <= limit.gap
 
 

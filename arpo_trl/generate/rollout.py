@@ -150,7 +150,11 @@ class _Rollout:
         batches = [ordered[at : at + size] for at in range(0, len(ordered), size)]
         mine = batches[self.state.process_index :: self.state.num_processes]
         done = self._resume(part, mine, numbers)
-        waiting = [batch for batch in mine if not done.issuperset((numbers[id(one)], one.sample) for one in batch)]
+        waiting = [
+            batch
+            for batch in mine
+            if not done.issuperset((numbers[id(trajectory)], trajectory.sample) for trajectory in batch)
+        ]
         total = sum(map(len, mine))
         self.bar = start_bar(total, total - sum(map(len, waiting))) if self.state.is_main_process else None
         with ThreadPoolExecutor(PARALLEL_TOOLS) as tools:
@@ -228,7 +232,7 @@ class _Rollout:
     ) -> set[tuple[int, int]]:
         """Return the trajectories that are complete. Lines of an incomplete batch are removed: it runs again in full."""
         lines = {(line["number"], line["sample"]): line for line in read_lines(part)}
-        keys = [[(numbers[id(one)], one.sample) for one in batch] for batch in batches]
+        keys = [[(numbers[id(trajectory)], trajectory.sample) for trajectory in batch] for batch in batches]
         complete = {key for batch in keys if lines.keys() >= set(batch) for key in batch}
         if lines:
             write_text(part, to_text([line for key, line in lines.items() if key in complete]))
@@ -240,7 +244,7 @@ class _Rollout:
     ) -> None:
         """Score the trajectories of a batch and append their lines."""
         to_line = partial(self._to_line, writer)
-        lines = list(tools.map(to_line, batch, [numbers[id(one)] for one in batch]))
+        lines = list(tools.map(to_line, batch, [numbers[id(trajectory)] for trajectory in batch]))
         with self.lock:
             append_lines(part, lines)
             if self.bar is not None:
@@ -346,12 +350,12 @@ def roll_out(
             for trajectory, ids in zip(active, engine.generate(requests), strict=True)
         ]
         run = partial(_run_calls, writer, toolbox)
-        waiting = [(trajectory, found) for trajectory, found in calls if found]
+        waiting = [(trajectory, call) for trajectory, call in calls if call]
         if pool is None:
-            for trajectory, found in waiting:
-                run(trajectory, found)
+            for trajectory, call in waiting:
+                run(trajectory, call)
         else:
-            futures: list[Future[None]] = [pool.submit(run, trajectory, found) for trajectory, found in waiting]
+            futures: list[Future[None]] = [pool.submit(run, trajectory, call) for trajectory, call in waiting]
             for future in futures:
                 future.result()
         active = [trajectory for trajectory in active if trajectory.end is None]

@@ -89,9 +89,9 @@ def _compute(trainer: ArpoTrainer, reference: Reference, datasets: list[Dataset]
         # Each process takes part in each round: FSDP and ZeRO-3 gather weights together.
         mine = order[start : start + size * world][args.process_index :: world] or order[:1]
         batch = send_to_device(trainer.data_collator([pairs[at] for at in mine]), args.device)
-        found = reference.sum_log_probs(trainer.model_wrapped, batch, accelerator).view(-1, 2)
+        scores = reference.sum_log_probs(trainer.model_wrapped, batch, accelerator).view(-1, 2)
         if start + args.process_index < len(order):
-            sums[mine] = found
+            sums[mine] = scores
     sums = accelerator.reduce(sums)
     return {pair_key(pair): (values[0], values[1]) for pair, values in zip(pairs, sums.tolist(), strict=True)}
 
@@ -104,7 +104,7 @@ def _read(path: Path, key: str) -> Stored | None:
             keys, sums = file["pairs"], file["sums"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
         return None
-    return {one.tobytes(): (values[0], values[1]) for one, values in zip(keys, sums.tolist(), strict=True)}
+    return {row_key.tobytes(): (values[0], values[1]) for row_key, values in zip(keys, sums.tolist(), strict=True)}
 
 
 def _write(path: Path, key: str, stored: Stored) -> None:

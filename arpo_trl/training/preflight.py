@@ -144,20 +144,20 @@ def check_first_pair(recipe: Recipe, trainer: ArpoTrainer) -> None:
         trainer.model.train()
         batch = send_to_device(trainer.data_collator([cast(Dataset, trainer.train_dataset)[0]]), trainer.args.device)
         losses = [float(plain.score(trainer.model_wrapped, batch, trainer.accelerator)[0].loss) for _ in range(2)]
-    expected, found = unchanged_loss(recipe), losses[0]
-    wanted = f"{'ln 2' if recipe.pref_loss == 'sigmoid' else f'{expected:g}'} if policy and reference were equal"
+    expected, loss = unchanged_loss(recipe), losses[0]
+    equal_loss = f"{'ln 2' if recipe.pref_loss == 'sigmoid' else f'{expected:g}'} if policy and reference were equal"
     if (recipe.ref_model and not is_base(recipe)) or (recipe.adapter_name_or_path and not recipe.create_new_adapter):
         say(
-            f"reference  first pair: loss {found:.4f}, {wanted}; the recipe starts from another model than its reference"
+            f"reference  first pair: loss {loss:.4f}, {equal_loss}; the recipe starts from another model than its reference"
         )
         return
-    if abs(found - expected) <= _tolerance(recipe) * max(expected, 1):
-        say(f"reference  first pair: loss {found:.4f}, as expected of equal policy and reference")
+    if abs(loss - expected) <= _tolerance(recipe) * max(expected, 1):
+        say(f"reference  first pair: loss {loss:.4f}, as expected of equal policy and reference")
         return
     cause = "the model gives different results for the same batch (dropout, or a kernel that is not deterministic)"
     if losses[0] == losses[1]:
         cause = "the reference does not compute what the untrained policy computes (another dtype, file or adapter)"
-    raise recipe.error("stage", f"first pair: expected loss {expected:g} before step 1, found {found:g}: {cause}")
+    raise recipe.error("stage", f"first pair: expected loss {expected:g} before step 1, found {loss:g}: {cause}")
 
 
 def _tolerance(recipe: Recipe) -> float:

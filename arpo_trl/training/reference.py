@@ -78,8 +78,8 @@ class Preference:
     def means(self, sums: Tensor, prefix: str = "", loss: str = "") -> dict[str, float]:
         """Return each metric's mean over pairs, and that of the loss under the name `loss` if there is one."""
         *values, total, pairs = sums.tolist()
-        found = dict(zip(metric_names(self.recipe), values, strict=True)) | ({loss: total} if loss else {})
-        return {f"{prefix}{name}": value / max(pairs, 1) for name, value in found.items()}
+        totals = dict(zip(metric_names(self.recipe), values, strict=True)) | ({loss: total} if loss else {})
+        return {f"{prefix}{name}": value / max(pairs, 1) for name, value in totals.items()}
 
     def score(
         self, model: nn.Module, batch: Batch, accelerator: Accelerator, with_aux_loss: bool = False

@@ -167,7 +167,7 @@ def test_the_report_is_json_and_the_exit_code_is_1_if_something_differs(
     assert values["differences"][0]["cause"] == "end-of-turn token"
 
 
-def test_a_server_that_is_not_there_is_an_error_in_one_line(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_server_is_an_error_in_one_line(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-serving", str(trained), "--url", "http://127.0.0.1:9"]) == 1
     assert capsys.readouterr().err.startswith("--url http://127.0.0.1:9: no OpenAI-compatible server")
 

@@ -41,7 +41,7 @@ WITHIN = {"cpu": 1e-4, "cuda": 2e-3}
 
 
 @pytest.fixture(autouse=True)
-def _room_afterwards() -> Iterator[None]:
+def _free_gpu_memory() -> Iterator[None]:
     yield
     if THERE:
         torch.cuda.empty_cache()
