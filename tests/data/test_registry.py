@@ -25,8 +25,8 @@ MISTAKES = {
     "columns of which none is known": (
         '{"file_name": "d", "columns": {"question": "x", "zzz": "y"}}',
         [
-            "d.columns.question: unknown key for formatting alpaca; expected one of prompt, query, response, history, system, tools",
-            "d.columns.zzz: unknown key for formatting alpaca; expected one of prompt, query, response, history, system, tools",
+            "d.columns.question: unknown key for formatting alpaca; expected one of prompt, query, response, history, system, tools, answer",
+            "d.columns.zzz: unknown key for formatting alpaca; expected one of prompt, query, response, history, system, tools, answer",
         ],
     ),
     "a column of another format": (
@@ -131,7 +131,7 @@ NOTICES = {
     ),
     "a column beside those of the format": (
         '"columns": {"prompt": "q", "response": "a", "zzz": "z"}',
-        "columns.zzz: ignored, unknown key for formatting alpaca; expected one of prompt, query, response, history, system, tools",
+        "columns.zzz: ignored, unknown key for formatting alpaca; expected one of prompt, query, response, history, system, tools, answer",
     ),
     "no column for the prompt": (
         '"columns": {"response": "text"}',
