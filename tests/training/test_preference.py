@@ -359,7 +359,7 @@ def sft_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
 
 
 @small_run.QUIET
-def test_a_trained_adapter_is_compared_with_the_bare_base_and_the_run_says_so(
+def test_a_trained_adapter_is_compared_with_the_bare_base_and_the_run_reports_it(
     tmp_path: Path, tiny_model: Path, sft_adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = {"finetuning_type": "lora", "adapter_name_or_path": str(sft_adapter), "max_steps": 1, "save_strategy": "no"}
