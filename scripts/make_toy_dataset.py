@@ -2,6 +2,7 @@
 
     python scripts/make_toy_dataset.py                              # the shipped file: 500 rows in turns
     python scripts/make_toy_dataset.py --form inside --rows 60      # the other shipped file
+    python scripts/make_toy_dataset.py --pairs --rows 120           # preference pairs for stage: dpo; --form inside --rows 40
     python scripts/make_toy_dataset.py --source ARPO-SFT-54K.json   # the first 500 rows of the real set
 
 In `turns` each result is a separate turn, as in ARPO's setup guide. In `inside` one gpt turn holds the whole trajectory,
@@ -30,6 +31,9 @@ from typing import Any
 DATA = Path(__file__).resolve().parents[1] / "recipes" / "data"
 TOY_DATA = DATA / "arpo_sft_toy.jsonl"
 TOY_DATA_INSIDE = DATA / "arpo_sft_toy_inside.jsonl"
+TOY_PAIRS = DATA / "arpo_dpo_toy.jsonl"
+TOY_PAIRS_INSIDE = DATA / "arpo_dpo_toy_inside.jsonl"
+LONGEST_PAIR = 2000  # characters of a row whose trajectory becomes a pair
 TIME_LIMIT = 20  # seconds for one <python> block; they take 0.05, so a row that reaches it has a bug in its task
 
 # After https://github.com/RUC-NLPIR/ARPO, whose prompt names the same tags.
@@ -631,6 +635,34 @@ def generate(rows: int, seed: int, form: str = "turns") -> Iterator[dict[str, An
         yield row.to_dict(form)
 
 
+def generate_pairs(rows: int, seed: int, form: str = "turns") -> Iterator[dict[str, Any]]:
+    """Yield ranking rows: the right trajectory, and one with a guessed answer, half of them after a wrong call.
+
+    In the form `turns` a side is a list of turns, in the form `inside` one turn that holds the whole trajectory.
+    """
+    short = (row for row in generate(sys.maxsize, seed, form) if len(str(row["conversations"])) < LONGEST_PAIR)
+    for index, row in enumerate(itertools.islice(short, rows)):
+        rng = random.Random(f"{seed}/{index}/pair")
+        question, *chosen = row["conversations"]
+        guess = (
+            f"<think>I guess.</think>\n<answer>The final answer is \\[ \\boxed{{{rng.randint(2, 99)}}} \\]</answer>"
+        )
+        turns = [guess]
+        if call := re.match(r"(.*?)<(python|search)>(.*?)</\2>", chosen[0]["value"], re.DOTALL):
+            other = "search" if call[2] == "python" else "python"
+            if index % 2:
+                turns = [f"{call[1]}<{other}>{call[3]}</{other}>", "<result>\nNothing found.\n</result>", guess]
+        if form == "inside":
+            turns = [" ".join(turns)]
+        rejected = [{"from": ("gpt", "human")[at % 2], "value": text} for at, text in enumerate(turns)]
+        sides = (
+            {"chosen": chosen[0], "rejected": rejected[0]}
+            if form == "inside"
+            else {"chosen": chosen, "rejected": rejected}
+        )
+        yield {"system": row["system"], "conversations": [question], **sides}
+
+
 def first_rows(source: Path, rows: int) -> list[dict[str, Any]]:
     """Return the first rows of a JSON list or of a JSON Lines file, whatever its name."""
     with source.open(encoding="utf-8-sig") as lines:
@@ -649,14 +681,20 @@ def main() -> None:
         "--form", choices=["turns", "inside"], default="turns", help="where the results of tools are (turns)"
     )
     parser.add_argument("--out", type=Path, help="the .jsonl file to write (default: the shipped file of that form)")
+    parser.add_argument("--pairs", action="store_true", help="write preference pairs, for stage: dpo")
     parser.add_argument("--rows", type=int, default=500, help="number of rows (500)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the generated rows")
     args = parser.parse_args()
     if args.rows < 1:
         parser.error(f"--rows: found {args.rows}, expected 1 or more")
-    out = args.out or (TOY_DATA_INSIDE if args.form == "inside" else TOY_DATA)
+    shipped = {("turns", False): TOY_DATA, ("inside", False): TOY_DATA_INSIDE}
+    shipped |= {("turns", True): TOY_PAIRS, ("inside", True): TOY_PAIRS_INSIDE}
+    out = args.out or shipped[args.form, args.pairs]
+    if args.pairs and args.source:
+        parser.error("--source: not supported with --pairs")
+    make = generate_pairs if args.pairs else generate
     try:
-        rows = first_rows(args.source, args.rows) if args.source else list(generate(args.rows, args.seed, args.form))
+        rows = first_rows(args.source, args.rows) if args.source else list(make(args.rows, args.seed, args.form))
     except (OSError, ValueError) as error:
         parser.error(f"--source: {args.source}: {error}; expected a JSON list or JSON Lines")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
