@@ -22,6 +22,7 @@ from ..data.serving_rows import ServingRow
 from ..errors import RunFailed, in_one_line
 
 READ_SECONDS = 600.0
+RETRIES = 3  # a server may close a connection that was idle
 CANDIDATES = 5
 """Likeliest tokens that are asked for at each position."""
 
@@ -121,10 +122,14 @@ class Server:
 
     def post(self, path: str, body: Fields) -> Any:
         """Send a request. Raises ServerError, and RunFailed if nothing answers."""
-        try:
-            response = self.client.post(path, json=body)
-        except httpx.HTTPError as error:
-            raise RunFailed(f"{self.client.base_url}: no answer from the server ({in_one_line(error)})") from None
+        for attempt in range(RETRIES):
+            try:
+                response = self.client.post(path, json=body)
+                break
+            except httpx.HTTPError as error:
+                if attempt == RETRIES - 1 or isinstance(error, httpx.TimeoutException):
+                    url = self.client.base_url
+                    raise RunFailed(f"{url}: no answer from the server ({in_one_line(error)})") from None
         if response.status_code >= 400:
             raise ServerError(response.status_code, response.text)
         return response.json()
@@ -282,15 +287,24 @@ class TransformersServe(Server):
         super().__init__(client, model, tokenizer)
         self.folder = as_folder(self.model)
 
+    def render(self, row: ServingRow, switches: Fields | None = None) -> Rendered:
+        """Count a prompt's tokens; the end token is forced, since 5.24 fails on a tool call that max_tokens cuts."""
+        body: Fields = {"model": self.model, "messages": to_wire(row.messages), "max_tokens": 1, **self._greedy()}
+        body |= {"logit_bias": {str(row.end): 1000.0}} | ({"tools": row.tools} if row.tools else {})
+        body |= {"chat_template_kwargs": switches} if switches else {}
+        return Rendered(None, None, to_chat(self.post("/v1/chat/completions", body)).prompt_tokens)
+
     def complete(self, ids: list[int], limit: int) -> Reply | None:
-        """Continue the text of the ids: the request's own chat template writes it as it is."""
+        """Continue the text of the ids, without the BOS that its tokenizer adds."""
         text = str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-        body = {"model": self.model, "messages": [{"role": "user", "content": "."}], "max_tokens": limit}
-        body["chat_template_kwargs"] = {"chat_template": "{{ arpo_prompt }}", "arpo_prompt": text}
-        answer = to_chat(self.post("/v1/chat/completions", body | self._greedy()))
-        if answer.prompt_tokens != len(ids):
+        if self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id:
+            text = text.removeprefix(str(self.tokenizer.bos_token))
+        body = {"model": self.model, "prompt": text, "max_tokens": limit, **self._greedy()}
+        answer = self.post("/v1/completions", body)
+        choice, usage = answer["choices"][0], answer["usage"]
+        if usage["prompt_tokens"] != len(ids):
             return None  # the text has other tokens, at the borders of segments
-        return Reply(answer.content, None, [], [], answer.finish == "stop", answer.tokens)
+        return Reply(choice["text"], None, [], [], choice["finish_reason"] == "stop", usage["completion_tokens"])
 
     def _greedy(self) -> Fields:
         return {"temperature": 0.0}

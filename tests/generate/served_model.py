@@ -24,8 +24,9 @@ CALL = re.compile(r"<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
 def parse_calls(text: str) -> list[dict[str, Any]]:
     """The calls of a text; none if one is malformed, as parsers do."""
     try:
-        return [json.loads(call) for call in CALL.findall(text)]
-    except ValueError:
+        calls = [json.loads(call) for call in CALL.findall(text)]
+        return [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
+    except (ValueError, KeyError, TypeError):
         return []
 
 
@@ -89,6 +90,8 @@ class Served:
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         ids = self.encode(self.render(body))
         found, _, stopped = self.generate(ids, body.get("max_tokens", 16))
+        if "logit_bias" in body:
+            found, stopped = [int(next(iter(body["logit_bias"])))], True
         text = self.text(found)
         calls = parse_calls(text) if body.get("tools") and self.parses_calls else []
         message: dict[str, Any] = {"role": "assistant", "content": CALL.sub("", text).strip() if calls else text}
@@ -138,6 +141,15 @@ class Served:
             values = self.score(ids)
             choice["prompt_logprobs"] = [None, *({str(t): {"logprob": v}} for t, v in zip(ids[1:], values))]
         return {"choices": [choice], "usage": {"completion_tokens": len(found)}}
+
+    def transformers_completions(self, body: dict[str, Any]) -> Any:
+        ids = self.encode(body["prompt"])
+        found, _, stopped = self.generate(ids, body["max_tokens"])
+        usage = {"prompt_tokens": len(ids), "completion_tokens": len(found)}
+        return {
+            "choices": [{"text": self.text(found), "finish_reason": "stop" if stopped else "length"}],
+            "usage": usage,
+        }
 
     def sglang_generate(self, body: dict[str, Any]) -> Any:
         ids = body["input_ids"]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import small_run
 import torch
+from peft import LoraConfig, get_peft_model
 from served_model import Served, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -179,3 +180,27 @@ def test_a_model_that_no_run_wrote_is_compared_on_built_in_conversations(tiny_mo
     assert "built-in conversations" in report.notes[0]
     assert "8 of 8 prompts identical" in report.prompts
     assert AutoTokenizer.from_pretrained(tiny_model).chat_template
+
+
+@pytest.fixture(scope="module")
+def large_adapter(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter whose sum with its base float16 rounds too coarsely."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    config = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32), config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.mul_(20)
+    model.save_pretrained(folder)
+    shutil.copy(trained / "serving_check.jsonl", folder)
+    shutil.copy(trained / "generation_config.json", folder)
+    AutoTokenizer.from_pretrained(trained).save_pretrained(folder)
+    return folder
+
+
+def test_a_merge_that_rounds_a_large_adapter_is_named(large_adapter: Path, tmp_path: Path) -> None:
+    for dtype, expected in (("float32", []), ("float16", ["merge rounding"])):
+        assert main(["merge", str(large_adapter), str(tmp_path / dtype), "--dtype", dtype]) == 0
+        assert causes(large_adapter, Served(tmp_path / dtype, "vllm")) == expected
