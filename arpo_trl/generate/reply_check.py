@@ -39,7 +39,7 @@ class Limit(NamedTuple):
     gap: float
 
 
-# Measured with scripts/measure_serving.py; docs/measurements.md has the figures.
+# Several times what untouched models showed; docs/measurements.md#serving has the figures and commands.
 LIMITS = {
     "float32": Limit(1e-4, 2e-3, 2e-3),
     "float16": Limit(5e-3, 0.1, 0.05),
