@@ -10,8 +10,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from errno import EROFS
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from datasets import (
     DownloadMode,
     Features,
     SplitGenerator,
+    config,
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
@@ -123,16 +125,35 @@ class RowsBuilder(ArrowBasedBuilder):  # type: ignore[misc]
 
 
 def _encode(encoder: Encoder, parts: Parts, encode_again: bool) -> Dataset:
-    builder = RowsBuilder(encoder, parts)
-    folder = Path(builder.cache_dir)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # until the rows are open, so that no other run's overwrite_cache replaces them
-        try:
-            builder.download_and_prepare(download_mode=DownloadMode.FORCE_REDOWNLOAD if encode_again else None)
-        except DatasetGenerationError as error:
-            raise error.__cause__ or error from None
-        empty = builder.info.splits["train"].num_examples == 0
-        return Dataset(FEATURES.arrow_schema.empty_table()) if empty else builder.as_dataset("train")
+    with _writable_cache():
+        builder = RowsBuilder(encoder, parts)
+        folder = Path(builder.cache_dir)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(
+            f"{folder}.lock"
+        ):  # until the rows are open, so that no other run's overwrite_cache replaces them
+            try:
+                builder.download_and_prepare(download_mode=DownloadMode.FORCE_REDOWNLOAD if encode_again else None)
+            except DatasetGenerationError as error:
+                raise error.__cause__ or error from None
+            empty = builder.info.splits["train"].num_examples == 0
+            return Dataset(FEATURES.arrow_schema.empty_table()) if empty else builder.as_dataset("train")
+
+
+@contextmanager
+def _writable_cache() -> Iterator[None]:
+    """Raise DatasetError if the cache of `datasets` can't be written: a file in its path, another user's, read-only."""
+    try:
+        yield
+    except OSError as error:
+        cannot_write = isinstance(error, (PermissionError, NotADirectoryError, FileExistsError))
+        is_cache = str(error.filename).startswith(str(config.HF_DATASETS_CACHE))
+        if not is_cache or not (cannot_write or error.errno == EROFS):
+            raise
+        raise DatasetError(
+            f"{error.filename}: the cache of datasets can't be written ({error.strerror}); set HF_DATASETS_CACHE to a "
+            "folder that you can write"
+        ) from error
 
 
 def _max_samples(encoder: Encoder) -> int | None:

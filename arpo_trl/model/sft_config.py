@@ -90,6 +90,9 @@ def _trl_keys(recipe: Recipe) -> Keywords:
     if (metric := overrides.get("metric_for_best_model")) and overrides.get("greater_is_better") is None:
         # transformers assumes that greater is better unless the name ends in "loss".
         overrides["greater_is_better"] = not metric.endswith(("loss", "perplexity", "entropy"))
+    if overrides.get("lr_scheduler_type") == "reduce_lr_on_plateau" and overrides.get("greater_is_better"):
+        # torch reduces the rate unless the metric falls, whatever transformers takes for better.
+        overrides["lr_scheduler_kwargs"] = {"mode": "max", **(overrides.get("lr_scheduler_kwargs") or {})}
     return overrides
 
 
@@ -110,7 +113,7 @@ def _fsdp(recipe: Recipe) -> Keywords:
 
 def _check_scheduler(recipe: Recipe, config: SFTConfig) -> None:
     """Create the learning rate schedule, as transformers does after the model is loaded. Raises RecipeError."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
     name, settings = SchedulerType(config.lr_scheduler_type), recipe.trl.get("lr_scheduler_kwargs")
     try:
         get_scheduler(name, optimizer, 0, 10, scheduler_specific_kwargs=dict(settings or {}))

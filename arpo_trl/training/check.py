@@ -28,7 +28,7 @@ from ..report.log_file import format_seconds, read_log
 from ..run_folder import list_checkpoints
 from .checkpoints import checkpoint_bytes, saved_bytes
 from .setup import check_after_torch, load_rows
-from .start_and_end_report import describe_setup, describe_steps
+from .start_and_end_report import describe_setup, describe_steps, warn_of_schedule
 
 BINS = 10
 BAR = 40
@@ -75,6 +75,7 @@ def _describe_run(
         *rows,
         *(f"         {line}" for line in listed),
         f"steps    {steps}{'; the rows are read and counted during the run' * recipe.streaming}",
+        *warn_of_schedule(args, total),
         f"time     {describe_time(recipe, args, data, total)}",
         f"disk     {disk}",
     ]

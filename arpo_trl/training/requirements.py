@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..data.files import check_datasets
 from ..data.registry import select_datasets
-from ..errors import DatasetError, RecipeError
+from ..errors import DatasetError, RecipeError, in_one_line
 from ..machine import nearest_existing_parent
 from ..recipe import methods
 from ..recipe.keys import Recipe
@@ -72,7 +72,29 @@ def check_packages(recipe: Recipe) -> None:
         RecipeError: all that is missing, each with the fix.
     """
     trackers = missing_trackers(recipe) if recipe.do_train else []  # an evaluation is not tracked
-    _raise(recipe, [*_packages(recipe), *trackers])
+    _raise(recipe, [*_packages(recipe), *trackers, *_push_to_hub(recipe)])
+
+
+def _push_to_hub(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield why the final model can't be pushed; Trainer would find out after the model is loaded."""
+    if not (recipe.do_train and recipe.trl.get("push_to_hub")):
+        return
+    hub = probe_hub()
+    if hub.status != "reachable":
+        yield "push_to_hub", f"{hub.reason}; remove the line, and run `hf upload` after the run"
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        HfApi(token=recipe.trl.get("hub_token")).whoami()
+    except LocalTokenNotFoundError:
+        yield "push_to_hub", "no Hub token on this machine; run `hf auth login`, set HF_TOKEN, or remove the line"
+    except (HfHubHTTPError, OSError) as error:
+        yield (
+            "push_to_hub",
+            f"the Hub rejects the token ({in_one_line(error)}); run `hf auth login`, or remove the line",
+        )
 
 
 def check_output_dir(recipe: Recipe) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from torch import nn
 from trl.trainer.sft_config import SFTConfig
 
+from ..data.audit import token_lengths
 from ..data.prepare import PreparedData, prepare_datasets
 from ..data.tokenizer import load_template
 from ..errors import RecipeError
 from ..model.base import load_config
+from ..model.memory import model_shape
 from ..model.methods.chosen import methods_of
 from ..model.sft_config import to_sft_config
 from ..recipe.keys import Recipe
@@ -37,6 +40,7 @@ def check_after_torch(recipe: Recipe) -> SFTConfig:
     config = load_config(recipe).get_text_config()
     for method in methods_of(recipe):
         method.check_config(config, args)
+    model_shape(recipe)
     return args
 
 
@@ -75,6 +79,7 @@ def load_rows(recipe: Recipe, args: SFTConfig) -> PreparedData:
     size = getattr(load_config(recipe).get_text_config(), "vocab_size", None)
     if size is not None:
         _check_tokens(recipe, data, size)
+    _check_positions(recipe, data)
     return data
 
 
@@ -91,6 +96,38 @@ def _check_tokens(recipe: Recipe, data: PreparedData, size: int) -> None:
             f"{recipe.model_name_or_path} has embeddings for {size:,} tokens, but {where} has token {token:,} "
             f"({tokenizer.convert_ids_to_tokens(token)!r}); {RESIZE}",
         )
+
+
+def _check_positions(recipe: Recipe, data: PreparedData) -> None:
+    """Raise RecipeError for a row that is longer than a model's learned positions (GPT-2, OPT).
+
+    Rotary models compute positions beyond max_position_embeddings, and are not limited.
+    """
+    config = load_config(recipe).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit or not _learns_positions(model_shape(recipe), limit):
+        return
+    for rows in (data.train, *data.eval.values()):
+        if not isinstance(rows, Dataset) or not len(rows):
+            continue
+        lengths = token_lengths(rows)
+        longest = int(lengths.argmax())
+        if lengths[longest] > limit:
+            raise recipe.error(
+                "cutoff_len",
+                f"{config.model_type} has {limit:,} learned positions, but {rows[longest]['source']} has "
+                f"{lengths[longest]:,} tokens; set cutoff_len: {limit}",
+            )
+
+
+def _learns_positions(model: nn.Module, limit: int) -> bool:
+    """Return whether the model has an embedding of positions: one of `limit`, or of a few more (OPT adds 2)."""
+    return any(
+        isinstance(module, nn.Embedding)
+        and ("pos" in name.rpartition(".")[2] or name.endswith("wpe"))
+        and 0 <= module.num_embeddings - limit <= 8
+        for name, module in model.named_modules()
+    )
 
 
 def _find_token_beyond(rows: Dataset, size: int) -> tuple[int, str] | None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, TrainerState, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_model_param_count
 
@@ -37,6 +38,7 @@ def start_report(recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, check
         *(f"data     {line}" for line in [*data.audit.lines(), *data.notices]),
         *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
         f"steps    {describe_steps(args, trainer.state.max_steps, data, recipe.packing)}",
+        *warn_of_schedule(args, trainer.state.max_steps),
         f"disk     {saved}; {free_space(Path(recipe.output_dir)) / 1e9:,.1f} GB free",
         f"output   {args.output_dir}{f', resuming from {checkpoint.name}' if checkpoint else ''}",
     ]
@@ -124,6 +126,31 @@ def describe_steps(args: TrainingArguments, total: int, data: PreparedData, pack
     if kept and not packing:
         batch += f", about {rows * sum(c.tokens for c in counts) / kept:,.0f} tokens"
     return f"{steps}, {batch}"
+
+
+def warn_of_schedule(args: TrainingArguments, total: int) -> list[str]:
+    """Return a line if the learning rate of a run of `total` steps never reaches its peak, or falls from it at once."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    warmup = args.get_warmup_steps(total)
+    assert not isinstance(args.lr_scheduler_kwargs, str)  # parsed by TrainingArguments
+    settings = dict(args.lr_scheduler_kwargs or {})
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, total, settings)
+    if not isinstance(schedule, LambdaLR) or total <= 0:
+        return []
+    factor = schedule.lr_lambdas[0]
+    if warmup >= total > 1:
+        peak = max(factor(step) for step in (0, total - 1))
+        return [
+            f"         warmup_steps {warmup:,} of {total:,} steps: the learning rate ends at {peak:.0%} of learning_rate; "
+            "lower warmup_steps"
+        ]
+    before, after = factor(warmup), factor(warmup + 1)
+    if total - warmup >= 10 and after < before / 2:
+        return [
+            f"         {args.lr_scheduler_type}: the learning rate falls to {after:.1%} in the step after warmup; fit "
+            f"lr_scheduler_kwargs to the {total - warmup:,} steps after warmup"
+        ]
+    return []
 
 
 def end_report(
