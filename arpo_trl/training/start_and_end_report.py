@@ -129,7 +129,7 @@ def describe_steps(args: TrainingArguments, total: int, data: PreparedData, pack
 
 
 def warn_of_schedule(args: TrainingArguments, total: int) -> list[str]:
-    """Return a line if the learning rate of a run of `total` steps never reaches its peak, or falls from it at once."""
+    """Return a line if the learning rate of a run of `total` steps never reaches its peak."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     warmup = args.get_warmup_steps(total)
     assert not isinstance(args.lr_scheduler_kwargs, str)  # parsed by TrainingArguments
@@ -138,19 +138,17 @@ def warn_of_schedule(args: TrainingArguments, total: int) -> list[str]:
     if not isinstance(schedule, LambdaLR) or total <= 0:
         return []
     factor = schedule.lr_lambdas[0]
-    if warmup >= total > 1:
-        peak = max(factor(step) for step in (0, total - 1))
-        return [
-            f"         warmup_steps {warmup:,} of {total:,} steps: the learning rate ends at {peak:.0%} of learning_rate; "
-            "lower warmup_steps"
-        ]
-    before, after = factor(warmup), factor(warmup + 1)
-    if total - warmup >= 10 and after < before / 2:
-        return [
-            f"         {args.lr_scheduler_type}: the learning rate falls to {after:.1%} in the step after warmup; fit "
-            f"lr_scheduler_kwargs to the {total - warmup:,} steps after warmup"
-        ]
-    return []
+    peak = max(factor(step) for step in {0, max(warmup - 1, 0), warmup} if step < total or not step)
+    if peak > 0.95:
+        return []
+    if warmup < total:
+        cause, fix = (
+            str(args.lr_scheduler_type),
+            f"fit lr_scheduler_kwargs to the {total - warmup:,} steps after warmup",
+        )
+    else:
+        cause, fix = f"warmup_steps {warmup:,} of {total:,} steps", "lower warmup_steps"
+    return [f"         {cause}: the learning rate only reaches {peak:.0%} of learning_rate; {fix}"]
 
 
 def end_report(

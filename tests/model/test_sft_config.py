@@ -205,6 +205,10 @@ def test_global_batch_size_counts_the_processes(recipe_of: Any, monkeypatch: pyt
     ("lines", "message"),
     [
         (["lr_scheduler_type=greedy"], "lr_scheduler_type greedy requires an eval strategy"),
+        (
+            ["lr_scheduler_type=polynomial", "learning_rate=1e-8"],
+            "lr_end (1e-07) must be smaller than initial lr (1e-08)",
+        ),
         (["dataloader_prefetch_factor=2"], "--dataloader_prefetch_factor can only be set when data is loaded in a"),
     ],
 )
@@ -344,3 +348,15 @@ def test_quantization_bit_configures_bitsandbytes(recipe_of: Any) -> None:
 def test_wandb_disabled_overrides_all(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "WANDB_DISABLED", "true")
     assert "wandb" not in to_sft_config(recipe_of("report_to=all")).report_to
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [("mean_token_accuracy", "max"), ("loss", None), ("entropy", None), ("predict_right_tool", "max")],
+)
+def test_plateau_follows_the_direction_of_the_metric(recipe_of: Any, metric: str, mode: str | None) -> None:
+    plateau = "lr_scheduler_type=reduce_lr_on_plateau"
+    lines = [plateau, f"metric_for_best_model={metric}", "eval_strategy=steps", "val_size=2", "predict_during_eval=2"]
+    config = to_sft_config(recipe_of(*lines))
+    assert (config.lr_scheduler_kwargs or {}).get("mode") == mode
+    assert config.greater_is_better == (mode == "max")

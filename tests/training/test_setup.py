@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import small_run
-from transformers import AutoConfig, AutoTokenizer, Gemma2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from arpo_trl.__main__ import main
 
@@ -92,3 +95,51 @@ def test_a_schedule_that_lacks_a_setting_is_rejected(
     assert main([str(recipe), *overrides]) == 2
     err = capsys.readouterr().err
     assert f"{recipe}: {message}" in err and err.endswith("; set its arguments in lr_scheduler_kwargs\n")
+
+
+LEARNED_POSITIONS = {
+    "gpt2": {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2},
+    "gpt_neo": {"max_position_embeddings": 64, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]},
+    "gpt_bigcode": {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2},
+    "opt": {"max_position_embeddings": 64, "hidden_size": 16, "word_embed_proj_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32},
+    "biogpt": {"max_position_embeddings": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+}  # fmt: skip
+ROTARY = {"qwen2": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 64}}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", [*LEARNED_POSITIONS, *ROTARY])
+def test_rows_longer_than_learned_positions_are_rejected_and_the_named_cutoff_trains(
+    model_type: str, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    size = json.loads((model / "config.json").read_text("utf-8"))["vocab_size"]
+    config = AutoConfig.for_model(model_type, vocab_size=size, **(LEARNED_POSITIONS | ROTARY)[model_type])
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d " * 90}]
+    (tmp_path / "long.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text('{"long": {"file_name": "long.json"}}', encoding="utf-8")
+    recipe = small_run.write_recipe(tmp_path, model, dataset="long", dataset_dir=str(tmp_path), max_steps=1)
+    code = main(["--check", str(recipe)])
+    if model_type in ROTARY:
+        assert code == 0
+        return
+    assert code == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert f"cutoff_len: {model_type} has 64 learned positions, but {tmp_path / 'long.json'}:1:" in error
+    assert error.endswith("set cutoff_len: 64")
+    assert main([str(recipe), "cutoff_len=64", "per_device_train_batch_size=2"]) == 0
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="needs root, to be another user")
+def test_a_cache_of_another_user_is_an_error_with_the_fix(tmp_path: Path, tiny_model: Path) -> None:
+    data = small_run.write_data(tmp_path / "data")
+    recipe = small_run.write_recipe(tmp_path, tiny_model, dataset="counting", dataset_dir=str(data))
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "arpo_trl", "--check", str(recipe)]
+    env = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "file" / "cache")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().split("\n")[-1] == (
+        f"{tmp_path / 'file' / 'cache'}: the cache of datasets can't be written (Not a directory); set HF_DATASETS_CACHE "
+        "to a folder that you can write"
+    )

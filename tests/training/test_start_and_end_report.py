@@ -11,6 +11,7 @@ import pytest
 import small_run
 import torch
 from transformers import AutoModelForCausalLM, trainer_pt_utils
+from trl.trainer.sft_config import SFTConfig
 
 from arpo_trl.report.log_file import read_log
 from arpo_trl.report.manifest import read_manifest
@@ -108,3 +109,40 @@ def test_empty_parameters_of_zero3_are_counted(tiny_model: Path, monkeypatch: py
     for module in (start_and_end_report, trainer_pt_utils):
         monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
     assert describe_model(model) == whole and " trained (" in whole
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "line"),
+    [
+        ({"warmup_steps": 100}, 3, "warmup_steps 100 of 3 steps: the learning rate only reaches 2% of learning_rate"),
+        ({"warmup_steps": 2}, 3, None),
+        ({"warmup_steps": 0.1}, 100, None),
+        ({"lr_scheduler_type": "cosine", "warmup_steps": 5}, 100, None),
+        ({"lr_scheduler_type": "constant"}, 100, None),
+        (
+            {
+                "lr_scheduler_type": "warmup_stable_decay",
+                "lr_scheduler_kwargs": {"num_decay_steps": 100},
+                "warmup_steps": 2,
+            },
+            20,
+            "only reaches 50% of learning_rate; fit lr_scheduler_kwargs to the 18 steps",
+        ),
+        (
+            {
+                "lr_scheduler_type": "warmup_stable_decay",
+                "lr_scheduler_kwargs": {"num_decay_steps": 5},
+                "warmup_steps": 2,
+            },
+            20,
+            None,
+        ),
+    ],
+)
+def test_a_schedule_that_does_not_fit_the_run_is_reported(
+    settings: dict[str, Any], steps: int, line: str | None, tmp_path: Path
+) -> None:
+    lines = start_and_end_report.warn_of_schedule(
+        SFTConfig(str(tmp_path), use_cpu=True, gradient_checkpointing=None, **settings), steps
+    )
+    assert (line in lines[0]) if line else lines == []
