@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import small_run
 import torch
+from small_rollout import FORMS, SUMS, SYSTEM, train, without_seconds
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.__main__ import main
@@ -31,42 +32,6 @@ from arpo_trl.generate.rollout_scores import (
 from arpo_trl.generate.selection import pair_up, usable
 
 pytestmark = [small_run.QUIET, pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")]
-SYSTEM = "Use <python> </python>; results come in <result> </result>."
-SUMS = [(1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7)]
-CALL, ANSWER = "<python>print({0} + {1})</python>", "<answer>\\boxed{{{2}}}</answer>"
-FORMS = {
-    "turns": [("gpt", CALL), ("human", "<result>\n{2}\n</result>"), ("gpt", ANSWER)],
-    "inside": [("gpt", CALL + "\n<result>\n{2}\n</result>\n" + ANSWER)],
-    "tools": [
-        ("function_call", '{{"name": "python", "arguments": {{"code": "print({0} + {1})"}}}}'),
-        ("observation", "{2}"),
-        ("gpt", ANSWER),
-    ],
-}
-TOOLS = json.dumps(
-    [
-        {
-            "name": "python",
-            "description": "run",
-            "parameters": {"type": "object", "properties": {"code": {"type": "string"}}},
-        }
-    ]
-)
-
-
-def write_rows(folder: Path, form: str) -> None:
-    rows = []
-    for a, b in SUMS:
-        turns = [("human", f"sum {a} {b}"), *FORMS[form]]
-        row: dict[str, Any] = {
-            "conversations": [{"from": who, "value": text.format(a, b, a + b)} for who, text in turns]
-        }
-        rows.append(row | ({"tools": TOOLS} if form == "tools" else {"system": SYSTEM}))
-    (folder / "sums.json").write_text(json.dumps(rows), encoding="utf-8")
-    columns = {"messages": "conversations", "tools": "tools", "system": "system"}
-    columns.pop("system" if form == "tools" else "tools")
-    info = {"sums": {"file_name": "sums.json", "formatting": "sharegpt", "columns": columns}}
-    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -85,26 +50,6 @@ def turns(train_once: Callable[[str], Path]) -> Path:
     return train_once("turns")
 
 
-def train(folder: Path, model: Path, form: str) -> Path:
-    write_rows(folder, form)
-    keys = {"dataset": "sums", "eval_dataset": "sums", "dataset_dir": str(folder), "tokenized_path": None}
-    keys |= {
-        "max_steps": 150,
-        "learning_rate": 5e-3,
-        "per_device_train_batch_size": 6,
-        "save_strategy": "no",
-        "plot_loss": False,
-    }
-    keys |= {
-        "lr_scheduler_type": "cosine",
-        "preflight": False,
-        "mask_spans": "result" if form == "inside" else None,
-        "max_new_tokens": 80,
-    }
-    small_run.run(folder, model, **keys)
-    return folder
-
-
 def rollout(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     assert main(["rollout", str(folder / "recipe.yaml"), *overrides]) == 0
     out = [folder / "run", *(Path(word.partition("=")[2]) for word in overrides if word.startswith("output_dir="))][-1]
@@ -116,17 +61,14 @@ def copy_run(trained: Path, tmp_path: Path) -> list[str]:
     return ["do_train=false", f"model_name_or_path={trained / 'run'}", f"output_dir={tmp_path / 'out'}"]
 
 
-def without_seconds(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [line | {"calls": [call | {"seconds": 0} for call in line["calls"]]} for line in lines]
-
-
 def test_a_training_recipe_rolls_out_its_final_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = rollout(trained, "num_generations=1")
     printed = capsys.readouterr().out
     form = "inside" if "inside" in str(trained) else "tools" if "tools" in str(trained) else "turns"
-    assert [line["number"] for line in lines] == list(range(len(SUMS)))
+    count = 2 if form == "tools" else len(SUMS)
+    assert [line["number"] for line in lines] == list(range(count))
     right = [line for line in lines if line["right"]]
-    assert len(right) >= 5, [line["conversations"] for line in lines]
+    assert len(right) >= count - 1, [line["conversations"] for line in lines]
     for line in right:
         [call] = line["calls"]
         assert (call["tool"], call["error"], call["result"]) == ("python", "", line["answer"])
@@ -135,7 +77,7 @@ def test_a_training_recipe_rolls_out_its_final_model(trained: Path, capsys: pyte
         assert line["conversations"] == expected
         assert line["encoding"] == "same"
     figures = json.loads((trained / "run" / "rollout_results.json").read_text(encoding="utf-8"))
-    assert figures["rollout_pass@1"] == len(right) / len(lines) and figures["rollout_tool_calls"] >= 5 / 6
+    assert figures["rollout_pass@1"] == len(right) / len(lines) and figures["rollout_tool_calls"] >= len(right) / count
     places = {"inside": "inside the reply", "turns": "as user turns", "tools": "as tool messages after tool_calls"}
     assert f"results  {places[form]}" in printed and "python: 20 s" in printed and "pass@1" in printed
     assert (trained / "run" / "rollout.log").is_file() and not (trained / "run" / "selected.jsonl").exists()

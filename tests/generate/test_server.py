@@ -1,0 +1,268 @@
+"""Rollouts on servers: the protocol of each kind, with the real tiny model behind it, and a real llama.cpp server."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import small_run
+from small_rollout import train, without_seconds
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from arpo_trl.__main__ import main
+from arpo_trl.generate.engines import Request, Sampling, TransformersEngine, load_for_generation
+from arpo_trl.generate.rollout_files import read_lines
+from arpo_trl.generate.server import ServerEngine, cut_after_stop
+
+pytestmark = [small_run.QUIET, pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")]
+GREEDY = Sampling(do_sample=False)
+
+
+class Server:
+    """An OpenAI-compatible server on the tiny model. `kind`: how it returns ids and stop texts."""
+
+    def __init__(self, model: Path, kind: str) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.model, self.kind, self.lock = load_for_generation(model), kind, threading.Lock()
+        self.requests: list[dict[str, Any]] = []
+        self.in_flight = self.most_in_flight = self.failures = 0
+        self.dies_after: int | None = None
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args: object) -> None:
+                return
+
+            def do_GET(self) -> None:
+                known = {"/v1/models": {"data": [{"id": "tiny", "max_model_len": 512}]}}
+                self.reply(200 if self.path in known else 404, known.get(self.path, {}))
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self.reply(*outer.answer(body))
+
+            def reply(self, status: int, value: dict[str, Any]) -> None:
+                data = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+
+    def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if self.kind == "no ids" and not isinstance(body["prompt"], str):
+            return 400, {"error": {"message": "prompt must be a string"}}
+        with self.lock:
+            self.requests.append(body)
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+            if self.failures:
+                self.failures -= 1
+                self.in_flight -= 1
+                return 503, {"error": "busy"}
+            if self.dies_after is not None and len(self.requests) > self.dies_after:
+                self.in_flight -= 1
+                return 503, {"error": "dead"}
+        time.sleep(0.02)
+        with self.lock:
+            ids = self.generate(body)
+            self.in_flight -= 1
+        text, stops = (
+            self.tokenizer.decode([token for token in ids if token != self.tokenizer.eos_token_id]),
+            body.get("stop", []),
+        )
+        cut = [stop for stop in stops if stop in text]
+        if cut and not (self.kind == "vllm" and body.get("include_stop_str_in_output")):
+            text = text[: text.index(cut[0])]
+        stopped = bool(cut) or ids[-1:] == [self.tokenizer.eos_token_id]
+        choice: dict[str, Any] = {"text": text, "finish_reason": "stop" if stopped else "length"}
+        if self.kind == "vllm" and body.get("return_token_ids"):
+            choice["token_ids"] = ids
+        if self.kind == "llama.cpp" and body.get("logprobs"):
+            choice["logprobs"] = {"content": [{"id": token, "logprob": 0.0} for token in ids]}
+        return 200, {"choices": [choice], "usage": {"prompt_tokens": len(body["prompt"])}}
+
+    def generate(self, body: dict[str, Any]) -> list[int]:
+        sampling = Sampling(
+            do_sample=body["temperature"] > 0,
+            temperature=body["temperature"] or 1.0,
+            top_p=body["top_p"],
+            top_k=max(body["top_k"], 0),
+            seed=body["seed"],
+        )
+        engine = TransformersEngine(self.model, self.tokenizer, sampling)
+        [ids] = engine.generate([Request(body["prompt"], body["max_tokens"], "", tuple(body.get("stop", ())))])
+        return ids
+
+
+@pytest.fixture(scope="module", params=["turns", "inside"])
+def trained(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp(request.param), tiny_model, request.param)
+
+
+@pytest.fixture
+def serve(request: pytest.FixtureRequest) -> Iterator[Any]:
+    servers: list[Server] = []
+
+    def make(model: Path, kind: str) -> Server:
+        servers.append(Server(model, kind))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+def command(trained: Path, tmp_path: Path, url: str | None, *more: str) -> list[str]:
+    server = [f"server_url={url}"] if url else []
+    keys = ["do_train=false", f"model_name_or_path={trained / 'run'}", f"output_dir={tmp_path}", *server, *more]
+    return ["rollout", str(trained / "recipe.yaml"), *keys]
+
+
+@pytest.mark.parametrize("kind", ["vllm", "llama.cpp", "text only"])
+def test_a_server_gives_what_transformers_gives(
+    kind: str, trained: Path, tmp_path: Path, serve: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(trained, tmp_path / "here", None, "num_generations=1")) == 0
+    server = serve(trained / "run", kind)
+    assert main(command(trained, tmp_path / "there", server.url, "num_generations=1")) == 0
+    printed = capsys.readouterr().out
+    here, there = (read_lines(tmp_path / name / "rollouts.jsonl") for name in ("here", "there"))
+    assert any(line["calls"] for line in here)
+    if kind == "text only":  # `>\\n` may come back as `>` and a newline
+        here, there = ([line["conversations"] for line in lines] for lines in (here, there))
+        assert there == here
+    else:
+        assert without_seconds(there) == without_seconds(here)
+    assert ("returns no token ids" in printed) == (kind == "text only")
+    assert server.most_in_flight > 1
+    assert all(isinstance(token, int) for body in server.requests for token in body["prompt"])
+    for body in server.requests:
+        assert {
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repeat_penalty",
+            "repetition_penalty",
+            "seed",
+        } <= body.keys()
+
+
+def test_samples_have_their_own_seeds(trained: Path, tmp_path: Path, serve: Any) -> None:
+    server = serve(trained / "run", "vllm")
+    for name in "ab":
+        assert main(command(trained, tmp_path / name, server.url, "num_generations=3", "temperature=1.5")) == 0
+    first, second = (read_lines(tmp_path / name / "rollouts.jsonl") for name in "ab")
+    assert without_seconds(first) == without_seconds(second)
+    assert len({json.dumps(line["conversations"]) for line in first}) > len({line["source"] for line in first})
+    probes = 4
+    assert len({body["seed"] for body in server.requests}) >= len(first) + probes - 2
+
+
+def test_a_server_that_dies_ends_in_one_line_and_the_same_command_resumes(
+    trained: Path, tmp_path: Path, serve: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arpo_trl.generate.server.WAIT_SECONDS", 0.01)
+    server = serve(trained / "run", "vllm")
+    server.failures = 2  # retried
+    server.dies_after = 16
+    words = command(trained, tmp_path / "out", server.url, "num_generations=3", "server_requests=2")
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "HTTP 503" in error and "Run the same command again to resume" in error and error.count("\n") == 1
+    saved = len(read_lines(tmp_path / "out" / "rollouts-part-0.jsonl"))
+    assert saved > 0
+    before = len(server.requests)
+    server.dies_after = None
+    assert main(words) == 0
+    assert f"{saved:,} trajectories of this process are complete" in capsys.readouterr().out
+    lines = read_lines(tmp_path / "out" / "rollouts.jsonl")
+    assert len(lines) == 18 and len(server.requests) > before
+
+
+@pytest.mark.parametrize("kind", ["no ids", "nobody"])
+def test_a_server_that_cannot_be_used_is_one_line(
+    kind: str,
+    trained: Path,
+    tmp_path: Path,
+    serve: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("arpo_trl.generate.server.WAIT_SECONDS", 0.01)
+    url = serve(trained / "run", kind).url if kind != "nobody" else "http://127.0.0.1:9/v1"
+    assert main(command(trained, tmp_path, url)) == 1
+    error = capsys.readouterr().err
+    expected = "has to take token ids" if kind == "no ids" else "Start the server, or check the URL"
+    assert expected in error and error.count("\n") == 1
+
+
+def test_ids_after_a_stop_text_are_cut(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = tiny_tokenizer("<python>1</python> and more", add_special_tokens=False).input_ids
+    cut = cut_after_stop(tiny_tokenizer, ids, ["</search>", "</python>"])
+    assert tiny_tokenizer.decode(cut) == "<python>1</python>" and cut_after_stop(tiny_tokenizer, ids, ["x</"]) == ids
+
+
+# --- a real server: pip install xllamacpp; LLAMA_CPP is llama.cpp's source with convert_hf_to_gguf.py ---
+
+SERVE = """
+import sys, time, xllamacpp as xlc
+params = xlc.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.port = sys.argv[1], 4096, 4, int(sys.argv[2])
+params.hostname, params.warmup, params.cpuparams.n_threads = "127.0.0.1", False, 1
+server = xlc.Server(params)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("GGUF_SERVER"), reason="needs GGUF_SERVER: 'PYTHON FILE.gguf FOLDER'")
+def test_llama_cpp_continues_our_ids(tmp_path: Path) -> None:
+    """GGUF_SERVER: a Python that has xllamacpp, a GGUF file, and the folder of the same model."""
+    python, gguf, folder = os.environ["GGUF_SERVER"].split()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [python, "-c", SERVE, gguf, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/v1/models").raise_for_status()
+                break
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        here = TransformersEngine(load_for_generation(folder), tokenizer, GREEDY)
+        there = ServerEngine(f"http://127.0.0.1:{port}/v1", tokenizer, here.ends, GREEDY, 4)
+        assert there.ids == "logprobs" and there.context == 1024 and not there.notices
+        stop = tokenizer.decode(here.generate([Request(tokenizer("What is").input_ids, 4, "")])[0][2:4])
+        for stops in ((), (stop,)):
+            request = Request(tokenizer("What is").input_ids, 16, "a", stops)
+            assert there.generate([request]) == here.generate([request])
+        sampled = ServerEngine(there.url, tokenizer, here.ends, Sampling(), 4)
+        first, again, other = (
+            sampled.generate([Request(tokenizer("What is").input_ids, 16, key)]) for key in ("a", "a", "b")
+        )
+        assert first == again != other and not sampled.notices
+    finally:
+        process.kill()
+        process.wait()
