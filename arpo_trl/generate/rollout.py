@@ -165,6 +165,8 @@ class _Rollout:
                 for batch in waiting:
                     roll_out(batch, engine, writer, self.toolbox, tools)
                     save(batch)
+        if isinstance(engine, ServerEngine):
+            engine.close()
         if self.bar:
             self.bar.close()
 

@@ -16,8 +16,12 @@ from .engines import Request, Sampling, seed_of
 RETRIES = 5
 WAIT_SECONDS = 0.5  # before the first retry; doubled each time
 READ_SECONDS = 600.0
-Ids = Literal["token_ids", "logprobs", "text"]
-"""Where a reply's ids are: vLLM's `token_ids`, llama.cpp's log-probabilities, or nowhere."""
+Ids = Literal["token_ids", "tokens", "text"]
+"""Where a reply's ids are: vLLM's `token_ids`, `tokens` of llama.cpp's own /completion, or nowhere.
+
+llama.cpp's /v1/completions has ids in its log-probabilities only, without the tokens of a stop text and without those
+that are part of a character (xllamacpp 2026.10.11549).
+"""
 
 
 class ServerEngine:
@@ -39,19 +43,21 @@ class ServerEngine:
             limits=httpx.Limits(max_connections=requests, max_keepalive_connections=requests),
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )
+        self.ids: Ids = "token_ids"
         models = self._send("GET", "/models").get("data") or [{}]
         self.model = str(models[0].get("id", "default"))
         self.context = int(models[0].get("max_model_len") or self._slot_context() or 1 << 30)
-        self.ids: Ids = "token_ids"
         self.notices: list[str] = []
         self._probe()
 
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
         return [self._continue(request) for request in requests]
 
+    def close(self) -> None:
+        self.client.close()
+
     def _continue(self, request: Request) -> list[int]:
-        choice = self._complete(request)["choices"][0]
-        ids = self._read_ids(choice, request.stops)
+        ids = self._read_ids(self._complete(request), request.stops)
         end = next((at for at, token in enumerate(ids) if token in self.ends), len(ids))
         return cut_after_stop(self.tokenizer, ids[: end + 1], request.stops)[: request.limit]
 
@@ -76,15 +82,16 @@ class ServerEngine:
         }
         if request.stops:
             body |= {"stop": list(request.stops), "include_stop_str_in_output": True}
-        if self.ids == "logprobs":
-            body["logprobs"] = 1
+        if self.ids == "tokens":
+            return self._send("POST", "/completion", body | {"n_predict": request.limit, "return_tokens": True})
         return self._send("POST", "/completions", body)
 
-    def _read_ids(self, choice: dict[str, Any], stops: Sequence[str]) -> list[int]:
+    def _read_ids(self, answer: dict[str, Any], stops: Sequence[str]) -> list[int]:
+        if self.ids == "tokens":
+            return list(answer["tokens"])
+        choice = answer["choices"][0]
         if self.ids == "token_ids":
             return list(choice["token_ids"])
-        if self.ids == "logprobs":
-            return [int(token["id"]) for token in (choice.get("logprobs") or {}).get("content") or []]
         text = str(choice["text"])
         if choice.get("finish_reason") == "stop":
             # A stop text may be cut off, and the server doesn't report which one: it is the one that is open.
@@ -98,11 +105,8 @@ class ServerEngine:
         prompt: list[int] = self.tokenizer("The quick brown fox", add_special_tokens=False)["input_ids"]
         answer = self._complete(Request(prompt, 8, "probe"))
         if not isinstance(answer["choices"][0].get("token_ids"), list):
-            self.ids = "logprobs"
-            answer = self._complete(Request(prompt, 8, "probe"))
-            content = (answer["choices"][0].get("logprobs") or {}).get("content") or [{}]
-            if "id" not in content[0]:
-                self.ids = "text"
+            self.ids = "tokens" if self._slot_context() else "text"
+            if self.ids == "text":
                 self.notices.append("returns no token ids: replies are tokenized again, which may give other ids")
         counted = (answer.get("usage") or {}).get("prompt_tokens", len(prompt))
         if counted != len(prompt):
@@ -129,7 +133,10 @@ class ServerEngine:
             if attempt:
                 time.sleep(WAIT_SECONDS * 2 ** (attempt - 1))
             try:
-                response = self.client.request(method, self.url + path, json=body)
+                own = self.ids == "tokens" and path == "/completion"
+                response = self.client.request(
+                    method, (self.url.removesuffix("/v1") if own else self.url) + path, json=body
+                )
             except httpx.TransportError as error:
                 problem = f"no answer ({in_one_line(error)})"
                 continue

@@ -45,12 +45,15 @@ class Server:
                 return
 
             def do_GET(self) -> None:
-                known = {"/v1/models": {"data": [{"id": "tiny", "max_model_len": 512}]}}
+                known: dict[str, Any] = {"/v1/models": {"data": [{"id": "tiny", "max_model_len": 512}]}}
+                if outer.kind == "llama.cpp":
+                    known["/v1/models"] = {"data": [{"id": "tiny"}]}
+                    known["/props"] = {"default_generation_settings": {"n_ctx": 512}}
                 self.reply(200 if self.path in known else 404, known.get(self.path, {}))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self.reply(*outer.answer(body))
+                self.reply(*outer.answer(body | {"path": self.path}))
 
             def reply(self, status: int, value: dict[str, Any]) -> None:
                 data = json.dumps(value).encode()
@@ -92,8 +95,8 @@ class Server:
         choice: dict[str, Any] = {"text": text, "finish_reason": "stop" if stopped else "length"}
         if self.kind == "vllm" and body.get("return_token_ids"):
             choice["token_ids"] = ids
-        if self.kind == "llama.cpp" and body.get("logprobs"):
-            choice["logprobs"] = {"content": [{"id": token, "logprob": 0.0} for token in ids]}
+        if self.kind == "llama.cpp" and body["path"] == "/completion" and body["return_tokens"]:
+            return 200, {"tokens": ids, "content": text}
         return 200, {"choices": [choice], "usage": {"prompt_tokens": len(body["prompt"])}}
 
     def generate(self, body: dict[str, Any]) -> list[int]:
@@ -222,12 +225,12 @@ def test_ids_after_a_stop_text_are_cut(tiny_tokenizer: PreTrainedTokenizerBase) 
 # --- a real server: pip install xllamacpp; LLAMA_CPP is llama.cpp's source with convert_hf_to_gguf.py ---
 
 SERVE = """
-import sys, time, xllamacpp as xlc
-params = xlc.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel, params.port = sys.argv[1], 4096, 4, int(sys.argv[2])
-params.hostname, params.warmup, params.cpuparams.n_threads = "127.0.0.1", False, 1
-server = xlc.Server(params)
-print("ready", flush=True)
+import sys, time, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.port = sys.argv[1], int(sys.argv[2])
+params.n_ctx, params.n_parallel, params.warmup = 4096, 4, False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+server = xllamacpp.Server(params)
 time.sleep(600)
 """
 
@@ -253,7 +256,7 @@ def test_llama_cpp_continues_our_ids(tmp_path: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         here = TransformersEngine(load_for_generation(folder), tokenizer, GREEDY)
         there = ServerEngine(f"http://127.0.0.1:{port}/v1", tokenizer, here.ends, GREEDY, 4)
-        assert there.ids == "logprobs" and there.context == 1024 and not there.notices
+        assert there.ids == "tokens" and there.context == 1024 and not there.notices
         stop = tokenizer.decode(here.generate([Request(tokenizer("What is").input_ids, 4, "")])[0][2:4])
         for stops in ((), (stop,)):
             request = Request(tokenizer("What is").input_ids, 16, "a", stops)
@@ -263,6 +266,8 @@ def test_llama_cpp_continues_our_ids(tmp_path: Path) -> None:
             sampled.generate([Request(tokenizer("What is").input_ids, 16, key)]) for key in ("a", "a", "b")
         )
         assert first == again != other and not sampled.notices
+        there.close()
+        sampled.close()
     finally:
         process.kill()
         process.wait()
