@@ -96,13 +96,12 @@ def read_questions(recipe: Recipe, template: Template, default_form: ResultForm 
         raise recipe.error("dataset", f"missing (rollout_on: {recipe.rollout_on} needs it)")
     infos = {info.name: info for info in select_datasets(recipe)}
     questions, held_out = Questions(), Questions()
-    sources = _split_sources(recipe, template) if recipe.val_size else None
+    split = _split_sources(recipe, template) if recipe.val_size else None
     for name in names:
-        places = None if sources is None else sources[recipe.rollout_on]
-        _read_dataset(infos[name], recipe, default_form, questions, places)
+        _read_dataset(infos[name], recipe, default_form, questions, split[recipe.rollout_on] if split else None)
     if recipe.rollout_on == "train":
-        for name in recipe.eval_dataset or (names if sources else []):
-            _read_dataset(infos[name], recipe, default_form, held_out, sources["eval"] if sources else None)
+        for name in recipe.eval_dataset or (names if split else []):
+            _read_dataset(infos[name], recipe, default_form, held_out, split["eval"] if split else None)
         digests = {question.digest for question in held_out.items}
         kept = [question for question in questions.items if question.digest not in digests]
         if dropped := len(questions.items) - len(kept):
@@ -124,14 +123,14 @@ def _read_dataset(
     recipe: Recipe,
     default_form: ResultForm | None,
     questions: Questions,
-    places: set[str] | None,
+    sources: set[str] | None,
 ) -> None:
     """Add the questions of a dataset, and the counts of what they leave out."""
     rows = list(_read_rows(info, recipe))
     form = learn_form(conversation for _, _, conversation in rows[:SAMPLED_ROWS] if conversation) or default_form
     skipped: Counter[str] = Counter()
     for row, value, conversation in rows:
-        if places is not None and row.place not in places:
+        if sources is not None and row.place not in sources:
             continue
         if conversation is None:
             skipped["rows that can't be read"] += 1

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from ..data.tokenizer import load_template
-from ..errors import RowError, RunFailed, printable
+from ..errors import RecipeError, RowError, RunFailed, printable
 from ..model.model import load_model
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
@@ -138,12 +138,7 @@ class _Rollout:
     def _generate(self) -> None:
         engine = self._engine()
         writer = self._writer(engine)
-        trajectories = [
-            writer.start(question, sample)
-            for question in self.questions
-            for sample in range(self.recipe.num_generations)
-        ]
-        numbers = {id(trajectory): at // self.recipe.num_generations for at, trajectory in enumerate(trajectories)}
+        trajectories, numbers = self._start(writer)
         part = part_path(self.folder, self.state.process_index)
         ordered = sorted(trajectories, key=lambda trajectory: -trajectory.prompt_tokens)
         size = 1 if self.recipe.server_url else self._batch_size(engine, ordered)
@@ -160,7 +155,7 @@ class _Rollout:
         with ThreadPoolExecutor(PARALLEL_TOOLS) as tools:
             save = partial(self._save, writer, part, numbers, tools)
             if self.recipe.server_url:
-                self._serve(engine, writer, waiting, save)
+                self._serve(engine, writer, waiting, total, save)
             else:
                 for batch in waiting:
                     roll_out(batch, engine, writer, self.toolbox, tools)
@@ -170,8 +165,32 @@ class _Rollout:
         if self.bar:
             self.bar.close()
 
+    def _start(self, writer: Writer) -> tuple[list[Trajectory], dict[int, int]]:
+        """Return all trajectories, and the number of each one's question. Questions that can't be rendered are skipped."""
+        trajectories: list[Trajectory] = []
+        numbers: dict[int, int] = {}
+        skipped: list[str] = []
+        for number, question in enumerate(self.questions):
+            try:
+                samples = [writer.start(question, sample) for sample in range(self.recipe.num_generations)]
+            except RowError as error:
+                skipped.append(f"{question.source}: {error}")
+                continue
+            trajectories += samples
+            numbers |= {id(trajectory): number for trajectory in samples}
+        if skipped:
+            say(f"         {len(skipped):,} questions skipped, the first: {skipped[0]}")
+        if not trajectories:
+            raise RecipeError(f"{self.recipe.path}: no question can be rendered ({skipped[0]})")
+        return trajectories, numbers
+
     def _serve(
-        self, engine: Engine, writer: Writer, waiting: Sequence[list[Trajectory]], save: Callable[..., None]
+        self,
+        engine: Engine,
+        writer: Writer,
+        waiting: Sequence[list[Trajectory]],
+        total: int,
+        save: Callable[..., None],
     ) -> None:
         """Roll out with many requests in flight: each trajectory runs in its own thread, and so do its tools."""
         pool = ThreadPoolExecutor(self.recipe.server_requests)
@@ -181,7 +200,7 @@ class _Rollout:
             save(batch)
 
         futures = [pool.submit(complete, batch) for batch in waiting]
-        saved = len(self.questions) * self.recipe.num_generations - len(futures)
+        saved = total - len(futures)
         try:
             for future in as_completed(futures):
                 future.result()
@@ -352,12 +371,14 @@ def roll_out(
             for trajectory, ids in zip(active, engine.generate(requests), strict=True)
         ]
         run = partial(_run_calls, writer, toolbox)
-        waiting = [(trajectory, call) for trajectory, call in calls if call]
+        waiting = [(trajectory, new_calls) for trajectory, new_calls in calls if new_calls]
         if pool is None:
-            for trajectory, call in waiting:
-                run(trajectory, call)
+            for trajectory, new_calls in waiting:
+                run(trajectory, new_calls)
         else:
-            futures: list[Future[None]] = [pool.submit(run, trajectory, call) for trajectory, call in waiting]
+            futures: list[Future[None]] = [
+                pool.submit(run, trajectory, new_calls) for trajectory, new_calls in waiting
+            ]
             for future in futures:
                 future.result()
         active = [trajectory for trajectory in active if trajectory.end is None]
