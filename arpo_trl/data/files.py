@@ -17,9 +17,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import DatasetError, RowError, in_one_line, printable
-from ..recipe.keys import Recipe
-from .registry import DatasetInfo, find_registry, select_datasets
+from ..errors import DatasetError, RowError, in_one_line
+from .registry import DatasetInfo
 from .strict_json import decode_json, parse_json
 
 if TYPE_CHECKING:
@@ -36,33 +35,6 @@ class Row(NamedTuple):
 
     place: str
     value: object
-
-
-def check_datasets(recipe: Recipe) -> Recipe:
-    """Check the entries and files of the recipe's datasets, before anything heavy is imported.
-
-    Returns:
-        The recipe, with notices about its datasets.
-
-    Raises:
-        DatasetError: names every dataset that can't be used, or every missing file.
-    """
-    infos = select_datasets(recipe)
-    problems = []
-    for info in infos:
-        try:
-            if info.path and not recipe.tokenized_path:  # Encoded rows need no raw data.
-                find_files(info.path)
-        except DatasetError as error:
-            key = "dataset" if info.name in recipe.dataset else "eval_dataset"
-            problems.append(str(recipe.error(key, f"{info.name}: {error}")))
-    if problems:
-        raise DatasetError(problems)
-    lines = [line for info in infos for line in info.findings("notice")]
-    for info in find_registry(recipe).values() if infos else ():
-        if info not in infos:
-            lines += [f"{line} (ignored: not used by this recipe)" for line in info.findings("mistake")]
-    return recipe.with_notices(*map(printable, lines))
 
 
 def find_files(path: Path) -> list[Path]:

@@ -36,7 +36,8 @@ from .audit import (
 from .cache import TRAINED_ON, EncodedDataset, kept_rows, load_or_encode, load_tokenized
 from .encode import Encoder, encode_rows
 from .files import fingerprint, read_dataset
-from .registry import DatasetInfo, select_datasets
+from .registry import DatasetInfo
+from .sources import select_datasets
 from .template import Template
 
 ROWS_BEFORE_CHECK = 1000

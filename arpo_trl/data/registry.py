@@ -148,42 +148,6 @@ class DatasetInfo(BaseModel):
         return [self.place + text for kind, text in self._findings if kind in kinds]
 
 
-def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
-    """Return the datasets that the recipe names, each once; none if `tokenized_path` was saved by LLaMA-Factory.
-
-    Raises:
-        DatasetError: names every dataset that can't be used.
-    """
-    if not (recipe.dataset or recipe.eval_dataset) or saved_by_llamafactory(recipe):
-        return []
-    registry = find_registry(recipe)
-    problems: list[str] = []
-    infos: dict[str, DatasetInfo] = {}
-    names = [("dataset", name) for name in recipe.dataset] + [("eval_dataset", name) for name in recipe.eval_dataset]
-    for key, name in names:
-        if info := registry.get(name):
-            infos[name] = info
-            problems += [*info.findings("mistake", "unsupported"), *_of_another_stage(info, recipe.stage)]
-        else:
-            problem = f"no such dataset in {recipe.dataset_dir}/dataset_info.json{_nearest(name, registry)}"
-            problems.append(str(recipe.error(key, f"{name}: {problem}")))
-        if key == "eval_dataset" and recipe.streaming and name in recipe.dataset:
-            problem = f"{name}: not supported for a streamed dataset; hold rows out with val_size"
-            problems.append(str(recipe.error(key, problem)))
-    if problems:
-        raise DatasetError(list(dict.fromkeys(problems)))
-    return list(infos.values())
-
-
-def _of_another_stage(info: DatasetInfo, stage: str) -> list[str]:
-    if info.ranking and stage != "dpo":
-        return [f"{info.place}.ranking: preference pairs are not supported in stage: {stage}; set stage: dpo"]
-    if stage == "dpo" and not info.ranking:
-        expected = "expected ranking: true, and columns chosen and rejected"
-        return [f"{info.place}: not a dataset of preference pairs, which stage: dpo needs ({expected})"]
-    return []
-
-
 def saved_by_llamafactory(recipe: Recipe) -> Path | None:
     """Return `tokenized_path` if `save_to_disk` wrote this folder itself; ours contains a folder for each dataset."""
     if not recipe.tokenized_path:
@@ -269,7 +233,10 @@ def _check_entry(entry: DatasetInfo) -> Iterator[tuple[str, str]]:
         yield "mistake", f".tags: {' and '.join(same)} are both {tags[same[0]]!r}"
     for key, value in others.items():
         if key not in UNSUPPORTED:
-            yield "notice", f".{key}: ignored, unknown key{_nearest(key, [*DatasetInfo.model_fields, *UNSUPPORTED])}"
+            yield (
+                "notice",
+                f".{key}: ignored, unknown key{nearest_name(key, [*DatasetInfo.model_fields, *UNSUPPORTED])}",
+            )
         elif value and not hub:  # LLaMA-Factory also prefers the data on the Hub.
             yield "unsupported", f".{key}: {UNSUPPORTED[key]}"
     if "kto_tag" in entry.columns:
@@ -298,7 +265,7 @@ def _unknown_names(
             continue
         near = get_close_matches(key, known, n=1)
         other = next((form for form in table if key in table[form]), None)
-        hint = f"; it belongs to formatting {other}" if other else _nearest(key, known)
+        hint = f"; it belongs to formatting {other}" if other else nearest_name(key, known)
         text = f"unknown key for formatting {formatting}{hint}"
         if (near and near[0] not in names) or (place == ".columns" and not names.keys() & known.keys()):
             yield "mistake", f"{place}.{key}: {text}"
@@ -306,7 +273,7 @@ def _unknown_names(
             yield "notice", f"{place}.{key}: ignored, {text}"
 
 
-def _nearest(key: str, known: Collection[str]) -> str:
+def nearest_name(key: str, known: Collection[str]) -> str:
     if nearest := get_close_matches(key, known, n=1):
         return f"; did you mean {nearest[0]}?"
     shown = ", ".join(islice(known, SHOWN)) or "none"

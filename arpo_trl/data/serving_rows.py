@@ -25,8 +25,8 @@ from .files import Row, read_dataset
 from .labels import ExampleConfig, trained_segments
 from .messages import REASONING_KEYS, Conversation, Fields, Message, to_conversation
 from .prepare import PreparedData, Rows
-from .registry import select_datasets
 from .segments import Segment, to_segments
+from .sources import select_datasets
 from .template import Template
 from .template_probe import ChatTemplate, find_template
 from .tokenizer import make_tokenize

@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 from ..data.files import Row, read_dataset
 from ..data.messages import Conversation, Fields, Message, to_conversation
 from ..data.prepare import prepare_datasets
-from ..data.registry import DatasetInfo, select_datasets
+from ..data.registry import DatasetInfo
+from ..data.sources import select_datasets
 from ..data.template import Template
 from ..errors import RowError
 from ..recipe.keys import Recipe

@@ -70,7 +70,7 @@ class MethodKeys(BaseModel):
 
 
 class DatasetKeys(BaseModel):
-    dataset: Names = key([], "Training datasets, as named in dataset_info.json")
+    dataset: Names = key([], "Training datasets: names in dataset_info.json, data files, or owner/name on the hub")
     dataset_dir: Location = key("data", "Folder of dataset_info.json; its file names are relative to this folder")
     template: TemplateName | None = key(None, "LLaMA-Factory template name or .jinja file; default: the tokenizer's own")
     enable_thinking: bool | None = key(True, "Reasoning templates: train on the empty block of replies without reasoning (null: mask it; false: also remove the rows' reasoning)")

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, JsonValue
 from ..data.files import read_dataset
 from ..data.messages import to_conversation
 from ..data.prepare import PreparedData
-from ..data.registry import select_datasets
+from ..data.sources import select_datasets
 from ..errors import RecipeError, RowError
 from ..machine import installed_versions
 from ..processes import on_main_process

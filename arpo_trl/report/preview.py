@@ -1,20 +1,24 @@
-"""`--preview`: rows token by token, trained or not."""
+"""`--preview`: rows token by token, trained or not; and the short row that each run prints before step 1."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
+from textwrap import shorten
 
+import numpy as np
+from datasets import Dataset
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ..data.audit import Counts, missing_columns
+from ..data.audit import Counts, missing_columns, token_lengths
 from ..data.encode import EncodedRow, Encoder, encode_rows
 from ..data.files import read_dataset
 from ..data.labels import IGNORED
 from ..data.pairs import SIDES
-from ..data.registry import DatasetInfo, select_datasets
+from ..data.registry import DatasetInfo
+from ..data.sources import select_datasets
 from ..data.tokenizer import load_template
 from ..errors import DatasetError, printable
 from ..recipe.keys import Recipe
@@ -26,6 +30,11 @@ KINDS = {
     "trained": ("+ ", ("bold green", "green"), "trained"),
     "masked": ("- ", ("bold yellow", "yellow"), "masked by mask_spans"),
 }
+
+EXAMPLE_ROWS = 200
+"""Rows of which `describe_example` shows the shortest."""
+EXAMPLE_LINES = 4
+EXAMPLE_WIDTH = 88
 
 
 def preview(recipe: Recipe, rows: int) -> None:
@@ -95,6 +104,26 @@ def _show_tokens(console: Console, tokens: Sequence[tuple[int, str]], tokenizer:
         for line in text.split("\n"):
             console.print(Text.assemble((margin, shades[0]), line))
         console.print(Text(f"{margin}^ {len(ids):,} tokens {name}", "italic dim"))
+
+
+def describe_example(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the shortest of the first rows, with `+` before trained lines; long turns are shortened in the middle."""
+    if not len(rows):
+        return []
+    row = rows[int(np.argmin(token_lengths(rows.select(range(min(len(rows), EXAMPLE_ROWS))))))]
+    tokens = list(zip(row["input_ids"], row["labels"], strict=True))
+    trained = sum(label != IGNORED for _, label in tokens)
+    lines = [f"example  {row['source']}: {len(tokens):,} tokens, {trained:,} trained (+)"]
+    sides = row.get("seq_lengths") or [len(tokens)]
+    for name, end, length in zip(SIDES if len(sides) > 1 else [""], np.cumsum(sides), sides):
+        lines += [f"         {name}:"] * bool(name)
+        for is_trained, turn in groupby(tokens[end - length : end], lambda token: token[1] != IGNORED):
+            text = str(tokenizer.decode([token for token, _ in turn], clean_up_tokenization_spaces=False))
+            shown = [shorten(line, EXAMPLE_WIDTH, placeholder=" ...") for line in text.split("\n") if line.strip()]
+            if len(shown) > EXAMPLE_LINES:
+                shown = [*shown[: EXAMPLE_LINES - 2], "...", shown[-1]]
+            lines += [f"       {'+' if is_trained else ' '} {line}" for line in shown]
+    return lines
 
 
 def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

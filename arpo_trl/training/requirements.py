@@ -14,8 +14,7 @@ from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..data.files import check_datasets
-from ..data.registry import select_datasets
+from ..data.sources import check_datasets, uses_hub
 from ..errors import DatasetError, RecipeError, in_one_line
 from ..machine import nearest_existing_parent
 from ..recipe import methods
@@ -52,9 +51,9 @@ def check_inputs(recipe: Recipe) -> Recipe:
         missing += _output_dir(recipe)
     lines = [str(recipe.error(key, problem)) for key, problem in missing]
     try:
+        if hub is None and uses_hub(recipe):
+            hub = probe_hub()  # before rows are read
         recipe = check_datasets(recipe)
-        if hub is None and any(info.hf_hub_url for info in select_datasets(recipe)):
-            hub = probe_hub()
     except DatasetError as error:
         lines.append(str(error))
     if lines:

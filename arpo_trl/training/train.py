@@ -30,6 +30,7 @@ from ..report.log_file import mean_loss, read_log
 from ..report.loss_plot import plot_run
 from ..report.manifest import Manifest, describe_run, read_manifest, recipe_text, require_same_run
 from ..report.model_card import write_model_card
+from ..report.preview import describe_example
 from ..report.trackers import finish_trackers, start_trackers
 from ..run_folder import match_umask, save_metrics, write_json
 from .callbacks import (
@@ -194,6 +195,8 @@ def add_callbacks(
 def before_first_step(recipe: Recipe, trainer: ArpoTrainer, data: PreparedData, checkpoint: Path | None) -> None:
     """Report what the run is about to do, try it, and repeat an evaluation that a signal stopped."""
     say(*start_report(recipe, data, trainer, checkpoint))
+    if isinstance(data.train, Dataset):  # a stream's first row would have to be read again
+        say(*describe_example(data.train, data.template.tokenizer))
     require_separate_rows(recipe, trainer)
     if precomputes(recipe) and splits_model(recipe):
         use_stored_log_probs(recipe, trainer, is_untrained=trainer.state.global_step == 0)

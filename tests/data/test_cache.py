@@ -18,7 +18,8 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from arpo_trl.data import cache
 from arpo_trl.data.encode import Encoder, encode_rows
 from arpo_trl.data.files import read_dataset
-from arpo_trl.data.registry import read_registry, select_datasets
+from arpo_trl.data.registry import read_registry
+from arpo_trl.data.sources import select_datasets
 from arpo_trl.data.tokenizer import load_template
 from arpo_trl.errors import DatasetError
 from arpo_trl.recipe import Recipe

@@ -13,7 +13,8 @@ from arpo_trl.data.encode import Encoder, encode_rows
 from arpo_trl.data.files import Row
 from arpo_trl.data.labels import IGNORED
 from arpo_trl.data.pairs import to_pair
-from arpo_trl.data.registry import DatasetInfo, select_datasets
+from arpo_trl.data.registry import DatasetInfo
+from arpo_trl.data.sources import select_datasets
 from arpo_trl.data.template import Template
 from arpo_trl.data.tokenizer import load_template
 from arpo_trl.errors import DatasetError, RowError

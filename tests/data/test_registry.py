@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from arpo_trl.data.files import check_datasets
 from arpo_trl.data.messages import to_conversation
 from arpo_trl.data.registry import DatasetInfo, read_registry
+from arpo_trl.data.sources import check_datasets
 from arpo_trl.errors import DatasetError, RowError
 from arpo_trl.recipe import Recipe, read_recipe
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from arpo_trl.data.registry import select_datasets
+from arpo_trl.data.sources import select_datasets
 from arpo_trl.errors import RecipeError
 from arpo_trl.model.sft_config import to_sft_config
 from arpo_trl.recipe import Recipe

@@ -81,9 +81,11 @@ def test_token_counts_match_the_audit(finished: Path) -> None:
 def test_a_run_prints_its_start_and_end_reports(finished: Path) -> None:
     text = (finished / "training.log").read_text(encoding="utf-8")
     words = [line.split()[0] for line in text.splitlines()]
-    assert words == [
+    example = words.index("example")
+    assert "+" in words[example + 1 : words.index("preflight")]
+    assert [*words[: example + 1], *words[words.index("preflight") :]] == [
         "#",
-        *"model device data validation: steps disk output preflight".split(),
+        *"model device data validation: steps disk output example preflight".split(),
         *["step"] * 6,
         "serving",
         "done",
