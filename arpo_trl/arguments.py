@@ -47,8 +47,13 @@ def chat_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser("chat", CHAT)
     parser.add_argument("model", type=Path, metavar="MODEL", help="model folder or adapter folder")
     parser.add_argument("--prompt", help="answer one prompt and exit")
-    parser.add_argument("--system", help="system prompt (default: the chat template's)")
-    parser.add_argument("--tools", type=read_tools, metavar="FILE.json", help="tools to offer the model")
+    parser.add_argument("--system", help="system message (default: the training rows'; '': none)")
+    parser.add_argument(
+        "--tools",
+        type=read_tools,
+        metavar="FILE.json",
+        help="tools to offer (default: the training rows'; none: none)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=512, help="max tokens between two results (512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature (0: greedy)")
     parser.add_argument("--results", choices=("turn", "inside"), help="where results go (default: as in training)")
@@ -64,7 +69,9 @@ def chat_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def read_tools(path: str) -> list[Fields] | None:
-    """Read tools as training reads a row's `tools`: a list, or the JSON text of a list."""
+    """Read tools as training reads a row's `tools`: a list, or the JSON text of a list. `none`: no tools."""
+    if path == "none":
+        return []
     try:
         return to_tools(parse_json(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, RowError) as error:

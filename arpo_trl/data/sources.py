@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from itertools import islice
-from os.path import exists, isfile
+from os.path import isfile, lexists
 from pathlib import Path
 
 from ..errors import DatasetError, printable
@@ -99,7 +99,7 @@ def _needs_registry(recipe: Recipe) -> bool:
     """Return whether a registry exists, or a name could only be one of its entries."""
     names = [*recipe.dataset, *recipe.eval_dataset]
     is_elsewhere = recipe.dataset_dir == "ONLINE" or recipe.dataset_dir.startswith("REMOTE:")
-    has_registry = is_elsewhere or exists(Path(recipe.dataset_dir, "dataset_info.json"))
+    has_registry = is_elsewhere or lexists(Path(recipe.dataset_dir, "dataset_info.json"))
     return has_registry or not all(_is_data_file(name) or _is_hub_name(name) for name in names)
 
 

@@ -6,6 +6,7 @@ Its arguments are in arguments.py.
 from __future__ import annotations
 
 import argparse
+import textwrap
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -17,7 +18,7 @@ from transformers.utils import logging
 from ..data.messages import Fields, Message
 from ..data.template_probe import find_template
 from ..errors import RecipeError, RowError, printable
-from ..report.manifest import Results, find_manifest
+from ..report.manifest import SHARED, Results, find_manifest
 from .engines import Sampling, TransformersEngine, load_for_generation
 from .questions import TOOL_CALLS, Question, ResultForm
 from .rollout import describe_form, form_of, roll_out
@@ -28,6 +29,7 @@ from .tools import PYTHON, to_code
 from .trajectory import Limits, Writer
 
 MAX_CALLS = 20  # per question
+SHOWN = 60  # characters of the system message in the banner
 NOT_TRAINED = "not in run.json: results are inserted as turns (--results inside: into the model's turn)"
 
 
@@ -110,24 +112,51 @@ def load_chat(args: argparse.Namespace) -> Chat:
         raise RecipeError(f"{args.model}: the tokenizer has no chat template. Use the output_dir of a run of arpo_trl")
     manifest = find_manifest(args.model)
     results: Results | None = args.results or (manifest.results if manifest else None)
-    form = form_of(results) or ResultForm()
+    of_rows = manifest.tools if manifest and args.tools is None else None
+    tools = args.tools or of_rows or None
+    form = TOOL_CALLS if args.tools or (of_rows and not args.results) else form_of(results) or ResultForm()
     sampling = Sampling(do_sample=args.temperature > 0, temperature=args.temperature or 1.0, seed=torch.seed() % 2**32)
     engine = TransformersEngine(model, tokenizer, sampling)
     engine.streamer = cast(BaseStreamer, _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     limits = Limits(MAX_CALLS, args.max_new_tokens, engine.context)
     writer = Writer(find_template(tokenizer), engine.ends, limits, [])
     system = args.system if args.system is not None else (manifest.system if manifest else None)
-    return Chat(engine, writer, TOOL_CALLS if args.tools else form, args.tools, system or "")
+    return Chat(engine, writer, form, tools, system or "")
 
 
 def describe(chat: Chat, args: argparse.Namespace, limits: ToolLimits | None) -> list[str]:
-    """Return the banner: the system message, where results go, and how python runs."""
+    """Return the banner: the system message and tools, where results go, how python runs, and how to leave."""
     manifest = find_manifest(args.model)
-    unknown = not args.results and not args.tools and (manifest is None or manifest.results is None)
-    lines = [f"system   {' '.join(chat.system.split())[:100]}"] if chat.system else []
-    lines.append(f"results  {NOT_TRAINED if unknown else describe_form(chat.form)}")
+    names = ", ".join(tool["function"]["name"] for tool in chat.tools or ())
+    system, tools = textwrap.shorten(chat.system, SHOWN, placeholder=" ..."), textwrap.shorten(names, SHOWN)
+    if args.system is None:
+        change = "--system TEXT changes it" if system else "--system TEXT sets one"
+        share = manifest.system_share if manifest else None
+        system = f"{system or 'none'} ({_origin('system message', bool(system), share)}; {change})"
+    if args.tools is None:
+        change = (
+            "--tools FILE.json changes them, --tools none removes them" if tools else "--tools FILE.json offers some"
+        )
+        share = manifest.tools_share if manifest else None
+        tools = f"{tools or 'none'} ({_origin('tools', bool(tools), share)}; {change})"
+    is_known = args.results or chat.tools or (manifest and manifest.results)
     run = describe_isolation(limits) if limits else "not run, you type its results (--run-python runs it)"
-    return [*lines, f"python   {run}"]
+    return [
+        f"system   {system or 'none'}",
+        f"tools    {tools or 'none'}",
+        f"results  {describe_form(chat.form) if is_known else NOT_TRAINED}",
+        f"python   {run}",
+        *([] if args.prompt else ["leave    with an empty line"]),
+    ]
+
+
+def _origin(what: str, used: bool, share: float | None) -> str:
+    """Return why a system message or tools are used or not; `share`: of the rows with the most frequent ones."""
+    if share is None:
+        return "run.json does not have the training rows'"
+    if used:
+        return f"of {share:.0%} of the training rows"
+    return f"the training rows have no {what}" if share >= SHARED else f"no {what} shared by half of the training rows"
 
 
 def ask(prompt: str) -> str:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import platform
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import date
 from itertools import dropwhile, islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 import yaml
 from accelerate import PartialState
 from pydantic import BaseModel, BeforeValidator, JsonValue
 
 from ..data.files import read_dataset
-from ..data.messages import to_conversation
+from ..data.messages import Fields, Message, to_conversation
+from ..data.pairs import to_pair
 from ..data.prepare import PreparedData
 from ..data.sources import select_datasets
 from ..errors import RecipeError, RowError
@@ -31,7 +34,9 @@ from ..version import __version__
 
 RECIPE_MARK = "# the recipe of this run with every key, written by arpo_trl\n"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
-SAMPLED = 100  # rows per dataset, to find out where its tool results are
+SAMPLED = 100  # rows per dataset, to find out where its tool results are, and which system message and tools it has
+SHARED = 0.5
+"""The share of the sampled rows that must have a system message, or tools, for `chat` to use them."""
 Results = Literal["turn", "inside"]
 
 MAY_CHANGE = frozenset(
@@ -58,7 +63,8 @@ class Manifest(BaseModel):
         day: The date that the template writes.
         reference: The reference model of `stage: dpo`: its path, adapters, and a hash of their files.
         results: Whether tool results are separate turns or inside the model's turn; None if there are none.
-        system: The most frequent system message of the rows, for `arpo-trl chat`.
+        system, tools: Those of at least half of the training rows, for `arpo-trl chat` and the model card; None if no
+            row has any, or `system_share` or `tools_share`, the share of the most frequent ones, is below half.
         tracker_run: The run's id in its trackers.
     """
 
@@ -75,6 +81,9 @@ class Manifest(BaseModel):
     reference: dict[str, JsonValue] | None = None
     results: Results | None = None
     system: str | None = None
+    system_share: float | None = None
+    tools: list[dict[str, JsonValue]] | None = None
+    tools_share: float | None = None
     tracker_run: str | None = None
 
     def write(self, output_dir: Path, status: Literal["running", "stopped", "finished"]) -> None:
@@ -85,7 +94,6 @@ class Manifest(BaseModel):
 
 def describe_run(recipe: Recipe, data: PreparedData) -> Manifest:
     """Return the manifest of a run that starts now."""
-    results, system = sample_rows(recipe)
     return Manifest(
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         recipe=recipe.resolved(),
@@ -96,8 +104,7 @@ def describe_run(recipe: Recipe, data: PreparedData) -> Manifest:
         world_size=PartialState().num_processes,
         versions={"arpo_trl": __version__, "python": platform.python_version(), **installed_versions(PACKAGES)},
         git_commit=git_commit(),
-        results=results,
-        system=system,
+        **sample_rows(recipe),
     )
 
 
@@ -124,25 +131,54 @@ def git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def sample_rows(recipe: Recipe) -> tuple[Results | None, str | None]:
-    """Return where most of the first rows with tool results have them, and the most frequent system message.
+class SampledRows(TypedDict, total=False):
+    """Fields of the manifest that describe the first rows of the training datasets."""
+
+    results: Results | None
+    system: str | None
+    system_share: float
+    tools: list[dict[str, JsonValue]] | None
+    tools_share: float
+
+
+def sample_rows(recipe: Recipe) -> SampledRows:
+    """Return where most of the first rows with tool results have them, and the system message and tools of most rows.
 
     Results are looked for after the first reply: a system prompt or a question may mention the tag.
     """
     inside = turns = 0
-    systems: Counter[str] = Counter()
+    systems, tools = Counter[str](), Counter[str]()
+    for messages, listed in _sampled_conversations(recipe):
+        systems[messages[0]["content"] if messages[0]["role"] == "system" else ""] += 1
+        tools[json.dumps(listed or [], default=str)] += 1
+        later = list(dropwhile(lambda message: message["role"] != "assistant", messages))
+        with_result = {message["role"] for message in later if "<result>" in message["content"]}
+        inside += "assistant" in with_result
+        turns += "user" in with_result or any(message["role"] == "tool" for message in later)
+    if not systems:
+        return {}
+    ((system, with_system),), ((shared, with_tools),) = systems.most_common(1), tools.most_common(1)
+    system_share, tools_share = with_system / systems.total(), with_tools / tools.total()
+    return {
+        "results": "inside" if inside > turns else "turn" if turns else None,
+        "system": system or None if system_share >= SHARED else None,
+        "system_share": system_share,
+        "tools": json.loads(shared) or None if tools_share >= SHARED else None,
+        "tools_share": tools_share,
+    }
+
+
+def _sampled_conversations(recipe: Recipe) -> Iterator[tuple[list[Message], list[Fields] | None]]:
+    """Yield the messages and tools of the first rows of each training dataset, of pairs the chosen side."""
     with contextlib.suppress(RecipeError):  # the rows were encoded elsewhere, without their files here
         for info in select_datasets(recipe):
+            if recipe.dataset and info.name not in recipe.dataset:
+                continue
             for row in islice(read_dataset(info, recipe.streaming), SAMPLED):
                 with contextlib.suppress(RowError):
-                    messages = to_conversation(row.value, info, recipe.default_system).messages
-                    systems[messages[0]["content"] if messages[0]["role"] == "system" else ""] += 1
-                    later = list(dropwhile(lambda message: message["role"] != "assistant", messages))
-                    with_result = {message["role"] for message in later if "<result>" in message["content"]}
-                    inside += "assistant" in with_result
-                    turns += "user" in with_result or any(message["role"] == "tool" for message in later)
-    results: Results | None = "inside" if inside > turns else "turn" if turns else None
-    return results, (systems.most_common(1)[0][0] or None) if systems else None
+                    args = row.value, info, recipe.default_system
+                    conversation = to_pair(*args)[0] if info.ranking else to_conversation(*args)
+                    yield conversation.messages, conversation.tools
 
 
 def read_manifest(output_dir: Path) -> Manifest | None:

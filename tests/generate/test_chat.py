@@ -35,7 +35,9 @@ ROOT = Path(__file__).parents[2]
 def test_the_command_answers_one_prompt(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", str(tiny_model), "--prompt", "你好", "--max-new-tokens", "4"]) == 0
     captured = capsys.readouterr()
-    results, python, *reply = captured.out.splitlines()
+    system, tools, results, python, *reply = captured.out.splitlines()
+    assert system == "system   none (run.json does not have the training rows'; --system TEXT sets one)"
+    assert tools == "tools    none (run.json does not have the training rows'; --tools FILE.json offers some)"
     assert (results, captured.err) == (f"results  {chat.NOT_TRAINED}", "") and reply
     assert python == "python   not run, you type its results (--run-python runs it)"
 
@@ -194,8 +196,8 @@ def test_a_program_runs_only_if_asked_for(
     assert main(["chat", str(tiny_model), "--prompt", "6 * 7?", "--run-python", "--results", "inside"]) == 0
     assert prompts[1].endswith(f"{PYTHON} <result>\n42\n</result>")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["results  inside the reply", f"python   {describe_isolation(Limits())}"]
-    assert [line for line in lines[2:] if line] == ["[result of python]", "42"]
+    assert lines[2:4] == ["results  inside the reply", f"python   {describe_isolation(Limits())}"]
+    assert [line for line in lines[4:] if line] == ["[result of python]", "42"]
     prompts = written([PYTHON], [])
     assert main(["chat", str(tiny_model), "--prompt", "6 * 7?", "--results", "inside"]) == 0
     assert len(prompts) == 1 and "[python would be called here with: print(6 * 7)]\n" in capsys.readouterr().out
@@ -233,9 +235,9 @@ def test_where_results_go_is_found_in_the_first_rows(
     info = {"d": {"file_name": "d.json", "formatting": "sharegpt"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     recipe = read_recipe(small_run.write_recipe(tmp_path, tiny_model, dataset="d", dataset_dir=str(tmp_path)))
-    assert sample_rows(recipe)[0] == form
+    assert sample_rows(recipe)["results"] == form
     (tmp_path / "d.json").unlink()
-    assert sample_rows(recipe) == (None, None)
+    assert sample_rows(recipe) == {}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -246,7 +248,7 @@ def test_where_results_go_is_found_in_a_dataset_of_the_hub(streaming: bool, tmp_
     info = {"d": {"hf_hub_url": str(tmp_path / "repo"), "formatting": "sharegpt"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     keys = {"dataset": "d", "dataset_dir": str(tmp_path), "streaming": streaming}
-    assert sample_rows(read_recipe(small_run.write_recipe(tmp_path, tiny_model, **keys)))[0] == "inside"
+    assert sample_rows(read_recipe(small_run.write_recipe(tmp_path, tiny_model, **keys)))["results"] == "inside"
 
 
 @pytest.mark.parametrize(
@@ -268,6 +270,66 @@ def test_a_chat_puts_results_where_the_run_s_manifest_has_them(
             made = find_manifest(model)
             assert made and (made.results, made.recipe["output_dir"]) == (form, str(run)), model
     assert find_manifest(tiny_model) is None
+
+
+def rows_with(*systems: str, tools: list[Any] | None = None) -> list[dict[str, Any]]:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    kept = {"tools": tools} if tools else {}
+    return [{"messages": [{"role": "system", "content": text}] * bool(text) + turns, **kept} for text in systems]
+
+
+OFFERED = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}]
+CHANGE, SET = "--system TEXT changes it", "--system TEXT sets one"
+
+
+@pytest.mark.parametrize(
+    ("rows", "system", "system_line", "tools_line"),
+    [
+        (
+            rows_with("S", "S", "T", tools=OFFERED),
+            "S",
+            f"S (of 67% of the training rows; {CHANGE})",
+            "search (of 100% of the training rows; --tools FILE.json changes them, --tools none removes them)",
+        ),
+        (
+            [*rows_with("S", tools=OFFERED), *rows_with("T"), *rows_with("U", tools=OFFERED[:1] * 2)],
+            None,
+            f"none (no system message shared by half of the training rows; {SET})",
+            "none (no tools shared by half of the training rows; --tools FILE.json offers some)",
+        ),
+        (
+            rows_with("", "", "S"),
+            None,
+            f"none (the training rows have no system message; {SET})",
+            "none (the training rows have no tools; --tools FILE.json offers some)",
+        ),
+    ],
+    ids=["shared", "not shared", "none"],
+)
+def test_chat_and_card_use_what_at_least_half_of_the_rows_share(
+    rows: list[dict[str, Any]],
+    system: str | None,
+    system_line: str,
+    tools_line: str,
+    tmp_path: Path,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From the rows to run.json, the merged model, the banner and the card."""
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    keys = {"dataset": str(tmp_path / "rows.json"), "max_steps": 1, "preflight": False, "finetuning_type": "lora"}
+    run = small_run.run(tmp_path, tiny_model, **keys)
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert ("\n> S\n" in card, "offer these tools: search." in card) == (system == "S", system == "S")
+    assert main(["merge", str(run), str(tmp_path / "merged")]) == 0
+    for model in (run, tmp_path / "merged"):
+        loaded = chat.load_chat(chat_args(model))
+        assert (loaded.system, loaded.tools) == (system or "", OFFERED if system else None)
+        lines = chat.describe(loaded, chat_args(model, prompt=None), None)
+        assert lines[:2] == [f"system   {system_line}", f"tools    {tools_line}"]
+        assert lines[-1] == "leave    with an empty line"
+        removed = chat.load_chat(chat_args(model, system="", tools=[]))
+        assert (removed.system, removed.tools) == ("", None)
 
 
 def test_a_recipe_that_is_called_chat_is_still_a_recipe(
