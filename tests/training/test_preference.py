@@ -421,7 +421,7 @@ def test_precomputed_log_probabilities_give_the_same_run(
     "keys",
     [
         {"finetuning_type": "full", "pref_ftx": 0.1},
-        {"finetuning_type": "lora", "gradient_accumulation_steps": 2, "logging_steps": 3},
+        {"finetuning_type": "lora", "gradient_accumulation_steps": 2, "logging_steps": 2},
         {"finetuning_type": "full", "precompute_ref_log_probs": True},
     ],
     ids=["full", "lora", "precomputed"],

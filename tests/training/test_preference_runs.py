@@ -108,7 +108,7 @@ TOY: list[dict[str, Any]] = [
     {"pref_loss": "sigmoid"},
     {"pref_loss": "hinge"},
     {"pref_loss": "ipo"},
-    {"pref_loss": "orpo"},
+    {"pref_loss": "orpo", "pref_beta": 2.0, "num_train_epochs": 2.0},
     {"pref_loss": "simpo", "pref_beta": 2.0},
 ]
 
