@@ -45,7 +45,9 @@ from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.llamafactory import MULTIMODAL
 
 FIXTURES = sorted((Path(__file__).parents[1] / "recipe" / "fixtures").rglob("*.yaml"))
-FIXTURES = [path for path in FIXTURES if path.parent.name != "preference"]  # see tests/training/test_preference_runs.py
+FIXTURES = [
+    path for path in FIXTURES if path.parent.name != "preference"
+]  # see tests/training/test_preference_runs.py
 WORDS = "red green blue grey pink".split()
 LLAMA3 = (
     "<s><|start_header_id|>user<|end_header_id|>\n\nSay red.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
