@@ -25,7 +25,7 @@ from .labels import IGNORED, Example, ExampleConfig, Tokenize, mask_replies, to_
 from .messages import Conversation, to_conversation
 from .pairs import SIDES, PairSegments, split_answers, split_side, to_pair, to_pair_examples
 from .registry import DatasetInfo
-from .segments import Segment, is_written, to_segments
+from .segments import Segment, TurnEndError, is_written, to_segments
 from .strict_json import excerpt
 from .template import Template
 from .tokenizer import make_tokenize
@@ -126,14 +126,19 @@ def encode_batches(rows: Iterable[Row], encoder: Encoder) -> Iterator[list[Encod
 
 
 def _check_first(rows: Iterator[Row], encoder: Encoder) -> Iterator[Row]:
-    """Return the same rows after the first of them have passed `check_parity`."""
+    """Return the same rows after the first of them have passed `check_parity`, and not all have a wrong end."""
     sample = list(islice(rows, PARITY_ROWS))
+    wrong: list[str] = []
     for row in sample:
         try:
             for conversation in encoder.read_sides(row):
                 check_parity(conversation, encoder.template, encoder.config, row.place)
+        except TurnEndError as error:
+            wrong.append(f"{row.place}: {error}")
         except RowError:
             continue  # becomes the row's outcome
+    if len(wrong) == len(sample) > 1:
+        raise DatasetError(f"{wrong[0]}, and so do all of the first {len(wrong)} rows; use another template")
     return chain(sample, rows)
 
 
@@ -147,7 +152,7 @@ def check_parity(conversation: Conversation, template: Template, config: Example
         DatasetError: names the row and the difference.
         RowError: the row can't be rendered.
     """
-    tokenizer = template.tokenizer
+    tokenizer, template = template.tokenizer, template.of_row(conversation)
 
     def failed(reason: str) -> DatasetError:
         return DatasetError(f"{location}: parity check failed: {reason}; use another template")

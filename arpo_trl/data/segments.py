@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -20,6 +21,10 @@ from .template import Template
 
 WINDOW = 8  # replies
 MAX_REPLIES = 2000
+
+
+class TurnEndError(RowError):
+    """A reply does not end with an end token, or contains one earlier, at which the model would stop."""
 
 
 class Span(NamedTuple):
@@ -46,6 +51,7 @@ def to_segments(conversation: Conversation, template: Template) -> list[Segment]
     Raises:
         RowError: the template raises an error, rewrites earlier text, leaves text out, or does not end a trained reply.
     """
+    template = template.of_row(conversation)
     segments = _render_long(conversation, template)
     if segments is None:
         segments = _render_turns(conversation, template, len(conversation.replies))
@@ -91,7 +97,9 @@ def _render_turns(conversation: Conversation, template: Template, window: int) -
         context, reply = until_prompt[len(done) :], until_reply[len(until_prompt) :]
         masked = not messages[position].get("trained", True)
         if not masked and not template.ends(reply):
-            raise RowError(f"the chat template ends message {position + 1} without an end-of-turn token")
+            raise TurnEndError(f"the chat template ends message {position + 1} without an end-of-turn token")
+        if not masked and (end := template.find_early_end(reply)):
+            raise TurnEndError(f"message {position + 1} contains {end!r}, at which the model would stop")
         segments += [
             Segment(context, not all(message.get("trained", True) for message in messages[start:position])),
             Segment(reply, masked),
@@ -110,6 +118,8 @@ def _until_prompt(before: list[Message], tools: list[Fields] | None, template: T
         until_prompt = template.render(before, tools, True)
     else:  # Most templates read the first message, and none precedes this reply.
         until_prompt = until_reply[: until_reply.find(template.generation_prompt)] + template.generation_prompt
+    if template.thinking_switch and not until_reply.startswith(until_prompt):  # a reply without reasoning
+        until_prompt = replace(template, thinking_switch=None).render(before, tools, True) if before else until_prompt
     if not until_reply.startswith(until_prompt):
         until_prompt = shared_start(until_prompt, until_reply)
         if len(until_prompt) <= len(template.render(before, tools, False)):
@@ -160,11 +170,26 @@ def _check_complete(conversation: Conversation, segments: Sequence[Segment]) -> 
         lost = [piece for piece in re.split("</?think>", content) if not is_written(piece.strip(), text)]
         calls = Counter(call["function"]["name"] for call in message.get("tool_calls", ()))
         lost += [name for name, times in calls.items() if text.count(name) < content.count(name) + times]
+        _check_reasoning(message, text)
         if lost:
             raise RowError(
                 f"the chat template leaves out part of a message from {message['role']}: {lost[0].strip()[:40]!r}; use "
                 "another template, or remove it from the row"
             )
+
+
+def _check_reasoning(message: Message, reply: str) -> None:
+    """Raise RowError if the template writes reasoning, or its tags, twice."""
+    if message["role"] != "assistant":
+        return
+    reasoning, content = message.get("reasoning_content", "").strip(), message["content"]
+    written, rest = reply.count(reasoning), content + json.dumps(message.get("tool_calls", ()), ensure_ascii=False)
+    if reasoning and written > 1 + rest.count(reasoning):
+        raise RowError(f"the chat template writes the reasoning {written} times: {reasoning[:40]!r}")
+    for tag in ("<think>", "</think>"):
+        own = 0 if content.lstrip().startswith("<think>") else 1
+        if reply.count(tag) > own + (reasoning + rest).count(tag):
+            raise RowError(f"the chat template writes {tag} twice; use another template, or remove it from the row")
 
 
 def is_written(piece: str, text: str) -> bool:

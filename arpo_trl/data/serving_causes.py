@@ -23,7 +23,7 @@ from ..recipe.llamafactory import SHIPPED
 from .messages import Fields, Message
 from .serving_rows import Ask, ServingRow, render, with_reasoning_key
 from .template import KEEP_REASONING
-from .template_probe import NO_THINKING, find_template
+from .template_probe import SET_DEFAULT, find_template
 from .tokenizer import shipped_template
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def switches_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
     names: set[str] = set()
     for jinja in _templates(tokenizer):
-        text = jinja.removeprefix(NO_THINKING)
+        text = SET_DEFAULT.sub("", jinja)
         try:
             names |= meta.find_undeclared_variables(environment.parse(text))
         except TemplateError:

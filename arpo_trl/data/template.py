@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 from jinja2 import TemplateError
 
 from ..errors import RowError
-from .messages import Conversation, Fields, Message
+from .messages import REASONING_KEYS, Conversation, Fields, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 REASONING = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*", re.DOTALL)
 # The switches with which templates keep the reasoning of earlier turns (Nemotron 3, GLM-4.7, Qwen3.6 and LFM2.5). Every
 # reply of a row is trained, so none may lose its reasoning once another follows.
+MARKS = ("\ufdd0", "\ufdd1")  # around reasoning that is inserted after rendering; Unicode reserves them for such uses
 KEEP_REASONING = {"truncate_history_thinking": False, "clear_thinking": False, "preserve_thinking": True}
 
 
@@ -43,14 +44,22 @@ class Template:
             their reasoning, as they do at inference.
         generation_prompt: Opens a reply.
         after_reply: Follows the text of a reply.
-        end_of_turn: The first special token in `after_reply`.
+        end_of_turn: The last special token in `after_reply` that occurs nowhere else in the reply.
         call_end: The token that ends a reply with calls, if it is another one (gpt-oss, GLM).
+        stops: The end tokens of the base's generation config, which are saved with the model, too.
         begins_next: Replies end with the first token of the next turn (GLM), which the model writes to stop.
         empty_reasoning: Precedes a reply without reasoning.
         epilogue: Ends any text without a generation prompt (Phi-3); removed.
         supports_thinking: If False, `enable_thinking` and `last_reasoning_only` have no effect.
         split_reasoning: Move a `<think>` block at the start of a reply into `reasoning_content`.
-        reasoning_key: The message key from which the template writes reasoning. If None, it goes into the text as `<think>`.
+        reasoning_key: The message key from which the template writes reasoning. If this and the next two are unset, it
+            goes into the text as `<think>`.
+        reasoning_chunks: The template writes reasoning from a chunk of the content (Mistral).
+        reasoning_block: What surrounds the reasoning of a reply, if the template doesn't write it in every reply, or opens
+            it only (Kimi K2 Thinking, Nemotron Nano v2, Gemma 4). It is inserted before the reply's text, and replaces an
+            empty or opened block there.
+        thinking_switch: The variable that makes the template write reasoning (DeepSeek V3.2); true by default in the
+            saved template.
         call_id: The format of the call ids that the template writes.
         any_call_id: If False, the template accepts only ids of 9 characters (Mistral).
     """
@@ -65,12 +74,16 @@ class Template:
     after_reply: str = ""
     end_of_turn: str | None = None
     call_end: str | None = None
+    stops: tuple[str, ...] = ()
     begins_next: bool = False
     empty_reasoning: str = ""
     epilogue: str = ""
     supports_thinking: bool = False
     split_reasoning: bool = False
     reasoning_key: str | None = None
+    reasoning_chunks: bool = False
+    reasoning_block: tuple[str, str] | None = None
+    thinking_switch: str | None = None
     call_id: str | None = None
     any_call_id: bool = True
 
@@ -78,7 +91,14 @@ class Template:
     def hash(self) -> str:
         """Hash everything besides the row that decides the text: the Jinja with its date, and the special tokens."""
         special_tokens = self.tokenizer.special_tokens_map
-        parts = [self.jinja, self.tool_jinja, special_tokens, self.enable_thinking, self.last_reasoning_only]
+        parts = [
+            self.jinja,
+            self.tool_jinja,
+            special_tokens,
+            self.enable_thinking,
+            self.last_reasoning_only,
+            self.stops,
+        ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -90,10 +110,27 @@ class Template:
         """Return whether the reply contains an end-of-turn token."""
         return any(end in reply for end in self.turn_ends)
 
+    def find_early_end(self, reply: str) -> str | None:
+        """Return the end token at which the model would stop before the reply's end, or None.
+
+        A template may write several end tokens in a row (Apriel 1.5).
+        """
+        pattern = "|".join(map(re.escape, sorted({*self.turn_ends, *self.stops}, key=len, reverse=True)))
+        most, (first, *others) = len(re.findall(pattern, self.after_reply)), re.finditer(pattern, reply)
+        rest = re.sub(pattern, "", reply[first.end() :])
+        return first[0] if rest.strip() or len(others) >= max(1, most) else None
+
     def without_end(self, reply: str) -> str:
         """Return the reply up to its end-of-turn token."""
         at = max((reply.rfind(end) for end in self.turn_ends), default=-1)
         return reply if at < 0 else reply[:at]
+
+    def of_row(self, conversation: Conversation) -> Template:
+        """Return the template with which a row is rendered: without `thinking_switch` if no reply has reasoning."""
+        replies = [conversation.messages[at] for at in conversation.replies]
+        if not self.thinking_switch or any(reply.get(key) for reply in replies for key in REASONING_KEYS):
+            return self
+        return replace(self, thinking_switch=None)
 
     def fit(self, conversation: Conversation) -> Conversation:
         """Adapt a conversation to the template: reasoning kept, moved or removed, and ids for calls."""
@@ -123,7 +160,9 @@ class Template:
         return reply
 
     def _place_reasoning(self, reply: Message, reasoning: str) -> Message:
-        """Put the reasoning where the template looks for it."""
+        """Put the reasoning where the template looks for it; `render` inserts chunks and blocks."""
+        if self.reasoning_chunks or self.reasoning_block:
+            return {**reply, "reasoning_content": reasoning}
         if self.reasoning_key:
             return cast(Message, {**reply, self.reasoning_key: reasoning})
         return {**reply, "content": f"<think>\n{reasoning}\n</think>\n\n{reply['content']}", "reasoning_content": ""}
@@ -137,20 +176,59 @@ class Template:
         variables = {} if self.last_reasoning_only else dict(KEEP_REASONING)
         if self.enable_thinking is False:
             variables["enable_thinking"] = False
+        if self.thinking_switch:
+            variables[self.thinking_switch] = True
         jinja = self.jinja if tools is None or self.tool_jinja is None else self.tool_jinja
         apply: Callable[..., object] = self.tokenizer.apply_chat_template
         try:
             rendered = apply(
-                messages, tools=tools, chat_template=jinja, add_generation_prompt=prompt, tokenize=False, **variables
+                self._mark_reasoning(messages),
+                tools=tools,
+                chat_template=jinja,
+                add_generation_prompt=prompt,
+                tokenize=False,
+                **variables,
             )
         except (TemplateError, TypeError, ValueError, RecursionError) as error:
             raise RowError(f"the chat template raised an error: {error}") from None
-        text = str(rendered)
+        text = self._insert_reasoning(str(rendered))
         if prompt:
             return text
         if self.begins_next and messages[-1]["role"] == "assistant":
             return text + ((messages[-1].get("tool_calls") and self.call_end) or self.end_of_turn or "")
         return text.removesuffix(self.epilogue)
+
+    def _mark_reasoning(self, messages: list[Message]) -> list[Message]:
+        """Put reasoning that the template has no key for into the content: as a chunk, or between two marks."""
+        if not self.reasoning_chunks and not self.reasoning_block:
+            return messages
+        marked: list[Message] = []
+        for message in messages:
+            reasoning = message.get("reasoning_content", "")
+            fields = {key: value for key, value in message.items() if key != "reasoning_content"}
+            if message["role"] != "assistant":
+                fields = dict(message)
+            elif self.reasoning_block and (reasoning or (self.opens_reasoning and "reasoning_content" not in message)):
+                fields["content"] = f"{MARKS[0]}{reasoning}{MARKS[1]}{message['content']}"
+            elif reasoning:
+                text = [{"type": "text", "text": message["content"]}] if message["content"] else []
+                fields["content"] = [{"type": "thinking", "thinking": reasoning}, *text]
+            marked.append(cast(Message, fields))
+        return marked
+
+    def _insert_reasoning(self, text: str) -> str:
+        """Replace each mark, and an empty or opened block before it, with the block of its reasoning."""
+        if not self.reasoning_block:
+            return text
+        opening, closing = (re.escape(tag.strip()) for tag in self.reasoning_block)
+        block = rf"(?:{opening}\s*)?(?:{closing}\s*)?{MARKS[0]}(.*?){MARKS[1]}"
+        before, after = self.reasoning_block
+        return re.sub(block, lambda found: f"{before}{found[1]}{after}", text, flags=re.DOTALL)
+
+    @property
+    def opens_reasoning(self) -> bool:
+        """Whether a reply without reasoning needs an empty block, because its generation prompt opens one."""
+        return bool(self.reasoning_block) and self.generation_prompt.endswith((self.reasoning_block or ("",))[0])
 
 
 def _without_reasoning(reply: Message) -> Message:

@@ -11,6 +11,7 @@ import re
 from copy import copy
 from dataclasses import replace
 from datetime import date
+from itertools import takewhile
 from typing import TYPE_CHECKING, cast
 
 from ..errors import RecipeError, RowError
@@ -28,15 +29,18 @@ CALL: Fields = {"type": "function", "function": {"name": "search", "arguments": 
 CALLS: Message = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 RESULT: Message = {"role": "tool", "content": "found"}
 TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}
-THINKING: Message = {"role": "assistant", "content": "<think>\nsome reasoning\n</think>\n\nan answer"}
+REASONING = "some reasoning"
+THINKING: Message = {"role": "assistant", "content": f"<think>\n{REASONING}\n</think>\n\nan answer"}
 PROBES: tuple[list[Message], ...] = (
     [ASK, REPLY, ASK, REPLY],
     [ASK, THINKING],
     [ASK, THINKING, ASK, REPLY],
     [ASK, {**REPLY, "tool_calls": [CALL]}, RESULT, REPLY, ASK, REPLY],
 )
-# Precedes the template saved after enable_thinking: false, so that the model is prompted as it was trained.
-NO_THINKING = "{%- set enable_thinking = enable_thinking | default(false) %}"
+SWITCHES = ("thinking", "enable_thinking")
+# Precedes the saved template, so that the model is prompted as it was trained.
+THINKING_DEFAULT = "{{%- set {0} = {0} | default({1}) %}}"
+SET_DEFAULT = re.compile(r"^\{%- set (\w+) = \1 \| default\((?:true|false)\) %\}")
 
 
 def find_template(
@@ -44,6 +48,7 @@ def find_template(
     day: date | None = None,
     enable_thinking: bool | None = True,
     last_reasoning_only: bool = False,
+    stops: tuple[str, ...] = (),
 ) -> Template:
     """Find the template to train with: the tokenizer's own, or TRL's training form if the own one rewrites turns.
 
@@ -52,12 +57,14 @@ def find_template(
     Raises:
         RecipeError: the template can't be rendered.
     """
-    named = {name: jinja.removeprefix(NO_THINKING) for name, jinja in _named(tokenizer.chat_template).items()}
+    named = {name: SET_DEFAULT.sub("", jinja) for name, jinja in _named(tokenizer.chat_template).items()}
     if "default" not in named:
         raise RecipeError(f"template: the tokenizer has templates named {', '.join(named)}, but none named default")
     day = day or date.today()
     tool_jinja = _dated(named["tool_use"], day) if "tool_use" in named else None
-    bare = Template(tokenizer, _dated(named["default"], day), day, tool_jinja, enable_thinking, last_reasoning_only)
+    bare = Template(
+        tokenizer, _dated(named["default"], day), day, tool_jinja, enable_thinking, last_reasoning_only, stops=stops
+    )
     own = _probe(bare)
     if not _count_faults(own):
         return own
@@ -73,10 +80,16 @@ def find_template(
     return form if _count_faults(form) < _count_faults(own) else own
 
 
-def set_thinking_default(chat_template: ChatTemplate, thinking: bool) -> ChatTemplate:
-    """Make a tokenizer's templates prompt for reasoning by default, or not."""
-    first = "" if thinking else NO_THINKING
-    named = {name: first + jinja.removeprefix(NO_THINKING) for name, jinja in _named(chat_template).items()}
+def set_thinking_default(template: Template) -> ChatTemplate:
+    """Return the tokenizer's templates so that by default they prompt for reasoning, or not, as in training."""
+    first, chat_template = "", cast(ChatTemplate, template.tokenizer.chat_template)
+    if template.thinking_switch:
+        first = THINKING_DEFAULT.format(template.thinking_switch, "true")
+    elif template.supports_thinking and template.enable_thinking is False:
+        first = THINKING_DEFAULT.format("enable_thinking", "false")
+    elif not template.supports_thinking:
+        return chat_template
+    named = {name: first + SET_DEFAULT.sub("", jinja) for name, jinja in _named(chat_template).items()}
     return named if isinstance(chat_template, dict) else named["default"]
 
 
@@ -90,7 +103,7 @@ def _dated(jinja: str, day: date) -> str:
 
 
 def _probe(template: Template) -> Template:
-    tokenizer = template.tokenizer
+    tokenizer, template = template.tokenizer, _probe_switch(template)
     eos = str(tokenizer.eos_token or "\0")
     try:
         with_prompt, without = template.render([ASK], None, True), template.render([ASK], None, False)
@@ -105,11 +118,13 @@ def _probe(template: Template) -> Template:
         template,
         generation_prompt=header[len(without.removesuffix(epilogue)) :],
         after_reply=after_reply,
-        end_of_turn=next(iter(_special_tokens(tokenizer, after_reply)), None),
+        end_of_turn=_find_end(
+            tokenizer, answered[len(header) :].removesuffix(epilogue), after_reply.removesuffix(epilogue)
+        ),
         empty_reasoning=before_reply if "think>" in before_reply else "",
         epilogue=epilogue,
     )
-    return _probe_call_ids(_probe_reasoning(_probe_ends(template), with_prompt[len(without) :] + before_reply))
+    return _probe_call_ids(_probe_reasoning(_probe_ends(template), with_prompt[len(without) :], before_reply))
 
 
 def _render(template: Template, *messages: Message, tools: list[Fields] | None = None) -> str:
@@ -127,6 +142,15 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     return [token.content for token in tokens if token.special or not any(other.special for other in tokens)]
 
 
+def _find_end(tokenizer: PreTrainedTokenizerBase, reply: str, after: str) -> str | None:
+    """Return the last special token of `after` that occurs once in the reply, or else the first one, or None.
+
+    Some templates end the parts of a reply with tokens, too (Kimi K3, Command R7B).
+    """
+    tokens = _special_tokens(tokenizer, after)
+    return next((token for token in reversed(tokens) if reply.count(token) == 1), next(iter(tokens), None))
+
+
 def _probe_ends(template: Template) -> Template:
     """Set `call_end`, and `begins_next` if the first token of the next turn is what ends a reply."""
 
@@ -140,20 +164,73 @@ def _probe_ends(template: Template) -> Template:
         call_end = next_token(CALLS, RESULT) if _render(template, ASK, CALLS) else None
         return replace(template, end_of_turn=end, call_end=call_end, after_reply=after_reply, begins_next=True)
     text = _render(template, ASK, CALLS)
-    ends = _special_tokens(template.tokenizer, text.rpartition("a word")[2])
-    is_other = ends and template.end_of_turn not in ends and text.rstrip().endswith(ends[-1])
-    return replace(template, call_end=ends[-1] if is_other else None)
+    reply = text[len(_render(template, ASK)) :]
+    end = _find_end(template.tokenizer, reply, text.rpartition("a word")[2])
+    is_other = end and str(template.end_of_turn) not in reply and text.rstrip().endswith(end)
+    return replace(template, call_end=end if is_other else None)
 
 
-def _probe_reasoning(template: Template, around_reply: str) -> Template:
-    """Set the key of reasoning, if any, and whether the template has its own way to write it (gpt-oss, Qwen3.8)."""
-    separate = {key: _render(template, ASK, cast(Message, {**REPLY, key: "some reasoning"})) for key in REASONING_KEYS}
-    key = next((key for key, text in separate.items() if "some reasoning" in text), None)
+def _reasoning_key(template: Template, message: Message) -> str | None:
+    """Return the key from which the template writes the reasoning of this message."""
+    texts = {key: _render(template, ASK, cast(Message, {**message, key: REASONING})) for key in REASONING_KEYS}
+    return next((key for key, text in texts.items() if REASONING in text), None)
+
+
+def _probe_switch(template: Template) -> Template:
+    """Set `thinking_switch` if the template writes reasoning only with one."""
+    if template.enable_thinking is False or _reasoning_key(template, REPLY):
+        return template
+    for switch in SWITCHES:
+        switched = replace(template, thinking_switch=switch)
+        if switch in template.jinja and _reasoning_key(switched, REPLY):
+            return switched
+    return template
+
+
+def _probe_reasoning(template: Template, prompt: str, before_reply: str) -> Template:
+    """Set how the template writes reasoning, and whether it has its own way to write it (gpt-oss, Qwen3.8)."""
+    key = _reasoning_key(template, REPLY)
     inside = _render(template, ASK, THINKING)
-    split = bool(key and inside) and inside.count("</think>") != separate[key or ""].count("</think>")
+    separate = _render(template, ASK, cast(Message, {**REPLY, key or "": REASONING}))
+    split = bool(key and inside) and inside.count("</think>") != separate.count("</think>")
     prompts = {replace(template, enable_thinking=thinking).render([ASK], None, True) for thinking in (True, False)}
-    supports = "think>" in around_reply or len(prompts) > 1 or split
-    return replace(template, reasoning_key=key, supports_thinking=supports, split_reasoning=split)
+    supports = "think>" in prompt + before_reply or len(prompts) > 1 or split
+    template = replace(template, reasoning_key=key, supports_thinking=supports, split_reasoning=split)
+    if key or template.enable_thinking is False:
+        return template
+    if _writes_chunks(template):
+        return replace(template, reasoning_chunks=True, supports_thinking=True, split_reasoning=True)
+    if block := _find_block(template, template.generation_prompt + before_reply):
+        return replace(template, reasoning_block=block, supports_thinking=True, split_reasoning=True)
+    return template
+
+
+def _writes_chunks(template: Template) -> bool:
+    chunks = [{"type": "thinking", "thinking": REASONING}, {"type": "text", "text": REPLY["content"]}]
+    text = _render(template, ASK, cast(Message, {"role": "assistant", "content": chunks}))
+    return text.count(REASONING) == 1 and "'type'" not in text and '"type"' not in text
+
+
+def _find_block(template: Template, before_reply: str) -> tuple[str, str] | None:
+    """Return what surrounds reasoning, from a reply with calls or from the generation prompt, or None.
+
+    Kimi K2 Thinking writes reasoning only before calls, and an empty block elsewhere. Gemma 4 does, too, but writes no
+    block elsewhere. Nemotron Nano v2 opens a block in the last reply, whose reasoning it never writes.
+    """
+    calls = cast(Message, {**REPLY, "tool_calls": [CALL]})
+    if key := _reasoning_key(template, calls):
+        start = len(_render(template, ASK)) + len(template.generation_prompt)
+        without = _render(template, ASK, calls)[start:]
+        opening, _, rest = _render(template, ASK, cast(Message, {**calls, key: REASONING}))[start:].partition(
+            REASONING
+        )
+        written = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(rest), reversed(without))))
+        closing = rest[: len(rest) - written] or rest.partition(REPLY["content"])[0]
+        return (opening, closing) if opening.strip() and closing.strip() else None
+    if re.search(r"<think>\s*$", before_reply):
+        return before_reply[before_reply.rindex("<think>") :], "\n</think>\n\n"
+    empty = re.search(r"(<think>)(</think>)$", before_reply)
+    return (empty[1], empty[2]) if empty and _render(template, ASK, THINKING).count("</think>") > 1 else None
 
 
 def _probe_call_ids(template: Template) -> Template:

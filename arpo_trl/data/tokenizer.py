@@ -39,13 +39,12 @@ def load_template(recipe: Recipe, day: date | None = None) -> Template:
         raise recipe.error("mask_spans", "not supported without a fast tokenizer (tokenizer.json); remove the key")
     tokenizer.chat_template = _read_template(recipe, tokenizer)
     last_reasoning_only = (recipe.mask_history or recipe.stage == "dpo") and not recipe.preserve_thinking
-    find = partial(find_template, tokenizer, day, recipe.enable_thinking, last_reasoning_only)
+    stops = _read_stops(recipe, tokenizer)
+    find = partial(find_template, tokenizer, day, recipe.enable_thinking, last_reasoning_only, stops)
     template = find()
     if template.end_of_turn is None:
         raise recipe.error("template", _explain_no_end(recipe, template))
-    if template.supports_thinking:
-        thinking = recipe.enable_thinking is not False
-        tokenizer.chat_template = set_thinking_default(tokenizer.chat_template, thinking)
+    tokenizer.chat_template = set_thinking_default(template)
     if tokenizer.eos_token != template.end_of_turn:
         tokenizer.eos_token = template.end_of_turn
         template = find()  # Templates write the eos token.
@@ -75,6 +74,23 @@ def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     except Exception as error:  # tokenizers raises Exception itself for a file that it can't read
         problem = "no tokenizer could be loaded" if Path(name).is_dir() else "no such folder, and not found on the Hub"
         raise recipe.error("model_name_or_path", f"{name}: {problem} ({in_one_line(error)})") from None
+
+
+def _read_stops(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Return the tokens at which the base stops, which the trained model's generation config keeps."""
+    from transformers import GenerationConfig
+
+    name, cache_dir = recipe.model_name_or_path, recipe.cache_dir
+    try:
+        ends = GenerationConfig.from_pretrained(name, cache_dir=cache_dir, revision=recipe.model_revision).eos_token_id
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+    ):  # no such file, or not for this release; config.json is read with the model
+        return ()
+    ids = ends if isinstance(ends, list) else [ends]
+    return tuple(str(tokenizer.convert_ids_to_tokens(end)) for end in ids if end is not None and end < len(tokenizer))
 
 
 def _read_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:

@@ -341,6 +341,14 @@ def test_any_conversation_trains_its_replies_and_nothing_else(
     tokenize: Tokenize,
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
+    if any(
+        "<|im_end|>" in reply_text(one)[: -len("<|im_end|>\n")]
+        for one in conversation.messages
+        if one["role"] == "assistant"
+    ):
+        with pytest.raises(RowError, match=r"contains '<\|im_end\|>', at which the model would stop"):
+            to_segments(conversation, template)
+        return
     segments = to_segments(conversation, template)
     places = [place for place, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     replies = [conversation.messages[place] for place in places]

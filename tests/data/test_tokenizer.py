@@ -259,15 +259,14 @@ def test_the_parity_check_rejects_a_tokenizer_that_strips_each_text() -> None:
 
 
 def test_the_parity_check_rejects_a_tokenizer_that_joins_segments_differently() -> None:
-    """What is stripped shows between two turns where no special token parts them."""
+    """What is stripped shows between a prompt and its reply where no special token parts them."""
     template = (
-        "{% for m in messages %}{% if m.role == 'user' %} User: {{ m.content }} Bot:{% else %}{{ m.content }}<|im_end|>."
+        "{% for m in messages %}{% if m.role == 'user' %} User: {{ m.content }} Bot: {% else %}{{ m.content }}<|im_end|>"
         "{% endif %}{% endfor %}"
     )
     tokenizer = make_tokenizer(template, eos="<|im_end|>")
     check_parity(Conversation([Q, A, R, B]), find_template(tokenizer), CONFIG, "row")
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip()  # type: ignore[attr-defined]
-    check_parity(Conversation([Q, A]), find_template(tokenizer), CONFIG, "row")
     with pytest.raises(
         DatasetError, match=r"row: parity check failed: the encoded text differs from the rendered chat template;"
     ):

@@ -1,0 +1,214 @@
+"""A small template for each behavior met in about 110 public chat templates, and what holds for every row it renders.
+
+docs/reference/templates.md lists which family has which.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from compare_templates import make_tokenizer
+
+from arpo_trl.data.encode import Encoder, check_parity, encode_rows
+from arpo_trl.data.files import Row
+from arpo_trl.data.labels import IGNORED, ExampleConfig, to_examples
+from arpo_trl.data.messages import Conversation, Message
+from arpo_trl.data.registry import DatasetInfo
+from arpo_trl.data.segments import to_segments
+from arpo_trl.data.template import Template
+from arpo_trl.data.template_probe import find_template, set_thinking_default
+from arpo_trl.data.tokenizer import make_tokenize
+from arpo_trl.errors import DatasetError, RowError
+from arpo_trl.recipe import Recipe
+
+OPEN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role != 'assistant' %}{{ m.content }}{% else %}"
+TOOLS = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+CLOSE = "{% endif %}<|im_end|>\n{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n%s{% endif %}"
+
+
+def jinja(reply: str, prompt: str = "", before: str = "") -> str:
+    return before + TOOLS + OPEN + reply + CALLS + CLOSE + PROMPT.replace("%s", prompt)
+
+
+TEMPLATES = {
+    # Kimi K3: each part of a reply ends with a token, and the turn with another.
+    "parts": jinja(
+        "<|open|>think<|sep|>{{ m.reasoning_content or '' }}<|close|><|open|>answer<|sep|>{{ m.content }}"
+        + CALLS
+        + "<|close|>{% if false %}",
+        "<|open|>think<|sep|>",
+    ).replace("{% if false %}" + CALLS + "{% endif %}", "{% endif %}"),
+    # Command R7B, Cohere 2 MoE: a token ends the text, another one the turn.
+    "two ends": jinja("<|text|>{{ m.content }}<|end_text|>"),
+    # Solar Open: one token ends the reasoning and the turn.
+    "one end for both": jinja(
+        "{% if m.reasoning_content %}<|think|>{{ m.reasoning_content }}<|im_end|>{% endif %}{{ m.content }}"
+    ),
+    # GigaChat 3: the token that ends a turn also precedes a call.
+    "separator before calls": jinja("{{ m.content }}{% if m.tool_calls %}<|im_end|>\n{% endif %}"),
+    # Kimi K2 Thinking: reasoning only before calls, an empty block in other replies.
+    "reasoning before calls": jinja(
+        "<think>{{ m.reasoning_content if m.reasoning_content and m.tool_calls else '' }}</think>{{ m.content }}"
+    ),
+    # Gemma 4: a channel, only before calls; no block in other replies.
+    "channel before calls": jinja(
+        "{% if m.reasoning and m.tool_calls %}<|channel>thought\n{{ m.reasoning }}<channel|>{% endif %}{{ m.content }}"
+    ),
+    # DeepSeek V3.2 and V4: reasoning only with a switch, which the generation prompt follows.
+    "switch": jinja(
+        "{% if thinking and m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% else %}</think>{% endif %}"
+        "{{ m.content }}",
+        "{{ '<think>' if thinking else '</think>' }}",
+    ),
+    # Nemotron Nano v2: the last reply opens a block, and no key holds its reasoning.
+    "opened": jinja("{% if loop.last %}<think>\n{% endif %}{{ m.content }}", "<think>\n"),
+    # Ministral 3: reasoning is a chunk of the content.
+    "chunks": jinja(
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+        "{% if part.type == 'thinking' %}[THINK]{{ part.thinking }}[/THINK]{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}{% endif %}"
+    ),
+    # gpt-oss, GLM: another token ends a call.
+    "end of a call": jinja("{{ m.content }}").replace(
+        "{% endif %}<|im_end|>\n", "{% endif %}{{ '<|call|>' if m.tool_calls else '<|im_end|>' }}\n"
+    ),
+    # Qwen 3: reasoning from a key.
+    "key": jinja("{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"),
+    # Qwen 2.5: no reasoning.
+    "plain": jinja("{{ m.content }}"),
+}
+TOKENS = (
+    "<|im_start|> <|im_end|> <|open|> <|sep|> <|close|> <|text|> <|end_text|> <|think|> <|channel> <channel|> [THINK] "
+    "[/THINK] <|call|>"
+).split()
+NEVER = {  # the rows that a template can't render right, with the reason
+    "one end for both": "contains '<|im_end|>', at which the model would stop",
+    "separator before calls": "contains '<|im_end|>', at which the model would stop",
+}
+SYSTEM: Message = {"role": "system", "content": "system text"}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def find(name: str) -> Template:
+    tokenizer = make_tokenizer(*TOKENS, chat_template=TEMPLATES[name])
+    tokenizer.eos_token = find_template(tokenizer, date(2026, 11, 29)).end_of_turn
+    template = find_template(tokenizer, date(2026, 11, 29))
+    tokenizer.chat_template = set_thinking_default(template)
+    return template
+
+
+def row(reasoning: bool, calls: bool, system: bool, turns: int) -> Conversation:
+    messages: list[Message] = [SYSTEM] if system else []
+    for turn in range(turns):
+        messages.append({"role": "user", "content": f"question {turn}"})
+        if calls:
+            call = {"type": "function", "function": {"name": "add", "arguments": {"a": turn}}}
+            asks: Message = {"role": "assistant", "content": f"text {turn}", "tool_calls": [call]}
+            messages += [asks | cast(Message, {"reasoning_content": f"plan {turn}"}) if reasoning else asks]
+            messages.append({"role": "tool", "content": f"result {turn}"})
+        reply: Message = {"role": "assistant", "content": f"answer {turn}"}
+        messages.append(reply | cast(Message, {"reasoning_content": f"idea {turn}"}) if reasoning else reply)
+    return Conversation(messages, [TOOL] if calls else None)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_row_ends_where_the_model_stops_and_has_its_reasoning_once(name: str) -> None:
+    template = find(name)
+    tokenizer, tokenize = template.tokenizer, make_tokenize(template.tokenizer)
+    ends = {tokenizer.convert_tokens_to_ids(end) for end in template.turn_ends}
+    for shape in product((False, True), (False, True), (False, True), (1, 2)):
+        reasoning, calls, _, turns = shape
+        given = row(*shape)
+        if name in NEVER and (reasoning if name == "one end for both" else calls):
+            with pytest.raises(RowError) as error:
+                to_segments(template.fit(given), template)
+            assert NEVER[name] in str(error.value)
+            continue
+        fitted = template.fit(given)
+        segments = to_segments(fitted, template)
+        check_parity(fitted, template, ExampleConfig(1 << 20), str(shape))
+        (example,) = to_examples([segments], tokenize, ExampleConfig(1 << 20))
+        assert len(segments) == 2 * turns * (1 + calls)
+        for reply in segments[1::2]:
+            ids = next(iter(tokenize([reply.text]))).ids
+            (end,) = [at for at, token in enumerate(ids) if token in ends]
+            assert tokenizer.decode(ids[end + 1 :]).strip() == ""
+        trained = [token for token, label in zip(example.input_ids, example.labels) if label != IGNORED]
+        assert sum(token in ends for token in trained) == turns * (1 + calls)
+        text = "".join(segment.text for segment in segments[1::2])
+        for turn in range(turns):
+            assert text.count(f"idea {turn}") == reasoning
+            assert text.count(f"plan {turn}") == (reasoning and calls)
+        for tag in ("<think>", "</think>", "[THINK]", "<|channel>", "<channel|>"):
+            assert text.count(tag) <= turns * (1 + calls), tag
+
+
+@pytest.mark.parametrize("name", TEMPLATES.keys() - {"one end for both"})
+@pytest.mark.parametrize("reasoning", [False, True])
+def test_the_prompt_is_the_generation_prompt_of_inference(name: str, reasoning: bool) -> None:
+    """It is rendered with the saved template; a row without reasoning, with the switch off."""
+    template = find(name)
+    fitted = template.fit(row(reasoning, False, True, 1))
+    prompt, reply = (segment.text for segment in to_segments(fitted, template))
+    switch: dict[str, Any] = {"thinking": False} if name == "switch" and not reasoning else {}
+    apply: Any = template.tokenizer.apply_chat_template
+    assert prompt == apply(fitted.messages[:-1], add_generation_prompt=True, tokenize=False, **switch)
+    assert ("idea 0" in reply) == reasoning
+
+
+@pytest.mark.parametrize(
+    ("name", "reply"),
+    [
+        ("reasoning before calls", "<think>idea 0</think>answer 0<|im_end|>\n"),
+        ("channel before calls", "<|channel>thought\nidea 0<channel|>answer 0<|im_end|>\n"),
+        ("switch", "idea 0</think>answer 0<|im_end|>\n"),
+        ("opened", "idea 0\n</think>\n\nanswer 0<|im_end|>\n"),
+        ("chunks", "[THINK]idea 0[/THINK]answer 0<|im_end|>\n"),
+        ("parts", "idea 0<|close|><|open|>answer<|sep|>answer 0<|close|><|im_end|>\n"),
+        ("plain", "<think>\nidea 0\n</think>\n\nanswer 0<|im_end|>\n"),
+    ],
+)
+def test_reasoning_has_the_templates_notation(name: str, reply: str) -> None:
+    template = find(name)
+    assert to_segments(template.fit(row(True, False, False, 1)), template)[1].text == reply
+    own = Conversation(
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>\nidea 0\n</think>\n\nanswer 0"}]
+    )
+    assert to_segments(template.fit(own), template)[1].text == reply
+
+
+def test_reasoning_that_a_template_writes_twice_drops_the_row() -> None:
+    template = find("key")
+    twice = TEMPLATES["key"].replace("{{ m.content }}{% for c", "{{ m.reasoning_content }}{{ m.content }}{% for c")
+    template.tokenizer.chat_template = twice
+    with pytest.raises(RowError, match="the chat template writes the reasoning 2 times: 'idea 0'"):
+        broken = find_template(template.tokenizer)
+        to_segments(broken.fit(row(True, False, False, 1)), broken)
+
+
+def encode(rows: list[Any], name: str) -> list[Any]:
+    info = DatasetInfo.read("rows", Path("x"), {"file_name": "x", "formatting": "openai"})
+    recipe = Recipe(model_name_or_path="unused", output_dir="unused")
+    read = (Row(f"rows:{number}", {"messages": messages}) for number, messages in enumerate(rows, 1))
+    return list(encode_rows(read, Encoder(info, recipe, find(name))))
+
+
+def test_a_reply_with_an_end_token_in_its_own_text_is_dropped_with_its_line() -> None:
+    wrong = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a<|im_end|>b"}]
+    good = json.loads(json.dumps(row(False, False, False, 1).messages))
+    outcomes = [(row["source"], row["outcome"], row["reason"]) for row in encode([good, wrong], "plain")]
+    reason = "message 2 contains '<|im_end|>', at which the model would stop"
+    assert outcomes == [("rows:1", "kept", ""), ("rows:2", "dropped", reason)]
+
+
+def test_a_template_that_breaks_the_end_of_every_row_stops_the_run() -> None:
+    rows = [json.loads(json.dumps(row(True, False, False, 1).messages))] * 3
+    with pytest.raises(DatasetError, match=r"rows:1: message 2 contains .*, and so do all of the first 3 rows"):
+        encode(rows, "one end for both")
