@@ -115,6 +115,14 @@ def test_notices(tmp_path: Path) -> None:
     ]
 
 
+def test_the_old_name_of_bitsandbytes_quantizes(tmp_path: Path) -> None:
+    keys = {"finetuning_type": "lora", "quantization_bit": 4}
+    assert notices(tmp_path, **keys, quantization_method="bitsandbytes") == [
+        "quantization_method: bitsandbytes means bnb; LLaMA-Factory loads the model unquantized, without a warning"
+    ]
+    assert notices(tmp_path, **keys, quantization_method="bnb") == []
+
+
 def test_which_losses_and_methods_need_a_second_model(tmp_path: Path) -> None:
     assert [loss for loss in LOSSES if needs_reference(read(tmp_path, pref_loss=loss, pref_beta=1))] == [
         "sigmoid",
