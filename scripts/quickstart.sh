@@ -10,8 +10,7 @@ trained=checkpoints/tiny_cpu
 question="What is the remainder when 29^1234 is divided by 700?" # not in the toy data
 
 [ -f "$untrained/tokenizer_config.json" ] || python scripts/make_tiny_model.py "$untrained"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}       # more don't help at this size
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # on a busy machine, spinning threads made it 8 times slower
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # more don't help at this size
 accelerate launch -q --config_file accelerate_configs/cpu.yaml -m arpo_trl recipes/tiny_cpu.yaml
 
 system=$(PYTHONPATH=scripts python -c "import make_toy_dataset; print(make_toy_dataset.SYSTEM)")

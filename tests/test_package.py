@@ -1,5 +1,6 @@
 """What `import arpo_trl` gives, and the example of docs/guide.md."""
 
+import os
 import re
 import subprocess
 import sys
@@ -50,3 +51,15 @@ def test_every_module_named_in_the_docs_exists() -> None:
     named = set(re.findall(r"`(\w+/\w+\.py|\w+\.py)`", text))
     assert len(named) > 15
     assert not [name for name in named if not (ROOT / "arpo_trl" / name).exists()]
+
+
+@pytest.mark.parametrize(("theirs", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_without_spinning_unless_the_user_decides(theirs: str | None, policy: str) -> None:
+    """Decided on import of the package, before torch, so that it holds for every entry point."""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = "import arpo_trl, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(
+        run, env=env | ({"OMP_WAIT_POLICY": theirs} if theirs else {}), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [policy, "False"]

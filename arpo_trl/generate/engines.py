@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
+import psutil
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -27,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import RecipeError, RunFailed, in_one_line
 from ..machine import is_out_of_memory
 from ..model.model import end_tokens
+from ..run_folder import read_json
 from .predict import Model, generation_config
 
 TAIL_TOKENS = 16
@@ -173,6 +176,22 @@ class TransformersEngine:
         return row[: end + 1]
 
 
+def _fits_in_float32(folder: Path) -> bool:
+    """Return whether the weights fit in free memory as float32; if not, warn. An adapter's base is not counted."""
+    config = read_json(folder / "config.json") or {}
+    is_half = (config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16")
+    needed = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * (2 if is_half else 1)
+    free = psutil.virtual_memory().available
+    if not is_half or needed < free:
+        return True
+    print(
+        f"{folder}: float32 needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; loaded in half precision, which is slow "
+        "on a CPU without bfloat16 instructions",
+        file=sys.stderr,
+    )
+    return False
+
+
 class _GumbelNoise(LogitsProcessor):
     """Adds noise from a generator of each row."""
 
@@ -212,6 +231,8 @@ class _StopEachRow(StoppingCriteria):
 def load_for_generation(path: str | Path, trust_remote_code: bool = False) -> Model:
     """Load a model folder, or an adapter folder with its base: on a GPU in the dtype of its file, else in float32.
 
+    On a CPU with too little free memory for float32, the dtype of the file is used as well, with a warning.
+
     Raises:
         RecipeError: there is no model, or an adapter's base is missing.
     """
@@ -223,7 +244,7 @@ def load_for_generation(path: str | Path, trust_remote_code: bool = False) -> Mo
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype="auto" if device != "cpu" else torch.float32,
+            dtype="auto" if device != "cpu" or not _fits_in_float32(Path(path)) else torch.float32,
             device_map=device,
             trust_remote_code=trust_remote_code,
         )

@@ -60,9 +60,24 @@ def splits_model(recipe: Recipe) -> bool:
     return bool(fsdp or is_deepspeed_zero3_enabled())
 
 
+def lacks_bf16_instructions() -> bool:
+    """Return whether torch computes on a CPU whose bfloat16 products are a plain loop, 10 to 30 times slower than float32."""
+    known: dict[str, int] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 or later
+    return (
+        not torch.accelerator.is_available()
+        and bool(known)
+        and not any(known[name] for name in known if name.endswith("bf16"))
+    )
+
+
+def uses_bf16_autocast(recipe: Recipe) -> bool:
+    """Return whether `bf16: true` computes in bfloat16: not on a CPU that lacks its instructions."""
+    return recipe.bf16 and not recipe.pure_bf16 and (recipe.force_bf16 or not lacks_bf16_instructions())
+
+
 def compute_dtype(recipe: Recipe) -> torch.dtype | None:
     """Return the half-precision dtype that the recipe computes in; None for float32."""
-    if recipe.bf16 or recipe.pure_bf16:
+    if recipe.pure_bf16 or uses_bf16_autocast(recipe):
         return torch.bfloat16
     return torch.float16 if recipe.fp16 else None
 

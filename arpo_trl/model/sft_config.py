@@ -15,7 +15,7 @@ from trl.trainer.sft_config import SFTConfig
 from ..errors import RecipeError, in_one_line
 from ..recipe.keys import Recipe
 from ..recipe.rules import wandb_is_disabled
-from .base import compute_dtype, hub_kwargs
+from .base import compute_dtype, hub_kwargs, uses_bf16_autocast
 from .methods.chosen import methods_of
 from .methods.method import Keywords
 
@@ -58,7 +58,7 @@ def _settings(recipe: Recipe) -> Keywords:
         # evaluation needs less memory than training
         "per_device_eval_batch_size": recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size,
         "report_to": recipe.report_to or "none",
-        "bf16": recipe.bf16 and not recipe.pure_bf16,
+        "bf16": uses_bf16_autocast(recipe),
         "gradient_accumulation_steps": _accumulation(recipe),
         "warmup_steps": recipe.warmup_steps or recipe.warmup_ratio,  # transformers 5 reads a value below 1 as a ratio
         "activation_checkpointing": bool(recipe.gradient_checkpointing),

@@ -125,6 +125,7 @@ class TrainKeys(BaseModel):
     warmup_ratio: Number = key(0.0, "Fraction of the run used for warmup", "warmup_steps", ge=0, lt=1)
     warmup_steps: Number = key(0, "Number of warmup steps (below 1, a fraction); overrides warmup_ratio", ge=0)
     bf16: bool = key(False, "Compute in bfloat16; master weights stay in float32")
+    force_bf16: bool = key(False, "With bf16: keep bfloat16 on a CPU without its instructions, where float32 is faster")
     fp16: bool = key(False, "Compute in float16 with loss scaling")
     gradient_checkpointing: bool | Literal["auto"] = key(True, "Recompute activations; auto: only if the longest batch does not fit on the GPU", "activation_checkpointing")
     disable_gradient_checkpointing: bool = key(False, "Turn gradient checkpointing off", "activation_checkpointing")

@@ -144,6 +144,7 @@ RULES: list[tuple[str, Callable[[Recipe], object], str]] = [
     ("packing", lambda r: r.streaming and (r.packing or r.neat_packing), "not supported with streaming; remove one"),
     ("mask_history", lambda r: r.mask_history and r.train_on_prompt, "train_on_prompt is set too; keep one"),
     ("bf16", lambda r: r.bf16 and r.fp16, "fp16 is set too; keep one"),
+    ("force_bf16", lambda r: r.force_bf16 and not r.bf16, "requires bf16: true"),
     ("pure_bf16", lambda r: r.pure_bf16 and r.fp16, "fp16 is set too; keep one"),
     ("disable_gradient_checkpointing", lambda r: r.disable_gradient_checkpointing and is_set(r, "gradient_checkpointing") and r.gradient_checkpointing, "gradient_checkpointing is set too; keep one"),
     ("global_batch_size", lambda r: r.global_batch_size and r.gradient_accumulation_steps != 1, "gradient_accumulation_steps is set too; keep one"),

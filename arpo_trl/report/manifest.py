@@ -61,6 +61,7 @@ class Manifest(BaseModel):
     Attributes:
         data: A hash of each dataset's content.
         day: The date that the template writes.
+        computed_in: The dtype of the computation, which depends on the CPU; see `bf16`.
         reference: The reference model of `stage: dpo`: its path, adapters, and a hash of their files.
         results: Whether tool results are separate turns or inside the model's turn; None if there are none.
         system, tools: Those of at least half of the training rows, for `arpo-trl chat` and the model card; None if no
@@ -78,6 +79,7 @@ class Manifest(BaseModel):
     world_size: int = 1
     versions: dict[str, str]
     git_commit: str | None = None
+    computed_in: str | None = None
     reference: dict[str, JsonValue] | None = None
     results: Results | None = None
     system: str | None = None
@@ -197,16 +199,25 @@ def find_manifest(model: Path) -> Manifest | None:
 def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
     """Return a line for each difference between two manifests that would affect the weights."""
     changes = []
+    same_dtype = now.computed_in is not None and earlier.computed_in == now.computed_in
+    may_change = MAY_CHANGE | (frozenset(("bf16", "force_bf16")) if same_dtype else frozenset())
     for key in sorted(earlier.recipe.keys() | now.recipe.keys()):
         default = keys()[key].default if key in keys() else None
         before, after = earlier.recipe.get(key, default), now.recipe.get(key, default)
-        if before != after and key not in MAY_CHANGE:
+        if before != after and key not in may_change:
             changes.append(f"{key}: {before!r} -> {after!r}")
     for name in sorted(earlier.data.keys() | now.data.keys()):
         if earlier.data.get(name) != now.data.get(name):
             changes.append(f"data of {name}: {earlier.data.get(name)} -> {now.data.get(name)}")
     if earlier.template_hash != now.template_hash:
         changes.append(f"template_hash: {earlier.template_hash} -> {now.template_hash}")
+    if earlier.computed_in != now.computed_in:
+        fix = (
+            "set force_bf16: true, or bf16: false"
+            if "float32" in (earlier.computed_in, now.computed_in)
+            else "restore it"
+        )
+        changes.append(f"computed in: {earlier.computed_in} -> {now.computed_in} ({fix})")
     if earlier.reference != now.reference:
         changes.append(f"reference: {earlier.reference} -> {now.reference}")
     if earlier.world_size != now.world_size:

@@ -20,6 +20,7 @@ from datasets import Dataset
 from ..data.labels import IGNORED
 from ..errors import in_one_line
 from ..machine import gpu_memory, is_out_of_memory, peak_memory
+from ..model.base import compute_dtype
 from ..model.memory import USABLE, Row, estimate_memory, longest_batch, model_shape
 from ..recipe.keys import Recipe
 from ..recipe.preference import is_base
@@ -163,7 +164,7 @@ def check_first_pair(recipe: Recipe, trainer: ArpoTrainer) -> None:
 def _tolerance(recipe: Recipe) -> float:
     """Return how far the loss may be from that of an unchanged policy: adapters that rescale weights round."""
     if recipe.use_dora or recipe.finetuning_type == "oft":
-        return 0.05 if recipe.bf16 or recipe.fp16 else 1e-3
+        return 0.05 if compute_dtype(recipe) else 1e-3
     return 1e-5
 
 

@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from ..data.prepare import PreparedData
 from ..errors import program
 from ..machine import free_space
+from ..model.base import lacks_bf16_instructions
 from ..recipe.keys import COMMAND_LINE, Recipe
 from ..report.log_file import describe_evaluation, format_seconds, read_log, run_seconds
 from .reference import report_reference
@@ -100,10 +101,13 @@ def missing_gpu(recipe: Recipe) -> list[str]:
             "https://pytorch.org/get-started/locally shows the right install command"
         )
     lines = [f"         training on the CPU, although {expects} expects a GPU: {cause}"]
-    known: dict[str, int] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 or later
-    if keys and "bf16" in keys[0] and known and not any(known[name] for name in known if name.endswith("bf16")):
-        slow = f"{keys[0]}: true is slower than float32 on this CPU, which has no bfloat16 instructions"
-        lines.append(f"         {slow}; set {keys[0]}: false")
+    if lacks_bf16_instructions() and recipe.bf16 and not recipe.pure_bf16 and not recipe.force_bf16:
+        reason = "which is faster on this CPU without bfloat16 instructions"
+        lines.append(f"         bf16: true is computed in float32, {reason}; force_bf16: true keeps bfloat16")
+    elif lacks_bf16_instructions() and (recipe.bf16 or recipe.pure_bf16):
+        key = "pure_bf16" if recipe.pure_bf16 else "force_bf16"
+        slow = f"{key}: true is slower than float32 on this CPU, which has no bfloat16 instructions"
+        lines.append(f"         {slow}; set {key}: false")
     return lines
 
 

@@ -20,7 +20,7 @@ from ..errors import RunFailed, in_one_line
 from ..generate.predict import predict, refuse_split_model
 from ..machine import full_disk_as_run_failed
 from ..model.adapters import keep_adapter_in_float32
-from ..model.base import splits_model
+from ..model.base import compute_dtype, splits_model
 from ..model.methods.chosen import methods_of, trainer_kwargs
 from ..model.model import load_model, stop_after_calls
 from ..processes import leave_together, on_main_process
@@ -96,6 +96,7 @@ def _train(
     # The run's record, and the earlier one's
     manifest = describe_run(recipe, data)
     manifest.reference = describe_reference(recipe)
+    manifest.computed_in = str(compute_dtype(recipe) or torch.float32).removeprefix("torch.")
     earlier = read_manifest(checkpoint.parent) if checkpoint else None
     if checkpoint:
         say(*on_main_process(lambda: require_same_run(earlier, manifest, recipe.allow_changed_recipe)))

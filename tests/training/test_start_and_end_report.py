@@ -13,6 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, trainer_pt_utils
 from trl.trainer.sft_config import SFTConfig
 
+from arpo_trl.errors import RecipeError
+from arpo_trl.model.base import compute_dtype
+from arpo_trl.model.sft_config import to_sft_config
 from arpo_trl.report.log_file import read_log
 from arpo_trl.report.manifest import read_manifest
 from arpo_trl.training import start_and_end_report
@@ -70,8 +73,34 @@ def test_a_cpu_that_is_slower_in_bfloat16_is_reported(
     """oneDNN held to such a CPU's instructions (ONEDNN_MAX_CPU_ISA): 1.2 times slower under AVX-512, 6 under AVX2."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    text = "\n".join(missing_gpu(recipe_of(f"{key}=true")))
-    assert (f"no bfloat16 instructions; set {key}: false" in text) is said
+    recipe = recipe_of(f"{key}=true")
+    text = "\n".join(missing_gpu(recipe))
+    expected = "force_bf16: true keeps bfloat16" if key == "bf16" else "no bfloat16 instructions; set pure_bf16: false"
+    assert (expected in text) is said
+    if key == "bf16":
+        assert (compute_dtype(recipe), to_sft_config(recipe).bf16) == (
+            (None, False) if said else (torch.bfloat16, True)
+        )
+        forced = recipe_of("bf16=true", "force_bf16=true")
+        assert (compute_dtype(forced), to_sft_config(forced).bf16) == (torch.bfloat16, True)
+        assert ("set force_bf16: false" in "".join(missing_gpu(forced))) is said
+
+
+def test_a_run_in_another_precision_is_not_resumed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of a CPU without bfloat16 instructions computes in float32, and stays in it on one that has them."""
+    keys = {"bf16": True, "preflight": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
+    run = small_run.run(tmp_path, tiny_model, **keys)
+    manifest = read_manifest(run)
+    assert manifest and manifest.computed_in == "float32"
+    assert "float32\n" in (run / "training.log").read_text(encoding="utf-8")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    with pytest.raises(
+        RecipeError, match=r"computed in: float32 -> bfloat16 \(set force_bf16: true, or bf16: false\)"
+    ):
+        small_run.run(tmp_path, tiny_model, **keys, max_steps=6, resume_from_checkpoint=True)
 
 
 def test_the_resume_command_works_in_every_windows_shell(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
