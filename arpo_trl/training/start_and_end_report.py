@@ -142,7 +142,7 @@ def warn_of_schedule(args: TrainingArguments, total: int) -> list[str]:
     if not isinstance(schedule, LambdaLR) or total <= 0:
         return []
     factor = schedule.lr_lambdas[0]
-    peak = max(factor(step) for step in {0, max(warmup - 1, 0), warmup} if step < total or not step)
+    peak = max(factor(min(step, total - 1)) for step in (0, max(warmup - 1, 0), warmup))
     if peak > 0.95:
         return []
     if warmup < total:
