@@ -117,7 +117,7 @@ def _check_scheduler(recipe: Recipe, config: SFTConfig) -> None:
     name, settings = SchedulerType(config.lr_scheduler_type), recipe.trl.get("lr_scheduler_kwargs")
     try:
         get_scheduler(name, optimizer, 0, 10, scheduler_specific_kwargs=dict(settings or {}))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         key = "lr_scheduler_kwargs" if settings else "lr_scheduler_type"
         reason = f"{name.value}: {in_one_line(error)}"
         raise recipe.error(key, f"{reason}; set its arguments in lr_scheduler_kwargs") from error
