@@ -96,9 +96,9 @@ class DatasetInfo(BaseModel):
 
     @classmethod
     def read(cls, name: str, file: Path, entry: object) -> DatasetInfo:
-        """Read the entry of a registry file; null means not set."""
+        """Read the entry of a registry file; null means not set, and so does the empty name of a column."""
         try:
-            info = cls.model_validate(_without_nulls(entry))
+            info = cls.model_validate(_without_empty_columns(_without_nulls(entry)))
         except ValidationError as error:
             info = cls()
             info._findings = [("mistake", _describe_mistake(details)) for details in error.errors()]
@@ -202,6 +202,13 @@ def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
     if not isinstance(entries, dict):
         raise DatasetError(f"{path}: expected an object of datasets, found {excerpt(entries, EXCERPT)}")
     return {name: DatasetInfo.read(name, path, entry) for name, entry in entries.items()}
+
+
+def _without_empty_columns(entry: object) -> object:
+    """Remove columns named "", which LLaMA-Factory does not read either."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("columns"), dict):
+        return entry
+    return {**entry, "columns": {key: column for key, column in entry["columns"].items() if column != ""}}
 
 
 def _without_nulls(value: object) -> object:

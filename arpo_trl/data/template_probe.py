@@ -80,6 +80,17 @@ def find_template(
     return form if _count_faults(form) < _count_faults(own) else own
 
 
+def writes_system(template: Template) -> bool:
+    """Return whether the template writes a system turn for a row without one."""
+    rules = "some rules"
+    system: Message = {"role": "system", "content": rules}
+    before, _, after = _render(template, system, ASK).partition(rules)
+    without = _render(template, ASK)
+    if not after or not (without.startswith(before) and without.endswith(after)):
+        return False
+    return len(without) > len(before + after) or bool(before.removeprefix(str(template.tokenizer.bos_token or "")))
+
+
 def set_thinking_default(template: Template) -> ChatTemplate:
     """Return the tokenizer's templates so that by default they prompt for reasoning, or not, as in training."""
     first, chat_template = "", cast(ChatTemplate, template.tokenizer.chat_template)

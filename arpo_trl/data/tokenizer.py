@@ -20,7 +20,7 @@ from ..recipe.keys import Recipe
 from ..recipe.llamafactory import SHIPPED, TOKENIZERS_OWN, check_template_name
 from .labels import Tokenize, Tokens
 from .template import Template
-from .template_probe import ChatTemplate, find_template, set_thinking_default
+from .template_probe import ChatTemplate, find_template, set_thinking_default, writes_system
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +44,9 @@ def load_template(recipe: Recipe, day: date | None = None) -> Template:
     template = find()
     if template.end_of_turn is None:
         raise recipe.error("template", _explain_no_end(recipe, template))
+    if recipe.default_system == "" and recipe.template not in SHIPPED and writes_system(template):
+        problem = "an empty one is not supported by this chat template, which always writes a system turn"
+        raise recipe.error("default_system", f"{problem}; set template to a shipped name (--help template)")
     tokenizer.chat_template = set_thinking_default(template)
     if tokenizer.eos_token != template.end_of_turn:
         tokenizer.eos_token = template.end_of_turn
@@ -96,7 +99,7 @@ def _read_stops(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[str
 def _read_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     template = recipe.template
     if template in SHIPPED:
-        return shipped_template(template)
+        return shipped_template(template, with_default_system=recipe.default_system != "")
     if template is None or template in TOKENIZERS_OWN:
         own: ChatTemplate | None = tokenizer.chat_template
         if own:
@@ -127,7 +130,7 @@ def _explain_no_end(recipe: Recipe, template: Template) -> str:
     )
 
 
-def shipped_template(name: str) -> str:
+def shipped_template(name: str, with_default_system: bool = True) -> str:
     """Return the Jinja of a template shipped under one of LLaMA-Factory's names: TRL's file, or a composed one.
 
     A composed template sets the pieces that templates/names.toml has for the name, followed by its tools_*.jinja and
@@ -137,6 +140,8 @@ def shipped_template(name: str) -> str:
     Raises:
         KeyError: nothing is shipped under this name.
     """
+    if name == "qwen" and not with_default_system:
+        name = "qwen3_nothink"  # the same text, without a default system message
     if name == "qwen":
         trl = find_spec("trl")  # importing it takes seconds
         return Path(str(trl and trl.origin)).with_name("chat_templates").joinpath("qwen2_5.jinja").read_text("utf-8")
@@ -147,6 +152,8 @@ def shipped_template(name: str) -> str:
     default = {"begin": "", "default_system": "", "result_join": "", "system_inside": False, "tools": "react"}
     default |= {"reasoning": ["<think>\n", "\n</think>\n\n"], "has_reasoning": "reasoning" in pieces}
     pieces = default | {"result": pieces["user"], "call": pieces["reply"]} | pieces
+    if not with_default_system:
+        pieces["default_system"] = ""
     lines = []
     for key, value in pieces.items():
         if isinstance(value, list):

@@ -18,6 +18,8 @@ def resolve(recipe: Recipe, rollout: bool = False) -> Recipe:
     predict = recipe.do_predict or recipe.predict_with_generate
     resolved = recipe.model_copy(
         update={
+            "dataset": list(dict.fromkeys(recipe.dataset)),
+            "eval_dataset": list(dict.fromkeys(recipe.eval_dataset)),
             "lora_alpha": recipe.lora_alpha or 2 * recipe.lora_rank,
             "warmup_ratio": 0.0 if recipe.warmup_steps else recipe.warmup_ratio,
             "gradient_checkpointing": not recipe.disable_gradient_checkpointing and recipe.gradient_checkpointing,
@@ -50,6 +52,9 @@ def _missing_kernel(recipe: Recipe) -> str | None:
 
 
 def _notices(recipe: Recipe, resolved: Recipe, rollout: bool) -> Iterator[str]:
+    for key, names in (("dataset", recipe.dataset), ("eval_dataset", recipe.eval_dataset)):
+        for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+            yield f"{key}: {name} is listed {names.count(name)} times and used once, as in LLaMA-Factory"
     if recipe.warmup_steps and recipe.warmup_ratio:
         yield "warmup_ratio: ignored; warmup_steps overrides it"
     if recipe.packing and not recipe.neat_packing:
@@ -98,8 +103,8 @@ def conflicts(recipe: Recipe, rollout: bool = False) -> Iterator[tuple[str, str]
         known = f"{', '.join(METRICS)}, or predict_<score> with predict_during_eval"
         yield "metric_for_best_model", f"expected {known}, found {metric}"
     shares = recipe.interleave_probs or []
-    if shares and len(shares) != len(recipe.dataset):
-        yield "interleave_probs", f"expected one value per dataset ({len(recipe.dataset)}), found {len(shares)}"
+    if shares and len(shares) != len(datasets := dict.fromkeys(recipe.dataset)):
+        yield "interleave_probs", f"expected one value per dataset ({len(datasets)}), found {len(shares)}"
     elif shares and (min(shares) < 0 or abs(sum(shares) - 1) > 1e-8):  # numpy's tolerance
         yield "interleave_probs", f"expected values that sum to 1, found {', '.join(f'{share:g}' for share in shares)}"
     for key in ("use_rslora", "use_dora"):
@@ -150,6 +155,7 @@ RULES: list[tuple[str, Callable[[Recipe], object], str]] = [
     ("global_batch_size", lambda r: r.global_batch_size and r.gradient_accumulation_steps != 1, "gradient_accumulation_steps is set too; keep one"),
     ("group_by_length", lambda r: r.group_by_length and r.disable_shuffling, "disable_shuffling is set too; keep one"),
     ("train_sampling_strategy", lambda r: is_set(r, "train_sampling_strategy") and (r.group_by_length or r.disable_shuffling), "group_by_length or disable_shuffling is set too; keep one"),
+    ("lora_target", lambda r: r.trains_adapter and not r.lora_target, "expected all or names of modules, found none"),
     ("create_new_adapter", lambda r: r.create_new_adapter and not r.adapter_name_or_path, "requires adapter_name_or_path"),
     ("adapter_name_or_path", lambda r: r.adapter_name_or_path and not r.trains_adapter, "requires finetuning_type: lora (or oft)"),
 ]

@@ -358,3 +358,11 @@ def test_a_renamed_prompt_comes_without_a_query_as_in_llama_factory(tmp_path: Pa
     info = read_registry(write(tmp_path, entry))["a"]
     assert info.columns == {"prompt": "input", "response": "target"}
     assert to_conversation({"input": "Q", "target": "A"}, info).messages[0]["content"] == "Q"
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_a_column_without_a_name_is_not_read(empty: str | None) -> None:
+    """As in LLaMA-Factory."""
+    entry = {"file_name": "x.json", "columns": {"prompt": "q", "query": empty, "system": empty, "response": "a"}}
+    info = DatasetInfo.read("x", Path("dataset_info.json"), entry)
+    assert info.columns == {"prompt": "q", "response": "a"} and info.named == {"prompt", "response"}

@@ -533,3 +533,44 @@ def test_a_result_may_be_written_as_json_text(content: str) -> None:
     ]
     assert json.dumps(content, ensure_ascii=False) in to_segments(Conversation(messages), template)[2].text
     check_parity(Conversation(messages), template, ExampleConfig(1 << 20), "row")
+
+
+SEARCH = {"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_an_empty_default_system_renders_no_system_turn(name: str, tmp_path: Path) -> None:
+    """As in LLaMA-Factory; with tools, the turn has only their text."""
+    ends = re.findall(r"<[^<>\s]+>", GOLDEN["templates"][name]["conversations"]["one turn"][-1][1])
+    make_tokenizer(*sorted({*ends} - {"<think>", "</think>"}), chat_template=OWN).save_pretrained(tmp_path)
+    usual, empty = (
+        load_template(recipe(tmp_path, template=name, **keys), DAY) for keys in ({}, {"default_system": ""})
+    )
+    table = tomllib.loads(files("arpo_trl.data").joinpath("templates/names.toml").read_text(encoding="utf-8"))
+    own = table.get(name, {})
+    system = (table.get(own.get("like"), {}) | own).get("default_system") or ("You are Qwen" if name == "qwen" else "")
+    row = Conversation([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}])
+    before, after = (to_segments(row, template)[0].text for template in (usual, empty))
+    assert (before == after) == (not system)
+    assert not system or (system in before and system not in after)
+    other = Conversation([{"role": "system", "content": "S"}, *row.messages])
+    assert to_segments(other, usual) == to_segments(other, empty)
+
+
+def test_an_empty_default_system_of_qwen_leaves_the_tools_text(tmp_path: Path) -> None:
+    make_tokenizer("<|im_start|>", "<|im_end|>").save_pretrained(tmp_path)
+    empty = load_template(recipe(tmp_path, template="qwen", default_system=""))
+    row = Conversation([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}])
+    assert to_segments(row, empty)[0].text == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    text = to_segments(Conversation(row.messages, [SEARCH]), empty)[0].text
+    assert text.startswith("<|im_start|>system\n\n\n# Tools\n\n") and "Alibaba" not in text
+
+
+def test_an_empty_default_system_is_an_error_if_the_template_always_writes_one(tmp_path: Path) -> None:
+    make_tokenizer("<|im_start|>", "<|im_end|>", chat_template=shipped_template("qwen")).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="default_system: an empty one is not supported by this chat template"):
+        load_template(recipe(tmp_path, default_system=""))
+    make_tokenizer(chat_template=OWN).save_pretrained(tmp_path)
+    assert load_template(recipe(tmp_path, default_system="")).end_of_turn == "</own>"
+    for inside_or_bare in ("vicuna", "mistral"):
+        assert load_template(recipe(tmp_path, template=inside_or_bare, default_system="")).end_of_turn == "</s>"

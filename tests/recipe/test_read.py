@@ -771,3 +771,46 @@ def test_every_key_of_galore_and_apollo_changes_the_optimizer(tmp_path: Path, ke
             config = to_sft_config(read_recipe(path, override))
             told.append((config.optim, config.optim_args, config.optim_target_modules))
     assert len(set(map(str, told))) > 1
+
+
+def test_a_dataset_listed_twice_is_used_once() -> None:
+    """As in LLaMA-Factory, which keeps its datasets by name."""
+    recipe = read_recipe(None, ["model_name_or_path=m", "output_dir=o", "do_train=true", "dataset=a,b,a"])
+    assert recipe.dataset == ["a", "b"]
+    line = "command line: dataset: a is listed 2 times and used once, as in LLaMA-Factory"
+    assert line in recipe.notices
+
+
+def test_a_dataset_listed_twice_has_one_probability() -> None:
+    keys = ["model_name_or_path=m", "output_dir=o", "do_train=true", "dataset=a,b,a", "mix_strategy=interleave_over"]
+    assert read_recipe(None, [*keys, "interleave_probs=0.5,0.5"]).interleave_probs == [0.5, 0.5]
+    with pytest.raises(RecipeError, match=r"interleave_probs: expected one value per dataset \(2\), found 3"):
+        read_recipe(None, [*keys, "interleave_probs=0.25,0.5,0.25"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("lora_alpha=0", "expected an integer > 0, found 0"),  # LLaMA-Factory: twice the rank
+        ("lora_target=''", "expected all or names of modules, found none"),
+        ("max_samples=0", "expected an integer > 0, found 0"),  # LLaMA-Factory: no rows, then an error
+        ("max_samples=-1", "expected an integer > 0, found -1"),
+        ("early_stopping_steps=0", "expected an integer > 0, found 0"),
+        ("max_new_tokens=-1", "expected an integer > 0, found -1"),  # LLaMA-Factory: max_length
+        ("cutoff_len=0", "expected an integer > 0, found 0"),
+        ("template=''", "unknown template ''"),
+        ("quantization_bit=0", "expected one of 4, 8, found 0"),
+    ],
+)
+def test_a_value_that_llama_factory_reads_as_another_is_an_error(setting: str, expected: str) -> None:
+    keys = ["model_name_or_path=m", "output_dir=o", "do_train=true", "dataset=a", "finetuning_type=lora"]
+    with pytest.raises(RecipeError) as error:
+        read_recipe(None, [*keys, setting])
+    assert f"{setting.partition('=')[0]}: {expected}" in str(error.value)
+
+
+def test_a_quoted_boolean_is_a_boolean() -> None:
+    """LLaMA-Factory reads any text as true, "false" too."""
+    keys = ["model_name_or_path=m", "output_dir=o", "do_train='true'", "dataset=a", "mask_history='false'"]
+    recipe = read_recipe(None, keys)
+    assert (recipe.do_train, recipe.mask_history) == (True, False)
