@@ -1,8 +1,8 @@
 """Train tool-using chat models from LLaMA-Factory recipes, on Accelerate and TRL.
 
-    from arpo_trl import read_recipe, train
+    from arpo_trl import train
 
-    train(read_recipe("recipes/qwen_toy.yaml", ["max_steps=10"]))
+    result = train("recipes/qwen_toy.yaml", ["max_steps=10"])
 
 torch is imported on first use: reading a recipe does not need it.
 """
@@ -21,14 +21,17 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .data.prepare import prepare_datasets
-    from .training.train import train
+    from .data.tokenizer import load_tokenizer
+    from .training.train import Result, train
 
 __all__ = [
     "DatasetError",
     "Recipe",
     "RecipeError",
+    "Result",
     "RowError",
     "RunFailed",
+    "load_tokenizer",
     "prepare_datasets",
     "read_recipe",
     "train",
@@ -37,7 +40,12 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import what needs torch on first use (PEP 562)."""
-    modules = {"prepare_datasets": ".data.prepare", "train": ".training.train"}
+    modules = {
+        "load_tokenizer": ".data.tokenizer",
+        "prepare_datasets": ".data.prepare",
+        "Result": ".training.train",
+        "train": ".training.train",
+    }
     if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(modules[name], __name__), name)

@@ -195,7 +195,7 @@ def _train(line: CommandLine) -> int:
     _stop_with_launcher()
     with gc_paused():
         from .training.train import run
-    return run(recipe)
+    return run(recipe).exit_code
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def run(folder: Path, model: Path, **changes: Any) -> Path:
     """Run the recipe and return its output folder; this process keeps its signal handlers."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        assert train(make_recipe(folder, model, **changes)) == 0
+        assert train(make_recipe(folder, model, **changes)).exit_code == 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -75,6 +75,8 @@ def test_the_python_of_the_readme_trains(tiny_model: Path, tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model.safetensors").exists()
+    code, loss, folder = done.stdout.splitlines()[-1].split()
+    assert (code, folder) == ("0", str(tmp_path / "run")) and float(loss) > 0
 
 
 @pytest.mark.parametrize("path", DOCS, ids=NAMES)

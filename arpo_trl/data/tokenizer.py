@@ -56,6 +56,15 @@ def load_template(recipe: Recipe, day: date | None = None) -> Template:
     return template
 
 
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the recipe trains with and saves: with its chat template, and the end of turn as eos token.
+
+    Raises:
+        RecipeError: as `load_template`.
+    """
+    return load_template(recipe).tokenizer
+
+
 def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 

@@ -8,7 +8,7 @@ Imports no torch, so a typo is reported in well under a second.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -21,9 +21,14 @@ from .preference import read_old_stage
 from .rules import conflicts, resolve
 from .yaml_file import Problems, Setting, read_file, read_overrides, shorten
 
+MAPPING = Path("recipe")
+"""The path in messages of a recipe that is a mapping."""
 
-def read_recipe(path: str | Path | None, overrides: Sequence[str] = (), rollout: bool = False) -> Recipe:
-    """Read a recipe file and `key=value` overrides; without a file, the overrides are the recipe.
+
+def read_recipe(
+    path: str | Path | Mapping[str, object] | None, overrides: Sequence[str] = (), rollout: bool = False
+) -> Recipe:
+    """Read a recipe file, or a mapping of its keys, and `key=value` overrides; without either, the overrides are the recipe.
 
     A recipe for a `rollout` needs nothing to train, evaluate or predict.
 
@@ -31,7 +36,11 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = (), rollout:
         RecipeError: lists all problems, each with its line.
     """
     problems: Problems = []
-    settings = read_file(Path(path), problems) if path is not None else {}
+    if isinstance(path, Mapping):
+        settings = {key: Setting(_plain(value), "recipe", "") for key, value in path.items()}
+        path = MAPPING
+    else:
+        settings = read_file(Path(path), problems) if path is not None else {}
     settings |= read_overrides(overrides, takes_text, problems)
     path, all_read = COMMAND_LINE if path is None else Path(path), not problems
     if other_format := recognize(settings):
@@ -53,6 +62,10 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = (), rollout:
         header = f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}"
         raise RecipeError([header, *(f"  {location:<{width}}  {text}" for location, text in problems)])
     return resolve(recipe, rollout)
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
 
 
 def _keep_known_keys(settings: dict[str, Setting], problems: Problems) -> dict[str, list[str]]:

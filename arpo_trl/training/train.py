@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import asdict
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,14 +26,15 @@ from ..model.methods.chosen import methods_of, trainer_kwargs
 from ..model.model import load_model, stop_after_calls
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
+from ..recipe.read import read_recipe
 from ..report.console import logged_to, say
-from ..report.log_file import mean_loss, read_log
+from ..report.log_file import LogLine, mean_loss, read_log
 from ..report.loss_plot import plot_run
 from ..report.manifest import Manifest, describe_run, read_manifest, recipe_text, require_same_run
 from ..report.model_card import write_model_card
 from ..report.preview import describe_example
 from ..report.trackers import finish_trackers, start_trackers
-from ..run_folder import match_umask, save_metrics, write_json
+from ..run_folder import match_umask, read_json, save_metrics, write_json
 from .callbacks import (
     BeforeFirstStep,
     PredictOnEvaluate,
@@ -53,21 +55,63 @@ from .start_and_end_report import describe_stop, end_report, start_report
 from .trainer import ArpoTrainer
 from .trainer_log import TrainerLog, remove_progress_bar
 
+ROWS = "rows.parquet"
+"""The rows of `train(rows=...)`, in output_dir."""
 
-def train(recipe: Recipe) -> int:
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has produced.
+
+    Attributes:
+        exit_code: 0 if the run is finished, 128 + the signal's number if a signal stopped it.
+        stopped_by: The signal, such as SIGTERM, or None.
+        metrics: The final figures, as in all_results.json; empty if the run was stopped.
+        history: The rows of trainer_log.jsonl.
+        best_checkpoint: That of `load_best_model_at_end` or `metric_for_best_model`, or None.
+    """
+
+    exit_code: int
+    stopped_by: str | None
+    metrics: dict[str, float]
+    history: list[LogLine]
+    output_dir: Path
+    best_checkpoint: Path | None
+
+
+def train(
+    recipe: Recipe | Mapping[str, object] | str | Path, overrides: Sequence[str] = (), rows: Dataset | None = None
+) -> Result:
     """Run a recipe: check it, prepare the data, train the model, save it.
 
-    Returns:
-        The exit code: 0 if the run is finished, 128 + the signal's number if a signal stopped it.
+    Args:
+        recipe: From `read_recipe`, or its file, or its keys and values.
+        overrides: `key=value`, as on the command line.
+        rows: Train on these rows instead of `dataset`. They are written to output_dir/rows.parquet, and their format is
+            recognized by their columns.
 
     Raises:
         RecipeError: an error in the recipe or its inputs, before the first step.
         RunFailed: the run began and can't continue.
     """
+    if not isinstance(recipe, Recipe):
+        dataset = [f"dataset={ROWS}"] if rows is not None else []  # replaced below
+        recipe = read_recipe(recipe, [*overrides, *dataset])
+    elif overrides:
+        recipe = read_recipe(recipe.resolved(), overrides)
+    if rows is not None:
+        path = Path(recipe.output_dir, ROWS)
+        on_main_process(lambda: _write_rows(rows, path))
+        recipe = recipe.model_copy(update={"dataset": [str(path)]})
     return run(check_before_torch(recipe))
 
 
-def run(recipe: Recipe) -> int:
+def _write_rows(rows: Dataset, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows.to_parquet(path)
+
+
+def run(recipe: Recipe) -> Result:
     """`train` for a recipe that `check_before_torch` has returned."""
     args = check_after_torch(recipe)
     with own_output_dir(recipe):
@@ -81,7 +125,21 @@ def run(recipe: Recipe) -> int:
             else:
                 run_without_training(recipe, args)
             leave_together()
-            return code
+            return _result(recipe, code)
+
+
+def _result(recipe: Recipe, code: int) -> Result:
+    output_dir = Path(recipe.output_dir)
+    state = read_json(output_dir / "trainer_state.json") if code == 0 else None
+    best = (state or {}).get("best_model_checkpoint")
+    return Result(
+        exit_code=code,
+        stopped_by=signal.Signals(code - 128).name if code else None,
+        metrics=(read_json(output_dir / "all_results.json") or {}) if code == 0 else {},
+        history=read_log(output_dir / "trainer_log.jsonl"),
+        output_dir=output_dir,
+        best_checkpoint=Path(best) if best else None,
+    )
 
 
 def _train(

@@ -108,7 +108,7 @@ def test_nothing_is_written_into_output_dir_before_a_run_starts(chat_recipe: Rec
         train(chat_recipe.model_copy(update={"max_dropped": 0.0}))
     assert kept.read_text() == "of an earlier run"
     evaluated = {"do_train": False, "do_eval": True, "dataset": [], "eval_dataset": ["d"]}
-    assert train(chat_recipe.model_copy(update=evaluated)) == 0
+    assert train(chat_recipe.model_copy(update=evaluated)).exit_code == 0
     assert json.loads(kept.read_text())["outcome"] == "dropped"
 
 

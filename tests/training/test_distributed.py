@@ -120,7 +120,7 @@ def one(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """The run that one process makes of batches of four."""
     folder = tmp_path_factory.mktemp("one")
     with own_signals_after():
-        assert train(read_recipe(write_recipe(folder, tiny_model, per_device_train_batch_size=4))) == 0
+        assert train(read_recipe(write_recipe(folder, tiny_model, per_device_train_batch_size=4))).exit_code == 0
     return folder / "run"
 
 
@@ -192,7 +192,7 @@ def test_a_different_number_of_processes_does_not_resume(two: Path, tmp_path: Pa
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     given = write_recipe(tmp_path, tiny_model, global_batch_size=4, allow_changed_recipe=True)
     with own_signals_after():
-        assert train(read_recipe(given)) == 0
+        assert train(read_recipe(given)).exit_code == 0
     found, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", two))
     for name, tensor in wanted.items():  # no dropout: the random state that is lost decides nothing here
         torch.testing.assert_close(found[name].float(), tensor.float(), atol=2e-4, rtol=2**-7, msg=name)

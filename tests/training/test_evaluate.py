@@ -184,7 +184,7 @@ def test_a_model_can_be_evaluated_without_training(
         save_safetensors=True,
     )
     monkeypatch.delenv("WANDB_MODE")  # nobody is logged in: an evaluation tells no tracker, and needs no login
-    assert train(recipe) == 0
+    assert train(recipe).exit_code == 0
     log = (tmp_path / "run" / "training.log").read_text(encoding="utf-8")
     assert "save_safetensors: ignored" in log and "eval counting loss" in log
     found = json.loads((tmp_path / "run" / "eval_results.json").read_text(encoding="utf-8"))

@@ -334,7 +334,7 @@ def run_pairs(folder: Path, model: Path, **changes: Any) -> Path:
     for number in (signal.SIGTERM, signal.SIGINT):
         handlers[number] = signal.getsignal(number)
     try:
-        assert train(read_recipe(path)) == 0
+        assert train(read_recipe(path)).exit_code == 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
