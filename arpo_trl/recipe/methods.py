@@ -277,7 +277,8 @@ def layerwise_key(recipe: _Recipe) -> str | None:
 def silence_libraries() -> None:
     """Silence the methods' libraries where a user can't act on their messages. Call before torch is imported."""
     for name in SILENT_LOGGERS:
-        logging.getLogger(name).addFilter(lambda record: False)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # for its children
+        logging.getLogger(name).addFilter(lambda record: False)  # torch sets levels again when it is imported
     for message, module in SILENT_WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=module)
     if importlib.util.find_spec("logbar"):  # gptqmodel's, which prints a banner whenever peft is imported
