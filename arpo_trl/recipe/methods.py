@@ -268,6 +268,11 @@ class AdvancedKeys(
     """Keys of all rare methods; pydantic orders them from the last class to the first."""
 
 
+def defaults() -> dict[str, Any]:
+    """Return the default of each key of a rare method: none is used."""
+    return {name: field.default for name, field in AdvancedKeys.model_fields.items()}
+
+
 def layerwise_key(recipe: _Recipe) -> str | None:
     """Return the key that has transformers update layer by layer in the backward pass, if one is set."""
     keys = [name for switch, name in LAYERWISE if getattr(recipe, switch) and getattr(recipe, name)]

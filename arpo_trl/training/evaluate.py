@@ -54,7 +54,7 @@ def to_inference(model: nn.Module, saved_dtype: torch.dtype | None) -> None:
     An adapter's base keeps its dtype.
     """
     if getattr(model, "quantization_method", None) is not None:
-        return  # bitsandbytes has placed it
+        return  # from_pretrained has placed its quantized weights
     device = PartialState().device
     model.to(device)
     if saved_dtype:

@@ -26,6 +26,7 @@ from ..errors import in_one_line
 from ..model.base import splits_model
 from ..model.model import load_model
 from ..model.token_scores import score_labelled_positions_only
+from ..recipe import methods
 from ..recipe.keys import Recipe
 from ..recipe.preference import keeps_base, needs_reference
 from .loss import Batch
@@ -138,15 +139,15 @@ def precomputes(recipe: Recipe) -> bool:
 
 def to_reference_recipe(recipe: Recipe) -> Recipe:
     """Return a recipe of which `load_model` loads the model that `ref_model` and `ref_model_adapters` name."""
-    changes: dict[str, Any] = {"model_name_or_path": recipe.ref_model, "do_train": False, "create_new_adapter": False}
+    changes = methods.defaults()
+    changes |= {"model_name_or_path": recipe.ref_model, "do_train": False, "create_new_adapter": False}
     if recipe.ref_model_adapters:
-        changes |= {"adapter_name_or_path": recipe.ref_model_adapters, "finetuning_type": "lora", "pissa_init": False}
+        changes |= {"adapter_name_or_path": recipe.ref_model_adapters, "finetuning_type": "lora"}
     else:
         changes |= {"adapter_name_or_path": [], "finetuning_type": "full"}
     if recipe.ref_model != recipe.model_name_or_path:
         changes["model_revision"] = "main"
-    changes |= {"quantization_bit": None, "use_badam": False}
-    return recipe.model_copy(update={key: value for key, value in changes.items() if key in type(recipe).model_fields})
+    return recipe.model_copy(update=changes)
 
 
 def _add_adapter(recipe: Recipe, model: PeftModel) -> None:

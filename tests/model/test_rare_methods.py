@@ -16,13 +16,13 @@ import arpo_trl
 PACKAGE = Path(arpo_trl.__file__).parent
 TESTS = Path(__file__).parents[1]
 RARE = (
-    r"galore|apollo|muon|adam.?mini|badam|\boft_|llama_?pro|asft|eaft|gptq|awq|aqlm|mxfp4|fp8|bitsandbytes|pissa|"
+    r"galore|apollo|muon|adam.?mini|badam|\boft_|llama_?pro|(?<![a-z])[ae][as]ft|gptq|awq|aqlm|mxfp4|fp8|bitsandbytes|pissa|"
     r"quantization_bit|moe_aux|freeze_|loraplus"
 )
 MAIN_FILES = """
     model/model.py model/adapters.py model/memory.py model/base.py model/sft_config.py model/token_scores.py
     training/train.py training/trainer.py training/check.py training/preflight.py training/loss.py
-    training/checkpoints.py training/evaluate.py training/rows_and_model.py recipe/rules.py
+    training/checkpoints.py training/evaluate.py training/setup.py training/reference.py training/preference.py recipe/rules.py
 """.split()
 MAIN_TESTS = [
     "recipe/test_read.py::test_all_problems_are_reported_at_once_in_the_order_of_the_file",
