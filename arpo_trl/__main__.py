@@ -29,6 +29,14 @@ from .training.requirements import check_before_torch, check_inputs
 from .version import __version__
 
 HERE = Path(__file__).parent
+OTHER_COMMANDS = {
+    "export": "Use: {0} merge ADAPTER OUTPUT",
+    "eval": "Use: {0} RECIPE.yaml do_train=false do_eval=true, or do_predict=true",
+    "webui": "Use: {0} --check RECIPE.yaml, then {0} RECIPE.yaml",
+    "webchat": "Use: {0} chat MODEL",
+    "api": "Use a server such as vLLM, and: {0} check-serving MODEL --url URL",
+}
+"""Commands of llamafactory-cli, and what to use here."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,7 +45,12 @@ def main(argv: Sequence[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a cp1252 console escapes Chinese instead of failing
             stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(argv)
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as of `| head`; nothing can be printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except RecipeError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every process raises the same error
             print(error, file=sys.stderr)
@@ -72,6 +85,8 @@ def _run(argv: Sequence[str]) -> int:
     }
     if argv[0] in subcommands and not isfile(argv[0]):
         return subcommands[argv[0]](argv[1:]) or 0
+    if argv[0] in OTHER_COMMANDS and not isfile(argv[0]):
+        raise RecipeError(f"{argv[0]}: not supported. {OTHER_COMMANDS[argv[0]].format(program())}")
     line = read_command_line(argv)
     options: dict[str, Callable[[CommandLine], None]] = {
         "help": lambda line: print(explain(line.words) or usage()),

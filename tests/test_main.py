@@ -8,6 +8,7 @@ import getpass
 import io
 import platform
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import small_run
 
 import arpo_trl
 from arpo_trl import machine, run_folder
-from arpo_trl.__main__ import gc_paused, main
+from arpo_trl.__main__ import OTHER_COMMANDS, gc_paused, main
 from arpo_trl.errors import RecipeError, in_one_line
 from arpo_trl.recipe import Recipe, read_recipe
 from arpo_trl.recipe.command_line import OPTIONS, read_command_line
@@ -232,3 +233,26 @@ def test_replacing_a_file_in_use_is_retried_on_windows(tmp_path: Path, monkeypat
 def test_a_librarys_message_is_reduced_to_one_line() -> None:
     assert in_one_line(OSError("no\n  such\tfile")) == "no such file"
     assert in_one_line(ValueError()) == "ValueError" and len(in_one_line(ValueError("x" * 9999))) == 500
+
+
+@pytest.mark.parametrize("command", sorted(OTHER_COMMANDS))
+def test_a_command_of_llamafactory_names_the_one_here(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "x.yaml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{command}: not supported. Use") and "{" not in line
+
+
+def test_help_of_a_word_that_is_a_group_and_a_key_shows_both(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help", "dataset"]) == 0
+    group, key = capsys.readouterr().out.split("\n\n")
+    assert group.startswith("dataset:\n") and key.startswith("dataset  (dataset)\n")
+
+
+def test_a_closed_pipe_ends_silently() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "arpo_trl", "--help", "all"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == ("", 0)
+    process.stderr.close()

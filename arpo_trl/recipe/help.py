@@ -61,7 +61,7 @@ def explain(words: Sequence[str]) -> str:
         for group in groups:
             names = (name for name, key in keys().items() if key.group == group)
             parts.append("\n".join([f"{group}:", *map(_summary, names)]))
-        if not groups:
+        if not groups or word in keys():  # `dataset` is a group and a key
             parts.append(explain_key(word))
     return "\n\n".join(parts)
 
