@@ -17,7 +17,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData
 from ..data.saved_folder import check_run
-from ..errors import RunFailed, in_one_line
+from ..errors import RecipeError, RunFailed, in_one_line
 from ..generate.predict import predict, refuse_split_model
 from ..machine import full_disk_as_run_failed
 from ..model.adapters import keep_adapter_in_float32
@@ -214,17 +214,20 @@ def make_trainer(
     data: PreparedData,
 ) -> ArpoTrainer:
     """Return the trainer of the recipe's model and rows."""
-    trainer = ArpoTrainer(
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=eval_datasets(recipe, data),
-        processing_class=tokenizer,
-        rows=data.train if isinstance(data.train, Dataset) else None,  # a stream would have to be read again
-        on_save_error=recipe.on_save_error,
-        **trainer_kwargs(recipe, model, args),
-        preference=make_preference(recipe, args, model),
-    )
+    try:
+        trainer = ArpoTrainer(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=eval_datasets(recipe, data),
+            processing_class=tokenizer,
+            rows=data.train if isinstance(data.train, Dataset) else None,  # a stream would have to be read again
+            on_save_error=recipe.on_save_error,
+            **trainer_kwargs(recipe, model, args),
+            preference=make_preference(recipe, args, model),
+        )
+    except ValueError as error:  # a combination that TRL does not support
+        raise RecipeError(f"{recipe.path}: not supported by TRL: {in_one_line(error)}") from error
     refuse_split_model(recipe, trainer.is_fsdp_enabled)
     keep_adapter_in_float32(model)
     stop_after_calls(model, tokenizer, data.template.call_end)
