@@ -223,11 +223,11 @@ class Template:
         opening, closing = (re.escape(tag.strip()) for tag in self.reasoning_block)
         block = rf"(?:{opening}\s*)?(?:{closing}\s*)?{MARKS[0]}(.*?){MARKS[1]}"
         before, after = self.reasoning_block
-        return re.sub(block, lambda found: f"{before}{found[1]}{after}", text, flags=re.DOTALL)
+        return re.sub(block, lambda match: f"{before}{match[1]}{after}", text, flags=re.DOTALL)
 
     @property
     def opens_reasoning(self) -> bool:
-        """Whether a reply without reasoning needs an empty block, because its generation prompt opens one."""
+        """Return whether a reply without reasoning needs an empty block, because its generation prompt opens one."""
         return bool(self.reasoning_block) and self.generation_prompt.endswith((self.reasoning_block or ("",))[0])
 
 
