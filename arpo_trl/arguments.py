@@ -60,6 +60,7 @@ def chat_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--run-python", action="store_true", help="run <python> blocks on this machine, as you")
     parser.add_argument("--time-limit", type=float, default=Limits.seconds, help="seconds per program (20)")
     parser.add_argument("--memory-limit", type=int, default=Limits.megabytes, help="MB per program (1024)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code in the model's files")
     args = parser.parse_args(argv)
     if not (args.max_new_tokens > 0 < args.time_limit and args.memory_limit > 0 <= args.temperature):
         parser.error("--max-new-tokens, --time-limit and --memory-limit must be > 0, --temperature >= 0")
@@ -83,7 +84,10 @@ def merge_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser("merge", MERGE)
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="output_dir of a LoRA run")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to create")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the base model's")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of all tensors (default: the base model's)"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code in the model's files")
     args = parser.parse_args(argv)
     for name in ("adapter_config.json", "tokenizer_config.json"):
         if not (args.adapter / name).is_file():

@@ -60,7 +60,7 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
 
 def new_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     """Return the model with an untrained adapter. Raises RecipeError for modules that the model lacks."""
-    config: AdapterConfig = to_lora_config(recipe, tied=model.config.tie_word_embeddings)
+    config: AdapterConfig = to_lora_config(recipe, tied=getattr(model.config, "tie_word_embeddings", False))
     target = f"{recipe.finetuning_type}_target"
     expert_targets: set[str] = set()
     for method in methods_of(recipe):

@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ..errors import RecipeError
 from ..recipe.keys import Recipe
+from ..report.manifest import Manifest, find_manifest
+from .weights import is_text_part
 
 
 def load_config(recipe: Recipe) -> PreTrainedConfig:
@@ -27,9 +36,16 @@ def load_weights(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         OSError, ImportError, ValueError, RuntimeError: it can't be loaded, or its weights don't match its config.json.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    config = kwargs.get("config")
+    if config is None:
+        hub = {key: kwargs[key] for key in ("revision", "cache_dir", "trust_remote_code") if key in kwargs}
+        config = AutoConfig.from_pretrained(name, **hub)
+    values = config.to_dict()
+    loaded: Any = auto_class(config).from_pretrained(name, output_loading_info=True, **kwargs)
     model: PreTrainedModel
     model, info = loaded
+    if is_text_part(model, values):  # the keys of the other parts: llama4's, not named by its class
+        info["unexpected_keys"] = [key for key in info["unexpected_keys"] if _is_of_text(key, model)]
     for kind in ("missing", "unexpected"):
         if keys := info[f"{kind}_keys"]:
             raise ValueError(
@@ -37,6 +53,54 @@ def load_weights(name: str | Path, **kwargs: Any) -> PreTrainedModel:
                 f"expected the files of one {model.config.model_type} model"
             )
     return model
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the class that loads the model: of its text part, or of all parts if transformers has no class for that one.
+
+    Raises:
+        ValueError: the model does not generate text.
+    """
+    if type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
+        config, "auto_map", ()
+    ):
+        return AutoModelForCausalLM
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    raise ValueError(
+        f"{config.model_type} has no causal language model in transformers; use a decoder-only text model"
+    )
+
+
+def _is_of_text(key: str, model: PreTrainedModel) -> bool:
+    own = tuple(f"{'.'.join(name.split('.')[:2])}." for name, _ in model.named_parameters())
+    return key.startswith((*own, "language_model.")) or ".language_model." in key
+
+
+def runs_code(folder: Path, base: str, trust_remote_code: bool) -> bool:
+    """Return whether to run the code in the base's files: if transformers lacks the architecture and the user trusts it.
+
+    Raises:
+        RecipeError: the code is needed and not trusted. run.json does not count: anyone may have written it.
+    """
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(base)
+    except (OSError, ValueError):
+        return False  # reported by the load
+    if "auto_map" not in values or values.get("model_type") in CONFIG_MAPPING:
+        return False
+    if trust_remote_code:
+        return True
+    manifest = find_manifest(folder)
+    trained = "; the run in its run.json did (trust_remote_code: true)" if _trusted(manifest) else ""
+    raise RecipeError(
+        f"{base}: its {values.get('model_type')} model needs the code in its files{trained}. "
+        "Read that code, then add --trust-remote-code"
+    )
+
+
+def _trusted(manifest: Manifest | None) -> bool:
+    return manifest is not None and manifest.recipe.get("trust_remote_code") is True
 
 
 def hub_kwargs(recipe: Recipe) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.audit import token_lengths
@@ -24,7 +24,7 @@ from ..errors import in_one_line
 from ..recipe.keys import Recipe
 from ..recipe.preference import keeps_base, needs_reference
 from .adapters import new_adapter
-from .base import load_config
+from .base import auto_class, load_config
 from .methods.chosen import methods_of
 from .sft_config import model_init_kwargs
 from .token_scores import TILE_POSITIONS
@@ -126,8 +126,12 @@ def model_shape(recipe: Recipe) -> PreTrainedModel | PeftModel:
     kwargs = model_init_kwargs(recipe, config)
     dtype = getattr(config, "dtype", None) if kwargs["dtype"] == "auto" else kwargs["dtype"]
     kwargs = {"trust_remote_code": kwargs["trust_remote_code"], "dtype": dtype or torch.float32}
+    try:
+        auto = auto_class(config)
+    except ValueError as error:
+        raise recipe.error("model_name_or_path", str(error)) from None
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)
+        model: PreTrainedModel = auto.from_config(config, **kwargs)
         for method in methods_of(recipe):
             method.prepare_base(model)
         return new_adapter(recipe, model) if recipe.trains_adapter else model

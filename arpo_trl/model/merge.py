@@ -15,11 +15,12 @@ from transformers.utils import logging
 
 from ..data.saved_folder import check_folder
 from ..data.serving_rows import read_rows, write_rows
-from ..errors import RecipeError, RunFailed
+from ..errors import RecipeError, RunFailed, in_one_line
 from ..machine import missing_space
 from ..report.manifest import find_manifest
 from ..run_folder import match_umask
-from .base import load_weights
+from .base import load_weights, runs_code
+from .base_files import BaseFiles, read_base_files
 from .methods.quantized import dequantized, require_mergeable
 
 TEXT = "Question: which primes lie between 10 and 20?\n<python>\nprint([11, 13, 17, 19])\n</python>\nAnswer: 答案 17."
@@ -39,7 +40,7 @@ def merge_command(args: argparse.Namespace) -> str:
     """Merge, and return what to print. `args`: from `merge_arguments`."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    merged = merge(args.adapter, args.output, args.dtype)
+    merged = merge(args.adapter, args.output, args.dtype, args.trust_remote_code)
     name = str(merged.dtype).removeprefix("torch.")
     line = f"{args.output}: predicts what the adapter predicts; {name} changes a token's log-probability"
     line += f" by {merged.mean:.1e} on average and {merged.most:.1e} at most"
@@ -48,16 +49,18 @@ def merge_command(args: argparse.Namespace) -> str:
     return "\n".join([line, *check_folder(args.output)])
 
 
-def merge(adapter: Path, output: Path, dtype_name: str | None = None) -> Merged:
-    """Write the merged model into an empty or new folder.
+def merge(adapter: Path, output: Path, dtype_name: str | None = None, trust_remote_code: bool = False) -> Merged:
+    """Write the merged model into an empty or new folder. `dtype_name`: of all tensors, instead of the base's.
 
     Raises:
         RecipeError: the base model can't be loaded or merged.
         RunFailed: the merged model predicts something else than the adapter, or `output` is too small or incomplete.
     """
-    base, base_dtype = _load_base(adapter)
-    dtype: torch.dtype = getattr(torch, dtype_name) if dtype_name else base_dtype
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    base, base_files = _load_base(adapter, trust_remote_code)
+    dtype: torch.dtype | None = getattr(torch, dtype_name) if dtype_name else None
+    if dtype:
+        base_files = base_files._replace(dtype=dtype, others={})
+    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
     input_ids: Tensor = tokenizer(TEXT, return_tensors="pt").input_ids
 
     model = PeftModel.from_pretrained(base, str(adapter))
@@ -72,10 +75,12 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None) -> Merged:
     if (adapter / "generation_config.json").is_file():  # has all tokens at which the run's replies end
         merged.generation_config = GenerationConfig.from_pretrained(adapter)
     align_special_tokens(merged, tokenizer)
-    needed = sum(weight.nbytes for weight in merged.to(dtype).parameters())
+    base_files.cast(merged)
+    needed = sum(weight.nbytes for weight in merged.parameters())
     if full := missing_space(output, needed, "the merged model"):
         raise RunFailed(f"{output}: {full}")
     merged.save_pretrained(output)
+    base_files.restore_configs(output, dtype)
     tokenizer.save_pretrained(output)
     match_umask(output)
     if manifest := find_manifest(adapter):  # for `chat`, which reads where results go, and as the model's origin
@@ -83,26 +88,32 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None) -> Merged:
     if rows := read_rows(adapter) or read_rows(adapter.parent):  # those of a checkpoint are in the folder above
         write_rows(rows, output)
     weights = merged.state_dict()
-    saved = load_weights(output, dtype=dtype)
-    wrong = [name for name, tensor in saved.state_dict().items() if not torch.equal(tensor, weights[name])]
+    saved = load_weights(
+        output, dtype=torch.float32, trust_remote_code=runs_code(output, str(output), trust_remote_code)
+    )
+    wrong = [name for name, tensor in saved.state_dict().items() if not torch.equal(tensor, weights[name].to(tensor))]
     if wrong:
         raise RunFailed(f"{output}: {wrong[0]} and {len(wrong) - 1} other weights differ from what was written")
-    moved = (_log_probs(saved.float(), input_ids) - expected).abs()
-    return Merged(dtype, float(moved.mean()), float(moved.max()))
+    moved = (_log_probs(saved, input_ids) - expected).abs()
+    return Merged(base_files.dtype, float(moved.mean()), float(moved.max()))
 
 
-def _load_base(adapter: Path) -> tuple[PreTrainedModel, torch.dtype]:
-    """Return the adapter's base in float32, and the dtype of its file."""
-    name = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+def _load_base(adapter: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, BaseFiles]:
+    """Return the adapter's base in float32, and what the merged model keeps of its files."""
+    name = str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+    trusted = runs_code(adapter, name, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
         require_mergeable(config, adapter)
-        return load_weights(name, dtype=torch.float32, **dequantized(config)), config.dtype or torch.float32
-    except (OSError, ValueError):
+        base = load_weights(name, dtype=torch.float32, trust_remote_code=trusted, **dequantized(config))
+        return base, read_base_files(name, base)
+    except OSError:
         raise RecipeError(
             f"{adapter / 'adapter_config.json'}: base_model_name_or_path: no model {name!r} in {Path.cwd()} or on the hub. "
             "Run this in the folder where the training was started, or set the path there"
         ) from None
+    except ValueError as error:
+        raise RecipeError(f"{name} can't be loaded ({in_one_line(error)})") from None
 
 
 def _log_probs(model: torch.nn.Module, input_ids: Tensor) -> Tensor:

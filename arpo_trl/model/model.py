@@ -12,12 +12,13 @@ from ..errors import in_one_line
 from ..recipe.keys import Recipe
 from .adapters import with_adapter
 from .base import load_config, load_weights
+from .base_files import BaseFiles, read_base_files
 from .methods.chosen import methods_of
 from .sft_config import model_init_kwargs, rope_error
 
 
-def load_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, torch.dtype | None]:
-    """Return the model in its training dtype, and the dtype to save it in: that of the base's file, or None for LoRA.
+def load_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, BaseFiles | None]:
+    """Return the model in its training dtype, and what to save as in the base's files, or None for LoRA.
 
     Raises:
         RecipeError: the model or an adapter can't be loaded, or they are incompatible.
@@ -39,7 +40,7 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, torch.dtype
         method.prepare_base(model)
     if recipe.trains_adapter:
         return with_adapter(recipe, model), None
-    return model, getattr(config, "dtype", None)
+    return model, read_base_files(recipe.model_name_or_path, model, recipe.model_revision, recipe.cache_dir)
 
 
 def stop_after_calls(

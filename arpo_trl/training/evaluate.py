@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
@@ -13,6 +12,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData
 from ..generate.predict import Model, predict, refuse_split_model
+from ..model.base_files import BaseFiles
 from ..model.model import load_model
 from ..recipe.keys import Recipe
 from ..report.console import say
@@ -40,16 +40,16 @@ def run_without_training(recipe: Recipe, args: SFTConfig) -> None:
     data = load_rows(recipe, args)
     tokenizer = data.template.tokenizer
     data.write_audit(Path(recipe.output_dir) / "row_audit.jsonl")
-    model, saved_dtype = load_model(recipe)
+    model, base = load_model(recipe)
     if recipe.do_eval:
         _evaluate(recipe, args, model, tokenizer, data)
     if recipe.do_predict:
-        to_inference(model, saved_dtype)
+        to_inference(model, base)
         predict(recipe, model, data)
 
 
-def to_inference(model: nn.Module, saved_dtype: torch.dtype | None) -> None:
-    """Move a model to its device, in the dtype of its file; on a CPU, which is slow in bfloat16, in float32.
+def to_inference(model: nn.Module, base: BaseFiles | None) -> None:
+    """Move a model to its device, in the dtypes of its files; on a CPU, which is slow in bfloat16, in float32.
 
     An adapter's base keeps its dtype.
     """
@@ -57,8 +57,10 @@ def to_inference(model: nn.Module, saved_dtype: torch.dtype | None) -> None:
         return  # from_pretrained has placed its quantized weights
     device = PartialState().device
     model.to(device)
-    if saved_dtype:
-        model.to(torch.float32 if device.type == "cpu" else saved_dtype)
+    if base and device.type == "cpu":
+        model.float()
+    elif base:
+        base.cast(model, computes=True)
 
 
 def _evaluate(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
@@ -22,6 +21,7 @@ from ..generate.predict import predict, refuse_split_model
 from ..machine import full_disk_as_run_failed
 from ..model.adapters import keep_adapter_in_float32
 from ..model.base import compute_dtype, splits_model
+from ..model.base_files import BaseFiles
 from ..model.methods.chosen import methods_of, trainer_kwargs
 from ..model.model import load_model, stop_after_calls
 from ..processes import leave_together, on_main_process
@@ -162,7 +162,7 @@ def _train(
     on_main_process(lambda: start_trackers(recipe, args, manifest, earlier))
 
     # Model and trainer
-    model, saved_dtype = load_model(recipe)
+    model, base = load_model(recipe)
     trainer = make_trainer(recipe, args, model, tokenizer, data)
     stop = StopOnSignal()
     add_callbacks(recipe, trainer, stop, data, checkpoint)
@@ -178,7 +178,7 @@ def _train(
         use_stored_log_probs(recipe, trainer, is_untrained=True)  # a checkpoint is loaded later
     try:
         trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-        evaluated = save_and_evaluate(recipe, trainer, saved_dtype)
+        evaluated = save_and_evaluate(recipe, trainer, base)
     except Stopped:
         assert stop.signum is not None
         if trainer.is_world_process_zero():
@@ -194,7 +194,7 @@ def _train(
     # Predict
     if recipe.do_predict:
         stop.restore_default_handlers()
-        to_inference(model, saved_dtype)
+        to_inference(model, base)
         predict(recipe, model, data)
 
     # Report
@@ -268,13 +268,13 @@ def before_first_step(recipe: Recipe, trainer: ArpoTrainer, data: PreparedData, 
     trainer.evaluate_pending()
 
 
-def save_and_evaluate(recipe: Recipe, trainer: ArpoTrainer, saved_dtype: torch.dtype | None) -> dict[str, float]:
+def save_and_evaluate(recipe: Recipe, trainer: ArpoTrainer, base: BaseFiles | None) -> dict[str, float]:
     """Save the final model, and return the metrics of its weights (none without do_eval)."""
     args = trainer.args
     # An evaluation in half precision rounds the model in place, so it has to follow the save.
     rounds = args.bf16_full_eval or args.fp16_full_eval
     metrics = trainer.evaluate_final_weights() if args.do_eval and not rounds else {}
-    trainer.save_final_model(saved_dtype)
+    trainer.save_final_model(base)
     if trainer.is_world_process_zero():
         for method in methods_of(recipe):
             method.finish(trainer.model, Path(recipe.output_dir))

@@ -26,6 +26,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import RunFailed
 from ..machine import is_out_of_memory
+from ..model.base_files import BaseFiles
 from ..model.methods.moe import router_loss_kept
 from ..model.token_scores import Objective, score_labelled_positions_only
 from .checkpoints import CheckpointWriter, checkpoint_bytes
@@ -369,21 +370,25 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: TRL writes one into every checkpoint, with base model None for a local path. `train` writes ours."""
 
-    def save_final_model(self, dtype: torch.dtype | None) -> None:
-        """Save the model and tokenizer at the root of `output_dir`, the weights in `dtype` (None: as trained)."""
+    def save_final_model(self, base: BaseFiles | None) -> None:
+        """Save the model and tokenizer at the root of `output_dir`, as the base's files are (None: as trained)."""
         model = self.accelerator.unwrap_model(self.model)
-        if dtype is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if base is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             weights = self.accelerator.get_state_dict(self.model_wrapped)  # a collective of all processes
             if self.args.should_save:
                 tied = getattr(model, "all_tied_weights_keys", {})  # gathered, a tied head is a separate tensor
                 # the part of save_model that writes gathered weights: transformers 5.24, trainer.py#L4139
-                self._save(state_dict={name: w.to(dtype) for name, w in weights.items() if name not in tied})
+                self._save(
+                    state_dict={name: w.to(base.dtype_of(name)) for name, w in weights.items() if name not in tied}
+                )
         else:
-            if dtype is not None:
-                model.to(dtype)
+            if base is not None:
+                base.cast(model)
             self.save_model()
         if not self.args.should_save:
             return
+        if base is not None:
+            base.restore_configs(Path(str(self.args.output_dir)))
         others = ["adapter_*"]  # of an earlier run, which from_pretrained would load
         if isinstance(model, PeftModel):
             model.generation_config.save_pretrained(self.args.output_dir)  # PEFT omits it, with its end-of-turn token

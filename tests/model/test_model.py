@@ -173,8 +173,9 @@ def test_under_bf16_the_base_is_bfloat16_and_trained_weights_are_float32(tmp_pat
 
 
 def test_full_keeps_float32_master_weights_and_saves_the_dtype_of_the_file(tmp_path: Path, tiny_model: Path) -> None:
-    model, saved_dtype = load_model(recipe(tmp_path, tiny_model, finetuning_type="full", bf16=True))
-    assert (model.dtype, saved_dtype) == (torch.float32, torch.bfloat16)
+    model, base = load_model(recipe(tmp_path, tiny_model, finetuning_type="full", bf16=True))
+    assert base
+    assert (model.dtype, base.dtype) == (torch.float32, torch.bfloat16)
 
 
 def test_all_is_every_linear_layer_except_the_head(tmp_path: Path, tiny_model: Path) -> None:
@@ -576,7 +577,7 @@ def test_badam_reports_models_and_keys_without_matching_blocks(tmp_path: Path, t
 def test_freeze_trains_the_given_layers_and_modules(
     keys: dict[str, Any], trained: set[str], tmp_path: Path, tiny_model: Path
 ) -> None:
-    model, saved_dtype = load_model(recipe(tmp_path, tiny_model, finetuning_type="freeze", bf16=True, **keys))
+    model, base = load_model(recipe(tmp_path, tiny_model, finetuning_type="freeze", bf16=True, **keys))
     names = [
         name.removeprefix("model.layers.").removeprefix("model.")
         for name, p in model.named_parameters()
@@ -585,7 +586,8 @@ def test_freeze_trains_the_given_layers_and_modules(
     assert {".".join(name.split(".")[:2]) for name in names} == trained
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
-    assert saved_dtype == torch.bfloat16
+    assert base
+    assert base.dtype == torch.bfloat16
 
 
 def test_freeze_changes_only_the_given_modules_and_resumes(tmp_path: Path, tiny_model: Path) -> None:

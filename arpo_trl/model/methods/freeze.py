@@ -40,6 +40,7 @@ class Freeze(Method):
                 module = name.split(".")[-2]
                 outside.add(module)
                 trained = module in recipe.freeze_extra_modules
+            trained &= parameter.requires_grad  # text reaches it
             parameter.requires_grad = trained
             if trained and not recipe.pure_bf16:
                 parameter.data = parameter.data.float()

@@ -1,0 +1,178 @@
+"""The base model's files: the final model keeps each tensor's dtype, config.json and generation_config.json as they are there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils.hub import cached_file
+
+from ..run_folder import write_json
+from .weights import is_text_part
+
+Values = dict[str, Any]
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
+CHANGED_CONFIG_KEYS = {
+    **dict.fromkeys(TOKENS, "the run's tokens: a reply ends with the template's end-of-turn token"),
+    "rope_parameters": "rope_scaling of the recipe",
+    "max_position_embeddings": "rope_scaling of the recipe",
+    "quantization_config": "removed, because the saved weights are dequantized",
+    "auto_map": "names the code that is saved with the model",
+}
+"""The keys of config.json that may differ from the base's, and why."""
+TEXT_PART_KEYS = {"architectures": "the class of the text part", "model_type": "of the text part"}
+"""The other keys of config.json that differ if only the text part of a larger model was trained."""
+CHANGED_GENERATION_KEYS = dict.fromkeys(TOKENS, CHANGED_CONFIG_KEYS["eos_token_id"])
+"""The keys of generation_config.json that may differ from the base's, and why."""
+
+
+class BaseFiles(NamedTuple):
+    """What the final model keeps of the base.
+
+    Attributes:
+        dtype: Of most weights in the base's files.
+        others: The dtypes of the other tensors, by their names in the model.
+        in_float32: The names of those which transformers computes in float32.
+        config: config.json, of the text part if only that is trained.
+        generation_config: generation_config.json; empty if the base has none.
+        only_text: Whether the base is a larger model, and only its text part is trained.
+    """
+
+    dtype: torch.dtype
+    others: dict[str, torch.dtype]
+    in_float32: frozenset[str]
+    config: Values
+    generation_config: Values
+    only_text: bool
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor in the base's files. `name`: in the model."""
+        return self.others.get(name, self.dtype)
+
+    def cast(self, model: nn.Module, computes: bool = False) -> None:
+        """Cast each tensor to the dtype of the base's files, or of a model that computes, as transformers loads it.
+
+        Files may have float32 norms; between bfloat16 layers these would fail.
+        """
+        saved = model.state_dict().keys()
+        buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+        for name, tensor in [*model.named_parameters(), *buffers]:
+            if tensor.is_floating_point():
+                keeps = not computes or name in self.in_float32
+                tensor.data = tensor.data.to(self.dtype_of(name) if keeps else self.dtype)
+
+    def restore_configs(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Rewrite a saved model's configs: those of the base, with the changed keys. `dtype`: if another was requested."""
+        path = folder / "config.json"
+        if self.config:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            keys = [*CHANGED_CONFIG_KEYS, *(TEXT_PART_KEYS if self.only_text else ())]
+            values = _with_changes(self.config, saved, keys)
+            if "quantization_config" not in saved:
+                values.pop("quantization_config", None)
+            if "rope_parameters" in values and "rope_parameters" not in self.config:
+                values.pop("rope_scaling", None)  # the older form, now in rope_parameters
+            if dtype is not None:
+                values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
+            write_json(path, values)
+        path = folder / "generation_config.json"
+        if self.generation_config and path.is_file():
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, _with_changes(self.generation_config, saved, list(CHANGED_GENERATION_KEYS)))
+
+
+def read_base_files(
+    name: str | Path, model: PreTrainedModel, revision: str = "main", cache_dir: str | None = None
+) -> BaseFiles:
+    """Return what the final model keeps of the base. `model`: loaded from `name`."""
+    hub: Values = {"revision": revision, "cache_dir": cache_dir}
+    config, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    config = {key: value for key, value in config.items() if key != "_commit_hash"}
+    only_text = is_text_part(model, config)
+    if only_text:
+        dtypes = {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
+        config = dtypes | config["text_config"]
+    generation = _find(name, "generation_config.json", hub)
+    in_file = _dtypes_in_file(name, hub)
+    dtype = _most_frequent(in_file) or getattr(model.config, "dtype", None) or torch.float32
+    others = {} if {dtype} >= {*(d for d, _ in in_file.values())} else _others(model, in_file, dtype)
+    strict = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    in_float32 = frozenset(
+        tensor
+        for tensor in others
+        if tensor.rpartition(".")[2] not in ("weight", "bias") or any(part in tensor for part in strict)
+    )
+    values = json.loads(generation.read_text(encoding="utf-8")) if generation else {}
+    return BaseFiles(dtype, others, in_float32, config, values, only_text)
+
+
+def _with_changes(base: Values, saved: Values, keys: list[str]) -> Values:
+    changed = {key: saved[key] for key in keys if key in saved and saved[key] != base.get(key)}
+    if "rope_parameters" in changed and not _rope_changed(base, saved):
+        del changed["rope_parameters"]
+    return base | changed
+
+
+def _rope_changed(base: Values, saved: Values) -> bool:
+    """Return whether the recipe scaled the positions, which it does with their number."""
+    return "rope_parameters" in saved and saved.get("max_position_embeddings") != base.get("max_position_embeddings")
+
+
+def _find(name: str | Path, file: str, hub: Values) -> Path | None:
+    missing_is_none: Values = dict.fromkeys(
+        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+    )
+    path: str | None = cached_file(str(name), file, **hub, **missing_is_none)
+    return Path(path) if path else None
+
+
+def _dtypes_in_file(name: str | Path, hub: Values) -> dict[str, tuple[torch.dtype, int]]:
+    """Return the dtype and the bytes of each tensor, from the headers of the base's safetensors files."""
+    index = _find(name, "model.safetensors.index.json", hub)
+    if index:
+        shards = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        files = [index.parent / shard for shard in shards]
+    else:
+        single = _find(name, "model.safetensors", hub)
+        files = [single] if single else []
+    found = {}
+    for file in files:
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        for tensor, entry in header.items():
+            if tensor != "__metadata__" and entry["dtype"] in DTYPES:
+                first, end = entry["data_offsets"]
+                found[tensor] = DTYPES[entry["dtype"]], end - first
+    return found
+
+
+def _most_frequent(in_file: dict[str, tuple[torch.dtype, int]]) -> torch.dtype | None:
+    sizes: dict[torch.dtype, int] = {}
+    for dtype, size in in_file.values():
+        sizes[dtype] = sizes.get(dtype, 0) + size // dtype.itemsize
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+
+def _others(
+    model: PreTrainedModel, in_file: dict[str, tuple[torch.dtype, int]], dtype: torch.dtype
+) -> dict[str, torch.dtype]:
+    """Return the tensors of the model whose dtype in the file is another one. The file may name and divide them otherwise."""
+    others = {}
+    for name, tensor in model.state_dict().items():
+        saved = [name]
+        if name not in in_file:
+            try:
+                saved = list(revert_weight_conversion(model, {name: torch.empty_like(tensor, device="meta")}))
+            except (RuntimeError, ValueError, KeyError, IndexError):  # a weight that is saved with others
+                continue
+        found = {in_file[key][0] for key in saved if key in in_file}
+        if len(found) == 1 and found != {dtype}:
+            others[name] = found.pop()
+    return others
