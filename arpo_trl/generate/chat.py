@@ -16,10 +16,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from ..data.messages import Fields, Message
-from ..data.strict_json import parse_json
 from ..data.template_probe import find_template
 from ..errors import RecipeError, RowError, printable
-from ..model.base import runs_code
+from ..model.base import base_of, runs_code
 from ..report.manifest import SHARED, Results, find_manifest
 from .engines import Sampling, TransformersEngine, load_for_generation
 from .questions import TOOL_CALLS, Question, ResultForm
@@ -108,9 +107,7 @@ def load_chat(args: argparse.Namespace) -> Chat:
     Raises:
         RecipeError: its files can't be read, or it has no chat template.
     """
-    config = args.model / "adapter_config.json"
-    base = str(parse_json(config.read_text(encoding="utf-8"))["base_model_name_or_path"]) if config.is_file() else None
-    model = load_for_generation(args.model, runs_code(args.model, base or str(args.model), args.trust_remote_code))
+    model = load_for_generation(args.model, runs_code(args.model, base_of(args.model), args.trust_remote_code))
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     if not tokenizer.chat_template:
         raise RecipeError(f"{args.model}: the tokenizer has no chat template. Use the output_dir of a run of arpo_trl")

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
@@ -28,6 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import RecipeError, RunFailed, in_one_line
 from ..machine import is_out_of_memory
+from ..model.base import auto_class, base_of
 from ..model.model import end_tokens
 from ..run_folder import read_json
 from .predict import Model, generation_config
@@ -242,7 +243,8 @@ def load_for_generation(path: str | Path, trust_remote_code: bool = False) -> Mo
 
         device = str(PartialState().device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(base_of(path), trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_pretrained(
             path,
             dtype="auto" if device != "cpu" or not _fits_in_float32(Path(path)) else torch.float32,
             device_map=device,

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from ..errors import RecipeError, in_one_line
+from ..model.base import auto_class, base_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -89,9 +90,10 @@ def load_reference(folder: Path | str) -> Reference:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     is_adapter = (Path(folder) / "adapter_config.json").is_file()
     try:
-        base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path) if is_adapter else str(folder)
-        own = AutoConfig.from_pretrained(base).dtype or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        base = base_of(folder)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        own = config.dtype or torch.float32
+        model = auto_class(config).from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
         if is_adapter:
             model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -75,6 +76,13 @@ def auto_class(config: PreTrainedConfig) -> Any:
 def _is_of_text(key: str, model: PreTrainedModel) -> bool:
     own = tuple(f"{'.'.join(name.split('.')[:2])}." for name, _ in model.named_parameters())
     return key.startswith((*own, "language_model.")) or ".language_model." in key
+
+
+def base_of(folder: Path | str) -> str:
+    """Return the base of an adapter's folder, or else the model itself."""
+    if (Path(folder) / "adapter_config.json").is_file():
+        return str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    return str(folder)
 
 
 def runs_code(folder: Path, base: str, trust_remote_code: bool) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.trainer_utils import align_special_tokens
@@ -19,7 +19,7 @@ from ..errors import RecipeError, RunFailed, in_one_line
 from ..machine import missing_space
 from ..report.manifest import find_manifest
 from ..run_folder import match_umask
-from .base import load_weights, runs_code
+from .base import base_of, load_weights, runs_code
 from .base_files import BaseFiles, read_base_files
 from .methods.quantized import dequantized, require_mergeable
 
@@ -100,7 +100,7 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None, trust_remo
 
 def _load_base(adapter: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, BaseFiles]:
     """Return the adapter's base in float32, and what the merged model keeps of its files."""
-    name = str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+    name = base_of(adapter)
     trusted = runs_code(adapter, name, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)

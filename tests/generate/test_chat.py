@@ -214,7 +214,7 @@ def test_a_model_that_never_stops_calling_is_stopped(
 
 def chat_args(model: Path, **changes: Any) -> Any:
     values = {"model": model, "tools": None, "results": None, "run_python": False, "max_new_tokens": 4}
-    return type("Args", (), values | {"temperature": 0.0, "system": None} | changes)()
+    return type("Args", (), values | {"temperature": 0.0, "system": None, "trust_remote_code": False} | changes)()
 
 
 SYSTEM = ("system", "Results come between <result> and </result>.")
