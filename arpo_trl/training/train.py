@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
