@@ -119,6 +119,7 @@ class _Rollout:
         self.batch_size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size
         self.bar: tqdm | None = None
         self.lock = threading.Lock()
+        self.last: tuple[Trajectory, Line] | None = None
 
     def run(self) -> None:
         settings = self._settings()
@@ -164,6 +165,8 @@ class _Rollout:
             engine.close()
         if self.bar:
             self.bar.close()
+        if self.last and self.state.is_main_process:
+            show("last trajectory", *self.last)
 
     def _start(self, writer: Writer) -> tuple[list[Trajectory], dict[int, int]]:
         """Return all trajectories, and the number of each one's question. Questions that can't be rendered are skipped."""
@@ -270,11 +273,9 @@ class _Rollout:
             append_lines(part, lines)
             if self.bar is not None:
                 self.bar.update(len(batch))
-            first, self._shown = not self._shown, True
+            first, self.last = self.last is None, (batch[-1], lines[-1])
         if first and self.state.is_main_process:
             show("first trajectory", batch[0], lines[0])
-
-    _shown = False
 
     def _to_line(self, writer: Writer, trajectory: Trajectory, number: int) -> Line:
         """Return a line of rollouts.jsonl."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import small_run
 import torch
-from small_rollout import FORMS, SUMS, SYSTEM, train, without_seconds
+from small_rollout import FORMS, SUMS, SYSTEM, without_seconds
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.__main__ import main
@@ -34,20 +33,10 @@ from arpo_trl.generate.selection import pair_up, usable
 pytestmark = [small_run.QUIET, pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")]
 
 
-@pytest.fixture(scope="module")
-def train_once(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    return functools.cache(lambda form: train(tmp_path_factory.mktemp(form), tiny_model, form))
-
-
 @pytest.fixture(scope="module", params=list(FORMS))
 def trained(request: pytest.FixtureRequest, train_once: Callable[[str], Path]) -> Path:
     """A folder with rows in one form, recipe.yaml, and in run/ a tiny model that has learned them by heart."""
     return train_once(request.param)
-
-
-@pytest.fixture(scope="module")
-def turns(train_once: Callable[[str], Path]) -> Path:
-    return train_once("turns")
 
 
 def rollout(folder: Path, *overrides: str) -> list[dict[str, Any]]:
@@ -272,7 +261,15 @@ def test_selected_rows_and_pairs_are_rows_to_train_on(
     assert "ignored" not in log
     assert main(["select", str(out), "--max-per-question", "3", "--max-pairs-per-question", "5"]) == 0
     assert len(read_lines(out / "selected.jsonl")) >= len(selected)
-    for pair in read_lines(out / "pairs.jsonl"):
+    pairs = read_lines(out / "pairs.jsonl")
+    assert pairs
+    keys = {"stage": "dpo", "dataset": "pairs", "dataset_dir": str(out), "learning_rate": 1e-5, "mask_spans": None}
+    preferred = small_run.run(
+        tmp_path / "dpo", trained / "run", **keys, tokenized_path=None, plot_loss=False, max_steps=1
+    )
+    log = (preferred / "training.log").read_text(encoding="utf-8")
+    assert f"pairs: {len(pairs)} rows: {len(pairs)} kept" in log and "first pair: loss 0.6931" in log
+    for pair in pairs:
         assert pair["conversations"][-1]["from"] == "human"
         chosen, rejected = (sources[pair["source"], sample] for sample in pair["sample"])
         sides = [side if isinstance(side, list) else [side] for side in (pair["chosen"], pair["rejected"])]

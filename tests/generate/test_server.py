@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import small_run
-from small_rollout import train, without_seconds
+from small_rollout import without_seconds
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from arpo_trl.__main__ import main
@@ -113,8 +113,8 @@ class Server:
 
 
 @pytest.fixture(scope="module", params=["turns", "inside"])
-def trained(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp(request.param), tiny_model, request.param)
+def trained(request: pytest.FixtureRequest, train_once: Callable[[str], Path]) -> Path:
+    return train_once(request.param)
 
 
 @pytest.fixture
@@ -169,10 +169,10 @@ def test_a_server_gives_what_transformers_gives(
         } <= body.keys()
 
 
-def test_samples_have_their_own_seeds(trained: Path, tmp_path: Path, serve: Any) -> None:
-    server = serve(trained / "run", "vllm")
+def test_samples_have_their_own_seeds(turns: Path, tmp_path: Path, serve: Any) -> None:
+    server = serve(turns / "run", "vllm")
     for name in "ab":
-        assert main(command(trained, tmp_path / name, server.url, "num_generations=3", "temperature=1.5")) == 0
+        assert main(command(turns, tmp_path / name, server.url, "num_generations=3", "temperature=1.5")) == 0
     first, second = (read_lines(tmp_path / name / "rollouts.jsonl") for name in "ab")
     assert without_seconds(first) == without_seconds(second)
     assert len({json.dumps(line["conversations"]) for line in first}) > len({line["source"] for line in first})
@@ -181,13 +181,13 @@ def test_samples_have_their_own_seeds(trained: Path, tmp_path: Path, serve: Any)
 
 
 def test_a_server_that_dies_ends_in_one_line_and_the_same_command_resumes(
-    trained: Path, tmp_path: Path, serve: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    turns: Path, tmp_path: Path, serve: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("arpo_trl.generate.server.WAIT_SECONDS", 0.01)
-    server = serve(trained / "run", "vllm")
+    server = serve(turns / "run", "vllm")
     server.failures = 2  # retried
     server.dies_after = 16
-    words = command(trained, tmp_path / "out", server.url, "num_generations=3", "server_requests=2")
+    words = command(turns, tmp_path / "out", server.url, "num_generations=3", "server_requests=2")
     assert main(words) == 1
     error = capsys.readouterr().err
     assert "HTTP 503" in error and "Run the same command again to resume" in error and error.count("\n") == 1
@@ -204,15 +204,15 @@ def test_a_server_that_dies_ends_in_one_line_and_the_same_command_resumes(
 @pytest.mark.parametrize("kind", ["no ids", "nobody"])
 def test_a_server_that_cannot_be_used_is_one_line(
     kind: str,
-    trained: Path,
+    turns: Path,
     tmp_path: Path,
     serve: Any,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("arpo_trl.generate.server.WAIT_SECONDS", 0.01)
-    url = serve(trained / "run", kind).url if kind != "nobody" else "http://127.0.0.1:9/v1"
-    assert main(command(trained, tmp_path, url)) == 1
+    url = serve(turns / "run", kind).url if kind != "nobody" else "http://127.0.0.1:9/v1"
+    assert main(command(turns, tmp_path, url)) == 1
     error = capsys.readouterr().err
     expected = "has to take token ids" if kind == "no ids" else "Start the server, or check the URL"
     assert expected in error and error.count("\n") == 1
