@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
-from difflib import SequenceMatcher
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -437,9 +436,8 @@ def _find_missing(row: ServingRow, served: str) -> Explanation | None:
 
 
 def _is_in(content: str, text: str) -> bool:
-    """Return whether most of a message's beginning is in a text, ignoring case."""
-    content, text = content[:200].lower(), text.lower()
-    return 10 * SequenceMatcher(None, content, text, autojunk=False).find_longest_match().size > 6 * len(content)
+    """Whether a message is in a text, in whatever case and spacing."""
+    return " ".join(content.lower().split()) in " ".join(text.lower().split())
 
 
 def _compare_skeletons(row: ServingRow, served: str) -> Explanation | None:

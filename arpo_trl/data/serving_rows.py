@@ -24,6 +24,7 @@ from .encode import Encoder
 from .files import Row, read_dataset
 from .labels import ExampleConfig, trained_segments
 from .messages import REASONING_KEYS, Conversation, Fields, Message, to_conversation
+from .pairs import to_pair
 from .prepare import PreparedData, Rows
 from .segments import Segment, to_segments
 from .sources import select_datasets
@@ -105,15 +106,17 @@ def _choose_of(stored: list[Rows], encoders: list[Encoder], number: int) -> list
     expected: dict[str, list[int]] = {}
     for rows in stored:
         if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
-            expected |= {row["source"]: list(row["input_ids"]) for row in islice(rows, LOOKED_AT)}
+            for row in islice(rows, LOOKED_AT):
+                sides = row.get("seq_lengths")  # of a pair, the chosen side comes first
+                expected[row["source"]] = list(row["input_ids"])[: sides[0] if sides else None]
     if not expected and all(isinstance(rows, Dataset) for rows in stored):
         return []
     by_row: list[list[ServingRow]] = []
     for encoder in encoders:
         in_file = read_dataset(encoder.info, encoder.recipe.streaming)
         trained = (row for row in in_file if not expected or row.place in expected)
-        for row in islice(trained, len(expected) or LOOKED_AT):
-            if candidates := _find_replies(row, encoder, expected.get(row.place)):
+        for source in islice(trained, len(expected) or LOOKED_AT):
+            if candidates := _find_replies(source, encoder, expected.get(source.place)):
                 first = len(by_row) % len(candidates)
                 by_row.append(candidates[first:] + candidates[:first])
             if len(by_row) == number:
@@ -148,7 +151,11 @@ def _find_replies(row: Row, encoder: Encoder, expected: list[int] | None) -> lis
     """Return the last trained reply of a row with its context, the first one with calls, and the first."""
     recipe = encoder.recipe
     try:
-        encoded = _encode(to_conversation(row.value, encoder.info), encoder.read(row), encoder.template)
+        fitted = encoder.read(row)
+        plain = (
+            to_pair(row.value, encoder.info)[0] if encoder.info.ranking else to_conversation(row.value, encoder.info)
+        )
+        encoded = _encode(plain, fitted, encoder.template)
     except RowError:
         return []
     ids = [token for piece in encoded.pieces for token in piece]

@@ -95,6 +95,12 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None, trust_remo
     if wrong:
         raise RunFailed(f"{output}: {wrong[0]} and {len(wrong) - 1} other weights differ from what was written")
     moved = (_log_probs(saved, input_ids) - expected).abs()
+    if not moved.isfinite().all():
+        name = str(base_files.dtype).removeprefix("torch.")
+        raise RunFailed(
+            f"{output}: {name} cannot hold the merged weights: log-probabilities are not numbers. Merge into another folder with "
+            "--dtype float32 or bfloat16"
+        )
     return Merged(base_files.dtype, float(moved.mean()), float(moved.max()))
 
 

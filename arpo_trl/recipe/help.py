@@ -26,6 +26,7 @@ def usage() -> str:
         "--version, --env": "print the version, or the environment for a bug report",
         "chat MODEL": "chat with a trained model",
         "merge ADAPTER OUTPUT": "merge an adapter into its base model",
+        "check-serving MODEL --url URL": "compare a running server with what was trained",
         "rollout RECIPE.yaml [key=value ...]": "sample trajectories with real tools, score and select them",
         "select FOLDER": "select rows and pairs again, with other limits",
     }

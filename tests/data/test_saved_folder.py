@@ -96,7 +96,8 @@ def trained(tmp_path: Path, models: Callable[[str], Path], monkeypatch: pytest.M
     }
     (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
 
-    def run(name: str, **keys: Any) -> Path:
+    def run(name: str, info: dict[str, Any] = info, **keys: Any) -> Path:
+        (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
         values = {"model_name_or_path": str(models(name)), "output_dir": str(tmp_path / "out"), "do_train": True}
         values |= {"finetuning_type": "full", "dataset": "d", "dataset_dir": str(tmp_path), "max_dropped": 1.0} | keys
         (tmp_path / "r.yaml").write_text(json.dumps(values), encoding="utf-8")
@@ -271,6 +272,23 @@ def test_held_out_rows_come_first(trained: Callable[..., Path]) -> None:
     held_out = list(dict.fromkeys(row.source for row in rows))[:2]
     assert len({row.source for row in rows}) > 2
     assert all(row.source not in held_out for row in rows[len([r for r in rows if r.source in held_out]) :])
+
+
+def test_pairs_are_checked_with_their_chosen_side(trained: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [
+        {
+            "conversations": [{"from": "human", "value": f"Say {n}."}],
+            **{side: {"from": "gpt", "value": f"{n}, {side}"} for side in ("chosen", "rejected")},
+        }
+        for n in range(6)
+    ]
+    (tmp_path / "p.json").write_text(json.dumps(rows), encoding="utf-8")
+    info = json.loads((trained("qwen2_5").parent / "dataset_info.json").read_text(encoding="utf-8"))
+    columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
+    info["p"] = {"file_name": "p.json", "formatting": "sharegpt", "ranking": True, "columns": columns}
+    folder = trained("qwen2_5", info=info, dataset="p", stage="dpo")
+    assert [row.reply for row in read_rows(folder)] == [f"{n}, chosen<|im_end|>" for n in range(6)]
+    assert not check(folder).differences
 
 
 def test_a_check_that_cannot_be_made_says_why(tmp_path: Path, trained: Callable[..., Path]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import small_run
 import torch
 from peft import LoraConfig, LoraModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from arpo_trl.__main__ import main
@@ -161,3 +162,12 @@ def test_a_merge_ends_with_the_serving_check_of_the_rows_that_the_run_kept(
     )
     assert main(["merge", str(trained), str(tmp_path / "again")]) == 0
     assert "serving check  0 of 12 prompts identical; chat template: " in capsys.readouterr().out
+
+
+def test_a_dtype_that_cannot_hold_the_weights_is_an_error(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: weight * 3e4 for name, weight in weights.items()}, adapter / "adapter_model.safetensors")
+    assert main(["merge", str(adapter), str(tmp_path / "merged"), "--dtype", "float16"]) == 1
+    assert "float16 cannot hold the merged weights" in capsys.readouterr().err
