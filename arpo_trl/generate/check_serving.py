@@ -32,6 +32,7 @@ REQUESTS = 4  # in flight
 CHATS = 8
 REPLY_TOKENS = 32
 CHAT_TOKENS = 256
+PARSER = "tool-call parser"
 
 
 @dataclass
@@ -283,6 +284,8 @@ def _check_chats(
             explained = _explain_error(error, tokenizer)
         if explained:
             add(differences, explained, row.source)
+    if isinstance(server, TransformersServe) and _take(differences, PARSER):
+        report.notes.append("transformers serve does not parse this template's tool calls: clients get them as text")
     if malformed:
         report.notes.append(
             f"the model's calls are malformed in {malformed} of {len(chosen)} replies; the server fails on them"
@@ -293,6 +296,14 @@ def _check_chats(
         report.chats += f", {len(with_calls[:CHATS])} of them asked for tool calls" * bool(with_calls)
     known = {difference.cause for difference in report.differences}
     report.differences += [difference for difference in differences if difference.cause not in known]
+
+
+def _take(differences: list[Difference], cause: str) -> bool:
+    """Remove the differences of a cause; whether there were any."""
+    kept = [difference for difference in differences if difference.cause != cause]
+    is_taken = len(kept) < len(differences)
+    differences[:] = kept
+    return is_taken
 
 
 def _compare_chat(
@@ -334,7 +345,7 @@ def _compare_calls(row: ServingRow, chat: Chat, text: str, tokenizer: PreTrained
         if parsed == expected:
             return None
         if parsed:
-            return Explanation("tool-call parser", f"parsed {parsed} where the reply has {expected}", "")
+            return Explanation(PARSER, f"parsed {parsed} where the reply has {expected}", "")
         return _parser_is_off("the reply holds a call, and the answer has none", tokenizer)
     well_formed = "{" in text and _holds_json(text)
     if well_formed and not chat.calls:
@@ -361,4 +372,4 @@ def _parser_is_off(difference: str, tokenizer: PreTrainedTokenizerBase) -> Expla
     flags = serving_flags(find_template(tokenizer))
     fix = f"Start vLLM with {flags.vllm}" if flags.vllm else "Start the server with a parser for this template's calls"
     fix += f", SGLang with {flags.sglang}" if flags.sglang else ""
-    return Explanation("tool-call parser", difference, f"{fix}; llama.cpp with --jinja.")
+    return Explanation(PARSER, difference, f"{fix}; llama.cpp with --jinja.")

@@ -113,10 +113,11 @@ def test_a_generation_config_without_the_end_token_is_named(trained: Path, tmp_p
 def test_a_parser_that_is_off_is_named_with_the_flag_to_start_it(kind: str, trained: Path) -> None:
     with serve(Served(trained, kind, parses_calls=False)) as url:
         found = check_serving(trained, url).differences
-    if kind == "other":  # without the reply as it was generated, no call is seen
-        return
-    assert [one.cause for one in found] == ["tool-call parser"]
-    assert "--tool-call-parser hermes" in found[0].fix
+    if kind in ("vllm", "sglang", "llama.cpp"):
+        assert [one.cause for one in found] == ["tool-call parser"]
+        assert "--tool-call-parser hermes" in found[0].fix
+    else:  # transformers serve has no flag to set; of other servers the reply as it was generated is not known
+        assert not found
 
 
 def changed_weights(folder: Path, target: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
@@ -189,10 +190,6 @@ def large_adapter(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
     config = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32), config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.mul_(20)
     model.save_pretrained(folder)
     shutil.copy(trained / "serving_check.jsonl", folder)
     shutil.copy(trained / "generation_config.json", folder)
