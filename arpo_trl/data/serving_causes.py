@@ -173,8 +173,8 @@ def first_difference(trained: str, served: str) -> str:
 def list_changes(tokenizer: PreTrainedTokenizerBase) -> list[Change]:
     """List what may differ between training and a server that uses this tokenizer's chat template."""
     return [
-        *_reasoning(tokenizer),
         *_switches(tokenizer),
+        *_reasoning(tokenizer),
         *_system(),
         *_tools_and_content(),
         *_other_templates(tokenizer),
@@ -228,7 +228,9 @@ def _reasoning(tokenizer: PreTrainedTokenizerBase) -> Iterator[Change]:
     training = find_template(tokenizer)
     if training.jinja not in _templates(tokenizer):
 
-        def in_training(ask: Ask, row: ServingRow) -> Ask:
+        def in_training(ask: Ask, row: ServingRow) -> Ask | None:
+            if all(message["role"] != "assistant" for message in ask.messages):
+                return None
             form = replace(find_template(tokenizer, date.fromisoformat(row.day)))
             return ask._replace(chat_template=form.jinja, switches={**ask.switches, **KEEP_REASONING})
 

@@ -25,7 +25,7 @@ from ..errors import RecipeError, in_one_line
 from ..report.serving_flags import call_mark, serving_flags
 from ..run_folder import write_json
 from .reference import load_reference
-from .reply_check import ReplyCheck, check_replies
+from .reply_check import ReplyCheck, check_replies, overflow
 from .server_protocols import Chat, Rendered, Reply, Server, ServerError, TransformersServe, connect
 
 REQUESTS = 4  # in flight
@@ -116,7 +116,9 @@ def check_serving(
         report.differences += [difference for difference in check.differences if difference.cause not in known]
         _check_chats(server, [row for at, row in enumerate(rows) if at in same], tokenizer, report)
     except ServerError as error:
-        report.differences.append(Difference("server error", str(error), "See the server's log."))
+        report.differences.append(
+            overflow(reference, str(error)) or Difference("server error", str(error), "See the server's log.")
+        )
     return report
 
 

@@ -313,13 +313,8 @@ def _explain_weights(check: ReplyCheck, samples: list[Sample], measured: dict[st
     size = f"log-probabilities differ by {distance.mean:.1e} on average, {distance.most:.1e} at most"
     if not distance.tokens:
         size = f"{distance.other_rows} of {distance.rows} greedy replies differ, by up to {distance.gap:.2g} nats"
-    for dtype in ("float16", "bfloat16"):
-        if (lost := check.reference.overflows(dtype)) and not math.isfinite(distance.mean):
-            return Difference(
-                "merge rounding",
-                f"{dtype} cannot hold {lost:,} weights of this model, and the server's replies are not numbers",
-                "Merge with --dtype float32 or bfloat16.",
-            )
+    if not math.isfinite(distance.mean) and (difference := overflow(check.reference, "its replies are not numbers")):
+        return difference
     fix = f"Serve {check.reference.name}."
     for name, what in _other_models(Path(check.reference.name)):
         try:
@@ -340,6 +335,15 @@ def _explain_weights(check: ReplyCheck, samples: list[Sample], measured: dict[st
         f" (it names them {check.server.model})",
         fix,
     )
+
+
+def overflow(reference: Reference, found: str) -> Difference | None:
+    """Explain what a server does by weights that float16 cannot hold; None if there are none."""
+    lost = reference.overflows("float16")
+    if not lost:
+        return None
+    text = f"float16 cannot hold {lost:,} weights of this model; the server: {found}"
+    return Difference("merge rounding", text, "Merge with --dtype float32 or bfloat16.")
 
 
 def _other_models(folder: Path) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -166,7 +167,7 @@ class Vllm(Server):
         return Reply(
             text=choice["text"],
             ids=choice.get("token_ids"),
-            log_probs=[value for value in scores.get("token_logprobs") or [] if value is not None],
+            log_probs=[_number(value) for value in scores.get("token_logprobs") or []],
             candidates=candidates,
             stopped=choice["finish_reason"] == "stop",
             tokens=answer["usage"]["completion_tokens"],
@@ -336,8 +337,8 @@ def connect(url: str, model: str | None, folder: Path, tokenizer: PreTrainedToke
             f"--url {url}: no OpenAI-compatible server ({in_one_line(error)}). Start one, or correct the URL."
         ) from None
     kind = _kind(client, cards)
-    if model is None and kind is TransformersServe and len(cards) != 1:
-        model = str(folder)  # it loads what a request names
+    if model is None and kind is TransformersServe and not _is_pinned(client, folder):
+        model = str(folder.resolve())  # it loads what a request names
     names = [str(card.get("id")) for card in cards]
     if model is None and len(cards) > 1:
         raise RunFailed(f"--url {url}: serves {len(cards)} models. Give one with --model: {', '.join(names[:8])}")
@@ -364,6 +365,16 @@ def _kind(
         return LlamaCpp if "default_generation_settings" in client.get("/props").json() else Server
     except (httpx.HTTPError, ValueError):
         return Server
+
+
+def _is_pinned(client: httpx.Client, folder: Path) -> bool:
+    """Whether `transformers serve` was started with a model, and rejects every other name."""
+    body = {"model": str(folder.resolve()), "messages": [{"role": "user", "content": "."}], "max_tokens": 1}
+    try:
+        response = client.post("/v1/chat/completions", json=body)
+    except httpx.HTTPError:
+        return True
+    return response.status_code == 400 and "pinned" in response.text
 
 
 def to_wire(messages: list[Message]) -> list[Fields]:
@@ -404,6 +415,11 @@ def to_chat(answer: Any) -> Chat:
         prompt_tokens=usage.get("prompt_tokens", 0),
         tokens=usage.get("completion_tokens", 0),
     )
+
+
+def _number(value: float | None) -> float:
+    """JSON has no NaN, and servers write null."""
+    return math.nan if value is None else value
 
 
 def to_id(name: str) -> int | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import make_tiny_model
 import pytest
 import small_run
 import torch
@@ -184,20 +185,35 @@ def test_a_model_that_no_run_wrote_is_compared_on_built_in_conversations(tiny_mo
 
 
 @pytest.fixture(scope="module")
-def large_adapter(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter whose sum with its base float16 rounds too coarsely."""
+def adapter(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of 16 layers, whose sum with its base loses more in float16 than a model of so few weights should."""
+    home = tmp_path_factory.mktemp("adapter")
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    base = make_tiny_model.make_model(tokenizer.backend_tokenizer, 64, 16, 0).float()
+    base.save_pretrained(home / "base")
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("adapter") / "adapter"
     config = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32), config)
-    model.save_pretrained(folder)
-    shutil.copy(trained / "serving_check.jsonl", folder)
-    shutil.copy(trained / "generation_config.json", folder)
-    AutoTokenizer.from_pretrained(trained).save_pretrained(folder)
-    return folder
+    get_peft_model(AutoModelForCausalLM.from_pretrained(home / "base"), config).save_pretrained(home / "adapter")
+    tokenizer.save_pretrained(home / "adapter")
+    for name in ("serving_check.jsonl", "generation_config.json"):
+        shutil.copy(trained / name, home / "adapter")
+    return home / "adapter"
 
 
-def test_a_merge_that_rounds_a_large_adapter_is_named(large_adapter: Path, tmp_path: Path) -> None:
+def test_a_merge_that_rounds_a_large_adapter_is_named(adapter: Path, tmp_path: Path) -> None:
     for dtype, expected in (("float32", []), ("float16", ["merge rounding"])):
-        assert main(["merge", str(large_adapter), str(tmp_path / dtype), "--dtype", dtype]) == 0
-        assert causes(large_adapter, Served(tmp_path / dtype, "vllm")) == expected
+        assert main(["merge", str(adapter), str(tmp_path / dtype), "--dtype", dtype]) == 0
+        with serve(Served(tmp_path / dtype, "vllm")) as url:
+            report = check_serving(adapter, url, number=3)
+        assert [one.cause for one in report.differences] == expected, report.lines()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
+def test_weights_that_float16_cannot_hold_are_named(kind: str, trained: Path, tmp_path: Path) -> None:
+    large = changed_weights(trained, tmp_path / "large", lambda weight: weight * (1e6 if weight.ndim > 1 else 1))
+    AutoModelForCausalLM.from_pretrained(large).half().float().save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(trained).save_pretrained(tmp_path / "half")
+    with serve(Served(tmp_path / "half", kind)) as url:
+        first, *_ = check_serving(large, url, number=3).differences
+    assert first.cause == "merge rounding"
+    assert "float16 cannot hold" in first.found
