@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -426,6 +426,14 @@ def _find_missing(row: ServingRow, served: str) -> Explanation | None:
             return Explanation(
                 "chat template",
                 f"the prompt lacks the {message['role']} message, which training rendered",
+                "Start the server with the folder's own chat template, as it was after training.",
+            )
+    for before, after in pairwise(row.messages):
+        joined = rf"{re.escape(before['content'].strip())}\s+{re.escape(after['content'].strip())}"
+        if before["role"] == "system" and re.search(joined, served) and not re.search(joined, row.text):
+            return Explanation(
+                "chat template",
+                f"the system message is part of the {after['role']} message, where training had a turn of its own",
                 "Start the server with the folder's own chat template, as it was after training.",
             )
     for tool in row.tools or ():
