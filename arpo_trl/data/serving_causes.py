@@ -433,7 +433,7 @@ def _find_missing(row: ServingRow, served: str) -> Explanation | None:
         if before["role"] == "system" and re.search(joined, served) and not re.search(joined, row.text):
             return Explanation(
                 "chat template",
-                f"the system message is part of the {after['role']} message, where training had a turn of its own",
+                f"the system message is part of the {after['role']} message, where training had a separate turn",
                 "Start the server with the folder's own chat template, as it was after training.",
             )
     for tool in row.tools or ():
@@ -446,7 +446,7 @@ def _find_missing(row: ServingRow, served: str) -> Explanation | None:
 
 
 def _is_in(content: str, text: str) -> bool:
-    """Whether a message is in a text, in whatever case and spacing."""
+    """Return whether a message is in a text, ignoring case and spacing."""
     return " ".join(content.lower().split()) in " ".join(text.lower().split())
 
 

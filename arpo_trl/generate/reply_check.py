@@ -337,12 +337,12 @@ def _explain_weights(check: ReplyCheck, samples: list[Sample], measured: dict[st
     )
 
 
-def overflow(reference: Reference, found: str) -> Difference | None:
+def overflow(reference: Reference, symptom: str) -> Difference | None:
     """Explain what a server does by weights that float16 cannot hold; None if there are none."""
     lost = reference.overflows("float16")
     if not lost:
         return None
-    text = f"float16 cannot hold {lost:,} weights of this model; the server: {found}"
+    text = f"float16 cannot hold {lost:,} weights of this model; the server: {symptom}"
     return Difference("merge rounding", text, "Merge with --dtype float32 or bfloat16.")
 
 

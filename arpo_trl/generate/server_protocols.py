@@ -368,7 +368,7 @@ def _kind(
 
 
 def _is_pinned(client: httpx.Client, folder: Path) -> bool:
-    """Whether `transformers serve` was started with a model, and rejects every other name."""
+    """Return whether `transformers serve` was started with a model, and rejects every other name."""
     body = {"model": str(folder.resolve()), "messages": [{"role": "user", "content": "."}], "max_tokens": 1}
     try:
         response = client.post("/v1/chat/completions", json=body)

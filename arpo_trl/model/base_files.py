@@ -1,4 +1,4 @@
-"""The base model's files: the final model keeps each tensor's dtype, config.json and generation_config.json as they are there."""
+"""The base model's files: the final model keeps the dtype of each tensor, config.json and generation_config.json."""
 
 from __future__ import annotations
 
@@ -142,15 +142,15 @@ def _dtypes_in_file(name: str | Path, hub: Values) -> dict[str, tuple[torch.dtyp
     else:
         single = _find(name, "model.safetensors", hub)
         files = [single] if single else []
-    found = {}
+    dtypes = {}
     for file in files:
         with file.open("rb") as opened:
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
         for tensor, entry in header.items():
             if tensor != "__metadata__" and entry["dtype"] in DTYPES:
                 first, end = entry["data_offsets"]
-                found[tensor] = DTYPES[entry["dtype"]], end - first
-    return found
+                dtypes[tensor] = DTYPES[entry["dtype"]], end - first
+    return dtypes
 
 
 def _most_frequent(in_file: dict[str, tuple[torch.dtype, int]]) -> torch.dtype | None:
@@ -172,7 +172,7 @@ def _others(
                 saved = list(revert_weight_conversion(model, {name: torch.empty_like(tensor, device="meta")}))
             except (RuntimeError, ValueError, KeyError, IndexError):  # a weight that is saved with others
                 continue
-        found = {in_file[key][0] for key in saved if key in in_file}
-        if len(found) == 1 and found != {dtype}:
-            others[name] = found.pop()
+        kinds = {in_file[key][0] for key in saved if key in in_file}
+        if len(kinds) == 1 and kinds != {dtype}:
+            others[name] = kinds.pop()
     return others

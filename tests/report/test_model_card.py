@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from arpo_trl.__main__ import main
 from arpo_trl.report.model_card import base_model
+from arpo_trl.training import requirements
 
 pytestmark = small_run.QUIET
 
@@ -77,6 +78,9 @@ def test_the_card_has_data_losses_recipe_versions_and_usage(run: Path, tiny_mode
     assert recipe == yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
 
 
+QWEN_FLAGS = "--enable-auto-tool-choice --tool-call-parser hermes"
+
+
 def use_section(card: Path) -> tuple[str, str]:
     """The card's lines of Python, and what follows them."""
     _, code = card.read_text(encoding="utf-8").split("## Use\n")
@@ -89,7 +93,9 @@ def test_the_cards_python_code_runs(run: Path, capsys: pytest.CaptureFixture[str
     names: dict[str, Any] = {}
     exec(python, names)
     assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1] and capsys.readouterr().out
-    assert f"vllm serve {run}`" in rest and f"convert_hf_to_gguf.py {run} " in rest and "merge" not in rest
+    assert (
+        f"`vllm serve {run} {QWEN_FLAGS}`" in rest and f"convert_hf_to_gguf.py {run} " in rest and "merge" not in rest
+    )
 
 
 def test_an_adapters_card_has_the_commands_to_merge_and_to_serve_it(
@@ -102,7 +108,7 @@ def test_an_adapters_card_has_the_commands_to_merge_and_to_serve_it(
     exec(python, names)
     assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1] and capsys.readouterr().out
     unmerged = f"vllm serve {tiny_model} --enable-lora --lora-modules run={run} --generation-config {run}"
-    assert unmerged in rest and f"vllm serve {run}-merged`" in rest
+    assert unmerged in rest and f"`vllm serve {run}-merged {QWEN_FLAGS}`" in rest
     merge = next(line for line in rest.splitlines() if line.startswith("arpo-trl merge"))
     assert main(merge.split()[1:]) == 0
     assert AutoModelForCausalLM.from_pretrained(f"{run}-merged").config.model_type == "qwen2"
@@ -152,6 +158,8 @@ def test_push_to_hub_uploads_the_folder_with_our_card(
             return type("Job", (), {"done": lambda self: True})()
 
     monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    monkeypatch.setattr("arpo_trl.training.requirements.probe_hub", lambda: requirements.Hub("reachable"))
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda api: {"name": "me"})
     small_run.run(
         tmp_path, tiny_model, push_to_hub=True, hub_model_id="me/cold-start", hub_strategy="end", hub_private_repo=True
     )

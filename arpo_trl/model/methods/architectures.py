@@ -52,7 +52,7 @@ def _is_leaf(module: nn.Module) -> bool:
 def _has_other_output(layer: nn.Module) -> bool:
     """Return whether the output of a Linear with its own forward pass is not that of a Linear, to which PEFT adds.
 
-    Falcon's Linear has its own forward pass and a Linear's output. bitsandbytes' layers have adapters of their own.
+    Falcon's Linear has its own forward pass and a Linear's output. PEFT has separate adapters for bitsandbytes' layers.
     """
     quantized = type(layer).__module__.startswith(("bitsandbytes", "gptqmodel", "transformers.integrations"))
     if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward or quantized:
