@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from ..errors import RecipeError, RunFailed, in_one_line
 from ..machine import is_out_of_memory
 from ..model.base import auto_class, base_of
 from ..model.model import end_tokens
+from ..report.console import say
 from ..run_folder import read_json
 from .predict import Model, generation_config
 
@@ -185,10 +185,9 @@ def _fits_in_float32(folder: Path) -> bool:
     free = psutil.virtual_memory().available
     if not is_half or needed < free:
         return True
-    print(
+    say(
         f"{folder}: float32 needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; loaded in half precision, which is slow "
-        "on a CPU without bfloat16 instructions",
-        file=sys.stderr,
+        "on a CPU without bfloat16 instructions"
     )
     return False
 
