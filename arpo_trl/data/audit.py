@@ -176,7 +176,7 @@ class StreamedLines:
 
 
 def too_many_dropped(name: str, counts: Counts, max_dropped: float, list_path: Callable[[], Path | None]) -> list[str]:
-    """Return the problem of a dataset without rows, or with too many dropped; `list_path` returns the list of all."""
+    """Return an error message if no row is left or too many were dropped; `list_path` returns the path of the full list."""
     if counts.rows == 0:
         return [f"{name}: no rows"]
     if counts.dropped <= max_dropped * counts.rows and counts.dropped < counts.rows:

@@ -132,7 +132,7 @@ class DatasetInfo(BaseModel):
 
     @property
     def path(self) -> Path | None:
-        """The file or folder, relative to the registry; None for a dataset of the Hub, which comes first."""
+        """The file or folder, relative to the registry; None for a Hub dataset, which takes precedence."""
         return self._file.parent / self.file_name if self.file_name and not self.hf_hub_url else None
 
     @property

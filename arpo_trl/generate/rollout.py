@@ -61,7 +61,7 @@ def rollout(recipe: Recipe) -> None:
 
 
 def sampling_of(recipe: Recipe) -> Sampling:
-    """Return the sampling settings. Omitted ones are neutral: LLaMA-Factory's defaults make eight near copies."""
+    """Return the sampling settings. Omitted ones are neutral: with LLaMA-Factory's defaults, samples are nearly identical."""
     keys = recipe.model_fields_set
     return Sampling(
         do_sample=bool(recipe.do_sample) or recipe.num_generations > 1,
@@ -254,7 +254,7 @@ class _Rollout:
     def _resume(
         self, part: Path, batches: Sequence[Sequence[Trajectory]], numbers: dict[int, int]
     ) -> set[tuple[int, int]]:
-        """Return the trajectories that are complete. Lines of an incomplete batch are removed: it runs again in full."""
+        """Return the complete trajectories. Lines of an incomplete batch are removed, and the whole batch runs again."""
         lines = {(line["number"], line["sample"]): line for line in read_lines(part)}
         keys = [[(numbers[id(trajectory)], trajectory.sample) for trajectory in batch] for batch in batches]
         complete = {key for batch in keys if lines.keys() >= set(batch) for key in batch}

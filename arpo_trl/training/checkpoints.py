@@ -39,7 +39,7 @@ NEEDED = {"rng_state.pth": "rng_state*.pth", "optimizer.pt": "optimizer.*", "sch
 
 
 def checkpoint_bytes(model: nn.Module, args: TrainingArguments) -> int:
-    """Return the bytes of a checkpoint: the weights, and the optimizer's copies of the trained ones."""
+    """Return a checkpoint's size in bytes: the weights, and the optimizer's copies of the trained ones."""
     copies = 0.0 if args.save_only_model else moments(args)
     return saved_bytes(model) + int(copies * sum(size for size, is_trained in _sizes(model) if is_trained))
 

@@ -30,7 +30,7 @@ LOCK = ".lock"
 RUN_FILES = f"""{MANIFEST} trainer_log.jsonl training_loss.png
     training_rewards_accuracies.png train_results.json eval_results.json
     all_results.json trainer_state.json""".split()
-"""What `overwrite_output_dir: true` deletes besides checkpoints: a run appends to these, or writes them at its end."""
+"""Files that `overwrite_output_dir: true` deletes besides checkpoints: a run appends to them or writes them at its end."""
 
 
 # --- one run at a time ---
