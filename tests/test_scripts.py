@@ -27,7 +27,7 @@ from benchmark_steps import spread, take_turns, times_trl
 from safetensors import safe_open
 
 from arpo_trl.data.tokenizer import shipped_template
-from arpo_trl.generate.chat import find_call
+from arpo_trl.generate.tags import find_calls
 
 ROOT = Path(__file__).parents[1]
 INSIDE = [json.loads(line) for line in make_toy_dataset.TOY_DATA_INSIDE.read_text(encoding="utf-8").splitlines()]
@@ -80,7 +80,7 @@ def test_every_toy_row_is_a_conversation_in_arpos_form():
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
         assert re.fullmatch(r"<think>.+</think>\n<answer>.*\\boxed\{.+\}.*</answer>", turns[-1]["value"], re.DOTALL)
         for call, result in zip(turns[1:-1:2], turns[2::2], strict=True):
-            assert find_call(call["value"]), call
+            assert len(find_calls(call["value"])) == 1, call
             assert re.fullmatch(r"<result>\n.+\n</result>", result["value"], re.DOTALL)
 
 
@@ -115,8 +115,8 @@ def test_toy_results_are_what_the_programs_print_and_the_searches_find():
         pair for row in ROWS for pair in zip(row["conversations"][1:-1:2], row["conversations"][2::2], strict=True)
     ]
     for call, result in random.Random(0).sample(rounds, 40):
-        tag, text = find_call(call["value"])
-        found = make_toy_dataset.run_python(text) if tag == "python" else make_toy_dataset.search(text)
+        tag, text = re.findall(r"<(python|search)>(.*?)</\1>", call["value"], re.DOTALL)[-1]
+        found = make_toy_dataset.run_python(text.strip()) if tag == "python" else make_toy_dataset.search(text.strip())
         assert result["value"] == f"<result>\n{found}\n</result>"
 
 

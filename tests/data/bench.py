@@ -1,4 +1,4 @@
-"""A folder with datasets and a recipe over them, which the tests of the data room share."""
+"""A folder with datasets and a recipe over them, shared by the tests of data/."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from arpo_trl.data.labels import IGNORED
 from arpo_trl.data.prepare import PreparedData, prepare_datasets
 from arpo_trl.data.template_probe import find_template
+from arpo_trl.data.tokenizer import _read_stops
 from arpo_trl.recipe import Recipe
 
 
@@ -67,7 +68,9 @@ class Bench:
 
     def prepare(self, **keys: Any) -> PreparedData:
         """As a run does that gets as far as its model: `row_audit.jsonl` is written."""
-        data = prepare_datasets(self.recipe(**keys), find_template(self.tokenizer))
+        own = Recipe(model_name_or_path=self.tokenizer.name_or_path, output_dir="unused")
+        template = find_template(self.tokenizer, stops=_read_stops(own, self.tokenizer))
+        data = prepare_datasets(self.recipe(**keys), template)
         data.write_audit(self.folder / "out" / "row_audit.jsonl")
         return data
 

@@ -178,11 +178,12 @@ def test_every_sft_example_of_llama_factory_is_read_or_names_the_unsupported_key
 def test_the_docs_count_the_examples() -> None:
     text = (Path(__file__).parents[2] / "docs" / "llamafactory.md").read_text(encoding="utf-8")
     refused = len(REFUSED)
-    assert f"has {len(EXAMPLES)} SFT examples. {len(RUN)} of them pass" in text
-    assert f"{len(QUANTIZED)} of these on bases that are quantized already" in text
-    assert f"{refused} {'is' if refused == 1 else 'are'} refused" in text
-    assert f"{len(EXAMPLES) - len(RUN) - refused} have templates" in text
-    assert sum(int(count) for count in re.findall(r"^\|[^|]+\| (\d+) \|", text, re.MULTILINE)) == refused
+    assert f"has {len(EXAMPLES)} SFT examples" in text
+    assert f"| {len(RUN)} | pass `--check` and train two steps (one predicts); {len(QUANTIZED)} of them use" in text
+    assert f"| {refused} | `mixture_of_depths`: not supported" in text
+    assert f"| {len(EXAMPLES) - len(RUN) - refused} | templates for images" in text
+    section = text.partition("## Its example recipes")[2].partition("\n## ")[0]
+    assert sum(int(count) for count in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)) == len(EXAMPLES)
 
 
 @pytest.mark.slow  # 5 s each
@@ -246,7 +247,7 @@ def test_a_vision_model_is_trained_and_saved_without_its_vision_part_and_this_is
     ]
     for words in (["--check"], []):
         assert main([*words, str(FIXTURES[0]), *given]) == 0
-        assert ", the text part alone\n" in capsys.readouterr().out
+        assert ", text part only\n" in capsys.readouterr().out
     saved = AutoModelForCausalLM.from_pretrained(place / "out").eval()
     assert not [name for name in saved.state_dict() if "visual" in name]
     row = torch.arange(20)[None]

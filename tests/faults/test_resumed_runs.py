@@ -148,6 +148,7 @@ def test_the_unfinished_log_line_of_a_checkpoint_is_continued() -> None:
 
     metrics = {"entropy": [6.5, 6.25], "mean_token_accuracy": [0.5, 0.25]}
     saved = {"loss_sum": 13.5, "last_logged": 3, "metrics": metrics, "seen_tokens": 123, "trained_tokens": 45}
+    saved |= {"pairs": 2, "pair_sums": {"rewards/margins": 0.5}}
     state = TrainerState(global_step=5, max_steps=9, stateful_callbacks={"_LogState": saved})  # type: ignore[arg-type]
     trainer: Any = SimpleNamespace(window=Window())
     state.compute_steps = lambda *args: None  # type: ignore[method-assign]
@@ -155,5 +156,13 @@ def test_the_unfinished_log_line_of_a_checkpoint_is_continued() -> None:
     _LogState(trainer).on_train_begin(args, state, SimpleNamespace())  # type: ignore[arg-type]
     assert not args.eval_on_start
     figures = {"entropy": [6.5, 6.25], "mean_token_accuracy": [0.5, 0.25]}
-    assert trainer.window == Window(loss_sum=13.5, last_logged=3, metrics=figures, seen_tokens=123, trained_tokens=45)
+    assert trainer.window == Window(
+        loss_sum=13.5,
+        last_logged=3,
+        metrics=figures,
+        seen_tokens=123,
+        trained_tokens=45,
+        pairs=2,
+        pair_sums={"rewards/margins": 0.5},
+    )
     assert not trainer.pending_evaluation
