@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+assert sys.platform != "win32"
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38  # prctl(2)
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
     0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000,
@@ -41,8 +42,8 @@ def main(settings: dict[str, Any]) -> None:
     is_linux = sys.platform == "linux"
     if settings["user"] is not None:
         os.setgroups([])
-        os.setresgid(*[settings["user"]] * 3)
-        os.setresuid(*[settings["user"]] * 3)
+        os.setgid(settings["user"])  # root's setgid and setuid set the real, effective and saved ids
+        os.setuid(settings["user"])
         libc.prctl(PR_SET_DUMPABLE, 1)  # else /proc/self belongs to root
     if is_linux:
         if settings["mode"] != "none":  # there, the guard has to kill its descendants first
@@ -133,7 +134,10 @@ def _watch(program: int, settings: dict[str, Any]) -> str:
     """Wait for the program and return how it ended. Ends early if a limit is exceeded."""
     deadline = time.monotonic() + settings["seconds"]
     while True:
-        finished, status = os.waitpid(-1, os.WNOHANG) if _has_children() else (program, 0)
+        try:
+            finished, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:  # no child is left
+            finished, status = program, 0
         if finished == program:
             return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
         if finished:
@@ -158,14 +162,6 @@ def _count_processes() -> int:
         return sum(name.isdecimal() for name in os.listdir("/proc"))  # noqa: PTH208
     except OSError:
         return 0
-
-
-def _has_children() -> bool:
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True
 
 
 def _descendants() -> list[int]:

@@ -72,8 +72,9 @@ def run_python(code: str, limits: Limits) -> Outcome:
     """Run a program and return what it printed; if it raised, the last line of its traceback is the error."""
     command = [sys.executable, "-I", "-X", "utf8", "-c", _RUNNER]
     if sys.platform == "win32":
-        return _run(command, code, limits, _environment(), memory_bytes=limits.megabytes << 20)
-    outcome = _run_guarded(command, code, limits, find_isolation())
+        outcome = _run(command, code, limits, _environment(), memory_bytes=limits.megabytes << 20)
+    else:
+        outcome = _run_guarded(command, code, limits, find_isolation())
     if outcome.error == f"exit status {RAISED}":
         printed, _, last = outcome.text.rpartition("\n")
         return Outcome(printed, last, outcome.seconds)
@@ -87,75 +88,82 @@ def run_command(command: Sequence[str], query: str, limits: Limits) -> Outcome:
 
 def describe_isolation(limits: Limits) -> str:
     """Return one line: the limits of a program, and what it can't reach."""
-    numbers = f"{limits.seconds:g} s, {limits.megabytes} MB, {limits.processes} processes"
     if sys.platform == "win32":
         return f"{limits.seconds:g} s, {limits.megabytes} MB; not contained: it can use your files and the network"
-    isolation = find_isolation()
-    if isolation.mode != "none":
-        where = "user namespaces" if isolation.mode == "namespaces" else isolation.mode
-        return f"{numbers}; no network, writes only to an empty folder that is deleted ({where}); can read your files"
-    user = "an unused user" if isolation.as_nobody else "you"
-    return f"{numbers}, as {user}; not contained: it can use the network and this user's files (install bubblewrap)"
+    else:
+        numbers = f"{limits.seconds:g} s, {limits.megabytes} MB, {limits.processes} processes"
+        isolation = find_isolation()
+        if isolation.mode != "none":
+            where = "user namespaces" if isolation.mode == "namespaces" else isolation.mode
+            return (
+                f"{numbers}; no network, writes only to an empty folder that is deleted ({where}); can read your files"
+            )
+        user = "an unused user" if isolation.as_nobody else "you"
+        return (
+            f"{numbers}, as {user}; not contained: it can use the network and this user's files (install bubblewrap)"
+        )
 
 
-@functools.cache
-def find_isolation() -> Isolation:
-    """Return the strongest isolation that works on this system, found by trying."""
-    if sys.platform == "win32":
+if sys.platform != "win32":
+
+    @functools.cache
+    def find_isolation() -> Isolation:
+        """Return the strongest isolation that works on this system, found by trying."""
+        candidates = [Isolation("namespaces")] if sys.platform == "linux" else []
+        candidates += [Isolation("bubblewrap")] if shutil.which("bwrap") else []
+        candidates = [*candidates, Isolation("none")]
+        if os.getuid() == 0:
+            candidates = [isolation for each in candidates for isolation in (each._replace(as_nobody=True), each)]
+        for isolation in candidates:
+            with contextlib.suppress(OSError):
+                code = "open('a', 'w').write('1'); print(open('a').read())"
+                outcome = _run_guarded([sys.executable, "-I", "-c", code], "", Limits(seconds=20), isolation)
+                if outcome[:2] == ("1", ""):
+                    return isolation
         return Isolation("none")
-    candidates = [Isolation("namespaces")] if sys.platform == "linux" else []
-    candidates += [Isolation("bubblewrap")] if shutil.which("bwrap") else []
-    candidates = [*candidates, Isolation("none")]
-    if os.getuid() == 0:
-        candidates = [isolation for each in candidates for isolation in (each._replace(as_nobody=True), each)]
-    for isolation in candidates:
-        with contextlib.suppress(OSError):
-            code = "open('a', 'w').write('1'); print(open('a').read())"
-            outcome = _run_guarded([sys.executable, "-I", "-c", code], "", Limits(seconds=20), isolation)
-            if outcome[:2] == ("1", ""):
-                return isolation
-    return Isolation("none")
 
 
 def _environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
 
 
-def _run_guarded(command: Sequence[str], text: str, limits: Limits, isolation: Isolation) -> Outcome:
-    user = UNUSED_USER + os.getpid() % 100_000 * 1000 + next(_CALLS) % 1000 if isolation.as_nobody else None
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        if user is not None:
-            os.chown(folder, user, user)
-        settings: dict[str, Any] = {
-            "mode": isolation.mode,
-            "user": user,
-            "parent": os.getpid(),
-            "counts_alone": user is not None or isolation.mode == "namespaces",
-            "folder": folder,
-            "seconds": limits.seconds,
-            "memory_bytes": limits.megabytes << 20,
-            "processes": limits.processes,
-            "disk_bytes": DISK_BYTES,
-            "command": list(command),
-        }
-        read, write = os.pipe()
-        settings["status"] = write
-        argv = [sys.executable, "-I", "-S", str(GUARD), json.dumps(settings)]
-        if isolation.mode == "bubblewrap":
-            argv = [*_bubblewrap(folder), *argv]
-        try:
-            environment = _environment() | {"HOME": folder, "TMPDIR": folder}
-            outcome = _run(argv, text, limits, environment, Path(folder), GRACE, status=write)
-            os.set_blocking(read, False)
+if sys.platform != "win32":
+
+    def _run_guarded(command: Sequence[str], text: str, limits: Limits, isolation: Isolation) -> Outcome:
+        user = UNUSED_USER + os.getpid() % 100_000 * 1000 + next(_CALLS) % 1000 if isolation.as_nobody else None
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            if user is not None:
+                os.chown(folder, user, user)
+            settings: dict[str, Any] = {
+                "mode": isolation.mode,
+                "user": user,
+                "parent": os.getpid(),
+                "counts_alone": user is not None or isolation.mode == "namespaces",
+                "folder": folder,
+                "seconds": limits.seconds,
+                "memory_bytes": limits.megabytes << 20,
+                "processes": limits.processes,
+                "disk_bytes": DISK_BYTES,
+                "command": list(command),
+            }
+            read, write = os.pipe()
+            settings["status"] = write
+            argv = [sys.executable, "-I", "-S", str(GUARD), json.dumps(settings)]
+            if isolation.mode == "bubblewrap":
+                argv = [*_bubblewrap(folder), *argv]
             try:
-                ending = os.read(read, 100).decode()
-            except BlockingIOError:  # a process that escaped holds the other end
-                ending = ""
-            if not ending:
-                _kill_marked(folder)
-            return outcome._replace(error=_describe_ending(ending, limits))
-        finally:
-            os.close(read)
+                environment = _environment() | {"HOME": folder, "TMPDIR": folder}
+                outcome = _run(argv, text, limits, environment, Path(folder), GRACE, status=write)
+                os.set_blocking(read, False)
+                try:
+                    ending = os.read(read, 100).decode()
+                except BlockingIOError:  # a process that escaped holds the other end
+                    ending = ""
+                if not ending:
+                    _kill_marked(folder)
+                return outcome._replace(error=_describe_ending(ending, limits))
+            finally:
+                os.close(read)
 
 
 def _bubblewrap(folder: str) -> list[str]:
@@ -164,13 +172,15 @@ def _bubblewrap(folder: str) -> list[str]:
     return ["bwrap", *options.split(), "--size", str(DISK_BYTES), "--tmpfs", folder, "--chdir", folder, "--"]
 
 
-def _kill_marked(folder: str) -> None:
-    """Kill every process with this HOME: the guard was killed, so its descendants may have other parents now."""
-    mark = f"HOME={folder}".encode()
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if mark in path.read_bytes().split(b"\0"):
-                os.kill(int(path.parent.name), signal.SIGKILL)
+if sys.platform != "win32":
+
+    def _kill_marked(folder: str) -> None:
+        """Kill every process with this HOME: the guard was killed, so its descendants may have other parents now."""
+        mark = f"HOME={folder}".encode()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in path.read_bytes().split(b"\0"):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def _describe_ending(ending: str, limits: Limits) -> str:
