@@ -25,6 +25,7 @@ import torch
 from benchmark import MODES
 from benchmark_steps import spread, take_turns, times_trl
 from safetensors import safe_open
+from transformers import AutoTokenizer
 
 from arpo_trl.data.tokenizer import shipped_template
 from arpo_trl.generate.tags import find_calls
@@ -179,7 +180,10 @@ def test_tiny_tokenizer_is_built_as_qwens(tiny_tokenizer):
     text = "Numbers 1234 split; 中文, <tool_call>\n\n  tabs\tand émojis 🙂 come back.\r\n"
     assert tiny_tokenizer.decode(tiny_tokenizer(text).input_ids) == text
     assert tiny_tokenizer.tokenize("2024") == list("2024")
-    assert tiny_tokenizer.chat_template == shipped_template("qwen")
+    fresh = AutoTokenizer.from_pretrained(
+        tiny_tokenizer.name_or_path
+    )  # other tests set the template of the shared one
+    assert fresh.chat_template == shipped_template("qwen")
 
 
 # quickstart.sh

@@ -86,8 +86,16 @@ def pair_up(lines: Sequence[Line]) -> list[tuple[Line, Line]]:
     ]
     unique: dict[tuple[str, str], tuple[Line, Line]] = {}
     for chosen, rejected in crossed + shorter:
+        if _is_empty(rejected):  # training would drop the pair
+            continue
         unique.setdefault((_text(chosen), _text(rejected)), (chosen, rejected))
     return list(unique.values())
+
+
+def _is_empty(line: Line) -> bool:
+    """Return whether the model wrote nothing in its last reply."""
+    last = line[messages_column(line["formatting"])][-1]
+    return not (last.get("value") or last.get("content") or last.get("tool_calls"))
 
 
 def _text(line: Line) -> str:

@@ -98,7 +98,7 @@ def _compute(trainer: ArpoTrainer, reference: Reference, datasets: list[Dataset]
 
 def _read(path: Path, key: str) -> Stored | None:
     try:
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             if str(file["key"]) != key:
                 return None
             keys, sums = file["pairs"], file["sums"]
