@@ -17,7 +17,7 @@ from ..recipe.keys import Recipe
 from ..run_folder import read_json
 from .prepare import PreparedData
 from .registry import saved_by_llamafactory
-from .serving_causes import Change, Difference, Explanation, add, explain, list_changes
+from .serving_causes import Change, Difference, Explanation, add, explain, first_other, list_changes
 from .serving_rows import SERVING_ROWS, Ask, ServingRow, choose_rows, read_rows, render, with_reasoning_key, write_rows
 from .template_probe import find_template
 from .tokenizer import make_tokenize
@@ -168,7 +168,7 @@ def _explain_ids(row: ServingRow, ids: list[int], tokenizer: PreTrainedTokenizer
         return Explanation(
             "BOS missing", f"the tokens do not begin with {tokenizer.bos_token}", "Use the folder's own tokenizer."
         )
-    at = next((n for n, pair in enumerate(zip(row.ids, ids)) if pair[0] != pair[1]), min(len(ids), len(row.ids)))
+    at = first_other(row.ids, ids)
     return Explanation(
         "tokenizer",
         f"the same text has other tokens: token {at:,} is {row.ids[at : at + 3]} in training, {ids[at : at + 3]} served",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import pairwise, permutations
@@ -160,11 +160,19 @@ def _explained(changes: list[Change], fix: str) -> Explanation:
 
 def first_difference(trained: str, served: str) -> str:
     """Both texts around the first character that differs."""
-    at = next(
-        (n for n, (ours, other) in enumerate(zip(trained, served)) if ours != other), min(len(trained), len(served))
-    )
-    start = max(at - 20, 0)
-    return f"{trained[start : at + 30]!r} trained, {served[start : at + 30]!r} served, at character {at:,}"
+    return f"{_around(trained, served, 20)}, at character {first_other(trained, served):,}"
+
+
+def first_other(trained: Sequence[object], served: Sequence[object]) -> int:
+    """Return the position of the first character or token that differs."""
+    pairs = enumerate(zip(trained, served))
+    return next((at for at, (ours, other) in pairs if ours != other), min(len(trained), len(served)))
+
+
+def _around(trained: str, served: str, before: int) -> str:
+    at = first_other(trained, served)
+    start = max(at - before, 0)
+    return f"{trained[start : at + 30]!r} trained, {served[start : at + 30]!r} served"
 
 
 # --- settings ---
@@ -469,7 +477,7 @@ def _compare_skeletons(row: ServingRow, served: str) -> Explanation | None:
         if trained != other and not any(_holds_content(text, row) for text in (trained, other)):
             return Explanation(
                 "chat template",
-                f"the text around the messages is another: {_around(trained, other)}",
+                f"the text around the messages is another: {_around(trained, other, 10)}",
                 "Start the server with the folder's own chat template, as it was after training.",
             )
     return None
@@ -479,11 +487,3 @@ def _holds_content(text: str, row: ServingRow) -> bool:
     """Return whether a message may be in the text, ignoring case: then more than the template's own text differs."""
     words = {word for message in row.messages for word in re.findall(r"\w{3,}", message["content"].lower())}
     return bool(words & {*re.findall(r"\w{3,}", text.lower())} - {"system", "user", "assistant", "tool"})
-
-
-def _around(trained: str, served: str) -> str:
-    at = next(
-        (n for n, (ours, other) in enumerate(zip(trained, served)) if ours != other), min(len(trained), len(served))
-    )
-    start = max(at - 10, 0)
-    return f"{trained[start : at + 30]!r} trained, {served[start : at + 30]!r} served"

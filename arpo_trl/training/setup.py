@@ -105,14 +105,14 @@ def _check_positions(recipe: Recipe, data: PreparedData) -> None:
     """
     config = load_config(recipe).get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    if not limit or not _learns_positions(model_shape(recipe), limit):
+    if not limit:
         return
     for rows in (data.train, *data.eval.values()):
         if not isinstance(rows, Dataset) or not len(rows):
             continue
         lengths = token_lengths(rows)
         longest = int(lengths.argmax())
-        if lengths[longest] > limit:
+        if lengths[longest] > limit and _learns_positions(model_shape(recipe), limit):
             raise recipe.error(
                 "cutoff_len",
                 f"{config.model_type} has {limit:,} learned positions, but {rows[longest]['source']} has "

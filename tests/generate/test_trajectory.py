@@ -186,7 +186,7 @@ def test_results_inside_the_reply_join_where_a_token_closes_the_tag(
             [*encode_text(text[rest:]), tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")],
         ]
         if any(tag in tiny_tokenizer.decode(reply[:-1]) for tag, reply in zip(("</python>", "</search>"), replies)):
-            continue  # the surplus is a token of its own, which the engine does not generate
+            continue  # the surplus is a separate token, which the engine does not generate
         trajectory, script = roll(template, question, replies, ["42", "a\nb"])
         assert [call.tool for call in script.calls] == ["python", "search"]
         assert trajectory.messages == [{"role": "assistant", "content": text}]

@@ -108,7 +108,7 @@ def mutations(count: int) -> list[tuple[str, ...]]:
 
 
 def _split(pair: str) -> list[str]:
-    """Split at the spaces that a key follows: a mapping has spaces of its own."""
+    """Split at the spaces that a key follows: a mapping contains spaces, too."""
     parts: list[str] = []
     for word in pair.split(" "):
         if "=" in word:

@@ -25,7 +25,7 @@ pytestmark = small_run.QUIET
 
 
 @pytest.mark.parametrize(
-    ("keys", "use_cpu", "cuda", "said"),
+    ("keys", "use_cpu", "cuda", "reported"),
     [
         ((), None, None, ""),
         ((), "True", None, ""),
@@ -43,7 +43,7 @@ def test_a_missing_gpu_is_reported_if_one_is_expected(
     keys: tuple[str, ...],
     use_cpu: str | None,
     cuda: str | None,
-    said: str,
+    reported: str,
     recipe_of: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -53,11 +53,11 @@ def test_a_missing_gpu_is_reported_if_one_is_expected(
     if use_cpu:
         monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)
     line = "".join(missing_gpu(recipe_of(*keys)))
-    assert re.search(said, line) if said else line == ""
+    assert re.search(reported, line) if reported else line == ""
 
 
 @pytest.mark.parametrize(
-    ("key", "capabilities", "said"),
+    ("key", "capabilities", "reported"),
     [
         ("bf16", {"avx2": True, "avx512_bf16": False, "amx_bf16": False, "num_sockets": 1}, True),
         ("pure_bf16", {"neon": True, "bf16": False}, True),
@@ -68,7 +68,7 @@ def test_a_missing_gpu_is_reported_if_one_is_expected(
     ],
 )
 def test_a_cpu_that_is_slower_in_bfloat16_is_reported(
-    key: str, capabilities: dict[str, int], said: bool, recipe_of: Any, monkeypatch: pytest.MonkeyPatch
+    key: str, capabilities: dict[str, int], reported: bool, recipe_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """oneDNN held to such a CPU's instructions (ONEDNN_MAX_CPU_ISA): 1.2 times slower under AVX-512, 6 under AVX2."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
@@ -76,14 +76,14 @@ def test_a_cpu_that_is_slower_in_bfloat16_is_reported(
     recipe = recipe_of(f"{key}=true")
     text = "\n".join(missing_gpu(recipe))
     expected = "force_bf16: true keeps bfloat16" if key == "bf16" else "no bfloat16 instructions; set pure_bf16: false"
-    assert (expected in text) is said
+    assert (expected in text) is reported
     if key == "bf16":
         assert (compute_dtype(recipe), to_sft_config(recipe).bf16) == (
-            (None, False) if said else (torch.bfloat16, True)
+            (None, False) if reported else (torch.bfloat16, True)
         )
         forced = recipe_of("bf16=true", "force_bf16=true")
         assert (compute_dtype(forced), to_sft_config(forced).bf16) == (torch.bfloat16, True)
-        assert ("set force_bf16: false" in "".join(missing_gpu(forced))) is said
+        assert ("set force_bf16: false" in "".join(missing_gpu(forced))) is reported
 
 
 def test_a_run_in_another_precision_is_not_resumed(
@@ -122,8 +122,8 @@ def test_an_unwritable_plot_does_not_fail_the_run(tiny_model: Path, tmp_path: Pa
     run = small_run.run(tmp_path, tiny_model, val_size=2, eval_on_start=True)
     manifest = read_manifest(run)
     assert manifest and manifest.status == "finished"
-    said = (run / "training.log").read_text(encoding="utf-8")
-    assert "training_loss.png could not be written" in said and said.count("\n") > 10
+    reported = (run / "training.log").read_text(encoding="utf-8")
+    assert "training_loss.png could not be written" in reported and reported.count("\n") > 10
     first = read_log(run / "trainer_log.jsonl")[0]
     assert first["current_steps"] == 0 and first["eval_loss"] > 0
 
