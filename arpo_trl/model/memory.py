@@ -42,7 +42,8 @@ Row = dict[str, list[int]]
 class Memory(NamedTuple):
     """Bytes on each device. FSDP and ZeRO divide the first three among the devices.
 
-    `gradients` includes the copy in which the embedding's gradient arrives, `logits` that of the head's.
+    `gradients` includes the copy in which the embedding's gradient arrives, `logits` that of the head's. `reference`: a
+    frozen second model.
     """
 
     weights: int
@@ -50,11 +51,12 @@ class Memory(NamedTuple):
     optimizer: int
     activations: int
     logits: int
+    reference: int = 0
 
     @property
     def peak(self) -> int:
         """The maximum after the first step, which allocates the optimizer state. Gradients replace activations."""
-        return self.weights + self.optimizer + max(self.gradients, self.activations + self.logits)
+        return self.weights + self.reference + self.optimizer + max(self.gradients, self.activations + self.logits)
 
 
 def estimate_memory(
@@ -87,11 +89,12 @@ def estimate_memory(
     embedding = cast(nn.Embedding, base.get_input_embeddings()).weight
     head = cast(nn.Linear, base.get_output_embeddings()).weight
     parts = {
-        "weights": sum(p.nbytes for p in model.parameters()) + _reference_bytes(recipe, base, args),
+        "weights": sum(p.nbytes for p in model.parameters()),
         "gradients": trained + embedding.nbytes * embedding.requires_grad,
         "optimizer": int(moments(args) * trained),
         "activations": layers * hidden + saved // layers if args.activation_checkpointing else saved,
         "logits": _logits(head, labelled, half) + head.nbytes * head.requires_grad,
+        "reference": _reference_bytes(recipe, base, args),
     }
     for method in methods_of(recipe):
         parts |= method.memory(parts, model, args)
@@ -139,7 +142,8 @@ def model_shape(recipe: Recipe) -> PreTrainedModel | PeftModel:
 
 def describe_memory(memory: Memory, gpu: int | None) -> str:
     """Return the parts, and the GPU that they fit. `gpu`: bytes of this machine's GPU, if it has one."""
-    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory._asdict().items())
+    shown = [name for name in memory._fields if name != "reference" or memory.reference]
+    parts = ", ".join(f"{name} {getattr(memory, name) / 1e9:.1f}" for name in shown)
     if gpu is not None:
         fits = f"{'fits' if memory.peak < USABLE * gpu else 'does not fit'} this {gpu / 1e9:.0f} GB GPU"
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -30,6 +30,9 @@ runs/
 CARD_MARKS = ("- arpo_trl\n", "# Model Card for Model ID")
 """Marks of a README.md written by a run: a tag in our card's header, or the title of the one that PEFT saves first."""
 
+PLOTS = ("training_loss.png", "training_rewards_accuracies.png")
+FIGURES = r"eval_.*(loss|perplexity|rewards/(accuracies|margins))"
+
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)")
 
@@ -48,14 +51,14 @@ def write_model_card(output_dir: Path, manifest: Manifest, recipe_yaml: str) -> 
     header = ModelCardData(
         library_name="peft" if lora else "transformers",
         pipeline_tag="text-generation",
-        tags=["sft", "trl", "arpo_trl"],
+        tags=[str(manifest.recipe["stage"]), "trl", "arpo_trl"],
         model_name=output_dir.resolve().name,
         base_model=base.name if base.is_hub_id else None,
         base_model_relation=("adapter" if lora else "finetune") if base.is_hub_id else None,
     )
     last = next((line["loss"] for line in reversed(log) if "loss" in line), None)
     figures = {"last training loss": last, "mean training loss": results.get("train_loss")}
-    figures |= {k.replace("_", " "): v for k, v in results.items() if re.fullmatch(r"eval_.*(loss|perplexity)", k)}
+    figures |= {k.replace("_", " "): v for k, v in results.items() if re.fullmatch(FIGURES, k)}
     folder, model = output_dir.as_posix(), f"{output_dir.as_posix()}{'-merged' if lora else ''}"
     base_to_load = base.name if base.is_hub_id else Path(trained_from).as_posix()
     names = {"model": model, "folder": folder, "base": base_to_load, "name": output_dir.resolve().name}
@@ -66,18 +69,32 @@ def write_model_card(output_dir: Path, manifest: Manifest, recipe_yaml: str) -> 
         base=base.name,
         base_link=f"[{base.name}](https://huggingface.co/{base.name})" if base.is_hub_id else f"`{base.name}`",
         lora=lora,
+        method=_describe_method(manifest),
+        pairs=manifest.recipe["stage"] == "dpo",
         manifest=manifest,
         steps=read_json(output_dir / "trainer_state.json")["global_step"],
         epoch=results["epoch"],
         time=format_seconds(max(results.get("train_runtime", 0), run_seconds(log))),
         figures={name: value for name, value in figures.items() if value is not None},
-        plot=(output_dir / "training_loss.png").exists(),
+        plots=[name for name in PLOTS if (output_dir / name).exists()],
         recipe=recipe_yaml.strip(),
         folder=folder,
         model=model,
         servers=serving_commands(output_dir, names, lora),
     )
     write_text(own_path(output_dir / "README.md", *CARD_MARKS), str(card))
+
+
+def _describe_method(manifest: Manifest) -> str:
+    """Return what the model was trained on and by which loss, in words."""
+    recipe, reference = manifest.recipe, manifest.reference
+    if recipe["stage"] != "dpo":
+        return "conversations (SFT)"
+    compared = ""
+    if reference:
+        names = [base_model(str(name)).name for name in (reference["path"], *cast("list[str]", reference["adapters"]))]
+        compared = f", compared with {' and '.join(names)}"
+    return f"preference pairs (DPO: {recipe['pref_loss']} loss, beta {recipe['pref_beta']:g}{compared})"
 
 
 class BaseModel(NamedTuple):

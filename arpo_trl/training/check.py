@@ -27,6 +27,7 @@ from ..report.console import say
 from ..report.log_file import format_seconds, read_log
 from ..run_folder import list_checkpoints
 from .checkpoints import checkpoint_bytes, saved_bytes
+from .reference import report_reference
 from .setup import check_after_torch, load_rows
 from .start_and_end_report import describe_setup, describe_steps, warn_of_schedule
 
@@ -72,6 +73,7 @@ def _describe_run(
     steps = f"{'about ' * recipe.packing}{describe_steps(args, total, data, recipe.packing)}"
     lines = [
         *describe_setup(recipe, model, args),
+        *report_reference(recipe),
         *rows,
         *(f"         {line}" for line in listed),
         f"steps    {steps}{'; the rows are read and counted during the run' * recipe.streaming}",
@@ -94,9 +96,10 @@ def describe_rows(data: PreparedData, verbose: bool) -> list[str]:
     lines = [f"data     {line}" for line in data.audit.lines()]
     if not isinstance(data.train, Dataset):
         return lines
-    prefix, held_out = "per row", data.eval.get("validation")
+    unit = "pair" if "seq_lengths" in data.train.column_names else "row"
+    prefix, held_out = f"per {unit}", data.eval.get("validation")
     if held_out is not None:
-        prefix = f"per row of {len(data.train):,} training rows"
+        prefix += f" of {len(data.train):,} training {unit}s"
         lines += [
             f"         {len(held_out):,} of these rows are held out (val_size), {len(data.train):,} are trained on"
         ]
@@ -134,8 +137,9 @@ def describe_tokens(rows: Dataset) -> list[str]:
     trained = sum(int((pc.list_flatten(column).to_numpy() != IGNORED).sum()) for column in labels)
     tokens = int(lengths.sum())
     p50, p95 = np.percentile(lengths, (50, 95))
+    side = f" (longest side {max(map(max, rows['seq_lengths'])):,})" if "seq_lengths" in rows.column_names else ""
     lines = [
-        f"mean {lengths.mean():,.0f}, p50 {p50:,.0f}, p95 {p95:,.0f}, max {lengths.max():,}; "
+        f"mean {lengths.mean():,.0f}, p50 {p50:,.0f}, p95 {p95:,.0f}, max {lengths.max():,}{side}; "
         f"{trained:,} of {tokens:,} trained ({trained / tokens:.1%})"
     ]
     bars, edges = np.histogram(lengths, bins=min(BINS, int(np.ptp(lengths)) + 1))

@@ -7,6 +7,7 @@ trace: no gradient, no optimizer state, no random number drawn, no count in the 
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 
 from ..data.labels import IGNORED
-from ..errors import in_one_line
+from ..errors import RunFailed, in_one_line
 from ..machine import gpu_memory, is_out_of_memory, peak_memory
 from ..model.base import compute_dtype
 from ..model.memory import USABLE, Row, estimate_memory, longest_batch, model_shape
@@ -26,7 +27,8 @@ from ..recipe.keys import Recipe
 from ..recipe.preference import is_base
 from ..report.console import say
 from ..report.log_file import format_seconds
-from .preference import count_pairs, unchanged_loss
+from .failures import describe_not_finite
+from .preference import PairCollator, count_pairs, unchanged_loss
 from .reference import Preference
 from .trainer import ArpoTrainer
 
@@ -136,6 +138,7 @@ def check_first_pair(recipe: Recipe, trainer: ArpoTrainer) -> None:
 
     Raises:
         RecipeError: the loss is another one.
+        RunFailed: it is not finite.
     """
     preference = trainer.preference
     if not preference or not preference.reference or trainer.state.global_step:
@@ -143,9 +146,12 @@ def check_first_pair(recipe: Recipe, trainer: ArpoTrainer) -> None:
     plain = Preference(recipe.model_copy(update={"ld_alpha": None, "pref_ftx": 0.0}), preference.reference)
     with preserve_training_state(trainer), torch.no_grad():
         trainer.model.train()
-        batch = send_to_device(trainer.data_collator([cast(Dataset, trainer.train_dataset)[0]]), trainer.args.device)
+        pair = cast(Dataset, trainer.train_dataset)[0]
+        batch = send_to_device(trainer.data_collator([pair]), trainer.args.device)
         losses = [float(plain.score(trainer.model_wrapped, batch, trainer.accelerator)[0].loss) for _ in range(2)]
     expected, loss = unchanged_loss(recipe), losses[0]
+    if not math.isfinite(loss):
+        raise RunFailed(f"first pair: {describe_not_finite(trainer.model, 'loss', loss, [pair['source']])}")
     equal_loss = f"{'ln 2' if recipe.pref_loss == 'sigmoid' else f'{expected:g}'} if policy and reference were equal"
     if (recipe.ref_model and not is_base(recipe)) or (recipe.adapter_name_or_path and not recipe.create_new_adapter):
         say(
@@ -205,6 +211,9 @@ def _rows_are_separate(trainer: ArpoTrainer) -> bool:
     model = trainer.model_wrapped
     is_half = args.bf16 or args.fp16 or next(model.parameters()).dtype != torch.float32
     generator = torch.Generator().manual_seed(0)
+    collate = trainer.data_collator
+    if isinstance(collate, PairCollator):
+        collate = collate.collate_rows  # these rows are no pairs
     first, other, row = (
         torch.randint(trainer.model.config.get_text_config().vocab_size, (size,), generator=generator).tolist()
         for size in (11, 11, 13)
@@ -212,9 +221,7 @@ def _rows_are_separate(trainer: ArpoTrainer) -> bool:
 
     def log_probs(*rows: list[int]) -> torch.Tensor:
         ids = [token for tokens in rows for token in tokens]
-        batch = trainer.data_collator(
-            [{"input_ids": ids, "labels": ids, "seq_lengths": [len(tokens) for tokens in rows]}]
-        )
+        batch = collate([{"input_ids": ids, "labels": ids, "seq_lengths": [len(tokens) for tokens in rows]}])
         batch = {name: value for name, value in send_to_device(batch, args.device).items() if name != "labels"}
         with torch.no_grad(), trainer.compute_loss_context_manager():
             logits: torch.Tensor = model(**batch, use_cache=False).logits

@@ -69,7 +69,7 @@ def test_the_estimated_parts_equal_those_of_the_loaded_model(
     assert found.weights == sum(p.nbytes for p in parameters)
     head = 0 if lines and "finetuning" in lines[-1] else 1088 * 64 * 4  # its gradient; it is the embedding too
     assert (found.gradients, found.optimizer) == (trained + head, 2 * trained)
-    with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(args.bf16)):
         backbone = model.base_model.model.model if given.finetuning_type == "lora" else model.model
         tensors = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
         saved, _ = memory._saved_by_autograd(backbone, tensors, 2, 80)
@@ -79,14 +79,16 @@ def test_the_estimated_parts_equal_those_of_the_loaded_model(
 
 
 @pytest.mark.parametrize("lines", [[], ["bf16=true"], ["bf16=true", "finetuning_type=lora"]], ids=" ".join)
-def test_the_weights_include_the_reference_model_of_asft(lines: list[str], tmp_path: Path, tiny_model: Path) -> None:
+def test_the_reference_model_of_asft_counts(lines: list[str], tmp_path: Path, tiny_model: Path) -> None:
     given = recipe(tmp_path, tiny_model, "use_asft_loss=true", *lines)
     args = to_sft_config(given)
     model, _ = load_model(given)
     reference = frozen_copy(model, args)
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16 if args.bf16 else torch.float32}
     found = estimate_memory(given, args, model_shape(given), ROWS)
-    assert found and found.weights == sum(p.nbytes for one in (model, reference) for p in one.parameters())
+    assert found
+    sizes = [sum(p.nbytes for p in one.parameters()) for one in (model, reference)]
+    assert [found.weights, found.reference] == sizes
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -182,7 +184,12 @@ def larger_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 layers of 512 and a vocabulary of 32,000: 187 MB of float32 weights."""
     folder = tmp_path_factory.mktemp("larger") / "model"
     architectures.make_model("qwen2", folder)
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    shape: dict[str, Any] = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    }
     config = Qwen2Config(**shape, num_key_value_heads=2, vocab_size=32000, tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
     return folder

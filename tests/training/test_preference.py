@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from small_pairs import write_pairs
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from arpo_trl.errors import RecipeError, RunFailed
 from arpo_trl.recipe import Recipe, read_recipe
@@ -186,9 +188,10 @@ def test_every_pair_of_an_update_weighs_the_same(
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo"])
 def test_trls_trainer_has_the_same_loss(loss: str, tmp_path: Path, tiny_model: Path, pairs: Dataset) -> None:
-    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
-    class Encoded(DPOTrainer):  # type: ignore[misc]
+    class Encoded(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
             return dataset
 
@@ -229,10 +232,10 @@ def test_orpo_has_a_gradient_for_a_memorized_side() -> None:
     """log1p(-exp(x)), LLaMA-Factory's form, has a NaN gradient at x = 0."""
     log_probs = torch.zeros(2, 3, requires_grad=True)
     scores = score_pairs(log_probs, torch.ones(2, 3, dtype=torch.bool), None, recipe_of(pref_loss="orpo"))
-    scores.loss.sum().backward()  # type: ignore[no-untyped-call]
+    scores.loss.sum().backward()
     assert log_probs.grad is not None and log_probs.grad.isfinite().all()
     naive = torch.zeros(1, requires_grad=True)
-    torch.log1p(-torch.exp(naive)).mul(0).backward()  # type: ignore[no-untyped-call]
+    torch.log1p(-torch.exp(naive)).mul(0).backward()
     assert naive.grad is not None and naive.grad.isnan().all()
 
 
@@ -252,7 +255,7 @@ def test_repeated_pairs_give_a_differentiable_zero(tmp_path: Path, tiny_model: P
     batch["labels"][:] = -100
     trainer.model.train()
     loss = trainer._compare(trainer.preference, trainer.model, batch, torch.tensor(0))  # type: ignore[arg-type]
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert float(loss.detach()) == 0
     assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
 
@@ -287,7 +290,7 @@ def test_a_frozen_copy_gives_the_policys_own_bits_under_autocast(
     loss, policy, fixed = first_loss(trainer, pairs[0])
     assert torch.equal(policy, fixed)
     assert loss == pytest.approx(math.log(2), abs=1e-7)
-    model.to(torch.bfloat16)  # what LLaMA-Factory does
+    model.bfloat16()  # what LLaMA-Factory does
     assert not torch.equal(*first_loss(trainer, pairs[0])[1:])
 
 
@@ -316,23 +319,10 @@ def test_lora_compares_with_the_adapter_switched_off(tmp_path: Path, tiny_model:
 
 def run_pairs(folder: Path, model: Path, **changes: Any) -> Path:
     """A run over 10 pairs that prefer letters to digits."""
-    data = folder / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"instruction": f"say {n}", "chosen": "abc " * (1 + n % 4), "rejected": f"{n} 9 8 7 " * (1 + n % 3)}
-        for n in range(10)
-    ]
-    (data / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
-    (data / "dataset_info.json").write_text(
-        json.dumps({"pairs": {"file_name": "pairs.json", "ranking": True}}), encoding="utf-8"
-    )
+    data = write_pairs(folder / "data")
     keys = {"stage": "dpo", "dataset": "pairs", "dataset_dir": str(data), "tokenized_path": str(folder / "tokenized")}
     path = small_run.write_recipe(folder, model, **{**keys, **changes})
-    handlers = {}
-    import signal
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        handlers[number] = signal.getsignal(number)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         assert train(read_recipe(path)).exit_code == 0
     finally:
@@ -417,36 +407,6 @@ def test_precomputed_log_probabilities_give_the_same_run(
     assert file["sums"].shape == (10, 2)
 
 
-@small_run.QUIET
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"finetuning_type": "full", "pref_ftx": 0.1},
-        {"finetuning_type": "lora", "gradient_accumulation_steps": 2, "logging_steps": 2},
-        {"finetuning_type": "full", "precompute_ref_log_probs": True},
-    ],
-    ids=["full", "lora", "precomputed"],
-)
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    tmp_path: Path, tiny_model: Path, keys: dict[str, Any]
-) -> None:
-    keys = {**keys, "max_steps": 6, "save_steps": 3, "val_size": 2, "eval_strategy": "steps", "eval_steps": 3}
-    complete = run_pairs(tmp_path / "a", tiny_model, **keys)
-    resumed = tmp_path / "b"
-    shutil.copytree(tmp_path / "a", resumed)
-    for name in ("checkpoint-6", "model.safetensors", "adapter_model.safetensors"):
-        path = resumed / "run" / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    run = json.loads((resumed / "run" / "run.json").read_text())
-    (resumed / "run" / "run.json").write_text(json.dumps({**run, "status": "stopped"}))
-    keys |= {"dataset_dir": str(tmp_path / "a" / "data"), "tokenized_path": str(tmp_path / "a" / "tokenized")}
-    run_pairs(resumed, tiny_model, **keys)
-    assert figures(complete) == figures(resumed / "run")
-    (name,) = {"model.safetensors", "adapter_model.safetensors"} & {p.name for p in complete.iterdir()}
-    first, second = (load_file(folder / name) for folder in (complete, resumed / "run"))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
 def test_a_changed_reference_rejects_the_resume(tmp_path: Path, tiny_model: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
@@ -469,7 +429,7 @@ def test_a_reference_that_is_not_the_policy_stops_the_run(
     freeze = reference._freeze
 
     def spoiled(model: Any, args: Any) -> Any:
-        return freeze(model, args).to(torch.bfloat16)
+        return freeze(model, args).bfloat16()
 
     monkeypatch.setattr(reference, "_freeze", spoiled)
     with pytest.raises(
@@ -512,8 +472,9 @@ def test_dora_starts_near_ln_2(tmp_path: Path, tiny_model: Path, capsys: pytest.
 def test_a_nan_names_the_pair(tmp_path: Path, tiny_model: Path, pairs: Dataset) -> None:
     for number, changes in enumerate(({}, {"padding_free": True})):
         trainer = make(tmp_path / str(number), tiny_model, pairs, {"pref_loss": "orpo"}, **changes)
+        embedding: Any = trainer.model.get_input_embeddings()
         with torch.no_grad():
-            trainer.model.get_input_embeddings().weight[pairs[1]["input_ids"][-1]] = torch.nan
+            embedding.weight[pairs[1]["input_ids"][-1]] = torch.nan
         with pytest.raises(RunFailed, match=r"the loss is nan; .* Rows in its batch: d.jsonl:1, d.jsonl:2\."):
             trainer.train()
 
@@ -576,7 +537,12 @@ def test_an_evaluation_without_training_needs_and_uses_a_ref_model(tmp_path: Pat
 def test_a_soft_capped_model_trains_with_its_cap(tmp_path: Path, tiny_model: Path, pairs: Dataset) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1100, "query_pre_attn_scalar": 16}
     torch.manual_seed(0)
     folder = tmp_path / "gemma"
@@ -597,15 +563,21 @@ def test_a_soft_capped_model_trains_with_its_cap(tmp_path: Path, tiny_model: Pat
 
 
 def test_the_reference_counts_in_the_memory_of_a_full_run(tiny_model: Path, pairs: Dataset, tmp_path: Path) -> None:
-    from arpo_trl.model.memory import estimate_memory, longest_batch, model_shape
+    from arpo_trl.model.memory import Memory, describe_memory, estimate_memory, longest_batch, model_shape
 
-    def weights(**keys: Any) -> int:
+    def memory_of(**keys: Any) -> Memory:
         recipe = recipe_of(**keys).model_copy(update={"model_name_or_path": str(tiny_model)})
         memory = estimate_memory(recipe, config(tmp_path), model_shape(recipe), pairs)
         assert memory is not None
-        return memory.weights
+        return memory
 
-    assert weights(finetuning_type="full") == 2 * weights(finetuning_type="full", precompute_ref_log_probs=True)
-    assert weights(finetuning_type="full") > 1.5 * weights(finetuning_type="lora")
+    full, lora = memory_of(finetuning_type="full"), memory_of(finetuning_type="lora")
+    assert (
+        full.reference == full.weights
+        and full.reference + memory_of(finetuning_type="full", precompute_ref_log_probs=True).peak == full.peak
+    )
+    assert lora.reference == memory_of(finetuning_type="full", pref_loss="orpo").reference == 0
+    assert f"reference {full.reference / 1e9:.1f})" in describe_memory(full, None)
+    assert "reference" not in describe_memory(lora, None)
     batch, _ = longest_batch(pairs, 2, padded_pairs=True)
     assert max(max(row["seq_lengths"]) for row in batch) == max(max(sides) for sides in pairs["seq_lengths"])

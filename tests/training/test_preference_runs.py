@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import small_run
 import torch
 import yaml
 from safetensors.torch import load_file
+from small_pairs import write_pairs
 
 from arpo_trl.__main__ import main
 from arpo_trl.report.log_file import read_log
@@ -25,22 +28,15 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 RECIPES = sorted((ROOT / "tests" / "recipe" / "fixtures" / "preference").glob("*.yaml"))
 
 
-def write_pairs(folder: Path, count: int) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {
-            "instruction": f"say {n}",
-            "input": "",
-            "chosen": "abc " * (1 + n % 4),
-            "rejected": f"{n} 9 8 7 " * (1 + n % 3),
-        }
-        for n in range(count)
-    ]
-    (folder / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
-    entry = {"file_name": "pairs.json", "ranking": True}
-    registry = dict.fromkeys(("pairs", "dpo_en_demo", "dpo_alpaca"), entry)
-    (folder / "dataset_info.json").write_text(json.dumps(registry), encoding="utf-8")
-    return folder
+@contextlib.contextmanager
+def kept_handlers() -> Iterator[None]:
+    """Put back the signal handlers that a run in this process replaces."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def run_recipe(path: Path, *launcher: str) -> None:
@@ -93,15 +89,66 @@ def test_a_recipe_of_others_trains_two_steps(path: Path, tmp_path: Path, tiny_mo
     recipe |= {"model_name_or_path": str(tiny_model), "dataset_dir": str(write_pairs(tmp_path / "data", 10))}
     recipe |= {"output_dir": str(tmp_path / "out"), "max_steps": 2, "logging_steps": 1, "template": "qwen"}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with kept_handlers():
         assert main([str(tmp_path / "r.yaml")]) == 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     log = read_log(tmp_path / "out" / "trainer_log.jsonl")
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and log[0]["accuracy"] == 0
     assert log[1]["loss"] < log[0]["loss"] or recipe["learning_rate"] < 1e-5
+
+
+@small_run.QUIET
+def test_the_result_of_a_run_says_what_it_is_and_works_as_any_model(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = write_pairs(tmp_path / "data"), tmp_path / "run"
+    keys = {"stage": "dpo", "dataset": "pairs", "dataset_dir": str(data), "finetuning_type": "lora", "pref_beta": 0.2}
+    keys |= {"val_size": 3, "do_eval": True, "plot_loss": True, "save_strategy": "no"}
+    path = str(small_run.write_recipe(tmp_path, tiny_model, **keys))
+    with kept_handlers():
+        assert main([path]) == 0
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert "- dpo\n" in card and "- sft\n" not in card
+    assert (
+        f"with a LoRA adapter fine-tuned on preference pairs (DPO: sigmoid loss, beta 0.2, compared with {tiny_model.name})"
+        in card
+    )
+    assert "Pairs by outcome." in card and "| pairs | 10 | 0 |" in card and "of both sides" in card
+    assert "- eval rewards/accuracies: " in card and "](training_rewards_accuracies.png)" in card
+
+    def chat(folder: Path) -> str:
+        capsys.readouterr()
+        assert main(["chat", str(folder), "--prompt", "say 3", "--max-new-tokens", "6"]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    merged = tmp_path / "merged"
+    assert main(["merge", str(run), str(merged), "--dtype", "float32"]) == 0
+    assert chat(run) == chat(merged)
+    predict = {"dataset": None, "eval_dataset": "rows", "do_train": False, "do_predict": True, "max_new_tokens": 6}
+    predict |= {"dataset_dir": str(data), "output_dir": str(tmp_path / "predicted")}
+    path = str(small_run.write_recipe(tmp_path, merged, **predict))
+    with kept_handlers():
+        assert main([path]) == 0
+    lines = (tmp_path / "predicted" / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 10 and json.loads(lines[3])["label"].startswith("abc abc")
+
+
+def test_check_and_preview_show_both_sides_and_the_reference(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_pairs(tmp_path / "data")
+    path = str(small_run.write_recipe(tmp_path, tiny_model, stage="dpo", dataset="pairs", dataset_dir=str(data)))
+    assert main([path, "--check"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line[:1].strip()}
+    assert lines["tokens"].startswith("tokens   per pair: mean ") and "(longest side 81); " in lines["tokens"]
+    assert lines["reference"] == f"reference  {tiny_model}, a second model in memory"
+    assert ", reference 0.0)" in lines["memory"]
+    assert main([path, "--check", "finetuning_type=lora"]) == 0
+    checked = capsys.readouterr().out
+    assert "the model with its adapter switched off" in checked and ", reference 0.0)" not in checked
+    assert main([path, "--preview", "1"]) == 0
+    shown = capsys.readouterr().out
+    chosen, rejected = shown.index("\nchosen: "), shown.index("\nrejected: ")
+    assert chosen < shown.index("\n+ abc <|im_end|>") < rejected < shown.index("\n+ 0 9 8 7 <|im_end|>")
 
 
 TOY: list[dict[str, Any]] = [
@@ -135,12 +182,8 @@ def test_every_loss_learns_the_toy_pairs(
     }
     recipe |= {"learning_rate": 5e-3 if finetuning_type == "lora" else 1e-3, "tokenized_path": str(tmp_path / "t")}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with kept_handlers():
         assert main([str(tmp_path / "r.yaml")]) == 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     log = read_log(tmp_path / "o" / "trainer_log.jsonl")
     evaluated = next(line for line in reversed(log) if "eval_loss" in line)
     with capsys.disabled():

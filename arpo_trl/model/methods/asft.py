@@ -40,7 +40,7 @@ class Asft(Method):
         base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
         head = cast(nn.Linear, base.get_output_embeddings()).weight
         return {
-            "weights": parts["weights"] + itemsize * sum(p.numel() for p in model.parameters()),
+            "reference": itemsize * sum(p.numel() for p in model.parameters()),
             "logits": 2 * parts["logits"] - head.nbytes * head.requires_grad,
         }
 
