@@ -35,6 +35,8 @@ USABLE = 0.9
 """Fraction of a GPU that a step may use: fragmentation and the buffers of collectives take the rest."""
 MOMENTS = {"8bit": 2 / 4, "adafactor": 0.0, "sgd": 0.0, "lion": 1.0, "adagrad": 1.0, "rmsprop": 1.0}
 """Copies of the trained weights that an optimizer keeps, by a part of its name. AdamW and all others keep two."""
+OWN_LOGIT = 20
+"""Bytes of each logit of `own_logits_bytes`: the logit before and after its scaling, in float32, selected, and its gradient."""
 Row = dict[str, list[int]]
 """A row of the collator: input_ids, labels, and for packed rows seq_lengths."""
 
@@ -99,6 +101,13 @@ def estimate_memory(
     for method in methods_of(recipe):
         parts |= method.memory(parts, model, args)
     return Memory(**parts)
+
+
+def own_logits_bytes(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel, rows: Dataset) -> int:
+    """Return the bytes of a model's own logits at all positions at which a row of the longest batch has a label."""
+    count, length, labelled = _largest_batch(recipe, args, rows)
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return count * min(length, labelled) * vocabulary * OWN_LOGIT
 
 
 def _reference_bytes(recipe: Recipe, base: PreTrainedModel, args: TrainingArguments) -> int:

@@ -6,6 +6,7 @@ On GPUs, TRL's fused head computes them. This replaces it on devices without Tri
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -75,6 +76,34 @@ def score_labelled_positions_only(
                 states = reference.base_model(*args, **kwargs).last_hidden_state[:, :-1][mask]
             other = states, reference.get_output_embeddings()
         scores = score_tokens(hidden[mask], labels[mask], model.get_output_embeddings(), training_objective, other)
+        log_probs, entropy, is_top1 = (s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores)
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+
+    model.forward = forward
+
+
+def score_own_logits(model: PreTrainedModel) -> None:
+    """Replace the forward pass of the fused head by the model's own, at labelled positions.
+
+    For models whose logits are more than the head's output in a way that no known key of their config names.
+    """
+    fused_forward = model.forward
+    keeps_positions = "logits_to_keep" in inspect.signature(fused_forward).parameters
+
+    @functools.wraps(fused_forward)
+    def forward(*args: object, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: object) -> object:
+        if not fused_lm_head or labels is None or "shift_labels" in kwargs:
+            return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        kwargs.pop("num_items_in_batch", None)
+        labels = labels[:, 1:]
+        mask = labels != IGNORED
+        positions = mask.any(0).nonzero().flatten()
+        if keeps_positions:
+            kwargs["logits_to_keep"] = positions
+        logits = fused_forward(*args, **kwargs | {"use_cache": False}).logits
+        if not keeps_positions:
+            logits = logits[:, positions]
+        scores = score_tokens(logits[mask[:, positions]], labels[mask], nn.Identity())
         log_probs, entropy, is_top1 = (s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores)
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
 

@@ -21,6 +21,7 @@ from ..run_folder import save_metrics
 from .callbacks import PredictOnEvaluate
 from .preflight import require_separate_rows
 from .reference import make_preference
+from .score_check import check_scores
 from .setup import load_rows
 from .trainer import ArpoTrainer
 from .trainer_log import remove_progress_bar
@@ -75,6 +76,7 @@ def _evaluate(
         preference=make_preference(recipe, args, model),
     )
     remove_progress_bar(trainer)
+    say(*check_scores(recipe, trainer))
     require_separate_rows(recipe, trainer)
     if recipe.predict_during_eval:
         trainer.add_callback(PredictOnEvaluate(recipe, trainer, data))

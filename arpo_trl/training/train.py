@@ -50,6 +50,7 @@ from .precompute import use_stored_log_probs
 from .preflight import check_first_pair, find_skip_reason, require_separate_rows, run_preflight
 from .reference import describe_reference, make_preference, precomputes
 from .requirements import check_before_torch
+from .score_check import check_scores
 from .setup import check_after_torch, load_rows
 from .signals import StopOnSignal, Stopped
 from .start_and_end_report import describe_stop, end_report, start_report
@@ -257,7 +258,8 @@ def add_callbacks(
 
 def before_first_step(recipe: Recipe, trainer: ArpoTrainer, data: PreparedData, checkpoint: Path | None) -> None:
     """Report what the run is about to do, try it, and repeat an evaluation that a signal stopped."""
-    say(*start_report(recipe, data, trainer, checkpoint))
+    scores = check_scores(recipe, trainer)
+    say(*start_report(recipe, data, trainer, checkpoint), *scores)
     if isinstance(data.train, Dataset):  # a stream's first row would have to be read again
         say(*describe_example(data.train, data.template.tokenizer))
     require_separate_rows(recipe, trainer)
