@@ -1,13 +1,15 @@
 """Encoded datasets on disk: `datasets` encodes each once, under a hash of everything that its tokens depend on.
 
 `datasets` renames the complete folder once it is written, so a killed run leaves nothing incomplete; two runs that prepare
-the same data wait for each other. With `tokenized_path`, a copy is saved there by `save_to_disk`.
+the same data wait for each other. With `overwrite_cache`, rows are encoded into a new folder, and the old one is removed once
+no process reads it. With `tokenized_path`, a copy is saved there by `save_to_disk`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +29,6 @@ from datasets import (
     DatasetDict,
     DatasetInfo,
     DownloadManager,
-    DownloadMode,
     Features,
     SplitGenerator,
     config,
@@ -42,6 +43,7 @@ from ..run_folder import write_text
 from .audit import list_rows
 from .encode import FEATURES, Encoder, encode_batches
 from .files import fingerprint, read_dataset, require_unchanged
+from .in_use import is_in_use, mark_in_use
 from .labels import IGNORED
 from .pairs import SIDES
 from .registry import saved_by_llamafactory
@@ -125,19 +127,35 @@ class RowsBuilder(ArrowBasedBuilder):  # type: ignore[misc]
 
 
 def _encode(encoder: Encoder, parts: Parts, encode_again: bool) -> Dataset:
+    """Open the newest encoding of the rows; if there is none, or to encode again, write the next one.
+
+    Each has its own folder, because another process, or this one, may be reading an earlier one.
+    """
     with _writable_cache():
         builder = RowsBuilder(encoder, parts)
-        folder = Path(builder.cache_dir)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(
-            f"{folder}.lock"
-        ):  # until the rows are open, so that no other run's overwrite_cache replaces them
+        encodings = Path(builder.cache_dir).parent
+        encodings.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{encodings}.lock"):  # until the rows are marked, so that no other run removes them
+            newest = max((int(path.name) for path in encodings.iterdir() if path.name.isdecimal()), default=0)
+            folder = encodings / str(newest + 1 if encode_again or not newest else newest)
             try:
-                builder.download_and_prepare(download_mode=DownloadMode.FORCE_REDOWNLOAD if encode_again else None)
+                builder.download_and_prepare(str(folder))
             except DatasetGenerationError as error:
                 raise error.__cause__ or error from None
+            mark_in_use(folder)
+            _remove_superseded(folder)
             empty = builder.info.splits["train"].num_examples == 0
             return Dataset(FEATURES.arrow_schema.empty_table()) if empty else builder.as_dataset("train")
+
+
+def _remove_superseded(current: Path) -> None:
+    """Remove the earlier encodings that no process reads, and what a killed run left of one."""
+    for folder in current.parent.iterdir():
+        if folder != current and folder.is_dir() and not is_in_use(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    for lock in current.parent.glob("*.lock"):  # of `datasets`: 1_builder.lock, 1.incomplete_info.lock
+        if not (current.parent / re.split("[._]", lock.name)[0]).exists():
+            lock.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -202,8 +220,14 @@ def _save(rows: Dataset, folder: Path) -> Dataset:
         shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
         try:
             rows.save_to_disk(str(temporary / "new"))
-            with suppress(FileNotFoundError):
+            try:
                 folder.rename(temporary / "old")
+            except FileNotFoundError:
+                pass
+            except PermissionError:  # on Windows, where a process reads its files
+                raise DatasetError(
+                    f"tokenized_path: {folder} is in use by another run; stop it, or set another tokenized_path"
+                ) from None
             (temporary / "new").rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

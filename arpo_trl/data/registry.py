@@ -137,8 +137,12 @@ class DatasetInfo(BaseModel):
 
     @property
     def folder_name(self) -> str:
-        """The name as a folder name: a dataset's name may be any text, but is never a path."""
-        if re.fullmatch(r"\w[\w.-]{0,39}", self.name):
+        """The name as a folder name: a dataset's name may be any text, but is never a path.
+
+        A digest tells names apart that Windows takes for the same folder, `d` and `D`, and changes those it reserves.
+        """
+        is_reserved = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", self.name)
+        if re.fullmatch(r"\w[\w.-]{0,38}\w|\w", self.name) and self.name == self.name.lower() and not is_reserved:
             return self.name
         digest = hashlib.sha256(self.name.encode(errors="surrogatepass")).hexdigest()[:8]
         return re.sub(r"[^\w-]", "_", self.name)[:40] + f"-{digest}"

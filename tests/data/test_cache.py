@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from arpo_trl.data import cache
 from arpo_trl.data.encode import Encoder, encode_rows
 from arpo_trl.data.files import read_dataset
+from arpo_trl.data.in_use import mark_in_use
 from arpo_trl.data.registry import read_registry
 from arpo_trl.data.sources import select_datasets
 from arpo_trl.data.tokenizer import load_template
@@ -38,6 +40,76 @@ def test_rows_are_encoded_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
         bench.prepare(**keys, overwrite_cache=True)
     with pytest.raises(TypeError):
         bench.prepare(**keys, mask_history=True)
+
+
+READER = """
+import json, sys
+from arpo_trl.data.prepare import prepare_datasets
+from arpo_trl.data.tokenizer import load_template
+from arpo_trl.recipe import Recipe
+
+model, folder = sys.argv[1:]
+recipe = Recipe(model_name_or_path=model, dataset=["d"], dataset_dir=folder, output_dir="out", cutoff_len=256)
+rows = prepare_datasets(recipe, load_template(recipe)).train
+for line in sys.stdin:
+    print(json.dumps(rows["labels"][:]), flush=True)
+"""
+
+
+def test_overwrite_cache_never_replaces_rows_that_are_read_and_leaves_one_folder_after_five_runs(
+    bench: Bench, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows can't delete a file that a process has mapped. `same` is a second name of the rows of `d`."""
+    bench.register("same", file_name=bench.add("d", numbered(5)).name)
+    marks: list[int] = []
+    monkeypatch.setattr(cache, "mark_in_use", lambda folder: marks.append(mark_in_use.__wrapped__(folder)))
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(bench.folder / "cache")}
+    command = [sys.executable, "-c", READER, str(tiny_model), str(bench.folder)]
+
+    def run() -> list[list[int]]:
+        """Encode both again, as a run that then ends."""
+        labels: list[list[int]] = bench.prepare(overwrite_cache=True).train["labels"][:]
+        while marks:
+            os.close(marks.pop())
+        return labels
+
+    def encodings() -> list[str]:
+        return sorted(path.name for path in bench.folder.glob("cache/arpo_trl/*/*") if path.is_dir())
+
+    first = run()
+    assert len(first) == 10 and encodings() == ["1", "2"]  # this run has read both
+    with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True) as reader:
+        assert reader.stdin and reader.stdout
+        for _ in range(2):
+            reader.stdin.write("\n")
+            reader.stdin.flush()
+            assert json.loads(reader.stdout.readline()) == first[:5]
+            assert run() == first
+        assert encodings() == ["2", "5", "6"]
+        reader.kill()
+    (key,) = bench.folder.glob("cache/arpo_trl/*/")
+    (key / "6.incomplete").mkdir()  # of a killed run
+    assert [run() for _ in range(2)] == [first] * 2
+    assert bench.prepare().train["labels"][:] == first and encodings() == ["10"]
+    assert {re.split("[._]", path.name)[0] for path in key.iterdir()} == {"10"}
+
+
+def test_a_tokenized_path_that_windows_does_not_replace_is_an_error(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.add("d", numbered(2))
+    path = bench.folder / "tokenized"
+    bench.prepare(tokenized_path=str(path))
+
+    def rename(self: Path, target: Path) -> Path:
+        raise PermissionError(13, "Access is denied", str(self))
+
+    with monkeypatch.context() as windows:
+        windows.setattr(Path, "rename", rename)
+        with pytest.raises(DatasetError, match=r"d is in use by another run; stop it, or set another tokenized_path"):
+            bench.prepare(tokenized_path=str(path), overwrite_cache=True)
+    assert [entry.name for entry in path.iterdir() if entry.is_dir()] == ["d"]
+    assert bench.replies(bench.prepare(tokenized_path=str(path)).train) == answers(0, 1)
 
 
 def test_a_changed_file_is_encoded_again(bench: Bench) -> None:
