@@ -1,6 +1,6 @@
 """Command line: `arpo-trl [RECIPE] [key=value ...] [--key value ...] [--check | --preview N]`.
 
-Exit codes: 0 done, 1 run failed, 2 configuration error, 130 and 143 stopped by Ctrl-C and SIGTERM.
+Exit codes: 0 done, 1 run failed, 2 configuration error; stopped by a signal: 130 Ctrl-C, 143 SIGTERM, 149 Ctrl-Break.
 """
 
 from __future__ import annotations

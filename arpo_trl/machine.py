@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from .errors import RecipeError, RunFailed, in_one_line
 from .version import __version__
@@ -36,6 +37,20 @@ def nearest_existing_parent(path: Path) -> Path | None:
     return next((place for place in (path, *path.absolute().parents) if place.exists()), None)
 
 
+def find_invalid_name(path: str) -> str | None:
+    """Return why Windows can't create a folder with this path, or None."""
+    for name in PureWindowsPath(path).parts[bool(PureWindowsPath(path).anchor) :]:
+        if invalid := re.search('[<>:"|?*\x00-\x1f]', name):
+            return f"Windows allows no {invalid[0]!r} in a name; choose another one"
+        if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name.rstrip(". "), re.IGNORECASE):
+            return f"Windows reserves the name {name}; choose another one"
+        if name != ".." and name != name.rstrip(". "):
+            return f"Windows ignores the end of the name {name!r}; choose another one"
+        if len(name) > 255:
+            return "Windows allows at most 255 characters in a name; choose a shorter one"
+    return None
+
+
 def missing_space(folder: Path, needed: int, what: str) -> str | None:
     """Return a message if the disk of `folder` has less than `needed` bytes free for `what`, else None."""
     free = free_space(folder)
@@ -52,10 +67,10 @@ def missing_space(folder: Path, needed: int, what: str) -> str | None:
 
 def describe_write_error(error: Exception) -> str:
     """Return the error in one line, recognizing a full disk: safetensors, torch and Python each word it differently."""
-    # torch.save reports a short write as "unexpected pos 11840 vs 11732"
-    signs = ("No space left", "os error 28", "quota exceeded", "PytorchStreamWriter", "unexpected pos")
-    is_full = any(sign in str(error) for sign in signs)
-    return f"disk full ({in_one_line(error)})" if is_full else in_one_line(error)
+    # torch.save reports a short write as "unexpected pos 11840 vs 11732". Windows translates its messages, not its codes:
+    # 112 disk full, 1295 quota exceeded.
+    signs = r"No space left|quota exceeded|PytorchStreamWriter|unexpected pos|os error 28\b|(os error|WinError) (112|1295)\b"
+    return f"disk full ({in_one_line(error)})" if re.search(signs, str(error)) else in_one_line(error)
 
 
 @contextlib.contextmanager
@@ -88,8 +103,10 @@ def peak_memory() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return 0  # Python has no `resource` there
+    if sys.platform == "win32":  # Python has no `resource` there
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
     else:
         import resource
 
@@ -108,8 +125,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error` says that a device, or the CPU's allocator, is out of memory."""
     import torch
 
-    signs = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
+    # On Windows: torch's "not enough memory: you tried to allocate", and 1455, a paging file that is too small.
+    signs = (
+        "out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|(os error|WinError) 1455\\b"
+    )
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(signs, str(error)) is not None
 
 
 # --- versions ---

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from ..errors import DatasetError, RowError, in_one_line
+from ..machine import find_invalid_name
 from ..recipe.keys import Recipe, in_words
 from .strict_json import EXCERPT, excerpt, parse_json
 
@@ -141,8 +142,8 @@ class DatasetInfo(BaseModel):
 
         A digest tells names apart that Windows takes for the same folder, `d` and `D`, and changes those it reserves.
         """
-        is_reserved = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", self.name)
-        if re.fullmatch(r"\w[\w.-]{0,38}\w|\w", self.name) and self.name == self.name.lower() and not is_reserved:
+        is_plain = re.fullmatch(r"\w[\w.-]{0,39}", self.name) and not find_invalid_name(self.name)
+        if is_plain and self.name == self.name.lower():
             return self.name
         digest = hashlib.sha256(self.name.encode(errors="surrogatepass")).hexdigest()[:8]
         return re.sub(r"[^\w-]", "_", self.name)[:40] + f"-{digest}"

@@ -72,7 +72,9 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
             infos[name] = info
             problems += [*info.findings("mistake", "unsupported"), *_of_another_stage(info, recipe.stage)]
         else:
-            problem = f"no such dataset in {recipe.dataset_dir}/dataset_info.json{nearest_name(name, registry)}"
+            problem = (
+                f"no such dataset in {Path(recipe.dataset_dir) / 'dataset_info.json'}{nearest_name(name, registry)}"
+            )
             problems.append(str(recipe.error(key, f"{name}: {problem}")))
         if key == "eval_dataset" and recipe.streaming and name in recipe.dataset:
             problem = f"{name}: not supported for a streamed dataset; hold rows out with val_size"

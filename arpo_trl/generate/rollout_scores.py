@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
@@ -12,6 +11,7 @@ from typing import Any, TypeAlias
 
 import pandas
 
+from ..shell import split_command
 from .sandbox import Limits, run_command
 from .scores import find_answer, same_number, same_text
 from .tags import RESULT_END, TAG
@@ -38,7 +38,7 @@ def judge(command: str, trajectory: Trajectory, limits: Limits) -> float | None:
         "answer": trajectory.question.answer,
         "trajectory": [*trajectory.question.messages, *trajectory.messages],
     }
-    outcome = run_command(shlex.split(command), json.dumps(about, ensure_ascii=False), limits)
+    outcome = run_command(split_command(command), json.dumps(about, ensure_ascii=False), limits)
     try:
         score = float(outcome.text.split()[-1]) if not outcome.error else math.nan
     except (ValueError, IndexError):

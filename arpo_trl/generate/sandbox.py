@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -72,7 +72,9 @@ def run_python(code: str, limits: Limits) -> Outcome:
     """Run a program and return what it printed; if it raised, the last line of its traceback is the error."""
     command = [sys.executable, "-I", "-X", "utf8", "-c", _RUNNER]
     if sys.platform == "win32":
-        outcome = _run(command, code, limits, _environment(), memory_bytes=limits.megabytes << 20)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            home = dict.fromkeys(("USERPROFILE", "APPDATA", "LOCALAPPDATA", "TEMP", "TMP"), folder)
+            outcome = _run(command, code, limits, _environment() | home, Path(folder), is_limited=True)
     else:
         outcome = _run_guarded(command, code, limits, find_isolation())
     if outcome.error == f"exit status {RAISED}":
@@ -88,10 +90,10 @@ def run_command(command: Sequence[str], query: str, limits: Limits) -> Outcome:
 
 def describe_isolation(limits: Limits) -> str:
     """Return one line: the limits of a program, and what it can't reach."""
+    numbers = f"{limits.seconds:g} s, {limits.megabytes} MB, {limits.processes} processes"
     if sys.platform == "win32":
-        return f"{limits.seconds:g} s, {limits.megabytes} MB; not contained: it can use your files and the network"
+        return f"{numbers}; not contained: it can read and write your files, fill the disk and use the network"
     else:
-        numbers = f"{limits.seconds:g} s, {limits.megabytes} MB, {limits.processes} processes"
         isolation = find_isolation()
         if isolation.mode != "none":
             where = "user namespaces" if isolation.mode == "namespaces" else isolation.mode
@@ -203,7 +205,7 @@ def _run(
     environment: Mapping[str, str],
     folder: Path | None = None,
     grace: float = 0.0,
-    memory_bytes: int | None = None,
+    is_limited: bool = False,
     status: int | None = None,
 ) -> Outcome:
     """Run a process in its own group with this text as standard input; kill the group at the end.
@@ -211,7 +213,7 @@ def _run(
     Args:
         folder: Where it starts; an empty folder if omitted.
         grace: Seconds in addition to the limit, for a process that keeps the limit itself.
-        memory_bytes: Limit of a Job object on Windows.
+        is_limited: Whether the Job object of Windows limits memory and processes.
         status: A file descriptor for the process alone.
     """
     began = time.monotonic()
@@ -220,8 +222,8 @@ def _run(
         (files / "input").write_text(text, encoding="utf-8", errors="replace", newline="")
         (files / "empty").mkdir()
         with (files / "input").open("rb") as stdin, (files / "output").open("wb") as output:
-            error = _wait(command, stdin, output, limits.seconds + grace, environment, folder or files / "empty",
-                          memory_bytes, status)  # fmt: skip
+            error = _wait(command, stdin, output, replace(limits, seconds=limits.seconds + grace), environment,
+                          folder or files / "empty", is_limited, status)  # fmt: skip
         with (files / "output").open("rb") as printed:
             shown = printed.read(4 * limits.output + 4).decode("utf-8", "replace").strip()
     if len(shown) > limits.output:
@@ -233,10 +235,10 @@ def _wait(
     command: Sequence[str],
     stdin: IO[bytes],
     output: IO[bytes],
-    seconds: float,
+    limits: Limits,
     environment: Mapping[str, str],
     folder: Path,
-    memory_bytes: int | None,
+    is_limited: bool,
     status: int | None,
 ) -> str:
     """Start the process, wait for it, kill its group. Return why it failed, or ""."""
@@ -254,9 +256,10 @@ def _wait(
     finally:
         if status is not None:
             os.close(status)
-    job = _to_job(process, memory_bytes) if sys.platform == "win32" else None
-    deadline = time.monotonic() + seconds
+    job, deadline = None, time.monotonic() + limits.seconds
     try:
+        if sys.platform == "win32":
+            job = _to_job(process, limits if is_limited else None)
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(min(0.25, max(deadline - time.monotonic(), 0.001)))
@@ -264,7 +267,7 @@ def _wait(
                     return f"killed by {signal.Signals(-code).name}"
                 return f"exit status {code}" if code else ""
             if time.monotonic() > deadline:
-                return f"stopped after {seconds:g} s"
+                return f"stopped after {limits.seconds:g} s"
             if os.fstat(output.fileno()).st_size > DISK_BYTES:
                 return f"stopped: more than {DISK_BYTES >> 20} MB of output"
     finally:
@@ -283,8 +286,17 @@ def _kill(process: subprocess.Popen[bytes], job: Any) -> None:
     process.wait()
 
 
-def _to_job(process: subprocess.Popen[bytes], memory_bytes: int | None) -> Any:
-    """Put a process into a Job object of Windows, which limits memory and ends all processes when it is closed."""
+def _to_job(process: subprocess.Popen[bytes], limits: Limits | None) -> Any:
+    """Put a process into a Job object of Windows: it ends all its processes when closed, and may limit them.
+
+    Its first child would escape, but a program takes longer to start one.
+    """
     from . import windows_job
 
-    return windows_job.Job(int(process._handle), memory_bytes)  # type: ignore[attr-defined]
+    handle = int(process._handle)  # type: ignore[attr-defined]
+    try:
+        return windows_job.Job(handle, (limits.megabytes << 20, limits.processes) if limits else None)
+    except OSError:
+        if process.poll() is None:  # else it has already ended
+            raise
+        return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from ..shell import split_command
 from .sandbox import Limits, Outcome, describe_isolation, run_command, run_python
 from .tags import CALL_ENDS, RESULT, RESULT_END, Call
 
@@ -42,7 +42,7 @@ class Toolbox:
             return Outcome("", f"no tool named {call.tool!r}. Tools: {', '.join(self.tools) or 'none'}", 0.0)
         if command == PYTHON:
             return run_python(to_code(call.arguments), self.limits)
-        return run_command(shlex.split(command), call.arguments, self.limits)
+        return run_command(split_command(command), call.arguments, self.limits)
 
     def describe(self) -> list[str]:
         """Return one line per tool: how it runs, and what contains it."""
@@ -54,7 +54,7 @@ class Toolbox:
 
     def missing(self) -> list[str]:
         """Return a problem for each command that can't be started."""
-        commands = {name: shlex.split(tool) for name, tool in self.tools.items() if tool != PYTHON}
+        commands = {name: split_command(tool) for name, tool in self.tools.items() if tool != PYTHON}
         return [
             f"{name}: no such command (found {command[0] if command else 'nothing'}, expected a program)"
             for name, command in commands.items()

@@ -1,4 +1,4 @@
-"""A Job object of Windows: a limit on memory and processes, and the end of all of them when it is closed."""
+"""A Job object of Windows: limits memory and processes, and ends all of them when it is closed."""
 
 from __future__ import annotations
 
@@ -35,18 +35,33 @@ class _Extended(ctypes.Structure):
 
 
 class Job:
-    """A job that holds one process and all that it starts."""
+    """A job that contains one process and all that it starts."""
 
-    def __init__(self, process: int, memory_bytes: int | None, processes: int = 32) -> None:
+    def __init__(self, process: int, limits: tuple[int, int] | None) -> None:
+        """Put a process into a new job.
+
+        Args:
+            process: Its handle.
+            limits: Bytes of memory and number of processes, of all together.
+
+        Raises:
+            OSError: the system rejects it, so that nothing would be limited.
+        """
         self._kernel = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined,unused-ignore]
         self._kernel.CreateJobObjectW.restype = wintypes.HANDLE
         self._job = wintypes.HANDLE(self._kernel.CreateJobObjectW(None, None))
-        limits = _Extended()
-        limits.Basic.LimitFlags = KILL_ON_CLOSE | (ACTIVE_PROCESSES | JOB_MEMORY if memory_bytes else 0)
-        limits.Basic.ActiveProcessLimit = processes
-        limits.JobMemoryLimit = memory_bytes or 0
-        self._kernel.SetInformationJobObject(self._job, EXTENDED_LIMITS, ctypes.byref(limits), ctypes.sizeof(limits))
-        self._kernel.AssignProcessToJobObject(self._job, wintypes.HANDLE(process))
+        extended = _Extended()
+        extended.Basic.LimitFlags = KILL_ON_CLOSE
+        if limits:
+            extended.Basic.LimitFlags |= ACTIVE_PROCESSES | JOB_MEMORY
+            extended.JobMemoryLimit, extended.Basic.ActiveProcessLimit = limits
+        size = ctypes.sizeof(extended)
+        is_set = self._kernel.SetInformationJobObject(self._job, EXTENDED_LIMITS, ctypes.byref(extended), size)
+        if not is_set or not self._kernel.AssignProcessToJobObject(self._job, wintypes.HANDLE(process)):
+            error = ctypes.WinError(ctypes.get_last_error())  # type: ignore[attr-defined,unused-ignore]
+            self.close()
+            raise error
 
     def close(self) -> None:
+        """End every process in the job."""
         self._kernel.CloseHandle(self._job)

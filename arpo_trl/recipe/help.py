@@ -38,7 +38,7 @@ def usage() -> str:
         "Main keys (LLaMA-Factory's; every field of TRL's SFTConfig is a key too):",
         *map(_summary, _MAIN_KEYS.split()),
         "",
-        "Exit codes: 0 done, 1 run failed, 2 configuration error, 130 Ctrl-C, 143 SIGTERM",
+        "Exit codes: 0 done, 1 run failed, 2 configuration error, 130 Ctrl-C, 143 SIGTERM, 149 Ctrl-Break",
     ]
     return "\n".join(lines)
 

@@ -5,7 +5,6 @@ The tables are in llamafactory.toml.
 
 import difflib
 import math
-import shlex
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import program
+from ..shell import quote_command
 from .yaml_file import Setting
 
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -67,10 +67,10 @@ def recognize(settings: Mapping[str, Setting]) -> str | None:
     if "export_dir" in settings:
         if not adapter:
             return "this is a LLaMA-Factory export recipe without an adapter; a trained model needs no export"
-        command = f"{program()} merge {shlex.join([adapter, value('export_dir', 'OUT')])}"
+        command = f"{program()} {quote_command(['merge', adapter, value('export_dir', 'OUT')])}"
         return f"this is a LLaMA-Factory export recipe; to merge the adapter, run: {command}"
     if _INFERENCE_KEYS & settings.keys() or ("template" in settings and "stage" not in settings):
-        command = f"{program()} chat {shlex.quote(adapter or model)}"
+        command = f"{program()} {quote_command(['chat', adapter or model])}"
         return f"this is a LLaMA-Factory chat or API recipe; to chat with the model, run: {command}"
     return None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from .llamafactory import check_template_name
-from .yaml_file import shorten
+from .yaml_file import BACKSLASHES, shorten
 
 if TYPE_CHECKING:
     import regex
@@ -161,8 +161,17 @@ Spans = Annotated[
     list[Annotated[str, Field(min_length=1), AfterValidator(_is_span)]],
     BeforeValidator(_spans, json_schema_input_type=str | list[str]),
 ]
-# A path or a hub id. ~ is expanded here, because libraries treat it differently.
-Location = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
+def _location(value: str) -> str:
+    """Expand ~, because libraries treat it differently. A control character is a backslash that YAML has read."""
+    if re.search("[\x00-\x1f\x7f-\x9f]", value):
+        raise ValueError(f"expected a path without control characters, found {shorten(value)}; {BACKSLASHES}")
+    return os.path.expanduser(value)  # noqa: PTH111  (Path would rewrite it)
+
+
+# A path or a hub id.
+Location = Annotated[str, AfterValidator(_location)]
 Locations = Annotated[list[Location], BeforeValidator(_split, json_schema_input_type=str | list[str])]
 Settings = Annotated[
     dict[str, object] | None, BeforeValidator(_settings, json_schema_input_type=dict[str, object] | str | None)

@@ -14,6 +14,9 @@ import yaml
 from ..errors import RecipeError
 
 LARGEST_FILE = 1_000_000  # bytes
+BACKSLASHES = (
+    "in double quotes, a backslash starts an escape such as \\n or \\t; write single quotes, or / instead of \\"
+)
 MOST_VALUES = 10_000  # in one key, aliases expanded
 
 
@@ -66,7 +69,12 @@ def _parse(path: Path) -> tuple[_Loader, yaml.Node | None]:
         context = error.context or ""  # an open quote or a missing colon is detected lines later
         mark = error.context_mark if context.startswith("while scanning a ") else error.problem_mark
         problem = "expected key: value, with a space after the colon" if context.endswith("key") else error.problem
-        raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: invalid YAML ({problem or context})") from None
+        fix = (
+            f"; {BACKSLASHES}"
+            if context == "while scanning a double-quoted scalar" and "escape" in str(problem)
+            else ""
+        )
+        raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: invalid YAML ({problem or context}){fix}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: invalid YAML or not UTF-8 ({str(error).splitlines()[0]})") from None
     except ValueError as error:  # a NUL in the path

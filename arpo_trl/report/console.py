@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shlex
 import sys
 import time
 import traceback
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from ..errors import RecipeError, RunFailed, printable
 from ..recipe import methods
+from ..shell import quote_command
 
 TIED_HEAD_IS_MISSING = "missing keys in the checkpoint model loaded: ['lm_head.weight']"
 LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "transformers", "trl", "py.warnings")
@@ -53,7 +53,7 @@ def logged_to(path: Path, enabled: bool = True) -> Iterator[Callable[[], None]]:
             path.write_bytes(session)  # the open handler continues to append at the end
 
     with _handlers(log):
-        _LOG.info("%s", printable(f"# {time.strftime('%Y-%m-%d %H:%M:%S%z')} {shlex.join(sys.argv)}"))
+        _LOG.info("%s", printable(f"# {time.strftime('%Y-%m-%d %H:%M:%S%z')} {quote_command(sys.argv)}"))
         try:
             yield forget_earlier_sessions
         except (RecipeError, RunFailed) as error:

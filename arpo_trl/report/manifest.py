@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import subprocess
 import time
@@ -48,11 +49,16 @@ MAY_CHANGE = frozenset(
     allow_changed_recipe on_save_error preflight preprocessing_num_workers preprocessing_batch_size tokenized_path
     dataset_dir max_dropped dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
     dataloader_persistent_workers ddp_timeout push_to_hub hub_model_id hub_strategy hub_private_repo hub_revision
-    cache_dir gradient_checkpointing use_reentrant_gc activation_offloading use_cpu
+    cache_dir gradient_checkpointing use_reentrant_gc activation_offloading use_cpu use_swanlab swanlab_project
+    swanlab_workspace swanlab_mode swanlab_logdir
     trust_remote_code include_num_input_tokens_seen
     """.split()
 ) | frozenset([*PredictKeys.model_fields, *RolloutKeys.model_fields])
 """Keys that do not affect the weights, so that they may change when a run is resumed."""
+
+
+PATHS = frozenset("model_name_or_path adapter_name_or_path ref_model ref_model_adapters template deepspeed".split())
+"""Keys with paths that affect the weights. run.json has them as the recipe does, so that a moved project still resumes."""
 
 
 class Manifest(BaseModel):
@@ -204,7 +210,7 @@ def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
     for key in sorted(earlier.recipe.keys() | now.recipe.keys()):
         default = keys()[key].default if key in keys() else None
         before, after = earlier.recipe.get(key, default), now.recipe.get(key, default)
-        if before != after and key not in may_change:
+        if before != after and key not in may_change and not (key in PATHS and _are_same_paths(before, after)):
             changes.append(f"{key}: {before!r} -> {after!r}")
     for name in sorted(earlier.data.keys() | now.data.keys()):
         if earlier.data.get(name) != now.data.get(name):
@@ -218,11 +224,32 @@ def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
             else "restore it"
         )
         changes.append(f"computed in: {earlier.computed_in} -> {now.computed_in} ({fix})")
-    if earlier.reference != now.reference:
+    if earlier.reference != now.reference and not _is_same_reference(earlier.reference, now.reference):
         changes.append(f"reference: {earlier.reference} -> {now.reference}")
     if earlier.world_size != now.world_size:
         changes.append(f"world_size: {earlier.world_size} -> {now.world_size}")
     return changes
+
+
+def _are_same_paths(before: object, after: object) -> bool:
+    """Return whether two paths, or lists of them, are spellings of one: `./base` and `base`, or a link and its target."""
+    if isinstance(before, list) and isinstance(after, list):
+        return len(before) == len(after) and all(map(_are_same_paths, before, after))
+    if not isinstance(before, str) or not isinstance(after, str):
+        return before == after
+    if os.path.normcase(os.path.normpath(before)) == os.path.normcase(os.path.normpath(after)):
+        return True
+    try:
+        return Path(before).samefile(after)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_same_reference(before: dict[str, JsonValue] | None, after: dict[str, JsonValue] | None) -> bool:
+    """Return whether two references have the same files, by paths that may be spelled differently."""
+    if before is None or after is None or before.keys() != after.keys():
+        return False
+    return all(_are_same_paths(value, after[name]) for name, value in before.items())
 
 
 def require_same_run(earlier: Manifest | None, now: Manifest, allow_changed_recipe: bool) -> list[str]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
-import shlex
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import in_one_line
+from ..shell import quote_command
 from .console import say
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier:
     if "trackio" in trackers:
         folder = os.environ.setdefault("TRACKIO_DIR", str(output_dir / "trackio"))
         args.run_name = f"{name}-{run_id}"  # Trackio resumes by name
-        say(f"trackio  TRACKIO_DIR={shlex.quote(folder)} trackio show --project {shlex.quote(args.project)}")
+        show = quote_command(["trackio", "show", "--project", args.project], TRACKIO_DIR=folder)
+        say(f"trackio  {show}")
     if "wandb" in trackers:
         _start_wandb(recipe, args, output_dir, name, manifest)
 

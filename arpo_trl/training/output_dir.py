@@ -27,6 +27,8 @@ from .requirements import check_output_dir
 from .trainer import ArpoTrainer
 
 LOCK = ".lock"
+ASIDE = ".earlier-run"
+"""The folder of an earlier run's files while they are deleted."""
 RUN_FILES = f"""{MANIFEST} trainer_log.jsonl training_loss.png
     training_rewards_accuracies.png train_results.json eval_results.json
     all_results.json trainer_state.json""".split()
@@ -137,15 +139,34 @@ def _named_checkpoint(recipe: Recipe, folder: Path, output_dir: Path) -> tuple[P
 
 
 def clear_earlier_run(output_dir: Path) -> list[str]:
-    """Delete an earlier run's checkpoints and logs for a fresh start. Return a line that names the checkpoints."""
+    """Delete an earlier run's checkpoints and logs for a fresh start. Return a line that names the checkpoints.
+
+    They are renamed first: Windows neither renames nor deletes a file that a program has open, and half a run is worth
+    less than a complete one.
+
+    Raises:
+        RecipeError: a program has one of them open; nothing has changed.
+    """
     folders = list_checkpoints(output_dir)
-    for folder in folders:
-        if folder.is_symlink():
-            folder.unlink()
-        else:
-            shutil.rmtree(folder)
-    for name in RUN_FILES:
-        (output_dir / name).unlink(missing_ok=True)
+    aside = output_dir / ASIDE
+    shutil.rmtree(aside, ignore_errors=True)  # of a killed run
+    aside.mkdir(exist_ok=True)
+    moved: list[Path] = []
+    for path in [*folders, *(output_dir / name for name in RUN_FILES)]:
+        try:
+            path.rename(aside / path.name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            for earlier in reversed(moved):
+                (aside / earlier.name).rename(earlier)
+            aside.rmdir()
+            raise RecipeError(
+                f"{path} can't be replaced ({error.strerror}); close the program that has it open, or choose another "
+                "output_dir"
+            ) from None
+        moved.append(path)
+    shutil.rmtree(aside, ignore_errors=True)
     names = ", ".join(folder.name for folder in folders)
     return [f"{output_dir}: deleted {names} of the earlier run (overwrite_output_dir: true)"] if folders else []
 

@@ -6,7 +6,9 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import ssl
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..data.sources import check_datasets, uses_hub
 from ..errors import DatasetError, RecipeError, in_one_line
-from ..machine import nearest_existing_parent
+from ..machine import find_invalid_name, nearest_existing_parent
 from ..recipe import methods
 from ..recipe.keys import Recipe
 from ..report.trackers import missing_trackers
@@ -115,9 +117,14 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key in ("output_dir", "tokenized_path", "cache_dir", "resume_from_checkpoint"):
         if not isinstance(path := getattr(recipe, key), str):
             continue
+        if sys.platform == "win32" and (problem := find_invalid_name(path)):
+            yield key, f"{path}: {problem}"
+            continue
         try:
             existing = nearest_existing_parent(Path(path))
-            if existing and not existing.is_dir():
+            if existing is None:
+                yield key, f"there is no drive {Path(path).absolute().anchor}; choose another folder"
+            elif not existing.is_dir():
                 yield key, f"{path}: expected a folder, but {existing} is a file"
         except (OSError, ValueError) as error:
             yield key, f"{path}: not a valid folder name ({getattr(error, 'strerror', None) or error})"
@@ -182,7 +189,7 @@ def _model_names(recipe: Recipe) -> list[tuple[str, str, str]]:
 
 
 def _is_hub_id(name: str) -> bool:
-    return not (Path(name).is_absolute() or name.startswith(".") or "\\" in name or name.count("/") > 1)
+    return not (Path(name).anchor or name.startswith(".") or re.search(r"[\\:]", name) or name.count("/") > 1)
 
 
 def _base_config(recipe: Recipe, hub: Hub | None) -> dict[str, Any]:

@@ -51,6 +51,8 @@ class StopOnSignal(TrainerCallback):
         """Let signals end the process at once again, once the model is saved."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if sys.platform == "win32":
+            signal.signal(signal.SIGBREAK, signal.SIG_DFL)
 
     def _signalled(self, args: TrainingArguments) -> bool:
         """Return whether any process has received a signal, the same on all processes."""

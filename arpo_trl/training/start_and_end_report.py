@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from ..machine import free_space
 from ..model.base import lacks_bf16_instructions
 from ..recipe.keys import COMMAND_LINE, Recipe
 from ..report.log_file import describe_evaluation, format_seconds, read_log, run_seconds
+from ..shell import quote_command
 from .reference import report_reference
 from .trainer import ArpoTrainer
 
@@ -194,5 +193,4 @@ def resume_command(recipe: Recipe) -> str:
     if recipe.path != COMMAND_LINE:
         words = [recipe.path.as_posix(), *(a for a in words if a != str(recipe.path))]
     command = [*program().split(), *words, *added]  # the last value of a key wins
-    # cmd.exe has no single quotes; Git Bash needs slashes in paths.
-    return subprocess.list2cmdline(command) if sys.platform == "win32" else shlex.join(command)
+    return quote_command(command)

@@ -12,8 +12,9 @@ from conftest import MakeRecipe
 from arpo_trl.__main__ import main
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
-from arpo_trl.recipe.keys import keys
-from arpo_trl.report.manifest import MAY_CHANGE, Manifest, list_changes, read_manifest, require_same_run
+from arpo_trl.recipe.keys import GROUPS, keys
+from arpo_trl.recipe.keys_of_trl import SftKeys
+from arpo_trl.report.manifest import MAY_CHANGE, PATHS, Manifest, list_changes, read_manifest, require_same_run
 
 
 def manifest(path: Path, **more: Any) -> Manifest:
@@ -54,6 +55,43 @@ CHANGES: dict[str, Any] = {
     "model_name_or_path": "elsewhere",
     "default_system": "Be short.",
 }
+
+
+def test_another_spelling_of_a_path_is_the_same_setting(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """run.json keeps the recipe's text: the same words in another folder are the same setting too."""
+    (tmp_path / "base" / "adapter").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    adapters = {"finetuning_type": "lora", "adapter_name_or_path": ["base/adapter", "gone"]}
+    before = manifest(make_recipe(model_name_or_path="base", **adapters))
+    for name in ("./base", "base/", "base/../base", str(tmp_path / "base"), "link"):
+        others = adapters | {"adapter_name_or_path": [f"{name}/adapter", "./gone"]}
+        now = manifest(make_recipe(model_name_or_path=name, **others))
+        assert now.recipe["model_name_or_path"] == name and list_changes(before, now) == []
+    for name in ("other", str(tmp_path), "base/adapter"):
+        now = manifest(make_recipe(model_name_or_path=name, **adapters))
+        assert list_changes(before, now) == [f"model_name_or_path: 'base' -> {name!r}"]
+    fewer = manifest(make_recipe(model_name_or_path="base", **adapters | {"adapter_name_or_path": ["base/adapter"]}))
+    assert len(list_changes(before, fewer)) == 1
+    reference: dict[str, Any] = {"path": "base", "adapters": ["base/adapter"], "hash": "1f"}
+    before.reference = reference
+    for changes, different in (
+        ({"path": "./base"}, 0),
+        ({"hash": "2e"}, 1),
+        ({"adapters": []}, 1),
+        ({"path": "b"}, 1),
+    ):
+        now = before.model_copy(update={"reference": reference | changes})
+        assert len(list_changes(before, now)) == different
+
+
+def test_every_path_that_affects_the_weights_is_compared_as_a_path() -> None:
+    fields = {name: field for group in (*GROUPS, SftKeys) for name, field in group.model_fields.items()}
+    assert {
+        name for name, field in fields.items() if "_location" in f"{field.annotation}{field.metadata}"
+    } - MAY_CHANGE == PATHS
 
 
 @pytest.mark.parametrize("key", CHANGES)

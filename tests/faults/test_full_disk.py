@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from arpo_trl.__main__ import main
 from arpo_trl.errors import RunFailed
+from arpo_trl.machine import describe_write_error
 from arpo_trl.run_folder import list_checkpoints, match_umask
 from arpo_trl.training import checkpoints
 from arpo_trl.training.checkpoints import find_problem
@@ -83,13 +84,18 @@ ERRORS = {
     "no_space": OSError(errno.ENOSPC, "No space left on device"),
     "quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
     "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "windows_rust": SafetensorError("Error while serializing: I/O error: 磁盘空间不足。 (os error 112)"),
+    "windows": OSError(
+        errno.ENOSPC, "[WinError 112] Es steht nicht genug Speicherplatz zur Verfügung: 'checkpoint-2'"
+    ),
     "torch": RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 11840 vs 11732"),
     "read_only": OSError(errno.EROFS, "Read-only file system"),
 }
 
 
 @pytest.mark.parametrize(
-    ("failure", "on_save_error"), [*((failure, "stop") for failure in ERRORS), ("safetensors", "continue")]
+    ("failure", "on_save_error"),
+    [*((failure, "stop") for failure in ERRORS if "windows" not in failure), ("safetensors", "continue")],
 )
 def test_any_error_of_a_writer_is_a_failed_save(
     failure: str, on_save_error: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
@@ -113,6 +119,13 @@ def test_any_error_of_a_writer_is_a_failed_save(
         trainer.train()
         assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-3"]
     assert [find_problem(p) for p in list_checkpoints(tmp_path)] == [None] * len(list_checkpoints(tmp_path))
+
+
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_a_full_disk_is_recognized(error: Exception) -> None:
+    """Windows translates its messages."""
+    assert describe_write_error(error).startswith("disk full (") == (error is not ERRORS["read_only"])
+    assert not describe_write_error(OSError("an error (os error 1121)")).startswith("disk full")
 
 
 def test_a_failed_list_of_files_is_a_failed_save(

@@ -16,7 +16,7 @@ from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.run_folder import list_checkpoints
 from arpo_trl.training.checkpoints import FILES
-from arpo_trl.training.output_dir import find_resume_point
+from arpo_trl.training.output_dir import clear_earlier_run, find_resume_point
 
 
 def resume(path: Path, **changes: Any) -> tuple[Path | None, list[str]]:
@@ -118,6 +118,35 @@ def test_checkpoints_newer_than_the_named_one_are_renamed(make_recipe: MakeRecip
     assert found == output_dir / "checkpoint-1" and len(lines) == 2
     assert list_checkpoints(output_dir) == [found]
     assert (output_dir / "superseded-checkpoint-3" / "optimizer.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint-2", "training_loss.png", "trainer_state.json"])
+def test_starting_over_changes_nothing_while_a_program_has_a_file_open(
+    name: str, output_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows neither renames nor deletes an open file, such as a plot in a viewer, nor the folder it is in."""
+    for file in ("training_loss.png", "trainer_state.json", "notes.txt"):
+        (output_dir / file).write_text(file, encoding="utf-8")
+    before = sorted(output_dir.rglob("*"))
+    rename = Path.rename
+
+    def rename_on_windows(self: Path, target: Path) -> Path:
+        if self.name == name:
+            raise PermissionError(13, "The process cannot access the file", str(self))
+        return rename(self, target)
+
+    with monkeypatch.context() as windows, pytest.raises(RecipeError) as error:
+        windows.setattr(Path, "rename", rename_on_windows)
+        clear_earlier_run(output_dir)
+    assert str(error.value) == (
+        f"{output_dir / name} can't be replaced (The process cannot access the file); close the program that has it open, "
+        "or choose another output_dir"
+    )
+    assert sorted(output_dir.rglob("*")) == before
+    (output_dir / ".earlier-run" / "checkpoint-9").mkdir(parents=True)  # of a killed run
+    (line,) = clear_earlier_run(output_dir)
+    assert "deleted checkpoint-1, checkpoint-2, checkpoint-3 of the earlier run" in line
+    assert [path.name for path in output_dir.iterdir()] == ["notes.txt"]
 
 
 def test_an_error_without_a_complete_checkpoint_lists_the_incomplete_ones(

@@ -216,6 +216,31 @@ def test_a_recipe_that_only_evaluates_is_reported_first(tmp_path: Path, line: st
     assert first == f"{path}: do_train is not set; the model is only {done}"
 
 
+@pytest.mark.parametrize("key", ["output_dir", "dataset_dir", "tokenized_path", "adapter_name_or_path", "template"])
+@pytest.mark.parametrize("path", [r"C:\new\tmp", r"C:\bin", r"models\rl"])
+def test_a_path_that_yaml_has_changed_is_an_error(key: str, path: str, tmp_path: Path) -> None:
+    """In double quotes; in single quotes, or without quotes, the same path is right."""
+    lines = {
+        "model_name_or_path": "m",
+        "output_dir": "o",
+        "do_train": "true",
+        "dataset": "d",
+        "finetuning_type": "lora",
+    }
+    for quote in ('"', "'", ""):
+        text = "".join(f"{name}: {value}\n" for name, value in (lines | {key: f"{quote}{path}{quote}"}).items())
+        if quote == '"':
+            (found,) = problems(tmp_path, text)
+            changed = path.replace("\\n", "\n").replace("\\t", "\t").replace("\\b", "\b").replace("\\r", "\r")
+            assert (
+                f"  {key}: expected a path without control characters, found {changed!r}; in double quotes, a" in found
+            )
+        elif key != "template":
+            (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+            value = getattr(read_recipe(tmp_path / "r.yaml"), key)
+            assert value in (path, [path])
+
+
 def test_a_recipe_without_anything_to_do_is_an_error(tmp_path: Path) -> None:
     assert problems(tmp_path, "model_name_or_path: m\noutput_dir: o\n") == [
         "missing  do_train: nothing to do; set do_train: true"
@@ -231,6 +256,11 @@ def test_a_recipe_without_anything_to_do_is_an_error(tmp_path: Path) -> None:
         ("a: 1\nb:x\n\nc: 2\n", "r.yaml:2: invalid YAML (expected key: value, with a space after the colon)"),
         ("a: 1\nb：x\nc: 2\n", "r.yaml:2: invalid YAML (expected key: value, with a space after the colon)"),
         ("a: 1\nb: 'x\nc: 2\n", "r.yaml:2: invalid YAML (found unexpected end of stream)"),
+        (
+            'a: 1\nb: "D:\\data"\n',
+            "r.yaml:2: invalid YAML (found unknown escape character 'd'); in double quotes, a backslash starts an escape such "
+            "as \\n or \\t; write single quotes, or / instead of \\",
+        ),
         ("a: 1\n---\na: 2", "r.yaml:2: invalid YAML (but found another document)"),
         ("", "r.yaml: expected key: value lines, found an empty file"),
         ("- a", "r.yaml: expected key: value lines, found no keys"),

@@ -169,6 +169,8 @@ def test_wandb_needs_a_login_unless_it_is_offline(
         ("model_name_or_path", "/nowhere/m", "/nowhere/m: no such folder; paths are relative to "),
         ("model_name_or_path", "./m", "./m: no such folder; paths are relative to "),
         ("model_name_or_path", "a/b/c", "a/b/c: no such folder; paths are relative to "),
+        ("model_name_or_path", "D:qwen", "D:qwen: no such folder; paths are relative to "),
+        ("model_name_or_path", r"\\server\qwen", r"\\server\qwen: no such folder; paths are relative to "),
         ("model_name_or_path", "x" * 300, f"{'x' * 300}: no such folder, not in the Hub's cache"),
         ("model_name_or_path", "{empty}", "{empty}: config.json is missing"),
         ("adapter_name_or_path", "{empty}", "{empty}: adapter_config.json is missing"),
