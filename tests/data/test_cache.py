@@ -247,7 +247,7 @@ def test_the_format_is_increased_when_the_golden_rows_change(bench: Bench) -> No
     for name, truncation_mode in product(
         ("identity", "alpaca_en_demo", "glaive_toolcall_en_demo"), ("keep_start", "llamafactory")
     ):
-        keys = {"template": "qwen", "cutoff_len": 300, "truncation_mode": truncation_mode}
+        keys: dict[str, Any] = {"template": "qwen", "cutoff_len": 300, "truncation_mode": truncation_mode}
         recipe = Recipe(model_name_or_path=str(golden / "tokenizer"), output_dir="unused", **keys)
         info = read_registry(golden / "data")[name]
         encoder = Encoder(info, recipe, load_template(recipe))
@@ -292,7 +292,7 @@ def test_other_special_tokens_encode_again(bench: Bench) -> None:
     finally:
         bench.tokenizer.bos_token, bench.tokenizer.chat_template = own
     firsts = {data.train["input_ids"][0][0] for data in (one, other)}
-    assert firsts == set(bench.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>"]))
+    assert firsts == {*map(bench.tokenizer.convert_tokens_to_ids, ("<|endoftext|>", "<|im_start|>"))}
     assert len(one.train["input_ids"][0]) == len(first.train["input_ids"][0]) + 1
 
 

@@ -314,7 +314,8 @@ def test_an_images_column_without_images_is_text(tmp_path: Path) -> None:
     info = read_registry(write(tmp_path, json.dumps({"a": entry})))["a"]
     assert info.findings("mistake", "unsupported", "notice") == []
     row = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
-    for none in ([], None, ""):
+    empty: list[Any] = [[], None, ""]
+    for none in empty:
         assert to_conversation(row | {"pics": none}, info) == to_conversation(row, info)
     with pytest.raises(RowError, match=r'multimodal: pics contains \["a.png"\]; only text is supported'):
         to_conversation(row | {"pics": ["a.png"]}, info)
@@ -328,7 +329,7 @@ def test_a_missing_registry_is_one_line(tmp_path: Path) -> None:
 def test_the_location_and_the_named_columns_are_kept(tmp_path: Path) -> None:
     entry = '{"a": {"file_name": "a.json",\n"columns": {"prompt": "q",\n"system": "s"}}}'
     info = read_registry(write(tmp_path, entry))["a"]
-    assert (info.named, info.place) == ({"prompt", "system"}, f"{tmp_path / 'dataset_info.json'}: a")
+    assert (info.named, info.place) == (frozenset(("prompt", "system")), f"{tmp_path / 'dataset_info.json'}: a")
 
 
 def test_unset_tags_and_columns_keep_their_defaults(tmp_path: Path) -> None:

@@ -6,15 +6,14 @@ import inspect
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import MakeRecipe as MakeRecipe
 from runs import train
 from small_run import write_recipe
-
-MakeRecipe = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +27,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """Begin with Python's own signal handlers, and put them back: a run replaces them."""
-    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    defaults: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     kept = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
     for number, handler in kept.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from arpo_trl.report.log_file import read_log
 from arpo_trl.training.callbacks import BeforeFirstStep
@@ -20,6 +21,7 @@ from arpo_trl.training.preflight import run_preflight
 from arpo_trl.training.trainer import ArpoTrainer
 from arpo_trl.training.trainer_log import TrainerLog
 
+MakeRecipe = Callable[..., Path]
 TIMES = {"elapsed_time", "remaining_time", "elapsed_seconds", "tokens_per_second", "trained_tokens_per_second"}
 MEASURED = TIMES | {"peak_memory_gb"}
 
@@ -28,7 +30,7 @@ FILE_OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os
 """Audit events of what changes a folder."""
 
 
-class StopAt(TrainerCallback):  # type: ignore[misc]
+class StopAt(TrainerCallback):
     """Saves and stops, as a signal does."""
 
     def __init__(self, step: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeRecipe
+from runs import MakeRecipe
 
 from arpo_trl.__main__ import main
 from arpo_trl.errors import RecipeError

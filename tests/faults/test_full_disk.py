@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeRecipe
-from runs import make_trainer
+from runs import MakeRecipe, make_trainer
 from safetensors import SafetensorError
 
 from arpo_trl.__main__ import main

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeRecipe
-from runs import make_rows, make_trainer, train
+from runs import MakeRecipe, make_rows, make_trainer, train
 
 from arpo_trl.__main__ import main
 from arpo_trl.errors import RunFailed
@@ -40,7 +39,8 @@ def spoil(trainer: Any, monkeypatch: pytest.MonkeyPatch, call: int, value: float
         loss = compute_loss(*args, **kwargs)
         if calls != call:
             return loss
-        return _Times.apply(loss, value) if gradient else loss * value
+        times: Any = _Times
+        return times.apply(loss, value) if gradient else loss * value
 
     monkeypatch.setattr(trainer, "compute_loss", spoilt)
 
@@ -84,7 +84,7 @@ def test_the_rows_of_all_accumulated_batches_are_named(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradient is of all of them; a NaN loss names those up to it."""
-    accumulate = {"gradient_accumulation_steps": 3, "train_sampling_strategy": "sequential"}
+    accumulate: dict[str, Any] = {"gradient_accumulation_steps": 3, "train_sampling_strategy": "sequential"}
     for gradient, last in ((True, 12), (False, 10)):
         trainer = make_trainer(tmp_path, tiny_model, max_steps=3, **accumulate)
         spoil(trainer, monkeypatch, 5, float("nan"), gradient)
@@ -262,7 +262,7 @@ def test_a_run_stopped_by_a_nan_resumes_from_its_last_checkpoint(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of the broken step is in it."""
-    changes = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    changes: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     trainer = make_trainer(tmp_path, tiny_model, **changes)
     spoil(trainer, monkeypatch, 3, float("inf"), gradient=True)
     with pytest.raises(RunFailed, match="step 3"):

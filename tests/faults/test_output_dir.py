@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeRecipe
-from runs import differing
+from runs import MakeRecipe, differing
 
 from arpo_trl.__main__ import main
 from arpo_trl.errors import RecipeError
