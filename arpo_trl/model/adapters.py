@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..errors import in_one_line
 from ..recipe.keys import Recipe
+from ..recipe.preference import instead_of_merging
 from .base import splits_model
 from .methods.chosen import methods_of
 from .methods.method import AdapterConfig
@@ -37,8 +38,7 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     if to_merge and splits_model(recipe):
         raise recipe.error(
             "adapter_name_or_path",
-            f"{to_merge[0]} can't be merged into a base that FSDP or DeepSpeed splits; merge it first "
-            f"(arpo-trl merge {to_merge[0]} OUT) and set model_name_or_path: OUT",
+            f"{to_merge[0]} can't be merged into a base that FSDP or DeepSpeed splits; {instead_of_merging(recipe)}",
         )
     base_name = recipe.model_name_or_path
     for adapter in to_merge:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from .preference import compare_with_adapter
 from .types import Count, Names, Number, Whole, key
 
 # A `Recipe`, which inherits from the classes below, so that this file can't import it.
@@ -199,7 +200,8 @@ def quantized_conflicts(recipe: _Recipe, config: dict[str, Any]) -> Iterator[tup
     if recipe.adapters_to_merge:
         yield (
             "adapter_name_or_path",
-            f"{base}, so no adapter can be merged into it; keep one and create_new_adapter: false",
+            f"{base}, so no adapter can be merged into it; keep one and create_new_adapter: false"
+            f"{compare_with_adapter(recipe)}",
         )
 
 

@@ -89,6 +89,25 @@ def is_base(recipe: _Recipe) -> bool:
     return names_base(recipe) and not recipe.ref_model_adapters and not recipe.adapter_name_or_path
 
 
+def instead_of_merging(recipe: _Recipe) -> str:
+    """Return what to do with an adapter that can't be merged into the base."""
+    adapter = recipe.adapters_to_merge[0]
+    return (
+        f"merge it first (arpo-trl merge {adapter} OUT) and set model_name_or_path: OUT{compare_with_adapter(recipe)}"
+    )
+
+
+def compare_with_adapter(recipe: _Recipe) -> str:
+    """Return how to compare with the last adapter without merging it, if `create_new_adapter` was to do that."""
+    if not (needs_reference(recipe) and recipe.create_new_adapter):
+        return ""
+    adapter = recipe.adapter_name_or_path[-1]
+    return (
+        f"; or compare with it unmerged: create_new_adapter: false, ref_model: {recipe.model_name_or_path}, "
+        f"ref_model_adapters: {adapter}"
+    )
+
+
 def _same_folder(first: str, second: str) -> bool:
     return Path(first).is_dir() and Path(second).is_dir() and Path(first).resolve() == Path(second).resolve()
 

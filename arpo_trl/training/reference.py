@@ -23,7 +23,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from ..errors import in_one_line
-from ..model.base import splits_model
+from ..model.base import quantization, splits_model
 from ..model.model import load_model
 from ..model.token_scores import score_labelled_positions_only
 from ..recipe import methods
@@ -233,9 +233,10 @@ def report_reference(recipe: Recipe) -> list[str]:
     with_adapters = f" with {', '.join(about['adapters'])}" if about["adapters"] else ""
     lines = [f"reference  {about['path']}{with_adapters}, {_describe_place(recipe)}"]
     if recipe.ref_model is None and recipe.adapter_name_or_path and not recipe.create_new_adapter:
+        can_merge = not (recipe.quantization_bit or quantization(recipe) or splits_model(recipe))
         lines.append(
             f"           without {recipe.adapter_name_or_path[-1]}, as in LLaMA-Factory. To compare with it, set "
-            "create_new_adapter: true, or ref_model and ref_model_adapters"
+            f"{'create_new_adapter: true, or ' * can_merge}ref_model and ref_model_adapters"
         )
     return lines
 

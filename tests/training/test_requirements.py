@@ -254,6 +254,11 @@ def test_the_package_of_a_quantized_base_is_required_before_torch(method: str, p
             ["adapter_name_or_path=a", "create_new_adapter=true"],
             "adapter_name_or_path: {base}, so no adapter can be merged into it; keep one and create_new_adapter: false",
         ),
+        (
+            ["stage=dpo", "adapter_name_or_path=a", "create_new_adapter=true"],
+            "create_new_adapter: false; or compare with it unmerged: create_new_adapter: false, ref_model: m, "
+            "ref_model_adapters: a",
+        ),
         (["adapter_name_or_path=a"], None),
         (["quantization_bit=4"], None),
         (["finetuning_type=full", "do_train=false", "do_predict=true", "eval_dataset=d", "dataset=null"], None),

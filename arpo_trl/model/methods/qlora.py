@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ...recipe.keys import Recipe
+from ...recipe.preference import instead_of_merging
 from ..base import compute_dtype
 from ..weights import frozen_linear_weights, saved_bytes
 from .method import AdapterConfig, Keywords, Method
@@ -27,8 +28,7 @@ class Qlora(Method):
         if adapters := self.recipe.adapters_to_merge:
             raise self.recipe.error(
                 "adapter_name_or_path",
-                f"{adapters[0]} can't be merged into a quantized base; merge it first "
-                f"(arpo-trl merge {adapters[0]} OUT) and set model_name_or_path: OUT",
+                f"{adapters[0]} can't be merged into a quantized base; {instead_of_merging(self.recipe)}",
             )
         keep_gradients(model)
 
