@@ -56,9 +56,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         if options.mode == "memory":
             return benchmark_preparation.memory(model, options.rows)
         if options.mode == "llamafactory":
-            given = {"shape": options.shape, "count": options.count, "batch": options.batch, "cutoff": options.cutoff}
-            python = options.llamafactory
-            return benchmark_llamafactory.compare(python, model, options.repeats, bf16=not options.float32, **given)
+            settings = {"stage": options.stage, "finetuning_type": options.finetuning_type, "batch": options.batch}
+            settings |= {"cutoff": options.cutoff, "bf16": str(not options.float32).lower()}
+            measured = (options.llamafactory, model, options.repeats, options.shape, options.count)
+            return benchmark_llamafactory.compare(*measured, **settings)
         step = {"model": model, "shape": options.shape, "count": options.count, "bf16": not options.float32}
         if options.mode == "scaling":
             return benchmark_steps.scaling(options.lengths, options.batches, options.repeats, **step)
@@ -101,6 +102,8 @@ def make_parser() -> argparse.ArgumentParser:
     parsers["llamafactory"].add_argument(
         "--llamafactory", type=Path, required=True, metavar="PYTHON", help="the Python of LLaMA-Factory's venv"
     )
+    parsers["llamafactory"].add_argument("--stage", choices=["sft", "dpo"], default="sft", help="(sft)")
+    parsers["llamafactory"].add_argument("--finetuning-type", choices=["full", "lora"], default="full", help="(full)")
     parsers["steps"].add_argument(
         "--full", action="store_true", help="make every row --cutoff tokens long, from the concatenated toy rows"
     )

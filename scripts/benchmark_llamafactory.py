@@ -31,11 +31,11 @@ from benchmark_steps import ROOT, SHAPES, VOCABULARY, spread, take_turns
 
 RECIPE = """
 model_name_or_path: {folder}/model
-stage: sft
+stage: {stage}
 do_train: true
-finetuning_type: full
+finetuning_type: {finetuning_type}
 dataset_dir: {root}/recipes
-dataset: arpo_sft_toy
+dataset: {dataset}
 template: qwen
 cutoff_len: {cutoff}
 overwrite_cache: true
@@ -53,8 +53,12 @@ report_to: none
 """
 
 
+DATASETS = {"sft": "arpo_sft_toy", "dpo": "arpo_dpo_toy_inside"}
+"""By stage. LLaMA-Factory drops the rows of arpo_dpo_toy, whose sides are lists of turns."""
+
+
 def compare(
-    python: Path, model: str, rounds: int, shape: str | None, count: int, batch: int, cutoff: int, bf16: bool
+    python: Path, model: str, rounds: int, shape: str | None, steps: int, **settings: object
 ) -> list[dict[str, Any]]:
     """Measure launch to first step, seconds per step and peak memory of both, and the largest difference of their losses.
 
@@ -63,10 +67,9 @@ def compare(
         model: A folder with a tokenizer; `shape` adds random weights of that shape.
         rounds: Runs of each, alternating.
         shape: A name of SHAPES, or None for the weights in `model`.
-        count: Timed steps, after one warm-up step.
-        batch: Rows per step.
-        cutoff: Maximum tokens of a row.
-        bf16: Compute in bfloat16.
+        steps: Timed steps, after one warm-up step.
+        **settings: Of RECIPE: stage, finetuning_type, batch (rows or pairs per step), cutoff (maximum tokens of a
+            row) and bf16.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -76,7 +79,7 @@ def compare(
             _make_model(model, shape, folder / "model")
         places = {"folder": folder.as_posix(), "root": ROOT.as_posix()}
         recipe = folder / "recipe.yaml"
-        text = RECIPE.format(**places, cutoff=cutoff, batch=batch, steps=count + 1, bf16=str(bf16).lower())
+        text = RECIPE.format(**places, **settings, dataset=DATASETS[str(settings["stage"])], steps=steps + 1)
         recipe.write_text(text + "use_cpu: true\n" * (not _has_gpu()), encoding="utf-8")
         commands = {
             "llamafactory": [str(python), "-c", "from llamafactory.cli import main; main()", "train", str(recipe)],
@@ -96,6 +99,7 @@ def compare(
                 "first_step_s": round(statistics.median(run["first_step"] for run in runs), 2),
                 "times_lf_start": _times(theirs, runs, "first_step"),
                 "peak_gb": round(statistics.median(run["peak_gb"] for run in runs), 2),
+                "times_lf_memory": _times(theirs, runs, "peak_gb"),
                 "losses": " ".join(f"{loss:.4f}" for loss in runs[0]["losses"][:3]),
                 "largest_loss_difference": float(f"{max(abs(a - b) for a, b in pairs):.1e}"),
             }

@@ -21,6 +21,7 @@ from ..errors import DatasetError, RecipeError, in_one_line
 from ..machine import find_invalid_name, nearest_existing_parent
 from ..recipe import methods
 from ..recipe.keys import Recipe
+from ..recipe.preference import needs_reference
 from ..report.trackers import missing_trackers
 from ..run_folder import MANIFEST, read_json
 
@@ -47,8 +48,9 @@ def check_inputs(recipe: Recipe) -> Recipe:
     is_remote = any(not isdir(name) and _is_hub_id(name) for _, name, _ in _model_names(recipe))
     hub = probe_hub() if is_remote or recipe.dataset_dir.startswith("REMOTE:") else None
     missing = [*_files(recipe), *_models(recipe, hub)]
-    config = {} if missing else _base_config(recipe, hub)
+    config = {} if missing else _config(recipe.model_name_or_path, recipe, hub)
     missing += methods.quantized_conflicts(recipe, config)
+    missing += _vocabulary(recipe, config, hub) if config else []
     if recipe.do_train and not missing:
         missing += _output_dir(recipe)
     lines = [str(recipe.error(key, problem)) for key, problem in missing]
@@ -133,12 +135,12 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _output_dir(recipe: Recipe) -> Iterator[tuple[str, str]]:
     output_dir = Path(recipe.output_dir)
     home = output_dir.resolve()
-    for model in (recipe.model_name_or_path, *recipe.adapter_name_or_path):
-        path = Path(model).resolve()
+    for key, name, _ in _model_names(recipe):
+        path, model = Path(name).resolve(), "the reference" if key.startswith("ref_") else "the model to train"
         if path == home:
-            yield "output_dir", f"{output_dir} is the folder of the model to train; choose another folder"
+            yield "output_dir", f"{output_dir} is the folder of {model}; choose another folder"
         if path.parent == home and path.name.startswith("checkpoint-"):
-            yield "output_dir", f"{output_dir} contains the model to train, {path.name}; choose another folder"
+            yield "output_dir", f"{output_dir} contains {model}, {path.name}; choose another folder"
     if recipe.resume_from_checkpoint or recipe.overwrite_output_dir:
         return
     run = read_json(output_dir / MANIFEST)
@@ -183,18 +185,37 @@ def _models(recipe: Recipe, hub: Hub | None) -> Iterator[tuple[str, str]]:
 
 
 def _model_names(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """Return the key, the name and the config file of the base and of each adapter."""
-    adapters = [("adapter_name_or_path", name, "adapter_config.json") for name in recipe.adapter_name_or_path]
-    return [("model_name_or_path", recipe.model_name_or_path, "config.json"), *adapters]
+    """Return the key, the name and the config file of the base, of each adapter, and of the reference."""
+    models = {"model_name_or_path": recipe.model_name_or_path}
+    adapters = {"adapter_name_or_path": recipe.adapter_name_or_path}
+    if needs_reference(recipe) and recipe.ref_model:
+        models |= {"ref_model": recipe.ref_model}
+        adapters |= {"ref_model_adapters": recipe.ref_model_adapters}
+    return [(key, name, "config.json") for key, name in models.items()] + [
+        (key, name, "adapter_config.json") for key, names in adapters.items() for name in names
+    ]
 
 
 def _is_hub_id(name: str) -> bool:
     return not (Path(name).anchor or name.startswith(".") or re.search(r"[\\:]", name) or name.count("/") > 1)
 
 
-def _base_config(recipe: Recipe, hub: Hub | None) -> dict[str, Any]:
-    """Return the base's config.json; empty if it can't be read, which loading the model reports."""
-    name = recipe.model_name_or_path
+def _vocabulary(recipe: Recipe, config: dict[str, Any], hub: Hub | None) -> Iterator[tuple[str, str]]:
+    """Check that the reference has a log-probability for each of the model's tokens."""
+    if not (needs_reference(recipe) and recipe.ref_model):
+        return
+    base, reference = map(_vocabulary_size, (config, _config(recipe.ref_model, recipe, hub)))
+    if base and reference and base != reference:
+        what = f"{recipe.ref_model} has a vocabulary of {reference:,} tokens, {recipe.model_name_or_path} of {base:,}"
+        yield "ref_model", f"{what}; use a reference with the same vocabulary"
+
+
+def _vocabulary_size(config: dict[str, Any]) -> int | None:
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+
+
+def _config(name: str, recipe: Recipe, hub: Hub | None) -> dict[str, Any]:
+    """Return a model's config.json; empty if it can't be read, which loading the model reports."""
     path = Path(name, "config.json") if isdir(name) else _from_hub(name, "config.json", recipe, hub)
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path else {}

@@ -389,6 +389,12 @@ DROPPED = [
         "no trained token: every reply of chosen has loss: false or is masked by mask_spans",
     ),
     (
+        "a side whose trained part is cut",
+        {"chosen": gpt("<result>" + "x " * 60 + "</result> y"), "rejected": gpt("c")},
+        {"mask_spans": ["result"], "cutoff_len": 60},
+        "no trained token left of chosen: raise cutoff_len (60)",
+    ),
+    (
         "a side that is not to be trained",
         {"chosen": gpt("b"), "rejected": {**gpt("c"), "loss": False}},
         {},

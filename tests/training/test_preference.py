@@ -402,6 +402,8 @@ def test_precomputed_log_probabilities_give_the_same_run(
         for name, value in before.items():
             if isinstance(value, float):
                 assert after[name] == pytest.approx(value, abs=2e-4), name
+        if "loss" in before:  # batches of one pair have the same shape in both
+            assert after == before
     with np.load(stored / "reference_log_probs.npz") as opened:
         file = {name: opened[name] for name in opened.files}
     assert file["sums"].shape == (10, 2)

@@ -49,7 +49,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 @pytest.fixture
 def with_data(tmp_path: Path) -> list[str]:
     """Return lines for a dataset that exists."""
-    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.jsonl"}}', encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text(
+        '{"d": {"file_name": "d.jsonl"}, "pairs": {"file_name": "d.jsonl", "ranking": true}}', encoding="utf-8"
+    )
     (tmp_path / "d.jsonl").touch()
     return [f"dataset_dir={tmp_path}", "dataset=d"]
 
@@ -230,6 +232,27 @@ def write_quantized(folder: Path, method: str) -> Path:
     return folder
 
 
+def test_a_reference_must_exist_and_have_the_models_vocabulary(
+    recipe_of: Any, with_data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, config in (("m", {"vocab_size": 1000}), ("other", {"text_config": {"vocab_size": 999}})):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(json.dumps(config), encoding="utf-8")
+    lines = [*with_data, "stage=dpo", "dataset=pairs"]
+    for ref, problem in [
+        ("./none", "ref_model: ./none: no such folder; paths are relative to "),
+        ("./other", "ref_model: ./other has a vocabulary of 999 tokens, m of 1,000; use a reference with the same"),
+    ]:
+        with pytest.raises(RecipeError, match=problem):
+            check_inputs(recipe_of(*lines, f"ref_model={ref}"))
+    with pytest.raises(RecipeError, match=r"ref_model_adapters: \./none: no such folder"):
+        check_inputs(recipe_of(*lines, "ref_model=./m", "ref_model_adapters=./none"))
+    with pytest.raises(RecipeError, match="output_dir: other is the folder of the reference; choose another folder"):
+        Path("other", "config.json").write_text('{"vocab_size": 1000}', encoding="utf-8")
+        check_inputs(recipe_of(*lines, "ref_model=./other", "output_dir=other"))
+
+
 @pytest.mark.parametrize(("method", "package"), [("gptq", "gptqmodel"), ("awq", "gptqmodel"), ("aqlm", "aqlm")])
 def test_the_package_of_a_quantized_base_is_required_before_torch(method: str, package: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(package):
@@ -255,7 +278,7 @@ def test_the_package_of_a_quantized_base_is_required_before_torch(method: str, p
             "adapter_name_or_path: {base}, so no adapter can be merged into it; keep one and create_new_adapter: false",
         ),
         (
-            ["stage=dpo", "adapter_name_or_path=a", "create_new_adapter=true"],
+            ["stage=dpo", "dataset=pairs", "adapter_name_or_path=a", "create_new_adapter=true"],
             "create_new_adapter: false; or compare with it unmerged: create_new_adapter: false, ref_model: m, "
             "ref_model_adapters: a",
         ),
