@@ -109,7 +109,7 @@ def compare(
 
 def _times(theirs: list[dict[str, Any]], ours: list[dict[str, Any]], figure: str) -> float:
     """Return the median of LLaMA-Factory's figures divided by the median of ours."""
-    medians = []
+    medians: list[float] = []
     for runs in (theirs, ours):
         values = [value for run in runs for value in (run[figure] if figure == "seconds" else [run[figure]])]
         medians.append(statistics.median(values))

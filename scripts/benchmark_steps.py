@@ -18,14 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 Name = TypeVar("Name")
 Figure = TypeVar("Figure")
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 151_936  # Qwen2.5's, padded
 INSIDE = "arpo_sft_toy_inside"  # one-turn rows with masked results, as in recipes/qwen_toy_inside.yaml
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
 }
@@ -106,7 +106,7 @@ def startup(rounds: int) -> list[dict[str, Any]]:
         recipe, script = Path(folder) / "recipe.yaml", Path(folder) / "plain_trl.py"
         recipe.write_text(_STARTUP_RECIPE.format(**places), encoding="utf-8")
         script.write_text(_PLAIN_TRL.format(**places), encoding="utf-8")
-        commands = {"trl": [script], "ours": ["-m", "arpo_trl", recipe]}
+        commands: dict[str, list[object]] = {"trl": [script], "ours": ["-m", "arpo_trl", recipe]}
 
         def measure(variant: str) -> float:
             began = time.perf_counter()
@@ -122,7 +122,7 @@ def take_turns(rounds: int, names: list[Name], measure: Callable[[Name], Figure]
     found: dict[Name, list[Figure]] = {name: [] for name in names}
     for number in range(1, rounds + 1):
         for name in found:
-            shown = name if isinstance(name, str) else " ".join(map(str, name))
+            shown = name if isinstance(name, str) else " ".join(map(str, cast("tuple[object, ...]", name)))
             print(f"  round {number} of {rounds}: {shown}", file=sys.stderr, flush=True)
             found[name].append(measure(name))
     return found
@@ -237,8 +237,8 @@ def _measure(
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
+    from arpo_trl.machine import peak_memory
     from arpo_trl.training.trainer import ArpoTrainer
-    from arpo_trl.training.trainer_log import peak_memory
 
     class Stopwatch(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

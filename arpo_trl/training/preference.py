@@ -156,14 +156,9 @@ def split_pair(pair: dict[str, Any]) -> list[dict[str, Any]]:
 def count_pairs(batch: Batch) -> Tensor:
     """Count the pairs of a batch that are not masked as repeated."""
     labels = batch["labels"]
-    if "attention_mask" not in batch:  # padding-free
-        starts = row_starts(batch)
-        labels = pad_sequence(
-            [labels[0, a:b] for a, b in zip(starts, [*starts[1:], labels.size(1)])],
-            batch_first=True,
-            padding_value=IGNORED,
-        )
-    return torch.stack(_sides((labels != IGNORED).any(-1))).all(0).sum()
+    rows = labels if "attention_mask" in batch else labels[0].tensor_split(row_starts(batch)[1:])
+    labelled = torch.stack([(row != IGNORED).any() for row in rows])
+    return torch.stack(_sides(labelled)).all(0).sum()
 
 
 def split_rows(output: FusedCausalLMOutput, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -171,10 +166,7 @@ def split_rows(output: FusedCausalLMOutput, batch: Batch) -> tuple[Tensor, Tenso
     assert output.log_probs is not None and output.label_mask is not None
     if "attention_mask" in batch:
         return output.log_probs.float(), output.label_mask
-    starts = row_starts(batch)
-    ends = [*starts[1:], batch["position_ids"].size(1)]
-    # Position t holds the label of token t + 1. A row's first token has no label.
-    sizes = [end - max(start, 1) for start, end in zip(starts, ends)]
-    parts = (tensor[0].split(sizes) for tensor in (output.log_probs.float(), output.label_mask))
+    ends = [start - 1 for start in row_starts(batch)[1:]]  # position t holds the label of token t + 1
+    parts = (tensor[0].tensor_split(ends) for tensor in (output.log_probs.float(), output.label_mask))
     log_probs, mask = (pad_sequence(list(part), batch_first=True) for part in parts)
     return log_probs, mask

@@ -58,7 +58,7 @@ class Bench:
         (self.folder / "dataset_info.json").write_text(json.dumps(self.entries), encoding="utf-8")
 
     def recipe(self, **keys: Any) -> Recipe:
-        given = {
+        given: dict[str, Any] = {
             "dataset": list(self.entries),
             "dataset_dir": str(self.folder),
             "cutoff_len": 256,
@@ -80,7 +80,7 @@ class Bench:
 
     def replies(self, data: Any) -> list[str]:
         """What is trained in each row."""
-        return [self.tokenizer.decode([label for label in one["labels"] if label != IGNORED]) for one in data]
+        return [str(self.tokenizer.decode([label for label in one["labels"] if label != IGNORED])) for one in data]
 
 
 def answers(*numbers: int) -> list[str]:

@@ -257,13 +257,13 @@ def test_ranking_as_a_string() -> None:
 
 @pytest.mark.parametrize(("kind", "cutoff_len"), [("plain", 8192), ("cut", 512)])
 def test_tokens_and_labels_are_llama_factorys(kind: str, cutoff_len: int) -> None:
-    keys = {"template": "qwen", "cutoff_len": cutoff_len, "truncation_mode": "llamafactory"}
+    keys: dict[str, Any] = {"template": "qwen", "cutoff_len": cutoff_len, "truncation_mode": "llamafactory"}
     recipe = Recipe(model_name_or_path=str(GOLDEN / "tokenizer"), output_dir="unused", stage="dpo", **keys)
     assert compare_golden.compare(GOLDEN / "pairs" / kind, GOLDEN / "data", recipe) == (4, 4)
 
 
 def encode(row: dict[str, Any], info: DatasetInfo = SHAREGPT, **keys: Any) -> tuple[Any, Template]:
-    values = {"template": "qwen", "cutoff_len": 4096} | keys
+    values: dict[str, Any] = {"template": "qwen", "cutoff_len": 4096} | keys
     recipe = Recipe(model_name_or_path=str(GOLDEN / "tokenizer"), output_dir="unused", stage="dpo", **values)
     template = load_template(recipe)
     (encoded,) = encode_rows([Row("d.jsonl:1", row)], Encoder(info, recipe, template))
@@ -279,7 +279,7 @@ def sides(row: dict[str, Any], info: DatasetInfo = SHAREGPT, **keys: Any) -> lis
         ids, labels = (encoded[name][start : start + length] for name in ("input_ids", "labels"))
         first = next(at for at, label in enumerate(labels) if label != IGNORED)
         trained = [label for label in labels if label != IGNORED]
-        found.append((template.tokenizer.decode(ids[:first]), template.tokenizer.decode(trained)))
+        found.append((str(template.tokenizer.decode(ids[:first])), str(template.tokenizer.decode(trained))))
         start += length
     assert start == len(encoded["input_ids"])
     return found
@@ -446,7 +446,7 @@ def test_pairs_are_held_out_and_several_entries_read_one_file(bench: Bench) -> N
 def test_pairs_that_llama_factory_saved(bench: Bench) -> None:
     from datasets import Dataset, DatasetDict
 
-    sides = {"chosen_input_ids": [[1, 2, 3]], "chosen_labels": [[IGNORED, 2, 3]]}
+    sides: dict[str, list[Any]] = {"chosen_input_ids": [[1, 2, 3]], "chosen_labels": [[IGNORED, 2, 3]]}
     sides |= {"rejected_input_ids": [[1, 4]], "rejected_labels": [[IGNORED, 4]], "images": [None]}
     DatasetDict({"train": Dataset.from_dict(sides)}).save_to_disk(str(bench.folder / "saved"))
     bench.register("d", file_name="d.jsonl", ranking=True)
