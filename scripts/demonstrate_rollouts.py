@@ -1,9 +1,10 @@
 """Measure the loop of docs/rollouts.md with a real model on a CPU: base, SFT, SFT on selected rows, DPO on pairs.
 
     python scripts/make_smollm2.py checkpoints/smollm2_135m
-    python scripts/demonstrate_rollouts.py checkpoints/smollm2_135m checkpoints/rollouts     # hours on 2 cores; resumes
+    python scripts/demonstrate_rollouts.py checkpoints/smollm2_135m checkpoints/rollouts     # an hour on 2 cores; resumes
 
-All four models answer the same held-out tasks, each with its tools, greedily. The table has pass@1 and the paired
+All four models answer the same held-out tasks, each with its tools, greedily. An answer is right if the last number of
+the last reply is the right one, because the base model writes no <answer> tags. The table has pass@1 and the paired
 difference to the step before, with 95 % intervals over tasks. The questions of the three parts (SFT, selection,
 evaluation) are disjoint. `--tasks 4 --train 8 --select 4 --generations 2` tries the script in minutes.
 """
@@ -30,6 +31,13 @@ SYSTEM = (
     "Solve the question. You can run Python: write <python>code</python> and you get its output in <result></result>. "
     "End with <answer>\\boxed{value}</answer>."
 )
+JUDGE = """
+import json, re, sys
+about = json.load(sys.stdin)
+reply = next((m["content"] for m in reversed(about["trajectory"]) if m["role"] == "assistant"), "")
+numbers = re.findall(r"-?\\d+", reply.replace(",", ""))
+print(int(numbers[-1:] == [about["answer"]]))
+"""
 TASKS = (
     make_toy_dataset.addition,
     make_toy_dataset.arithmetic,
@@ -59,6 +67,7 @@ def write_data(folder: Path, parts: dict[str, int]) -> None:
         columns = {"messages": "conversations", "system": "system"}
         registry[name] = {"file_name": f"{name}.jsonl", "formatting": "sharegpt", "columns": columns}
     (folder / "dataset_info.json").write_text(json.dumps(registry, indent=2), encoding="utf-8")
+    (folder / "judge.py").write_text(JUDGE, encoding="utf-8")
 
 
 def run(folder: Path, name: str, command: str | None, **keys: Any) -> Path:
@@ -83,8 +92,9 @@ def train(folder: Path, name: str, model: Path, data: Path, dataset: str, **keys
         "dataset": dataset,
         "dataset_dir": str(data),
         "cutoff_len": 512,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 4,
+        "bf16": True,
+        "use_cpu": True,
         "learning_rate": 1e-4,
         "num_train_epochs": 1.0,
         "lr_scheduler_type": "cosine",
@@ -103,7 +113,9 @@ def roll(folder: Path, name: str, model: Path, data: Path, **keys: Any) -> Path:
         "max_new_tokens": 128,
         "max_tool_calls": 3,
         "tool_timeout": 10,
-        "per_device_eval_batch_size": 16,
+        "per_device_eval_batch_size": 64,
+        "bf16": True,
+        "judge": f"{sys.executable} {data / 'judge.py'}",
     }
     return run(folder, name, "rollout", **defaults | keys)
 

@@ -86,8 +86,11 @@ class TransformersEngine:
     sample of their softmax. So a request's tokens don't depend on its batch, apart from rounding in the padding.
     """
 
-    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
-        self.model, self.tokenizer, self.sampling = model.eval(), tokenizer, sampling
+    def __init__(
+        self, model: Model, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, bf16: bool = False
+    ) -> None:
+        """`bf16`: generate under bfloat16 autocast, as a recipe with bf16 trains."""
+        self.model, self.tokenizer, self.sampling, self.bf16 = model.eval(), tokenizer, sampling, bf16
         self.ends = end_tokens(model, tokenizer)
         text_config = model.config.get_text_config()
         self.context = int(getattr(text_config, "max_position_embeddings", None) or 1 << 30)
@@ -115,7 +118,7 @@ class TransformersEngine:
             repetition_penalty=self.sampling.repetition_penalty,
         )
         stop = _StopEachRow(self.tokenizer, requests, width)
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast():
             output = cast(GenerationMixin, self.model).generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -137,13 +140,17 @@ class TransformersEngine:
 
     @property
     def padding_tolerance(self) -> float:
-        return PADDING_TOLERANCE.get(next(self.model.parameters()).dtype, 0.15)
+        dtype = torch.bfloat16 if self.bf16 else next(self.model.parameters()).dtype
+        return PADDING_TOLERANCE.get(dtype, 0.15)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
 
     def _next_logits(self, rows: Sequence[list[int]]) -> torch.Tensor:
         ids, mask = self._pad(rows)
         returned = {"output_logits": True, "return_dict_in_generate": True}
         config = generation_config(self.model, self.tokenizer, max_new_tokens=1, do_sample=False, **returned)
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast():
             output: Any = cast(GenerationMixin, self.model).generate(
                 input_ids=ids,
                 attention_mask=mask,

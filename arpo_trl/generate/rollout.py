@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ..data.tokenizer import load_template
 from ..errors import RecipeError, RowError, RunFailed, printable
+from ..model.base import uses_bf16_autocast
 from ..model.model import load_model
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
@@ -230,7 +231,7 @@ class _Rollout:
             model.to(self.state.device)
         else:
             model = load_for_generation(path, recipe.trust_remote_code)
-        engine = TransformersEngine(model, self.tokenizer, self.sampling)
+        engine = TransformersEngine(model, self.tokenizer, self.sampling, uses_bf16_autocast(recipe))
         engine.ends = list(dict.fromkeys([*engine.ends, *ends]))
         return engine
 
@@ -319,6 +320,7 @@ class _Rollout:
         return {
             **{key: recipe.model_dump(mode="json")[key] for key in keys.split()},
             "sampling": self.sampling._asdict(),
+            "bf16": uses_bf16_autocast(recipe),
             "model": self.model_path,
             "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
             "questions": hashlib.sha256(texts.encode(errors="replace")).hexdigest(),

@@ -434,3 +434,15 @@ def test_sampling_follows_the_softmax(tiny_model: Path) -> None:
     assert set(drawn) <= set(expected)
     for token, probability in expected.items():
         assert drawn.count(token) / 2000 == pytest.approx(probability, abs=0.04)
+
+
+def test_bf16_generates_under_autocast_and_keeps_the_weights(tiny_model: Path) -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_model), load_for_generation(tiny_model)
+    dtypes: set[torch.dtype] = set()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    request = Request(tokenizer("What is").input_ids, 2, "0")
+    for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        dtypes.clear()
+        TransformersEngine(model, tokenizer, Sampling(), bf16).generate([request])
+        assert dtypes == {dtype}
+    assert model.lm_head.weight.dtype == torch.float32
