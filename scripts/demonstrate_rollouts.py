@@ -23,6 +23,8 @@ from typing import Any
 
 import make_toy_dataset
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from arpo_trl.generate.rollout_files import read_lines
 from arpo_trl.generate.rollout_scores import paired_difference, pass_at_1
@@ -43,6 +45,7 @@ TASKS = (
     make_toy_dataset.arithmetic,
     make_toy_dataset.power_remainder,
     make_toy_dataset.letters,
+    make_toy_dataset.shopping,
 )
 
 
@@ -132,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of the base model")
     parser.add_argument("folder", type=Path, help="where everything is written")
-    for name, size in {"tasks": 300, "train": 200, "select": 200, "generations": 8}.items():
+    for name, size in {"tasks": 300, "train": 40, "select": 150, "generations": 6}.items():
         parser.add_argument(f"--{name}", type=int, default=size, help=f"default: {size}")
     args = parser.parse_args(argv)
     folder, data = args.folder, args.folder / "data"
@@ -152,21 +155,36 @@ def main(argv: list[str] | None = None) -> None:
     measured["SFT on selected rows"] = roll(folder, "rollout_selected", selected, data, **measure)
     dpo = train(folder, "dpo", selected, collected, "pairs", stage="dpo", pref_beta=0.1, learning_rate=2e-6)
     measured["DPO on pairs"] = roll(folder, "rollout_dpo", dpo, data, **measure)
-    report(measured)
+    report(measured, folder / "rollouts.png")
 
 
-def report(measured: dict[str, Path]) -> None:
+def report(measured: dict[str, Path], picture: Path) -> None:
+    """Print the table and draw pass@1."""
     print("| | pass@1 (95 %) | difference to the step before (paired, 95 %) |\n|---|---|---|")
     before: dict[str, float] = {}
+    shares: dict[str, tuple[float, float, float]] = {}
     for name, folder in measured.items():
         results = results_of(folder)
-        center, low, high = pass_at_1([[value > 0] for value in results.values()])
+        shares[name] = center, low, high = pass_at_1([[value > 0] for value in results.values()])
         cells = [name, f"{center:.1%} ({low:.1%} to {high:.1%})", ""]
         if before:
             center, low, high = paired_difference(before, results)
             cells[2] = f"{center:+.1%} ({low:+.1%} to {high:+.1%})"
         print(f"| {' | '.join(cells)} |")
         before = results
+    draw(shares, f"Held-out tasks solved with Python (pass@1 of {len(before)}, 95 %)", picture)
+
+
+def draw(shares: dict[str, tuple[float, float, float]], title: str, picture: Path) -> None:
+    figure = Figure(figsize=(7, 2.4), dpi=120, layout="constrained")
+    axes = figure.add_subplot(title=title, xlim=(0, 1))
+    for name, (center, low, high) in shares.items():
+        bar = axes.barh(name, center, xerr=[[center - low], [high - center]], capsize=3, color="tab:blue")
+        axes.bar_label(bar, [f"{center:.0%}"], padding=6)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture)
 
 
 if __name__ == "__main__":
