@@ -116,6 +116,7 @@ def roll(folder: Path, name: str, model: Path, data: Path, **keys: Any) -> Path:
         "max_new_tokens": 128,
         "max_tool_calls": 3,
         "tool_timeout": 10,
+        "max_tool_output": 500,
         "per_device_eval_batch_size": 64,
         "bf16": True,
         "judge": f"{sys.executable} {data / 'judge.py'}",
