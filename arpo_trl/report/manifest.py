@@ -49,12 +49,29 @@ MAY_CHANGE = frozenset(
     allow_changed_recipe on_save_error preflight preprocessing_num_workers preprocessing_batch_size tokenized_path
     dataset_dir max_dropped dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
     dataloader_persistent_workers ddp_timeout push_to_hub hub_model_id hub_strategy hub_private_repo hub_revision
-    cache_dir gradient_checkpointing use_reentrant_gc activation_offloading use_cpu use_swanlab swanlab_project
-    swanlab_workspace swanlab_mode swanlab_logdir
-    trust_remote_code include_num_input_tokens_seen
+    cache_dir gradient_checkpointing use_reentrant_gc activation_offloading use_cpu
+    trust_remote_code include_num_input_tokens_seen use_swanlab swanlab_project swanlab_workspace swanlab_mode
+    swanlab_logdir trackio_space_id trackio_bucket_id trackio_static_space_id hub_always_push log_on_each_node
+    eval_on_each_dataset skip_memory_metrics save_on_each_node eval_packing
     """.split()
 ) | frozenset([*PredictKeys.model_fields, *RolloutKeys.model_fields])
 """Keys that do not affect the weights, so that they may change when a run is resumed."""
+
+CANNOT_CHANGE = frozenset(
+    """
+    stage finetuning_type adapter_name_or_path create_new_adapter lora_rank lora_target additional_target use_dora
+    oft_rank oft_block_size oft_target pissa_init pissa_iter freeze_trainable_layers freeze_trainable_modules
+    freeze_extra_modules use_llama_pro quantization_bit quantization_method quantization_type double_quantization
+    optim optim_args optim_target_modules use_galore galore_target galore_rank galore_update_interval galore_scale
+    galore_proj_type galore_layerwise use_apollo apollo_target apollo_rank apollo_update_interval apollo_scale
+    apollo_proj apollo_proj_type apollo_scale_type apollo_layerwise use_muon use_adam_mini use_badam badam_start_block
+    badam_switch_mode badam_switch_interval loraplus_lr_ratio loraplus_lr_embedding fp16 seed
+    """.split()
+)
+"""Keys of what a checkpoint contains: its weights, their optimizer's state, the scaler's, and the random states."""
+SCHEDULES_WITH_STATE = ("reduce_lr_on_plateau", "greedy")
+"""Schedules whose rate depends on the metrics so far."""
+METRIC_KEYS = ("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay")
 
 
 PATHS = frozenset("model_name_or_path adapter_name_or_path ref_model ref_model_adapters template deepspeed".split())
@@ -207,6 +224,8 @@ def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
     changes = []
     same_dtype = now.computed_in is not None and earlier.computed_in == now.computed_in
     may_change = MAY_CHANGE | (frozenset(("bf16", "force_bf16")) if same_dtype else frozenset())
+    if _has_schedule_with_state(earlier, now):
+        may_change -= frozenset(METRIC_KEYS)
     for key in sorted(earlier.recipe.keys() | now.recipe.keys()):
         default = keys()[key].default if key in keys() else None
         before, after = earlier.recipe.get(key, default), now.recipe.get(key, default)
@@ -252,6 +271,16 @@ def _is_same_reference(before: dict[str, JsonValue] | None, after: dict[str, Jso
     return all(_are_same_paths(value, after[name]) for name, value in before.items())
 
 
+def _has_schedule_with_state(*manifests: Manifest) -> bool:
+    return any(manifest.recipe.get("lr_scheduler_type") in SCHEDULES_WITH_STATE for manifest in manifests)
+
+
+def _cannot_change(earlier: Manifest, now: Manifest) -> frozenset[str]:
+    if not _has_schedule_with_state(earlier, now):
+        return CANNOT_CHANGE
+    return CANNOT_CHANGE | {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", *METRIC_KEYS}
+
+
 def require_same_run(earlier: Manifest | None, now: Manifest, allow_changed_recipe: bool) -> list[str]:
     """Check that a run is resumed with the same recipe, data and number of processes.
 
@@ -259,18 +288,19 @@ def require_same_run(earlier: Manifest | None, now: Manifest, allow_changed_reci
         A line for each change that `allow_changed_recipe` permits, and for each library whose version changed.
 
     Raises:
-        RecipeError: something changed that affects the weights.
+        RecipeError: something changed that affects the weights, or that a resumed run can't change.
     """
     if earlier is None:
         return [f"{MANIFEST} is missing or unreadable; recipe and data are not compared with those of the earlier run"]
     changes = list_changes(earlier, now)
-    if changes and not allow_changed_recipe:
-        raise RecipeError(
-            "the run in this folder has different settings:\n  "
-            + "\n  ".join(changes)
-            + "\n  restore them, set allow_changed_recipe: true to resume anyway, or overwrite_output_dir: true to "
-            "start over"
-        )
+    fixed = [change for change in changes if change.partition(":")[0] in _cannot_change(earlier, now)]
+    if fixed or (changes and not allow_changed_recipe):
+        fix = "restore them, set allow_changed_recipe: true to resume anyway, or overwrite_output_dir: true to start over"
+        if fixed:
+            names = ", ".join(change.partition(":")[0] for change in fixed)
+            fix = f"{names}: a checkpoint contains this. Restore it, or set overwrite_output_dir: true to start over"
+        listed = fixed if allow_changed_recipe else changes
+        raise RecipeError("the run in this folder has different settings:\n  " + "\n  ".join([*listed, fix]))
     versions = [
         f"{name} {before} -> {now.versions.get(name)}"
         for name, before in earlier.versions.items()

@@ -6,13 +6,14 @@ the tracker's run, whose id is in run.json.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import in_one_line
 from ..shell import quote_command
@@ -100,6 +101,19 @@ def _start_wandb(recipe: Recipe, args: SFTConfig, output_dir: Path, name: str, m
     except wandb.Error as error:
         problem = f"wandb could not start a run ({in_one_line(error)}); {WANDB_FIXES}"
         raise recipe.error("report_to", problem) from error
+
+
+def continue_curves(callbacks: Iterable[object], step: int) -> None:
+    """Have TensorBoard forget what was logged after the checkpoint of `step`: a resumed run logs these steps again.
+
+    transformers' callback opens its writer without purge_step (5.24, integration_utils.py#L606).
+    """
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            writer: Any = functools.partial(callback._SummaryWriter, purge_step=step + 1)
+            callback._SummaryWriter = writer
 
 
 def log_samples(trackers: Collection[str], step: int, rows: list[dict[str, str]]) -> None:

@@ -34,8 +34,8 @@ from ..report.loss_plot import plot_run
 from ..report.manifest import Manifest, describe_run, read_manifest, recipe_text, require_same_run
 from ..report.model_card import write_model_card
 from ..report.preview import describe_example
-from ..report.trackers import finish_trackers, start_trackers
-from ..run_folder import match_umask, read_json, save_metrics, write_json
+from ..report.trackers import continue_curves, finish_trackers, start_trackers
+from ..run_folder import checkpoint_step, match_umask, read_json, save_metrics, write_json
 from .callbacks import (
     BeforeFirstStep,
     PredictOnEvaluate,
@@ -168,6 +168,8 @@ def _train(
     trainer = make_trainer(recipe, args, model, tokenizer, data)
     stop = StopOnSignal()
     add_callbacks(recipe, trainer, stop, data, checkpoint)
+    if checkpoint:
+        continue_curves(trainer.callback_handler.callbacks, checkpoint_step(checkpoint))
 
     # The output folder
     if not checkpoint:

@@ -28,6 +28,7 @@ from ..errors import RunFailed
 from ..machine import is_out_of_memory
 from ..model.base_files import BaseFiles
 from ..model.methods.moe import router_loss_kept
+from ..model.optimizer_settings import read_settings, restore_settings
 from ..model.token_scores import Objective, score_labelled_positions_only
 from .checkpoints import CheckpointWriter, checkpoint_bytes
 from .failures import describe_not_finite, describe_out_of_memory, find_sources
@@ -245,6 +246,26 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
             return torch.as_tensor(float(engine.get_global_grad_norm() or 0.0), device=self.args.device)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP's shards
+
+    # --- a resume ---
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As Trainer's. Remembers the optimizer's settings, before a checkpoint's are loaded."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.optimizer is not None:
+            self.settings = read_settings(self.optimizer)
+        return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the states, and keep the recipe's settings: Trainer would resume with those of the checkpoint.
+
+        Trainer has no public method: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L3894
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.optimizer is not None:
+            restore_settings(self.optimizer, self.lr_scheduler, self.settings)
 
     # --- an evaluation ---
 

@@ -21,7 +21,7 @@ import matplotlib.image
 import pytest
 import small_run
 
-from arpo_trl.errors import RecipeError
+from arpo_trl.errors import RecipeError, RunFailed
 from arpo_trl.report.manifest import Manifest
 from arpo_trl.report.trackers import start_trackers
 from arpo_trl.training import train as train_module
@@ -187,6 +187,30 @@ def test_tensorboard_has_one_curve_for_a_resumed_run(tracked: Path) -> None:
     logged = (tracked / "run" / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
     expected = [(line["current_steps"], line["loss"]) for line in map(json.loads, logged) if "loss" in line]
     assert losses == [(step, pytest.approx(loss)) for step, loss in expected] and len(losses) == 4
+
+
+def test_tensorboard_forgets_the_steps_that_a_resumed_run_repeats(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+
+    class DiesAtFour(StopOnSignal):
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                raise MemoryError("killed")
+
+    changes = {"report_to": "tensorboard", "max_steps": 5}
+    with monkeypatch.context() as patch, pytest.raises(RunFailed):
+        patch.setattr(train_module, "StopOnSignal", DiesAtFour)
+        small_run.run(tmp_path, tiny_model, **changes)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4", ignore_errors=True)
+    small_run.run(tmp_path, tiny_model, **changes)
+    (curve,) = (tmp_path / "run" / "runs").iterdir()
+    events = accumulator.EventAccumulator(str(curve))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]
 
 
 def test_trackers_write_no_secret_and_nothing_outside_output_dir(tracked: Path) -> None:

@@ -16,6 +16,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from ...errors import RecipeError
 from ...recipe.keys import Recipe
+from ..optimizer_settings import read_settings
 from .method import Keywords, Method
 
 
@@ -95,7 +96,10 @@ class BlockOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         vars(self.blocks).update(state_dict["place"])
         self.blocks._switch_trainable_params_single_gpu(0)
+        settings = read_settings(self.blocks.base_optimizer)
         self.blocks.base_optimizer.load_state_dict(state_dict["adamw"])
+        for group, fresh in zip(self.blocks.base_optimizer.param_groups, settings, strict=True):
+            group.update(fresh)
         with torch.no_grad():
             for weight, saved in zip(self.blocks.param_idx2hp.values(), state_dict["weights"], strict=True):
                 weight.copy_(saved)
