@@ -25,6 +25,7 @@ from .recipe import Recipe, read_recipe
 from .recipe.command_line import CommandLine, read_command_line
 from .recipe.help import explain, usage
 from .report.console import silence_libraries
+from .terminal import to_terminal
 from .training.requirements import check_before_torch, check_inputs
 from .version import __version__
 
@@ -53,10 +54,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     except RecipeError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every process raises the same error
-            print(error, file=sys.stderr)
+            print(to_terminal(str(error), sys.stderr), file=sys.stderr)
         return 2
     except RunFailed as error:
-        print(error, file=sys.stderr)
+        print(to_terminal(str(error), sys.stderr), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted by Ctrl-C", file=sys.stderr)
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         notes = getattr(error, "__notes__", None)  # where training.log has the traceback
         if notes:
-            print(printable("; ".join([_describe(error), *notes])), file=sys.stderr)
+            print(to_terminal(printable("; ".join([_describe(error), *notes])), sys.stderr), file=sys.stderr)
         else:
             print(printable(traceback.format_exc()), file=sys.stderr, end="")
         return 1
@@ -118,7 +119,7 @@ def _merge(argv: Sequence[str]) -> None:
     args = merge_arguments(argv)
     with gc_paused():
         from .model.merge import merge_command
-    print(merge_command(args))
+    print(to_terminal(merge_command(args)))
 
 
 def _check_serving(argv: Sequence[str]) -> int:
@@ -189,7 +190,7 @@ def _files_outside_package() -> list[Path]:
 
 
 def _check(line: CommandLine) -> None:
-    recipe = check_before_torch(_recipe(line))
+    recipe = check_before_torch(_recipe(line), starts_run=False)
     with gc_paused():
         from .training.check import check
     check(recipe, verbose="verbose" in line.options)
@@ -199,7 +200,7 @@ def _preview(line: CommandLine) -> None:
     rows = next((word for word in line.words if word.isdecimal() and not isfile(word)), None)
     if rows:
         line.words.remove(rows)
-    recipe = check_inputs(_recipe(line))
+    recipe = check_inputs(_recipe(line), starts_run=False)
     with gc_paused():
         from .report.preview import preview
     preview(recipe, int(rows or 1))

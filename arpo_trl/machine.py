@@ -21,6 +21,13 @@ PACKAGES = """torch transformers trl accelerate datasets peft tokenizers safeten
 # --- disk ---
 
 
+def format_bytes(size: float) -> str:
+    """Format bytes as `12.7 MB`, `5.93 GB` or `120 GB`."""
+    if size < 1e8:
+        return f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.2f} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"
+
+
 def folder_bytes(folder: Path) -> int:
     """Return the total size of the files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -60,7 +67,7 @@ def missing_space(folder: Path, needed: int, what: str) -> str | None:
     if not drive.exists():
         return f"there is no drive {drive}; choose another folder"
     return (
-        f"disk full: {what} needs {needed / 1e9:.3f} GB, and {folder} has {free / 1e9:.3f} GB free; free some space or "
+        f"disk full: {what} needs {format_bytes(needed)}, and {folder} has {format_bytes(free)} free; free some space or "
         "choose another folder"
     )
 

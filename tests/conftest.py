@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,20 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", WAN
 import datasets
 import make_tiny_model
 import pytest
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from arpo_trl.recipe import Recipe, read_recipe
 
 _LORA_RECIPE = "model_name_or_path: m\noutput_dir: {folder}/out\ndo_train: true\nfinetuning_type: lora\ndataset: a\n"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bf16_instructions() -> Iterator[None]:
+    """Let `bf16: true` compute in bfloat16 on every CPU, as with `force_bf16`; a test may replace the capabilities."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,8 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 
 def run(*command: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     text = [str(part) for part in command]
-    return subprocess.run(text, capture_output=True, encoding="utf-8", **({"cwd": ROOT, "timeout": 120} | kwargs))
+    settings: dict[str, Any] = {"cwd": ROOT, "timeout": 120} | kwargs
+    return subprocess.run(text, capture_output=True, encoding="utf-8", check=False, **settings)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def run(*command: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
         ("make_keys.py --chek", "unrecognized arguments: --chek"),
     ],
 )
-def test_wrong_usage_ends_with_2_and_names_the_error(command: str, wrong: str):
+def test_wrong_usage_ends_with_2_and_names_the_error(command: str, wrong: str) -> None:
     script, *arguments = command.split()
     done = run(sys.executable, ROOT / "scripts" / script, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
@@ -61,21 +62,21 @@ def test_wrong_usage_ends_with_2_and_names_the_error(command: str, wrong: str):
 # The toy data
 
 
-def test_the_shipped_toy_data_begins_with_what_the_script_generates():
+def test_the_shipped_toy_data_begins_with_what_the_script_generates() -> None:
     assert list(make_toy_dataset.generate(rows=40, seed=0)) == ROWS[:40]
     assert list(make_toy_dataset.generate(rows=20, seed=0, form="inside")) == INSIDE[:20]
 
 
-def test_another_seed_gives_other_rows():
+def test_another_seed_gives_other_rows() -> None:
     assert next(make_toy_dataset.generate(rows=1, seed=1)) != ROWS[0]
 
 
-def test_the_shipped_toy_data_is_small_and_does_not_repeat_itself():
+def test_the_shipped_toy_data_is_small_and_does_not_repeat_itself() -> None:
     assert make_toy_dataset.TOY_DATA.stat().st_size < 3_000_000
     assert len(ROWS) == len({row["conversations"][0]["value"] for row in ROWS}) == 500
 
 
-def test_every_toy_row_is_a_conversation_in_arpos_form():
+def test_every_toy_row_is_a_conversation_in_arpos_form() -> None:
     for row in ROWS:
         turns = row["conversations"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
@@ -85,7 +86,7 @@ def test_every_toy_row_is_a_conversation_in_arpos_form():
             assert re.fullmatch(r"<result>\n.+\n</result>", result["value"], re.DOTALL)
 
 
-def test_a_trajectory_inside_one_turn_holds_its_results():
+def test_a_trajectory_inside_one_turn_holds_its_results() -> None:
     """As in ARPO-SFT-54K: question and trajectory, about 9 KB a row."""
     for row in INSIDE:
         assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"]
@@ -111,7 +112,7 @@ def test_a_trajectory_inside_one_turn_holds_its_results():
     assert code and search
 
 
-def test_toy_results_are_what_the_programs_print_and_the_searches_find():
+def test_toy_results_are_what_the_programs_print_and_the_searches_find() -> None:
     rounds = [
         pair for row in ROWS for pair in zip(row["conversations"][1:-1:2], row["conversations"][2::2], strict=True)
     ]
@@ -121,7 +122,7 @@ def test_toy_results_are_what_the_programs_print_and_the_searches_find():
         assert result["value"] == f"<result>\n{found}\n</result>"
 
 
-def test_toy_data_has_errors_second_attempts_long_rows_and_chinese():
+def test_toy_data_has_errors_second_attempts_long_rows_and_chinese() -> None:
     texts = [" ".join(turn["value"] for turn in row["conversations"]) for row in ROWS]
     for error in ("TypeError", "KeyError", "IndexError", "No page found."):
         assert any(error in text for text in texts)
@@ -130,7 +131,7 @@ def test_toy_data_has_errors_second_attempts_long_rows_and_chinese():
 
 
 @pytest.mark.parametrize("name", ["list.json", "lines.json", "lines.jsonl"])
-def test_source_takes_the_first_rows_of_a_list_or_of_lines(tmp_path: Path, name: str):
+def test_source_takes_the_first_rows_of_a_list_or_of_lines(tmp_path: Path, name: str) -> None:
     source, out = tmp_path / name, tmp_path / "out.jsonl"
     lines = "\n".join(json.dumps(row) for row in ROWS[:5])
     source.write_text(json.dumps(ROWS[:5]) if name == "list.json" else lines, encoding="utf-8")
@@ -139,14 +140,14 @@ def test_source_takes_the_first_rows_of_a_list_or_of_lines(tmp_path: Path, name:
     assert [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] == ROWS[:3]
 
 
-def test_a_program_that_fails_gives_the_last_line_of_its_traceback():
+def test_a_program_that_fails_gives_the_last_line_of_its_traceback() -> None:
     assert make_toy_dataset.run_python("print(1)\nint('x')").splitlines() == [
         "1",
         "ValueError: invalid literal for int() with base 10: 'x'",
     ]
 
 
-def test_dataset_info_names_the_toy_file_and_the_real_set():
+def test_dataset_info_names_the_toy_file_and_the_real_set() -> None:
     info = json.loads((ROOT / "recipes" / "dataset_info.json").read_text(encoding="utf-8"))
     assert (ROOT / "recipes" / info["arpo_sft_toy"]["file_name"]).resolve() == make_toy_dataset.TOY_DATA
     assert info["arpo_sft_54k"]["hf_hub_url"] == "dongguanting/ARPO-SFT-54K"
@@ -155,7 +156,7 @@ def test_dataset_info_names_the_toy_file_and_the_real_set():
 # The tiny model
 
 
-def test_tiny_model_has_a_million_parameters_in_bfloat16_and_one_seed_makes_one_model(tmp_path: Path):
+def test_tiny_model_has_a_million_parameters_in_bfloat16_and_one_seed_makes_one_model(tmp_path: Path) -> None:
     make_tiny_model.main([str(tmp_path / "one")])
     done = run(sys.executable, "scripts/make_tiny_model.py", tmp_path / "two")  # another process has other hashes
     assert done.returncode == 0, done.stderr
@@ -168,7 +169,7 @@ def test_tiny_model_has_a_million_parameters_in_bfloat16_and_one_seed_makes_one_
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
 
 
-def test_tiny_tokenizer_is_built_as_qwens(tiny_tokenizer):
+def test_tiny_tokenizer_is_built_as_qwens(tiny_tokenizer: Any) -> None:
     assert (tiny_tokenizer.eos_token, tiny_tokenizer.pad_token, tiny_tokenizer.bos_token) == (
         "<|im_end|>",
         "<|endoftext|>",
@@ -189,11 +190,30 @@ def test_tiny_tokenizer_is_built_as_qwens(tiny_tokenizer):
 # quickstart.sh
 
 
-def test_the_quickstart_asks_what_the_toy_data_does_not_answer():
-    [question] = re.findall(
-        r'^question="(.+?)"', (ROOT / "scripts" / "quickstart.sh").read_text("utf-8"), re.MULTILINE
+@needs_bash
+def test_the_quickstart_rejects_another_argument(checkout: Path) -> None:
+    done = run("bash", "scripts/quickstart.sh", "--quick", cwd=checkout)
+    assert (done.returncode, done.stderr) == (2, "usage: bash scripts/quickstart.sh [--tiny]\n")
+
+
+@needs_bash
+@pytest.mark.slow
+def test_the_quickstart_shows_a_held_out_question_before_and_after_training(checkout: Path) -> None:
+    """With the tiny model, in the environment of the tests: its venv is complete."""
+    for name in ("recipes", "accelerate_configs", "arpo_trl"):
+        (checkout / name).symlink_to(ROOT / name)
+    (checkout / "scripts" / "install.sh").write_text('echo "$# arguments"', encoding="utf-8")
+    done = run("bash", "scripts/quickstart.sh", "--tiny", cwd=checkout, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("0 arguments\n")
+    [question] = re.findall(r"^A held-out question: (.+)$", done.stdout, re.MULTILINE)
+    assert question in {row["conversations"][0]["value"] for row in ROWS}
+    before, after = re.split(
+        r"After training, checkpoints/tiny_cpu answers; --run-python runs its Python", done.stdout
     )
-    assert question not in {row["conversations"][0]["value"] for row in ROWS}
+    assert "Before training, checkpoints/tiny_qwen2 answers:" in before
+    assert re.search(r"^python   \d+ s, \d+ MB", after, re.MULTILINE)
+    assert after.splitlines()[-1] == "chat       .venv/bin/arpo-trl chat checkpoints/tiny_cpu --run-python"
 
 
 # install.sh
@@ -201,7 +221,7 @@ def test_the_quickstart_asks_what_the_toy_data_does_not_answer():
 
 @needs_bash
 @pytest.mark.parametrize("state", ["no pip", "half of pip", "no python"])
-def test_install_repairs_a_venv_whose_installation_was_interrupted(checkout: Path, state: str):
+def test_install_repairs_a_venv_whose_installation_was_interrupted(checkout: Path, state: str) -> None:
     """Packages are installed again, too: the files that record what was installed are removed."""
     venv.create(checkout / ".venv", with_pip=state == "half of pip", symlinks=os.name != "nt")
     [python] = [*checkout.glob(".venv/bin/python"), *checkout.glob(".venv/Scripts/python.exe")]
@@ -227,21 +247,21 @@ GOLDEN = ROOT / "tests" / "golden"
 
 
 @pytest.fixture
-def golden(capsys) -> Callable[..., tuple[int, list[str]]]:
+def golden(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str]]]:
     """`compare_golden.main`: its exit code, and the lines that it wrote."""
 
     def main(golden_dir: Path, *options: str) -> tuple[int, list[str]]:
         try:
             code = compare_golden.main([*map(str, (golden_dir, GOLDEN / "data", GOLDEN / "tokenizer")), *options])
         except SystemExit as stopped:
-            code = stopped.code
+            code = int(stopped.code or 0)
         captured = capsys.readouterr()
         return code, (captured.out + captured.err).splitlines()
 
     return main
 
 
-def test_compare_golden_prints_where_a_row_differs_and_ends_with_1(golden: Any, tmp_path: Path):
+def test_compare_golden_prints_where_a_row_differs_and_ends_with_1(golden: Any, tmp_path: Path) -> None:
     """One row each: another token, another label under the same token, a shorter row, an entry without a row."""
     rows = json.loads((GOLDEN / "tokens" / "alpaca.json").read_text(encoding="utf-8"))
     tokens, labels, short = json.loads(json.dumps(rows[:3]))
@@ -262,11 +282,11 @@ def test_compare_golden_prints_where_a_row_differs_and_ends_with_1(golden: Any, 
     assert code == 1
 
 
-def test_compare_golden_ends_with_0_when_all_rows_are_equal(golden: Any):
+def test_compare_golden_ends_with_0_when_all_rows_are_equal(golden: Any) -> None:
     assert golden(GOLDEN / "tokens", "--own-template") == (0, ["9 of 9 rows equal"])
 
 
-def test_compare_golden_ends_with_2_where_there_is_nothing_to_compare(golden: Any, tmp_path: Path):
+def test_compare_golden_ends_with_2_where_there_is_nothing_to_compare(golden: Any, tmp_path: Path) -> None:
     code, lines = golden(tmp_path)
     assert (code, lines[-1].endswith(f"{tmp_path}: no .json files, expected one for each dataset")) == (2, True)
     (tmp_path / "poems.json").write_text("[]", encoding="utf-8")
@@ -280,7 +300,7 @@ def test_compare_golden_ends_with_2_where_there_is_nothing_to_compare(golden: An
 
 
 @pytest.mark.parametrize("mode", [[], ["step"]], ids=["no mode", "another mode"])
-def test_benchmark_without_a_mode_lists_the_modes(mode: list[str]):
+def test_benchmark_without_a_mode_lists_the_modes(mode: list[str]) -> None:
     done = run(sys.executable, ROOT / "scripts" / "benchmark.py", *mode)
     assert (done.returncode, done.stdout) == (2, "")
     assert " | ".join(MODES) in done.stderr.splitlines()[-1]
@@ -294,20 +314,25 @@ def test_benchmark_without_a_mode_lists_the_modes(mode: list[str]):
         ("steps --count 0", "argument --count: expected an integer of 1 or more, found '0'"),
     ],
 )
-def test_benchmark_takes_no_option_that_its_mode_does_not_read(command: str, wrong: str):
+def test_benchmark_takes_no_option_that_its_mode_does_not_read(command: str, wrong: str) -> None:
     done = run(sys.executable, ROOT / "scripts" / "benchmark.py", *command.split())
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1].endswith(wrong)
 
 
-def test_benchmark_measures_all_variants_in_a_round_before_the_next():
+def test_benchmark_measures_all_variants_in_a_round_before_the_next() -> None:
     order: list[str] = []
-    found = take_turns(2, ["trl", "ours"], lambda name: order.append(name) or len(order))
+
+    def measure(name: str) -> int:
+        order.append(name)
+        return len(order)
+
+    found = take_turns(2, ["trl", "ours"], measure)
     assert order == ["trl", "ours", "trl", "ours"]
     assert found == {"trl": [1, 3], "ours": [2, 4]}
 
 
-def test_benchmark_counts_how_many_times_as_fast_as_trl_we_are():
+def test_benchmark_counts_how_many_times_as_fast_as_trl_we_are() -> None:
     assert spread([3.0, 1.0, 8.0]) == {"seconds": 3.0, "min": 1.0, "max": 8.0}
     assert times_trl([3.0, 1.0, 8.0], trl=[6.0, 5.0, 70.0]) == 2.0
 
@@ -323,11 +348,12 @@ def benchmark(tmp_path: Path, mode: str, *options: object) -> list[dict[str, Any
     assert names.split() == list(figures[mode][0])
     for row in figures[mode]:
         assert row.get("min", 0) <= row["seconds"] <= row.get("max", row["seconds"])
-    return figures[mode]
+    rows: list[dict[str, Any]] = figures[mode]
+    return rows
 
 
 @pytest.mark.slow
-def test_benchmark_steps_trains_trls_losses(tmp_path: Path):
+def test_benchmark_steps_trains_trls_losses(tmp_path: Path) -> None:
     variants = ["trl", "ours", "ours, packed"]
     small = ("--batch", 2, "--cutoff", 256, "--count", 1, "--repeats", 1, "--float32")
     table = benchmark(tmp_path, "steps", *small, "--variants", *variants)
@@ -340,14 +366,14 @@ def test_benchmark_steps_trains_trls_losses(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_benchmark_startup_divides_trls_seconds_by_ours(tmp_path: Path):
+def test_benchmark_startup_divides_trls_seconds_by_ours(tmp_path: Path) -> None:
     trl, ours = benchmark(tmp_path, "startup", "--repeats", 1)
     assert (trl["variant"], trl["times_trl"], ours["variant"]) == ("trl", 1, "ours")
     assert ours["times_trl"] == pytest.approx(trl["seconds"] / ours["seconds"], abs=0.01)
 
 
 @pytest.mark.slow
-def test_benchmark_preparation_makes_trls_tokens(tmp_path: Path):
+def test_benchmark_preparation_makes_trls_tokens(tmp_path: Path) -> None:
     table = benchmark(tmp_path, "preparation", "--rows", 40, "--repeats", 1)
     found = [(row["variant"], row["processes"]) for row in table]
     assert found == [("ours", 1), ("trl", 1), ("trl", 2)]
@@ -356,14 +382,14 @@ def test_benchmark_preparation_makes_trls_tokens(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_benchmark_memory_measures_each_size_and_the_imports_alone(tiny_model: Path, tmp_path: Path):
+def test_benchmark_memory_measures_each_size_and_the_imports_alone(tiny_model: Path, tmp_path: Path) -> None:
     table = benchmark(tmp_path, "memory", "--rows", 20, 40, "--model", tiny_model)
     assert [row["rows"] for row in table] == [10, 20, 40]
     assert all(100 < row["peak_mib"] < 4000 for row in table)
 
 
 @pytest.mark.slow
-def test_benchmark_scaling_gives_the_exponent_of_each_size_after_the_first(tiny_model: Path, tmp_path: Path):
+def test_benchmark_scaling_gives_the_exponent_of_each_size_after_the_first(tiny_model: Path, tmp_path: Path) -> None:
     small = ("--lengths", 64, 256, "--batches", 1, "--count", 1, "--repeats", 1, "--float32", "--model", tiny_model)
     table = benchmark(tmp_path, "scaling", *small, "--plot", tmp_path / "plots" / "scaling.png")
     assert [(row["axis"], row["size"]) for row in table] == [("length", 64), ("length", 256), ("batch", 1)]
@@ -380,7 +406,7 @@ def test_benchmark_scaling_gives_the_exponent_of_each_size_after_the_first(tiny_
 @pytest.mark.parametrize(
     "script", [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"], ids=lambda p: p.name
 )
-def test_shell_scripts_parse_and_have_unix_line_ends(script: Path):
+def test_shell_scripts_parse_and_have_unix_line_ends(script: Path) -> None:
     assert b"\r" not in script.read_bytes()
     assert run("bash", "-n", script.as_posix()).stderr == ""
 
@@ -433,7 +459,7 @@ def checkout(tmp_path: Path) -> Path:
 )
 def test_sft_train_toy_turns_the_environment_into_a_launch(
     checkout: Path, environment: dict[str, str], arguments: list[str], expected: str
-):
+) -> None:
     fakes = fake_programs(checkout, accelerate='echo "$@" "libuv $USE_LIBUV"; exit 7')
     done = run("bash", (checkout / "scripts" / "sft_train_toy.sh").as_posix(), *arguments, env=fakes | environment)
     assert done.stdout == f"launch {expected} libuv 0\n"
@@ -444,7 +470,7 @@ def test_sft_train_toy_turns_the_environment_into_a_launch(
 
 
 @needs_bash
-def test_sft_train_toy_keeps_the_log_of_the_launch_before(checkout: Path):
+def test_sft_train_toy_keeps_the_log_of_the_launch_before(checkout: Path) -> None:
     fakes = fake_programs(checkout, accelerate='echo "${@: -1}"')
     for seed in ("seed=1", "seed=2"):
         run("bash", (checkout / "scripts" / "sft_train_toy.sh").as_posix(), seed, env=fakes)
@@ -453,7 +479,7 @@ def test_sft_train_toy_keeps_the_log_of_the_launch_before(checkout: Path):
 
 
 @needs_bash
-def test_sft_train_toy_uses_the_venv_of_the_quickstart(checkout: Path):
+def test_sft_train_toy_uses_the_venv_of_the_quickstart(checkout: Path) -> None:
     (checkout / ".venv" / "bin").mkdir(parents=True)
     fakes = fake_programs(checkout / ".venv" / "bin", accelerate="echo found") | {"PATH": "/usr/bin:/bin"}
     done = run("bash", (checkout / "scripts" / "sft_train_toy.sh").as_posix(), env=fakes)
@@ -468,7 +494,7 @@ FAKE_SLURM = {
 
 
 @needs_bash
-def test_slurm_launches_every_machine_with_its_rank(checkout: Path):
+def test_slurm_launches_every_machine_with_its_rank(checkout: Path) -> None:
     fakes = fake_programs(checkout, **FAKE_SLURM, accelerate='echo "$@"')
     script = (checkout / "scripts" / "slurm_multi_node.sh").as_posix()
     done = run("bash", script, "my.yaml", "seed=1", env=fakes | SLURM, cwd=checkout)  # no .venv there to activate
@@ -480,7 +506,7 @@ def test_slurm_launches_every_machine_with_its_rank(checkout: Path):
 
 
 @needs_bash
-def test_slurm_script_outside_slurm_prints_its_usage(checkout: Path):
+def test_slurm_script_outside_slurm_prints_its_usage(checkout: Path) -> None:
     script = (checkout / "scripts" / "slurm_multi_node.sh").as_posix()
     done = run("bash", script, "my.yaml", env=fake_programs(checkout), cwd=checkout)
     assert (done.returncode, done.stderr) == (2, "usage: sbatch scripts/slurm_multi_node.sh RECIPE [key=value ...]\n")
@@ -488,7 +514,7 @@ def test_slurm_script_outside_slurm_prints_its_usage(checkout: Path):
 
 @needs_bash
 @pytest.mark.skipif(sys.platform == "win32", reason="Slurm is not on Windows")
-def test_slurm_forwards_sigterm_and_requeues(checkout: Path):
+def test_slurm_forwards_sigterm_and_requeues(checkout: Path) -> None:
     fakes = fake_programs(
         checkout,
         **FAKE_SLURM,

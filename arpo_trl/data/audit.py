@@ -76,6 +76,9 @@ def _describe_note(kind: str, name: str, times: int, info: DatasetInfo | None) -
         return f"truncated: {times:,} {name}"
     if kind == "masked tokens":
         return f"mask_spans: {times:,} token{'s' * (times != 1)} masked"
+    if kind == "result inside":
+        have = "row has" if times == 1 else "rows have"
+        return f"{times:,} {have} {name} inside a trained reply: tool results are trained on (mask_spans: result masks them)"
     text = f"{kind} `{name}` ({times:,} {'message' if 'message' in kind else 'row'}{'s' * (times != 1)})"
     # LLaMA-Factory also reads system, tools and history only if the registry names them.
     key = "tools" if name == "functions" else name

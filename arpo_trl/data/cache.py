@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -31,7 +32,10 @@ from datasets import (
     DownloadManager,
     Features,
     SplitGenerator,
+    are_progress_bars_disabled,
     config,
+    disable_progress_bars,
+    enable_progress_bars,
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
@@ -40,16 +44,17 @@ from filelock import FileLock
 from ..errors import DatasetError
 from ..recipe.keys import Recipe
 from ..run_folder import write_text
+from ..terminal import progress
 from .audit import list_rows
 from .encode import FEATURES, Encoder, encode_batches
-from .files import fingerprint, read_dataset, require_unchanged
+from .files import estimate_rows, fingerprint, read_dataset, require_unchanged
 from .in_use import is_in_use, mark_in_use
 from .labels import IGNORED
 from .pairs import SIDES
 from .registry import saved_by_llamafactory
 
 # Increase it when rows are encoded or described differently, so that cached rows are encoded again.
-FORMAT = 5
+FORMAT = 6
 TRAINED_ON = Features({name: FEATURES[name] for name in ("input_ids", "labels", "source")})
 ROWS_IN_MEMORY = 100
 Parts = dict[str, object]
@@ -119,10 +124,13 @@ class RowsBuilder(ArrowBasedBuilder):  # type: ignore[misc]
         return [SplitGenerator("train", {})]
 
     def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
-        info = self.encoder.info
-        rows = islice(read_dataset(info, streaming=False), _max_samples(self.encoder))
-        for number, batch in enumerate(encode_batches(rows, self.encoder)):
-            yield number, pa.Table.from_pylist(batch, schema=FEATURES.arrow_schema)
+        info, most = self.encoder.info, _max_samples(self.encoder)
+        rows = islice(read_dataset(info, streaming=False), most)
+        total = min(estimate_rows(info), most or sys.maxsize) if sys.stdout.isatty() else 0
+        with progress(f"encoding {info.name}", total) as advance:
+            for number, batch in enumerate(encode_batches(rows, self.encoder)):
+                yield number, pa.Table.from_pylist(batch, schema=FEATURES.arrow_schema)
+                advance(len(batch))
         require_unchanged(info, str(self.parts["data"]))
 
 
@@ -138,10 +146,15 @@ def _encode(encoder: Encoder, parts: Parts, encode_again: bool) -> Dataset:
         with FileLock(f"{encodings}.lock"):  # until the rows are marked, so that no other run removes them
             newest = max((int(path.name) for path in encodings.iterdir() if path.name.isdecimal()), default=0)
             folder = encodings / str(newest + 1 if encode_again or not newest else newest)
+            bars = are_progress_bars_disabled()
+            disable_progress_bars()  # "Generating train split", which has no ETA; RowsBuilder has its own
             try:
                 builder.download_and_prepare(str(folder))
             except DatasetGenerationError as error:
                 raise error.__cause__ or error from None
+            finally:
+                if not bars:
+                    enable_progress_bars()
             mark_in_use(folder)
             _remove_superseded(folder)
             empty = builder.info.splits["train"].num_examples == 0

@@ -6,6 +6,7 @@ marked (`mask_replies`), tokenized and labelled (`to_examples`), and described (
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ from .strict_json import excerpt
 from .template import Template
 from .tokenizer import make_tokenize
 
+RESULT = re.compile(r"<result>.+?</result>", re.DOTALL)
 BATCH_CHARACTERS = 1 << 20
 PARITY_ROWS = 32
 EXCERPT = 160
@@ -200,7 +202,8 @@ def _encode_batch(rows: list[Row], encoder: Encoder, tokenize: Tokenize) -> list
     rendered = [_render(row, encoder) for row in rows]
     examples = iter(_to_examples([sides for sides in rendered if not isinstance(sides, RowError)], encoder, tokenize))
     results = [
-        sides if isinstance(sides, RowError) else _complete(next(examples), sides, recipe) for sides in rendered
+        sides if isinstance(sides, RowError) else _complete(next(examples), sides, recipe, encoder.config)
+        for sides in rendered
     ]
     return [_to_columns(row, result, recipe.cutoff_len) for row, result in zip(rows, results)]
 
@@ -237,7 +240,9 @@ def _to_examples(
     return to_pair_examples(pairs, tokenize, encoder.config)
 
 
-def _complete(example: Example | RowError, sides: list[Rendered], recipe: Recipe) -> Example | RowError:
+def _complete(
+    example: Example | RowError, sides: list[Rendered], recipe: Recipe, config: ExampleConfig
+) -> Example | RowError:
     """Add what is known of the conversations to their example, or return why it can't be trained on."""
     if isinstance(example, RowError):
         return example
@@ -247,7 +252,18 @@ def _complete(example: Example | RowError, sides: list[Rendered], recipe: Recipe
     for conversation, _ in sides:
         example.left_out += len(conversation.messages) - conversation.replies[-1] - 1
         example.notes += conversation.unread
+    if any(_trains_on_result(segments, config) for _, segments in sides):
+        example.notes["result inside", "<result>"] = 1
     return example
+
+
+def _trains_on_result(segments: Sequence[Segment], config: ExampleConfig) -> bool:
+    """Return whether a trained reply has a tool result that mask_spans does not mask."""
+    for segment, trained in zip(segments, trained_segments(segments, config)):
+        for match in RESULT.finditer(segment.text) if trained else ():
+            if not any(span.start <= match.start() < span.end for span in segment.spans):
+                return True
+    return False
 
 
 def _to_columns(row: Row, result: Example | RowError, cutoff_len: int) -> EncodedRow:

@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import chain, count, islice
 from operator import attrgetter
 from pathlib import Path
@@ -95,6 +96,27 @@ def read_dataset(info: DatasetInfo, streaming: bool) -> Iterator[Row]:
     tables = _load_hub(info, streaming).with_format("arrow").iter(ROWS_AT_ONCE)
     values = chain.from_iterable(map(_to_values, tables))
     return (Row(f"{info.hf_hub_url}:{number}", value) for number, value in enumerate(values, 1))
+
+
+def estimate_rows(info: DatasetInfo) -> int:
+    """Return about how many rows a dataset has, without parsing them, for a progress bar; 0 if unknown.
+
+    A JSON row has the column of its messages once: quotes inside a text are escaped.
+    """
+    if info.path is None:
+        return len(_load_hub(info, streaming=False))
+    import pyarrow.parquet
+
+    column = f'"{info.columns.get("messages") or info.columns.get("prompt")}"'.encode()
+    rows = 0
+    for path in find_files(info.path):
+        if path.suffix.lower() == ".parquet":
+            with suppress(pyarrow.ArrowException):  # reported where it is read
+                rows += pyarrow.parquet.read_metadata(path).num_rows
+        elif path.suffix.lower() != ".arrow":
+            with path.open("rb") as file:
+                rows += sum(line.count(b"\n" if path.suffix.lower() == ".csv" else column) for line in file)
+    return rows
 
 
 def _read_part(files: list[Path], info: DatasetInfo) -> Iterator[Row]:

@@ -20,6 +20,7 @@ from ..data.template_probe import find_template
 from ..errors import RecipeError, RowError, printable
 from ..model.base import base_of, runs_code
 from ..report.manifest import SHARED, Results, find_manifest
+from ..terminal import to_terminal
 from .engines import Sampling, TransformersEngine, load_for_generation
 from .questions import TOOL_CALLS, Question, ResultForm
 from .rollout import describe_form, form_of, roll_out
@@ -177,7 +178,7 @@ def chat_command(args: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     chat = load_chat(args)
     limits = ToolLimits(args.time_limit, args.memory_limit) if args.run_python else None
-    print(*map(printable, describe(chat, args, limits)), sep="\n")
+    print(*(to_terminal(printable(line)) for line in describe(chat, args, limits)), sep="\n")
     tools = ChatTools(limits, None if args.prompt else ask)
     messages: list[Message] = [{"role": "system", "content": chat.system}] if chat.system else []
     while text := args.prompt or ask("you: "):

@@ -24,6 +24,7 @@ from ..data.template_probe import find_template
 from ..errors import RecipeError, in_one_line
 from ..report.serving_flags import call_mark, serving_flags
 from ..run_folder import write_json
+from ..terminal import to_terminal
 from .reference import load_reference
 from .reply_check import ReplyCheck, check_replies, overflow
 from .server_protocols import Chat, Rendered, Reply, Server, ServerError, TransformersServe, connect
@@ -73,7 +74,7 @@ def check_serving_command(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     report = check_serving(args.model, args.url, args.rows, args.served_model, args.dtype)
-    print("\n".join(report.lines()))
+    print(to_terminal("\n".join(report.lines())))
     if args.json:
         write_json(args.json, asdict(report) | {"passed": not report.differences})
     return 1 if report.differences else 0

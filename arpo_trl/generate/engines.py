@@ -26,7 +26,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import RecipeError, RunFailed, in_one_line
-from ..machine import is_out_of_memory
+from ..machine import format_bytes, is_out_of_memory
 from ..model.base import auto_class, base_of
 from ..model.model import end_tokens
 from ..report.console import say
@@ -193,7 +193,7 @@ def _fits_in_float32(folder: Path) -> bool:
     if not is_half or needed < free:
         return True
     say(
-        f"{folder}: float32 needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; loaded in half precision, which is slow "
+        f"{folder}: float32 needs {format_bytes(needed)}, {format_bytes(free)} are free; loaded in half precision, which is slow "
         "on a CPU without bfloat16 instructions"
     )
     return False

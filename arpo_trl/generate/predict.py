@@ -21,7 +21,14 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..data.labels import IGNORED
@@ -32,6 +39,7 @@ from ..model.model import end_tokens
 from ..recipe.keys import Recipe
 from ..report.console import say
 from ..run_folder import save_metrics
+from ..terminal import progress
 from .scores import Reply, describe_scores, score_replies
 from .tags import CALL_ENDS
 
@@ -114,14 +122,20 @@ def generate(
     was_training = model.training
     model.eval()
     gpus = [state.device.index or 0] if state.device.type == "cuda" else []
+    steps = -(-len(batches) // state.num_processes) * config.max_new_tokens
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=gpus):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=gpus),
+            progress("generating", steps, state.is_main_process) as advance,
+        ):
             for first in range(0, len(batches), state.num_processes):
                 number = first + state.process_index
                 if number < len(batches):
                     torch.manual_seed(seed + number)
                     batch = [prompts[at] for at in batches[number]]
-                    replies += zip(batches[number], _generate_batch(model, batch, tokenizer, config), strict=True)
+                    written = _generate_batch(model, batch, tokenizer, config, advance)
+                    replies += zip(batches[number], written, strict=True)
                 after_batch()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -137,8 +151,23 @@ def generate(
     return [ids for _, ids in sorted(replies)]
 
 
+class _EachToken(StoppingCriteria):
+    """Advances a progress bar after each token, and stops nothing."""
+
+    def __init__(self, advance: Callable[[float], None]) -> None:
+        self.advance = advance
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        self.advance(1)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def _generate_batch(
-    model: Model, batch: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
+    model: Model,
+    batch: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    config: GenerationConfig,
+    advance: Callable[[float], None],
 ) -> list[list[int]]:
     contexts = [torch.tensor(prompt.context) for prompt in batch]
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
@@ -148,8 +177,13 @@ def _generate_batch(
     if not batch[0].ends_turn:
         config = GenerationConfig(**config.to_dict() | {"stop_strings": CALL_ENDS})
     written = cast(GenerationMixin, model).generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=config,
+        tokenizer=tokenizer,
+        stopping_criteria=StoppingCriteriaList([_EachToken(advance)]),
     )
+    advance(config.max_new_tokens - (written.shape[1] - ids.shape[1]))  # the replies ended earlier
     replies = []
     for row in written[:, ids.shape[1] :].tolist():
         last = next((at for at, token in enumerate(row) if token in config.eos_token_id), len(row))
@@ -243,7 +277,8 @@ def eval_prompts(recipe: Recipe, model: Model, data: PreparedData, most: int | N
         complete, cut = find_prompts(first, name, ends)
         prompts += complete
         if cut:
-            say(f"predict  {name}: {cut:,} replies skipped, they are truncated at cutoff_len {recipe.cutoff_len}")
+            replies = "1 reply skipped, it is" if cut == 1 else f"{cut:,} replies skipped, they are"
+            say(f"predict  {name}: {replies} truncated at cutoff_len {recipe.cutoff_len}")
     if not prompts:
         raise recipe.error("do_predict", f"no reply ends within cutoff_len {recipe.cutoff_len}. Raise cutoff_len")
     return prompts

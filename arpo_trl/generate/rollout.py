@@ -26,9 +26,10 @@ from ..model.base import uses_bf16_autocast
 from ..model.model import load_model
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
-from ..report.console import logged_to, say, start_bar
+from ..report.console import logged_to, say
 from ..report.manifest import Results, find_manifest, run_day
 from ..run_folder import save_metrics, write_text
+from ..terminal import start_bar
 from .engines import Engine, Request, Sampling, TransformersEngine, load_for_generation
 from .questions import INSIDE, Question, ResultForm, read_questions
 from .rollout_files import ROLLOUTS, append_lines, begin, finish, part_path, read_lines, to_row, to_text

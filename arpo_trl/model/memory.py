@@ -151,14 +151,15 @@ def model_shape(recipe: Recipe) -> PreTrainedModel | PeftModel:
 
 def describe_memory(memory: Memory, gpu: int | None) -> str:
     """Return the parts, and the GPU that they fit. `gpu`: bytes of this machine's GPU, if it has one."""
+    unit, name_of_unit = (1e9, "GB") if memory.peak > 1e8 else (1e6, "MB")
     shown = [name for name in memory._fields if name != "reference" or memory.reference]
-    parts = ", ".join(f"{name} {getattr(memory, name) / 1e9:.1f}" for name in shown)
+    parts = ", ".join(f"{name} {getattr(memory, name) / unit:.1f}" for name in shown)
     if gpu is not None:
         fits = f"{'fits' if memory.peak < USABLE * gpu else 'does not fit'} this {gpu / 1e9:.0f} GB GPU"
     else:
         sizes = [size for size in GPU_SIZES if memory.peak < USABLE * size * 1e9]
         fits = f"fits a {sizes[0]} GB GPU" if sizes else f"does not fit an {GPU_SIZES[-1]} GB GPU"
-    return f"about {memory.peak / 1e9:.1f} GB peak ({parts}); {fits}"
+    return f"about {memory.peak / unit:.1f} {name_of_unit} peak ({parts}); {fits}"
 
 
 def _largest_batch(recipe: Recipe, args: SFTConfig, rows: Dataset) -> tuple[int, int, int]:

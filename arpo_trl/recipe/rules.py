@@ -72,11 +72,15 @@ def _notices(recipe: Recipe, resolved: Recipe, rollout: bool) -> Iterator[str]:
     if unused and not (resolved.do_predict or recipe.predict_during_eval or rollout):
         yield f"{', '.join(unused)}: ignored unless do_predict or predict_during_eval is set"
     yield from preference.notices(recipe)
-    if recipe.trust_remote_code:
-        yield "trust_remote_code: the model's own code is run if transformers does not support its architecture"
     if recipe.pure_bf16:
         yield "pure_bf16: bfloat16 has 8 bits of precision; at small learning rates most updates are rounded to zero"
     yield from methods.notices(recipe)
+
+
+def changed_keys(recipe: Recipe) -> dict[str, object]:
+    """Return the keys of a resolved recipe whose values differ from their defaults."""
+    defaults = resolve(Recipe(model_name_or_path="", output_dir="")).resolved()
+    return {key: value for key, value in recipe.resolved().items() if value != defaults.get(key)}
 
 
 def wandb_is_disabled() -> bool:

@@ -1,4 +1,4 @@
-"""Terminal output and `training.log`: lines go to both, the progress bar to the terminal only."""
+"""Lines for the terminal and `training.log`, and what the libraries log. Progress bars are terminal.py's."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..errors import RecipeError, RunFailed, printable
 from ..recipe import methods
 from ..shell import quote_command
+from ..terminal import to_terminal
 
 TIED_HEAD_IS_MISSING = "missing keys in the checkpoint model loaded: ['lm_head.weight']"
 LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "transformers", "trl", "py.warnings")
@@ -101,29 +102,13 @@ def _handlers(log: logging.Handler) -> Iterator[None]:
         log.close()
 
 
-def start_bar(total: int, initial: int) -> tqdm | None:
-    """Return the run's progress bar, or None if the output is not a terminal. `say` prints above it."""
-    if not sys.stdout.isatty():
-        return None
-    from transformers.utils.logging import disable_progress_bar  # not above: this module is imported before torch
-
-    disable_progress_bar()  # "Writing model shards" would be drawn across ours
-    return tqdm(
-        total=total,
-        initial=initial,
-        file=sys.stdout,
-        dynamic_ncols=True,
-        bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed} < {remaining}{postfix}",
-    )
-
-
 def say(*lines: str) -> None:
     """On the main process, print lines and write them to training.log. A closed terminal does not end the run."""
     from accelerate import PartialState  # not above: this module is imported before torch
 
     for line in lines if PartialState().is_main_process else ():
         with contextlib.suppress(OSError, ValueError):
-            tqdm.write(printable(line))
+            tqdm.write(to_terminal(printable(line)))
             sys.stdout.flush()
         log_only(line)
 

@@ -54,7 +54,8 @@ def plot_loss(lines: list[LogLine], picture: Path, name: str = "loss") -> None:
     for metric in names:
         evals = [(line["current_steps"], line[metric]) for line in lines if metric in line]
         color = "tab:red" if metric == f"eval_{name}" else next(colors)
-        axes.plot(*zip(*evals, strict=True), "o-", color=color, markersize=4, label=metric.replace("_", " "))
+        line = "o-" if len(evals) > 2 else "o"  # two points, such as the first and the last, are no curve
+        axes.plot(*zip(*evals, strict=True), line, color=color, markersize=4, label=metric.replace("_", " "))
     for i, folder in enumerate(list_checkpoints(picture.parent)):
         axes.axvline(
             checkpoint_step(folder), color="grey", linewidth=0.8, linestyle=":", label="checkpoint" if i == 0 else None

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..run_folder import own_path, read_json, write_text
@@ -37,8 +38,8 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)")
 
 
-def write_model_card(output_dir: Path, manifest: Manifest, recipe_yaml: str) -> None:
-    """Write README.md from run.json, trainer_log.jsonl, all_results.json, trainer_state.json and the recipe.
+def write_model_card(output_dir: Path, manifest: Manifest, changed_keys: dict[str, object]) -> None:
+    """Write README.md from run.json, trainer_log.jsonl, all_results.json, trainer_state.json and the changed keys.
 
     The header is metadata for the Hub (https://huggingface.co/docs/hub/model-cards#model-card-metadata). It has no
     license, which the publisher chooses, and no base model if that is a local folder.
@@ -77,7 +78,7 @@ def write_model_card(output_dir: Path, manifest: Manifest, recipe_yaml: str) -> 
         time=format_seconds(max(results.get("train_runtime", 0), run_seconds(log))),
         figures={name: value for name, value in figures.items() if value is not None},
         plots=[name for name in PLOTS if (output_dir / name).exists()],
-        recipe=recipe_yaml.strip(),
+        recipe=yaml.safe_dump(changed_keys, sort_keys=False, allow_unicode=True).strip(),
         folder=folder,
         model=model,
         servers=serving_commands(output_dir, names, lora),

@@ -19,18 +19,30 @@ from ..data.audit import token_lengths
 from ..data.labels import IGNORED
 from ..data.prepare import PreparedData
 from ..errors import RecipeError
-from ..machine import folder_bytes, free_space, gpu_memory, missing_space
+from ..machine import folder_bytes, format_bytes, free_space, gpu_memory, missing_space
 from ..model.memory import describe_memory, estimate_memory, model_shape
 from ..recipe.keys import Recipe
-from ..recipe.rules import resolve
+from ..recipe.rules import changed_keys
 from ..report.console import say
 from ..report.log_file import format_seconds, read_log
+from ..report.manifest import read_manifest
 from ..run_folder import list_checkpoints
 from .checkpoints import checkpoint_bytes, saved_bytes
 from .reference import report_reference
 from .setup import check_after_torch, load_rows
-from .start_and_end_report import describe_setup, describe_steps, warn_of_schedule
+from .start_and_end_report import (
+    checkpoint_steps,
+    describe_setup,
+    describe_steps,
+    warn_of_disk,
+    warn_of_schedule,
+)
 
+DECIDE_SPEED = (
+    "model_name_or_path stage finetuning_type lora_rank quantization_bit bf16 fp16 pure_bf16 optim packing padding_free "
+    "per_device_train_batch_size gradient_accumulation_steps disable_gradient_checkpointing"
+).split()
+"""Keys that an earlier run must share for its speed to be that of this one."""
 BINS = 10
 BAR = 40
 
@@ -49,8 +61,7 @@ def check(recipe: Recipe, verbose: bool = False) -> None:
     args = check_after_torch(recipe)
     data = load_rows(recipe, args)
     lines, problem = _describe_run(recipe, args, data, verbose)
-    defaults = resolve(Recipe(model_name_or_path="", output_dir="")).resolved()
-    keys = {key: value for key, value in recipe.resolved().items() if verbose or value != defaults.get(key)}
+    keys = recipe.resolved() if verbose else changed_keys(recipe)
     shown = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True).splitlines()
     title = "every key" if verbose else "keys that differ from their defaults (all keys: --check -v)"
     for line in [*lines, "", f"recipe   {title}", *(f"  {line}" for line in shown), *recipe.notices]:
@@ -70,6 +81,7 @@ def _describe_run(
     model = model_shape(recipe)
     saved = checkpoint_steps(args, per_epoch, total)
     needed, disk = describe_checkpoints(recipe, args, model, saved)
+    checkpoint = checkpoint_bytes(model, args)
     steps = f"{'about ' * recipe.packing}{describe_steps(args, total, data, recipe.packing)}"
     lines = [
         *describe_setup(recipe, model, args),
@@ -80,10 +92,11 @@ def _describe_run(
         *warn_of_schedule(args, total),
         f"time     {describe_time(recipe, args, data, total)}",
         f"disk     {disk}",
+        *warn_of_disk(Path(recipe.output_dir), args.save_total_limit, checkpoint, len(saved)),
     ]
     rows_known = isinstance(data.train, Dataset) and len(data.train) > 0
     if rows_known and (memory := estimate_memory(recipe, args, model, data.train)):
-        lines.insert(-1, f"memory   {describe_memory(memory, gpu_memory())}")
+        lines.insert(lines.index(f"disk     {disk}"), f"memory   {describe_memory(memory, gpu_memory())}")
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
         needed -= sum(folder_bytes(folder) for folder in list_checkpoints(Path(recipe.output_dir)))
     full = missing_space(Path(recipe.output_dir), needed, "the whole run")
@@ -110,10 +123,12 @@ def describe_rows(data: PreparedData, verbose: bool) -> list[str]:
 
 
 def describe_time(recipe: Recipe, args: SFTConfig, data: PreparedData, steps: int) -> str:
-    """Return the time of all steps at the speed of an earlier run in output_dir, if any."""
+    """Return the time of all steps at the speed of an earlier run in output_dir, if it computed the same."""
     log = read_log(Path(recipe.output_dir) / "trainer_log.jsonl")
     speeds = [line["tokens_per_second"] for line in log if line.get("tokens_per_second")]
-    if not speeds or not isinstance(data.train, Dataset):
+    earlier, now = read_manifest(Path(recipe.output_dir)), recipe.resolved()
+    is_same = earlier is not None and all(earlier.recipe.get(key) == now.get(key) for key in DECIDE_SPEED)
+    if not speeds or not is_same or not isinstance(data.train, Dataset):
         return "unknown; shown after the first steps"
     rows_per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     tokens = steps * rows_per_step * (recipe.cutoff_len if recipe.packing else float(token_lengths(data.train).mean()))
@@ -159,17 +174,6 @@ def count_steps(args: SFTConfig, rows: int) -> tuple[int, int]:
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 
-def checkpoint_steps(args: SFTConfig, per_epoch: int, total: int) -> list[int]:
-    """Return the steps with a checkpoint; with save_strategy: steps, the last step is always one."""
-    if args.save_strategy == "no":
-        return []
-    best = args.save_strategy == "best"  # at most one per evaluation
-    strategy, steps = (args.eval_strategy, args.eval_steps) if best else (args.save_strategy, args.save_steps)
-    every = per_epoch if strategy == "epoch" or not steps else steps
-    every = math.ceil(every * total) if every < 1 else int(every)
-    return sorted({*range(every, total + 1, every), total})
-
-
 def describe_checkpoints(
     recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel, saved: Sequence[int]
 ) -> tuple[int, str]:
@@ -179,8 +183,8 @@ def describe_checkpoints(
     at_once = min(len(saved), kept + 1)  # the oldest is deleted once the newest is complete
     needed = at_once * checkpoint + saved_bytes(model)
     steps = ", ".join(f"{step:,}" for step in (saved if len(saved) < 9 else [*saved[:4], *saved[-1:]]))
-    count = f"{len(saved)} checkpoint{'s' * (len(saved) != 1)} of {checkpoint / 1e9:.2f} GB"
+    count = f"{len(saved)} checkpoint{'s' * (len(saved) != 1)} of {format_bytes(checkpoint)}"
     return needed, (
         f"{count}{f' (after step {steps})' if saved else ''}, {kept} kept; "
-        f"{needed / 1e9:.2f} GB in all, {free_space(Path(recipe.output_dir)) / 1e9:.2f} GB free"
+        f"{format_bytes(needed)} in all, {format_bytes(free_space(Path(recipe.output_dir)))} free"
     )

@@ -20,7 +20,7 @@ from datasets import Dataset
 
 from ..data.labels import IGNORED
 from ..errors import RunFailed, in_one_line
-from ..machine import gpu_memory, is_out_of_memory, peak_memory
+from ..machine import format_bytes, gpu_memory, is_out_of_memory, peak_memory
 from ..model.base import compute_dtype
 from ..model.memory import USABLE, Row, estimate_memory, longest_batch, model_shape
 from ..recipe.keys import Recipe
@@ -71,7 +71,7 @@ def find_skip_reason(recipe: Recipe, trainer: ArpoTrainer) -> str | None:
     if memory is None or memory.peak > LITTLE_MEMORY:
         return None
     return (
-        f"preflight  skipped, the longest batch needs only about {memory.peak / 1e9:.1f} GB (force: preflight: true)"
+        f"preflight  skipped, the longest batch needs only about {format_bytes(memory.peak)} (force: preflight: true)"
     )
 
 
@@ -86,7 +86,7 @@ def _run_training(trainer: ArpoTrainer, choose_checkpointing: bool) -> str:
     steps = trainer.state.max_steps - trainer.state.global_step
     tokens_per_step = mean_length * args.per_device_train_batch_size * args.gradient_accumulation_steps
     return (
-        f"preflight  longest batch ({tokens:,} tokens) ok, peak {peak / 1e9:.2f} GB; "
+        f"preflight  longest batch ({tokens:,} tokens) ok, peak {format_bytes(peak)}; "
         f"about {format_seconds(seconds / tokens * tokens_per_step * steps)} for {steps:,} steps"
     )
 

@@ -29,15 +29,19 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 HUB_TIMEOUT = 5.0  # seconds; huggingface_hub tries for more than a minute
 
 
-def check_before_torch(recipe: Recipe) -> Recipe:
+def check_before_torch(recipe: Recipe, starts_run: bool = True) -> Recipe:
     """Check all that needs no torch, so that a typo is reported in less than a second. See setup.py for the rest."""
-    recipe = check_inputs(recipe)
+    recipe = check_inputs(recipe, starts_run)
     check_packages(recipe)
     return recipe
 
 
-def check_inputs(recipe: Recipe) -> Recipe:
+def check_inputs(recipe: Recipe, starts_run: bool = True) -> Recipe:
     """Check that the files, datasets and models of a recipe exist, and that output_dir is free.
+
+    Args:
+        recipe: From `read_recipe`.
+        starts_run: False if nothing is trained: then a finished run in output_dir is a notice.
 
     Returns:
         The recipe, with notices about its datasets and the Hub.
@@ -51,8 +55,9 @@ def check_inputs(recipe: Recipe) -> Recipe:
     config = {} if missing else _config(recipe.model_name_or_path, recipe, hub)
     missing += methods.quantized_conflicts(recipe, config)
     missing += _vocabulary(recipe, config, hub) if config else []
+    finished = _finished_run(recipe) if recipe.do_train and not missing else None
     if recipe.do_train and not missing:
-        missing += _output_dir(recipe)
+        missing += [*_output_dir(recipe), *([("output_dir", finished)] if finished and starts_run else [])]
     lines = [str(recipe.error(key, problem)) for key, problem in missing]
     try:
         if hub is None and uses_hub(recipe):
@@ -63,6 +68,12 @@ def check_inputs(recipe: Recipe) -> Recipe:
     if lines:
         raise RecipeError(lines)
     recipe = methods.keep_quantization(recipe, config)
+    if recipe.trust_remote_code and (not config or "auto_map" in config):
+        recipe = recipe.with_notices(
+            f"trust_remote_code: code of {recipe.model_name_or_path} is run if transformers does not support its architecture"
+        )
+    if finished:
+        recipe = recipe.with_notices(f"output_dir: {finished}")
     if hub and hub.status == "unreachable":
         recipe = recipe.with_notices(f"{recipe.path}: {hub.reason}; files of the Hub are taken from its cache")
     return recipe
@@ -102,7 +113,8 @@ def _push_to_hub(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def check_output_dir(recipe: Recipe) -> None:
     """Raise RecipeError if output_dir is the folder of the model to train, or has a model that must not be replaced."""
-    _raise(recipe, list(_output_dir(recipe)))
+    finished = _finished_run(recipe)
+    _raise(recipe, [*_output_dir(recipe), *([("output_dir", finished)] if finished else [])])
 
 
 def _raise(recipe: Recipe, missing: list[tuple[str, str]]) -> None:
@@ -132,6 +144,22 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield key, f"{path}: not a valid folder name ({getattr(error, 'strerror', None) or error})"
 
 
+def _finished_run(recipe: Recipe) -> str | None:
+    """Return that output_dir contains a finished run, which would not be resumed or replaced, or None."""
+    keeps = not (recipe.resume_from_checkpoint or recipe.overwrite_output_dir)
+    if not (keeps and _run_status(Path(recipe.output_dir)) == "finished"):
+        return None
+    return (
+        f"{recipe.output_dir} contains a finished run; choose another folder, or set overwrite_output_dir: true to start "
+        "over"
+    )
+
+
+def _run_status(output_dir: Path) -> str | None:
+    run = read_json(output_dir / MANIFEST)
+    return run.get("status") if isinstance(run, dict) else None
+
+
 def _output_dir(recipe: Recipe) -> Iterator[tuple[str, str]]:
     output_dir = Path(recipe.output_dir)
     home = output_dir.resolve()
@@ -143,14 +171,9 @@ def _output_dir(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield "output_dir", f"{output_dir} contains {model}, {path.name}; choose another folder"
     if recipe.resume_from_checkpoint or recipe.overwrite_output_dir:
         return
-    run = read_json(output_dir / MANIFEST)
-    status = run.get("status") if isinstance(run, dict) else None
-    if status == "finished":
-        yield (
-            "output_dir",
-            f"{output_dir} contains a finished run; choose another folder, or set overwrite_output_dir: true to start over",
-        )
-    if status is None and any((output_dir / name).exists() for name in ("config.json", "adapter_config.json")):
+    if _run_status(output_dir) is None and any(
+        (output_dir / name).exists() for name in ("config.json", "adapter_config.json")
+    ):
         yield (
             "output_dir",
             f"{output_dir} contains a model that was not written by a run; choose another folder, or set "

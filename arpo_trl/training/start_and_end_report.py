@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from ..data.prepare import PreparedData
 from ..errors import program
-from ..machine import free_space
+from ..machine import format_bytes, free_space
 from ..model.base import lacks_bf16_instructions
 from ..recipe.keys import COMMAND_LINE, Recipe
 from ..report.log_file import describe_evaluation, format_seconds, read_log, run_seconds
@@ -25,21 +25,27 @@ from ..shell import quote_command
 from .reference import report_reference
 from .trainer import ArpoTrainer
 
+MUCH_SPACE = 20e9
+"""Bytes of checkpoints that are reported before a run, or fewer if they fill half of the free space."""
+
 
 def start_report(recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, checkpoint: Path | None) -> list[str]:
     """Return what the run is about to do, so that a mistake in the recipe is noticed before it costs hours."""
     model, args, writer = trainer.accelerator.unwrap_model(trainer.model), trainer.args, trainer.checkpoints
-    saved = f"{writer.expected_bytes / 1e9:.2f} GB per checkpoint, {writer.save_total_limit or 'all'} kept"
+    saved = f"{format_bytes(writer.expected_bytes)} per checkpoint, {writer.save_total_limit or 'all'} kept"
     if args.save_strategy == "no":
         saved = "no checkpoints"
+    total = trainer.state.max_steps
+    steps = checkpoint_steps(args, math.ceil(total / max(trainer.state.num_train_epochs, 1)), total)
     return [
         *describe_setup(recipe, model, args),
         *report_reference(recipe),
         *(f"data     {line}" for line in [*data.audit.lines(), *data.notices]),
         *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
-        f"steps    {describe_steps(args, trainer.state.max_steps, data, recipe.packing)}",
-        *warn_of_schedule(args, trainer.state.max_steps),
-        f"disk     {saved}; {free_space(Path(recipe.output_dir)) / 1e9:,.1f} GB free",
+        f"steps    {describe_steps(args, total, data, recipe.packing)}",
+        *warn_of_schedule(args, total),
+        f"disk     {saved}; {format_bytes(free_space(Path(recipe.output_dir)))} free",
+        *warn_of_disk(Path(recipe.output_dir), writer.save_total_limit, writer.expected_bytes, len(steps)),
         f"output   {args.output_dir}{f', resuming from {checkpoint.name}' if checkpoint else ''}",
     ]
 
@@ -69,11 +75,15 @@ def describe_model(model: PreTrainedModel | PeftModel) -> str:
 
 
 def precision(model: PreTrainedModel | PeftModel, args: TrainingArguments) -> str:
-    """Return the dtype of the trained weights, and that of the computation."""
-    trained = next((p.dtype for p in model.parameters() if p.requires_grad), model.dtype)
-    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    stored = str(trained).removeprefix("torch.")
-    return f"{stored}, computed in {computed}" if computed and computed != stored else stored
+    """Return the dtype of the trained weights, that of the frozen ones, and that of the computation."""
+    dtypes = {
+        p.requires_grad: str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()
+    }
+    stored = dtypes.get(True) or str(model.dtype).removeprefix("torch.")
+    frozen = dtypes.get(False, stored)
+    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else stored
+    weights = f"{stored}, frozen weights in {frozen}" if frozen != stored else stored
+    return weights if computed == stored else f"{weights}, computed in {computed}"
 
 
 def describe_device(args: TrainingArguments) -> str:
@@ -93,15 +103,17 @@ def missing_gpu(recipe: Recipe) -> list[str]:
     by_config = os.environ.get("ACCELERATE_USE_CPU", "true").lower() == "false"
     if torch.accelerator.is_available() or not (keys or by_config):
         return []
-    expects = f"{keys[0]}: true" if keys else "the accelerate config"
-    if torch.version.cuda or torch.version.hip:
-        cause = f"torch {torch.__version__} supports GPUs; does `nvidia-smi` (AMD: `rocm-smi`) list one?"
-    else:
-        cause = (
-            f"torch {torch.__version__} is a CPU build, as pip always installs on Windows; "
-            "https://pytorch.org/get-started/locally shows the right install command"
-        )
-    lines = [f"         training on the CPU, although {expects} expects a GPU: {cause}"]
+    lines = []
+    if not recipe.trl.get("use_cpu"):
+        expects = f"{keys[0]}: true" if keys else "the accelerate config"
+        if torch.version.cuda or torch.version.hip:
+            cause = f"torch {torch.__version__} supports GPUs; does `nvidia-smi` (AMD: `rocm-smi`) list one?"
+        else:
+            cause = (
+                f"torch {torch.__version__} is a CPU build, as pip always installs on Windows; "
+                "https://pytorch.org/get-started/locally shows the right install command"
+            )
+        lines.append(f"         training on the CPU, although {expects} expects a GPU: {cause}")
     if lacks_bf16_instructions() and recipe.bf16 and not recipe.pure_bf16 and not recipe.force_bf16:
         reason = "which is faster on this CPU without bfloat16 instructions"
         lines.append(f"         bf16: true is computed in float32, {reason}; force_bf16: true keeps bfloat16")
@@ -154,6 +166,26 @@ def warn_of_schedule(args: TrainingArguments, total: int) -> list[str]:
     else:
         cause, fix = f"warmup_steps {warmup:,} of {total:,} steps", "lower warmup_steps"
     return [f"         {cause}: the learning rate only reaches {peak:.0%} of learning_rate; {fix}"]
+
+
+def checkpoint_steps(args: TrainingArguments, per_epoch: int, total: int) -> list[int]:
+    """Return the steps with a checkpoint; with save_strategy: steps, the last step is always one."""
+    if args.save_strategy == "no":
+        return []
+    best = args.save_strategy == "best"  # at most one per evaluation
+    strategy, steps = (args.eval_strategy, args.eval_steps) if best else (args.save_strategy, args.save_steps)
+    every = per_epoch if strategy == "epoch" or not steps else steps
+    every = math.ceil(every * total) if every < 1 else int(every)
+    return sorted({*range(every, total + 1, every), total})
+
+
+def warn_of_disk(folder: Path, limit: int | None, checkpoint: int, count: int) -> list[str]:
+    """Return a line that names save_total_limit if it is not set (`limit`) and `count` checkpoints take much space."""
+    needed = count * checkpoint
+    if limit or count <= 2 or needed < min(MUCH_SPACE, free_space(folder) / 2):
+        return []
+    last_two = f"save_total_limit: 2 keeps the last two, {format_bytes(2 * checkpoint)}"
+    return [f"         all {count:,} checkpoints take {format_bytes(needed)}; {last_two}"]
 
 
 def end_report(

@@ -28,10 +28,11 @@ from ..model.model import load_model, stop_after_calls
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
 from ..recipe.read import read_recipe
+from ..recipe.rules import changed_keys
 from ..report.console import logged_to, say
 from ..report.log_file import LogLine, mean_loss, read_log
 from ..report.loss_plot import plot_run
-from ..report.manifest import Manifest, describe_run, read_manifest, recipe_text, require_same_run
+from ..report.manifest import Manifest, describe_run, read_manifest, require_same_run
 from ..report.model_card import write_model_card
 from ..report.preview import describe_example
 from ..report.trackers import continue_curves, finish_trackers, start_trackers
@@ -250,7 +251,7 @@ def add_callbacks(
         PredictOnEvaluate(recipe, trainer, data) if recipe.predict_during_eval else None,
         StopEarly(recipe.early_stopping_steps) if recipe.early_stopping_steps else None,  # may read predict's scores
         stop,
-        TrainerLog(Path(recipe.output_dir) / "trainer_log.jsonl", recipe.plot_loss),
+        TrainerLog(Path(recipe.output_dir) / "trainer_log.jsonl", recipe.plot_loss, trainer),
         SaveAfterEpochEnd(),
         BeforeFirstStep(lambda: before_first_step(recipe, trainer, data, checkpoint)),
     ):
@@ -302,7 +303,7 @@ def write_results(
             plot_run(read_log(output_dir / "trainer_log.jsonl"), output_dir)
         except OSError as error:  # on Windows, if a viewer has it open
             say(f"training_loss.png could not be written ({error}); the model is saved")
-    write_model_card(output_dir, manifest, recipe_text(recipe))
+    write_model_card(output_dir, manifest, changed_keys(recipe))
     match_umask(output_dir)
     manifest.write(output_dir, "finished")
 

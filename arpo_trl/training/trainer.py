@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler
@@ -30,7 +30,8 @@ from ..model.base_files import BaseFiles
 from ..model.methods.moe import router_loss_kept
 from ..model.optimizer_settings import read_settings, restore_settings
 from ..model.token_scores import Objective, score_labelled_positions_only
-from .checkpoints import CheckpointWriter, checkpoint_bytes
+from ..terminal import progress, progress_of_files
+from .checkpoints import CheckpointWriter, checkpoint_bytes, saved_bytes
 from .failures import describe_not_finite, describe_out_of_memory, find_sources
 from .loss import Batch, count_tokens, mask_repeated_rows, token_means
 from .order import Endless, EpochOrder
@@ -103,6 +104,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         self._sums: list[Tensor] = []  # of each batch, see _score
         self.last_batch = ""  # "training batch of 2 x 100 tokens"
         self._eval_sums = self._no_sums()
+        self._advance: Callable[[float], None] = lambda _: None
         if preference:
             self.data_collator = PairCollator(self.data_collator)
         self.pending_evaluation = self.has_stepped = False
@@ -271,7 +273,9 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
 
     def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         self.last_batch = f"evaluation batch of {_shape(inputs)} tokens"
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        outputs = super().prediction_step(model, inputs, *args, **kwargs)
+        self._advance(1)
+        return outputs
 
     def evaluate(
         self,
@@ -321,10 +325,13 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, overall)
         return metrics | overall
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self, dataloader: DataLoader[Batch], *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
         self._eval_sums = self._no_sums()
         kwargs["metric_key_prefix"] = metric_key_prefix
-        output: EvalLoopOutput = super().evaluation_loop(*args, **kwargs)
+        with progress("evaluating", len(dataloader), self.is_world_process_zero()) as self._advance:
+            output: EvalLoopOutput = super().evaluation_loop(dataloader, *args, **kwargs)
         assert output.metrics is not None
         output.metrics.update(self._means(self._eval_sums, metric_key_prefix))
         return output
@@ -386,14 +393,18 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
 
         https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L3363
         """
-        self.checkpoints.save(self, lambda: super(ArpoTrainer, self)._save_checkpoint(model, trial))  # type: ignore[no-untyped-call]
+        folder = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
+        with progress_of_files(
+            f"saving {folder.name}", folder, self.checkpoints.expected_bytes, self.args.should_save
+        ):
+            self.checkpoints.save(self, lambda: super(ArpoTrainer, self)._save_checkpoint(model, trial))  # type: ignore[no-untyped-call]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: TRL writes one into every checkpoint, with base model None for a local path. `train` writes ours."""
 
     def save_final_model(self, base: BaseFiles | None) -> None:
         """Save the model and tokenizer at the root of `output_dir`, as the base's files are (None: as trained)."""
-        model = self.accelerator.unwrap_model(self.model)
+        model, output_dir = self.accelerator.unwrap_model(self.model), Path(str(self.args.output_dir))
         if base is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             weights = self.accelerator.get_state_dict(self.model_wrapped)  # a collective of all processes
             if self.args.should_save:
@@ -405,16 +416,16 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         else:
             if base is not None:
                 base.cast(model)
-            self.save_model()
+            with progress_of_files("saving the model", output_dir, saved_bytes(model), self.args.should_save):
+                self.save_model()
         if not self.args.should_save:
             return
         if base is not None:
-            base.restore_configs(Path(str(self.args.output_dir)))
+            base.restore_configs(output_dir)
         others = ["adapter_*"]  # of an earlier run, which from_pretrained would load
         if isinstance(model, PeftModel):
             model.generation_config.save_pretrained(self.args.output_dir)  # PEFT omits it, with its end-of-turn token
             others = ["model*.safetensors*", "config.json"]
-        output_dir = Path(str(self.args.output_dir))
         for path in [path for other in others for path in output_dir.glob(other)]:
             path.unlink()
 

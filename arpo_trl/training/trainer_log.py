@@ -7,13 +7,16 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.logging import disable_progress_bar
 
-from ..report.console import log_only, say, start_bar
+from ..data.audit import token_lengths
+from ..report.console import log_only, say
 from ..report.log_file import (
     LogLine,
     describe_evaluation,
@@ -25,6 +28,8 @@ from ..report.log_file import (
 )
 from ..report.loss_plot import plot_run
 from ..run_folder import write_text
+from ..terminal import RUN_BAR, start_bar
+from .trainer import ArpoTrainer
 
 RENAMED = {"learning_rate", "num_tokens"}  # lr and seen_tokens
 
@@ -35,6 +40,24 @@ def remove_progress_bar(trainer: Trainer) -> None:
         trainer.remove_callback(callback)
 
 
+def count_tokens_of_run(trainer: ArpoTrainer) -> int:
+    """Return the tokens of all steps, about; 0 for a stream."""
+    args, rows = trainer.args, trainer.train_dataset
+    if not isinstance(rows, Dataset):
+        return 0
+    epochs = args.num_train_epochs
+    if args.max_steps > 0:
+        per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        epochs = args.max_steps * per_step / len(rows)
+    return int(token_lengths(rows).sum() * epochs)
+
+
+class _Point(NamedTuple):
+    time: float
+    step: int
+    tokens: int
+
+
 class TrainerLog(TrainerCallback):
     """Appends a line to trainer_log.jsonl at each log, with LLaMA-Factory's names, and prints it.
 
@@ -42,42 +65,49 @@ class TrainerLog(TrainerCallback):
     without evaluations. A line that can't be written is written with the next one.
     """
 
-    def __init__(self, path: Path, plot: bool) -> None:
-        self.path, self.plot = path, plot
+    def __init__(self, path: Path, plot: bool, trainer: ArpoTrainer) -> None:
+        self.path, self.plot, self.trainer = path, plot, trainer
         self.bar: tqdm | None = None
-        self._first_step_began: float | None = None
-        self._evaluated, self._shown, self._unwritten = 0, "", ""
+        self._began = self._elapsed_before = 0.0
+        self._since: _Point | None = None
+        self._total, self._unwritten = 0, ""
 
     def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         earlier = lines_until(read_log(self.path), state)
         self._elapsed_before = run_seconds(earlier)
         self._began = time.monotonic()
-        self._first_step = state.global_step
+        self._total = count_tokens_of_run(self.trainer)
         if state.is_world_process_zero:
             # Lines after the checkpoint belong to steps that will be repeated.
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in earlier))
+            disable_progress_bar()  # transformers' "Writing model shards" would be drawn across ours
 
     def on_step_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
-        if self._first_step_began is not None:
-            return
-        self._first_step_began = time.monotonic()
-        if state.is_world_process_zero:  # not in on_train_begin, where lines are printed and batches run
+        if self.bar is None and state.is_world_process_zero:  # not in on_train_begin, where lines are printed
             self.bar = start_bar(total=state.max_steps, initial=state.global_step)
 
     def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        seconds = self._remaining_seconds(state)
         if self.bar:
+            remaining = "?" if seconds is None else tqdm.format_interval(seconds)
+            self.bar.bar_format = RUN_BAR.replace("{remaining}", remaining)
             self.bar.update(state.global_step - self.bar.n)
+        if self._since is None:  # the first step of a session is slower than the others
+            self._since = _Point(time.monotonic(), state.global_step, self.trainer.window.seen_tokens)
 
-    def on_prediction_step(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
-        if self.bar:
-            self._evaluated += 1
-            self.bar.set_postfix_str(f"evaluating, batch {self._evaluated}", refresh=False)
-            self.bar.update(0)
+    def _remaining_seconds(self, state: TrainerState) -> float | None:
+        """Return the time of the remaining tokens at the session's speed; None in the session's first two steps.
 
-    def on_evaluate(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
-        self._evaluated = 0
-        if self.bar:
-            self.bar.set_postfix_str(self._shown, refresh=False)
+        Tokens, because rows of similar length may come together (`group_by_length`). A stream's are unknown: there it is
+        the time of the remaining steps.
+        """
+        now = _Point(time.monotonic(), state.global_step, self.trainer.window.seen_tokens)
+        if self._since is None or now.step - self._since.step < 2:
+            return None
+        seconds = now.time - self._since.time
+        if self._total:
+            return seconds / (now.tokens - self._since.tokens) * max(self._total - now.tokens, 0)
+        return seconds / (now.step - self._since.step) * (state.max_steps - now.step)
 
     def on_log(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
         logs: LogLine = kwargs["logs"]
@@ -86,18 +116,17 @@ class TrainerLog(TrainerCallback):
             return
         now = time.monotonic()
         elapsed = self._elapsed_before + now - self._began
-        steps = state.global_step - self._first_step
-        seconds = now - (self._first_step_began or now)
-        remaining = seconds / steps * (state.max_steps - state.global_step) if steps else 0.0
+        remaining = self._remaining_seconds(state)
         line: LogLine = {
             "current_steps": state.global_step,
             "total_steps": state.max_steps,
             "epoch": round(state.epoch or 0, 4),
             "percentage": round(100 * state.global_step / max(state.max_steps, 1), 2),
             "elapsed_time": format_seconds(elapsed),
-            "remaining_time": format_seconds(remaining),
             "elapsed_seconds": round(elapsed, 3),
         }
+        if remaining is not None:
+            line["remaining_time"] = format_seconds(remaining)
         if "loss" in logs:
             line |= {"loss": logs["loss"], "lr": logs["learning_rate"]}
             if "rewards/accuracies" in logs:
@@ -128,10 +157,9 @@ class TrainerLog(TrainerCallback):
         else:
             figures = "  ".join([*describe_evaluation(line), *describe_predictions(line)])
         text = f"step {line['current_steps']}/{line['total_steps']}  {figures}  {line['elapsed_time']}"
-        if line["current_steps"] > self._first_step:  # unknown before; LLaMA-Factory logs 0
+        if "remaining_time" in line:
             text += f" < {line['remaining_time']}"
         if self.bar and not self.bar.disable and "loss" in line:
-            self._shown = figures
             self.bar.set_postfix_str(figures, refresh=False)
             log_only(text)
         else:

@@ -136,7 +136,7 @@ def test_check_prints_the_list_of_rows_that_were_not_kept(
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_a_row_with_a_date_can_be_dropped(suffix: str, bench: Bench) -> None:
-    strange = {"on": datetime(2026, 1, 2), "raw": b"\xff", "price": Decimal("1.5")}
+    strange: dict[str, Any] = {"on": datetime(2026, 1, 2), "raw": b"\xff", "price": Decimal("1.5")}
     bench.add("d", [row(**strange), row(**strange) | {"conversations": []}], suffix)
     assert len(bench.prepare(max_dropped=0.5).train) == 1
     assert bench.findings()[0]["excerpt"].startswith('{"conversations": [], "on": "datetime.datetime(2026, 1, 2, ')
@@ -214,18 +214,42 @@ def test_masked_spans_and_ignored_fields_are_counted(bench: Bench) -> None:
     assert bench.tokenizer.decode(trained[0]) == "a b<|im_end|>\n"  # " <" is one token
 
 
+@pytest.mark.parametrize(
+    ("reply", "mask_spans", "noticed"),
+    [
+        ("<python>1</python><result>1</result><answer>1</answer>", [], True),
+        ("<python>1</python><result>1</result><answer>1</answer>", ["result"], False),
+        ("<python>1</python><result>1</result><answer>1</answer>", ["answer"], True),
+        ("I write <result> for a result.", [], False),
+        ("4", [], False),  # the result is in the question, which is not trained on
+    ],
+)
+def test_a_trained_tool_result_is_noticed_with_the_key_that_masks_it(
+    bench: Bench, reply: str, mask_spans: list[str], noticed: bool
+) -> None:
+    bench.add("d", [row("hi <result>4</result>", reply), row("hi", "hello")])
+    lines = bench.prepare(mask_spans=mask_spans).audit.lines()
+    notice = (
+        "d: 1 row has <result> inside a trained reply: tool results are trained on (mask_spans: result masks them)"
+    )
+    assert (notice in lines) == noticed and len(
+        [line for line in lines if "inside a trained reply" in line]
+    ) == noticed
+
+
 @pytest.mark.parametrize("outcome", ["lost_answer", "shortened"])
 def test_many_truncated_rows_are_reported_with_the_cutoff_that_keeps_most(outcome: str) -> None:
     """19 of 20 rows fit 640 tokens whole; a tenth may still be cut, and dropped rows do not count.
 
     A whole trajectory in one reply is shortened, and loses its answer as well.
     """
+    counts: Any = Counts
     lengths, cut = [100] * 17 + [512] * 3 + [0], [0] * 17 + [100, 128, 900] + [0]
     rows = Dataset.from_dict({"input_ids": [[0] * n for n in lengths], "cut": cut})
-    (line,) = advise_cutoff("mine", rows, Counts(kept=17, dropped=1, **{outcome: 3}), 512)
+    (line,) = advise_cutoff("mine", rows, counts(kept=17, dropped=1, **{outcome: 3}), 512)
     assert line == ("mine: 15% of rows are truncated at cutoff_len 512; 640 keeps 95% intact (1.1x tokens)")
     rows = rows.map(lambda row: {"cut": row["cut"] % 900})
-    assert list(advise_cutoff("mine", rows, Counts(kept=18, dropped=1, **{outcome: 2}), 512)) == []
+    assert list(advise_cutoff("mine", rows, counts(kept=18, dropped=1, **{outcome: 2}), 512)) == []
 
 
 @pytest.mark.parametrize("formatting", ["sharegpt", "alpaca"])

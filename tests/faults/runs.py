@@ -96,7 +96,7 @@ def make_trainer(
         rows=make_rows(),
         on_save_error=on_save_error,
     )
-    trainer.add_callback(TrainerLog(folder / "trainer_log.jsonl", plot=False))
+    trainer.add_callback(TrainerLog(folder / "trainer_log.jsonl", False, trainer))
     if preflight:
         trainer.add_callback(BeforeFirstStep(lambda: run_preflight(trainer)))
     return trainer

@@ -17,7 +17,8 @@ from transformers.utils import logging as library_logging
 
 from arpo_trl.errors import RunFailed
 from arpo_trl.report import console
-from arpo_trl.report.console import log_only, logged_to, say, start_bar
+from arpo_trl.report.console import log_only, logged_to, say
+from arpo_trl.terminal import start_bar
 
 
 class Terminal(io.StringIO):
@@ -136,7 +137,6 @@ def test_lines_printed_during_a_progress_bar_appear_above_it_and_in_the_log(
         say("step 5  eval_loss 1.0")
         bar.close()
         say("after")
-    library_logging.enable_progress_bar()
     assert log_of(tmp_path / "log") == ["step 5  eval_loss 1.0", "after"]
     drawn = terminal.getvalue()
     assert "4/10" in drawn and "5/10" in drawn

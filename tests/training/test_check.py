@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe
-from arpo_trl.training.check import check, checkpoint_steps, count_steps
+from arpo_trl.report.manifest import Manifest
+from arpo_trl.training.check import check, count_steps
 from arpo_trl.training.requirements import check_before_torch
+from arpo_trl.training.start_and_end_report import checkpoint_steps, warn_of_disk
 
 
 def test_check_prints_what_the_run_would_do(
@@ -30,8 +33,9 @@ def test_check_prints_what_the_run_would_do(
     assert re.fullmatch(r"per row: mean .*p95.*; .* trained \(.*%\)", said["tokens"])
     assert said["steps"].startswith("6: 2 epochs, 4 rows per step (2 per device x 2 accumulated), about ")
     assert said["time"].startswith("unknown; ")
-    assert said["disk"].startswith("3 checkpoints of 0.00 GB (after step 2, 4, 6), 3 kept; ")
+    assert said["disk"].startswith("3 checkpoints of 2.0 MB (after step 2, 4, 6), 3 kept; ")
     assert said["disk"].endswith("1.00 GB free")
+    assert not any("save_total_limit" in line for line in lines)
     assert "  save_steps: 2" in lines and not any("cutoff_len" in line for line in lines)
 
 
@@ -41,13 +45,58 @@ def test_check_prints_every_key_if_verbose(chat_recipe: Recipe, capsys: pytest.C
     assert "  cutoff_len: 2048" in lines and any("##" in line for line in lines)
 
 
-def test_check_estimates_the_time_from_an_earlier_run(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    log = Path(chat_recipe.output_dir) / "trainer_log.jsonl"
-    log.parent.mkdir()
-    log.write_text("".join(json.dumps({"tokens_per_second": speed}) + "\n" for speed in (1, 2, 500)), encoding="utf-8")
+@pytest.mark.parametrize("model", ["the same model", "another model"])
+def test_check_estimates_the_time_from_an_earlier_run_of_the_model(
+    model: str, chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output_dir = Path(chat_recipe.output_dir)
+    output_dir.mkdir()
+    log = "".join(json.dumps({"tokens_per_second": speed}) + "\n" for speed in (1, 2, 500))
+    (output_dir / "trainer_log.jsonl").write_text(log, encoding="utf-8")
+    keys = chat_recipe.resolved() | ({} if model == "the same model" else {"model_name_or_path": "Qwen/Qwen3-8B"})
+    manifest = Manifest(recipe=json.loads(json.dumps(keys, default=str)), data={}, day=date(2026, 1, 1), versions={})
+    manifest.write(output_dir, "stopped")
     check(chat_recipe)
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("time"))
-    assert re.match(r"time     about 0:\d\d:\d\d, at the 2 tokens/s of the earlier run in ", said)
+    if model == "the same model":
+        assert re.match(r"time     about 0:\d\d:\d\d, at the 2 tokens/s of the earlier run in ", said)
+    else:
+        assert said == "time     unknown; shown after the first steps"
+
+
+def test_check_of_a_finished_run_reports_it_and_still_checks(
+    chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(chat_recipe.output_dir).mkdir()
+    Manifest(recipe={}, data={}, day=date(2026, 1, 1), versions={}).write(Path(chat_recipe.output_dir), "finished")
+    finished = r"output_dir: \S+ contains a finished run; choose another folder, or set overwrite_output_dir: true"
+    with pytest.raises(RecipeError, match=finished):
+        check_before_torch(chat_recipe)
+    check(check_before_torch(chat_recipe, starts_run=False))
+    said = capsys.readouterr().out
+    assert re.search(finished, said.splitlines()[-1]) and "\nsteps    6: 2 epochs" in said
+
+
+@pytest.mark.parametrize(
+    ("limit", "checkpoints", "free", "warns"),
+    [
+        (None, 5, 10**13, True),  # 30 GB
+        (None, 3, 10**13, False),  # 18 GB
+        (None, 3, 30 * 10**9, True),  # of 30 GB free
+        (2, 5, 10**13, False),
+        (None, 2, 13 * 10**9, False),  # two are needed
+    ],
+)
+def test_checkpoints_that_fill_the_disk_are_reported_with_the_key_that_limits_them(
+    limit: int | None, checkpoints: int, free: int, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    size = 6 * 10**9
+    expected = (
+        f"         all {checkpoints} checkpoints take {checkpoints * 6}.00 GB; save_total_limit: 2 keeps the last two, "
+        "12.00 GB"
+    )
+    assert warn_of_disk(Path(), limit, size, checkpoints) == [expected] * warns
 
 
 def test_check_of_a_stream_names_what_is_unknown(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +133,7 @@ def test_check_counts_only_the_adapter_as_trained(chat_recipe: Recipe, capsys: p
 
 def test_check_rejects_a_disk_that_is_too_small(chat_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
-    reason = r"output_dir: disk full: the whole run needs 0.007 GB, and .*out has 0.000 GB free; free some space or choose another folder, or keep fewer checkpoints"
+    reason = r"output_dir: disk full: the whole run needs 6.7 MB, and .*out has 0.0 MB free; free some space or choose another folder, or keep fewer checkpoints"
     with pytest.raises(RecipeError, match=reason):
         check(chat_recipe)
 

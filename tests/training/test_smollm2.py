@@ -31,6 +31,7 @@ KEYS = {key: value for key, value in RECIPE.items() if key not in ("model_name_o
     "plot_loss": False,
     "max_steps": -1,  # small_run's own are for its tiny model
     "template": None,
+    **{"max_samples": 68, "cutoff_len": 320, "val_size": 8, "predict_during_eval": 8, "bf16": False},
 }
 
 

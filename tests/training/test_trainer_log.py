@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from arpo_trl.machine import peak_memory
 from arpo_trl.report.log_file import format_seconds, mean_loss, read_log
 from arpo_trl.report.loss_plot import plot_loss, smooth
-from arpo_trl.training import trainer_log
 from arpo_trl.training.trainer_log import TrainerLog
 from arpo_trl.training.window import Speed, Window, mean_context, mfu_per_token
 
@@ -64,7 +63,8 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_a_log_line_has_the_keys_of_llamafactory_and_ours(finished: Path) -> None:
     lines = [line for line in read_log(finished / "trainer_log.jsonl") if "loss" in line]
-    assert [set(line) for line in lines] == [LLAMA_FACTORY | OURS] * 5
+    keys = LLAMA_FACTORY | OURS
+    assert [set(line) for line in lines] == [keys - {"remaining_time"}] * 2 + [keys] * 3  # unknown in the first steps
     assert [line["current_steps"] for line in lines] == [1, 2, 3, 4, 5]
     assert [line["percentage"] for line in lines] == [20.0, 40.0, 60.0, 80.0, 100.0]
     assert lines[-1]["remaining_time"] == "0:00:00" and lines[-1]["epoch"] == 1
@@ -132,26 +132,37 @@ def test_the_figures_of_a_line_are_means_since_the_line_before() -> None:
     assert window == Window(last_logged=5, seen_tokens=70)
 
 
-def test_the_remaining_time_is_estimated_from_the_steps_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("stream", [False, True], ids=["rows", "a stream"])
+def test_the_remaining_time_is_that_of_the_remaining_tokens_at_the_speed_of_the_steps(
+    stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The evaluation before the first step took 100 s; then a step of 2 s: 8 of 10 are left, not 408."""
+    """Without the evaluation before the first step (100 s) and the first step (30 s): then 2 steps take 6 s for 250 tokens.
+
+    150 of 1,000 tokens are left, so 3.6 s. The tokens of a stream are unknown: its 2 steps left take 6 s.
+    """
     clock = 0.0
-    monkeypatch.setattr(trainer_log.time, "monotonic", lambda: clock)
-    log = TrainerLog(tmp_path / "log", plot=False)
+    monkeypatch.setattr("arpo_trl.training.trainer_log.time.monotonic", lambda: clock)
+    rows = Dataset.from_dict({"input_ids": [[0] * 100] * 10})
+    args = SimpleNamespace(num_train_epochs=1, max_steps=-1)
+    trainer: Any = SimpleNamespace(window=Window(seen_tokens=500), train_dataset=None if stream else rows, args=args)
+    log = TrainerLog(tmp_path / "log", plot=False, trainer=trainer)
     state: Any = SimpleNamespace(global_step=5, max_steps=10, epoch=1.0, is_world_process_zero=True, log_history=[])
     log.on_train_begin(None, state, None)
     clock = 100.0
     log.on_log(None, state, None, logs={"eval_loss": 1.0})
-    log.on_step_begin(None, state, None)
-    clock, state.global_step = 102.0, 6
     figures = {"seen_tokens": 100, "tokens_per_second": 50.0}
-    log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3, "num_tokens": 100} | figures)
+    for clock, step, tokens in ((130.0, 6, 600), (134.0, 7, 800), (136.0, 8, 850)):  # noqa: B007 (read by monotonic)
+        state.global_step, trainer.window.seen_tokens = step, tokens
+        log.on_step_begin(None, state, None)
+        log.on_step_end(None, state, None)
+        log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3, "num_tokens": 100} | figures)
     lines = read_log(tmp_path / "log")
-    assert [line["remaining_time"] for line in lines] == ["0:00:00", "0:00:08"]
+    remaining = "0:00:06" if stream else "0:00:04"
+    assert [line.get("remaining_time") for line in lines] == [None, None, None, remaining]
     assert lines[1].items() >= figures.items() and not lines[1].keys() & {"learning_rate", "num_tokens"}
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith("eval loss 1.0000  0:01:40") and second.endswith("0:01:42 < 0:00:08")
+    first, second, _, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("eval loss 1.0000  0:01:40") and second.endswith("0:02:10")
+    assert last.endswith(f"0:02:16 < {remaining}")
 
 
 def test_seconds_are_formatted_as_hours_minutes_and_seconds() -> None:
