@@ -17,7 +17,7 @@ case "${1:-}" in
         ;;
 esac
 trained=checkpoints/$recipe
-set -- # the sourced script has arguments of its own
+set -- # otherwise the sourced script would get these arguments
 . scripts/install.sh
 
 if [ ! -f "$untrained/tokenizer_config.json" ]; then
