@@ -29,7 +29,6 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..data.labels import IGNORED
 from ..data.prepare import PreparedData, prepare_datasets
@@ -247,19 +246,6 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_toke
 
 
 # --- predictions of a run ---
-
-
-def refuse_split_model(recipe: Recipe, is_fsdp: bool) -> None:
-    """Raise RecipeError if replies are to be generated while FSDP or ZeRO-3 splits the model across processes."""
-    key = "do_predict" if recipe.do_predict else "predict_during_eval" if recipe.predict_during_eval else None
-    split = "FSDP" if is_fsdp else "DeepSpeed ZeRO-3" if is_deepspeed_zero3_enabled() else None
-    if key and split:
-        raise recipe.error(
-            key,
-            f"not supported with {split}: generation needs the full model on each process. Remove the key and, after "
-            f"training, run the same recipe with do_train=false do_predict=true "
-            f"model_name_or_path={recipe.output_dir} under accelerate_configs/multi_gpu.yaml",
-        )
 
 
 def eval_prompts(recipe: Recipe, model: Model, data: PreparedData, most: int | None = None) -> list[Prompt]:

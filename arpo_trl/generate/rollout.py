@@ -56,7 +56,7 @@ def rollout(recipe: Recipe) -> None:
     PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT_FOR_OTHERS)
     logging.disable_progress_bar()
     folder = Path(recipe.output_dir)
-    with logged_to(folder / "rollout.log", enabled=PartialState().is_main_process):
+    with logged_to(folder / "rollout.log", PartialState().process_index):
         say(*recipe.notices)
         _Rollout(recipe, folder).run()
         leave_together()

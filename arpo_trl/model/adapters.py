@@ -19,10 +19,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from ..errors import in_one_line
 from ..recipe.keys import Recipe
 from ..recipe.preference import instead_of_merging
-from .base import splits_model
 from .methods.chosen import methods_of
 from .methods.method import AdapterConfig
 from .sft_config import to_lora_config
+from .split import find_split
 from .weights import linear_layers
 
 MERGED_BASE = "merged_base"
@@ -35,7 +35,7 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     base; with `create_new_adapter` all are merged.
     """
     adapters, to_merge = recipe.adapter_name_or_path, recipe.adapters_to_merge
-    if to_merge and splits_model(recipe):
+    if to_merge and find_split(recipe).shards_weights:
         raise recipe.error(
             "adapter_name_or_path",
             f"{to_merge[0]} can't be merged into a base that FSDP or DeepSpeed splits; {instead_of_merging(recipe)}",

@@ -1,9 +1,8 @@
-"""The base model: its config.json, whether the launch splits it, and loading its weights."""
+"""The base model: its config.json, and loading its weights."""
 
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import RecipeError
@@ -124,12 +122,6 @@ def hub_kwargs(recipe: Recipe) -> dict[str, Any]:
 def quantization(recipe: Recipe) -> dict[str, Any]:
     """Return the quantization_config in the base's config.json; empty if it has none."""
     return _config_values(recipe).get("quantization_config") or {}
-
-
-def splits_model(recipe: Recipe) -> bool:
-    """Return whether FSDP or ZeRO-3 splits the model. Needs no Accelerator, but call it after `to_sft_config`."""
-    fsdp = recipe.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    return bool(fsdp or is_deepspeed_zero3_enabled())
 
 
 def lacks_bf16_instructions() -> bool:

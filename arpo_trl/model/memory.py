@@ -27,6 +27,7 @@ from .adapters import new_adapter
 from .base import auto_class, load_config
 from .methods.chosen import methods_of
 from .sft_config import model_init_kwargs
+from .split import without_zero3
 from .token_scores import TILE_POSITIONS
 
 GPU_SIZES = (16, 24, 80)
@@ -143,7 +144,8 @@ def model_shape(recipe: Recipe) -> PreTrainedModel | PeftModel:
     except ValueError as error:
         raise recipe.error("model_name_or_path", str(error)) from None
     with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(config, **kwargs)
+        with without_zero3():
+            model: PreTrainedModel = auto.from_config(config, **kwargs)
         for method in methods_of(recipe):
             method.prepare_base(model)
         return new_adapter(recipe, model) if recipe.trains_adapter else model

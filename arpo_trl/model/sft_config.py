@@ -18,6 +18,7 @@ from ..recipe.rules import wandb_is_disabled
 from .base import compute_dtype, hub_kwargs, uses_bf16_autocast
 from .methods.chosen import methods_of
 from .methods.method import Keywords
+from .split import fsdp_config, requests_fsdp, uses_deepspeed
 
 _KERNELS = {"disabled": "eager", "sdpa": "sdpa", "flex": "flex_attention"}
 _KERNELS |= {"fa2": "flash_attention_2", "fa3": "flash_attention_3"}
@@ -37,6 +38,14 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
         RecipeError: transformers or TRL rejects a value or a combination of keys.
     """
     settings, overrides = _settings(recipe), _trl_keys(recipe)
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16"):
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # the recipe sets the precision, not the launcher
+    if not uses_deepspeed(recipe):
+        settings["deepspeed"] = None
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    if not requests_fsdp(recipe):
+        overrides |= {"fsdp": None, "fsdp_config": None}
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
     try:
         config = SFTConfig(**settings | overrides)
     except Exception as error:  # they raise many types
@@ -47,8 +56,6 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
     config._n_gpu = min(config.n_gpu, 1)
     if wandb_is_disabled():
         config.report_to = [tracker for tracker in config.report_to or [] if tracker != "wandb"]  # from `all`
-    if config.mixed_precision in ("bf16", "fp16") and not (config.bf16 or config.fp16):
-        config.mixed_precision = "no"  # the recipe sets the precision, not the launcher
     return config
 
 
@@ -104,8 +111,9 @@ def _fsdp(recipe: Recipe) -> Keywords:
     words, config = (recipe.fsdp or "").split(), recipe.fsdp_config or {}
     if isinstance(config, str):
         config = json.loads(Path(config).read_text(encoding="utf-8"))
-    versions = {str(config.get(name, 2)) for name in ("version", "fsdp_version")} if isinstance(config, dict) else ()
-    if not words or not _FSDP.keys() >= {*words} or versions != {"2"}:
+    if not words or not _FSDP.keys() >= {*words} or not isinstance(config, dict):
+        return {}
+    if str(fsdp_config(recipe)["version"]) != "2":
         return {}
     implied = [setting for word in reversed(words) for setting in _FSDP[word].items()]  # the first word wins
     return {"fsdp": True, "fsdp_config": dict(implied) | config}

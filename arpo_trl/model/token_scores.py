@@ -11,10 +11,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from ..data.labels import IGNORED
 from ..recipe.keys import Recipe
@@ -24,6 +26,9 @@ Scores = tuple[Tensor, Tensor, Tensor]
 Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Replaces log p in training. Arguments: log p of each label, shape (tokens,); the log-softmax over the vocabulary,
 shape (tokens, vocabulary); and that of the reference model, if there is one."""
+
+Projection = Callable[[Tensor], Tensor]
+"""From hidden states, shape (tokens, hidden_size), to logits, shape (tokens, vocabulary)."""
 
 TILE_POSITIONS = 512
 """Labelled positions to score at once: 512 x 151,936 float32 logits are 311 MB."""
@@ -130,8 +135,11 @@ def score_tokens(
         Three float32 tensors of shape (tokens,); only the first has a gradient.
     """
     reference_hidden, reference_head = ([reference[0]], reference[1]) if reference else ([], None)
-    tiles = list(zip(*(tensor.split(TILE_POSITIONS) for tensor in (hidden, labels, *reference_hidden)), strict=True))
-    score = functools.partial(_score_tile, head, objective, reference_head)
+    project, size = _projection(head), TILE_POSITIONS
+    if project is None:
+        project, size = head, max(len(hidden), 1)
+    tiles = list(zip(*(tensor.split(size) for tensor in (hidden, labels, *reference_hidden)), strict=True))
+    score = functools.partial(_score_tile, project, objective, reference_head)
     # A single tile keeps its logits for the backward pass; several are recomputed there.
     recomputed = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
     scored = [(score if len(tiles) == 1 else recomputed)(*tile) for tile in tiles]
@@ -139,15 +147,38 @@ def score_tokens(
     return log_probs, entropy, is_top1
 
 
+def _projection(head: nn.Module) -> Projection | None:
+    """Return the head's projection, with weights that are gathered once a step; None if each call would gather them.
+
+    FSDP2 and ZeRO-3 gather a module's weights in each of its calls, also in those of the backward pass, and processes
+    differ in their number of tiles. So a linear head is not called: FSDP2 has gathered its weights together with the
+    final norm's, ZeRO-3's are copied here. Another head (with LoRA) has to be called once.
+    """
+    is_split = isinstance(head, FSDPModule) or any(hasattr(p, "ds_id") for p in head.parameters())
+    if type(head).forward is not nn.Linear.forward:
+        return None if is_split else head
+    parameters = dict(head.named_parameters())
+    with maybe_gather_lm_head_ctx(*parameters.values()):
+        complete = {name: p.clone() if hasattr(p, "ds_id") else _gather(p) for name, p in parameters.items()}
+    return lambda hidden: nn.functional.linear(hidden, complete["weight"], complete.get("bias"))
+
+
+def _gather(parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    # of a model without a final norm; as FSDP does, average the gradients of all processes
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
 def _score_tile(
-    head: nn.Module,
+    project: Projection,
     objective: Objective | None,
     reference_head: nn.Module | None,
     hidden: Tensor,
     labels: Tensor,
     reference_hidden: Tensor | None = None,
 ) -> Scores:
-    log_softmax = torch.log_softmax(head(hidden).float(), dim=-1)
+    log_softmax = torch.log_softmax(project(hidden).float(), dim=-1)
     log_probs = log_softmax.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
         reference = (

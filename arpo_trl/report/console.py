@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import RecipeError, RunFailed, printable
+from ..errors import RecipeError, RunFailed, in_one_line, printable
 from ..recipe import methods
 from ..shell import quote_command
 from ..terminal import to_terminal
@@ -28,7 +28,7 @@ _LOG.propagate = False  # `say` prints the line
 
 
 @contextlib.contextmanager
-def logged_to(path: Path, enabled: bool = True) -> Iterator[Callable[[], None]]:
+def logged_to(path: Path, process: int = 0) -> Iterator[Callable[[], None]]:
     """Append the output of `say` and of the libraries, and the error that ends the block, to `path`.
 
     Warnings and the libraries' log lines appear above the progress bar. Lines that can't be written are dropped: a full
@@ -36,13 +36,14 @@ def logged_to(path: Path, enabled: bool = True) -> Iterator[Callable[[], None]]:
 
     Args:
         path: The log; each session starts with the date and its command.
-        enabled: False on all processes but the main one.
+        process: The process's rank. All but the main one, 0, write only the error that ends them, in one line.
 
     Yields:
         A function that deletes earlier sessions from the log, once their run is replaced.
     """
-    if not enabled:
-        yield lambda: None
+    if process:
+        with _error_logged(path, process):
+            yield lambda: None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     log = _LogFile(path, encoding="utf-8", errors="backslashreplace")
@@ -64,6 +65,20 @@ def logged_to(path: Path, enabled: bool = True) -> Iterator[Callable[[], None]]:
             _LOG.info("%s", traceback.format_exc().rstrip())
             error.add_note(f"{path} can't be written" if log.failed else f"the traceback is in {path}")
             raise
+
+
+@contextlib.contextmanager
+def _error_logged(path: Path, process: int) -> Iterator[None]:
+    """Append an error to the log. The main process, which has the log, may see only that this process has ended."""
+    try:
+        yield
+    except RecipeError:
+        raise  # the main process raises it too
+    except Exception as error:
+        kind = "" if isinstance(error, RunFailed) else f"{type(error).__name__}: "
+        with contextlib.suppress(OSError), path.open("a", encoding="utf-8", errors="backslashreplace") as log:
+            log.write(f"process {process}: {printable(kind + in_one_line(error))}\n")
+        raise
 
 
 class _LogFile(logging.FileHandler):

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from datetime import date
 from itertools import dropwhile, islice
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal, TypedDict, cast
 
 import yaml
 from accelerate import PartialState
@@ -56,6 +56,11 @@ MAY_CHANGE = frozenset(
     """.split()
 ) | frozenset([*PredictKeys.model_fields, *RolloutKeys.model_fields])
 """Keys that do not affect the weights, so that they may change when a run is resumed."""
+BATCH = ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+DEPEND_ON_PROCESSES = """
+    streaming packing neat_packing group_by_length dataloader_drop_last neftune_noise_alpha
+    moe_aux_loss_coef""".split()
+"""Keys with which a step depends on how many processes share it: its rows, their order or random numbers."""
 
 CANNOT_CHANGE = frozenset(
     """
@@ -85,6 +90,7 @@ class Manifest(BaseModel):
         data: A hash of each dataset's content.
         day: The date that the template writes.
         computed_in: The dtype of the computation, which depends on the CPU; see `bf16`.
+        split: How the launch splits the model; see `model/split.py`.
         reference: The reference model of `stage: dpo`: its path, adapters, and a hash of their files.
         results: Whether tool results are separate turns or inside the model's turn; None if there are none.
         system, tools: Those of at least half of the training rows, for `arpo-trl chat` and the model card; None if no
@@ -103,6 +109,7 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     git_commit: str | None = None
     computed_in: str | None = None
+    split: str | None = None
     reference: dict[str, JsonValue] | None = None
     results: Results | None = None
     system: str | None = None
@@ -219,13 +226,36 @@ def find_manifest(model: Path) -> Manifest | None:
     return read_manifest(model) or read_manifest(model.parent)
 
 
+def _setting(manifest: Manifest, key: str) -> object:
+    return manifest.recipe.get(key, cast(JsonValue, keys()[key].default))
+
+
+def _rows_per_step(manifest: Manifest) -> int | None:
+    """Return the rows of a step on all processes; None if the steps also depend on how many processes share them."""
+    if any(_setting(manifest, key) for key in DEPEND_ON_PROCESSES):
+        return None
+    if _setting(manifest, "finetuning_type") == "lora" and _setting(manifest, "lora_dropout"):
+        return None
+    total, rows, accumulated = (_setting(manifest, key) for key in BATCH)
+    if isinstance(total, int):
+        return total
+    assert isinstance(rows, int) and isinstance(accumulated, int)
+    return rows * accumulated * manifest.world_size
+
+
 def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
-    """Return a line for each difference between two manifests that would affect the weights."""
+    """Return a line for each difference between two manifests that would affect the weights.
+
+    The same rows per step may be shared by another number of processes and batches: gradients differ in rounding only.
+    """
     changes = []
+    rows, rows_now = _rows_per_step(earlier), _rows_per_step(now)
+    same_steps = rows is not None and rows == rows_now
     same_dtype = now.computed_in is not None and earlier.computed_in == now.computed_in
     may_change = MAY_CHANGE | (frozenset(("bf16", "force_bf16")) if same_dtype else frozenset())
     if _has_schedule_with_state(earlier, now):
         may_change -= frozenset(METRIC_KEYS)
+    may_change |= frozenset(BATCH) if same_steps else frozenset()
     for key in sorted(earlier.recipe.keys() | now.recipe.keys()):
         default = keys()[key].default if key in keys() else None
         before, after = earlier.recipe.get(key, default), now.recipe.get(key, default)
@@ -245,8 +275,11 @@ def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
         changes.append(f"computed in: {earlier.computed_in} -> {now.computed_in} ({fix})")
     if earlier.reference != now.reference and not _is_same_reference(earlier.reference, now.reference):
         changes.append(f"reference: {earlier.reference} -> {now.reference}")
-    if earlier.world_size != now.world_size:
-        changes.append(f"world_size: {earlier.world_size} -> {now.world_size}")
+    if earlier.world_size != now.world_size and not same_steps:
+        fix = f"launch {earlier.world_size}"
+        if rows is not None and rows_now is not None:
+            fix += f", or keep {rows} rows per step, found {rows_now}"
+        changes.append(f"world_size: {earlier.world_size} -> {now.world_size} processes ({fix})")
     return changes
 
 
@@ -306,7 +339,10 @@ def require_same_run(earlier: Manifest | None, now: Manifest, allow_changed_reci
         for name, before in earlier.versions.items()
         if before != now.versions.get(name)
     ]
+    shared = [[manifest.world_size, *(_setting(manifest, key) for key in BATCH)] for manifest in (earlier, now)]
+    regrouped = shared[0] != shared[1] and not changes
     return [
+        *["resuming with the same rows per step, grouped differently: the last digits may differ"] * regrouped,
         *(f"resuming with a changed setting: {change}" for change in changes),
         *(f"resuming with another version, the last digits may differ: {version}" for version in versions),
     ]

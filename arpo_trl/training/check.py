@@ -21,6 +21,7 @@ from ..data.prepare import PreparedData
 from ..errors import RecipeError
 from ..machine import folder_bytes, format_bytes, free_space, gpu_memory, missing_space
 from ..model.memory import describe_memory, estimate_memory, model_shape
+from ..model.split import find_split
 from ..recipe.keys import Recipe
 from ..recipe.rules import changed_keys
 from ..report.console import say
@@ -81,7 +82,7 @@ def _describe_run(
     model = model_shape(recipe)
     saved = checkpoint_steps(args, per_epoch, total)
     needed, disk = describe_checkpoints(recipe, args, model, saved)
-    checkpoint = checkpoint_bytes(model, args)
+    checkpoint = checkpoint_bytes(model, args, find_split(recipe))
     steps = f"{'about ' * recipe.packing}{describe_steps(args, total, data, recipe.packing)}"
     lines = [
         *describe_setup(recipe, model, args),
@@ -178,7 +179,7 @@ def describe_checkpoints(
     recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel, saved: Sequence[int]
 ) -> tuple[int, str]:
     """Return the bytes that the run writes, computed from the model's shape, and a description."""
-    checkpoint = checkpoint_bytes(model, args)
+    checkpoint = checkpoint_bytes(model, args, find_split(recipe))
     kept = min(len(saved), args.save_total_limit or len(saved))
     at_once = min(len(saved), kept + 1)  # the oldest is deleted once the newest is complete
     needed = at_once * checkpoint + saved_bytes(model)

@@ -27,6 +27,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..errors import RunFailed
 from ..machine import describe_write_error, missing_space
 from ..model.memory import moments
+from ..model.split import Split
 from ..report.console import say
 from ..run_folder import checkpoint_step, list_checkpoints, match_umask, read_json, write_json
 
@@ -38,20 +39,36 @@ NEEDED = {"rng_state.pth": "rng_state*.pth", "optimizer.pt": "optimizer.*", "sch
 """What a resume reads besides the model. FSDP and DeepSpeed keep all but the first in folders."""
 
 
-def checkpoint_bytes(model: nn.Module, args: TrainingArguments) -> int:
-    """Return a checkpoint's size in bytes: the weights, and the optimizer's copies of the trained ones."""
-    copies = 0.0 if args.save_only_model else moments(args)
-    return saved_bytes(model) + int(copies * sum(size for size, is_trained in _sizes(model) if is_trained))
+def checkpoint_bytes(model: nn.Module, args: TrainingArguments, split: Split) -> int:
+    """Return a checkpoint's size in bytes: the weights, and the optimizer's copies of the trained ones.
+
+    FSDP and ZeRO also save the weights in their own format, with a tied head as a second tensor. ZeRO also saves the
+    trained weights in float32.
+    """
+    saved = saved_bytes(model)
+    if args.save_only_model:
+        return saved
+    trained, copies = [p for p in model.parameters() if p.requires_grad], moments(args)
+    state = (1 + copies) * 4 * sum(map(_numel, trained)) if split.is_zero else copies * sum(map(_nbytes, trained))
+    if split.engine in ("DDP", "ZeRO-3"):
+        return saved + int(state)
+    tied = sum(_nbytes(p) for _, p in model.named_parameters(remove_duplicate=False)) - sum(
+        _nbytes(p) for p in model.parameters()
+    )
+    return 2 * saved + (1 if hasattr(model, "peft_config") else 2) * tied + int(state)
 
 
 def saved_bytes(model: nn.Module) -> int:
     """Return the bytes of the weights in a checkpoint: all of them, or the adapter's."""
-    return sum(size for size, is_trained in _sizes(model) if is_trained or not hasattr(model, "peft_config"))
+    return sum(_nbytes(p) for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config"))
 
 
-def _sizes(model: nn.Module) -> list[tuple[int, bool]]:
-    # ZeRO-3 leaves parameters empty, with their size in an attribute.
-    return [(getattr(p, "ds_numel", p.numel()) * p.element_size(), p.requires_grad) for p in model.parameters()]
+def _nbytes(parameter: nn.Parameter) -> int:
+    return _numel(parameter) * parameter.element_size()
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves parameters empty
 
 
 @dataclass
@@ -62,11 +79,13 @@ class CheckpointWriter:
         save_total_limit: Number of checkpoints to keep, or None to keep all.
         on_save_error: "stop" ends the run if a checkpoint can't be written, "continue" continues without it.
         expected_bytes: Size of a checkpoint: estimated, then measured.
+        together: Whether the processes exchange weights during a save (FSDP, DeepSpeed).
     """
 
     save_total_limit: int | None
     on_save_error: str
     expected_bytes: int
+    together: bool = False
 
     def save(self, trainer: Trainer, write: Callable[[], None]) -> None:
         """Let `write` fill a checkpoint that is marked until it is complete, and only then delete older ones.
@@ -90,13 +109,11 @@ class CheckpointWriter:
             if is_main:
                 self.expected_bytes = _list_files(folder, durable=bool(self.save_total_limit))
 
-        for act in (
-            begin,
-            write,
-            finish,
-        ):  # each once all processes have finished the one before: the list is complete
-            if error := _try_on_all(trainer, act):
-                if is_main and (folder / IN_PROGRESS).exists():
+        # each once all processes have finished the one before: the list is complete
+        for act in (begin, write, finish):
+            # A process that fails while the others exchange weights with it must not wait for them: its end ends them.
+            if error := _try_on_all(trainer, act, agree=act is not write or not self.together):
+                if (is_main or self.together) and (folder / IN_PROGRESS).exists():
                     shutil.rmtree(folder, ignore_errors=True)
                 message = f"{folder} could not be saved, and was deleted: {describe_write_error(error)}"
                 if self.on_save_error == "stop":
@@ -111,13 +128,15 @@ class CheckpointWriter:
             )
 
 
-def _try_on_all(trainer: Trainer, act: Callable[[], None]) -> Exception | None:
-    """Call `act`; an error of one process is an error on all, so that none waits for another in a collective."""
+def _try_on_all(trainer: Trainer, act: Callable[[], None], agree: bool) -> Exception | None:
+    """Call `act`. With `agree`, an error of one process is an error on all; else the others may be in a collective."""
     error: Exception | None = None
     try:
         act()
     except Exception as failure:  # safetensors, torch and the file system each raise their own for a full disk
         error = failure
+        if not agree:
+            return error
     failed = trainer.accelerator.reduce(torch.tensor(int(error is not None), device=trainer.args.device))
     return error or (RunFailed("another process could not write its part") if failed else None)
 
@@ -138,6 +157,12 @@ def _list_files(folder: Path, durable: bool) -> int:
     write_json(folder / FILES, sizes)
     (folder / IN_PROGRESS).unlink()
     return sum(sizes.values())
+
+
+def written_by(folder: Path) -> tuple[str, int]:
+    """Return the start of the engine's name in `Split` whose files a checkpoint has, and the number of its processes."""
+    zero, fsdp = (any(folder.glob(pattern)) for pattern in ("global_step*", "pytorch_model_fsdp*"))
+    return "ZeRO" if zero else "FSDP" if fsdp else "DDP", len(list(folder.glob("rng_state*.pth")))
 
 
 def newest_complete_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:

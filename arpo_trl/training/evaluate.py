@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData
-from ..generate.predict import Model, predict, refuse_split_model
+from ..generate.predict import Model, predict
 from ..model.base_files import BaseFiles
 from ..model.model import load_model
 from ..recipe.keys import Recipe
@@ -37,7 +37,6 @@ def eval_datasets(recipe: Recipe, data: PreparedData) -> Dataset | dict[str, Dat
 def run_without_training(recipe: Recipe, args: SFTConfig) -> None:
     """Evaluate or predict without training. Writes eval_results.json and the files of `predict`; logs to no tracker."""
     args.report_to = []
-    refuse_split_model(recipe, is_fsdp=False)  # without an optimizer, FSDP splits nothing
     data = load_rows(recipe, args)
     tokenizer = data.template.tokenizer
     data.write_audit(Path(recipe.output_dir) / "row_audit.jsonl")

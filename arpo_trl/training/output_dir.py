@@ -15,20 +15,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
 from ..errors import RecipeError
 from ..machine import missing_space
+from ..model.split import find_split
 from ..processes import on_main_process
 from ..recipe.keys import Recipe
-from ..report.manifest import RECIPE_MARK, Manifest, recipe_text
+from ..report.manifest import RECIPE_MARK, Manifest, read_manifest, recipe_text
 from ..report.model_card import CARD_MARKS, NOT_FOR_THE_HUB
 from ..run_folder import MANIFEST, checkpoint_step, list_checkpoints, own_path, read_json, write_text
-from .checkpoints import add_prefix, find_problem, newest_complete_checkpoint
+from .checkpoints import add_prefix, find_problem, newest_complete_checkpoint, written_by
 from .requirements import check_output_dir
 from .trainer import ArpoTrainer
 
 LOCK = ".lock"
 ASIDE = ".earlier-run"
 """The folder of an earlier run's files while they are deleted."""
+CACHED_SECONDS = 30
 RUN_FILES = f"""{MANIFEST} trainer_log.jsonl training_loss.png
     training_rewards_accuracies.png train_results.json eval_results.json
     all_results.json trainer_state.json""".split()
@@ -69,7 +74,33 @@ def own_output_dir(recipe: Recipe) -> Iterator[None]:
                 file.flush()
 
         on_main_process(take)
+        if recipe.do_train:
+            _require_shared_folder(recipe)
         yield
+
+
+def _require_shared_folder(recipe: Recipe) -> None:
+    """Raise RecipeError if a process does not see the main process's lock file, on another machine's disk.
+
+    Network file systems may cache for some seconds that a file is missing.
+    """
+    path = Path(recipe.output_dir) / LOCK
+
+    def read() -> str | None:
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return None
+
+    expected, deadline = on_main_process(read), time.monotonic() + CACHED_SECONDS
+    while (text := read()) != expected and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = [host for host in gather_object([None if text == expected else platform.node()]) if host]
+    if blind:
+        raise recipe.error(
+            "output_dir",
+            f"{path.parent} is not the same folder on {blind[0]}; choose one on a disk that all machines share",
+        )
 
 
 def _lock(file: IO[str]) -> bool:
@@ -119,7 +150,27 @@ def find_resume_point(recipe: Recipe) -> tuple[Path | None, list[str]]:
     if checkpoint is None and requested:
         what = f"{output_dir} has no complete checkpoint; remove the line to start over"
         raise RecipeError([*lines, str(recipe.error("resume_from_checkpoint", what))])
+    if checkpoint:
+        _require_same_split(recipe, checkpoint)
     return checkpoint, lines
+
+
+def _require_same_split(recipe: Recipe, checkpoint: Path) -> None:
+    """Raise RecipeError if a checkpoint has the state of another engine, or of another number of ZeRO's processes."""
+    split, processes = find_split(recipe), PartialState().num_processes
+    manifest = read_manifest(checkpoint.parent)
+    earlier, count = written_by(checkpoint)
+    if manifest and manifest.split and manifest.split.startswith(earlier):
+        earlier = manifest.split
+    same = str(split) == earlier or (earlier in ("ZeRO", "FSDP") and split.engine.startswith(earlier))
+    if same and (not split.is_zero or count == processes):
+        return
+    key = "resume_from_checkpoint" if recipe.resume_from_checkpoint else "output_dir"
+    raise recipe.error(
+        key,
+        f"{checkpoint} was written under {earlier} by {count} process{'es' * (count != 1)}, and its optimizer state can't "
+        f"be converted (found {split}, {processes}). Launch as before, or set overwrite_output_dir: true to start over",
+    )
 
 
 def _named_checkpoint(recipe: Recipe, folder: Path, output_dir: Path) -> tuple[Path, list[str]]:
@@ -132,6 +183,7 @@ def _named_checkpoint(recipe: Recipe, folder: Path, output_dir: Path) -> tuple[P
         raise recipe.error(
             "resume_from_checkpoint", f"{folder} can't be resumed from ({problem}); choose another checkpoint"
         )
+    _require_same_split(recipe, folder)
     others = [p for p in list_checkpoints(output_dir) if p.resolve() != folder.resolve()]
     newer = [p for p in others if checkpoint_step(p) >= checkpoint_step(folder)]
     # The next resume would take the newest checkpoint, which is not of this run.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
 
 from ..data.labels import IGNORED
 from ..errors import RunFailed, in_one_line
@@ -60,6 +61,21 @@ def run_preflight(trainer: ArpoTrainer, choose_checkpointing: bool = False, skip
             trainer.model.eval()
             trainer.prediction_step(trainer.model_wrapped, inputs, prediction_loss_only=True)
     say(line)
+
+
+def warm_up(trainer: ArpoTrainer) -> None:
+    """Run a backward under DDP, for runs without preflight, whose steps would otherwise depend on where they resumed.
+
+    After its first backward, DDP groups the gradients again, and more than two processes sum them in another order.
+    """
+    if not isinstance(trainer.model_wrapped, DistributedDataParallel):
+        return
+    if isinstance(trainer.train_dataset, Dataset):
+        batch, _ = longest_batch(trainer.train_dataset, 1, _pads_pairs(trainer))
+    else:  # a stream's first row would have to be read again
+        tokens = list(range(64))
+        batch = [{"input_ids": tokens, "labels": tokens, "seq_lengths": [len(tokens)]}]
+    _run_step(trainer, batch)
 
 
 def find_skip_reason(recipe: Recipe, trainer: ArpoTrainer) -> str | None:

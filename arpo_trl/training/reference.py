@@ -23,8 +23,9 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from ..errors import in_one_line
-from ..model.base import quantization, splits_model
+from ..model.base import quantization
 from ..model.model import load_model
+from ..model.split import find_split
 from ..model.token_scores import score_labelled_positions_only
 from ..recipe import methods
 from ..recipe.keys import Recipe
@@ -120,7 +121,7 @@ def make_reference(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | Pef
         return Reference()
     if precomputes(recipe) and not recipe.ref_model:
         return Reference(cast(PreTrainedModel, model))  # the policy itself, before its first step
-    if splits_model(recipe):
+    if find_split(recipe).shards_weights:
         what = "a second complete model on each process is not supported with FSDP or ZeRO-3"
         raise recipe.error("ref_model", f"{what}. Launch with accelerate_configs/multi_gpu.yaml")
     if recipe.ref_model:
@@ -134,7 +135,7 @@ def make_reference(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | Pef
 def precomputes(recipe: Recipe) -> bool:
     """Return whether the reference's log-probabilities are computed before training: also if models are split."""
     alone = needs_reference(recipe) and not keeps_base(recipe) and not recipe.ref_model
-    return recipe.precompute_ref_log_probs or (alone and splits_model(recipe))
+    return recipe.precompute_ref_log_probs or (alone and find_split(recipe).shards_weights)
 
 
 def to_reference_recipe(recipe: Recipe) -> Recipe:
@@ -233,7 +234,7 @@ def report_reference(recipe: Recipe) -> list[str]:
     with_adapters = f" with {', '.join(about['adapters'])}" if about["adapters"] else ""
     lines = [f"reference  {about['path']}{with_adapters}, {_describe_place(recipe)}"]
     if recipe.ref_model is None and recipe.adapter_name_or_path and not recipe.create_new_adapter:
-        can_merge = not (recipe.quantization_bit or quantization(recipe) or splits_model(recipe))
+        can_merge = not (recipe.quantization_bit or quantization(recipe) or find_split(recipe).shards_weights)
         lines.append(
             f"           without {recipe.adapter_name_or_path[-1]}, as in LLaMA-Factory. To compare with it, set "
             f"{'create_new_adapter: true, or ' * can_merge}ref_model and ref_model_adapters"

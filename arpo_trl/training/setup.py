@@ -5,6 +5,9 @@ requirements.py has the checks that need no torch.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -19,9 +22,12 @@ from ..model.base import load_config
 from ..model.memory import model_shape
 from ..model.methods.chosen import methods_of
 from ..model.sft_config import to_sft_config
+from ..model.split import Split, conflicting_precision, find_split, saves_zero3_model
 from ..recipe.keys import Recipe
 from ..report.manifest import run_day
 
+FSDP_CONFLICTS = ("use_galore", "use_apollo", "use_adam_mini")
+"""Optimizers whose state is not sharded with the weights."""
 RESIZE = "resize the model once (model.resize_token_embeddings(len(tokenizer))), save both and use that folder"
 
 
@@ -32,16 +38,64 @@ def check_after_torch(recipe: Recipe) -> SFTConfig:
         RecipeError: what is not supported, with the key's line and the fix.
     """
     check_device(recipe)
+    if recipe.do_train and recipe.deepspeed and "WORLD_SIZE" not in os.environ:
+        what = "needs a launcher, also for one process; start with `torchrun --nproc_per_node N -m arpo_trl`"
+        raise recipe.error("deepspeed", f"{what} or accelerate launch")
     args = to_sft_config(recipe)
-    if recipe.fsdp and args.world_size == 1:
-        raise recipe.error(
-            "fsdp", "one process can't split a model; start several with accelerate launch, or remove the line"
-        )
+    if recipe.do_train:
+        check_split(recipe, args, find_split(recipe))
     config = load_config(recipe).get_text_config()
     for method in methods_of(recipe):
         method.check_config(config, args)
     model_shape(recipe)
     return args
+
+
+def check_split(recipe: Recipe, args: SFTConfig, split: Split) -> None:
+    """Raise RecipeError for all that is not supported with the way in which the launch splits the model."""
+    unsupported: list[tuple[str, str]] = []
+    if recipe.fsdp and args.world_size == 1:
+        fix = "start several with accelerate launch, or remove the line"
+        unsupported.append(("fsdp", f"one process can't split a model; {fix}"))
+    if split.saves_together and recipe.on_save_error == "continue":
+        reason = "whose processes exchange weights during a save"
+        unsupported.append(("on_save_error", f"continue is not supported with {split.engine}, {reason}; set stop"))
+    if split.engine == "ZeRO-3" and not recipe.trains_adapter and not saves_zero3_model():
+        fix = "set it to true (zero3_save_16bit_model: true in an Accelerate config)"
+        unsupported.append(
+            ("deepspeed", f"stage3_gather_16bit_weights_on_model_save is false: no final model can be saved; {fix}")
+        )
+    key = "do_predict" if recipe.do_predict else "predict_during_eval" if recipe.predict_during_eval else None
+    if key and split.shards_weights:
+        unsupported.append(
+            (
+                key,
+                f"not supported with {split.engine}: generation needs the complete model on each process. Remove the key "
+                f"and, after training, run the same recipe with do_train=false do_predict=true "
+                f"model_name_or_path={recipe.output_dir}",
+            )
+        )
+    if split.is_zero and (problem := conflicting_precision(args)):
+        unsupported.append(("deepspeed", problem))
+    if split.is_fsdp:
+        unsupported += _unsupported_by_fsdp(recipe, args, split)
+    if unsupported:
+        raise RecipeError([str(recipe.error(key, problem)) for key, problem in unsupported])
+
+
+def _unsupported_by_fsdp(recipe: Recipe, args: SFTConfig, split: Split) -> Iterator[tuple[str, str]]:
+    """Yield the optimizers and modules that compute or save what is not a sharded tensor."""
+    key = next((name for name in FSDP_CONFLICTS if getattr(recipe, name)), "optim")
+    optim = args.optim.value if hasattr(args.optim, "value") else str(args.optim)
+    if key != "optim" or any(word in optim for word in ("adafactor", "8bit", "paged", "galore", "apollo")):
+        what = optim if key == "optim" else "its optimizer"
+        yield key, f"{what} is not supported with {split.engine}; set optim: adamw_torch, or launch with zero2.yaml"
+    embeddings = [name for name in recipe.additional_target if "embed" in name or name == "wte"]
+    if embeddings:
+        yield (
+            "additional_target",
+            f"{embeddings[0]} is not supported with {split.engine}; launch with accelerate_configs/zero3.yaml",
+        )
 
 
 def check_device(recipe: Recipe) -> None:

@@ -19,6 +19,7 @@ from ..data.prepare import PreparedData
 from ..errors import program
 from ..machine import format_bytes, free_space
 from ..model.base import lacks_bf16_instructions
+from ..model.split import find_split
 from ..recipe.keys import COMMAND_LINE, Recipe
 from ..report.log_file import describe_evaluation, format_seconds, read_log, run_seconds
 from ..shell import quote_command
@@ -57,7 +58,7 @@ def describe_setup(recipe: Recipe, model: PreTrainedModel | PeftModel, args: Tra
     )  # Qwen3.5's and Llama 4's, of a file with a vision part
     return [
         f"model    {recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}{part}",
-        f"device   {describe_device(args)}",
+        f"device   {describe_device(args)}{f', {find_split(recipe)}' if args.world_size > 1 else ''}",
         *missing_gpu(recipe),
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,13 +17,14 @@ from trl.trainer.sft_config import SFTConfig
 from ..data.prepare import PreparedData
 from ..data.saved_folder import check_run
 from ..errors import RecipeError, RunFailed, in_one_line
-from ..generate.predict import predict, refuse_split_model
+from ..generate.predict import predict
 from ..machine import full_disk_as_run_failed
 from ..model.adapters import keep_adapter_in_float32
-from ..model.base import compute_dtype, splits_model
+from ..model.base import compute_dtype
 from ..model.base_files import BaseFiles
 from ..model.methods.chosen import methods_of, trainer_kwargs
 from ..model.model import load_model, stop_after_calls
+from ..model.split import find_split, requests_fsdp
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
 from ..recipe.read import read_recipe
@@ -48,7 +48,7 @@ from .callbacks import (
 from .evaluate import eval_datasets, run_without_training, to_inference
 from .output_dir import clear_earlier_run, find_resume_point, own_output_dir, write_start_files
 from .precompute import use_stored_log_probs
-from .preflight import check_first_pair, find_skip_reason, require_separate_rows, run_preflight
+from .preflight import check_first_pair, find_skip_reason, require_separate_rows, run_preflight, warm_up
 from .reference import describe_reference, make_preference, precomputes
 from .requirements import check_before_torch
 from .score_check import check_scores
@@ -119,7 +119,7 @@ def run(recipe: Recipe) -> Result:
     args = check_after_torch(recipe)
     with own_output_dir(recipe):
         checkpoint, lines = on_main_process(lambda: find_resume_point(recipe)) if recipe.do_train else (None, [])
-        log = logged_to(Path(recipe.output_dir) / "training.log", enabled=PartialState().is_main_process)
+        log = logged_to(Path(recipe.output_dir) / "training.log", PartialState().process_index)
         with log as forget_earlier_sessions, full_disk_as_run_failed():
             say(*recipe.notices, *lines)
             code = 0
@@ -157,6 +157,7 @@ def _train(
     # The run's record, and the earlier one's
     manifest = describe_run(recipe, data)
     manifest.reference = describe_reference(recipe)
+    manifest.split = str(find_split(recipe))
     manifest.computed_in = str(compute_dtype(recipe) or torch.float32).removeprefix("torch.")
     earlier = read_manifest(checkpoint.parent) if checkpoint else None
     if checkpoint:
@@ -179,7 +180,7 @@ def _train(
     say(*on_main_process(lambda: write_start_files(recipe, trainer, manifest)))
 
     # Train, save, evaluate
-    if precomputes(recipe) and not splits_model(recipe):
+    if precomputes(recipe) and not find_split(recipe).shards_weights:
         use_stored_log_probs(recipe, trainer, is_untrained=True)  # a checkpoint is loaded later
     try:
         trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
@@ -230,13 +231,13 @@ def make_trainer(
             on_save_error=recipe.on_save_error,
             **trainer_kwargs(recipe, model, args),
             preference=make_preference(recipe, args, model),
+            split=find_split(recipe),
         )
     except ValueError as error:  # a combination that TRL does not support
         raise RecipeError(f"{recipe.path}: not supported by TRL: {in_one_line(error)}") from error
-    refuse_split_model(recipe, trainer.is_fsdp_enabled)
     keep_adapter_in_float32(model)
     stop_after_calls(model, tokenizer, data.template.call_end)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+    if requests_fsdp(recipe) and not trainer.is_fsdp_enabled:
         say("FSDP needs GPUs (accelerate 1.15): each process has the complete model, as with multi_gpu.yaml")
     return trainer
 
@@ -266,11 +267,13 @@ def before_first_step(recipe: Recipe, trainer: ArpoTrainer, data: PreparedData, 
     if isinstance(data.train, Dataset):  # a stream's first row would have to be read again
         say(*describe_example(data.train, data.template.tokenizer))
     require_separate_rows(recipe, trainer)
-    if precomputes(recipe) and splits_model(recipe):
+    if precomputes(recipe) and find_split(recipe).shards_weights:
         use_stored_log_probs(recipe, trainer, is_untrained=trainer.state.global_step == 0)
     check_first_pair(recipe, trainer)
-    if recipe.preflight:
+    if recipe.preflight and isinstance(data.train, Dataset):
         run_preflight(trainer, recipe.gradient_checkpointing == "auto", find_skip_reason(recipe, trainer))
+    else:
+        warm_up(trainer)
     trainer.evaluate_pending()
 
 

@@ -29,6 +29,7 @@ from ..machine import is_out_of_memory
 from ..model.base_files import BaseFiles
 from ..model.methods.moe import router_loss_kept
 from ..model.optimizer_settings import read_settings, restore_settings
+from ..model.split import Split, float32_masters
 from ..model.token_scores import Objective, score_labelled_positions_only
 from ..terminal import progress, progress_of_files
 from .checkpoints import CheckpointWriter, checkpoint_bytes, saved_bytes
@@ -74,6 +75,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         objective: The training loss, if it is not one of TRL's.
         reference: The model that `objective` compares with, if any.
         preference: The loss of `stage: dpo`, if the rows are pairs.
+        split: How the launch splits the model.
         **kwargs: As `trl.SFTTrainer`.
     """
 
@@ -89,6 +91,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         objective: Objective | None = None,
         reference: PreTrainedModel | None = None,
         preference: Preference | None = None,
+        split: Split = Split("DDP"),  # noqa: B008 (a tuple)
         **kwargs: Any,
     ) -> None:
         args = copy.copy(args)
@@ -114,7 +117,8 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         if isinstance(self.train_dataset, IterableDataset):
             self.train_dataset = Endless(self.train_dataset)
         model = self.accelerator.unwrap_model(self.model)
-        self.checkpoints = CheckpointWriter(save_total_limit, on_save_error, checkpoint_bytes(model, args))
+        expected_bytes = checkpoint_bytes(model, args, split)
+        self.checkpoints = CheckpointWriter(save_total_limit, on_save_error, expected_bytes, split.saves_together)
         model.register_forward_hook(torch.compiler.disable(self._score))
         if objective or self.accelerator.device.type not in ("cuda", "xpu"):
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -243,10 +247,14 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
 
     def _gradient_norm(self) -> Tensor:
         """Return the norm of this process's part of the gradients, to check that it is finite."""
+        tensors = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.is_deepspeed_enabled:
             engine: Any = self.model_wrapped
-            return torch.as_tensor(float(engine.get_global_grad_norm() or 0.0), device=self.args.device)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            if (total := engine.get_global_grad_norm()) is not None:
+                return torch.as_tensor(float(total), device=self.args.device)
+            # ZeRO-0 in float32 has no norm and has taken its step: a NaN is in the weights now.
+            tensors = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        norm = torch.nn.utils.get_total_norm(tensors)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP's shards
 
     # --- a resume ---
@@ -407,6 +415,8 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         model, output_dir = self.accelerator.unwrap_model(self.model), Path(str(self.args.output_dir))
         if base is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             weights = self.accelerator.get_state_dict(self.model_wrapped)  # a collective of all processes
+            if self.is_deepspeed_enabled:
+                weights |= float32_masters(model, base.dtype_of)
             if self.args.should_save:
                 tied = getattr(model, "all_tied_weights_keys", {})  # gathered, a tied head is a separate tensor
                 # the part of save_model that writes gathered weights: transformers 5.24, trainer.py#L4139

@@ -130,6 +130,37 @@ def test_changed_data_template_or_processes_are_rejected(
         require_same_run(manifest(path), manifest(path, **more), allow_changed_recipe=False)
 
 
+SHARED_ROWS = {
+    "per_device_train_batch_size=1": (4, {"per_device_train_batch_size": 1}),
+    "accumulated": (1, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
+    "global_batch_size": (2, {"per_device_train_batch_size": 1, "global_batch_size": 4}),
+}
+
+
+@pytest.mark.parametrize("name", SHARED_ROWS)
+def test_the_same_rows_per_step_may_be_shared_differently(name: str, make_recipe: MakeRecipe) -> None:
+    """Four rows of one process: a float's last digits, and a line says so. Not where a step depends on who shares it."""
+    processes, changes = SHARED_ROWS[name]
+    before = manifest(make_recipe(per_device_train_batch_size=4))
+    now = manifest(make_recipe(**changes), world_size=processes)
+    (line,) = require_same_run(before, now, allow_changed_recipe=False)
+    assert line == "resuming with the same rows per step, grouped differently: the last digits may differ"
+    for unequal in ({"packing": True}, {"streaming": True}, {"group_by_length": True}, {"neftune_noise_alpha": 5.0}):
+        now.recipe |= unequal
+        assert list_changes(before, now)[0].split(":")[0] in {*unequal, *changes}
+        before.recipe |= unequal
+        assert list_changes(before, now) != []
+        before.recipe = {key: value for key, value in before.recipe.items() if key not in unequal}
+        now.recipe = {key: value for key, value in now.recipe.items() if key not in unequal}
+
+
+def test_other_processes_with_other_rows_per_step_are_rejected(make_recipe: MakeRecipe) -> None:
+    path = make_recipe(per_device_train_batch_size=2)
+    expected = r"world_size: 2 -> 3 processes \(launch 2, or keep 4 rows per step, found 6\)"
+    with pytest.raises(RecipeError, match=expected):
+        require_same_run(manifest(path, world_size=2), manifest(path, world_size=3), allow_changed_recipe=False)
+
+
 def test_everything_that_changed_is_listed_at_once(make_recipe: MakeRecipe) -> None:
     """Three changes give three lines; if allowed, they are printed."""
     before = manifest(make_recipe())

@@ -8,20 +8,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import small_run
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, GenerationConfig
 
 from arpo_trl.data.labels import IGNORED
 from arpo_trl.data.prepare import prepare_datasets
 from arpo_trl.data.tokenizer import load_template
 from arpo_trl.errors import RecipeError, RunFailed
 from arpo_trl.generate import predict as predict_module
-from arpo_trl.generate.predict import Prompt, find_prompts, generate, refuse_split_model
-from arpo_trl.recipe import Recipe, read_recipe
+from arpo_trl.generate.predict import Prompt, find_prompts, generate
+from arpo_trl.recipe import read_recipe
 from arpo_trl.report.log_file import read_log
 from arpo_trl.training.train import train
 
@@ -190,25 +190,12 @@ def test_a_call_inside_a_turn_ends_the_reply(model_and_prompts: Any, monkeypatch
     )  # which it would repeat, and join with the prompt
     [free] = generate(model, inside, tokenizer, config, 2, seed=0)
     written = tokenizer.decode(free)
-    monkeypatch.setattr(predict_module, "CALL_ENDS", [tokenizer.decode(free[:3])])
+    call_ends = [tokenizer.decode(free[:3])]
+    monkeypatch.setattr(predict_module, "CALL_ENDS", call_ends)
     [ids] = generate(model, inside, tokenizer, config, 2, seed=0)
     assert ids == free[:3]
     reply = predict_module._to_prediction(inside[0], ids, tokenizer, {tokenizer.eos_token_id})
-    assert reply.stopped and written.startswith(reply.predict) and reply.predict.endswith(predict_module.CALL_ENDS[0])
-
-
-@pytest.mark.parametrize(("fsdp", "zero3", "split"), [(True, False, "FSDP"), (False, True, "DeepSpeed ZeRO-3")])
-def test_a_split_model_is_rejected_with_the_fix(
-    fsdp: bool, zero3: bool, split: str, recipe_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(predict_module, "is_deepspeed_zero3_enabled", lambda: zero3)
-    for key in ("do_predict=true", "predict_during_eval=4"):
-        recipe: Recipe = recipe_of(key, "val_size=0.1", "do_eval=true")
-        with pytest.raises(
-            RecipeError, match=rf"not supported with {split}: .* Remove the key and, .*do_train=false do_predict=true"
-        ):
-            refuse_split_model(recipe, fsdp)
-    refuse_split_model(recipe_of("val_size=0.1", "do_eval=true"), fsdp)
+    assert reply.stopped and written.startswith(reply.predict) and reply.predict.endswith(call_ends[0])
 
 
 def test_out_of_memory_names_the_settings_to_lower(model_and_prompts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +218,8 @@ def test_a_dataset_without_a_complete_reply_is_reported(tiny_model: Path, tmp_pa
     question = [{"role": "user", "content": "count to 24"}]
     prompt = AutoTokenizer.from_pretrained(tiny_model).apply_chat_template(question, add_generation_prompt=True)
     keys = {"dataset": None, "eval_dataset": "counting", "do_train": False, "do_predict": True}
-    recipe = small_run.make_recipe(tmp_path, tiny_model, **keys, cutoff_len=len(prompt["input_ids"]) + 1)
+    cutoff = len(cast(BatchEncoding, prompt)["input_ids"]) + 1
+    recipe = small_run.make_recipe(tmp_path, tiny_model, **keys, cutoff_len=cutoff)
     with pytest.raises(RecipeError, match=r"do_predict: no reply ends within cutoff_len \d+\. Raise cutoff_len"):
         train(recipe)
 

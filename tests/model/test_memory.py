@@ -21,6 +21,7 @@ from arpo_trl.model.memory import Memory, describe_memory, estimate_memory, mode
 from arpo_trl.model.methods.asft import frozen_copy
 from arpo_trl.model.model import load_model
 from arpo_trl.model.sft_config import to_sft_config
+from arpo_trl.model.split import Split
 from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import Recipe
 from arpo_trl.training.checkpoints import checkpoint_bytes
@@ -46,9 +47,9 @@ def test_checkpoint_bytes_count_weights_and_optimizer_state(optim: str, tmp_path
     optimizer.step()
     state = sum(x.nbytes for one in optimizer.state.values() for x in one.values() if torch.is_tensor(x))
     weights = sum(p.nbytes for p in model.parameters())
-    assert checkpoint_bytes(model, args) == pytest.approx(weights + state, rel=0.05)
+    assert checkpoint_bytes(model, args, Split("DDP")) == pytest.approx(weights + state, rel=0.05)
     args.save_only_model = True
-    assert checkpoint_bytes(model, args) == weights
+    assert checkpoint_bytes(model, args, Split("DDP")) == weights
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,7 @@ from arpo_trl.model.adapters import keep_adapter_in_float32
 from arpo_trl.model.memory import estimate_memory, model_shape
 from arpo_trl.model.model import load_model
 from arpo_trl.model.sft_config import to_sft_config
+from arpo_trl.model.split import Split
 from arpo_trl.training.trainer import ArpoTrainer
 
 def status(name):

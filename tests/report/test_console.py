@@ -15,7 +15,7 @@ import pytest
 from tqdm import tqdm
 from transformers.utils import logging as library_logging
 
-from arpo_trl.errors import RunFailed
+from arpo_trl.errors import RecipeError, RunFailed
 from arpo_trl.report import console
 from arpo_trl.report.console import log_only, logged_to, say
 from arpo_trl.terminal import start_bar
@@ -120,9 +120,19 @@ def test_a_closed_terminal_does_not_end_the_run(tmp_path: Path, monkeypatch: pyt
 
 
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
-    with logged_to(tmp_path / "log", enabled=False):
+    with logged_to(tmp_path / "log", process=1):
         log_only("from another process")
+    with pytest.raises(RecipeError), logged_to(tmp_path / "log", process=1):
+        raise RecipeError("also raised by the main process")
     assert not (tmp_path / "log").exists()
+
+
+def test_another_process_writes_the_error_that_ends_it(tmp_path: Path) -> None:
+    for error in (RunFailed("step 3: the loss is nan"), ValueError("two\nlines")):
+        with pytest.raises(type(error)), logged_to(tmp_path / "log", process=1):
+            raise error
+    lines = (tmp_path / "log").read_text("utf-8").splitlines()
+    assert lines == ["process 1: step 3: the loss is nan", "process 1: ValueError: two lines"]
 
 
 def test_lines_printed_during_a_progress_bar_appear_above_it_and_in_the_log(

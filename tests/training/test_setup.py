@@ -8,12 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from arpo_trl.__main__ import main
+from arpo_trl.errors import RecipeError
+from arpo_trl.model.sft_config import to_sft_config
+from arpo_trl.model.split import Split
+from arpo_trl.training.setup import check_after_torch, check_split
 
 
 @pytest.mark.parametrize("command", [[], ["--check"]], ids=["train", "check"])
@@ -58,7 +63,7 @@ def test_a_loss_not_supported_by_launch_or_model_is_rejected(
     data = small_run.write_data(tmp_path / "data")
     recipe = small_run.write_recipe(tmp_path, model, dataset="counting", dataset_dir=str(data))
     with monkeypatch.context() as patched:
-        patched.setenv("ACCELERATE_USE_FSDP", "true")
+        patched.setattr("arpo_trl.model.methods.asft.find_split", lambda recipe: Split("FSDP2"))
         assert main(["--check", str(recipe), f"{key}=true"]) == (2 if key == "use_asft_loss" else 0)
         error = f"{recipe}: {key}: requires a complete second model on each process; launch with accelerate_configs/multi_gpu"
         assert (error in capsys.readouterr().err) == (key == "use_asft_loss")
@@ -97,7 +102,7 @@ def test_a_schedule_that_lacks_a_setting_is_rejected(
     assert f"{recipe}: {message}" in err and err.endswith("; set its arguments in lr_scheduler_kwargs\n")
 
 
-LEARNED_POSITIONS = {
+LEARNED_POSITIONS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2},
     "gpt_neo": {"max_position_embeddings": 64, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]},
     "gpt_bigcode": {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2},
@@ -143,3 +148,40 @@ def test_a_cache_of_another_user_is_an_error_with_the_fix(tmp_path: Path, tiny_m
         f"{tmp_path / 'file' / 'cache'}: the cache of datasets can't be written (Not a directory); set HF_DATASETS_CACHE "
         "to a folder that you can write"
     )
+
+
+FSDP2, ZERO2, ZERO3 = Split("FSDP2"), Split("ZeRO-2"), Split("ZeRO-3")
+
+
+@pytest.mark.parametrize(
+    ("split", "lines", "message"),
+    [
+        (
+            FSDP2,
+            "do_predict=true val_size=0.1",
+            "do_predict: not supported with FSDP2: .*do_train=false do_predict=true",
+        ),
+        (ZERO3, "predict_during_eval=4 val_size=0.1 do_eval=true", "predict_during_eval: not supported with ZeRO-3"),
+        (ZERO2, "on_save_error=continue", "on_save_error: continue is not supported with ZeRO-2, .*; set stop"),
+        (FSDP2, "finetuning_type=full optim=adafactor", "optim: adafactor is not supported with FSDP2"),
+        (FSDP2, "optim=adamw_bnb_8bit", "optim: adamw_bnb_8bit is not supported with FSDP2"),
+        (FSDP2, "finetuning_type=full use_galore=true", "use_galore: its optimizer is not supported with FSDP2"),
+        (FSDP2, "additional_target=embed_tokens", "additional_target: embed_tokens is not supported with FSDP2"),
+        (ZERO3, "finetuning_type=full", "deepspeed: stage3_gather_16bit_weights_on_model_save is false"),
+    ],
+)
+def test_what_a_split_does_not_support_is_rejected_before_the_data(
+    split: Split, lines: str, message: str, recipe_of: Any
+) -> None:
+    recipe = recipe_of(*lines.split())
+    args = to_sft_config(recipe)
+    check_split(recipe, args, Split("DDP"))
+    with pytest.raises(RecipeError, match=message) as caught:
+        check_split(recipe, args, split)
+    assert "\n" not in str(caught.value)
+
+
+def test_deepspeed_needs_a_launcher(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(RecipeError, match="deepspeed: needs a launcher, also for one process; start with `torchrun"):
+        check_after_torch(recipe_of('deepspeed={"zero_optimization": {"stage": 2}}'))

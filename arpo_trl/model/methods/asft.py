@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 from ...recipe.keys import Recipe
-from ..base import splits_model
+from ..split import find_split
 from ..token_scores import check_objective
 from .method import Keywords, Method
 
@@ -26,7 +26,7 @@ class Asft(Method):
 
     def check_config(self, config: PreTrainedConfig, args: SFTConfig) -> None:
         check_objective(self.recipe, "use_asft_loss", config, args)
-        if splits_model(self.recipe):
+        if find_split(self.recipe).shards_weights:
             raise self.recipe.error(
                 "use_asft_loss",
                 "requires a complete second model on each process; launch with accelerate_configs/multi_gpu.yaml",

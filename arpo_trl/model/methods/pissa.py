@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
 from ...recipe.keys import Recipe
-from ..base import splits_model
+from ..split import find_split
 from .method import AdapterConfig, Method
 
 START = "pissa_start"
@@ -31,7 +31,7 @@ class Pissa(Method):
     def prepare_base(self, model: PreTrainedModel) -> None:
         recipe = self.recipe
         unsupported = {"use_dora": recipe.use_dora, "additional_target": recipe.additional_target}
-        unsupported["FSDP or DeepSpeed ZeRO-3"] = splits_model(recipe)
+        unsupported["FSDP or DeepSpeed ZeRO-3"] = find_split(recipe).shards_weights
         if recipe.pissa_init and any(unsupported.values()):
             names = ", ".join(name for name, value in unsupported.items() if value)
             raise recipe.error("pissa_init", f"can't be converted to plain LoRA with {names}; remove one")

@@ -17,7 +17,8 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 from ...errors import RecipeError
 from ...recipe.keys import Recipe
 from ...recipe.methods import QUANTIZED_PACKAGES
-from ..base import quantization, splits_model
+from ..base import quantization
+from ..split import find_split
 from ..weights import frozen_linear_weights, linear_layers, saved_bytes
 from .method import AdapterConfig, Keywords, Method
 
@@ -44,7 +45,7 @@ class Quantized(Method):
         kwargs = kwargs | dequantized(config)
         if not set_trainable_backend(config):
             return kwargs
-        if splits_model(self.recipe):
+        if find_split(self.recipe).shards_weights:
             raise self.recipe.error(
                 "model_name_or_path",
                 f"{self.recipe.model_name_or_path} is quantized and can't be split by FSDP or DeepSpeed ZeRO-3; "
