@@ -324,6 +324,19 @@ def test_four_processes_resume_bit_for_bit_without_preflight_and_others_with_the
 
 
 @pytest.mark.slow
+def test_fsdp2_resumes_on_another_number_of_processes(tmp_path: Path, tiny_model: Path) -> None:
+    keys: dict[str, Any] = {"global_batch_size": 4, "per_device_train_batch_size": 1}
+    launch(command("fsdp2", write_recipe(tmp_path / "two", tiny_model, **keys)))
+    shutil.copytree(tmp_path / "two" / "run", tmp_path / "four" / "run")
+    shutil.rmtree(tmp_path / "four" / "run" / "checkpoint-4")
+    manifest = json.loads((tmp_path / "four" / "run" / "run.json").read_text("utf-8")) | {"status": "running"}
+    (tmp_path / "four" / "run" / "run.json").write_text(json.dumps(manifest), encoding="utf-8")
+    printed = launch(command("fsdp2", write_recipe(tmp_path / "four", tiny_model, **keys), 4))
+    assert "resuming from checkpoint-2" in printed and "with the same rows per step" in printed, printed
+    require_same_training(tmp_path / "four" / "run", tmp_path / "two" / "run")
+
+
+@pytest.mark.slow
 def test_the_final_file_of_a_float32_base_has_the_float32_weights_of_zero(
     tmp_path: Path, tiny_model: Path, uneven: dict[str, Any]
 ) -> None:
