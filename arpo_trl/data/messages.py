@@ -362,7 +362,7 @@ def _to_call(call: object, where: str) -> Fields:
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
-        raise RowError(f"wrong type: {place} are {_kind(arguments)}, expected an object")
+        raise RowError(f"wrong type: {place} must be an object, not {_kind(arguments)}")
     _check_numbers(arguments, place)
     read = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return {"id": call_id, **read} if isinstance(call_id, str) and call_id else read

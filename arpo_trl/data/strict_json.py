@@ -16,7 +16,7 @@ from ..errors import RowError
 
 MAX_DEPTH = 100  # safe for code that walks, pickles or renders rows recursively
 EXCERPT = 60
-SPACE, TOO_DEEP = " \t\n\r", "not supported JSON (nested too deeply)"
+SPACE, TOO_DEEP = " \t\n\r", "unsupported JSON (nested too deeply)"
 
 
 def parse_json(text: str) -> object:
@@ -58,7 +58,7 @@ def _to_object(members: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(members)
     if len(value) < len(members):
         key = next(key for key, times in Counter(key for key, _ in members).items() if times > 1)
-        raise RowError(f"not supported JSON (duplicate key {key[:EXCERPT]!r})")
+        raise RowError(f"unsupported JSON (duplicate key {key[:EXCERPT]!r})")
     return value
 
 
@@ -66,13 +66,13 @@ def _to_int(digits: str) -> int:
     try:
         return int(digits)
     except ValueError:  # sys.get_int_max_str_digits()
-        raise RowError(f"not supported JSON (a number with {len(digits):,} digits)") from None
+        raise RowError(f"unsupported JSON (a number with {len(digits):,} digits)") from None
 
 
 def _to_float(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise RowError(f"not supported JSON (the number {digits[:EXCERPT]} is too large)")
+        raise RowError(f"unsupported JSON (the number {digits[:EXCERPT]} is too large)")
     return value
 
 

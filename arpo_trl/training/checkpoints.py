@@ -120,7 +120,7 @@ class CheckpointWriter:
                     raise RunFailed(
                         f"{message}. Older checkpoints are intact; resume_from_checkpoint=true uses the last"
                     )
-                return say(f"{message}; continuing without it (on_save_error: continue)")
+                return say(f"{message}; continuing without this checkpoint (on_save_error: continue)")
         if is_main:
             best = trainer.state.best_model_checkpoint
             rotate_checkpoints(

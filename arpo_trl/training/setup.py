@@ -55,8 +55,8 @@ def check_split(recipe: Recipe, args: SFTConfig, split: Split) -> None:
     """Raise RecipeError for all that is not supported with the way in which the launch splits the model."""
     unsupported: list[tuple[str, str]] = []
     if recipe.fsdp and args.world_size == 1:
-        fix = "start several with accelerate launch, or remove the line"
-        unsupported.append(("fsdp", f"one process can't split a model; {fix}"))
+        fix = "start them with accelerate launch, or remove the line"
+        unsupported.append(("fsdp", f"splitting a model needs several processes; {fix}"))
     if split.saves_together and recipe.on_save_error == "continue":
         reason = "whose processes exchange weights during a save"
         unsupported.append(("on_save_error", f"continue is not supported with {split.engine}, {reason}; set stop"))

@@ -100,9 +100,9 @@ BROKEN_LINES: dict[str, tuple[bytes, str]] = {
     "not UTF-8": (GOOD.replace(b"Q", b"\xff"), "not UTF-8 (byte 48 of the line)"),
     "UTF-16": (GOOD.decode().encode("utf-16"), "not UTF-8 (byte 1 of the line)"),
     "half a surrogate pair": (GOOD.replace(b"Q", b"\\ud83d"), "not UTF-8: the text contains a lone surrogate"),
-    "nested too deeply": (b"[" * 100_000, "not supported JSON (nested too deeply)"),
-    "nested too deeply to walk": (b"[" * 900 + b"]" * 900, "not supported JSON (nested too deeply)"),
-    "a number without end": (b"9" * 5000, "not supported JSON (a number with 5,000 digits)"),
+    "nested too deeply": (b"[" * 100_000, "unsupported JSON (nested too deeply)"),
+    "nested too deeply to walk": (b"[" * 900 + b"]" * 900, "unsupported JSON (nested too deeply)"),
+    "a number without end": (b"9" * 5000, "unsupported JSON (a number with 5,000 digits)"),
     "a number": (b"7", "expected an object, found a number"),
     "an unknown role": (
         GOOD.replace(b"human", b"person"),
@@ -240,8 +240,8 @@ def test_only_an_element_that_python_rejects_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(f'[{{"a": {"9" * 5000}}}, {"[" * 200 + "]" * 200}, {{"a": 1}}]', encoding="utf-8")
     number, deep, good = (one.value for one in read_rows(path))
-    assert str(number) == "not supported JSON (a number with 5,000 digits)"
-    assert str(deep) == "not supported JSON (nested too deeply)"
+    assert str(number) == "unsupported JSON (a number with 5,000 digits)"
+    assert str(deep) == "unsupported JSON (nested too deeply)"
     assert good == {"a": 1}
 
 

@@ -422,17 +422,17 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "a call nested too deeply": (
         "sharegpt",
         chat(Q, turn("function_call", '{"name": "f", "arguments": {"a": ' + "[" * 100_000 + "]" * 100_000 + "}}")),
-        "wrong type: conversations[1] is a function call but not supported JSON (nested too deeply)",
+        "wrong type: conversations[1] is a function call but unsupported JSON (nested too deeply)",
     ),
     "tools nested too deeply to render": (
         "sharegpt",
         chat(Q, A, tools='[{"name": "f", "parameters": ' + "[" * 200 + "]" * 200 + "}]"),
-        "wrong type: tools is a string but not supported JSON (nested too deeply)",
+        "wrong type: tools is a string but unsupported JSON (nested too deeply)",
     ),
     "tools with a number that Python does not read": (
         "sharegpt",
         chat(Q, A, tools='[{"name": "f", "maximum": ' + "9" * 5000 + "}]"),
-        "wrong type: tools is a string but not supported JSON (a number with 5,000 digits)",
+        "wrong type: tools is a string but unsupported JSON (a number with 5,000 digits)",
     ),
     "a date in a history": (
         "alpaca",
@@ -452,7 +452,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "arguments that are a list": (
         "sharegpt",
         chat(Q, turn("function_call", '{"name": "f", "arguments": [1]}')),
-        "wrong type: the arguments of 'f' in conversations[1] are a list, expected an object",
+        "wrong type: the arguments of 'f' in conversations[1] must be an object, not a list",
     ),
     "arguments that are prose": (
         "openai",

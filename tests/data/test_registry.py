@@ -195,7 +195,7 @@ NOT_READ = {
     "a key twice": ('{"d": {"file_name": "a", "file_name": "b"}}', "(duplicate key 'file_name')"),
     "a dataset twice": ('{"d": {}, "d": {}}', "(duplicate key 'd')"),
     "a comma too many": ('{"d": {"file_name": "a",\n}}', "not JSON ("),
-    "too deep": ('{"d": ' + "[" * 10_000 + "]" * 10_000 + "}", "not supported JSON (nested too deeply)"),
+    "too deep": ('{"d": ' + "[" * 10_000 + "]" * 10_000 + "}", "unsupported JSON (nested too deeply)"),
     "a number without end": ('{"d": {"num_samples": ' + "9" * 5000 + "}}", "(a number with 5,000 digits)"),
     "infinity": ('{"d": {"num_samples": 1e400}}', "(the number 1e400 is too large)"),
     "a list": ("[]", "expected an object of datasets, found []"),

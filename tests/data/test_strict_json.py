@@ -14,9 +14,9 @@ from arpo_trl.errors import RowError
 NOT_JSON = {
     "NaN": "not JSON (NaN is not a JSON value)",
     '{"a": [-Infinity]}': "not JSON (-Infinity is not a JSON value)",
-    "1e400": "not supported JSON (the number 1e400 is too large)",
-    '[{"a": -1.5E+999}]': "not supported JSON (the number -1.5E+999 is too large)",
-    '{"a": 1, "b": {"c": 1, "c": 1}}': "not supported JSON (duplicate key 'c')",
+    "1e400": "unsupported JSON (the number 1e400 is too large)",
+    '[{"a": -1.5E+999}]': "unsupported JSON (the number -1.5E+999 is too large)",
+    '{"a": 1, "b": {"c": 1, "c": 1}}': "unsupported JSON (duplicate key 'c')",
     '{"a": "\x01"}': 'not JSON (Invalid control character at column 8): \'{"a": "\\x01"}\'',
     "": "not JSON (Expecting value at column 1): ''",
     "{}\n{": "not JSON (Extra data at column 3): '{}\\n{'",

@@ -41,7 +41,7 @@ def test_fsdp_is_rejected_for_one_process_and_trains_on_two(make_recipe: MakeRec
     path, sharded = make_recipe(), "fsdp=full_shard auto_wrap"
     process = start([*COMMANDS["python"], str(path), sharded])
     told = process.communicate(timeout=100)[0]
-    assert process.returncode == 2 and "fsdp: one process can't split a model; start several with" in told, told
+    assert process.returncode == 2 and "fsdp: splitting a model needs several processes; start them with" in told, told
     code, told = run_on_two(path, sharded)
     assert code == 0 and "FSDP needs GPUs (accelerate 1.15): each process has the complete model" in told, told
 
