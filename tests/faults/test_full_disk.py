@@ -66,7 +66,9 @@ def test_a_full_disk_lets_the_run_continue_if_asked(
     assert trainer.state.global_step == 3
     assert [p.name for p in list_checkpoints(small_disk / "run")] == ["checkpoint-1"]
     told = [line for line in capsys.readouterr().out.splitlines() if "disk full" in line]
-    assert len(told) == 2 and all("continuing without this checkpoint (on_save_error: continue)" in line for line in told)
+    assert len(told) == 2 and all(
+        "continuing without this checkpoint (on_save_error: continue)" in line for line in told
+    )
 
 
 def test_a_disk_too_small_for_a_checkpoint_is_detected_before_training(
