@@ -238,8 +238,6 @@ def to_pair_examples(
 
 def _to_example(pair: PairSegments, tokens: list[list[Tokens]], config: ExampleConfig) -> Example | RowError:
     lengths = [[len(ids) for ids, _ in part] for part in tokens]
-    if [encoding.ids for encoding in tokens[1]] == [encoding.ids for encoding in tokens[2]]:
-        return RowError("no pair: chosen and rejected are equal")
     if sum(lengths[0]) >= config.cutoff_len and config.truncation_mode != "llamafactory":
         return RowError(
             f"only the prompt is left: it has {sum(lengths[0]):,} tokens, cutoff_len is {config.cutoff_len:,}"
@@ -256,7 +254,8 @@ def _to_example(pair: PairSegments, tokens: list[list[Tokens]], config: ExampleC
         sides.append(side)
         example.lost_answer = example.lost_answer or not kept[part][-1]
     if sides[0].input_ids == sides[1].input_ids:
-        return RowError(f"no pair: chosen and rejected are equal up to cutoff_len ({config.cutoff_len:,})")
+        end = f" up to cutoff_len ({config.cutoff_len:,})" if kept != lengths else ""
+        return RowError(f"no pair: chosen and rejected are equal{end}")
     for side in sides:
         example.input_ids += side.input_ids
         example.labels += side.labels

@@ -124,12 +124,10 @@ def make_reference(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | Pef
     if find_split(recipe).shards_weights:
         what = "a second complete model on each process is not supported with FSDP or ZeRO-3"
         raise recipe.error("ref_model", f"{what}. Launch with accelerate_configs/multi_gpu.yaml")
-    if recipe.ref_model:
-        other = load_model(to_reference_recipe(recipe))[0]
-        if isinstance(other, PeftModel):
-            other = cast(PreTrainedModel, other.merge_and_unload(safe_merge=True))
-        return Reference(_score_only(_freeze(other, args), args))
-    return Reference(_score_only(_freeze(copy.deepcopy(cast(PreTrainedModel, model)), args), args))
+    other = load_model(to_reference_recipe(recipe))[0] if recipe.ref_model else copy.deepcopy(model)
+    if isinstance(other, PeftModel):
+        other = cast(PreTrainedModel, other.merge_and_unload(safe_merge=True))
+    return Reference(_score_only(_freeze(other, args), args))
 
 
 def precomputes(recipe: Recipe) -> bool:

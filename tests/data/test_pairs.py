@@ -408,7 +408,8 @@ def test_a_pair_that_teaches_nothing_is_audited(bench: Bench, row: Any, keys: An
     good = {"conversations": [human("a")], "chosen": gpt("x"), "rejected": gpt("y")}
     bench.add("d", [good, {"conversations": [human("a b")], **row}], ranking=True)
     encoded, _ = encode({"conversations": [human("a b")], **row}, **keys)
-    assert encoded["outcome"] == "dropped" and encoded["reason"].startswith(reason)
+    assert encoded["outcome"] == "dropped"
+    assert encoded["reason"] == reason or (reason.endswith(" ") and encoded["reason"].startswith(reason))
     if keys.get("cutoff_len") == 20:  # neither row fits
         return
     data = bench.prepare(**({"cutoff_len": 256} | keys), stage="dpo", template="qwen", max_dropped=1.0)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from small_pairs import write_pairs
 
 from arpo_trl.__main__ import main
-from arpo_trl.report.log_file import read_log
+from arpo_trl.report.log_file import LogLine, read_log
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -152,6 +152,27 @@ def test_check_and_preview_show_both_sides_and_the_reference(
     assert chosen < shown.index("\n+ abc <|im_end|>") < rejected < shown.index("\n+ 0 9 8 7 <|im_end|>")
 
 
+def train_shipped(name: str, folder: Path, model: Path, **keys: Any) -> list[LogLine]:
+    """Train a recipe of recipes/ with another model, and return its log."""
+    recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
+    recipe |= {"model_name_or_path": str(model), "dataset_dir": str(ROOT / "recipes"), "save_strategy": "no"}
+    recipe |= {"output_dir": str(folder / "run"), "tokenized_path": str(folder / "tokenized"), **keys}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    with kept_handlers():
+        assert main([str(folder / "recipe.yaml")]) == 0
+    return read_log(folder / "run" / "trainer_log.jsonl")
+
+
+@pytest.mark.slow
+@small_run.QUIET
+def test_the_recipe_for_a_16_gb_gpu_trains_a_tiny_model(tmp_path: Path, tiny_model: Path) -> None:
+    """Both forms of trajectories, in bfloat16. Its learning rate is for 0.5B parameters: this model learns less."""
+    log = train_shipped("qwen_toy_dpo", tmp_path, tiny_model)
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert len(losses) == 36 and losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
+    assert log[0]["accuracy"] == 0 and (tmp_path / "run" / "training_rewards_accuracies.png").exists()
+
+
 TOY: list[dict[str, Any]] = [
     {"pref_loss": "sigmoid"},
     {"pref_loss": "hinge"},
@@ -168,24 +189,9 @@ TOY: list[dict[str, Any]] = [
 def test_every_loss_learns_the_toy_pairs(
     keys: dict[str, Any], finetuning_type: str, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = yaml.safe_load((ROOT / "recipes" / "tiny_cpu_dpo.yaml").read_text(encoding="utf-8"))
-    recipe |= {
-        "model_name_or_path": str(tiny_model),
-        "dataset_dir": str(ROOT / "recipes"),
-        "output_dir": str(tmp_path / "o"),
-    }
-    recipe |= {
-        "finetuning_type": finetuning_type,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "plot_loss": False,
-        **keys,
-    }
-    recipe |= {"learning_rate": 5e-3 if finetuning_type == "lora" else 1e-3, "tokenized_path": str(tmp_path / "t")}
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    with kept_handlers():
-        assert main([str(tmp_path / "r.yaml")]) == 0
-    log = read_log(tmp_path / "o" / "trainer_log.jsonl")
+    learning_rate = 5e-3 if finetuning_type == "lora" else 1e-3
+    keys = {**keys, "finetuning_type": finetuning_type, "learning_rate": learning_rate, "logging_steps": 1}
+    log = train_shipped("tiny_cpu_dpo", tmp_path, tiny_model, **keys)
     evaluated = next(line for line in reversed(log) if "eval_loss" in line)
     with capsys.disabled():
         print(
