@@ -206,6 +206,15 @@ PROBLEMS: list[tuple[str, DatasetInfo, dict[str, Any], str]] = [
         "no pair: chosen and rejected have no prompt in common",
     ),
     (
+        "two system messages",
+        OPENAI,
+        {
+            "chosen": [{"role": "system", "content": "be"}, user("a"), reply("b")],
+            "rejected": [{"role": "system", "content": "do"}, user("a"), reply("c")],
+        },
+        "no pair: the system messages of prompt, chosen and rejected differ",
+    ),
+    (
         "a prompt of another conversation",
         OPENAI,
         {"messages": [user("z")], "chosen": [user("a"), reply("b")], "rejected": [user("a"), reply("c")]},
