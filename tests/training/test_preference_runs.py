@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import launches
 import pytest
 import small_run
 import torch
@@ -150,6 +151,35 @@ def test_check_and_preview_show_both_sides_and_the_reference(
     shown = capsys.readouterr().out
     chosen, rejected = shown.index("\nchosen: "), shown.index("\nrejected: ")
     assert chosen < shown.index("\n+ abc <|im_end|>") < rejected < shown.index("\n+ 0 9 8 7 <|im_end|>")
+
+
+@pytest.mark.engines
+@pytest.mark.slow
+@pytest.mark.parametrize("finetuning_type", ["full", "lora"])
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", *(pytest.param(f"zero{stage}", marks=launches.NEEDS_DEEPSPEED) for stage in (2, 3))]
+)
+def test_a_split_model_trains_as_one_process(
+    engine: str, finetuning_type: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    """The reference is the split model with its adapter switched off; of a full run, its log-probabilities are stored."""
+    keys = {"stage": "dpo", "dataset": "pairs", "dataset_dir": str(write_pairs(tmp_path / "data", 8))}
+    keys |= {"finetuning_type": finetuning_type, "disable_shuffling": True, "max_steps": 3, "save_strategy": "no"}
+    keys |= {"pref_ftx": 0.1, "lr_scheduler_type": "constant"}
+    one = small_run.write_recipe(tmp_path, tiny_model, **keys, per_device_train_batch_size=4)
+    run_recipe(one)
+    expected = read_log(tmp_path / "run" / "trainer_log.jsonl")
+    keys |= {"output_dir": str(tmp_path / "split")}
+    path = small_run.write_recipe(tmp_path, tiny_model, **keys, per_device_train_batch_size=2)
+    printed = launches.launch(launches.command(engine, path), timeout=900)
+    assert "first pair: loss 0.6931, as expected" in printed
+    assert (tmp_path / "split" / "reference_log_probs.npz").exists() == (
+        finetuning_type == "full" and engine != "zero2"
+    )
+    log = read_log(tmp_path / "split" / "trainer_log.jsonl")
+    for name in ("loss", "rewards/margins", "logps/chosen"):
+        found, wanted = ([line[name] for line in lines if name in line] for lines in (log, expected))
+        assert len(found) == 3 and found == pytest.approx(wanted, rel=1e-4, abs=2e-5), name
 
 
 def train_shipped(name: str, folder: Path, model: Path, **keys: Any) -> list[LogLine]:
