@@ -219,7 +219,10 @@ def split_side(conversation: Conversation, segments: list[Segment]) -> tuple[lis
     replies = sum(at >= (conversation.prompt or 0) for at in conversation.replies)
     start = len(segments) - 2 * replies + 1
     if start < 1:
-        raise RowError("the template rewrites an earlier turn of a side once later ones follow")
+        raise RowError(
+            "the chat template renders an earlier turn of the chosen or rejected side differently once more turns "
+            "follow; use a template that doesn't, or sides of one turn"
+        )
     return segments[:start], segments[start:]
 
 

@@ -294,7 +294,9 @@ def predict(recipe: Recipe, model: Model, data: PreparedData) -> None:
             results |= {f"predict_{name}_{score}": value for score, value in score_replies(part).items()}
     save_metrics(output_dir, "predict", results)
     rows = len({(prediction.prompt.dataset, prediction.prompt.source) for prediction in predictions})
-    say(f"predict  {len(predictions):,} replies of {rows:,} rows, see {output_dir / 'generated_predictions.jsonl'}")
+    say(
+        f"predict  replies to {len(predictions):,} turns of {rows:,} rows, see {output_dir / 'generated_predictions.jsonl'}"
+    )
     for line in describe_scores({"right": scores}):
         say(f"         {line}")
 

@@ -358,7 +358,7 @@ class _Rollout:
             ends[line["end"]] = ends.get(line["end"], 0) + 1
         say(f"rollout  {len(lines):,} trajectories are in {self.folder / ROLLOUTS}")
         say(*(f"         {line}" for line in describe(columns)))
-        say(f"         ended by {', '.join(f'{end} {count:,}' for end, count in sorted(ends.items()))}")
+        say(f"         how they ended: {', '.join(f'{count:,} {end}' for end, count in sorted(ends.items()))}")
         if self.recipe.rollout_on == "train":
             say(*select(self.folder, self.recipe.max_per_question, self.recipe.max_pairs_per_question))
 
