@@ -197,6 +197,8 @@ def missing_columns(info: DatasetInfo, fields: Iterable[str], rows: int) -> list
     existing = sorted(set(fields))
     shown = ", ".join(existing[:SHOWN_FIELDS])
     rename, name = "fix the name, or remove the key from columns", "set columns, or formatting"
+    if "messages" in existing and info.formatting != "openai":
+        rename = name = 'if the rows are in OpenAI form, set "formatting": "openai" and remove columns'
     return [
         f"{info.place}.columns.{key}: column {column!r} is missing in all {rows:,} rows (found {shown}); "
         f"{rename if key in info.named else name}"

@@ -90,7 +90,7 @@ class Chat:
         except _NoResultError:
             return False
         if trajectory.end not in ("stop", None):
-            print(f"[stopped: {trajectory.end}]")
+            print(f"\n[stopped: {trajectory.end}]")
         messages += trajectory.messages
         return True
 

@@ -22,6 +22,7 @@ from ..data.sources import select_datasets
 from ..data.tokenizer import load_template
 from ..errors import DatasetError, printable
 from ..recipe.keys import Recipe
+from ..terminal import to_terminal
 from .manifest import run_day
 
 # The kind of a token -> the margin of its lines, two alternating shades, and its name in the line below.
@@ -46,13 +47,13 @@ def preview(recipe: Recipe, rows: int) -> None:
     console = Console(highlight=False, soft_wrap=True)
 
     def say(line: str) -> None:
-        console.print(Text(printable(line)))
+        console.print(Text(to_terminal(printable(line))))
 
     for notice in recipe.notices:
         say(notice)
     template = load_template(recipe, run_day(recipe))
     masked = ", - (yellow) is masked by mask_spans" if recipe.mask_spans else ""
-    say(f"+ (green) is trained{masked}, the rest is context; alternating shades mark token boundaries")
+    say(f"+ (green) is trained{masked}, the rest is context; alternating shades mark tokens")
     for info in select_datasets(recipe):
         read = list(islice(read_dataset(info, recipe.streaming), rows))
         encoded = list(encode_rows(read, Encoder(info, recipe, template)))

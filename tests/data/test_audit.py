@@ -169,6 +169,19 @@ def test_rows_in_another_format_are_an_error_that_explains_the_fix(bench: Bench)
     )
 
 
+@pytest.mark.parametrize("formatting", ["sharegpt", "alpaca"])
+def test_rows_in_openai_form_registered_otherwise_are_an_error_whose_fix_works(formatting: str, bench: Bench) -> None:
+    rows = [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}] * 3
+    columns = {"messages": "conversations"} if formatting == "sharegpt" else {}
+    bench.add("d", rows, formatting=formatting, columns=columns, tags={})
+    fix = 'if the rows are in OpenAI form, set "formatting": "openai" and remove columns'
+    with pytest.raises(DatasetError) as error:
+        bench.prepare()
+    assert str(error.value).splitlines()[0].endswith(f"is missing in all 3 rows (found messages); {fix}")
+    bench.add("d", rows, formatting="openai", columns={}, tags={})
+    assert len(bench.prepare().train) == 3
+
+
 def test_a_named_column_may_be_missing_in_some_rows(bench: Bench) -> None:
     """An Arrow file's column is there even if it is null in every row."""
     bench.add("d", [*numbered(2), row(sys="S"), row()], columns={"system": "sys"})
