@@ -138,7 +138,7 @@ def test_a_real_terminal_of_80_columns_shows_no_longer_line(tiny_model: Path, tm
     code, screen = run_in_terminal([*command, "learning_rat=1", f"dataset_dir={tmp_path}"])
     assert code == 2 and max(map(len, final_lines(screen))) <= max(80, len(str(recipe)) + 10)
     piped = subprocess.run([*command, "learning_rat=1"], capture_output=True, text=True, check=False)
-    assert len(piped.stderr.splitlines()) == 1
+    assert len(piped.stderr.splitlines()) == 2  # a title, and the problem
 
 
 def run_in_terminal(command: list[str]) -> tuple[int, str]:
