@@ -257,22 +257,22 @@ def resume_after_kill(bench: Bench) -> Figures:
     keys: Figures = {"finetuning_type": "lora", "cutoff_len": bench.length(1024), "max_steps": steps}
     keys |= {"save_strategy": "steps", "save_steps": steps // 2, "bf16": bench.on_gpu, "preflight": bench.on_gpu}
     keys |= {"full_determinism": bench.on_gpu, "lora_dropout": 0.1}
-    whole, parts = bench.out / "whole", bench.out / f"parts-{os.getpid()}"
-    assert train(bench.recipe(size, output_dir=str(whole), **keys)).exit_code == 0
-    recipe = bench.recipe(size, output_dir=str(parts), **keys | {"overwrite_output_dir": False})
+    uninterrupted, resumed = bench.out / "uninterrupted", bench.out / f"resumed-{os.getpid()}"
+    assert train(bench.recipe(size, output_dir=str(uninterrupted), **keys)).exit_code == 0
+    recipe = bench.recipe(size, output_dir=str(resumed), **keys | {"overwrite_output_dir": False})
     process = subprocess.Popen([sys.executable, "-m", "arpo_trl", str(recipe)], stdout=subprocess.DEVNULL)
-    while process.poll() is None and len(read_log(parts / "trainer_log.jsonl")) < steps // 2 + 3:
+    while process.poll() is None and len(read_log(resumed / "trainer_log.jsonl")) < steps // 2 + 3:
         time.sleep(0.01)
     process.kill()
     process.wait()
-    killed_at = len(read_log(parts / "trainer_log.jsonl"))
+    killed_at = len(read_log(resumed / "trainer_log.jsonl"))
     if not steps // 2 <= killed_at < steps:
         raise RuntimeError(f"expected a run killed after step {steps // 2} of {steps}, found {killed_at} steps")
     assert train(recipe).exit_code == 0
-    left, right = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
+    left, right = (load_file(folder / "adapter_model.safetensors") for folder in (uninterrupted, resumed))
     losses = [
         [line["loss"] for line in read_log(folder / "trainer_log.jsonl") if "loss" in line]
-        for folder in (whole, parts)
+        for folder in (uninterrupted, resumed)
     ]
     difference = max(float((left[name].float() - right[name].float()).abs().max()) for name in left)
     return {
