@@ -99,9 +99,9 @@ def conflicting_precision(args: TrainingArguments) -> str | None:
 
 
 def float32_masters(model: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> dict[str, Tensor]:
-    """Return DeepSpeed's float32 copies of the trained half-precision weights that are saved in float32, on the CPU.
+    """Return DeepSpeed's float32 copies of the trained half-precision weights that are saved in float32.
 
-    All processes have to call it. `dtype_of`: the dtype in which a weight is saved, by its name.
+    All processes have to call it; the main one gets the weights. `dtype_of`: the dtype of a weight's file, by its name.
     """
     from deepspeed.utils import safe_get_full_fp32_param  # not above: an optional package
 
@@ -109,7 +109,7 @@ def float32_masters(model: nn.Module, dtype_of: Callable[[str], torch.dtype]) ->
     for name, weight in model.named_parameters():
         if weight.requires_grad and weight.dtype != torch.float32 == dtype_of(name):
             master = safe_get_full_fp32_param(weight)
-            if master is not None:
+            if master is not None and PartialState().is_main_process:
                 masters[name] = master.cpu()
     return masters
 

@@ -414,15 +414,13 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         """Save the model and tokenizer at the root of `output_dir`, as the base's files are (None: as trained)."""
         model, output_dir = self.accelerator.unwrap_model(self.model), Path(str(self.args.output_dir))
         if base is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            weights = self.accelerator.get_state_dict(self.model_wrapped)  # a collective of all processes
-            if self.is_deepspeed_enabled:
-                weights |= float32_masters(model, base.dtype_of)
+            weights = self.accelerator.get_state_dict(self.model_wrapped)  # a collective; None on ZeRO-3's others
+            masters = float32_masters(model, base.dtype_of) if self.is_deepspeed_enabled else {}
             if self.args.should_save:
                 tied = getattr(model, "all_tied_weights_keys", {})  # gathered, a tied head is a separate tensor
                 # the part of save_model that writes gathered weights: transformers 5.24, trainer.py#L4139
-                self._save(
-                    state_dict={name: w.to(base.dtype_of(name)) for name, w in weights.items() if name not in tied}
-                )
+                complete = {name: w for name, w in (weights | masters).items() if name not in tied}
+                self._save(state_dict={name: w.to(base.dtype_of(name)) for name, w in complete.items()})
         else:
             if base is not None:
                 base.cast(model)
