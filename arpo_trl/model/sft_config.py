@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -51,6 +52,7 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
     except Exception as error:  # they raise many types
         raise _rejected(recipe, settings, overrides) from error
     _check_scheduler(recipe, config)
+    _check_batches(recipe, config)
     # Without a launcher, use one of several visible GPUs: TRL does not support nn.DataParallel, with which Trainer
     # would use them all (https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L1118).
     config._n_gpu = min(config.n_gpu, 1)
@@ -129,6 +131,18 @@ def _check_scheduler(recipe: Recipe, config: SFTConfig) -> None:
         key = "lr_scheduler_kwargs" if settings else "lr_scheduler_type"
         reason = f"{name.value}: {in_one_line(error)}"
         raise recipe.error(key, f"{reason}; set its arguments in lr_scheduler_kwargs") from error
+
+
+def _check_batches(recipe: Recipe, config: SFTConfig) -> None:
+    """Raise RecipeError for settings of Accelerate that change which rows a batch has: the trainer counts on the default."""
+    settings: Any = config.accelerator_config
+    for name, wrong, effect in (
+        ("split_batches", True, "makes per_device_train_batch_size the rows of all devices"),
+        ("dispatch_batches", True, "reads all rows in one process"),
+        ("even_batches", False, "leaves processes with different numbers of batches, which then wait for each other"),
+    ):
+        if getattr(settings, name, None) is wrong:
+            raise recipe.error("accelerator_config", f"{name}: {str(wrong).lower()} is not supported: it {effect}")
 
 
 def _rejected(recipe: Recipe, settings: Keywords, overrides: Keywords) -> RecipeError:

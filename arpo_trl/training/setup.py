@@ -25,6 +25,7 @@ from ..model.sft_config import to_sft_config
 from ..model.split import Split, conflicting_precision, find_split, saves_zero3_model
 from ..recipe.keys import Recipe
 from ..report.manifest import run_day
+from .constructors import try_constructors
 
 FSDP_CONFLICTS = ("use_galore", "use_apollo", "use_adam_mini")
 """Optimizers whose state is not sharded with the weights."""
@@ -47,7 +48,7 @@ def check_after_torch(recipe: Recipe) -> SFTConfig:
     config = load_config(recipe).get_text_config()
     for method in methods_of(recipe):
         method.check_config(config, args)
-    model_shape(recipe)
+    try_constructors(recipe, args, model_shape(recipe))
     return args
 
 

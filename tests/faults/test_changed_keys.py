@@ -28,6 +28,7 @@ from arpo_trl.training import train as train_module
 from arpo_trl.training.train import train
 from arpo_trl.training.trainer import ArpoTrainer
 
+pytestmark = pytest.mark.filterwarnings("default")
 STEP = 2  # of the checkpoint
 
 SFT: dict[str, Any] = {
@@ -47,9 +48,9 @@ SFT: dict[str, Any] = {
     "gradient_accumulation_steps": 2,
     "global_batch_size": 4,
     "dataset": "greetings",
-    "template": "vanilla",
+    "template": "alpaca",
     "default_system": "Be short.",
-    "cutoff_len": 20,
+    "cutoff_len": 80,
     "truncation_mode": "llamafactory",
     "max_samples": 6,
     "mix_strategy": "interleave_under",
@@ -57,8 +58,7 @@ SFT: dict[str, Any] = {
     "streaming": True,
     "buffer_size": 3,
     "train_on_prompt": True,
-    "mask_history": True,
-    "mask_spans": ["b"],
+    "mask_spans": ["1"],
     "packing": True,
     "neat_packing": True,
     "padding_free": True,
@@ -80,7 +80,6 @@ SFT: dict[str, Any] = {
     "rope_scaling": "linear",
     "pure_bf16": True,
     "bf16": True,
-    "force_bf16": True,
     "pad_to_multiple_of": 16,
     "average_tokens_across_devices": False,
     "full_determinism": True,
@@ -116,17 +115,15 @@ BASES: dict[str, dict[str, Any]] = {
     "interleave_probs": {"dataset": "counting,greetings", "mix_strategy": "interleave_under"},
     "buffer_size": {"streaming": True},
     "streaming": {"buffer_size": 3},
-    "truncation_mode": {"cutoff_len": 40},
+    "truncation_mode": {"cutoff_len": 80},
     "num_train_epochs": {"max_steps": -1},
     "lr_scheduler_kwargs": {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 2}},
     "eaft_alpha": {"use_eaft_loss": True},
     "asft_alpha": {"use_asft_loss": True},
-    "force_bf16": {"bf16": True},
     "rope_scaling": {"cutoff_len": 100_000},
     "enable_thinking": {"template": "qwen3"},
     "simpo_gamma": {"pref_loss": "simpo"},
     "dpo_label_smoothing": {"pref_loss": "sigmoid"},
-    "mask_history": {"dataset": "turns"},
     "train_sampling_strategy": {"train_sampling_strategy": "group_by_length"},
 }
 FAST = ("learning_rate", "weight_decay", "lr_scheduler_type", "max_steps", "lora_alpha", "pref_beta")
@@ -139,7 +136,9 @@ NOT_HERE: dict[str, str] = {
     "do_train": "a resumed run trains",
     "preserve_thinking": "of rows with reasoning; with mask_history, whose rows are encoded again",
     "ref_model_adapters": "as ref_model",
-    "pair_all_answers": "selects rows, as mask_history does",
+    "mask_history": "of rows with several turns, which are encoded again",
+    "pair_all_answers": "of rows with several answers, which are encoded again",
+    "force_bf16": "of a CPU without bfloat16 instructions; run.json compares computed_in",
     "deepspeed": "how the model is split; test_distributed.py",
     "fsdp": "how the model is split; test_distributed.py",
     "fsdp_config": "how the model is split; test_distributed.py",
@@ -205,7 +204,9 @@ def describe(trainer: ArpoTrainer) -> dict[str, Any]:
         "groups": [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups],
         "steps": trainer.state.max_steps,
         "args": {k: str(v) for k, v in args.to_dict().items() if k not in ("output_dir", "run_name")},
-        "rows": list(rows.select_columns(["input_ids", "labels"])) if isinstance(rows, Dataset) else str(type(rows)),
+        "rows": list(rows.select_columns(["input_ids", "labels"])) if isinstance(rows, Dataset) else next(iter(rows)),
+        "eval_rows": str(trainer.eval_dataset),
+        "attention": model.config._attn_implementation,
         "model": {k: str(v) for k, v in (model.config.to_dict() | config).items()},
         "dtypes": sorted({str(p.dtype) for p in model.parameters()}),
         "scalings": [m.scaling for m in model.modules() if hasattr(m, "scaling")],
@@ -218,7 +219,7 @@ def describe(trainer: ArpoTrainer) -> dict[str, Any]:
 
 def recipe_of(folder: Path, model: Path, **keys: Any) -> Any:
     """Return a recipe whose `another` model is a copy of the same."""
-    another = folder / "another"
+    another = model.parent / "another"  # one path, for all runs
     for key in ("model_name_or_path", "ref_model"):
         if keys.get(key) == "another":
             shutil.copytree(model, another, dirs_exist_ok=True)
