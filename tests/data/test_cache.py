@@ -209,7 +209,7 @@ from arpo_trl.recipe import Recipe
 def killed(*args, encode_batches=cache.encode_batches):
     for number, batch in enumerate(encode_batches(*args)):
         if number == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
         yield batch
 
 cache.encode_batches = killed
@@ -224,7 +224,8 @@ def test_a_killed_preparation_leaves_no_encoded_rows(bench: Bench, tiny_model: P
     bench.add("d", numbered(300))
     environment = {**os.environ, "HF_DATASETS_CACHE": str(bench.folder / "cache")}
     command = [sys.executable, "-c", KILLED, str(tiny_model), str(bench.folder)]
-    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    killed = subprocess.run(command, env=environment, check=False).returncode
+    assert killed == (signal.SIGTERM if sys.platform == "win32" else -signal.SIGKILL)
     assert len(list(bench.folder.rglob("*.incomplete"))) == 1
     assert bench.replies(bench.prepare().train) == answers(*range(300))
     assert not list(bench.folder.rglob("*.incomplete"))
@@ -237,7 +238,8 @@ def test_temporary_folders_of_a_killed_run_are_removed_from_tokenized_path(bench
         (beside / name / "rows.arrow").touch()
     bench.add("d", numbered(2))
     bench.prepare(tokenized_path=str(beside))
-    assert sorted(path.name for path in beside.iterdir()) == [".d.lock", "d", "d.123", "notes"]
+    locks = {".d.lock"}  # filelock deletes them on Windows
+    assert {path.name for path in beside.iterdir()} - locks == {"d", "d.123", "notes"}
 
 
 def test_the_format_is_increased_when_the_golden_rows_change(bench: Bench) -> None:
@@ -407,4 +409,4 @@ def test_two_runs_may_encode_the_same_data_at_once(bench: Bench, tiny_model: Pat
     command = [sys.executable, str(bench.folder / "race.py"), str(tiny_model), str(bench.folder)]
     runs = [subprocess.Popen([*command, *names], env=environment) for names in ("ab", "ba")]
     assert [run.wait(timeout=300) for run in runs] == [0, 0]
-    assert sorted(path.name for path in (bench.folder / "tokenized").iterdir()) == [".d.lock", "d"]
+    assert {path.name for path in (bench.folder / "tokenized").iterdir()} - {".d.lock"} == {"d"}

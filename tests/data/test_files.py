@@ -37,6 +37,7 @@ def test_a_csv_holds_alpaca_rows(bench: Bench) -> None:
     assert data.train["source"][:] == [f"{path}:2", f"{path}:4"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX only")
 def test_a_folder_is_read_by_name_and_holds_nothing_else(bench: Bench) -> None:
     folder = bench.folder / "many"
     folder.mkdir()

@@ -342,7 +342,8 @@ def test_messages_contain_no_terminal_escapes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["model_name_or_path", "output_dir", "dataset_dir", "cache_dir", "tokenized_path",
     "template", "resume_from_checkpoint", "deepspeed", "adapter_name_or_path"])  # fmt: skip
 def test_the_tilde_is_expanded_once_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    for name in ("HOME", "USERPROFILE"):  # Windows reads the second
+        monkeypatch.setenv(name, "/home/me")
     good = "".join(line for line in GOOD.splitlines(keepends=True) if not line.startswith(key))
     name = "x.jinja" if key == "template" else "x"
     for recipe in (
