@@ -418,7 +418,7 @@ def require(package: str) -> None:
 OTHER_PARTS: dict[str, Callable[[Bench], Figures]] = {
     "device": describe_device,
     "killed and resumed": resume_after_kill,
-    "beside TRL": compare_with_trl,
+    "compared with TRL": compare_with_trl,
     "kernels": list_kernels,
     "pytest -m gpu": run_gpu_tests,
     "padding_free": join_rows("padding_free"),

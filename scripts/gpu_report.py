@@ -43,7 +43,7 @@ PARTS = {
     "full 0.5B, 1,024 tokens": Part(70, quick=True),
     "LoRA 0.5B, 1,024 tokens": Part(60, quick=True),
     "killed and resumed": Part(100, quick=True),
-    "beside TRL": Part(120, quick=True),
+    "compared with TRL": Part(120, quick=True),
     "full 0.5B, 8,192 tokens": Part(90, quick=True),
     "LoRA 0.5B, 8,192 tokens": Part(70, quick=True),
     "LoRA 3B, 1,024 tokens": Part(100, quick=True),
@@ -93,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="folder of the report (gpu_report)")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="only these parts")
-    parser.add_argument("--limit", type=float, help="seconds of each part, instead of its own limit")
+    parser.add_argument("--limit", type=float, help="seconds of each part, instead of the default of each")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     return parser
 

@@ -93,7 +93,7 @@ def test_every_part_runs_or_says_what_it_needs(tmp_path: Path) -> None:
     }
     assert all(result.startswith("skipped: ") for result in skipped.values()), skipped
     assert parts["killed and resumed"]["figures"]["weights bit for bit"] is True
-    assert parts["beside TRL"]["figures"]["largest loss difference"] < 1e-3
+    assert parts["compared with TRL"]["figures"]["largest loss difference"] < 1e-3
     assert parts["rollouts"]["figures"]["trajectories"] == 8
 
 

@@ -16,8 +16,8 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import RecipeError, in_one_line
-from ..model.base import splits_model
 from ..model.sft_config import to_sft_config
+from ..model.split import find_split
 from ..recipe.keys import Recipe
 
 
@@ -32,7 +32,7 @@ def try_constructors(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | P
     Raises:
         RecipeError: one of them rejects a value, with the key whose default it accepts.
     """
-    if splits_model(recipe) or args.deepspeed:
+    if find_split(recipe).engine != "DDP":
         return
     reason = _why_rejected(recipe, args, model)
     if reason is None:
