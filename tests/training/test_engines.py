@@ -110,11 +110,10 @@ def test_a_full_disk_ends_all_processes_and_the_run_resumes_under_its_engine_onl
     engine: str, rank: str, file: str, name: str, tmp_path: Path, tiny_model: Path, uneven: dict[str, Any], one: Path
 ) -> None:
     recipe, run = write_recipe(tmp_path, tiny_model, **uneven), tmp_path / "run"
-    began = time.monotonic()
     code, printed = attempt(command(engine, recipe, fault=SHOW_ESTIMATE + ENOSPC.format(rank=rank, file=file)))
-    seconds = time.monotonic() - began
+    seconds = time.time() - (run / "trainer_log.jsonl").stat().st_mtime  # since step 4; ddp_timeout is 60
     log = (run / "training.log").read_text(encoding="utf-8")
-    assert code != 0 and seconds < 90, printed
+    assert code != 0 and seconds < 50, printed
     assert re.search(r"checkpoint-4 could not be saved, and was deleted: disk full", log), log
     assert "step 4/4" in log and f"2 x cpu, 1 thread, {name}\n" in log, log
     manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
