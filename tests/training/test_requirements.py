@@ -6,6 +6,7 @@ import http.server
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -197,6 +198,18 @@ def test_a_missing_file_is_reported_with_the_line_of_its_key(
         check_inputs(recipe_of(*with_data, *(f"{key}={value}" for key, value in keys.items())))
     assert f": {key}: {message.replace('{empty}', str(tmp_path / 'empty'))}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("has_code", [False, True])
+def test_trust_remote_code_is_reported_if_the_model_has_code(
+    has_code: bool, recipe_of: Any, with_data: list[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}} if has_code else {}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    recipe = check_inputs(recipe_of(*with_data, f"model_name_or_path={folder}", "trust_remote_code=true"))
+    assert any(notice.startswith("trust_remote_code: code of") for notice in recipe.notices) == has_code
 
 
 def test_a_notice_of_the_registry_appears_once(

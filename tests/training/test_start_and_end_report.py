@@ -19,7 +19,7 @@ from arpo_trl.model.sft_config import to_sft_config
 from arpo_trl.report.log_file import read_log
 from arpo_trl.report.manifest import read_manifest
 from arpo_trl.training import start_and_end_report
-from arpo_trl.training.start_and_end_report import describe_model, missing_gpu, resume_command
+from arpo_trl.training.start_and_end_report import describe_model, missing_gpu, precision, resume_command
 
 pytestmark = small_run.QUIET
 
@@ -175,3 +175,22 @@ def test_a_schedule_that_does_not_fit_the_run_is_reported(
         SFTConfig(str(tmp_path), use_cpu=True, gradient_checkpointing=None, **settings), steps
     )
     assert (line in lines[0]) if line else lines == []
+
+
+@pytest.mark.parametrize(
+    ("frozen", "bf16", "expected"),
+    [
+        (None, False, "float32"),
+        (None, True, "float32, computed in bfloat16"),
+        (torch.bfloat16, True, "float32, frozen weights in bfloat16, computed in bfloat16"),
+        (torch.float32, False, "float32"),
+    ],
+)
+def test_the_precision_names_the_dtype_of_an_adapters_base(
+    frozen: torch.dtype | None, bf16: bool, expected: str
+) -> None:
+    model: Any = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    if frozen:
+        model.append(torch.nn.Linear(2, 2, dtype=frozen).requires_grad_(False))
+    args: Any = SimpleNamespace(bf16=bf16, fp16=False)
+    assert precision(model, args) == expected
