@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,17 @@ from ..recipe.keys import Recipe
 from ..run_folder import read_json
 from .prepare import PreparedData
 from .registry import saved_by_llamafactory
-from .serving_causes import Change, Difference, Explanation, add, explain, first_other, list_changes
+from .serving_causes import (
+    OWN_TEMPLATE,
+    Change,
+    Difference,
+    Explanation,
+    add,
+    explain,
+    explain_bos,
+    first_other,
+    list_changes,
+)
 from .serving_rows import SERVING_ROWS, Ask, ServingRow, choose_rows, read_rows, render, with_reasoning_key, write_rows
 from .template_probe import find_template
 from .tokenizer import make_tokenize
@@ -84,32 +95,33 @@ def check_saved(folder: Path, rows: Sequence[ServingRow]) -> PromptCheck:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    check = PromptCheck()
     if not tokenizer.chat_template:
-        lacks = Explanation(
-            "chat template", "missing in the folder", "Save the tokenizer again with the template of training."
-        )
-        check.rows = len(rows)
-        for row in rows:
-            add(check.differences, lacks, row.source)
-        return check
-    compare = PromptComparison(tokenizer)
-    key = find_template(tokenizer).reasoning_key
+        sources = [row.source for row in rows]
+        lacks = Difference("chat template", "missing in the folder", OWN_TEMPLATE, sources)
+        return PromptCheck(len(rows), differences=[lacks])
+    check, compare = PromptCheck(), PromptComparison(tokenizer)
     for row in rows:
-        served = render(Ask(with_reasoning_key(row.messages, key), row.tools), tokenizer)
-        compare.add(check, row, served, None)
+        compare.add(check, row, compare.render(row), None)
     _check_borders(check)
     check.differences += _missing_ends(folder, rows, tokenizer)
     return check
 
 
 class PromptComparison:
-    """Compares prompts with those of training, with one tokenizer. `changes` are listed once a row differs."""
+    """Compares prompts with those of training, with one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.tokenize = make_tokenize(tokenizer)
-        self._changes: list[Change] | None = None
+        self.reasoning_key = find_template(tokenizer).reasoning_key
+
+    def ask(self, row: ServingRow) -> Ask:
+        """Return a row's request as the chat template takes it."""
+        return Ask(with_reasoning_key(row.messages, self.reasoning_key), row.tools)
+
+    def render(self, row: ServingRow) -> str | None:
+        """Render a row's request, None if the chat template raises an error."""
+        return render(self.ask(row), self.tokenizer)
 
     def add(self, check: PromptCheck, row: ServingRow, served: str | None, served_ids: list[int] | None) -> str:
         """Count a row, with its difference if there is one; `served_ids` are those of the text if None.
@@ -119,34 +131,28 @@ class PromptComparison:
         """
         check.rows += 1
         check.tokens += len(row.ids)
-        if served is None:
-            explanation = Explanation(
-                "chat template", "raises an error for messages of training", "Use the template of training."
-            )
-            add(check.differences, explanation, row.source)
-            return explanation.cause
-        if served != row.text and served_ids != row.ids:
-            explanation = explain(row, served, self.tokenizer, self.changes)
-            add(check.differences, explanation, row.source)
-            return explanation.cause
         (encoding,) = self.tokenize([row.text])
         ids = encoding.ids if served_ids is None else served_ids
-        if ids == row.ids:
+        if served is None:
+            explanation = Explanation("chat template", "raises an error for messages of training", OWN_TEMPLATE)
+        elif served != row.text and served_ids != row.ids:
+            explanation = explain(row, served, self.ask(row), self.tokenizer, self.changes)
+        elif ids == row.ids:
             check.identical += 1
             return ""
-        if ids == encoding.ids and self._in_segments(row) == row.ids:
+        elif ids == encoding.ids and self._in_segments(row) == row.ids:
             check.borders += 1
             check.border_tokens += _count_other_tokens(row.ids, ids)
             return ""
-        explanation = _explain_ids(row, ids, self.tokenizer)
+        else:
+            explanation = _explain_ids(row, ids, self.tokenizer)
         add(check.differences, explanation, row.source)
         return explanation.cause
 
-    @property
+    @cached_property
     def changes(self) -> list[Change]:
-        if self._changes is None:
-            self._changes = list_changes(self.tokenizer)
-        return self._changes
+        """What may explain a difference, listed once a row differs."""
+        return list_changes(self.tokenizer)
 
     def _in_segments(self, row: ServingRow) -> list[int]:
         pieces = self.tokenize(row.segments, ["", *row.segments[:-1]])
@@ -160,14 +166,9 @@ def _count_other_tokens(trained: list[int], served: list[int]) -> int:
 
 def _explain_ids(row: ServingRow, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Explanation:
     """The text is that of training and its tokens are not."""
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids == [bos, *row.ids]:
-        fix = "Let either the tokenizer or the chat template add it."
-        return Explanation("BOS twice", f"the tokens begin with {tokenizer.bos_token} twice", fix)
-    if bos is not None and [bos, *ids] == row.ids:
-        return Explanation(
-            "BOS missing", f"the tokens do not begin with {tokenizer.bos_token}", "Use the folder's own tokenizer."
-        )
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    if explanation := explain_bos(row.ids, ids, bos, tokenizer.bos_token):
+        return explanation
     at = first_other(row.ids, ids)
     return Explanation(
         "tokenizer",

@@ -18,8 +18,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.saved_folder import PromptCheck, PromptComparison, check_saved
-from ..data.serving_causes import Difference, Explanation, add, explain_counts, first_difference
-from ..data.serving_rows import Ask, ServingRow, built_in_rows, read_rows, render, with_reasoning_key
+from ..data.serving_causes import (
+    OWN_TEMPLATE,
+    UNKNOWN,
+    Difference,
+    Explanation,
+    add,
+    explain_counts,
+    first_difference,
+)
+from ..data.serving_rows import Ask, ServingRow, built_in_rows, read_rows
 from ..data.template_probe import find_template
 from ..errors import RecipeError, in_one_line
 from ..report.serving_flags import call_mark, serving_flags
@@ -49,6 +57,11 @@ class ServingReport:
     chats: str = ""
     notes: list[str] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
+
+    def add(self, differences: list[Difference]) -> None:
+        """Add differences whose cause is not known yet."""
+        known = {difference.cause for difference in self.differences} - {"server error"}
+        self.differences += [difference for difference in differences if difference.cause not in known]
 
     def lines(self) -> list[str]:
         """The report for people."""
@@ -94,18 +107,19 @@ def check_serving(
         dtype: What the server computes in; found out by comparison if None.
     """
     tokenizer = _load_tokenizer(folder)
-    rows = read_rows(folder) or read_rows(folder.parent)
-    notes = (
-        [] if rows else ["no serving_check.jsonl: built-in conversations are compared with the folder's own template"]
-    )
-    rows = (rows or built_in_rows(tokenizer))[:number]
+    of_run = read_rows(folder) or read_rows(folder.parent)
+    rows = (of_run or built_in_rows(tokenizer))[:number]
     if not rows:
         raise RecipeError(
             f"{folder}: its chat template renders no built-in conversation. Use the output_dir of a run."
         )
     server = connect(url, served_model, folder, tokenizer)
-    report = ServingReport(str(folder), url, {"kind": server.kind, **server.facts}, len(rows), notes=notes)
-    report.differences += check_saved(folder, rows).differences
+    report = ServingReport(str(folder), url, {"kind": server.kind, **server.facts}, len(rows))
+    if not of_run:
+        report.notes.append(
+            "no serving_check.jsonl: built-in conversations are compared with the folder's own template"
+        )
+    report.add(check_saved(folder, rows).differences)
     same = _check_prompts(server, rows, tokenizer, report)
     reference = load_reference(folder)
     check = ReplyCheck(server, reference, tokenizer, dtype)
@@ -113,9 +127,8 @@ def check_serving(
         check_replies(check, rows)
         report.replies = check.summary()
         report.notes += check.notes
-        known = {difference.cause for difference in report.differences}
-        report.differences += [difference for difference in check.differences if difference.cause not in known]
-        _check_chats(server, [row for at, row in enumerate(rows) if at in same], tokenizer, report)
+        report.add(check.differences)
+        _check_chats(server, same, tokenizer, report)
     except ServerError as error:
         report.differences.append(
             overflow(reference, str(error)) or Difference("server error", str(error), "See the server's log.")
@@ -140,11 +153,11 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _check_prompts(
     server: Server, rows: Sequence[ServingRow], tokenizer: PreTrainedTokenizerBase, report: ServingReport
-) -> set[int]:
+) -> list[ServingRow]:
     """Compare the prompts that the server renders with those of training.
 
     Returns:
-        The positions of the rows whose prompt is that of training.
+        The rows whose prompt is that of training.
     """
 
     def ask(row: ServingRow) -> Rendered | ServerError:
@@ -154,57 +167,48 @@ def _check_prompts(
             return error
 
     with ThreadPoolExecutor(REQUESTS) as pool:
-        answers = list(pool.map(ask, rows))
-    served = [(row, answer) for row, answer in zip(rows, answers) if isinstance(answer, Rendered)]
-    check, compare, same = PromptCheck(), PromptComparison(tokenizer), set[int]()
-    texts = _texts_of_folder(server, served)
-    counted: list[tuple[ServingRow, int]] = []
-    for at, (row, answer) in enumerate(zip(rows, answers)):
+        answers = list(zip(rows, pool.map(ask, rows)))
+    served = [(row, answer) for row, answer in answers if isinstance(answer, Rendered)]
+    is_counted = bool(served) and all(answer.ids is None for _, answer in served)
+    check, compare, same = PromptCheck(), PromptComparison(tokenizer), list[ServingRow]()
+    texts = iter(_texts_of_folder(server, served) if is_counted else ())
+    counted: list[tuple[ServingRow, Ask, int]] = []
+    for row, answer in answers:
         if isinstance(answer, ServerError):
             check.rows += 1
             add(check.differences, _explain_error(answer, tokenizer), row.source)
-        elif answer.ids is None and answer.tokens == len(row.ids):
+            continue
+        text = next(texts, None) if is_counted else answer.text
+        if is_counted and answer.tokens == len(row.ids):
             check.rows += 1
             check.identical += 1
-            same.add(at)
-        elif answer.ids is None and texts is None:
+            same.append(row)
+        elif is_counted and text is None:
             check.rows += 1
-            counted.append((row, answer.tokens))
-        else:
-            text = answer.text if answer.ids is not None else texts[at] if texts else None
-            if not compare.add(check, row, text, answer.ids):
-                same.add(at)
+            counted.append((row, compare.ask(row), answer.tokens))
+        elif not compare.add(check, row, text, answer.ids):
+            same.append(row)
     if counted:
         explanation = explain_counts(counted, tokenizer, compare.changes) or _try_template(server, counted, tokenizer)
-        for row, tokens in counted:
-            other = Explanation("cause unknown", f"{tokens:,} tokens where training had {len(row.ids):,}", "")
+        for row, _, tokens in counted:
+            other = Explanation(UNKNOWN, f"{tokens:,} tokens where training had {len(row.ids):,}", "")
             add(check.differences, explanation or other, row.source)
-    if check.differences:
-        _try_switches(server, served, check, compare)
-    notice = (
-        ""
-        if any(answer.ids for _, answer in served)
-        else " in their number of tokens, which is all that the server tells"
-    )
+    _try_switches(server, served, check.differences, compare)
+    notice = " in their number of tokens, which is all that the server tells" if is_counted else ""
     report.prompts = check.summary() + notice
-    known = {difference.cause for difference in report.differences}
-    report.differences += [
-        difference
-        for difference in check.differences
-        if difference.cause not in known or difference.cause == "server error"
-    ]
+    report.add(check.differences)
     return same
 
 
-def _texts_of_folder(server: Server, served: list[tuple[ServingRow, Rendered]]) -> list[str | None] | None:
-    """The prompts of a served folder on this machine, where the server tells only how many tokens they have."""
-    if server.folder is None or not served or any(answer.ids is not None for _, answer in served):
-        return None
+def _texts_of_folder(server: Server, served: list[tuple[ServingRow, Rendered]]) -> list[str | None]:
+    """Render prompts with a served folder on this machine, if they have the server's numbers of tokens."""
+    if server.folder is None:
+        return []
     tokenizer = AutoTokenizer.from_pretrained(server.folder)
-    key = find_template(tokenizer).reasoning_key
-    texts = [render(Ask(with_reasoning_key(row.messages, key), row.tools), tokenizer) for row, _ in served]
+    compare = PromptComparison(tokenizer)
+    texts = [compare.render(row) for row, _ in served]
     counts = [len(tokenizer(text or "", add_special_tokens=False)["input_ids"]) for text in texts]
-    return texts if counts == [answer.tokens for _, answer in served] else None
+    return texts if counts == [answer.tokens for _, answer in served] else []
 
 
 def _explain_error(error: ServerError, tokenizer: PreTrainedTokenizerBase) -> Explanation:
@@ -217,48 +221,45 @@ def _explain_error(error: ServerError, tokenizer: PreTrainedTokenizerBase) -> Ex
 
 
 def _try_template(
-    server: Server, counted: list[tuple[ServingRow, int]], tokenizer: PreTrainedTokenizerBase
+    server: Server, counted: list[tuple[ServingRow, Ask, int]], tokenizer: PreTrainedTokenizerBase
 ) -> Explanation | None:
     """Send the folder's own template with the request: if the prompts become those of training, the server's is another."""
     if not isinstance(server, TransformersServe):
         return None
-    switches: dict[str, Any] = {"chat_template": tokenizer.chat_template}
-    try:
-        if all(server.render(row, switches).tokens == len(row.ids) for row, _ in counted[:4]):
-            fix = "Start the server with the folder's own chat template, as it was after training."
-            row, tokens = counted[0]
-            difference = f"{tokens:,} tokens where training had {len(row.ids):,}; with the folder's template the numbers are equal"
-            return Explanation("chat template", f"the server's is another: {difference}", fix)
-    except ServerError:
-        pass
-    return None
+    if not _renders_trained(server, [row for row, *_ in counted], {"chat_template": tokenizer.chat_template}):
+        return None
+    row, _, tokens = counted[0]
+    numbers = (
+        f"{tokens:,} tokens where training had {len(row.ids):,}; with the folder's template the numbers are equal"
+    )
+    return Explanation("chat template", f"the server's is another: {numbers}", OWN_TEMPLATE)
 
 
 def _try_switches(
-    server: Server, served: list[tuple[ServingRow, Rendered]], check: PromptCheck, compare: PromptComparison
+    server: Server, served: list[tuple[ServingRow, Rendered]], differences: list[Difference], compare: PromptComparison
 ) -> None:
     """Ask the server itself with other switches where no cause was found: the one that gives the prompts of training is it."""
-    for difference in check.differences:
-        if difference.cause not in ("cause unknown", "chat template"):
+    for difference in differences:
+        rows = [row for row, _ in served if row.source in difference.rows]
+        if not rows or difference.cause not in (UNKNOWN, "chat template"):
             continue
-        rows = [row for row, _ in served if row.source in difference.rows][:4]
         for change in compare.changes:
-            switches = change.apply(Ask([], None), rows[0]) if rows else None
-            if switches is None or not switches.switches or switches.chat_template is not None:
-                continue
-            try:
-                asked = [server.render(row, switches.switches) for row in rows]
-            except ServerError:
-                continue
-            if all(
-                prompt.ids == row.ids if prompt.ids is not None else prompt.tokens == len(row.ids)
-                for prompt, row in zip(asked, rows)
-            ):
-                text = json.dumps(switches.switches)
+            asked = change.apply(Ask([], None), rows[0])
+            if asked and asked.switches and not asked.chat_template and _renders_trained(server, rows, asked.switches):
+                text = json.dumps(asked.switches)
                 difference.cause = change.cause
                 difference.found = f"with chat_template_kwargs {text} the server renders the prompt of training"
                 difference.fix = "Start the server with these chat_template_kwargs, or send them with each request."
                 break
+
+
+def _renders_trained(server: Server, rows: Sequence[ServingRow], switches: dict[str, Any]) -> bool:
+    """Return whether the server renders the prompts of training with these chat_template_kwargs."""
+    try:
+        asked = [(row, server.render(row, switches)) for row in rows[:4]]
+    except ServerError:
+        return False
+    return all(len(row.ids) == prompt.tokens if prompt.ids is None else row.ids == prompt.ids for row, prompt in asked)
 
 
 # --- chats ---
@@ -287,7 +288,8 @@ def _check_chats(
             explained = _explain_error(error, tokenizer)
         if explained:
             add(differences, explained, row.source)
-    if isinstance(server, TransformersServe) and _take(differences, PARSER):
+    if isinstance(server, TransformersServe) and any(difference.cause == PARSER for difference in differences):
+        differences = [difference for difference in differences if difference.cause != PARSER]
         report.notes.append("transformers serve does not parse this template's tool calls: clients get them as text")
     if malformed:
         report.notes.append(
@@ -297,16 +299,7 @@ def _check_chats(
     if chosen:
         report.chats = f"{right} of {len(chosen)} answers as generated"
         report.chats += f", {len(with_calls[:CHATS])} of them asked for tool calls" * bool(with_calls)
-    known = {difference.cause for difference in report.differences}
-    report.differences += [difference for difference in differences if difference.cause not in known]
-
-
-def _take(differences: list[Difference], cause: str) -> bool:
-    """Remove the differences of a cause; whether there were any."""
-    kept = [difference for difference in differences if difference.cause != cause]
-    is_taken = len(kept) < len(differences)
-    differences[:] = kept
-    return is_taken
+    report.add(differences)
 
 
 def _compare_chat(
@@ -314,8 +307,9 @@ def _compare_chat(
 ) -> Explanation | None:
     if reply is None:
         return None
-    if mark and mark in _whole_text(reply, tokenizer) and row.tools:
-        return _compare_calls(row, chat, _whole_text(reply, tokenizer), tokenizer)
+    whole = _whole_text(reply, tokenizer)
+    if mark and mark in whole and row.tools:
+        return _compare_calls(row, chat, whole, tokenizer)
     shown, text = chat.reasoning + chat.content, reply.text
     if reply.ids is not None:
         text = str(tokenizer.decode(reply.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -342,17 +336,14 @@ def _bare(text: str) -> str:
 
 def _compare_calls(row: ServingRow, chat: Chat, text: str, tokenizer: PreTrainedTokenizerBase) -> Explanation | None:
     """Compare parsed calls with those of the row where the reply is the trained one, else look whether there are any."""
-    if _bare(text) == _bare(row.reply):
-        expected = [(call["function"]["name"], call["function"]["arguments"]) for call in row.calls]
-        parsed = [(call["name"], _arguments(call["arguments"])) for call in chat.calls]
-        if parsed == expected:
-            return None
-        if parsed:
-            return Explanation(PARSER, f"parsed {parsed} where the reply has {expected}", "")
-        return _parser_is_off("the reply holds a call, and the answer has none", tokenizer)
-    well_formed = "{" in text and _holds_json(text)
-    if well_formed and not chat.calls:
-        return _parser_is_off("the reply holds a call, and the answer has none", tokenizer)
+    is_trained = _bare(text) == _bare(row.reply)
+    if not chat.calls:
+        has_call = bool(row.calls) if is_trained else _holds_json(text)
+        return _parser_is_off("the reply holds a call, and the answer has none", tokenizer) if has_call else None
+    expected = [(call["function"]["name"], call["function"]["arguments"]) for call in row.calls]
+    parsed = [(call["name"], _arguments(call["arguments"])) for call in chat.calls]
+    if is_trained and parsed != expected:
+        return Explanation(PARSER, f"parsed {parsed} where the reply has {expected}", "")
     return None
 
 

@@ -224,15 +224,12 @@ def _check_ends(check: ReplyCheck, rows: Sequence[ServingRow]) -> None:
         reply = check.server.complete(context, 8)
         if reply is None:
             return
-        wrote_end = reply.ids[:1] == [row.end] if reply.ids else None
         if reply.stopped and reply.tokens <= 1:
             continue
-        if wrote_end or (wrote_end is None and (not reply.stopped or reply.tokens > 1)):
-            if not any(difference.cause == "end-of-turn token" for difference in check.differences):
-                check.differences.append(
-                    _runs_on(check, row.end, f"the server writes {reply.tokens} tokens from it on")
-                )
-            return
+        is_known = any(difference.cause == "end-of-turn token" for difference in check.differences)
+        if not is_known and (not reply.ids or reply.ids[0] == row.end):
+            check.differences.append(_runs_on(check, row.end, f"the server writes {reply.tokens} tokens from it on"))
+        return
     if not tried:
         check.notes.append("the end of a reply could not be tried: the model does not end any of the trained replies")
 

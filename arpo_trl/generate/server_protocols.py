@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import httpx
 from transformers import PreTrainedTokenizerBase
@@ -84,10 +84,12 @@ class Server:
         facts: What the server tells of itself, for the report.
         bits: Bits of a weight, where it tells them.
         computes_in: The dtype that it computes in whatever that of the weights is.
+        greedy: Its parameters for greedy replies.
     """
 
     kind = "other"
     computes_in: str | None = None
+    greedy: ClassVar[Fields] = GREEDY
 
     def __init__(self, client: httpx.Client, model: Fields, tokenizer: PreTrainedTokenizerBase) -> None:
         self.client, self.card, self.tokenizer = client, model, tokenizer
@@ -111,15 +113,13 @@ class Server:
 
     def chat(self, row: ServingRow, limit: int, switches: Fields | None = None) -> Chat:
         """Answer a row's messages greedily. Raises ServerError."""
-        body: Fields = {"model": self.model, "messages": to_wire(row.messages), "max_tokens": limit, **self._greedy()}
-        if row.tools:
-            body["tools"] = row.tools
-        if switches:
-            body["chat_template_kwargs"] = switches
+        body = self.request(row, switches) | {"max_tokens": limit, **self.greedy}
         return to_chat(self.post("/v1/chat/completions", body))
 
-    def _greedy(self) -> Fields:
-        return GREEDY
+    def request(self, row: ServingRow, switches: Fields | None) -> Fields:
+        """Return a row's messages, tools and switches as every server takes them."""
+        body: Fields = {"model": self.model, "messages": to_wire(row.messages), "tools": row.tools}
+        return {name: value for name, value in (body | {"chat_template_kwargs": switches}).items() if value}
 
     def post(self, path: str, body: Fields) -> Any:
         """Send a request. Raises ServerError, and RunFailed if nothing answers."""
@@ -140,22 +140,18 @@ class Vllm(Server):
     """https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html"""
 
     kind = "vllm"
+    greedy: ClassVar[Fields] = NO_SAMPLING
 
     def __init__(self, client: httpx.Client, model: Fields, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(client, model, tokenizer)
         self.folder = as_folder(model.get("root"))
 
     def render(self, row: ServingRow, switches: Fields | None = None) -> Rendered:
-        body: Fields = {"model": self.model, "messages": to_wire(row.messages), "add_generation_prompt": True}
-        if row.tools:
-            body["tools"] = row.tools
-        if switches:
-            body["chat_template_kwargs"] = switches
-        ids = self.post("/tokenize", body)["tokens"]
+        ids = self.post("/tokenize", self.request(row, switches) | {"add_generation_prompt": True})["tokens"]
         return Rendered(str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)), ids, len(ids))
 
     def complete(self, ids: list[int], limit: int) -> Reply | None:
-        body = {"model": self.model, "prompt": ids, "max_tokens": limit, "logprobs": CANDIDATES, **self._greedy()}
+        body = {"model": self.model, "prompt": ids, "max_tokens": limit, "logprobs": CANDIDATES, **self.greedy}
         body |= {"return_token_ids": True, "return_tokens_as_token_ids": True, "skip_special_tokens": False}
         answer = self.post("/v1/completions", body)
         choice = answer["choices"][0]
@@ -174,14 +170,11 @@ class Vllm(Server):
         )
 
     def score(self, ids: list[int], start: int) -> list[float] | None:
-        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0, **self._greedy()}
+        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0, **self.greedy}
         places = self.post("/v1/completions", body)["choices"][0].get("prompt_logprobs")
         if not places:
             return None
         return [float(place[str(token)]["logprob"]) for token, place in zip(ids[start:], places[start:])]
-
-    def _greedy(self) -> Fields:
-        return NO_SAMPLING
 
 
 class SGLang(Vllm):
@@ -235,6 +228,7 @@ class LlamaCpp(Server):
 
     kind = "llama.cpp"
     computes_in = "float16"  # its cache of keys and values, unless started with --cache-type-k and -v
+    greedy: ClassVar[Fields] = {"temperature": 0.0, "seed": 0, "repeat_penalty": 1.0}
 
     def __init__(self, client: httpx.Client, model: Fields, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(client, model, tokenizer)
@@ -247,12 +241,7 @@ class LlamaCpp(Server):
             self.facts["model_path"] = client.get("/props").json().get("model_path")
 
     def render(self, row: ServingRow, switches: Fields | None = None) -> Rendered:
-        body: Fields = {"messages": to_wire(row.messages), "add_generation_prompt": True}
-        if row.tools:
-            body["tools"] = row.tools
-        if switches:
-            body["chat_template_kwargs"] = switches
-        text = self.post("/apply-template", body)["prompt"]
+        text = self.post("/apply-template", self.request(row, switches) | {"add_generation_prompt": True})["prompt"]
         ids = self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
         bos, bos_id = str(self.tokenizer.bos_token or ""), self.tokenizer.bos_token_id
         if bos and ids[:1] == [bos_id] and not text.startswith(bos):
@@ -261,7 +250,7 @@ class LlamaCpp(Server):
 
     def complete(self, ids: list[int], limit: int) -> Reply | None:
         body = {"prompt": ids, "n_predict": limit, "return_tokens": True, "n_probs": CANDIDATES, "cache_prompt": False}
-        answer = self.post("/completion", body | {"samplers": ["temperature"], **self._greedy()})
+        answer = self.post("/completion", body | {"samplers": ["temperature"], **self.greedy})
         places = answer.get("completion_probabilities") or []
         return Reply(
             text=answer["content"],
@@ -275,14 +264,12 @@ class LlamaCpp(Server):
             tokens=answer.get("tokens_predicted", len(places)),
         )
 
-    def _greedy(self) -> Fields:
-        return {"temperature": 0.0, "seed": 0, "repeat_penalty": 1.0}
-
 
 class TransformersServe(Server):
     """https://huggingface.co/docs/transformers/serving. It gives neither ids nor log-probabilities."""
 
     kind = "transformers"
+    greedy: ClassVar[Fields] = {"temperature": 0.0}
 
     def __init__(self, client: httpx.Client, model: Fields, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(client, model, tokenizer)
@@ -290,9 +277,7 @@ class TransformersServe(Server):
 
     def render(self, row: ServingRow, switches: Fields | None = None) -> Rendered:
         """Count a prompt's tokens; the end token is forced, since 5.24 fails on a tool call that max_tokens cuts."""
-        body: Fields = {"model": self.model, "messages": to_wire(row.messages), "max_tokens": 1, **self._greedy()}
-        body |= {"logit_bias": {str(row.end): 1000.0}} | ({"tools": row.tools} if row.tools else {})
-        body |= {"chat_template_kwargs": switches} if switches else {}
+        body = self.request(row, switches) | {"max_tokens": 1, "logit_bias": {str(row.end): 1000.0}, **self.greedy}
         return Rendered(None, None, to_chat(self.post("/v1/chat/completions", body)).prompt_tokens)
 
     def complete(self, ids: list[int], limit: int) -> Reply | None:
@@ -300,15 +285,12 @@ class TransformersServe(Server):
         text = str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         if self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id:
             text = text.removeprefix(str(self.tokenizer.bos_token))
-        body = {"model": self.model, "prompt": text, "max_tokens": limit, **self._greedy()}
+        body = {"model": self.model, "prompt": text, "max_tokens": limit, **self.greedy}
         answer = self.post("/v1/completions", body)
         choice, usage = answer["choices"][0], answer["usage"]
         if usage["prompt_tokens"] != len(ids):
             return None  # the text has other tokens, at the borders of segments
         return Reply(choice["text"], None, [], [], choice["finish_reason"] == "stop", usage["completion_tokens"])
-
-    def _greedy(self) -> Fields:
-        return {"temperature": 0.0}
 
 
 def connect(url: str, model: str | None, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Server:
@@ -379,27 +361,23 @@ def _is_pinned(client: httpx.Client, folder: Path) -> bool:
 
 def to_wire(messages: list[Message]) -> list[Fields]:
     """The messages as OpenAI's API takes them: the arguments of calls are JSON text."""
-    messages_sent: list[Fields] = []
+
+    def to_call(call: Fields, number: int) -> Fields:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        function = {"name": call["function"]["name"], "arguments": arguments}
+        return {"id": call.get("id", f"call_{number}"), "type": "function", "function": function}
+
+    wire: list[Fields] = []
     for message in messages:
         sent: Fields = dict(message)
         if calls := message.get("tool_calls"):
-            sent["tool_calls"] = [
-                {
-                    "id": call.get("id", f"call_{number}"),
-                    "type": "function",
-                    "function": {
-                        "name": call["function"]["name"],
-                        "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-                    },
-                }
-                for number, call in enumerate(calls)
-            ]
+            sent["tool_calls"] = [to_call(call, number) for number, call in enumerate(calls)]
         if reasoning := message.get("reasoning_content"):
             sent["reasoning"] = reasoning  # vLLM's name; llama.cpp reads reasoning_content
         if message["role"] == "tool":
             sent.setdefault("tool_call_id", "call_0")
-        messages_sent.append(sent)
-    return messages_sent
+        wire.append(sent)
+    return wire
 
 
 def to_chat(answer: Any) -> Chat:
