@@ -151,7 +151,7 @@ class PromptComparison:
 
     @cached_property
     def changes(self) -> list[Change]:
-        """What may explain a difference, listed once a row differs."""
+        """Return what may explain a difference, listed once a row differs."""
         return list_changes(self.tokenizer)
 
     def _in_segments(self, row: ServingRow) -> list[int]:

@@ -307,9 +307,9 @@ def _compare_chat(
 ) -> Explanation | None:
     if reply is None:
         return None
-    whole = _whole_text(reply, tokenizer)
-    if mark and mark in whole and row.tools:
-        return _compare_calls(row, chat, whole, tokenizer)
+    text_of_reply = _whole_text(reply, tokenizer)
+    if mark and mark in text_of_reply and row.tools:
+        return _compare_calls(row, chat, text_of_reply, tokenizer)
     shown, text = chat.reasoning + chat.content, reply.text
     if reply.ids is not None:
         text = str(tokenizer.decode(reply.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
