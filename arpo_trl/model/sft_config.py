@@ -148,6 +148,8 @@ def _check_batches(recipe: Recipe, config: SFTConfig) -> None:
 def _rejected(recipe: Recipe, settings: Keywords, overrides: Keywords) -> RecipeError:
     """Return what transformers and TRL report about each key, by adding one key at a time."""
     if reason := _reason(settings):
+        if recipe.deepspeed and not _reason(settings | {"deepspeed": None}):
+            return recipe.error("deepspeed", reason)
         return RecipeError(f"{recipe.path}: rejected by transformers: {reason}")
     problems = []
     for key, value in overrides.items():

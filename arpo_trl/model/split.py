@@ -14,9 +14,12 @@ from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.integrations import deepspeed
+from trl.trainer.sft_config import SFTConfig
 
 from ..recipe.keys import Recipe
 
+FSDP_CONFLICTS = ("use_galore", "use_apollo", "use_adam_mini")
+"""Optimizers whose state is not sharded with the weights."""
 Engine = Literal["DDP", "FSDP", "FSDP2", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
 
 
@@ -157,3 +160,18 @@ def fsdp_config(recipe: Recipe) -> dict[str, Any]:
         config = json.loads(Path(config).read_text(encoding="utf-8"))
     named = {name.removeprefix("fsdp_"): value for name, value in config.items()} if isinstance(config, dict) else {}
     return {"version": 2, "cpu_offload": "offload" in recipe.fsdp.split()} | named
+
+
+def unsupported_by_fsdp(recipe: Recipe, args: SFTConfig, split: Split) -> Iterator[tuple[str, str]]:
+    """Yield the optimizers and modules that compute or save what is not a sharded tensor."""
+    key = next((name for name in FSDP_CONFLICTS if getattr(recipe, name)), "optim")
+    optim = args.optim.value if hasattr(args.optim, "value") else str(args.optim)
+    if key != "optim" or any(word in optim for word in ("adafactor", "8bit", "paged", "galore", "apollo")):
+        what = optim if key == "optim" else "its optimizer"
+        yield key, f"{what} is not supported with {split.engine}; set optim: adamw_torch, or launch with zero2.yaml"
+    embeddings = [name for name in recipe.additional_target if "embed" in name or name == "wte"]
+    if embeddings:
+        yield (
+            "additional_target",
+            f"{embeddings[0]} is not supported with {split.engine}; launch with accelerate_configs/zero3.yaml",
+        )

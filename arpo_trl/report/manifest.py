@@ -29,6 +29,7 @@ from ..errors import RecipeError, RowError
 from ..machine import installed_versions
 from ..processes import on_main_process
 from ..recipe.keys import PredictKeys, Recipe, keys
+from ..recipe.methods import CANNOT_CHANGE as METHODS_CANNOT_CHANGE
 from ..recipe.rollout_keys import RolloutKeys
 from ..run_folder import MANIFEST, write_json
 from ..version import __version__
@@ -62,18 +63,21 @@ DEPEND_ON_PROCESSES = """
     moe_aux_loss_coef""".split()
 """Keys with which a step depends on how many processes share it: its rows, their order or random numbers."""
 
-CANNOT_CHANGE = frozenset(
-    """
-    stage finetuning_type adapter_name_or_path create_new_adapter lora_rank lora_target additional_target use_dora
-    oft_rank oft_block_size oft_target pissa_init pissa_iter freeze_trainable_layers freeze_trainable_modules
-    freeze_extra_modules use_llama_pro quantization_bit quantization_method quantization_type double_quantization
-    optim optim_args optim_target_modules use_galore galore_target galore_rank galore_update_interval galore_scale
-    galore_proj_type galore_layerwise use_apollo apollo_target apollo_rank apollo_update_interval apollo_scale
-    apollo_proj apollo_proj_type apollo_scale_type apollo_layerwise use_muon use_adam_mini use_badam badam_start_block
-    badam_switch_mode badam_switch_interval loraplus_lr_ratio loraplus_lr_embedding fp16 seed
-    """.split()
+CANNOT_CHANGE = (
+    frozenset(
+        """
+        stage finetuning_type adapter_name_or_path create_new_adapter lora_rank lora_target additional_target use_dora
+        optim optim_args optim_target_modules fp16 seed
+        """.split()
+    )
+    | METHODS_CANNOT_CHANGE
 )
 """Keys of what a checkpoint contains: its weights, their optimizer's state, the scaler's, and the random states."""
+DECIDE_SPEED = (
+    "model_name_or_path stage finetuning_type lora_rank quantization_bit bf16 fp16 pure_bf16 optim packing padding_free "
+    "per_device_train_batch_size gradient_accumulation_steps disable_gradient_checkpointing"
+).split()
+"""Keys that an earlier run must share for its speed to be that of this one."""
 SCHEDULES_WITH_STATE = ("reduce_lr_on_plateau", "greedy")
 """Schedules whose rate depends on the metrics so far."""
 METRIC_KEYS = ("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay")

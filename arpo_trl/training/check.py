@@ -26,7 +26,7 @@ from ..recipe.keys import Recipe
 from ..recipe.rules import changed_keys
 from ..report.console import say
 from ..report.log_file import format_seconds, read_log
-from ..report.manifest import read_manifest
+from ..report.manifest import DECIDE_SPEED, read_manifest
 from ..run_folder import list_checkpoints
 from .checkpoints import checkpoint_bytes, saved_bytes
 from .reference import report_reference
@@ -39,11 +39,6 @@ from .start_and_end_report import (
     warn_of_schedule,
 )
 
-DECIDE_SPEED = (
-    "model_name_or_path stage finetuning_type lora_rank quantization_bit bf16 fp16 pure_bf16 optim packing padding_free "
-    "per_device_train_batch_size gradient_accumulation_steps disable_gradient_checkpointing"
-).split()
-"""Keys that an earlier run must share for its speed to be that of this one."""
 BINS = 10
 BAR = 40
 

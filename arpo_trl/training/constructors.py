@@ -19,6 +19,7 @@ from ..errors import RecipeError, in_one_line
 from ..model.sft_config import to_sft_config
 from ..model.split import find_split
 from ..recipe.keys import Recipe
+from ..recipe.methods import OPTIMIZERS
 
 
 def try_constructors(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
@@ -74,9 +75,7 @@ class _OnMeta(SFTTrainer):
 
 def _has_own_optimizer(recipe: Recipe, args: SFTConfig) -> bool:
     """Return whether the optimizer needs the model's modules (GaLore), or is one of the rare methods' own."""
-    return bool(args.optim_target_modules) or any(
-        getattr(recipe, key) for key in ("use_muon", "use_adam_mini", "use_badam")
-    )
+    return bool(args.optim_target_modules) or any(getattr(recipe, key) for key in OPTIMIZERS)
 
 
 def _rows() -> Dataset:

@@ -54,13 +54,13 @@ def own_output_dir(recipe: Recipe) -> Iterator[None]:
     """
     with contextlib.ExitStack() as files:
 
-        def take() -> None:
+        def take() -> str | None:
             path = Path(recipe.output_dir) / LOCK
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 file = files.enter_context(path.open("a+", encoding="utf-8"))
             except OSError:
-                return
+                return None
             if not _lock(file):
                 owner, text = read_json(path), ""
                 if isinstance(owner, dict):  # else it has just taken the lock
@@ -68,21 +68,26 @@ def own_output_dir(recipe: Recipe) -> Iterator[None]:
                 problem = f"{recipe.output_dir} is in use by another run{text}; stop it, or choose another folder"
                 raise recipe.error("output_dir", problem)
             now = time.strftime("%Y-%m-%d %H:%M:%S%z")
-            with contextlib.suppress(OSError):  # a full disk
+            text = json.dumps({"host": platform.node(), "process": os.getpid(), "started": now}) + "\n"
+            try:
                 file.truncate(0)
-                file.write(json.dumps({"host": platform.node(), "process": os.getpid(), "started": now}) + "\n")
+                file.write(text)
                 file.flush()
+            except OSError:  # a full disk
+                return None
+            return text
 
-        on_main_process(take)
-        if recipe.do_train:
-            _require_shared_folder(recipe)
+        written = on_main_process(take)
+        if recipe.do_train and written:
+            _require_shared_folder(recipe, written)
         yield
 
 
-def _require_shared_folder(recipe: Recipe) -> None:
+def _require_shared_folder(recipe: Recipe, expected: str) -> None:
     """Raise RecipeError if a process does not see the main process's lock file, on another machine's disk.
 
-    Network file systems may cache for some seconds that a file is missing.
+    Network file systems may cache for some seconds that a file is missing. The main process must not open the file
+    again: on POSIX, closing it would release the lock.
     """
     path = Path(recipe.output_dir) / LOCK
 
@@ -92,9 +97,11 @@ def _require_shared_folder(recipe: Recipe) -> None:
         except (OSError, ValueError):
             return None
 
-    expected, deadline = on_main_process(read), time.monotonic() + CACHED_SECONDS
-    while (text := read()) != expected and time.monotonic() < deadline:
+    deadline = time.monotonic() + CACHED_SECONDS
+    text: str | None = expected if PartialState().is_main_process else read()
+    while text != expected and time.monotonic() < deadline:
         time.sleep(0.5)
+        text = read()
     blind = [host for host in gather_object([None if text == expected else platform.node()]) if host]
     if blind:
         raise recipe.error(

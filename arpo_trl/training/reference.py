@@ -23,7 +23,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from ..errors import in_one_line
-from ..model.base import quantization
+from ..model.methods.quantized import is_quantized
 from ..model.model import load_model
 from ..model.split import find_split
 from ..model.token_scores import score_labelled_positions_only
@@ -232,7 +232,7 @@ def report_reference(recipe: Recipe) -> list[str]:
     with_adapters = f" with {', '.join(about['adapters'])}" if about["adapters"] else ""
     lines = [f"reference  {about['path']}{with_adapters}, {_describe_place(recipe)}"]
     if recipe.ref_model is None and recipe.adapter_name_or_path and not recipe.create_new_adapter:
-        can_merge = not (recipe.quantization_bit or quantization(recipe) or find_split(recipe).shards_weights)
+        can_merge = not (find_split(recipe).shards_weights or is_quantized(recipe))
         lines.append(
             f"           without {recipe.adapter_name_or_path[-1]}, as in LLaMA-Factory. To compare with it, set "
             f"{'create_new_adapter: true, or ' * can_merge}ref_model and ref_model_adapters"

@@ -68,7 +68,7 @@ def check_inputs(recipe: Recipe, starts_run: bool = True) -> Recipe:
     if lines:
         raise RecipeError(lines)
     recipe = methods.keep_quantization(recipe, config)
-    if recipe.trust_remote_code and (not config or "auto_map" in config):
+    if recipe.trust_remote_code and (not config or _has_own_code(recipe.model_name_or_path, config)):
         recipe = recipe.with_notices(
             f"trust_remote_code: code of {recipe.model_name_or_path} is run if transformers does not support its architecture"
         )
@@ -297,3 +297,9 @@ def _packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if getattr(recipe, key) and importlib.util.find_spec(package) is None:
             name = "torch-optimi" if package == "optimi" else package
             yield key, f"needs {package}, which is not installed; pip install {name}, or remove the line"
+
+
+def _has_own_code(model: str, config: dict[str, Any]) -> bool:
+    """Return whether a model's config.json, or a model folder's tokenizer_config.json, names code of the model."""
+    tokenizer = read_json(Path(model) / "tokenizer_config.json")
+    return "auto_map" in config or (isinstance(tokenizer, dict) and "auto_map" in tokenizer)

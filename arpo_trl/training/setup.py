@@ -6,7 +6,6 @@ requirements.py has the checks that need no torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pyarrow.compute as pc
 import torch
@@ -22,13 +21,11 @@ from ..model.base import load_config
 from ..model.memory import model_shape
 from ..model.methods.chosen import methods_of
 from ..model.sft_config import to_sft_config
-from ..model.split import Split, conflicting_precision, find_split, saves_zero3_model
+from ..model.split import Split, conflicting_precision, find_split, saves_zero3_model, unsupported_by_fsdp
 from ..recipe.keys import Recipe
 from ..report.manifest import run_day
 from .constructors import try_constructors
 
-FSDP_CONFLICTS = ("use_galore", "use_apollo", "use_adam_mini")
-"""Optimizers whose state is not sharded with the weights."""
 RESIZE = "resize the model once (model.resize_token_embeddings(len(tokenizer))), save both and use that folder"
 
 
@@ -79,24 +76,9 @@ def check_split(recipe: Recipe, args: SFTConfig, split: Split) -> None:
     if split.is_zero and (problem := conflicting_precision(args)):
         unsupported.append(("deepspeed", problem))
     if split.is_fsdp:
-        unsupported += _unsupported_by_fsdp(recipe, args, split)
+        unsupported += unsupported_by_fsdp(recipe, args, split)
     if unsupported:
         raise RecipeError([str(recipe.error(key, problem)) for key, problem in unsupported])
-
-
-def _unsupported_by_fsdp(recipe: Recipe, args: SFTConfig, split: Split) -> Iterator[tuple[str, str]]:
-    """Yield the optimizers and modules that compute or save what is not a sharded tensor."""
-    key = next((name for name in FSDP_CONFLICTS if getattr(recipe, name)), "optim")
-    optim = args.optim.value if hasattr(args.optim, "value") else str(args.optim)
-    if key != "optim" or any(word in optim for word in ("adafactor", "8bit", "paged", "galore", "apollo")):
-        what = optim if key == "optim" else "its optimizer"
-        yield key, f"{what} is not supported with {split.engine}; set optim: adamw_torch, or launch with zero2.yaml"
-    embeddings = [name for name in recipe.additional_target if "embed" in name or name == "wte"]
-    if embeddings:
-        yield (
-            "additional_target",
-            f"{embeddings[0]} is not supported with {split.engine}; launch with accelerate_configs/zero3.yaml",
-        )
 
 
 def check_device(recipe: Recipe) -> None:

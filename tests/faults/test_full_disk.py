@@ -78,7 +78,7 @@ def test_a_disk_too_small_for_a_checkpoint_is_detected_before_training(
     (small_disk / "ballast").write_bytes(bytes(2 << 20))
     assert main([str(make_recipe(output_dir=str(small_disk / "run")))]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("disk full: a checkpoint needs 0.00") and "choose another folder" in error
+    assert error.startswith("disk full: a checkpoint needs 2.0 MB") and "choose another folder" in error
 
 
 ERRORS = {

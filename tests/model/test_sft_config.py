@@ -100,7 +100,7 @@ def test_a_process_without_a_launcher_uses_one_of_several_gpus(
 
 # Every key with a field in SFTConfig: what is written, the field, and what must stand there.
 MOVED = {
-    "accelerator_config={split_batches: true}": ("accelerator_config.split_batches", True),
+    "accelerator_config={use_seedable_sampler: false}": ("accelerator_config.use_seedable_sampler", False),
     "activation_checkpointing_kwargs={every_n_layers: 2}": ("activation_checkpointing_kwargs", {"every_n_layers": 2}),
     "gradient_checkpointing_kwargs={every_n_layers: 2}": ("activation_checkpointing_kwargs", {"every_n_layers": 2}),
     "use_reentrant_gc=true": ("activation_checkpointing_kwargs", {"use_reentrant": True}),

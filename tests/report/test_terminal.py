@@ -123,7 +123,7 @@ def test_a_real_terminal_of_80_columns_shows_no_longer_line(tiny_model: Path, tm
     command = [sys.executable, "-m", "arpo_trl", str(recipe)]
     code, screen = run_in_terminal(command)
     assert code == 0, screen
-    lines = final_lines(screen)
+    lines = [line for line in final_lines(screen) if "real_accelerator.py" not in line]  # DeepSpeed's, if installed
     assert [line for line in lines if len(line) > 80 and len(line.split()) > 2] == []  # a label and a long path
     indented = [line for line in lines if line.startswith("           ") and line[11] != " "]
     assert indented, lines

@@ -625,7 +625,7 @@ def test_the_reference_counts_in_the_memory_of_a_full_run(tiny_model: Path, pair
         and full.reference + memory_of(finetuning_type="full", precompute_ref_log_probs=True).peak == full.peak
     )
     assert lora.reference == memory_of(finetuning_type="full", pref_loss="orpo").reference == 0
-    assert f"reference {full.reference / 1e9:.1f})" in describe_memory(full, None)
+    assert f"reference {full.reference / 1e6:.1f})" in describe_memory(full, None)
     assert "reference" not in describe_memory(lora, None)
     batch, _ = longest_batch(pairs, 2, padded_pairs=True)
     assert max(max(row["seq_lengths"]) for row in batch) == max(max(sides) for sides in pairs["seq_lengths"])

@@ -110,6 +110,7 @@ def test_the_resume_command_works_in_every_windows_shell(recipe_of: Any, monkeyp
         monkeypatch.setattr(
             "arpo_trl.training.start_and_end_report.sys", SimpleNamespace(platform=platform, argv=argv)
         )
+        monkeypatch.setattr("arpo_trl.shell.sys", SimpleNamespace(platform=platform))
         monkeypatch.delenv("WORLD_SIZE", raising=False)
         monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
         expected = f"python -m arpo_trl {recipe.path.as_posix()} {quoted} resume_from_checkpoint=true"

@@ -23,6 +23,11 @@ from ..weights import frozen_linear_weights, linear_layers, saved_bytes
 from .method import AdapterConfig, Keywords, Method
 
 
+def is_quantized(recipe: Recipe) -> bool:
+    """Return whether the base is quantized: by the recipe, or already in its files."""
+    return bool(recipe.quantization_bit or quantization(recipe))
+
+
 class Quantized(Method):
     @staticmethod
     def applies(recipe: Recipe) -> bool:
