@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def load_weights(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     model: PreTrainedModel
     model, info = loaded
     if is_text_part(model, values):  # the keys of the other parts: llama4's, not named by its class
-        info["unexpected_keys"] = [key for key in info["unexpected_keys"] if _is_of_text(key, model)]
+        info["unexpected_keys"] = _keys_of_text(info["unexpected_keys"], model)
     for kind in ("missing", "unexpected"):
         if keys := info[f"{kind}_keys"]:
             raise ValueError(
@@ -71,9 +72,9 @@ def auto_class(config: PreTrainedConfig) -> Any:
     )
 
 
-def _is_of_text(key: str, model: PreTrainedModel) -> bool:
-    own = tuple(f"{'.'.join(name.split('.')[:2])}." for name, _ in model.named_parameters())
-    return key.startswith((*own, "language_model.")) or ".language_model." in key
+def _keys_of_text(keys: Iterable[str], model: PreTrainedModel) -> list[str]:
+    own = {f"{'.'.join(name.split('.')[:2])}." for name, _ in model.named_parameters()}
+    return [key for key in keys if key.startswith((*own, "language_model.")) or ".language_model." in key]
 
 
 def base_of(folder: Path | str) -> str:

@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from ..data.prepare import PreparedData
 from ..errors import program
 from ..machine import format_bytes, free_space
-from ..model.base import lacks_bf16_instructions
+from ..model.base import lacks_bf16_instructions, uses_bf16_autocast
 from ..model.split import find_split
 from ..recipe.keys import COMMAND_LINE, Recipe
 from ..report.log_file import describe_evaluation, format_seconds, read_log, run_seconds
@@ -115,7 +115,7 @@ def missing_gpu(recipe: Recipe) -> list[str]:
                 "https://pytorch.org/get-started/locally shows the right install command"
             )
         lines.append(f"         training on the CPU, although {expects} expects a GPU: {cause}")
-    if lacks_bf16_instructions() and recipe.bf16 and not recipe.pure_bf16 and not recipe.force_bf16:
+    if recipe.bf16 and not recipe.pure_bf16 and not uses_bf16_autocast(recipe):
         reason = "which is faster on this CPU without bfloat16 instructions"
         lines.append(f"         bf16: true is computed in float32, {reason}; force_bf16: true keeps bfloat16")
     elif lacks_bf16_instructions() and (recipe.bf16 or recipe.pure_bf16):

@@ -183,7 +183,7 @@ def test_a_nan_of_the_second_process_ends_the_run_with_its_reason_in_the_log(
 def test_a_folder_that_the_machines_do_not_share_is_found_before_step_1(
     tmp_path: Path, tiny_model: Path, uneven: dict[str, Any]
 ) -> None:
-    """A relative output_dir, and two machines with working directories on disks of their own."""
+    """A relative output_dir on two machines that share no disk."""
     recipe = write_recipe(tmp_path, tiny_model, **uneven | {"output_dir": "run"})
     script = command("ddp", recipe, fault="import arpo_trl.training.output_dir as o\no.CACHED_SECONDS = 1\n")[-2]
     machines = []
