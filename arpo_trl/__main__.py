@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from os.path import isfile
@@ -53,8 +54,11 @@ def main(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except RecipeError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process raises the same error
-            print(to_terminal(str(error), sys.stderr), file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(
+                5
+            )  # if the main process raises it too, the launcher ends this one before it repeats the message
+        print(to_terminal(str(error), sys.stderr), file=sys.stderr)
         return 2
     except RunFailed as error:
         print(to_terminal(str(error), sys.stderr), file=sys.stderr)
@@ -136,8 +140,10 @@ def _rollout(argv: Sequence[str]) -> None:
     checked = check_inputs(recipe.model_copy(update={"do_train": False}))  # its output_dir holds a finished run
     recipe = recipe.with_notices(*checked.notices)
     with gc_paused():
-        from .generate.rollout import rollout
+        from .generate.rollout import WAIT_FOR_OTHERS, rollout
+        from .processes import join_processes
         from .training.output_dir import own_output_dir
+    join_processes(WAIT_FOR_OTHERS)
     with own_output_dir(recipe):
         rollout(recipe)
 

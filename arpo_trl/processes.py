@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar, cast
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from .errors import RecipeError
 
 T = TypeVar("T")
+
+
+def join_processes(timeout: timedelta) -> None:
+    """Connect to the other processes of the launcher. Must precede any other use of `PartialState`."""
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
 
 
 def leave_together() -> None:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
@@ -53,7 +52,6 @@ def rollout(recipe: Recipe) -> None:
         RecipeError: the model, the questions or a tool is missing.
         RunFailed: the server or the device failed; the same command resumes.
     """
-    PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT_FOR_OTHERS)
     logging.disable_progress_bar()
     folder = Path(recipe.output_dir)
     with logged_to(folder / "rollout.log", PartialState().process_index):

@@ -118,7 +118,6 @@ def test_a_killed_rollout_resumes_to_the_same_file(
     assert "renamed rollouts.jsonl to .old: other settings" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_two_processes_roll_out_what_one_does(turns: Path, tmp_path: Path) -> None:
     expected = rollout(turns, *copy_run(turns, tmp_path / "a"), "num_generations=2", "per_device_eval_batch_size=2")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "arpo_trl", "rollout"]
