@@ -61,11 +61,17 @@ def make_recipe(folder: Path, model: Path, **changes: Any) -> Recipe:
 
 
 def run(folder: Path, model: Path, **changes: Any) -> Path:
-    """Run the recipe and return its output folder; this process keeps its signal handlers."""
+    """Run a recipe of `make_recipe` and return its output folder."""
+    make_recipe(folder, model, **changes)
+    return run_recipe(folder / "recipe.yaml")
+
+
+def run_recipe(path: Path) -> Path:
+    """Run a recipe that writes to run/ beside it, and return that folder; this process keeps its signal handlers."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        assert train(make_recipe(folder, model, **changes)).exit_code == 0
+        assert train(read_recipe(path)).exit_code == 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return folder / "run"
+    return path.parent / "run"

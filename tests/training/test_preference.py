@@ -6,7 +6,6 @@ import json
 import math
 import random
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_config import SFTConfig
 
 from arpo_trl.errors import RecipeError, RunFailed
-from arpo_trl.recipe import Recipe, read_recipe
+from arpo_trl.recipe import Recipe
 from arpo_trl.report.log_file import read_log
-from arpo_trl.training import preference, reference
+from arpo_trl.training import preference, preflight, reference
 from arpo_trl.training.preference import score_pairs
 from arpo_trl.training.reference import Reference, make_preference
-from arpo_trl.training.train import train
 from arpo_trl.training.trainer import ArpoTrainer
 
+ROOT = Path(__file__).parents[2]
 STEPS = 6
 EVALUATED = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 TIMES = {"elapsed_time", "remaining_time", "elapsed_seconds", "tokens_per_second", "trained_tokens_per_second"}
@@ -322,13 +321,7 @@ def run_pairs(folder: Path, model: Path, **changes: Any) -> Path:
     data = write_pairs(folder / "data")
     keys = {"stage": "dpo", "dataset": "pairs", "dataset_dir": str(data), "tokenized_path": str(folder / "tokenized")}
     path = small_run.write_recipe(folder, model, **{**keys, **changes})
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        assert train(read_recipe(path)).exit_code == 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return folder / "run"
+    return small_run.run_recipe(path)
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
@@ -629,3 +622,32 @@ def test_the_reference_counts_in_the_memory_of_a_full_run(tiny_model: Path, pair
     assert "reference" not in describe_memory(lora, None)
     batch, _ = longest_batch(pairs, 2, padded_pairs=True)
     assert max(max(row["seq_lengths"]) for row in batch) == max(max(sides) for sides in pairs["seq_lengths"])
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"), [("sigmoid", {}), ("orpo", {"pref_loss": "orpo"}), ("ftx", {"pref_ftx": 0.5})]
+)
+def test_losses_are_those_that_llamafactory_logged(
+    name: str, keys: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freeze = reference._freeze
+    monkeypatch.setattr(reference, "_freeze", lambda model, args: freeze(model.bfloat16(), args))  # as theirs
+    monkeypatch.setattr(preflight, "_tolerance", lambda recipe: 0.1)  # which this check rejects
+    rows = {
+        "dataset_dir": str(ROOT / "recipes"),
+        "dataset": "arpo_dpo_toy_inside",
+        "max_samples": 40,
+        "cutoff_len": 512,
+    }
+    steps = {
+        "learning_rate": 5e-4,
+        "num_train_epochs": 1,
+        "max_steps": -1,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.1,
+    }
+    settings = {"stage": "dpo", "truncation_mode": "llamafactory", "save_strategy": "no", **rows, **steps, **keys}
+    run = small_run.run_recipe(small_run.write_recipe(tmp_path, tiny_model, **settings))
+    losses = [line["loss"] for line in read_log(run / "trainer_log.jsonl") if "loss" in line]
+    theirs = json.loads((ROOT / "tests" / "golden" / "pairs" / "losses.json").read_text(encoding="utf-8"))
+    assert losses == pytest.approx(theirs[name], abs=1e-5 if name == "orpo" else 5e-4)  # bfloat16
