@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python scripts/sweep_engines.py /tmp/sweep
 
-Each row is a chain: a run whose second process is killed at step 3, its resume, and predictions of the final model. The
-losses are compared with those of one process. Rows that are in FOLDER/rows.json are not run again. A row fails if the
-trainer used another engine than the row names. Requires deepspeed.
+Each row is a chain: the second process of a run gets SIGTERM in step 2; the run is resumed, and the second process is
+killed in step 4; it is resumed to its end, and the final model is evaluated and generates. The losses are compared with
+those of one process. Rows that are in FOLDER/rows.json are not run again. A row fails if the trainer used another
+engine than the row names. Requires deepspeed.
 """
 
 from __future__ import annotations
@@ -26,20 +27,22 @@ import make_tiny_model  # noqa: E402
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full"},
     "LoRA": {"finetuning_type": "lora", "lora_target": "all"},
+    "DPO, LoRA": {"finetuning_type": "lora", "lora_target": "all", "stage": "dpo", "dataset": "arpo_dpo_toy_inside"},
+    "DPO, full": {"finetuning_type": "full", "stage": "dpo", "dataset": "arpo_dpo_toy_inside"},
 }
-ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
-KILL = """
-import os, signal
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3", "zero3_offload")
+FAULT = """
+import os
 from arpo_trl.training.trainer import ArpoTrainer
 
 training_step = ArpoTrainer.training_step
 def step_or_die(self, *args, **kwargs):
-    if self.state.global_step == 3 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if self.state.global_step + 1 == int(os.environ["STEP"]) and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
     return training_step(self, *args, **kwargs)
 ArpoTrainer.training_step = step_or_die
 """
-HEADER = """| engine | method | trainer | ended after the kill | loss of one process | resumed | predictions |
+HEADER = """| engine | method | trainer | SIGTERM in step 2 | killed in step 4, ended after | loss against one process | final model |
 | --- | --- | --- | --- | --- | --- | --- |"""
 
 
@@ -63,28 +66,52 @@ def main(folder: Path) -> None:
 
 def run_chain(folder: Path, model: Path, engine: str, method: str, keys: dict[str, Any]) -> list[str]:
     """Return the cells of a row."""
-    home = folder / f"{engine}_{method}"
+    home = folder / f"{engine}_{method}".replace(", ", "_")
     shutil.rmtree(home, ignore_errors=True)
     keys = keys | {"val_size": 0.2, "eval_strategy": "steps", "eval_steps": 2, "ddp_timeout": 60, "plot_loss": False}
-    expected = losses_of_one_process(folder / f"one_{method}", model, keys)
+    expected = losses_of_one_process(folder / f"one_{method}".replace(", ", "_"), model, keys)
     recipe = launches.write_recipe(home, model, **keys)
-    code, printed = launches.attempt(launches.command(engine, recipe, fault=KILL), 600)
-    began = (home / "run" / "trainer_log.jsonl").stat().st_mtime
-    killed = f"{time.time() - began:.0f} s" if code and "SIGKILL" in printed else f"exit code {code}"
+    log = home / "run" / "trainer_log.jsonl"
+
+    code, printed = launches.attempt(launches.command(engine, recipe, fault=FAULT), 600, STEP="2", SIGNAL="15")
+    saved = launches.log_without_times(home / "run")
+    stopped = (
+        f"exit code {code}, checkpoint-2" if code and (home / "run" / "checkpoint-2").exists() else last_line(printed)
+    )
+    if not stopped.startswith("exit code") or len(saved) < 2:
+        return ["", stopped, "", "", ""]
+
+    code, printed = launches.attempt(launches.command(engine, recipe, fault=FAULT), 600, STEP="4", SIGNAL="9")
+    killed = f"{time.time() - log.stat().st_mtime:.0f} s" if code and "SIGKILL" in printed else last_line(printed)
+
     code, printed = launches.attempt(launches.command(engine, recipe), 600)
     trainer = re.search(r"engine: (.*)", printed)
     if code or not trainer or not re.fullmatch(launches.ENGINES[engine], trainer[0]):
-        return [trainer[1] if trainer else "none", killed, f"FAILED: {printed.strip().splitlines()[-1]}", "", ""]
+        return [trainer[1] if trainer else "none", stopped, killed, last_line(printed), ""]
     losses = [line["loss"] for line in launches.log_without_times(home / "run") if "loss" in line]
     worst = max(abs(mine - other) / other for mine, other in zip(losses, expected, strict=True))
-    resumed = "from step 2" if "resuming from checkpoint-2" in printed else "FAILED: not from step 2"
-    final = "adapter_name_or_path" if method == "LoRA" else "model_name_or_path"
-    changes = {"do_train": False, "do_predict": True, "max_new_tokens": 4, "output_dir": str(home / "predictions")}
-    recipe = launches.write_recipe(home, model, **keys | changes | {final: str(home / "run")})
+
+    final = {"adapter_name_or_path" if "LoRA" in method else "model_name_or_path": str(home / "run")}
+    use = {"do_eval": True} if "stage" in keys else {"do_eval": True, "do_predict": True, "max_new_tokens": 4}
+    reference = {"ref_model": str(model)} if "stage" in keys else {}
+    changes = {"do_train": False, "output_dir": str(home / "used"), **final, **use, **reference}
+    recipe = launches.write_recipe(home, model, **keys | changes)
     code, printed = launches.attempt(launches.command(engine, recipe), 600)
-    lines = home / "predictions" / "generated_predictions.jsonl"
-    predicted = f"{len(lines.read_text('utf-8').splitlines())} replies" if code == 0 else f"FAILED: {printed[-200:]}"
-    return [trainer[1], killed, f"to {worst:.0e}", resumed, predicted]
+    metrics = home / "used" / "all_results.json"
+    if code or not metrics.exists():
+        return [trainer[1], stopped, killed, f"{worst:.0e}", last_line(printed)]
+    loss = json.loads(metrics.read_text("utf-8"))["eval_loss"]
+    replies = home / "used" / "generated_predictions.jsonl"
+    generated = f", {len(replies.read_text('utf-8').splitlines())} replies" if replies.exists() else ""
+    return [trainer[1], stopped, killed, f"{worst:.0e}", f"eval loss {loss:.4f}{generated}"]
+
+
+def last_line(printed: str) -> str:
+    """Return the message of a failed launch: the last line of the package's own, before what launchers append."""
+    lines = [
+        line for line in printed.strip().splitlines() if line and not line.startswith((" ", "E1", "W1", "[", "=", "-"))
+    ]
+    return f"FAILED: {lines[-1] if lines else printed[-200:]}"
 
 
 def losses_of_one_process(folder: Path, model: Path, keys: dict[str, Any]) -> list[float]:

@@ -56,7 +56,9 @@ from arpo_trl.training.trainer import ArpoTrainer
 original_train = ArpoTrainer.train
 def train(self, *args, **kwargs):
     result = original_train(self, *args, **kwargs)
-    print(f"engine: {type(self.model_wrapped).__name__}, {type(next(self.model.parameters()).data).__name__}", flush=True)
+    kinds = type(self.model_wrapped).__name__, type(next(self.model.parameters()).data).__name__
+    sys.stdout.write(f"engine: {', '.join(kinds)}\n")  # in one piece, beside the other process's
+    sys.stdout.flush()
     return result
 ArpoTrainer.train = train
 sys.exit(main(sys.argv[1:]))
@@ -67,8 +69,21 @@ ENGINES = {
     "zero0": "engine: DeepSpeedEngine, Tensor",
     "zero2": "engine: DeepSpeedEngine, Tensor",
     "zero3": "engine: DeepSpeedEngine, Tensor",
+    "zero3_offload": "engine: DeepSpeedEngine, Tensor",
 }
 """Engines and what their trainer shows."""
+ZERO_BY_RECIPE: dict[str, dict[str, Any]] = {
+    "zero0": {"stage": 0},
+    "zero3_offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+}
+"""Engines by the recipe's `deepspeed` key, as in LLaMA-Factory; the others by an Accelerate config."""
+BY_RECIPE: dict[str, Any] = {
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"),
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own has to be compiled
+}
 
 
 def write_recipe(folder: Path, model: Path, **keys: Any) -> Path:
@@ -102,16 +117,9 @@ def command(engine: str, recipe: Path, processes: int = 2, fault: str = "") -> l
     script.write_text(shim + fault + START, encoding="utf-8")
     if engine == "ddp":
         return [*torchrun(processes), str(script), str(recipe)]
-    if engine == "zero0":  # by the recipe's key, in LLaMA-Factory's words
-        config = recipe.parent / "ds_zero0.json"
-        auto = (
-            "train_batch_size",
-            "train_micro_batch_size_per_gpu",
-            "gradient_accumulation_steps",
-            "gradient_clipping",
-        )
-        values: dict[str, Any] = dict.fromkeys(auto, "auto") | {"zero_optimization": {"stage": 0}}
-        config.write_text(json.dumps(values | {"zero_allow_untested_optimizer": True, "bf16": {"enabled": "auto"}}))
+    if engine in ZERO_BY_RECIPE:
+        config = recipe.parent / "ds.json"
+        config.write_text(json.dumps(BY_RECIPE | {"zero_optimization": ZERO_BY_RECIPE[engine]}))
         return [*torchrun(processes), str(script), str(recipe), f"deepspeed={config}"]
     config = write_config(recipe.parent, **shipped(f"{engine}.yaml") | {"num_processes": processes})
     return [*ACCELERATE, "--config_file", str(config), "--main_process_port", "0", str(script), str(recipe)]
