@@ -92,7 +92,9 @@ def run_chain(folder: Path, model: Path, engine: str, method: str, keys: dict[st
     worst = max(abs(mine - other) / other for mine, other in zip(losses, expected, strict=True))
 
     final = {"adapter_name_or_path" if "LoRA" in method else "model_name_or_path": str(home / "run")}
-    use = {"do_eval": True} if "stage" in keys else {"do_eval": True, "do_predict": True, "max_new_tokens": 4}
+    use: dict[str, Any] = {"do_eval": True}
+    if "stage" not in keys and not engine.startswith("zero3"):  # which can't generate
+        use |= {"do_predict": True, "max_new_tokens": 4}
     reference = {"ref_model": str(model)} if "stage" in keys else {}
     changes = {"do_train": False, "output_dir": str(home / "used"), **final, **use, **reference}
     recipe = launches.write_recipe(home, model, **keys | changes)

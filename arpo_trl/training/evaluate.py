@@ -8,6 +8,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import deepspeed_init
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData
@@ -75,6 +76,9 @@ def _evaluate(
         preference=make_preference(recipe, args, model),
     )
     remove_progress_bar(trainer)
+    if trainer.is_deepspeed_enabled:  # as Trainer.evaluate does: without its engine, ZeRO-3's weights are empty
+        deepspeed_init(trainer, num_training_steps=0, inference=True)
+        trainer.model_wrapped = trainer.deepspeed = trainer.accelerator.prepare(trainer.model)
     say(*check_scores(recipe, trainer))
     require_separate_rows(recipe, trainer)
     if recipe.predict_during_eval:

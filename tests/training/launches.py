@@ -57,7 +57,7 @@ original_train = ArpoTrainer.train
 def train(self, *args, **kwargs):
     result = original_train(self, *args, **kwargs)
     kinds = type(self.model_wrapped).__name__, type(next(self.model.parameters()).data).__name__
-    sys.stdout.write(f"engine: {', '.join(kinds)}\n")  # in one piece, beside the other process's
+    sys.stdout.write(f"engine: {', '.join(kinds)}\\n")  # in one piece, beside the other process's
     sys.stdout.flush()
     return result
 ArpoTrainer.train = train
