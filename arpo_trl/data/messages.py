@@ -110,7 +110,7 @@ def complete(turns: Turns, rest: Fields, info: DatasetInfo, default_system: str 
     if listed := to_tools(rest.pop(info.columns.get("tools", ""), None)):
         tools.append(listed)
     if any(other != tools[0] for other in tools):
-        raise RowError("wrong type: the row has two lists of tools that differ")
+        raise RowError("wrong type: the row lists its tools in two places, and the lists differ; keep one")
     for column in (info.columns.get("answer", ""), *PROVENANCE):
         rest.pop(column, None)
     unread.update(("ignored column", name) for name in _names_left(rest))
@@ -357,7 +357,7 @@ def _to_call(call: object, where: str) -> Fields:
     name = _text(function.get("name"), f"a call in {where}.name")
     place = f"the arguments of {name!r} in {where}"
     if function.get("arguments") is None:
-        raise RowError(f"missing field: the call {name!r} in {where} has no arguments")
+        raise RowError(f"missing field: the call {name!r} in {where} has no arguments; write {{}} if it takes none")
     arguments = _parsed(function["arguments"], place)
     if arguments is None:
         arguments = {}

@@ -204,7 +204,7 @@ def _check_pair(prompt: list[Message], sides: list[list[Message]]) -> None:
     for name, side in zip(SIDES, sides):
         if not side or side[0]["role"] != "assistant":
             role = side[0]["role"] if side else "no turn"
-            raise RowError(f"no pair: {name} begins with {role} after the prompt, expected an assistant turn")
+            raise RowError(f"no pair: after the prompt, {name} starts with a turn from {role}, expected assistant")
 
 
 # --- its tokens ---

@@ -173,8 +173,8 @@ def _check_complete(conversation: Conversation, segments: Sequence[Segment]) -> 
         _check_reasoning(message, text)
         if lost:
             raise RowError(
-                f"the chat template leaves out part of a message from {message['role']}: {lost[0].strip()[:40]!r}; use "
-                "another template, or remove it from the row"
+                f"the chat template drops this text of the {message['role']} turn: {lost[0].strip()[:40]!r}; use another "
+                "template, or remove the text from the row"
             )
 
 

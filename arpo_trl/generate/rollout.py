@@ -248,7 +248,7 @@ class _Rollout:
         error = engine.padding_error(longest, shortest)
         if error <= engine.padding_tolerance:
             return self.batch_size
-        say(f"batches  of 1: padding changes this model's logits by {error:.1%}")
+        say(f"batches  of one row: padded batches would change this model's logits by {error:.1%}")
         return 1
 
     def _resume(

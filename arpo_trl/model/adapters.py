@@ -84,7 +84,7 @@ def _check_targets(recipe: Recipe, key: str, model: PreTrainedModel, others: fro
         weights = model.named_parameters()
         known = {name.split(".")[-2] for name, weight in weights if weight.ndim > 1 or key == "additional_target"}
         known |= {name.rpartition(".")[2] for name in linear_layers(model)}  # also where the weights are packed
-        raise recipe.error(key, f"no module {unknown[0]}; expected some of {', '.join(sorted(known))}")
+        raise recipe.error(key, f"the model has no module {unknown[0]}; expected some of {', '.join(sorted(known))}")
 
 
 def _load_adapter(recipe: Recipe, model: PreTrainedModel, adapter: str, is_trainable: bool) -> PeftModel:
@@ -100,7 +100,10 @@ def _load_adapter(recipe: Recipe, model: PreTrainedModel, adapter: str, is_train
             peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable, **hub)
             weights = load_peft_weights(adapter, device="cpu", **hub)
     except (OSError, ValueError, RuntimeError, UserWarning) as error:
-        raise recipe.error("adapter_name_or_path", f"{adapter} can't be loaded ({in_one_line(error)})") from error
+        raise recipe.error(
+            "adapter_name_or_path",
+            f"{adapter} can't be loaded ({in_one_line(error)}). Give the folder of an adapter of this model",
+        ) from error
     prefix = cast(LoraModel, peft_model.base_model).prefix  # of the adapter's modules: lora_
     saved = {name for name in weights if f".{prefix}" in name}
     if extra := saved - get_peft_model_state_dict(peft_model).keys():

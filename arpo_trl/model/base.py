@@ -101,7 +101,7 @@ def runs_code(folder: Path, base: str, trust_remote_code: bool) -> bool:
     manifest = find_manifest(folder)
     trained = "; the run in its run.json did (trust_remote_code: true)" if _trusted(manifest) else ""
     raise RecipeError(
-        f"{base}: its {values.get('model_type')} model needs the code in its files{trained}. "
+        f"{base}: its {values.get('model_type')} model runs the Python code in its folder{trained}. "
         "Read that code, then add --trust-remote-code"
     )
 

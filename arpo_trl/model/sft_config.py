@@ -142,7 +142,10 @@ def _check_batches(recipe: Recipe, config: SFTConfig) -> None:
         ("even_batches", False, "leaves processes with different numbers of batches, which then wait for each other"),
     ):
         if getattr(settings, name, None) is wrong:
-            raise recipe.error("accelerator_config", f"{name}: {str(wrong).lower()} is not supported: it {effect}")
+            raise recipe.error(
+                "accelerator_config",
+                f"{name}: {str(wrong).lower()} is not supported, since it {effect}; remove the line",
+            )
 
 
 def _rejected(recipe: Recipe, settings: Keywords, overrides: Keywords) -> RecipeError:

@@ -33,7 +33,9 @@ def read_file(path: Path, problems: Problems) -> dict[str, Setting]:
     """Return the keys of a recipe file with their lines; duplicates, tags and invalid values become problems."""
     loader, root = _parse(path)
     if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(f"{path}: expected key: value lines, found {'an empty file' if root is None else 'no keys'}")
+        raise RecipeError(
+            f"{path}: expected lines such as learning_rate: 1e-5, found {'an empty file' if root is None else 'no keys'}"
+        )
     settings: dict[str, Setting] = {}
     first_lines: dict[str, str] = {}
     for key_node, value_node in root.value:

@@ -145,7 +145,7 @@ class TrainerLog(TrainerCallback):
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(self.path, size)  # half a line
-            say(f"{self.path} could not be written ({error}); the line is written with the next one")
+            say(f"can't write {self.path} ({error}); training continues, and this line is written with the next one")
 
     def _show(self, line: LogLine) -> None:
         if "loss" in line:

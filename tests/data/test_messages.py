@@ -447,7 +447,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "a call without arguments": (
         "sharegpt",
         chat(Q, turn("function_call", '{"name": "f"}')),
-        "missing field: the call 'f' in conversations[1] has no arguments",
+        "missing field: the call 'f' in conversations[1] has no arguments; write {} if it takes none",
     ),
     "arguments that are a list": (
         "sharegpt",
@@ -487,7 +487,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "two lists of tools": (
         "sharegpt",
         chat(turn("system", "S", tools=[{"name": "f"}]), Q, A, tools=[{"name": "g"}]),
-        "wrong type: the row has two lists of tools that differ",
+        "wrong type: the row lists its tools in two places, and the lists differ; keep one",
     ),
     "arguments that are no number of JSON's": (
         "openai",

@@ -224,7 +224,7 @@ PROBLEMS: list[tuple[str, DatasetInfo, dict[str, Any], str]] = [
         "a side that begins with a result",
         SHAREGPT,
         {"conversations": [human("a")], "chosen": [RESULT, gpt("b")], "rejected": gpt("c")},
-        "no pair: chosen begins with tool after the prompt, expected an assistant turn",
+        "no pair: after the prompt, chosen starts with a turn from tool, expected assistant",
     ),
 ]
 

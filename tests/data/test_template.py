@@ -512,7 +512,7 @@ def test_a_template_that_leaves_out_reasoning_is_an_error_with_the_fix() -> None
     strips = OWN.replace("m.content", "m.content.split('</think>')[-1]")
     template = find_template(make_tokenizer("<|im_end|>", chat_template=strips))
     thinks: Message = {"role": "assistant", "content": "A", "reasoning_content": "R"}
-    with pytest.raises(RowError, match="leaves out part of a message from assistant: 'R'; use another template"):
+    with pytest.raises(RowError, match="drops this text of the assistant turn: 'R'; use another template"):
         to_segments(template.fit(Conversation([{"role": "user", "content": "Q"}, thinks])), template)
 
 

@@ -106,9 +106,9 @@ EXPECTED: dict[str, tuple[list[Any], Any, dict[str, list[str] | str]]] = {
         {
             "qwen2_5": ["I add.\n" + QWEN_CALL, "A"],
             "qwen3": [NO_THOUGHT + "I add.\n" + QWEN_CALL, NO_THOUGHT + "A"],
-            "llama3_1": "the chat template leaves out part of a message from assistant: 'I add.'",
+            "llama3_1": "the chat template drops this text of the assistant turn: 'I add.'",
             "gemma": "the chat template raised an error: Conversation roles must",
-            "phi3": "the chat template leaves out part of a message from assistant: 'add'",
+            "phi3": "the chat template drops this text of the assistant turn: 'add'",
         },
     ),
     "two users in a row": (

@@ -552,7 +552,7 @@ def test_badam_does_not_change_a_weight_without_a_gradient(tmp_path: Path, tiny_
 
 
 def test_badam_reports_models_and_keys_without_matching_blocks(tmp_path: Path, tiny_model: Path) -> None:
-    with pytest.raises(RecipeError, match="badam_start_block: expected a number below 2, found 2"):
+    with pytest.raises(RecipeError, match="badam_start_block: expected a block of 0 to 1, found 2"):
         load_model(recipe(tmp_path, tiny_model, **BADAM, badam_start_block=2))
     config = AutoConfig.for_model("gpt2", n_layer=1, n_embd=32, n_head=2, vocab_size=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
@@ -639,11 +639,11 @@ def test_a_4_bit_base_has_the_same_gradients_after_an_evaluation(tmp_path: Path,
         ({"adapter_name_or_path": "/nowhere/a"}, "adapter_name_or_path: /nowhere/a can't be loaded ("),
         (
             {"lora_target": "q_proj,v_porj"},
-            "lora_target: no module v_porj; expected some of down_proj, embed_tokens, gate_proj, k_proj, o_proj, q_proj,",
+            "lora_target: the model has no module v_porj; expected some of down_proj, embed_tokens, gate_proj, k_proj, o_proj, q_proj,",
         ),
         (
             {"additional_target": "norm,embed_tokn"},
-            "additional_target: no module embed_tokn; expected some of down_proj, emb",
+            "additional_target: the model has no module embed_tokn; expected some of down_proj, emb",
         ),
         ({"moe_aux_loss_coef": 0.1}, "moe_aux_loss_coef: not supported: qwen2 has no router; remove the line"),
         ({"quantization_bit": 4, "adapter_name_or_path": "/a,/b"}, "/a can't be merged into a quantized base"),
@@ -663,7 +663,10 @@ def test_a_4_bit_base_has_the_same_gradients_after_an_evaluation(tmp_path: Path,
             {"finetuning_type": "freeze", "freeze_trainable_layers": 3, "use_llama_pro": True},
             "freeze_trainable_layers: expected a divisor of the 2 layers for use_llama_pro, found 3",
         ),
-        ({"finetuning_type": "oft", "oft_target": "q_prj"}, "oft_target: no module q_prj; expected some of"),
+        (
+            {"finetuning_type": "oft", "oft_target": "q_prj"},
+            "oft_target: the model has no module q_prj; expected some of",
+        ),
         (
             {"pissa_init": True, "use_dora": True},
             "pissa_init: can't be converted to plain LoRA with use_dora; remove one",

@@ -262,8 +262,8 @@ def test_a_recipe_without_anything_to_do_is_an_error(tmp_path: Path) -> None:
             "as \\n or \\t; write single quotes, or / instead of \\",
         ),
         ("a: 1\n---\na: 2", "r.yaml:2: invalid YAML (but found another document)"),
-        ("", "r.yaml: expected key: value lines, found an empty file"),
-        ("- a", "r.yaml: expected key: value lines, found no keys"),
+        ("", "r.yaml: expected lines such as learning_rate: 1e-5, found an empty file"),
+        ("- a", "r.yaml: expected lines such as learning_rate: 1e-5, found no keys"),
         (
             "\0",
             "r.yaml: invalid YAML or not UTF-8 (unacceptable character #x0000: special characters are not allowed)",

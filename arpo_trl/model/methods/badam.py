@@ -38,7 +38,7 @@ class Badam(Method):
                 "use_badam", f"{model.config.model_type} has no blocks named layers; remove the line"
             )
         if (start := self.recipe.badam_start_block or 0) >= len(blocks):
-            raise self.recipe.error("badam_start_block", f"expected a number below {len(blocks)}, found {start}")
+            raise self.recipe.error("badam_start_block", f"expected a block of 0 to {len(blocks) - 1}, found {start}")
         for match, weight in weights:
             weight.requires_grad = match is not None and match[0] == blocks[0]
         if self.recipe.use_reentrant_gc:

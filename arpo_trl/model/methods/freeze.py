@@ -49,7 +49,9 @@ class Freeze(Method):
             ("freeze_extra_modules", recipe.freeze_extra_modules, outside),
         ):
             if unknown := [name for name in names if name not in known]:
-                raise recipe.error(key, f"no module {unknown[0]}; expected some of {', '.join(sorted(known))}")
+                raise recipe.error(
+                    key, f"the model has no module {unknown[0]}; expected some of {', '.join(sorted(known))}"
+                )
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise recipe.error(
                 "freeze_trainable_layers",
