@@ -74,7 +74,12 @@ ENGINES = {
 """Engines and what their trainer shows."""
 ZERO_BY_RECIPE: dict[str, dict[str, Any]] = {
     "zero0": {"stage": 0},
-    "zero3_offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    "zero3_offload": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
 }
 """Engines by the recipe's `deepspeed` key, as in LLaMA-Factory; the others by an Accelerate config."""
 BY_RECIPE: dict[str, Any] = {
