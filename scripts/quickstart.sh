@@ -31,7 +31,7 @@ if [ ! -f "$untrained/tokenizer_config.json" ]; then
     fi
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # more don't help at these sizes
-accelerate launch -q --config_file accelerate_configs/cpu.yaml -m arpo_trl "recipes/$recipe.yaml"
+arpo-trl train "recipes/$recipe.yaml"
 
 # The rows of the serving check, held-out ones first, are those that cutoff_len leaves complete.
 first() {

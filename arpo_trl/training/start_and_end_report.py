@@ -211,8 +211,12 @@ def end_report(
 
 def describe_stop(recipe: Recipe, step: int, signum: int) -> list[str]:
     """Return at which step a signal stopped the run, and how to resume it."""
-    saved = f"at step {step}, checkpoint saved" if step else "before the first step, nothing to save"
-    if step and not (Path(recipe.output_dir) / f"checkpoint-{step}").is_dir():  # on_save_error: continue
+    if not step:
+        return [
+            f"stopped by {signal.Signals(signum).name} before the first step, nothing to save; run the same command again"
+        ]
+    saved = f"at step {step}, checkpoint saved"
+    if not (Path(recipe.output_dir) / f"checkpoint-{step}").is_dir():  # on_save_error: continue
         saved = f"at step {step}, which could not be saved"
     return [f"stopped by {signal.Signals(signum).name} {saved}", f"to resume: {resume_command(recipe)}"]
 
