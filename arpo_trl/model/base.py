@@ -140,11 +140,16 @@ def uses_bf16_autocast(recipe: Recipe) -> bool:
     return recipe.bf16 and not recipe.pure_bf16 and (recipe.force_bf16 or not lacks_bf16_instructions())
 
 
+def uses_fp16(recipe: Recipe) -> bool:
+    """Return whether `fp16: true` computes in float16: not on a CPU, where Accelerate 1.15 ignores it."""
+    return recipe.fp16 and torch.accelerator.is_available() and not recipe.trl.get("use_cpu")
+
+
 def compute_dtype(recipe: Recipe) -> torch.dtype | None:
     """Return the half-precision dtype that the recipe computes in; None for float32."""
     if recipe.pure_bf16 or uses_bf16_autocast(recipe):
         return torch.bfloat16
-    return torch.float16 if recipe.fp16 else None
+    return torch.float16 if uses_fp16(recipe) else None
 
 
 def _config_values(recipe: Recipe) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from trl.trainer.sft_config import SFTConfig
 from ..errors import RecipeError, in_one_line
 from ..recipe.keys import Recipe
 from ..recipe.rules import wandb_is_disabled
-from .base import compute_dtype, hub_kwargs, uses_bf16_autocast
+from .base import compute_dtype, hub_kwargs, uses_bf16_autocast, uses_fp16
 from .methods.chosen import methods_of
 from .methods.method import Keywords
 from .split import fsdp_config, requests_fsdp, uses_deepspeed
@@ -28,7 +28,7 @@ _FSDP |= {"shard_grad_op": {"reshard_after_forward": False}, "auto_wrap": {}}
 _SAME = """
     output_dir trust_remote_code do_train do_eval do_predict eval_strategy load_best_model_at_end
     per_device_train_batch_size num_train_epochs learning_rate logging_steps save_strategy save_steps run_name
-    seed fp16 packing padding_free deepspeed
+    seed packing padding_free deepspeed
 """.split()
 
 
@@ -68,6 +68,7 @@ def _settings(recipe: Recipe) -> Keywords:
         "per_device_eval_batch_size": recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size,
         "report_to": recipe.report_to or "none",
         "bf16": uses_bf16_autocast(recipe),
+        "fp16": uses_fp16(recipe),
         "gradient_accumulation_steps": _accumulation(recipe),
         "warmup_steps": recipe.warmup_steps or recipe.warmup_ratio,  # transformers 5 reads a value below 1 as a ratio
         "activation_checkpointing": bool(recipe.gradient_checkpointing),

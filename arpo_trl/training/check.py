@@ -96,7 +96,7 @@ def _describe_run(
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
         needed -= sum(folder_bytes(folder) for folder in list_checkpoints(Path(recipe.output_dir)))
     full = missing_space(Path(recipe.output_dir), needed, "the whole run")
-    problem = f"{full}, or keep fewer checkpoints (save_total_limit)" if full else None
+    problem = f"{full}, or keep fewer checkpoints (save_total_limit, save_steps, max_steps)" if full else None
     return lines, recipe.error("output_dir", problem) if problem else None
 
 

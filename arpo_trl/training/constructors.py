@@ -31,7 +31,7 @@ def try_constructors(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | P
         model: From `model_shape`, on the meta device. It is changed.
 
     Raises:
-        RecipeError: one of them rejects a value, with the key whose default it accepts.
+        RecipeError: one of them rejects a value, with the key whose default it accepts, or whose value the reason names.
     """
     if find_split(recipe).engine != "DDP":
         return
@@ -45,6 +45,11 @@ def try_constructors(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | P
         except RecipeError:
             continue
         if accepted:
+            raise recipe.error(key, f"not supported: {reason}")
+    for key in sorted(recipe.model_fields_set):
+        values = getattr(recipe, key)
+        texts = [value for value in (values if isinstance(values, list) else [values]) if isinstance(value, str)]
+        if any(repr(text) in reason for text in texts):
             raise recipe.error(key, f"not supported: {reason}")
     raise RecipeError(f"{recipe.path}: not supported by TRL: {reason}")
 

@@ -118,6 +118,8 @@ def missing_gpu(recipe: Recipe) -> list[str]:
     if recipe.bf16 and not recipe.pure_bf16 and not uses_bf16_autocast(recipe):
         reason = "which is faster on this CPU without bfloat16 instructions"
         lines.append(f"         bf16: true is computed in float32, {reason}; force_bf16: true keeps bfloat16")
+    elif recipe.fp16:
+        lines.append("         fp16: true is computed in float32 on a CPU")
     elif lacks_bf16_instructions() and (recipe.bf16 or recipe.pure_bf16):
         key = "pure_bf16" if recipe.pure_bf16 else "force_bf16"
         slow = f"{key}: true is slower than float32 on this CPU, which has no bfloat16 instructions"

@@ -58,7 +58,7 @@ SFT: dict[str, Any] = {
     "streaming": True,
     "buffer_size": 3,
     "train_on_prompt": True,
-    "mask_spans": ["1"],
+    "mask_spans": ["[0-3] "],
     "packing": True,
     "neat_packing": True,
     "padding_free": True,
@@ -204,7 +204,7 @@ def describe(trainer: ArpoTrainer) -> dict[str, Any]:
         "groups": [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups],
         "steps": trainer.state.max_steps,
         "args": {k: str(v) for k, v in args.to_dict().items() if k not in ("output_dir", "run_name")},
-        "rows": list(rows.select_columns(["input_ids", "labels"])) if isinstance(rows, Dataset) else next(iter(rows)),
+        "rows": list(rows.select_columns(["input_ids", "labels"])) if isinstance(rows, Dataset) else _first(rows),
         "eval_rows": str(trainer.eval_dataset),
         "attention": model.config._attn_implementation,
         "model": {k: str(v) for k, v in (model.config.to_dict() | config).items()},
@@ -215,6 +215,11 @@ def describe(trainer: ArpoTrainer) -> dict[str, Any]:
         "preference": preference and preference.recipe.model_dump(include={*DPO}),
         "reference": preference and str(type(preference.reference and preference.reference.model)),
     }
+
+
+def _first(rows: Any) -> dict[str, Any]:
+    row = next(iter(rows))
+    return {name: [int(token) for token in row[name]] for name in ("input_ids", "labels")}
 
 
 def recipe_of(folder: Path, model: Path, **keys: Any) -> Any:

@@ -77,6 +77,9 @@ def test_a_cpu_that_is_slower_in_bfloat16_is_reported(
     text = "\n".join(missing_gpu(recipe))
     expected = "force_bf16: true keeps bfloat16" if key == "bf16" else "no bfloat16 instructions; set pure_bf16: false"
     assert (expected in text) is reported
+    if key == "fp16":
+        assert "fp16: true is computed in float32 on a CPU" in text
+        assert (compute_dtype(recipe), to_sft_config(recipe).fp16) == (None, False)
     if key == "bf16":
         assert (compute_dtype(recipe), to_sft_config(recipe).bf16) == (
             (None, False) if reported else (torch.bfloat16, True)
