@@ -76,6 +76,8 @@ def _describe_note(kind: str, name: str, times: int, info: DatasetInfo | None) -
         return f"truncated: {times:,} {name}"
     if kind == "masked tokens":
         return f"mask_spans: {times:,} token{'s' * (times != 1)} masked"
+    if kind == "thinking switch":
+        return f"{name}: on for {times:,} row{'s' * (times != 1)} with reasoning, off for the others"
     if kind == "result inside":
         have = "row has" if times == 1 else "rows have"
         return f"{times:,} {have} {name} inside a trained reply: tool results are trained on (mask_spans: result masks them)"

@@ -26,7 +26,7 @@ from .labels import IGNORED, Example, ExampleConfig, Tokenize, mask_replies, to_
 from .messages import Conversation, to_conversation
 from .pairs import SIDES, PairSegments, split_answers, split_side, to_pair, to_pair_examples
 from .registry import DatasetInfo
-from .segments import Segment, TurnEndError, is_written, to_segments
+from .segments import Segment, TurnEndError, as_rendered, is_written, to_segments
 from .strict_json import excerpt
 from .template import Template
 from .tokenizer import make_tokenize
@@ -165,16 +165,17 @@ def check_parity(conversation: Conversation, template: Template, config: Example
     config, tokenize = replace(config, cutoff_len=sys.maxsize), make_tokenize(tokenizer)
     segments = to_segments(conversation, template)
     messages = conversation.messages[: conversation.replies[-1] + 1]
-    (at_once,) = tokenize([template.render(messages, conversation.tools, False)])
+    (at_once,) = tokenize(["".join(segment.text for segment in segments)])
     if tokenizer.eos_token != template.end_of_turn:
         raise failed(f"turns do not end with the eos token {tokenizer.eos_token!r}")
     (example,) = to_examples([segments], tokenize, config)
-    if decode(example.input_ids) != decode(at_once.ids):
+    rendered = as_rendered(segments) == template.render(messages, conversation.tools, False)
+    if not rendered or decode(example.input_ids) != decode(at_once.ids):
         raise failed("the encoded text differs from the rendered chat template")
     if config.train_on_prompt:
         return
     runs = [list(run) for trained, run in groupby(example.labels, lambda label: label != IGNORED) if trained]
-    ends = {tokenizer.convert_tokens_to_ids(end) for end in template.turn_ends}
+    ends = {tokenizer.convert_tokens_to_ids(end) for end in (*template.turn_ends, *template.stops)}
     replies = [segment for segment, trained in zip(segments, trained_segments(segments, config)) if trained]
     if sum(not ends.isdisjoint(run) for run in runs) < sum(template.ends(reply.text) for reply in replies):
         raise failed(f"a reply is trained without its end-of-turn token {tokenizer.eos_token!r}")
@@ -202,8 +203,7 @@ def _encode_batch(rows: list[Row], encoder: Encoder, tokenize: Tokenize) -> list
     rendered = [_render(row, encoder) for row in rows]
     examples = iter(_to_examples([sides for sides in rendered if not isinstance(sides, RowError)], encoder, tokenize))
     results = [
-        sides if isinstance(sides, RowError) else _complete(next(examples), sides, recipe, encoder.config)
-        for sides in rendered
+        sides if isinstance(sides, RowError) else _complete(next(examples), sides, encoder) for sides in rendered
     ]
     return [_to_columns(row, result, recipe.cutoff_len) for row, result in zip(rows, results)]
 
@@ -240,18 +240,19 @@ def _to_examples(
     return to_pair_examples(pairs, tokenize, encoder.config)
 
 
-def _complete(
-    example: Example | RowError, sides: list[Rendered], recipe: Recipe, config: ExampleConfig
-) -> Example | RowError:
+def _complete(example: Example | RowError, sides: list[Rendered], encoder: Encoder) -> Example | RowError:
     """Add what is known of the conversations to their example, or return why it can't be trained on."""
     if isinstance(example, RowError):
         return example
+    recipe, config, template = encoder.recipe, encoder.config, encoder.template
     if all(label == IGNORED for label in example.labels):
         more = "" if recipe.truncation_mode == "llamafactory" else ", or set truncation_mode: llamafactory"
         return RowError(f"all trained tokens are past the cutoff: raise cutoff_len ({recipe.cutoff_len}){more}")
     for conversation, _ in sides:
         example.left_out += len(conversation.messages) - conversation.replies[-1] - 1
         example.notes += conversation.unread
+        if (switch := template.thinking_switch) and template.of_row(conversation).thinking_switch:
+            example.notes["thinking switch", switch] = 1
     if any(_trains_on_result(segments, config) for _, segments in sides):
         example.notes["result inside", "<result>"] = 1
     return example

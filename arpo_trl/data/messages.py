@@ -329,10 +329,13 @@ def check_order(messages: list[Message]) -> None:
 
 
 def _split_calls(content: str, where: str) -> tuple[str, object]:
-    """Split the text before a call (LLaMA-Factory: `<think>..</think>`) from the call's JSON.
+    """Split the text before a call (LLaMA-Factory: `<think>..</think>`) from the call's JSON, or JSON in `<tool_call>` tags.
 
     Templates write one newline between the two, so one is removed; the others are trained, as in LLaMA-Factory.
     """
+    if tagged := re.fullmatch(r"(.*?)((?:<tool_call>.*?</tool_call>\s*)+)", content, re.DOTALL):
+        texts = re.findall(r"<tool_call>\s*(.*?)\s*</tool_call>", tagged[2], re.DOTALL)
+        content = tagged[1] + (texts[0] if len(texts) == 1 else f"[{','.join(texts)}]")
     length = len(content.rstrip())
     for bracket in re.finditer(r"[{\[]", content):
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b, sha256
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,7 @@ from .files import fingerprint, read_dataset
 from .registry import DatasetInfo
 from .sources import select_datasets
 from .template import Template
+from .template_probe import set_thinking_default
 
 ROWS_BEFORE_CHECK = 1000
 Rows: TypeAlias = Dataset | IterableDataset
@@ -115,6 +116,8 @@ def prepare_datasets(recipe: Recipe, template: Template) -> PreparedData:
     if streams:
         _add_streams(data, [Encoder(info, recipe, template) for info in streams], recipe)
     else:
+        if not any("thinking switch" in counts.notes for counts in data.audit.datasets.values()):
+            template.tokenizer.chat_template = set_thinking_default(replace(template, thinking_switch=None))
         _add_rows(data, stored, recipe)
     return data
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from ..errors import RowError
 from .messages import Conversation, Fields, Message
-from .template import Template
+from .template import Template, has_reasoning
 
 WINDOW = 8  # replies
 MAX_REPLIES = 2000
@@ -36,11 +36,16 @@ class Span(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A piece of a rendered conversation. `masked`: never trained, whatever the recipe says."""
+    """A piece of a rendered conversation.
+
+    `masked`: never trained, whatever the recipe says. `added`: what the template leaves out here: the end of a context's
+    generation prompt, or the end of the empty reasoning that the prompt opens, with which the reply starts.
+    """
 
     text: str
     masked: bool = False
     spans: tuple[Span, ...] = ()
+    added: str = ""
 
 
 def to_segments(conversation: Conversation, template: Template) -> list[Segment]:
@@ -63,6 +68,12 @@ def to_segments(conversation: Conversation, template: Template) -> list[Segment]
     return segments
 
 
+def as_rendered(segments: Sequence[Segment]) -> str:
+    """Join the segments as the template renders them, without what was added."""
+    parts = (s.text.removeprefix(s.added) if at % 2 else s.text.removesuffix(s.added) for at, s in enumerate(segments))
+    return "".join(parts)
+
+
 def _render_long(conversation: Conversation, template: Template) -> list[Segment] | None:
     """Render a row with many replies in linear time, or return None if the template needs all earlier turns.
 
@@ -73,7 +84,7 @@ def _render_long(conversation: Conversation, template: Template) -> list[Segment
         return None
     with suppress(RowError):
         segments = _render_turns(conversation, template, WINDOW)
-        if "".join(segment.text for segment in segments) == template.render(messages, conversation.tools, False):
+        if as_rendered(segments) == template.render(messages, conversation.tools, False):
             return segments
     if replies > MAX_REPLIES:
         raise RowError(f"too long: the chat template rewrites some of the {replies:,} replies once others follow")
@@ -85,47 +96,63 @@ def _render_turns(conversation: Conversation, template: Template, window: int) -
     messages, tools, replies = conversation.messages, conversation.tools, conversation.replies
     segments: list[Segment] = []
     done, start, first = "", 0, 0
+    # Replies before this one are context only: they stay as the template writes them at inference.
+    first_trained = conversation.prompt or (replies[-1] if template.last_reasoning_only else 0)
     for number, position in enumerate(replies):
         if number > first + 2 * window:
             first = number - window
             done = template.render(messages[: replies[0]] + messages[replies[first] : start], tools, False)
         before = messages[: replies[0]] + messages[replies[first] : position]
         until_reply = template.render([*before, messages[position]], tools, False)
-        until_prompt = _until_prompt(before, tools, template, until_reply)
+        until_prompt, rest = _until_prompt([*before, messages[position]], tools, template, until_reply)
         if not until_prompt.startswith(done):
             done = _join_turns(done, until_prompt, template, segments)
+            is_call = segments and messages[start - 1].get("tool_calls")
+            if is_call and not segments[-1].masked and not template.ends(segments[-1].text):
+                raise TurnEndError(
+                    f"the chat template leaves out the end of message {start}, a call, once others follow"
+                )
         context, reply = until_prompt[len(done) :], until_reply[len(until_prompt) :]
         masked = not messages[position].get("trained", True)
         if not masked and not template.ends(reply):
             raise TurnEndError(f"the chat template ends message {position + 1} without an end-of-turn token")
         if not masked and (end := template.find_early_end(reply)):
             raise TurnEndError(f"message {position + 1} contains {end!r}, at which the model would stop")
+        rest = rest if position >= first_trained else ""
+        closing = template.close_reasoning(context + rest, reply)
         segments += [
-            Segment(context, not all(message.get("trained", True) for message in messages[start:position])),
-            Segment(reply, masked),
+            Segment(context + rest, not all(m.get("trained", True) for m in messages[start:position]), added=rest),
+            Segment(closing + reply, masked, added=closing),
         ]
         done, start = until_reply, position + 1
     return segments
 
 
-def _until_prompt(before: list[Message], tools: list[Fields] | None, template: Template, until_reply: str) -> str:
-    """Return the text before a reply, including its generation prompt.
+def _until_prompt(
+    messages: list[Message], tools: list[Fields] | None, template: Template, until_reply: str
+) -> tuple[str, str]:
+    """Return the text before the last message, a reply, and the end of its generation prompt that the template leaves out.
 
-    A reply may differ from its generation prompt: DeepSeek-R1's prompt opens a `<think>`, which a reply without reasoning
-    lacks. Then the context ends where the two diverge, because the model has to write the rest.
+    DeepSeek-R1's prompt opens a `<think>`, which its template writes in no reply. The model is always asked with the
+    complete prompt, so the row has it, too.
     """
+    *before, message = messages
     if before:
         until_prompt = template.render(before, tools, True)
     else:  # Most templates read the first message, and none precedes this reply.
         until_prompt = until_reply[: until_reply.find(template.generation_prompt)] + template.generation_prompt
-    if template.thinking_switch and not until_reply.startswith(until_prompt):  # a reply without reasoning
-        until_prompt = replace(template, thinking_switch=None).render(before, tools, True) if before else until_prompt
-    if not until_reply.startswith(until_prompt):
-        until_prompt = shared_start(until_prompt, until_reply)
-        if len(until_prompt) <= len(template.render(before, tools, False)):
-            raise RowError("the reply does not start with the chat template's generation prompt")
-    reasoning = "" if template.enable_thinking else template.empty_reasoning
-    return until_prompt + (reasoning if until_reply.startswith(until_prompt + reasoning) else "")
+    if template.thinking_switch and before and not has_reasoning(message) and not until_reply.startswith(until_prompt):
+        until_prompt = replace(template, thinking_switch=None).render(before, tools, True)
+    if until_reply.startswith(until_prompt):
+        reasoning = "" if template.enable_thinking else template.empty_reasoning
+        return until_prompt + (reasoning if until_reply.startswith(until_prompt + reasoning) else ""), ""
+    shared = shared_start(until_prompt, until_reply)
+    rest, reply = until_prompt[len(shared) :], until_reply[len(shared) :]
+    has_header = len(shared) > len(template.render(before, tools, False))
+    starts = has_header or (message["content"] and reply.startswith(message["content"]))
+    if not starts or (rest.strip() and "".join(reply.split()).startswith("".join(rest.split()))):
+        raise RowError("the reply does not start with the chat template's generation prompt")
+    return shared, rest
 
 
 def shared_start(text: str, other: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
@@ -23,10 +24,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REASONING = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*", re.DOTALL)
-# The switches with which templates keep the reasoning of earlier turns (Nemotron 3, GLM-4.7, Qwen3.6 and LFM2.5). Every
-# reply of a row is trained, so none may lose its reasoning once another follows.
 MARKS = ("\ufdd0", "\ufdd1")  # around reasoning that is inserted after rendering; Unicode reserves them for such uses
-KEEP_REASONING = {"truncate_history_thinking": False, "clear_thinking": False, "preserve_thinking": True}
+# The switches with which templates keep the reasoning of earlier turns (Nemotron 3, GLM-4.7, Qwen3.6, LFM2.5, DeepSeek
+# V4). Every reply of a row is trained, so none may lose its reasoning once another follows.
+KEEP_REASONING = {
+    "truncate_history_thinking": False,
+    "clear_thinking": False,
+    "preserve_thinking": True,
+    "keep_past_thinking": True,
+    "drop_thinking": False,
+}
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,11 @@ class Template:
         reasoning_key: The message key from which the template writes reasoning. If this and the next two are unset, it
             goes into the text as `<think>`.
         reasoning_chunks: The template writes reasoning from a chunk of the content (Mistral).
-        reasoning_block: What surrounds the reasoning of a reply, if the template doesn't write it in every reply, or opens
-            it only (Kimi K2 Thinking, Nemotron Nano v2, Gemma 4). It is inserted before the reply's text, and replaces an
-            empty or opened block there.
-        thinking_switch: The variable that makes the template write reasoning (DeepSeek V3.2); true by default in the
-            saved template.
+        reasoning_block: What surrounds the reasoning of a reply. Without `reasoning_key`, the template doesn't write it in
+            every reply, or opens it only (Kimi K2 Thinking, Gemma 4, DeepSeek R1): then it is inserted before the reply's
+            text, and replaces an empty or opened block there.
+        thinking_switch: The variable that makes the template write reasoning or prompt for it (DeepSeek V3.2, Gemma 4);
+            true by default in the saved template if a row has reasoning.
         call_id: The format of the call ids that the template writes.
         any_call_id: If False, the template accepts only ids of 9 characters (Mistral).
     """
@@ -107,18 +114,18 @@ class Template:
         return [end for end in (self.end_of_turn, self.call_end) if end]
 
     def ends(self, reply: str) -> bool:
-        """Return whether the reply contains an end-of-turn token."""
-        return any(end in reply for end in self.turn_ends)
+        """Return whether the reply contains a token at which the model stops."""
+        return any(end in reply for end in (*self.turn_ends, *self.stops))
 
     def find_early_end(self, reply: str) -> str | None:
         """Return the end token at which the model would stop before the reply's end, or None.
 
-        A template may write several end tokens in a row (Apriel 1.5).
+        A template may write several end tokens in a row (Apriel 1.5, Apertus).
         """
         pattern = "|".join(map(re.escape, sorted({*self.turn_ends, *self.stops}, key=len, reverse=True)))
-        most, (first, *others) = len(re.findall(pattern, self.after_reply)), re.finditer(pattern, reply)
-        rest = re.sub(pattern, "", reply[first.end() :])
-        return first[0] if rest.strip() or len(others) >= max(1, most) else None
+        most, ends = len(re.findall(pattern, self.after_reply)), list(re.finditer(pattern, reply))
+        rest, written = re.sub(pattern, "", reply[ends[0].end() :]), Counter(end[0] for end in ends)
+        return ends[0][0] if rest.strip() or max(written.values()) > max(1, most) else None
 
     def without_end(self, reply: str) -> str:
         """Return the reply up to its end-of-turn token."""
@@ -127,10 +134,8 @@ class Template:
 
     def of_row(self, conversation: Conversation) -> Template:
         """Return the template with which a row is rendered: without `thinking_switch` if no reply has reasoning."""
-        replies = [conversation.messages[at] for at in conversation.replies]
-        if not self.thinking_switch or any(reply.get(key) for reply in replies for key in REASONING_KEYS):
-            return self
-        return replace(self, thinking_switch=None)
+        reasons = any(has_reasoning(conversation.messages[at]) for at in conversation.replies)
+        return self if reasons else replace(self, thinking_switch=None)
 
     def fit(self, conversation: Conversation) -> Conversation:
         """Adapt a conversation to the template: reasoning kept, moved or removed, and ids for calls."""
@@ -161,7 +166,7 @@ class Template:
 
     def _place_reasoning(self, reply: Message, reasoning: str) -> Message:
         """Put the reasoning where the template looks for it; `render` inserts chunks and blocks."""
-        if self.reasoning_chunks or self.reasoning_block:
+        if self.reasoning_chunks or self.inserts_reasoning:
             return {**reply, "reasoning_content": reasoning}
         if self.reasoning_key:
             return cast(Message, {**reply, self.reasoning_key: reasoning})
@@ -200,7 +205,7 @@ class Template:
 
     def _mark_reasoning(self, messages: list[Message]) -> list[Message]:
         """Put reasoning that the template has no key for into the content: as a chunk, or between two marks."""
-        if not self.reasoning_chunks and not self.reasoning_block:
+        if not self.reasoning_chunks and not self.inserts_reasoning:
             return messages
         marked: list[Message] = []
         for message in messages:
@@ -208,7 +213,7 @@ class Template:
             fields = {key: value for key, value in message.items() if key != "reasoning_content"}
             if message["role"] != "assistant":
                 fields = dict(message)
-            elif self.reasoning_block and (reasoning or (self.opens_reasoning and "reasoning_content" not in message)):
+            elif self.inserts_reasoning and (reasoning or self._needs_empty_block(message)):
                 fields["content"] = f"{MARKS[0]}{reasoning}{MARKS[1]}{message['content']}"
             elif reasoning:
                 text = [{"type": "text", "text": message["content"]}] if message["content"] else []
@@ -218,7 +223,7 @@ class Template:
 
     def _insert_reasoning(self, text: str) -> str:
         """Replace each mark, and an empty or opened block before it, with the block of its reasoning."""
-        if not self.reasoning_block:
+        if not self.reasoning_block or not self.inserts_reasoning:
             return text
         opening, closing = (re.escape(tag.strip()) for tag in self.reasoning_block)
         block = rf"(?:{opening}\s*)?(?:{closing}\s*)?{MARKS[0]}(.*?){MARKS[1]}"
@@ -226,9 +231,24 @@ class Template:
         return re.sub(block, lambda match: f"{before}{match[1]}{after}", text, flags=re.DOTALL)
 
     @property
-    def opens_reasoning(self) -> bool:
-        """Return whether a reply without reasoning needs an empty block, because its generation prompt opens one."""
-        return bool(self.reasoning_block) and self.generation_prompt.endswith((self.reasoning_block or ("",))[0])
+    def inserts_reasoning(self) -> bool:
+        """Return whether reasoning is inserted into the rendered text."""
+        return self.reasoning_block is not None and self.reasoning_key is None
+
+    def _needs_empty_block(self, message: Message) -> bool:
+        """Return whether the template opens a block in the last reply only (Nemotron Nano v2)."""
+        opens = self.reasoning_block and self.generation_prompt.endswith(self.reasoning_block[0])
+        return bool(opens and message["content"] and "reasoning_content" not in message)
+
+    def close_reasoning(self, prompt: str, reply: str) -> str:
+        """Return the end of the empty reasoning that a generation prompt opens and the reply does not close."""
+        opening, closing = self.reasoning_block or ("", "")
+        opens = opening and prompt.rstrip().endswith(opening.strip())
+        return closing if opens and closing.strip() not in reply else ""
+
+
+def has_reasoning(reply: Message) -> bool:
+    return bool(REASONING.match(reply["content"])) or any(reply.get(key) for key in REASONING_KEYS)
 
 
 def _without_reasoning(reply: Message) -> Message:

@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 ChatTemplate = str | dict[str, str]  # one, or several by name
 ASK: Message = {"role": "user", "content": "a question"}
 REPLY: Message = {"role": "assistant", "content": "an answer"}
-CALL: Fields = {"type": "function", "function": {"name": "search", "arguments": {"query": "a word"}}}
+CALL: Fields = {
+    "type": "function",
+    "id": "call00000",
+    "function": {"name": "search", "arguments": {"query": "a word"}},
+}
 CALLS: Message = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-RESULT: Message = {"role": "tool", "content": "found"}
+RESULT: Message = {"role": "tool", "content": "found", "tool_call_id": "call00000"}
 TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}
 REASONING = "some reasoning"
 THINKING: Message = {"role": "assistant", "content": f"<think>\n{REASONING}\n</think>\n\nan answer"}
@@ -37,7 +41,7 @@ PROBES: tuple[list[Message], ...] = (
     [ASK, THINKING, ASK, REPLY],
     [ASK, {**REPLY, "tool_calls": [CALL]}, RESULT, REPLY, ASK, REPLY],
 )
-SWITCHES = ("thinking", "enable_thinking")
+SWITCHES = ("thinking", "enable_thinking", "reasoning")
 # Precedes the saved template, so that the model is prompted as it was trained.
 THINKING_DEFAULT = "{{%- set {0} = {0} | default({1}) %}}"
 SET_DEFAULT = re.compile(r"^\{%- set (\w+) = \1 \| default\((?:true|false)\) %\}")
@@ -121,6 +125,9 @@ def _probe(template: Template) -> Template:
         answered = template.render([ASK, REPLY], None, False)
     except RowError as error:
         raise RecipeError(f"template: cannot be rendered: {error}") from None
+    third = _render(template, ASK, REPLY, ASK)
+    if with_prompt == without and third and not third.startswith(answered):
+        raise RecipeError("template: writes its generation prompt after every reply; use another template")
     # Phi-3 ends any text without a generation prompt with the eos token. No reply ends with it, so it is removed.
     epilogue = eos if not with_prompt.startswith(without) and without.endswith(eos) else ""
     header = shared_start(with_prompt, answered)
@@ -188,14 +195,28 @@ def _reasoning_key(template: Template, message: Message) -> str | None:
 
 
 def _probe_switch(template: Template) -> Template:
-    """Set `thinking_switch` if the template writes reasoning only with one."""
-    if template.enable_thinking is False or _reasoning_key(template, REPLY):
+    """Set `thinking_switch` if the template writes reasoning, or prompts for it, only with one."""
+    if template.enable_thinking is False:
         return template
+    key, prompt = _reasoning_key(template, REPLY), _generation_prompt(template)
     for switch in SWITCHES:
+        if switch not in template.jinja:
+            continue
         switched = replace(template, thinking_switch=switch)
-        if switch in template.jinja and _reasoning_key(switched, REPLY):
+        other = _generation_prompt(switched)
+        # By default the prompt has a closed block: it asks for a reply without reasoning.
+        closes = prompt.startswith(other) or ("</think>" in prompt and "</think>" not in other)
+        if (other and other != prompt and closes) or (not key and _reasoning_key(switched, REPLY)):
             return switched
     return template
+
+
+def _generation_prompt(template: Template) -> str:
+    try:
+        text = template.render([ASK], None, True)
+    except RowError:
+        return ""
+    return text[len(shared_start(text, _render(template, ASK))) :]
 
 
 def _probe_reasoning(template: Template, prompt: str, before_reply: str) -> Template:
@@ -207,11 +228,11 @@ def _probe_reasoning(template: Template, prompt: str, before_reply: str) -> Temp
     prompts = {replace(template, enable_thinking=thinking).render([ASK], None, True) for thinking in (True, False)}
     supports = "think>" in prompt + before_reply or len(prompts) > 1 or split
     template = replace(template, reasoning_key=key, supports_thinking=supports, split_reasoning=split)
-    if key or template.enable_thinking is False:
-        return template
-    if _writes_chunks(template):
+    if key:
+        return replace(template, reasoning_block=_written_block(template, REPLY, key))
+    if template.enable_thinking is not False and _writes_chunks(template):
         return replace(template, reasoning_chunks=True, supports_thinking=True, split_reasoning=True)
-    if block := _find_block(template, template.generation_prompt + before_reply):
+    if block := _find_block(template, prompt, template.generation_prompt + before_reply):
         return replace(template, reasoning_block=block, supports_thinking=True, split_reasoning=True)
     return template
 
@@ -222,32 +243,35 @@ def _writes_chunks(template: Template) -> bool:
     return text.count(REASONING) == 1 and "'type'" not in text and '"type"' not in text
 
 
-def _find_block(template: Template, before_reply: str) -> tuple[str, str] | None:
+def _find_block(template: Template, prompt: str, before_reply: str) -> tuple[str, str] | None:
     """Return what surrounds reasoning, from a reply with calls or from the generation prompt, or None.
 
     Kimi K2 Thinking writes reasoning only before calls, and an empty block elsewhere. Gemma 4 does, too, but writes no
-    block elsewhere. Nemotron Nano v2 opens a block in the last reply, whose reasoning it never writes.
+    block elsewhere. The prompts of DeepSeek R1 and Nemotron Nano v2 open a block, which their templates never write.
     """
     calls = cast(Message, {**REPLY, "tool_calls": [CALL]})
     if key := _reasoning_key(template, calls):
-        start = len(_render(template, ASK)) + len(template.generation_prompt)
-        without = _render(template, ASK, calls)[start:]
-        opening, _, rest = _render(template, ASK, cast(Message, {**calls, key: REASONING}))[start:].partition(
-            REASONING
-        )
-        written = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(rest), reversed(without))))
-        closing = rest[: len(rest) - written] or rest.partition(REPLY["content"])[0]
-        return (opening, closing) if opening.strip() and closing.strip() else None
-    if re.search(r"<think>\s*$", before_reply):
-        return before_reply[before_reply.rindex("<think>") :], "\n</think>\n\n"
+        return _written_block(template, calls, key)
+    if re.search(r"<think>\s*$", prompt):
+        return prompt[prompt.rindex("<think>") :], "\n</think>\n\n" if prompt.endswith("\n") else "</think>"
     empty = re.search(r"(<think>)(</think>)$", before_reply)
     return (empty[1], empty[2]) if empty and _render(template, ASK, THINKING).count("</think>") > 1 else None
 
 
+def _written_block(template: Template, reply: Message, key: str) -> tuple[str, str] | None:
+    start = len(_render(template, ASK)) + len(template.generation_prompt)
+    without = _render(template, ASK, reply)[start:]
+    opening, _, rest = _render(template, ASK, cast(Message, {**reply, key: REASONING}))[start:].partition(REASONING)
+    written = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(rest), reversed(without))))
+    closing = rest[: len(rest) - written] or rest.partition(REPLY["content"])[0]
+    return (opening, closing) if opening.strip() and closing.strip() else None
+
+
 def _probe_call_ids(template: Template) -> Template:
     def write(call_id: str) -> str:
-        calls: Message = {**REPLY, "content": "", "tool_calls": [{"id": call_id, **CALL}]}
-        return _render(template, ASK, calls, tools=[TOOL] if template.tool_jinja else None)
+        turns = ASK, cast(Message, {**CALLS, "tool_calls": [{**CALL, "id": call_id}]})
+        tools, result = [TOOL] if template.tool_jinja else None, cast(Message, {**RESULT, "tool_call_id": call_id})
+        return _render(template, *turns, result, tools=tools) or _render(template, *turns, tools=tools)
 
     nine, long = "a1B2c3D4e", "call_a1B2c3D4e5F6"
     written = write(nine)

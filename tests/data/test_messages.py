@@ -93,6 +93,17 @@ def test_a_turn_may_hold_several_calls() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"), [("", ""), ("Look.\n", "Look."), ("<think>hm</think>\n", "<think>hm</think>")]
+)
+def test_calls_may_be_in_the_tags_that_templates_write(text: str, expected: str) -> None:
+    """As LLaMA-Factory reads the first of them."""
+    tagged = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
+    for times in (1, 2):
+        message = sharegpt(turn("human", "Q"), turn("function_call", text + tagged * times)).messages[1]
+        assert message == assistant(expected, *[TOOL_CALL] * times)
+
+
 def test_the_assistant_may_begin() -> None:
     assert sharegpt(turn("gpt", "Hi"), turn("human", "Q"), turn("gpt", "A")).messages[0] == assistant("Hi")
 

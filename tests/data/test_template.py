@@ -273,17 +273,17 @@ TO_FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>"
 
 # TRL's file, its tokens, the messages -> the end of each context and what is trained after it, reply by reply
 HARD: list[tuple[str, list[dict[str, Any]], list[tuple[str, str]]]] = [
-    ("deepseek_r1_distill", TURNS, [("Q<｜Assistant｜>", f"A{R1_END}"), ("<｜User｜>R<｜Assistant｜>", f"B{R1_END}")]),
+    ("deepseek_r1_distill", TURNS, [("<｜Assistant｜><think>\n", f"\n</think>\n\n{text}{R1_END}") for text in "AB"]),
     ("deepseek_r1_distill", THINKS_TWICE, [("<｜Assistant｜><think>\n", f"T\n</think>\n\nA{R1_END}")] * 2),
     (
         "deepseekv3",
         [Q, CALLS, FOUND, A],
         [
-            ("Q<｜Assistant｜>", f'{V3_CALL}{{"a": 1}}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>{R1_END}'),
+            ("<think>\n", f'\n</think>\n\n{V3_CALL}{{"a": 1}}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>{R1_END}'),
             ("found<｜tool▁output▁end｜><｜tool▁outputs▁end｜>", f"A{R1_END}"),
         ],
     ),
-    ("deepseekv3", TURNS, [("Q<｜Assistant｜>", f"A{R1_END}"), ("<｜User｜>R<｜Assistant｜>", f"B{R1_END}")]),
+    ("deepseekv3", TURNS, [("<｜Assistant｜><think>\n", f"\n</think>\n\n{text}{R1_END}") for text in "AB"]),
     (
         "glm4moe",
         TURNS,
@@ -297,12 +297,12 @@ HARD: list[tuple[str, list[dict[str, Any]], list[tuple[str, str]]]] = [
             ("found\n</tool_response><|assistant|>", "\n<think></think>\nA<|user|>"),
         ],
     ),
-    ("nemotron_3_nano", TURNS, [("assistant\n<think>", f"</think>{text}<|im_end|>\n") for text in "AB"]),
+    ("nemotron_3_nano", TURNS, [("assistant\n<think>\n", f"</think>{text}<|im_end|>\n") for text in "AB"]),
     ("nemotron_3_ultra", THINKS_TWICE, [("assistant\n<think>\n", "T\n</think>\n\nA<|im_end|>\n")] * 2),
     (
         "nemotron_3_super",
         [Q, CALLS, FOUND, A],
-        [("<think>", f"</think>\n{XML_CALL}<|im_end|>\n"), ("<think>", "</think>A<|im_end|>\n")],
+        [("<think>\n", f"</think>\n{XML_CALL}<|im_end|>\n"), ("<think>\n", "</think>A<|im_end|>\n")],
     ),
     (
         "gptoss",

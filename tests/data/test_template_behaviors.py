@@ -1,4 +1,4 @@
-"""A small template for each behavior met in about 100 public chat templates, and what holds for every row it renders.
+"""A small template for each behavior met in 160 public chat templates, and what holds for every row it renders.
 
 docs/reference/templates.md lists which family has which.
 """
@@ -18,12 +18,13 @@ from arpo_trl.data.encode import Encoder, check_parity, encode_rows
 from arpo_trl.data.files import Row
 from arpo_trl.data.labels import IGNORED, ExampleConfig, to_examples
 from arpo_trl.data.messages import Conversation, Message
+from arpo_trl.data.prepare import prepare_datasets
 from arpo_trl.data.registry import DatasetInfo
 from arpo_trl.data.segments import to_segments
 from arpo_trl.data.template import Template
 from arpo_trl.data.template_probe import find_template, set_thinking_default
-from arpo_trl.data.tokenizer import make_tokenize
-from arpo_trl.errors import DatasetError, RowError
+from arpo_trl.data.tokenizer import load_template, make_tokenize
+from arpo_trl.errors import DatasetError, RecipeError, RowError
 from arpo_trl.recipe import Recipe
 
 OPEN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role != 'assistant' %}{{ m.content }}{% else %}"
@@ -57,15 +58,27 @@ TEMPLATES = {
     "reasoning before calls": jinja(
         "<think>{{ m.reasoning_content if m.reasoning_content and m.tool_calls else '' }}</think>{{ m.content }}"
     ),
-    # Gemma 4: a channel, only before calls; no block in other replies.
+    # Gemma 4: a channel, only before calls; the prompt closes it by default, and no reply has that.
     "channel before calls": jinja(
-        "{% if m.reasoning and m.tool_calls %}<|channel>thought\n{{ m.reasoning }}<channel|>{% endif %}{{ m.content }}"
+        "{% if m.reasoning and m.tool_calls %}<|channel>thought\n{{ m.reasoning }}<channel|>{% endif %}{{ m.content }}",
+        "{% if not enable_thinking %}<|channel>thought\n<channel|>{% endif %}",
     ),
     # DeepSeek V3.2 and V4: reasoning only with a switch, which the generation prompt follows.
     "switch": jinja(
         "{% if thinking and m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% else %}</think>{% endif %}"
         "{{ m.content }}",
         "{{ '<think>' if thinking else '</think>' }}",
+    ),
+    # DeepSeek V3.1: the switch changes the prompt only, and the reasoning in the text is removed.
+    "switch of the prompt": jinja(
+        "</think>{{ m.content.split('</think>')[-1] }}", "{{ '<think>' if thinking else '</think>' }}"
+    ),
+    # DeepSeek R1: the prompt opens a block, and the template writes none.
+    "only in the prompt": jinja("{{ m.content.split('</think>')[-1] }}", "<think>\n"),
+    # MiniMax M2: the prompt opens a block, and replies without reasoning have none.
+    "key after an open prompt": jinja(
+        "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}",
+        "<think>\n",
     ),
     # Nemotron Nano v2: the last reply opens a block, and no key holds its reasoning.
     "opened": jinja("{% if loop.last %}<think>\n{% endif %}{{ m.content }}", "<think>\n"),
@@ -157,7 +170,7 @@ def test_the_prompt_is_the_generation_prompt_of_inference(name: str, reasoning: 
     template = find(name)
     fitted = template.fit(row(reasoning, False, True, 1))
     prompt, reply = (segment.text for segment in to_segments(fitted, template))
-    switch: dict[str, Any] = {"thinking": False} if name == "switch" and not reasoning else {}
+    switch: dict[str, Any] = {} if reasoning or not template.thinking_switch else {template.thinking_switch: False}
     apply: Any = template.tokenizer.apply_chat_template
     assert prompt == apply(fitted.messages[:-1], add_generation_prompt=True, tokenize=False, **switch)
     assert ("idea 0" in reply) == reasoning
@@ -169,6 +182,9 @@ def test_the_prompt_is_the_generation_prompt_of_inference(name: str, reasoning: 
         ("reasoning before calls", "<think>idea 0</think>answer 0<|im_end|>\n"),
         ("channel before calls", "<|channel>thought\nidea 0<channel|>answer 0<|im_end|>\n"),
         ("switch", "idea 0</think>answer 0<|im_end|>\n"),
+        ("switch of the prompt", "idea 0</think>answer 0<|im_end|>\n"),
+        ("only in the prompt", "idea 0\n</think>\n\nanswer 0<|im_end|>\n"),
+        ("key after an open prompt", "idea 0\n</think>\n\nanswer 0<|im_end|>\n"),
         ("opened", "idea 0\n</think>\n\nanswer 0<|im_end|>\n"),
         ("chunks", "[THINK]idea 0[/THINK]answer 0<|im_end|>\n"),
         ("parts", "idea 0<|close|><|open|>answer<|sep|>answer 0<|close|><|im_end|>\n"),
@@ -182,6 +198,81 @@ def test_reasoning_has_the_templates_notation(name: str, reply: str) -> None:
         [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>\nidea 0\n</think>\n\nanswer 0"}]
     )
     assert to_segments(template.fit(own), template)[1].text == reply
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "reply"),
+    [
+        ("channel before calls", "<|channel>thought\n<channel|>", "answer 0<|im_end|>\n"),
+        ("switch of the prompt", "</think>", "answer 0<|im_end|>\n"),
+        ("only in the prompt", "<think>\n", "\n</think>\n\nanswer 0<|im_end|>\n"),
+        ("key after an open prompt", "<think>\n", "\n</think>\n\nanswer 0<|im_end|>\n"),
+        ("opened", "<think>\n", "\n</think>\n\nanswer 0<|im_end|>\n"),
+        ("parts", "<|open|>think<|sep|>", "<|close|><|open|>answer<|sep|>answer 0<|close|><|im_end|>\n"),
+        ("plain", "", "answer 0<|im_end|>\n"),
+    ],
+)
+def test_a_reply_without_reasoning_closes_what_its_prompt_opens(name: str, prompt: str, reply: str) -> None:
+    template = find(name)
+    for turns in (1, 2):  # also if another turn follows
+        asked, replied = to_segments(template.fit(row(False, False, False, turns)), template)[:2]
+        assert asked.text.endswith(f"<|im_start|>assistant\n{prompt}")
+        assert replied.text == reply
+
+
+@pytest.mark.parametrize("reasoning", [False, True])
+def test_the_saved_template_prompts_for_reasoning_only_if_a_row_has_it(
+    reasoning: bool, tmp_path: Path, tiny_model: Path
+) -> None:
+    (tmp_path / "t.jinja").write_text(TEMPLATES["switch of the prompt"], encoding="utf-8")
+    rows = [{"messages": json.loads(json.dumps(row(reasoning, False, False, 1).messages))}] * 2
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    registry = {"rows": {"file_name": "rows.json", "formatting": "openai"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(registry), encoding="utf-8")
+    recipe = Recipe(
+        model_name_or_path=str(tiny_model),
+        output_dir=str(tmp_path / "run"),
+        template=str(tmp_path / "t.jinja"),
+        dataset=["rows"],
+        dataset_dir=str(tmp_path),
+    )
+    data = prepare_datasets(recipe, load_template(recipe))
+    apply: Any = data.template.tokenizer.apply_chat_template
+    asked = apply([{"role": "user", "content": "q"}], add_generation_prompt=True, tokenize=False)
+    assert asked.endswith("<think>" if reasoning else "</think>")
+    (trained,) = {tuple(line["input_ids"]) for line in data.train}
+    assert ("<think>idea 0</think>" in data.template.tokenizer.decode(trained)) is reasoning
+    assert ("rows: thinking: on for 2 rows with reasoning, off for the others" in data.audit.lines()) is reasoning
+
+
+def test_a_template_that_always_writes_its_generation_prompt_is_an_error() -> None:
+    """vLLM's for Phi-4-mini and ToolACE: its last token would become the end token."""
+    always = jinja("{{ m.content }}").replace("{% if add_generation_prompt %}", "{% if true %}")
+    with pytest.raises(RecipeError, match="template: writes its generation prompt after every reply; use another"):
+        find_template(make_tokenizer(*TOKENS, chat_template=always))
+
+
+@pytest.mark.parametrize(("stops", "error"), [((), "leaves out the end of message 2, a call"), (("</call>",), None)])
+def test_a_call_whose_end_is_left_out_once_its_result_follows_needs_another_end(
+    stops: tuple[str, ...], error: str | None
+) -> None:
+    """Apertus: the base stops at the end of a call, where the template writes two end tokens, or one if a result follows."""
+    text = (
+        jinja("{{ m.content }}")
+        .replace("{% endif %}<|im_end|>\n", "{% endif %}")
+        .replace(CALLS, CALLS + "{% if loop.last or not m.tool_calls %}<|im_end|>\n{% endif %}")
+    )
+    text = text.replace("{{ m.content }}{% else %}", "{{ m.content }}<|im_end|>\n{% else %}")
+    tokenizer = make_tokenizer(*TOKENS, "</call>", chat_template=text)
+    tokenizer.eos_token = "<|im_end|>"
+    template = find_template(tokenizer, stops=stops)
+    fitted = template.fit(row(False, True, False, 1))
+    if error:
+        with pytest.raises(RowError, match=error):
+            to_segments(fitted, template)
+    else:
+        assert to_segments(fitted, template)[1].text.endswith("</call>")
+        check_parity(fitted, template, ExampleConfig(1 << 20), "row")
 
 
 def test_reasoning_that_a_template_writes_twice_drops_the_row() -> None:

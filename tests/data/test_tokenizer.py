@@ -163,16 +163,16 @@ def test_a_rewriting_template_without_a_training_form_drops_rows() -> None:
         to_segments(Conversation([Q, small, R, B]), template)
 
 
-def test_a_reply_that_begins_otherwise_than_the_generation_prompt_has_for_context_what_both_share() -> None:
+def test_a_reply_follows_the_complete_generation_prompt_though_the_template_leaves_out_its_end() -> None:
     thinks = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     template = find_template(make_tokenizer(thinks))
-    asked = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    asked = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\n"
     plain, thought = (to_segments(Conversation([Q, reply]), template) for reply in (A, THOUGHT))
-    assert [segment.text for segment in plain] == [asked, "A<|im_end|>\n"]
-    assert [segment.text for segment in thought] == [asked + "<think>\n", "T\n</think>\n\nA<|im_end|>\n"]
+    assert [segment.text for segment in plain] == [asked, "\n</think>\n\nA<|im_end|>\n"]
+    assert [segment.text for segment in thought] == [asked, "T\n</think>\n\nA<|im_end|>\n"]
 
 
 def test_a_generation_prompt_unrelated_to_the_reply_is_an_error() -> None:
