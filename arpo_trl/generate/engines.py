@@ -29,9 +29,10 @@ from ..errors import RecipeError, RunFailed, in_one_line
 from ..machine import format_bytes, is_out_of_memory
 from ..model.base import auto_class, base_of
 from ..model.model import end_tokens
+from ..model.weights import Model
 from ..report.console import say
 from ..run_folder import read_json
-from .predict import Model, generation_config
+from .predict import generation_config
 
 TAIL_TOKENS = 16
 """Tokens in which an end tag is looked for: it may be as many tokens as it has characters."""

@@ -19,12 +19,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     GenerationMixin,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -35,6 +33,7 @@ from ..data.prepare import PreparedData, prepare_datasets
 from ..errors import RunFailed
 from ..machine import is_out_of_memory
 from ..model.model import end_tokens
+from ..model.weights import Model
 from ..recipe.keys import Recipe
 from ..report.console import say
 from ..run_folder import save_metrics
@@ -43,7 +42,6 @@ from .scores import Reply, describe_scores, score_replies
 from .tags import CALL_ENDS
 
 SHOWN = 2000  # characters of each text in a tracker's table
-Model = PreTrainedModel | PeftModel
 
 
 @dataclass(frozen=True)

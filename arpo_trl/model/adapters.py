@@ -23,7 +23,7 @@ from .methods.chosen import methods_of
 from .methods.method import AdapterConfig
 from .sft_config import to_lora_config
 from .split import find_split
-from .weights import linear_layers
+from .weights import Model, linear_layers
 
 MERGED_BASE = "merged_base"
 
@@ -113,7 +113,7 @@ def _load_adapter(recipe: Recipe, model: PreTrainedModel, adapter: str, is_train
     return peft_model
 
 
-def keep_adapter_in_float32(model: PreTrainedModel | PeftModel) -> None:
+def keep_adapter_in_float32(model: Model) -> None:
     """Undo TRL's cast of a quantized model's adapter to bfloat16, and PEFT's copies of modules in the base's dtype.
 
     In bfloat16 a step below 1/256 of a weight rounds to zero, also in an adapter. Only ZeRO-3 needs a single dtype

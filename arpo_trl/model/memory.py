@@ -11,7 +11,6 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -29,6 +28,7 @@ from .methods.chosen import methods_of
 from .sft_config import model_init_kwargs
 from .split import without_zero3
 from .token_scores import TILE_POSITIONS
+from .weights import Model, without_adapter
 
 GPU_SIZES = (16, 24, 80)
 """GB of common GPUs, for a user on a machine without one."""
@@ -62,9 +62,7 @@ class Memory(NamedTuple):
         return self.weights + self.reference + self.optimizer + max(self.gradients, self.activations + self.logits)
 
 
-def estimate_memory(
-    recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel, rows: Dataset
-) -> Memory | None:
+def estimate_memory(recipe: Recipe, args: SFTConfig, model: Model, rows: Dataset) -> Memory | None:
     """Return the memory of a step on the longest batch; None if the model's forward pass depends on data.
 
     Args:
@@ -74,7 +72,7 @@ def estimate_memory(
         rows: The training rows.
     """
     count, length, labelled = _largest_batch(recipe, args, rows)
-    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    base = without_adapter(model)
     backbone = base.base_model  # without the head
     half = args.bf16 or args.fp16
     autocast = torch.autocast("cpu", torch.bfloat16 if args.bf16 else torch.float16, enabled=half)
@@ -104,7 +102,7 @@ def estimate_memory(
     return Memory(**parts)
 
 
-def own_logits_bytes(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel, rows: Dataset) -> int:
+def own_logits_bytes(recipe: Recipe, args: SFTConfig, model: Model, rows: Dataset) -> int:
     """Return the bytes of a model's own logits at all positions at which a row of the longest batch has a label."""
     count, length, labelled = _largest_batch(recipe, args, rows)
     vocabulary: int = model.config.get_text_config().vocab_size
@@ -125,7 +123,7 @@ def moments(args: TrainingArguments) -> float:
     return next((copies for name, copies in MOMENTS.items() if name in str(args.optim).lower()), 2.0)
 
 
-def model_shape(recipe: Recipe) -> PreTrainedModel | PeftModel:
+def model_shape(recipe: Recipe) -> Model:
     """Return the model as the recipe trains it, on torch's meta device: shapes without weights.
 
     Raises:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..errors import in_one_line
 from ..recipe.keys import Recipe
@@ -15,9 +14,10 @@ from .base import load_config, load_weights
 from .base_files import BaseFiles, read_base_files
 from .methods.chosen import methods_of
 from .sft_config import model_init_kwargs, rope_error
+from .weights import Model
 
 
-def load_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, BaseFiles | None]:
+def load_model(recipe: Recipe) -> tuple[Model, BaseFiles | None]:
     """Return the model in its training dtype, and what to save as in the base's files, or None for LoRA.
 
     Raises:
@@ -43,18 +43,14 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, BaseFiles |
     return model, read_base_files(recipe.model_name_or_path, model, recipe.model_revision, recipe.cache_dir)
 
 
-def stop_after_calls(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, call_end: str | None
-) -> None:
+def stop_after_calls(model: Model, tokenizer: PreTrainedTokenizerBase, call_end: str | None) -> None:
     """Have `generate` also stop at the token that ends a reply with calls, if it is another one (gpt-oss, GLM)."""
     config = model.generation_config
     if call_end and config is not None:
         config.eos_token_id = end_tokens(model, tokenizer, cast(int, tokenizer.convert_tokens_to_ids(call_end)))
 
 
-def end_tokens(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, call_end: int | None = None
-) -> list[int]:
+def end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, call_end: int | None = None) -> list[int]:
     """Return the ids that end a reply: the end-of-turn token, that of a call, and those of the generation config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = [tokenizer.eos_token_id, call_end, *(configured if isinstance(configured, list) else [configured])]

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+Model = PreTrainedModel | PeftModel
+
+
+def without_adapter(model: Model) -> PreTrainedModel:
+    """Return the model below PEFT's wrapper, if it has one. A LoRA adapter's layers stay in it."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def unreached_by_text(model: PreTrainedModel) -> list[str]:

@@ -11,8 +11,6 @@ import numpy as np
 import pyarrow.compute as pc
 import yaml
 from datasets import Dataset
-from peft import PeftModel
-from transformers import PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.audit import token_lengths
@@ -22,6 +20,7 @@ from ..errors import RecipeError
 from ..machine import folder_bytes, format_bytes, free_space, gpu_memory, missing_space
 from ..model.memory import describe_memory, estimate_memory, model_shape
 from ..model.split import find_split
+from ..model.weights import Model
 from ..recipe.keys import Recipe
 from ..recipe.rules import changed_keys
 from ..report.console import say
@@ -170,9 +169,7 @@ def count_steps(args: SFTConfig, rows: int) -> tuple[int, int]:
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 
-def describe_checkpoints(
-    recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel, saved: Sequence[int]
-) -> tuple[int, str]:
+def describe_checkpoints(recipe: Recipe, args: SFTConfig, model: Model, saved: Sequence[int]) -> tuple[int, str]:
     """Return the bytes that the run writes, computed from the model's shape, and a description."""
     checkpoint = checkpoint_bytes(model, args, find_split(recipe))
     kept = min(len(saved), args.save_total_limit or len(saved))

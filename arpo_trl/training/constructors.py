@@ -7,22 +7,22 @@ import tempfile
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
+from transformers import PreTrainedTokenizerFast, Trainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import RecipeError, in_one_line
 from ..model.sft_config import to_sft_config
 from ..model.split import find_split
+from ..model.weights import Model
 from ..recipe.keys import Recipe
 from ..recipe.methods import OPTIMIZERS
 
 
-def try_constructors(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel) -> None:
+def try_constructors(recipe: Recipe, args: SFTConfig, model: Model) -> None:
     """Build TRL's trainer with a row, and the optimizer with a weight. Skipped if the launch splits the model.
 
     Args:
@@ -58,7 +58,7 @@ def _default(key: str) -> object:
     return Recipe.model_fields[key].default
 
 
-def _why_rejected(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel) -> str | None:
+def _why_rejected(recipe: Recipe, args: SFTConfig, model: Model) -> str | None:
     args = copy.copy(args)
     args.report_to, args.push_to_hub, args.dataset_num_proc = [], False, None
     with tempfile.TemporaryDirectory() as folder:

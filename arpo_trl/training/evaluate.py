@@ -12,9 +12,10 @@ from transformers.integrations.deepspeed import deepspeed_init
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData
-from ..generate.predict import Model, predict
+from ..generate.predict import predict
 from ..model.base_files import BaseFiles
 from ..model.model import load_model
+from ..model.weights import Model
 from ..recipe.keys import Recipe
 from ..report.console import say
 from ..report.log_file import describe_evaluation, describe_predictions

@@ -27,6 +27,7 @@ from ..model.methods.quantized import is_quantized
 from ..model.model import load_model
 from ..model.split import find_split
 from ..model.token_scores import score_labelled_positions_only
+from ..model.weights import Model
 from ..recipe import methods
 from ..recipe.keys import Recipe
 from ..recipe.preference import keeps_base, needs_reference
@@ -96,7 +97,7 @@ class Preference:
         return score_pairs(*split_rows(output, batch), reference, self.recipe), output.aux_loss
 
 
-def make_preference(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel) -> Preference | None:
+def make_preference(recipe: Recipe, args: SFTConfig, model: Model) -> Preference | None:
     """Return the recipe's preference loss, None for another stage; `model`, the policy, loses its dropout."""
     if recipe.stage != "dpo":
         return None
@@ -106,7 +107,7 @@ def make_preference(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | Pe
     return made
 
 
-def make_reference(recipe: Recipe, args: SFTConfig, model: PreTrainedModel | PeftModel) -> Reference | None:
+def make_reference(recipe: Recipe, args: SFTConfig, model: Model) -> Reference | None:
     """Return the recipe's reference; None if the loss has none. `model`: the policy before training.
 
     Raises:

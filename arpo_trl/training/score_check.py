@@ -12,14 +12,14 @@ import psutil
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.labels import IGNORED
 from ..machine import gpu_memory
 from ..model.memory import USABLE, estimate_memory, model_shape, own_logits_bytes
 from ..model.token_scores import score_own_logits
+from ..model.weights import without_adapter
 from ..recipe.keys import Recipe
 from .loss import Batch
 from .preference import PairCollator, split_pair
@@ -54,7 +54,7 @@ def check_scores(recipe: Recipe, trainer: ArpoTrainer) -> list[str]:
     if reason := _why_not_own_logits(recipe, trainer):
         raise recipe.error("model_name_or_path", f"not supported: {message}, and {reason}")
     reference = trainer.preference and trainer.preference.reference and trainer.preference.reference.model
-    for model in {_base(trainer), reference} - {None}:
+    for model in {without_adapter(trainer.accelerator.unwrap_model(trainer.model)), reference} - {None}:
         score_own_logits(cast(PreTrainedModel, model))
     return [f"loss     {message}; it is computed from these, which takes more memory"]
 
@@ -104,11 +104,6 @@ def _tokens(trainer: ArpoTrainer) -> list[int]:
 def _is_half(trainer: ArpoTrainer) -> bool:
     args, weights = trainer.args, next(trainer.model.parameters())
     return bool(args.bf16 or args.fp16 or args.tf32 or weights.dtype != torch.float32)
-
-
-def _base(trainer: ArpoTrainer) -> nn.Module:
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _why_not_own_logits(recipe: Recipe, trainer: ArpoTrainer) -> str | None:

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, TrainerState, TrainingArguments, get_scheduler
+from transformers import TrainerState, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_model_param_count
 
@@ -20,6 +19,7 @@ from ..errors import program
 from ..machine import format_bytes, free_space
 from ..model.base import lacks_bf16_instructions, uses_bf16_autocast
 from ..model.split import find_split
+from ..model.weights import Model
 from ..recipe.keys import COMMAND_LINE, Recipe
 from ..report.log_file import describe_evaluation, format_seconds, read_log, run_seconds
 from ..shell import quote_command
@@ -51,7 +51,7 @@ def start_report(recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, check
     ]
 
 
-def describe_setup(recipe: Recipe, model: PreTrainedModel | PeftModel, args: TrainingArguments) -> list[str]:
+def describe_setup(recipe: Recipe, model: Model, args: TrainingArguments) -> list[str]:
     """Return the model and the device, as a run and `--check` print them."""
     part = ", text part only" * model.config.model_type.endswith(
         "_text"
@@ -63,7 +63,7 @@ def describe_setup(recipe: Recipe, model: PreTrainedModel | PeftModel, args: Tra
     ]
 
 
-def describe_model(model: PreTrainedModel | PeftModel) -> str:
+def describe_model(model: Model) -> str:
     """Return the number of parameters, and of trained ones."""
     total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     if is_deepspeed_zero3_enabled():  # which leaves parameters empty, with their size in an attribute
@@ -75,7 +75,7 @@ def describe_model(model: PreTrainedModel | PeftModel) -> str:
     return f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.2g} %)"
 
 
-def precision(model: PreTrainedModel | PeftModel, args: TrainingArguments) -> str:
+def precision(model: Model, args: TrainingArguments) -> str:
     """Return the dtype of the trained weights, that of the frozen ones, and that of the computation."""
     dtypes = {
         p.requires_grad: str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()

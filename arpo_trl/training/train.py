@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData
@@ -25,6 +24,7 @@ from ..model.base_files import BaseFiles
 from ..model.methods.chosen import methods_of, trainer_kwargs
 from ..model.model import load_model, stop_after_calls
 from ..model.split import find_split, requests_fsdp
+from ..model.weights import Model
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
 from ..recipe.read import read_recipe
@@ -215,7 +215,7 @@ def _train(
 def make_trainer(
     recipe: Recipe,
     args: SFTConfig,
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
 ) -> ArpoTrainer:

@@ -31,6 +31,7 @@ from ..model.methods.moe import router_loss_kept
 from ..model.optimizer_settings import read_settings, restore_settings
 from ..model.split import Split, float32_masters
 from ..model.token_scores import Objective, score_labelled_positions_only
+from ..model.weights import Model, without_adapter
 from ..terminal import progress, progress_of_files
 from .checkpoints import CheckpointWriter, checkpoint_bytes, saved_bytes
 from .failures import describe_not_finite, describe_out_of_memory, find_sources
@@ -80,7 +81,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
     """
 
     args: SFTConfig
-    model: PreTrainedModel | PeftModel
+    model: Model
 
     def __init__(
         self,
@@ -121,8 +122,9 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         self.checkpoints = CheckpointWriter(save_total_limit, on_save_error, expected_bytes, split.saves_together)
         model.register_forward_hook(torch.compiler.disable(self._score))
         if objective or self.accelerator.device.type not in ("cuda", "xpu"):
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            score_labelled_positions_only(base, objective, reference and reference.to(self.accelerator.device))
+            score_labelled_positions_only(
+                without_adapter(model), objective, reference and reference.to(self.accelerator.device)
+            )
         _compute_outputs_in_float32(self.accelerator)
 
     # --- a step ---

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
-from ...recipe.keys import Recipe
-from .method import Keywords, Method
+from ..weights import Model
+from .method import Keywords, Method, Parts
 
 
 class AdamMini(Method):
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return recipe.use_adam_mini
-
-    def memory(
-        self, parts: Mapping[str, int], model: PreTrainedModel | PeftModel, args: TrainingArguments
-    ) -> Mapping[str, int]:
+    def memory(self, parts: Parts, model: Model, args: SFTConfig) -> Parts:
         return {"optimizer": sum(p.nbytes for p in model.parameters() if p.requires_grad)}  # the first moment
 
-    def trainer_kwargs(self, model: PreTrainedModel | PeftModel, args: SFTConfig) -> Keywords:
+    def trainer_kwargs(self, model: Model, args: SFTConfig) -> Keywords:
         return {"optimizer_cls_and_kwargs": (lambda: create_adam_mini, {"args": args})}
 
 

@@ -7,16 +7,11 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ...recipe.keys import Recipe
 from ..weights import is_inside, unreached_by_text
 from .method import AdapterConfig, Method
 
 
 class Architectures(Method):
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return True
-
     def prepare_base(self, model: PreTrainedModel) -> None:
         if model.base_model is model and hasattr(model, "model"):
             model.base_model_prefix = "model"  # Llama4ForCausalLM of transformers 5.23 names one that does not exist

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
 from typing import cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
-from ...recipe.keys import Recipe
 from ..split import find_split
 from ..token_scores import check_objective
-from .method import Keywords, Method
+from ..weights import Model, without_adapter
+from .method import Keywords, Method, Parts
 
 
 class Asft(Method):
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return recipe.use_asft_loss
-
     def check_config(self, config: PreTrainedConfig, args: SFTConfig) -> None:
         check_objective(self.recipe, "use_asft_loss", config, args)
         if find_split(self.recipe).shards_weights:
@@ -32,19 +26,16 @@ class Asft(Method):
                 "requires a complete second model on each process; launch with accelerate_configs/multi_gpu.yaml",
             )
 
-    def memory(
-        self, parts: Mapping[str, int], model: PreTrainedModel | PeftModel, args: TrainingArguments
-    ) -> Mapping[str, int]:
+    def memory(self, parts: Parts, model: Model, args: SFTConfig) -> Parts:
         """Add the initial model's weights and its tile of logits."""
         itemsize = 2 if args.bf16 or args.fp16 else 4
-        base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-        head = cast(nn.Linear, base.get_output_embeddings()).weight
+        head = cast(nn.Linear, without_adapter(model).get_output_embeddings()).weight
         return {
             "reference": itemsize * sum(p.numel() for p in model.parameters()),
             "logits": 2 * parts["logits"] - head.nbytes * head.requires_grad,
         }
 
-    def trainer_kwargs(self, model: PreTrainedModel | PeftModel, args: SFTConfig) -> Keywords:
+    def trainer_kwargs(self, model: Model, args: SFTConfig) -> Keywords:
         objective = functools.partial(anchored, alpha=self.recipe.asft_alpha)
         return {"objective": objective, "reference": frozen_copy(model, args)}
 
@@ -54,9 +45,8 @@ def anchored(log_probs: Tensor, log_softmax: Tensor, reference: Tensor, alpha: f
     return log_probs * log_probs.exp().detach() - alpha * divergence
 
 
-def frozen_copy(model: PreTrainedModel | PeftModel, args: SFTConfig) -> PreTrainedModel:
+def frozen_copy(model: Model, args: SFTConfig) -> PreTrainedModel:
     """Return a copy of the current model, adapter included, in the dtype that the run computes in."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-    copied: nn.Module = copy.deepcopy(base).requires_grad_(False)
+    copied: nn.Module = copy.deepcopy(without_adapter(model)).requires_grad_(False)
     return cast(PreTrainedModel, copied.to(dtype=dtype).eval())

@@ -6,25 +6,20 @@ import contextlib
 import importlib
 import re
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 from ...errors import RecipeError
 from ...recipe.keys import Recipe
 from ..optimizer_settings import read_settings
-from .method import Keywords, Method
+from ..weights import Model
+from .method import Keywords, Method, Parts
 
 
 class Badam(Method):
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return recipe.use_badam
-
     def from_pretrained(self, kwargs: Keywords, config: PreTrainedConfig) -> Keywords:
         """Load the weights in their file's dtype: BAdam keeps the block that it trains in float32."""
         return kwargs if self.recipe.pure_bf16 else kwargs | {"dtype": "auto"}
@@ -44,13 +39,11 @@ class Badam(Method):
         if self.recipe.use_reentrant_gc:
             model.enable_input_require_grads()  # a reentrant checkpoint has no gradient where its input has none
 
-    def memory(
-        self, parts: Mapping[str, int], model: PreTrainedModel | PeftModel, args: TrainingArguments
-    ) -> Mapping[str, int]:
+    def memory(self, parts: Parts, model: Model, args: SFTConfig) -> Parts:
         """In float32: the block, its gradient and its two moments."""
         return {"optimizer": 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
-    def trainer_kwargs(self, model: PreTrainedModel | PeftModel, args: SFTConfig) -> Keywords:
+    def trainer_kwargs(self, model: Model, args: SFTConfig) -> Keywords:
         return {"optimizer_cls_and_kwargs": (lambda: BlockOptimizer, {"args": args, "recipe": self.recipe})}
 
 

@@ -5,25 +5,20 @@ from __future__ import annotations
 import functools
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from trl.trainer.sft_config import SFTConfig
 
-from ...recipe.keys import Recipe
 from ..token_scores import check_objective
+from ..weights import Model
 from .method import Keywords, Method
 
 
 class Eaft(Method):
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return recipe.use_eaft_loss
-
     def check_config(self, config: PreTrainedConfig, args: SFTConfig) -> None:
         check_objective(self.recipe, "use_eaft_loss", config, args)
 
-    def trainer_kwargs(self, model: PreTrainedModel | PeftModel, args: SFTConfig) -> Keywords:
+    def trainer_kwargs(self, model: Model, args: SFTConfig) -> Keywords:
         return {"objective": functools.partial(entropy_adaptive, alpha=self.recipe.eaft_alpha)}
 
 

@@ -12,10 +12,6 @@ from .method import AdapterConfig, Keywords, Method
 
 
 class Freeze(Method):
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return recipe.finetuning_type == "freeze"
-
     def from_pretrained(self, kwargs: Keywords, config: PreTrainedConfig) -> Keywords:
         """Load in float32 what would be in the file's dtype: some of it is trained."""
         return kwargs | {"dtype": torch.float32} if kwargs["dtype"] == "auto" else kwargs
@@ -63,10 +59,6 @@ class Freeze(Method):
 
 class LlamaPro(Method):
     """LLaMA Pro (https://arxiv.org/abs/2401.02415) under LoRA: leave the other layers without an adapter."""
-
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return recipe.use_llama_pro and recipe.finetuning_type == "lora"
 
     def adapter_config(self, config: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
         chosen = trained_layers(self.recipe, model.config.get_text_config().num_hidden_layers)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from trl.trainer.sft_config import SFTConfig
 
-from ...recipe.keys import Recipe
+from ..weights import Model
 from .method import Keywords, Method
 
 
 class LoraPlus(Method):
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return recipe.loraplus_lr_ratio is not None
-
-    def trainer_kwargs(self, model: PreTrainedModel | PeftModel, args: SFTConfig) -> Keywords:
+    def trainer_kwargs(self, model: Model, args: SFTConfig) -> Keywords:
         optimizer_cls, settings = Trainer.get_optimizer_cls_and_kwargs(args)
         settings |= {
             "optimizer_cls": optimizer_cls,

@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import send_to_device
-from peft import PeftModel
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
-from ...recipe.keys import Recipe
+from ..weights import Model
 from .method import Keywords, Method
 
 # In LLaMA-Factory, `all` is every linear layer but the head.
@@ -40,7 +39,7 @@ class LowRank(Method):
             "optim_target_modules": _ALL_BUT_THE_HEAD if "all" in target else target,
         }
 
-    def trainer_kwargs(self, model: PreTrainedModel | PeftModel, args: SFTConfig) -> Keywords:
+    def trainer_kwargs(self, model: Model, args: SFTConfig) -> Keywords:
         return {"callbacks": [ProjectionsOnResume(self.module)]}
 
 
@@ -48,18 +47,10 @@ class Galore(LowRank):
     name, module = "galore", "galore_torch.adamw"
     optim_args = "rank update_interval scale proj_type"
 
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return recipe.use_galore or "galore" in recipe.optim
-
 
 class Apollo(LowRank):
     name, module = "apollo", "apollo_torch.apollo"
     optim_args = "rank update_interval scale proj proj_type scale_type"
-
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return recipe.use_apollo or "apollo" in recipe.optim
 
 
 class ProjectionsOnResume(TrainerCallback):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, OFTConfig, PeftModel
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from ...recipe.keys import Recipe
+from ..weights import Model
 
 AdapterConfig = LoraConfig | OFTConfig
 Keywords = dict[str, Any]
 """Arguments of a library's constructor."""
+Parts = dict[str, int]
+"""Bytes of parts of memory.Memory."""
 
 
 class Method:
@@ -24,11 +27,6 @@ class Method:
         self.recipe = recipe
         self.adapter_targets: set[str] = set()
         """Names that `lora_target` may hold although no module has them; set by `adapter_config`."""
-
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        """Return whether the recipe uses the method."""
-        raise NotImplementedError
 
     def find_missing(self) -> Iterator[tuple[str, str]]:
         """Yield each key that this machine can't serve, and what to do."""
@@ -55,15 +53,13 @@ class Method:
     def prepare_adapter(self, model: PeftModel) -> None:
         """Change the model with its adapter, and write what the method keeps of it."""
 
-    def memory(
-        self, parts: Mapping[str, int], model: PreTrainedModel | PeftModel, args: TrainingArguments
-    ) -> Mapping[str, int]:
+    def memory(self, parts: Parts, model: Model, args: SFTConfig) -> Parts:
         """Return the bytes of each part of memory.Memory that the method changes."""
         return {}
 
-    def trainer_kwargs(self, model: PreTrainedModel | PeftModel, args: SFTConfig) -> Keywords:
+    def trainer_kwargs(self, model: Model, args: SFTConfig) -> Keywords:
         """Return arguments of ArpoTrainer: optimizer_cls_and_kwargs, callbacks, objective, reference."""
         return {}
 
-    def finish(self, model: PreTrainedModel | PeftModel, output_dir: Path) -> None:
+    def finish(self, model: Model, output_dir: Path) -> None:
         """Change the model saved in `output_dir`. Called on the main process."""

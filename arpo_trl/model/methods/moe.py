@@ -10,16 +10,11 @@ from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...recipe.keys import Recipe
 from ..weights import linear_layers
 from .method import AdapterConfig, Keywords, Method
 
 
 class Moe(Method):
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return recipe.trains_adapter or bool(recipe.moe_aux_loss_coef)
-
     def sft_config(self) -> Keywords:
         return {"router_aux_loss_coef": self.recipe.moe_aux_loss_coef or 0.0}
 

@@ -5,24 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
-from ...recipe.keys import Recipe
+from ..weights import Model
 from .method import Keywords, Method
 
 
 class Muon(Method):
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return recipe.use_muon
-
     def find_missing(self) -> Iterator[tuple[str, str]]:
         if not hasattr(torch.optim, "Muon"):
             yield "use_muon", "requires torch 2.9 or later; remove the line"
 
-    def trainer_kwargs(self, model: PreTrainedModel | PeftModel, args: SFTConfig) -> Keywords:
+    def trainer_kwargs(self, model: Model, args: SFTConfig) -> Keywords:
         return {"optimizer_cls_and_kwargs": (lambda: MuonWithAdamW, {"args": args})}
 
 

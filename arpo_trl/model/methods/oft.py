@@ -5,15 +5,10 @@ from __future__ import annotations
 from peft import OFTConfig
 from transformers import PreTrainedModel
 
-from ...recipe.keys import Recipe
 from .method import AdapterConfig, Method
 
 
 class Oft(Method):
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return recipe.finetuning_type == "oft"
-
     def adapter_config(self, config: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
         recipe = self.recipe
         return OFTConfig(

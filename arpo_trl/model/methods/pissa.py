@@ -15,8 +15,8 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
-from ...recipe.keys import Recipe
 from ..split import find_split
+from ..weights import Model
 from .method import AdapterConfig, Method
 
 START = "pissa_start"
@@ -24,10 +24,6 @@ START = "pissa_start"
 
 
 class Pissa(Method):
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return recipe.finetuning_type == "lora"  # also to resume the adapter of a PiSSA checkpoint
-
     def prepare_base(self, model: PreTrainedModel) -> None:
         recipe = self.recipe
         unsupported = {"use_dora": recipe.use_dora, "additional_target": recipe.additional_target}
@@ -52,7 +48,7 @@ class Pissa(Method):
         model.save_pretrained(str(Path(self.recipe.output_dir) / START))
         config.init_lora_weights = start
 
-    def finish(self, model: PreTrainedModel | PeftModel, output_dir: Path) -> None:
+    def finish(self, model: Model, output_dir: Path) -> None:
         """Convert the saved adapter to plain LoRA."""
         if not (isinstance(model, PeftModel) and _is_pissa(model)):
             return

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from peft import PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from trl.trainer.sft_config import SFTConfig
 
 from ...recipe.keys import Recipe
 from ...recipe.preference import instead_of_merging
 from ..base import compute_dtype
-from ..weights import frozen_linear_weights, saved_bytes
-from .method import AdapterConfig, Keywords, Method
+from ..weights import Model, frozen_linear_weights, saved_bytes, without_adapter
+from .method import AdapterConfig, Keywords, Method, Parts
 from .quantized import keep_gradients, name_all_linear_layers
 
 
 class Qlora(Method):
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return recipe.quantization_bit is not None
-
     def from_pretrained(self, kwargs: Keywords, config: PreTrainedConfig) -> Keywords:
         return kwargs | {"quantization_config": to_bitsandbytes_config(self.recipe)}
 
@@ -35,14 +29,9 @@ class Qlora(Method):
     def adapter_config(self, config: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
         return name_all_linear_layers(config, model)
 
-    def memory(
-        self, parts: Mapping[str, int], model: PreTrainedModel | PeftModel, args: TrainingArguments
-    ) -> Mapping[str, int]:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        assert isinstance(base, PreTrainedModel)
-        return {
-            "weights": parts["weights"] - saved_bytes(frozen_linear_weights(base), self.recipe.quantization_bit or 0)
-        }
+    def memory(self, parts: Parts, model: Model, args: SFTConfig) -> Parts:
+        weights = frozen_linear_weights(without_adapter(model))
+        return {"weights": parts["weights"] - saved_bytes(weights, self.recipe.quantization_bit or 0)}
 
 
 def to_bitsandbytes_config(recipe: Recipe) -> BitsAndBytesConfig:

@@ -11,16 +11,17 @@ from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+from trl.trainer.sft_config import SFTConfig
 
 from ...errors import RecipeError
 from ...recipe.keys import Recipe
 from ...recipe.methods import QUANTIZED_PACKAGES
 from ..base import quantization
 from ..split import find_split
-from ..weights import frozen_linear_weights, linear_layers, saved_bytes
-from .method import AdapterConfig, Keywords, Method
+from ..weights import Model, frozen_linear_weights, linear_layers, saved_bytes, without_adapter
+from .method import AdapterConfig, Keywords, Method, Parts
 
 
 def is_quantized(recipe: Recipe) -> bool:
@@ -29,10 +30,6 @@ def is_quantized(recipe: Recipe) -> bool:
 
 
 class Quantized(Method):
-    @staticmethod
-    def applies(recipe: Recipe) -> bool:
-        return bool(quantization(recipe))
-
     def find_missing(self) -> Iterator[tuple[str, str]]:
         config = quantization(self.recipe)
         if (
@@ -73,12 +70,9 @@ class Quantized(Method):
         codes = [name for name, p in model.named_parameters() if p.dtype is torch.int16]  # AQLM's
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, codes)  # no backend sends them
 
-    def memory(
-        self, parts: Mapping[str, int], model: PreTrainedModel | PeftModel, args: TrainingArguments
-    ) -> Mapping[str, int]:
+    def memory(self, parts: Parts, model: Model, args: SFTConfig) -> Parts:
         config = quantization(self.recipe)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        assert isinstance(base, PreTrainedModel)
+        base = without_adapter(model)
         weights, activations = frozen_linear_weights(base), parts["activations"]
         if config.get("quant_method") in ("gptq", "awq"):  # the backward pass needs what the forward pass unpacked
             layers = base.config.get_text_config().num_hidden_layers if args.activation_checkpointing else 1
