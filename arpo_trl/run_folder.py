@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,23 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a .jsonl file, without a last line that a kill cut; empty if there is no file."""
+    objects = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        objects += [value] if isinstance(value, dict) else []
+    return objects
+
+
+def to_lines(objects: Iterable[Mapping[str, object]]) -> str:
+    """Return the text of a .jsonl file."""
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in objects)
 
 
 def save_metrics(output_dir: Path, split: str, metrics: dict[str, float]) -> None:

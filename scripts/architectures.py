@@ -27,8 +27,8 @@ from arpo_trl.data.tokenizer import load_template
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.report.console import silence_libraries
+from arpo_trl.run_folder import read_lines
 from arpo_trl.training.train import train
-from arpo_trl.training.trainer_log import read_log
 
 DOCS = Path(__file__).parents[1] / "docs" / "reference" / "architectures.md"
 COLUMNS = ("family", "model", "full", "LoRA", "padding_free", "packing", "balancing loss")
@@ -208,7 +208,7 @@ def first_loss(folder: Path, rows: Path, **keys: Any) -> float | str:
     except Exception as error:  # reported in the table; the run's training.log has the traceback
         print(f"{type(error).__name__}: {error}")
         return "fails"
-    return float(read_log(folder / "run" / "trainer_log.jsonl")[0]["loss"])
+    return float(read_lines(folder / "run" / "trainer_log.jsonl")[0]["loss"])
 
 
 def describe(loss: float | str, expected: float) -> str:

@@ -26,8 +26,8 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from arpo_trl.generate.rollout_files import read_lines
 from arpo_trl.generate.rollout_scores import paired_difference, pass_at_1
+from arpo_trl.run_folder import read_lines
 
 SYSTEM = (
     "Solve the question. You can run Python: write <python>code</python> and you get its output in <result></result>. "

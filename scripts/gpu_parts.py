@@ -27,7 +27,7 @@ from arpo_trl.model.memory import estimate_memory, model_shape
 from arpo_trl.model.model import load_model
 from arpo_trl.recipe import read_recipe
 from arpo_trl.report.console import silence_libraries
-from arpo_trl.report.log_file import read_log
+from arpo_trl.run_folder import read_lines
 from arpo_trl.training.requirements import check_before_torch
 from arpo_trl.training.setup import check_after_torch, load_rows
 from arpo_trl.training.train import make_trainer, train
@@ -261,17 +261,17 @@ def resume_after_kill(bench: Bench) -> Figures:
     assert train(bench.recipe(size, output_dir=str(uninterrupted), **keys)).exit_code == 0
     recipe = bench.recipe(size, output_dir=str(resumed), **keys | {"overwrite_output_dir": False})
     process = subprocess.Popen([sys.executable, "-m", "arpo_trl", str(recipe)], stdout=subprocess.DEVNULL)
-    while process.poll() is None and len(read_log(resumed / "trainer_log.jsonl")) < steps // 2 + 3:
+    while process.poll() is None and len(read_lines(resumed / "trainer_log.jsonl")) < steps // 2 + 3:
         time.sleep(0.01)
     process.kill()
     process.wait()
-    killed_at = len(read_log(resumed / "trainer_log.jsonl"))
+    killed_at = len(read_lines(resumed / "trainer_log.jsonl"))
     if not steps // 2 <= killed_at < steps:
         raise RuntimeError(f"expected a run killed after step {steps // 2} of {steps}, found {killed_at} steps")
     assert train(recipe).exit_code == 0
     left, right = (load_file(folder / "adapter_model.safetensors") for folder in (uninterrupted, resumed))
     losses = [
-        [line["loss"] for line in read_log(folder / "trainer_log.jsonl") if "loss" in line]
+        [line["loss"] for line in read_lines(folder / "trainer_log.jsonl") if "loss" in line]
         for folder in (uninterrupted, resumed)
     ]
     difference = max(float((left[name].float() - right[name].float()).abs().max()) for name in left)

@@ -25,7 +25,7 @@ from arpo_trl.recipe.llamafactory import IGNORED, NO_OP, NOT_SUPPORTED, RENAMED
 
 HERE = Path(__file__).resolve().parent.parent
 KEYS_OF_TRL = HERE / "arpo_trl" / "recipe" / "keys_of_trl.py"
-_LEFT_OUT = ("to", "unit", "title", "default", "description")  # of pydantic's schema: replaced, or no use to an editor
+_LEFT_OUT = ("to", "title", "default", "description")  # of pydantic's schema: replaced, or no use to an editor
 _UNIONS = (types.UnionType, typing.Union)
 TITLES = {"trl": "trl (all other fields of SFTConfig)"}
 

@@ -29,7 +29,7 @@ from .registry import DatasetInfo
 from .segments import Segment, TurnEndError, as_rendered, is_written, to_segments
 from .strict_json import excerpt
 from .template import Template
-from .tokenizer import make_tokenize
+from .tokenizer import decode, make_tokenize
 
 RESULT = re.compile(r"<result>.+?</result>", re.DOTALL)
 BATCH_CHARACTERS = 1 << 20
@@ -159,9 +159,6 @@ def check_parity(conversation: Conversation, template: Template, config: Example
     def failed(reason: str) -> DatasetError:
         return DatasetError(f"{location}: parity check failed: {reason}; use another template")
 
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
     config, tokenize = replace(config, cutoff_len=sys.maxsize), make_tokenize(tokenizer)
     segments = to_segments(conversation, template)
     messages = conversation.messages[: conversation.replies[-1] + 1]
@@ -170,7 +167,7 @@ def check_parity(conversation: Conversation, template: Template, config: Example
         raise failed(f"turns do not end with the eos token {tokenizer.eos_token!r}")
     (example,) = to_examples([segments], tokenize, config)
     rendered = as_rendered(segments) == template.render(messages, conversation.tools, False)
-    if not rendered or decode(example.input_ids) != decode(at_once.ids):
+    if not rendered or decode(tokenizer, example.input_ids) != decode(tokenizer, at_once.ids):
         raise failed("the encoded text differs from the rendered chat template")
     if config.train_on_prompt:
         return
@@ -179,10 +176,10 @@ def check_parity(conversation: Conversation, template: Template, config: Example
     replies = [segment for segment, trained in zip(segments, trained_segments(segments, config)) if trained]
     if sum(not ends.isdisjoint(run) for run in runs) < sum(template.ends(reply.text) for reply in replies):
         raise failed(f"a reply is trained without its end-of-turn token {tokenizer.eos_token!r}")
-    masked = decode([token for token, label in zip(example.input_ids, example.labels) if label == IGNORED])
+    masked = decode(tokenizer, [token for token, label in zip(example.input_ids, example.labels) if label == IGNORED])
     for message in messages:
         (text,) = tokenize([message["content"].strip()])
-        if message["role"] != "assistant" and not is_written(decode(text.ids).strip(), masked):
+        if message["role"] != "assistant" and not is_written(decode(tokenizer, text.ids).strip(), masked):
             raise failed(f"a message from {message['role']} is not fully masked")
 
 

@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 
 from ..errors import RecipeError, RowError
 from ..recipe.keys import Recipe
-from ..run_folder import write_text
+from ..run_folder import to_lines, write_text
 from .encode import Encoder
 from .files import Row, read_dataset
 from .labels import ExampleConfig, trained_segments
@@ -260,8 +260,7 @@ def with_reasoning_key(messages: list[Message], key: str | None) -> list[Message
 
 def write_rows(rows: list[ServingRow], folder: Path) -> None:
     """Write `serving_check.jsonl`."""
-    lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
-    write_text(folder / SERVING_ROWS, "".join(lines))
+    write_text(folder / SERVING_ROWS, to_lines(map(asdict, rows)))
 
 
 def read_rows(folder: Path) -> list[ServingRow]:

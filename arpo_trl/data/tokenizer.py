@@ -178,6 +178,13 @@ def _to_jinja(piece: str | bool) -> str:
     return text.replace("{bos}", '" ~ bos_token ~ "').replace("{eos}", '" ~ eos_token ~ "')
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """Return the text of token ids, exactly: without the spaces that transformers would remove before punctuation."""
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    )
+
+
 def make_tokenize(tokenizer: PreTrainedTokenizerBase, with_offsets: bool = False) -> Tokenize:
     """Make a function: texts -> tokens, without added special tokens. Fast tokenizers encode all texts in parallel.
 

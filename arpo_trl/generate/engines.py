@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import psutil
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     GenerationMixin,
@@ -25,14 +23,15 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from ..data.tokenizer import decode
 from ..errors import RecipeError, RunFailed, in_one_line
 from ..machine import format_bytes, is_out_of_memory
 from ..model.base import auto_class, base_of
-from ..model.model import end_tokens
+from ..model.model import end_tokens, through_end
 from ..model.weights import Model
 from ..report.console import say
 from ..run_folder import read_json
-from .predict import generation_config
+from .predict import generation_config, pad_left
 
 TAIL_TOKENS = 16
 """Tokens in which an end tag is looked for: it may be as many tokens as it has characters."""
@@ -129,7 +128,7 @@ class TransformersEngine:
                 streamer=self.streamer,
             )
         return [
-            self._trim(row, length)
+            through_end(row[:length] if length else row, self.ends)
             for row, length in zip(output[:, width:].tolist(), stop.lengths.tolist(), strict=True)
         ]
 
@@ -160,11 +159,7 @@ class TransformersEngine:
         return cast(torch.Tensor, output.logits[0]).float()
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        tensors = [torch.tensor(row) for row in rows]
-        pad = partial(pad_sequence, batch_first=True, padding_side="left")
-        ids = pad(tensors, padding_value=float(self.tokenizer.pad_token_id or 0))
-        mask = pad([torch.ones_like(row) for row in tensors])
-        return ids.to(self.model.device), mask.to(self.model.device)
+        return pad_left(rows, self.tokenizer.pad_token_id, self.model.device)
 
     def _processors(self, requests: Sequence[Request]) -> LogitsProcessorList:
         sampling, processors = self.sampling, LogitsProcessorList()
@@ -178,11 +173,6 @@ class TransformersEngine:
             processors.append(TopPLogitsWarper(sampling.top_p))
         processors.append(_GumbelNoise([seed_of(sampling, request.key) for request in requests], self.model.device))
         return processors
-
-    def _trim(self, row: list[int], length: int) -> list[int]:
-        row = row[:length] if length else row
-        end = next((at for at, token in enumerate(row) if token in self.ends), len(row))
-        return row[: end + 1]
 
 
 def _fits_in_float32(folder: Path) -> bool:
@@ -231,8 +221,7 @@ class _StopEachRow(StoppingCriteria):
     def _completes(self, stops: Sequence[str], tail: list[int]) -> bool:
         if not stops:
             return False
-        decode = partial(self.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text, before = str(decode(tail)), str(decode(tail[:-1]))
+        text, before = decode(self.tokenizer, tail), decode(self.tokenizer, tail[:-1])
         return any(text.rfind(stop) + len(stop) > len(before) for stop in stops if stop in text)
 
 

@@ -30,9 +30,10 @@ from transformers import (
 
 from ..data.labels import IGNORED
 from ..data.prepare import PreparedData, prepare_datasets
+from ..data.tokenizer import decode
 from ..errors import RunFailed
 from ..machine import is_out_of_memory
-from ..model.model import end_tokens
+from ..model.model import end_tokens, through_end
 from ..model.weights import Model
 from ..recipe.keys import Recipe
 from ..report.console import say
@@ -166,10 +167,7 @@ def _generate_batch(
     config: GenerationConfig,
     advance: Callable[[float], None],
 ) -> list[list[int]]:
-    contexts = [torch.tensor(prompt.context) for prompt in batch]
-    pad = partial(pad_sequence, batch_first=True, padding_side="left")
-    ids = pad(contexts, padding_value=float(config.pad_token_id)).to(model.device)
-    mask = pad([torch.ones_like(context) for context in contexts]).to(model.device)
+    ids, mask = pad_left([prompt.context for prompt in batch], config.pad_token_id, model.device)
     # Inside a turn, no end-of-turn follows a call: the program that runs the tool stops the model there.
     if not batch[0].ends_turn:
         config = GenerationConfig(**config.to_dict() | {"stop_strings": CALL_ENDS})
@@ -181,11 +179,17 @@ def _generate_batch(
         stopping_criteria=StoppingCriteriaList([_EachToken(advance)]),
     )
     advance(config.max_new_tokens - (written.shape[1] - ids.shape[1]))  # the replies ended earlier
-    replies = []
-    for row in written[:, ids.shape[1] :].tolist():
-        last = next((at for at, token in enumerate(row) if token in config.eos_token_id), len(row))
-        replies.append(row[: last + 1])
-    return replies
+    return [through_end(row, config.eos_token_id) for row in written[:, ids.shape[1] :].tolist()]
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_token_id: int | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ids and the attention mask of rows of tokens as one batch, shape (rows, longest row)."""
+    tensors = [torch.tensor(row) for row in rows]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids, mask = pad(tensors, padding_value=float(pad_token_id or 0)), pad([torch.ones_like(row) for row in tensors])
+    return ids.to(device), mask.to(device)
 
 
 def to_generation_config(recipe: Recipe, model: Model, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -237,10 +241,6 @@ def _to_prediction(
         text, stopped = text[: min(stops)], True
     label = decode(tokenizer, prompt.label[: len(prompt.label) - prompt.ends_turn])
     return Prediction(text, label, stopped, len(ids), len(prompt.label), prompt, ids)
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = False) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
 
 
 # --- predictions of a run ---

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -61,7 +61,8 @@ class Question:
     @property
     def digest(self) -> str:
         """Identify the question by its text, whatever row it is in."""
-        return digest_of(self.messages)
+        users = [message["content"].strip() for message in self.messages if message["role"] == "user"]
+        return hashlib.blake2b(json.dumps(users).encode(errors="replace"), digest_size=16).hexdigest()
 
 
 @dataclass
@@ -70,11 +71,6 @@ class Questions:
 
     items: list[Question] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
-
-
-def digest_of(messages: Sequence[Message]) -> str:
-    users = [message["content"].strip() for message in messages if message["role"] == "user"]
-    return hashlib.blake2b(json.dumps(users).encode(errors="replace"), digest_size=16).hexdigest()
 
 
 def read_questions(recipe: Recipe, template: Template, default_form: ResultForm | None) -> Questions:

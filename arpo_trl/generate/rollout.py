@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict
@@ -16,7 +17,6 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 from tqdm import tqdm
-from transformers import GenerationConfig
 from transformers.utils import logging
 
 from ..data.tokenizer import load_template
@@ -27,11 +27,11 @@ from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
 from ..report.console import logged_to, say
 from ..report.manifest import Results, find_manifest, run_day
-from ..run_folder import save_metrics, write_text
+from ..run_folder import read_lines, save_metrics, to_lines, write_text
 from ..terminal import start_bar
 from .engines import Engine, Request, Sampling, TransformersEngine, load_for_generation
 from .questions import INSIDE, Question, ResultForm, read_questions
-from .rollout_files import ROLLOUTS, append_lines, begin, finish, part_path, read_lines, to_row, to_text
+from .rollout_files import ROLLOUTS, append_lines, begin, finish, part_path, to_row
 from .rollout_scores import RIGHT, Line, describe, final_answer, is_well_formed, judge, score_answer, summarize
 from .sandbox import Limits as ToolLimits
 from .sandbox import Outcome
@@ -138,7 +138,8 @@ class _Rollout:
 
     def _generate(self) -> None:
         engine = self._engine()
-        writer = self._writer(engine)
+        limits = Limits(self.recipe.max_tool_calls, self.recipe.max_new_tokens, engine.context)
+        writer = Writer(self.template, engine.ends, limits, self.toolbox.tools)
         trajectories, numbers = self._start(writer)
         part = part_path(self.folder, self.state.process_index)
         ordered = sorted(trajectories, key=lambda trajectory: -trajectory.prompt_tokens)
@@ -215,11 +216,10 @@ class _Rollout:
 
     def _engine(self) -> Engine:
         path, recipe = self.model_path, self.recipe
-        ends = [int(str(self.tokenizer.convert_tokens_to_ids(token))) for token in self.template.turn_ends]
+        names = dict.fromkeys([*self.template.turn_ends, *self.template.stops])
+        ends = [int(str(self.tokenizer.convert_tokens_to_ids(token))) for token in names]
         if recipe.server_url:
-            server = ServerEngine(
-                recipe.server_url, self.tokenizer, read_ends(path, ends), self.sampling, recipe.server_requests
-            )
+            server = ServerEngine(recipe.server_url, self.tokenizer, ends, self.sampling, recipe.server_requests)
             say(
                 f"server   {server.url}: {server.model}, context {server.context:,}",
                 *(f"         {line}" for line in server.notices),
@@ -233,11 +233,6 @@ class _Rollout:
         engine = TransformersEngine(model, self.tokenizer, self.sampling, uses_bf16_autocast(recipe))
         engine.ends = list(dict.fromkeys([*engine.ends, *ends]))
         return engine
-
-    def _writer(self, engine: Engine) -> Writer:
-        recipe = self.recipe
-        limits = Limits(recipe.max_tool_calls, recipe.max_new_tokens, engine.context)
-        return Writer(self.template, engine.ends, limits, self.toolbox.tools)
 
     def _batch_size(self, engine: Engine, ordered: Sequence[Trajectory]) -> int:
         """Return the batch size, or 1 if padding changes what the model predicts."""
@@ -259,7 +254,7 @@ class _Rollout:
         keys = [[(numbers[id(trajectory)], trajectory.sample) for trajectory in batch] for batch in batches]
         complete = {key for batch in keys if lines.keys() >= set(batch) for key in batch}
         if lines:
-            write_text(part, to_text([line for key, line in lines.items() if key in complete]))
+            write_text(part, to_lines([line for key, line in lines.items() if key in complete]))
             say(f"resumed  {len(complete):,} trajectories of this process are complete")
         return complete
 
@@ -340,7 +335,8 @@ class _Rollout:
         ]
 
     def _report(self, lines: list[Line]) -> None:
-        columns = {name: summarize([line for line in lines if line["dataset"] == name]) for name in _datasets(lines)}
+        names = dict.fromkeys(line["dataset"] for line in lines)
+        columns = {name: summarize([line for line in lines if line["dataset"] == name]) for name in names}
         figures = {f"rollout_{key}": value for key, value in summarize(lines).items()}
         if len(columns) > 1:
             columns["all"] = summarize(lines)
@@ -351,9 +347,7 @@ class _Rollout:
                 for key, value in columns[name].items()
             }
         save_metrics(self.folder, "rollout", figures)
-        ends: dict[str, int] = {}
-        for line in lines:
-            ends[line["end"]] = ends.get(line["end"], 0) + 1
+        ends = Counter(line["end"] for line in lines)
         say(f"rollout  {len(lines):,} trajectories are in {self.folder / ROLLOUTS}")
         say(*(f"         {line}" for line in describe(columns)))
         say(f"         how they ended: {', '.join(f'{count:,} {end}' for end, count in sorted(ends.items()))}")
@@ -406,15 +400,6 @@ def _run_calls(writer: Writer, toolbox: Tools, trajectory: Trajectory, calls: Se
         writer.fail(trajectory)
 
 
-def read_ends(path: str, ends: Sequence[int]) -> list[int]:
-    """Return the ids that end a reply of a model that is not loaded: the template's, and its generation config's."""
-    try:
-        saved = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        saved = None
-    return list(dict.fromkeys([*ends, *(saved if isinstance(saved, list) else [saved] if saved is not None else [])]))
-
-
 def form_of(results: Results | None) -> ResultForm | None:
     """Return the form that a run's manifest names."""
     return INSIDE if results == "inside" else ResultForm() if results else None
@@ -429,10 +414,6 @@ def prompt_turns(question: Question) -> int:
 def describe_form(form: ResultForm) -> str:
     places = {"inside": "inside the reply", "user": "as user turns", "tool": "as tool messages"}
     return places[form.place] + (" after tool_calls" if form.calls else "")
-
-
-def _datasets(lines: Sequence[Line]) -> list[str]:
-    return list(dict.fromkeys(line["dataset"] for line in lines))
 
 
 def show(title: str, trajectory: Trajectory, line: Line) -> None:

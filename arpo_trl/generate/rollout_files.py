@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..data.messages import Fields, Message
-from ..run_folder import read_json, write_json, write_text
+from ..run_folder import read_json, read_lines, to_lines, write_json, write_text
 
 ROLLOUTS, STATE = "rollouts.jsonl", "rollout.json"
 Settings: TypeAlias = dict[str, Any]
@@ -21,29 +21,10 @@ def part_path(folder: Path, process: int) -> Path:
 
 def append_lines(path: Path, lines: Sequence[Fields]) -> None:
     """Append lines in one write and flush them to disk: a killed process leaves complete lines, but for the last."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
+        file.write(to_lines(lines))
         file.flush()
         os.fsync(file.fileno())
-
-
-def read_lines(path: Path) -> list[Fields]:
-    """Return the complete lines of a file, none if it doesn't exist."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return list(_parse(lines))
-
-
-def _parse(lines: Iterable[str]) -> Iterator[Fields]:
-    for line in lines:
-        try:
-            value = json.loads(line) if line else None
-        except ValueError:
-            return  # the last line, cut where the process was killed
-        if isinstance(value, dict):
-            yield value
 
 
 def begin(folder: Path, settings: Settings) -> tuple[str, bool]:
@@ -56,8 +37,6 @@ def begin(folder: Path, settings: Settings) -> tuple[str, bool]:
     if same and state["status"] == "finished" and (folder / ROLLOUTS).is_file():
         return f"{folder / ROLLOUTS} is complete. Delete it to roll out again", True
     parts = sorted(folder.glob("rollouts-part-*.jsonl"))
-    if same and not parts and (folder / ROLLOUTS).is_file() and state["status"] == "finished":
-        return "", True
     line = ""
     if not same:
         old = [path for path in (*parts, folder / ROLLOUTS) if path.is_file()]
@@ -74,15 +53,11 @@ def finish(folder: Path, settings: Settings, processes: int) -> list[Fields]:
     lines = [line for process in range(processes) for line in read_lines(part_path(folder, process))]
     unique = {(line["number"], line["sample"]): line for line in lines}
     ordered = [unique[key] for key in sorted(unique)]
-    write_text(folder / ROLLOUTS, to_text(ordered))
+    write_text(folder / ROLLOUTS, to_lines(ordered))
     write_json(folder / STATE, {"status": "finished", "settings": settings})
     for process in range(processes):
         part_path(folder, process).unlink(missing_ok=True)
     return ordered
-
-
-def to_text(lines: Iterable[Fields]) -> str:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 # --- rows ---

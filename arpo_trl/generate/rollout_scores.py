@@ -14,7 +14,7 @@ import pandas
 from ..shell import split_command
 from .sandbox import Limits, run_command
 from .scores import find_answer, same_number, same_text
-from .tags import RESULT_END, TAG
+from .tags import RESULT_END, TAG, closes_tags
 from .trajectory import Trajectory
 
 Line: TypeAlias = dict[str, Any]
@@ -55,19 +55,9 @@ def final_answer(trajectory: Trajectory) -> str | None:
 
 def is_well_formed(trajectory: Trajectory) -> bool:
     """Return whether every tag of the replies closes before the next one opens, and ARPO's forms have tags at all."""
-    tags_seen = False
-    for message in trajectory.messages:
-        if message["role"] != "assistant":
-            continue
-        inside = ""
-        for closes, name in TAG.findall(message["content"]):
-            tags_seen = True
-            if inside != (name if closes else ""):
-                return False
-            inside = "" if closes else name
-        if inside:
-            return False
-    return tags_seen or trajectory.question.form.calls
+    replies = [message["content"] for message in trajectory.messages if message["role"] == "assistant"]
+    has_form = trajectory.question.form.calls or any(map(TAG.search, replies))
+    return has_form and all(map(closes_tags, replies))
 
 
 # --- results of many trajectories ---

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..data.messages import Fields
 from ..errors import RecipeError
-from ..run_folder import write_json, write_text
-from .rollout_files import ROLLOUTS, messages_column, read_lines, registry_entry, to_text
+from ..run_folder import read_lines, to_lines, write_json, write_text
+from .rollout_files import ROLLOUTS, messages_column, registry_entry
 from .rollout_scores import Line
 
 SELECTED, PAIRS = "selected.jsonl", "pairs.jsonl"
@@ -38,7 +38,7 @@ def select(folder: Path, max_per_question: int, max_pairs_per_question: int) -> 
     formatting = lines[0]["formatting"]
     entries = {}
     for name, rows in (("selected", selected), ("pairs", pairs)):
-        write_text(folder / f"{name}.jsonl", to_text(rows))
+        write_text(folder / f"{name}.jsonl", to_lines(rows))
         if rows:
             entries[name] = registry_entry(f"{name}.jsonl", rows, formatting, ranking=name == "pairs")
     write_json(folder / "dataset_info.json", entries)

@@ -11,6 +11,7 @@ import httpx
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import RunFailed, in_one_line
+from ..model.model import through_end
 from .engines import Request, Sampling, seed_of
 
 RETRIES = 5
@@ -58,8 +59,7 @@ class ServerEngine:
 
     def _continue(self, request: Request) -> list[int]:
         ids = self._read_ids(self._complete(request), request.stops)
-        end = next((at for at, token in enumerate(ids) if token in self.ends), len(ids))
-        return cut_after_stop(self.tokenizer, ids[: end + 1], request.stops)[: request.limit]
+        return cut_after_stop(self.tokenizer, through_end(ids, self.ends), request.stops)[: request.limit]
 
     def _complete(self, request: Request) -> dict[str, Any]:
         """Send every sampling parameter: llama.cpp has its own defaults (min_p 0.05), vLLM those of the model's file."""

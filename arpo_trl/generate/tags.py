@@ -124,10 +124,13 @@ def is_well_formed(text: str, label: str = "") -> bool:
     A tag that the label closes but does not open (reasoning, which the generation prompt opens) is open at the start.
     """
     first = TAG.search(label)
-    inside = first[2] if first and first[1] else ""
-    tags = TAG.findall(text)
-    for closes, name in tags:
+    return TAG.search(text) is not None and closes_tags(text, first[2] if first and first[1] else "")
+
+
+def closes_tags(text: str, inside: str = "") -> bool:
+    """Return whether each tag opens and closes before the next one opens. `inside`: the tag that is open at the start."""
+    for closes, name in TAG.findall(text):
         if inside != (name if closes else ""):
             return False
         inside = "" if closes else name
-    return bool(tags) and not inside
+    return not inside

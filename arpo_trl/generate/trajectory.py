@@ -14,7 +14,7 @@ from ..data.labels import Tokenize
 from ..data.messages import Conversation, Fields, Message
 from ..data.segments import to_segments
 from ..data.template import Template
-from ..data.tokenizer import make_tokenize
+from ..data.tokenizer import decode, make_tokenize
 from ..errors import RowError
 from .questions import Question
 from .sandbox import Outcome
@@ -173,7 +173,7 @@ class Writer:
         return "other tokens" if self.decode(ids).startswith(self.decode(trajectory.ids)) else "other text"
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return decode(self.tokenizer, ids)
 
     def _encode(self, pieces: Sequence[str], before: str = "") -> list[int]:
         return [token for piece in self.tokenize(list(pieces), [before, *pieces[:-1]]) for token in piece.ids]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import cast
 
 import torch
@@ -55,3 +56,9 @@ def end_tokens(model: Model, tokenizer: PreTrainedTokenizerBase, call_end: int |
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = [tokenizer.eos_token_id, call_end, *(configured if isinstance(configured, list) else [configured])]
     return list(dict.fromkeys(end for end in ends if end is not None))
+
+
+def through_end(ids: list[int], ends: Collection[int]) -> list[int]:
+    """Return the ids through the first end token, or all of them."""
+    last = next((at for at, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: last + 1]

@@ -345,20 +345,7 @@ def _optimizer_conflicts(recipe: _Recipe) -> Iterator[tuple[str, str]]:
         yield name, "not supported with deepspeed; remove one"
 
 
-CANNOT_CHANGE = frozenset(
-    """
-    oft_rank oft_block_size oft_target
-    pissa_init pissa_iter
-    freeze_trainable_layers freeze_trainable_modules freeze_extra_modules
-    use_llama_pro
-    quantization_bit quantization_method quantization_type double_quantization
-    use_galore galore_target galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise
-    use_apollo apollo_target apollo_rank apollo_update_interval apollo_scale
-    apollo_proj apollo_proj_type apollo_scale_type apollo_layerwise
-    use_muon
-    use_adam_mini
-    use_badam badam_start_block badam_switch_mode badam_switch_interval
-    loraplus_lr_ratio loraplus_lr_embedding
-    """.split()
-)
+MAY_CHANGE = {*MoeKeys.model_fields, *EaftKeys.model_fields, *AsftKeys.model_fields, "module_dropout"}
+"""Keys of what is computed in each step, which no checkpoint contains."""
+CANNOT_CHANGE = frozenset(AdvancedKeys.model_fields) - MAY_CHANGE
 """Keys of the methods' weights and optimizer states, which a checkpoint contains."""

@@ -1,29 +1,14 @@
-"""Reads trainer_log.jsonl, and formats its figures."""
+"""The lines of trainer_log.jsonl, and the format of their figures."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import TrainerState
 
 LogLine = dict[str, Any]  # figures by name; evaluations name their datasets, so no type can list them
-
-
-def read_log(path: Path) -> list[LogLine]:
-    """Return the lines of a trainer_log.jsonl, without a last line truncated by a kill."""
-    lines = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            lines += [line] if isinstance(line, dict) else []
-    return lines
 
 
 def lines_until(lines: list[LogLine], state: TrainerState) -> list[LogLine]:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from datetime import date
 from itertools import dropwhile, islice
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from accelerate import PartialState
@@ -167,18 +167,10 @@ def git_commit() -> str | None:
     return done.stdout.strip()
 
 
-class SampledRows(TypedDict, total=False):
-    """Fields of the manifest that describe the first rows of the training datasets."""
-
-    results: Results | None
-    system: str | None
-    system_share: float
-    tools: list[dict[str, JsonValue]] | None
-    tools_share: float
-
-
-def sample_rows(recipe: Recipe) -> SampledRows:
+def sample_rows(recipe: Recipe) -> dict[str, Any]:
     """Return where most of the first rows with tool results have them, and the system message and tools of most rows.
+
+    The names are those of the manifest's fields; empty if no row can be read.
 
     Results are looked for after the first reply: a system prompt or a question may mention the tag.
     """

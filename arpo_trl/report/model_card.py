@@ -9,8 +9,8 @@ from typing import NamedTuple, cast
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..run_folder import own_path, read_json, write_text
-from .log_file import format_seconds, read_log, run_seconds
+from ..run_folder import own_path, read_json, read_lines, write_text
+from .log_file import format_seconds, run_seconds
 from .manifest import Manifest
 from .serving_flags import serving_commands
 
@@ -45,7 +45,7 @@ def write_model_card(output_dir: Path, manifest: Manifest, changed_keys: dict[st
     license, which the publisher chooses, and no base model if that is a local folder.
     """
     results = read_json(output_dir / "all_results.json")
-    log = read_log(output_dir / "trainer_log.jsonl")
+    log = read_lines(output_dir / "trainer_log.jsonl")
     trained_from = str(manifest.recipe["model_name_or_path"])
     base = base_model(trained_from)
     lora = manifest.recipe["finetuning_type"] in ("lora", "oft")

@@ -19,7 +19,7 @@ from ..data.labels import IGNORED
 from ..data.pairs import SIDES
 from ..data.registry import DatasetInfo
 from ..data.sources import select_datasets
-from ..data.tokenizer import load_template
+from ..data.tokenizer import decode, load_template
 from ..errors import DatasetError, printable
 from ..recipe.keys import Recipe
 from ..terminal import to_terminal
@@ -119,7 +119,7 @@ def describe_example(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[
     for name, end, length in zip(SIDES if len(sides) > 1 else [""], np.cumsum(sides), sides):
         lines += [f"         {name}:"] * bool(name)
         for is_trained, turn in groupby(tokens[end - length : end], lambda token: token[1] != IGNORED):
-            text = str(tokenizer.decode([token for token, _ in turn], clean_up_tokenization_spaces=False))
+            text = decode(tokenizer, [token for token, _ in turn])
             shown = [shorten(line, EXAMPLE_WIDTH, placeholder=" ...") for line in text.split("\n") if line.strip()]
             if len(shown) > EXAMPLE_LINES:
                 shown = [*shown[: EXAMPLE_LINES - 2], "...", shown[-1]]
@@ -132,9 +132,9 @@ def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[
     waiting: list[int] = []
     for token in ids:
         waiting.append(token)
-        text = str(tokenizer.decode(waiting, clean_up_tokenization_spaces=False))
+        text = decode(tokenizer, waiting)
         if not text.endswith("\ufffd") or len(waiting) == 8:
             yield text
             waiting = []
     if waiting:
-        yield str(tokenizer.decode(waiting, clean_up_tokenization_spaces=False))
+        yield decode(tokenizer, waiting)

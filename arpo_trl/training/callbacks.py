@@ -18,7 +18,8 @@ from transformers import (
 from transformers.integrations.integration_utils import TrackioCallback, WandbCallback, rewrite_logs
 
 from ..data.prepare import PreparedData
-from ..generate.predict import SHOWN, Prediction, decode, eval_prompts, predict_replies
+from ..data.tokenizer import decode
+from ..generate.predict import SHOWN, Prediction, eval_prompts, predict_replies
 from ..generate.scores import SCORES, describe_scores, score_replies
 from ..recipe.keys import Recipe
 from ..report.trackers import log_samples

@@ -24,9 +24,9 @@ from ..model.weights import Model
 from ..recipe.keys import Recipe
 from ..recipe.rules import changed_keys
 from ..report.console import say
-from ..report.log_file import format_seconds, read_log
+from ..report.log_file import format_seconds
 from ..report.manifest import DECIDE_SPEED, read_manifest
-from ..run_folder import list_checkpoints
+from ..run_folder import list_checkpoints, read_lines
 from .checkpoints import checkpoint_bytes, saved_bytes
 from .reference import report_reference
 from .setup import check_after_torch, load_rows
@@ -119,7 +119,7 @@ def describe_rows(data: PreparedData, verbose: bool) -> list[str]:
 
 def describe_time(recipe: Recipe, args: SFTConfig, data: PreparedData, steps: int) -> str:
     """Return the time of all steps at the speed of an earlier run in output_dir, if it computed the same."""
-    log = read_log(Path(recipe.output_dir) / "trainer_log.jsonl")
+    log = read_lines(Path(recipe.output_dir) / "trainer_log.jsonl")
     speeds = [line["tokens_per_second"] for line in log if line.get("tokens_per_second")]
     earlier, now = read_manifest(Path(recipe.output_dir)), recipe.resolved()
     is_same = earlier is not None and all(earlier.recipe.get(key) == now.get(key) for key in DECIDE_SPEED)

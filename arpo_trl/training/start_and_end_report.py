@@ -21,7 +21,8 @@ from ..model.base import lacks_bf16_instructions, uses_bf16_autocast
 from ..model.split import find_split
 from ..model.weights import Model
 from ..recipe.keys import COMMAND_LINE, Recipe
-from ..report.log_file import describe_evaluation, format_seconds, read_log, run_seconds
+from ..report.log_file import describe_evaluation, format_seconds, run_seconds
+from ..run_folder import read_lines
 from ..shell import quote_command
 from .reference import report_reference
 from .trainer import ArpoTrainer
@@ -204,7 +205,7 @@ def end_report(
         lines.append(f"best     step {state.best_global_step}; its weights are the final model")
     figures = [f"train loss {trained['train_loss']:.4f}", *describe_evaluation(evaluated)]
     output_dir = Path(recipe.output_dir)
-    log = read_log(output_dir / "trainer_log.jsonl")
+    log = read_lines(output_dir / "trainer_log.jsonl")
     seconds = max(trained["train_runtime"], run_seconds(log))
     lines.append(f"done     in {format_seconds(seconds)}: {', '.join(figures)}")
     files = [name for name in ("README.md", "trainer_log.jsonl", "training_loss.png") if (output_dir / name).exists()]

@@ -30,13 +30,13 @@ from ..recipe.keys import Recipe
 from ..recipe.read import read_recipe
 from ..recipe.rules import changed_keys
 from ..report.console import logged_to, say
-from ..report.log_file import LogLine, mean_loss, read_log
+from ..report.log_file import LogLine, mean_loss
 from ..report.loss_plot import plot_run
 from ..report.manifest import Manifest, describe_run, read_manifest, require_same_run
 from ..report.model_card import write_model_card
 from ..report.preview import describe_example
 from ..report.trackers import continue_curves, finish_trackers, start_trackers
-from ..run_folder import checkpoint_step, match_umask, read_json, save_metrics, write_json
+from ..run_folder import checkpoint_step, match_umask, read_json, read_lines, save_metrics, write_json
 from .callbacks import (
     BeforeFirstStep,
     PredictOnEvaluate,
@@ -139,7 +139,7 @@ def _result(recipe: Recipe, code: int) -> Result:
         exit_code=code,
         stopped_by=signal.Signals(code - 128).name if code else None,
         metrics=(read_json(output_dir / "all_results.json") or {}) if code == 0 else {},
-        history=read_log(output_dir / "trainer_log.jsonl"),
+        history=read_lines(output_dir / "trainer_log.jsonl"),
         output_dir=output_dir,
         best_checkpoint=Path(best) if best else None,
     )
@@ -191,7 +191,7 @@ def _train(
             manifest.write(output_dir, "stopped")
         say(*describe_stop(recipe, trainer.state.global_step, stop.signum))
         return 128 + stop.signum
-    log = read_log(output_dir / "trainer_log.jsonl")
+    log = read_lines(output_dir / "trainer_log.jsonl")
     trained["train_loss"] = mean_loss(log, trainer.state.global_step) or trained["train_loss"]  # since the resume
     serving = on_main_process(lambda: check_run(recipe, data, output_dir))
     write_results(recipe, trainer, manifest, trained, evaluated)  # last, because it marks the run as finished
@@ -303,7 +303,7 @@ def write_results(
     write_json(output_dir / "trainer_state.json", asdict(trainer.state))
     if recipe.plot_loss:
         try:
-            plot_run(read_log(output_dir / "trainer_log.jsonl"), output_dir)
+            plot_run(read_lines(output_dir / "trainer_log.jsonl"), output_dir)
         except OSError as error:  # on Windows, if a viewer has it open
             say(f"training_loss.png could not be written ({error}); the model is saved")
     write_model_card(output_dir, manifest, changed_keys(recipe))

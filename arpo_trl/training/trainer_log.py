@@ -23,11 +23,10 @@ from ..report.log_file import (
     describe_predictions,
     format_seconds,
     lines_until,
-    read_log,
     run_seconds,
 )
 from ..report.loss_plot import plot_run
-from ..run_folder import write_text
+from ..run_folder import read_lines, write_text
 from ..terminal import RUN_BAR, start_bar
 from .trainer import ArpoTrainer
 
@@ -73,7 +72,7 @@ class TrainerLog(TrainerCallback):
         self._total, self._unwritten = 0, ""
 
     def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
-        earlier = lines_until(read_log(self.path), state)
+        earlier = lines_until(read_lines(self.path), state)
         self._elapsed_before = run_seconds(earlier)
         self._began = time.monotonic()
         self._total = count_tokens_of_run(self.trainer)
@@ -168,7 +167,7 @@ class TrainerLog(TrainerCallback):
     def on_save(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.plot and state.is_world_process_zero:
             with contextlib.suppress(OSError):  # the checkpoint reports a full disk
-                plot_run(read_log(self.path), self.path.parent)
+                plot_run(read_lines(self.path), self.path.parent)
 
     def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.bar:

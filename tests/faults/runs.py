@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from trl.trainer.sft_config import SFTConfig
 
-from arpo_trl.report.log_file import read_log
+from arpo_trl.run_folder import read_lines
 from arpo_trl.training.callbacks import BeforeFirstStep
 from arpo_trl.training.checkpoints import newest_complete_checkpoint
 from arpo_trl.training.preflight import run_preflight
@@ -131,4 +131,4 @@ def log_without_times(folder: Path) -> list[dict[str, Any]]:
     def kept(key: str) -> bool:
         return key not in MEASURED and not key.endswith(("_runtime", "_per_second"))
 
-    return [{k: v for k, v in line.items() if kept(k)} for line in read_log(folder / "trainer_log.jsonl")]
+    return [{k: v for k, v in line.items() if kept(k)} for line in read_lines(folder / "trainer_log.jsonl")]

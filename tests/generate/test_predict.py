@@ -22,7 +22,7 @@ from arpo_trl.errors import RecipeError, RunFailed
 from arpo_trl.generate import predict as predict_module
 from arpo_trl.generate.predict import Prompt, find_prompts, generate
 from arpo_trl.recipe import read_recipe
-from arpo_trl.report.log_file import read_log
+from arpo_trl.run_folder import read_lines
 from arpo_trl.training.train import train
 
 pytestmark = small_run.QUIET
@@ -246,7 +246,7 @@ WATCHED = {
 
 
 def scores_in(log: Path) -> dict[int, dict[str, float]]:
-    lines = [line for line in read_log(log) if "eval_predict_replies" in line]
+    lines = [line for line in read_lines(log) if "eval_predict_replies" in line]
     return {
         line["current_steps"]: {name: value for name, value in line.items() if name.startswith("eval_predict")}
         for line in lines
@@ -278,7 +278,7 @@ def test_the_steps_are_as_if_nothing_had_been_predicted(watched: Path, tiny_mode
     expected, found = (
         [
             {name: line.get(name) for name in figures}
-            for line in read_log(folder / "trainer_log.jsonl")
+            for line in read_lines(folder / "trainer_log.jsonl")
             if "eval_predict_replies" not in line
         ]
         for folder in (plain, watched)

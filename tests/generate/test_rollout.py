@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.__main__ import main
 from arpo_trl.generate.engines import Request, Sampling, TransformersEngine, load_for_generation
-from arpo_trl.generate.rollout_files import read_lines
 from arpo_trl.generate.rollout_scores import (
     describe,
     paired_difference,
@@ -29,6 +28,7 @@ from arpo_trl.generate.rollout_scores import (
     summarize,
 )
 from arpo_trl.generate.selection import pair_up, usable
+from arpo_trl.run_folder import read_lines
 
 pytestmark = [small_run.QUIET, pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")]
 

@@ -22,8 +22,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from arpo_trl.__main__ import main
 from arpo_trl.generate.engines import Request, Sampling, TransformersEngine, load_for_generation
-from arpo_trl.generate.rollout_files import read_lines
 from arpo_trl.generate.server import ServerEngine, cut_after_stop
+from arpo_trl.run_folder import read_lines
 
 pytestmark = [small_run.QUIET, pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")]
 GREEDY = Sampling(do_sample=False)

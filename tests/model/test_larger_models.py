@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from arpo_trl.__main__ import main
-from arpo_trl.report.log_file import read_log
+from arpo_trl.run_folder import read_lines
 
 pytestmark = [small_run.QUIET, pytest.mark.filterwarnings("default")]
 
@@ -90,7 +90,7 @@ def test_text_trains_on_it_after_a_check(
     checked = capsys.readouterr()
     assert "Traceback" not in checked.out + checked.err
     assert main([str(recipe), *keys, "max_steps=2"]) == 0
-    assert len([line for line in read_log(tmp_path / "run" / "trainer_log.jsonl") if "loss" in line]) == 2
+    assert len([line for line in read_lines(tmp_path / "run" / "trainer_log.jsonl") if "loss" in line]) == 2
     if make is not mistral3:
         return
     before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "run"))
@@ -109,6 +109,6 @@ def test_two_processes_train_a_model_with_weights_that_text_never_reaches(make: 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([*launch, str(recipe)], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len([line for line in read_log(tmp_path / "run" / "trainer_log.jsonl") if "loss" in line]) == 4
+    assert len([line for line in read_lines(tmp_path / "run" / "trainer_log.jsonl") if "loss" in line]) == 4
     total, trained = re.search(r"([\d,]+) parameters, ([\d,]+) trained", done.stdout).groups()  # type: ignore[union-attr]
     assert int(trained.replace(",", "")) < int(total.replace(",", ""))

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from arpo_trl.report.log_file import read_log
+from arpo_trl.run_folder import read_lines
 
 ROOT = Path(__file__).parents[2]
 TIMES = {"elapsed_time", "remaining_time", "elapsed_seconds", "tokens_per_second", "trained_tokens_per_second"}
@@ -168,7 +168,7 @@ def launch(words: list[str], timeout: float = 240, **env: str) -> str:
 def log_without_times(run: Path) -> list[dict[str, Any]]:
     return [
         {k: v for k, v in line.items() if k not in TIMES | {"peak_memory_gb"}}
-        for line in read_log(run / "trainer_log.jsonl")
+        for line in read_lines(run / "trainer_log.jsonl")
     ]
 
 

@@ -32,7 +32,7 @@ from launches import (
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
-from arpo_trl.report.log_file import read_log
+from arpo_trl.run_folder import read_lines
 from arpo_trl.training.train import train
 
 
@@ -121,7 +121,7 @@ def start(command: list[str], printed: Path) -> subprocess.Popen[bytes]:
 
 def wait_for_a_step(run: Path, launcher: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 180
-    while not read_log(run / "trainer_log.jsonl"):
+    while not read_lines(run / "trainer_log.jsonl"):
         assert launcher.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.2)

@@ -21,7 +21,7 @@ from trl.trainer.sft_config import SFTConfig
 from arpo_trl.model.methods.eaft import entropy_adaptive
 from arpo_trl.model.token_scores import Objective
 from arpo_trl.recipe.rules import METRICS
-from arpo_trl.report.log_file import read_log
+from arpo_trl.run_folder import read_lines
 from arpo_trl.training.loss import token_means
 from arpo_trl.training.train import train
 from arpo_trl.training.trainer import ArpoTrainer
@@ -153,7 +153,7 @@ def watched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_early_stopping_keeps_the_best_weights(watched: Path) -> None:
-    log = [line for line in read_log(watched / "trainer_log.jsonl") if "eval_loss" in line]
+    log = [line for line in read_lines(watched / "trainer_log.jsonl") if "eval_loss" in line]
     losses = {line["current_steps"]: line["eval_loss"] for line in log}
     best = min(losses, key=lambda step: losses[step])
     assert max(losses) == best + 2 < 12
@@ -211,7 +211,7 @@ def test_two_processes_compute_the_same_losses_and_one_writes(tiny_model: Path, 
         [*launch, str(recipe.path)], env=env, capture_output=True, text=True, timeout=300, check=True
     ).stdout
     two = tmp_path / "two" / "run"
-    expected, found = (read_log(folder / "trainer_log.jsonl") for folder in (alone, two))
+    expected, found = (read_lines(folder / "trainer_log.jsonl") for folder in (alone, two))
     assert [line["current_steps"] for line in found] == [line["current_steps"] for line in expected]
     for a, b in zip(expected, found, strict=True):
         for name in a.keys() & {"loss", "eval_loss", "eval_counting_loss", "eval_greetings_loss", "trained_tokens"}:

@@ -26,7 +26,7 @@ from arpo_trl.errors import RunFailed
 from arpo_trl.model.memory import estimate_memory, model_shape
 from arpo_trl.model.sft_config import to_sft_config
 from arpo_trl.recipe import Recipe
-from arpo_trl.report.log_file import read_log
+from arpo_trl.run_folder import read_lines
 from arpo_trl.training import preflight
 
 pytestmark = small_run.QUIET
@@ -48,7 +48,7 @@ def _free_gpu_memory() -> Iterator[None]:
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_log(run / "trainer_log.jsonl") if "loss" in line]
+    return [line["loss"] for line in read_lines(run / "trainer_log.jsonl") if "loss" in line]
 
 
 def plain_loss(recipe: Recipe, device: str, rows: int | None = None) -> float:

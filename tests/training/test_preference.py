@@ -25,7 +25,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from arpo_trl.errors import RecipeError, RunFailed
 from arpo_trl.recipe import Recipe
-from arpo_trl.report.log_file import read_log
+from arpo_trl.run_folder import read_lines
 from arpo_trl.training import preference, preflight, reference
 from arpo_trl.training.preference import score_pairs
 from arpo_trl.training.reference import Reference, make_preference
@@ -325,7 +325,7 @@ def run_pairs(folder: Path, model: Path, **changes: Any) -> Path:
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in read_log(folder / "trainer_log.jsonl")]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in read_lines(folder / "trainer_log.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +350,7 @@ def test_a_trained_adapter_is_compared_with_the_bare_base_and_the_run_reports_it
     printed = capsys.readouterr().out
     assert f"without {sft_adapter}, as in LLaMA-Factory" in printed
     assert "the recipe starts from another model than its reference" in printed
-    assert abs(read_log(folder / "trainer_log.jsonl")[0]["loss"] - math.log(2)) > 1e-4
+    assert abs(read_lines(folder / "trainer_log.jsonl")[0]["loss"] - math.log(2)) > 1e-4
     run = json.loads((folder / "run.json").read_text())
     assert run["reference"]["path"] == str(tiny_model) and run["reference"]["adapters"] == []
 
@@ -361,13 +361,13 @@ def test_the_sft_model_as_the_reference_in_two_ways(tmp_path: Path, tiny_model: 
     keys = {"finetuning_type": "lora", "adapter_name_or_path": str(sft_adapter), "max_steps": 2}
     second = {"ref_model": str(tiny_model), "ref_model_adapters": str(sft_adapter)}
     folder = run_pairs(tmp_path / "a", tiny_model, **keys, **second)
-    log = read_log(folder / "trainer_log.jsonl")
+    log = read_lines(folder / "trainer_log.jsonl")
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and log[1]["loss"] != log[0]["loss"]
     assert not list(folder.rglob("reference")) and list(folder.glob("checkpoint-2/adapter_model.safetensors"))
     weights = load_file(folder / "adapter_model.safetensors")
     assert not torch.equal(*(load_file(p / "adapter_model.safetensors")[min(weights)] for p in (folder, sft_adapter)))
     merged = run_pairs(tmp_path / "b", tiny_model, **keys, create_new_adapter=True)
-    assert read_log(merged / "trainer_log.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert read_lines(merged / "trainer_log.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_another_ref_model_is_a_second_model(
@@ -379,7 +379,7 @@ def test_another_ref_model_is_a_second_model(
     save_file({name: w * 0.9 for name, w in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
     folder = run_pairs(tmp_path, tiny_model, ref_model=str(other), max_steps=1, save_strategy="no")
     assert "the recipe starts from another model than its reference" in capsys.readouterr().out
-    assert abs(read_log(folder / "trainer_log.jsonl")[0]["loss"] - math.log(2)) > 1e-4
+    assert abs(read_lines(folder / "trainer_log.jsonl")[0]["loss"] - math.log(2)) > 1e-4
 
 
 @small_run.QUIET
@@ -488,8 +488,8 @@ def test_a_run_logs_evaluates_and_plots(tmp_path: Path, tiny_model: Path) -> Non
     keys |= {"metric_for_best_model": "rewards/accuracies", "per_device_eval_batch_size": 2, "learning_rate": 5e-3}
     folder = run_pairs(tmp_path, tiny_model, **keys)
     assert {"training_loss.png", "training_rewards_accuracies.png"} <= {path.name for path in folder.iterdir()}
-    steps = [line for line in read_log(folder / "trainer_log.jsonl") if "loss" in line]
-    evals = [line for line in read_log(folder / "trainer_log.jsonl") if "eval_loss" in line]
+    steps = [line for line in read_lines(folder / "trainer_log.jsonl") if "loss" in line]
+    evals = [line for line in read_lines(folder / "trainer_log.jsonl") if "eval_loss" in line]
     assert steps[0]["accuracy"] == steps[0]["rewards/accuracies"] == 0 and steps[-1]["accuracy"] == 1
     state = json.loads((folder / "trainer_state.json").read_text())
     names = {
@@ -594,7 +594,7 @@ def test_a_frozen_second_adapter_on_a_4_bit_base(
     keys = {"finetuning_type": "lora", "adapter_name_or_path": str(sft_adapter), "quantization_bit": 4, "max_steps": 2}
     second = {"ref_model": str(tiny_model), "ref_model_adapters": str(sft_adapter)}
     folder = run_pairs(tmp_path / "a", tiny_model, **keys, **second)
-    log = read_log(folder / "trainer_log.jsonl")
+    log = read_lines(folder / "trainer_log.jsonl")
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and log[1]["loss"] < log[0]["loss"]
     assert "a second adapter of the model" in capsys.readouterr().out and not list(folder.rglob("reference"))
     run_pairs(tmp_path / "b", tiny_model, **keys)

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from small_pairs import write_pairs
 
 from arpo_trl.__main__ import main
-from arpo_trl.report.log_file import LogLine, read_log
+from arpo_trl.report.log_file import LogLine
+from arpo_trl.run_folder import read_lines
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -60,7 +61,7 @@ def test_two_processes_with_an_odd_number_of_pairs_train_as_one(loss: str, tmp_p
             tmp_path, tiny_model, **keys, per_device_train_batch_size=size, output_dir=str(tmp_path / name)
         )
         run_recipe(path, *launcher)
-        logs.append(read_log(tmp_path / name / "trainer_log.jsonl"))
+        logs.append(read_lines(tmp_path / name / "trainer_log.jsonl"))
     names = [
         "loss",
         "rewards/accuracies",
@@ -93,7 +94,7 @@ def test_a_recipe_of_others_trains_two_steps(path: Path, tmp_path: Path, tiny_mo
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     with kept_handlers():
         assert main([str(tmp_path / "r.yaml")]) == 0
-    log = read_log(tmp_path / "out" / "trainer_log.jsonl")
+    log = read_lines(tmp_path / "out" / "trainer_log.jsonl")
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and log[0]["accuracy"] == 0
     assert log[1]["loss"] < log[0]["loss"] or recipe["learning_rate"] < 1e-5
 
@@ -168,7 +169,7 @@ def test_a_split_model_trains_as_one_process(
     keys |= {"pref_ftx": 0.1, "lr_scheduler_type": "constant"}
     one = small_run.write_recipe(tmp_path, tiny_model, **keys, per_device_train_batch_size=4)
     run_recipe(one)
-    expected = read_log(tmp_path / "run" / "trainer_log.jsonl")
+    expected = read_lines(tmp_path / "run" / "trainer_log.jsonl")
     keys |= {"output_dir": str(tmp_path / "split")}
     path = small_run.write_recipe(tmp_path, tiny_model, **keys, per_device_train_batch_size=2)
     printed = launches.launch(launches.command(engine, path), timeout=900)
@@ -176,7 +177,7 @@ def test_a_split_model_trains_as_one_process(
     assert (tmp_path / "split" / "reference_log_probs.npz").exists() == (
         finetuning_type == "full" and engine != "zero2"
     )
-    log = read_log(tmp_path / "split" / "trainer_log.jsonl")
+    log = read_lines(tmp_path / "split" / "trainer_log.jsonl")
     for name in ("loss", "rewards/margins", "logps/chosen"):
         found, wanted = ([line[name] for line in lines if name in line] for lines in (log, expected))
         assert len(found) == 3 and found == pytest.approx(wanted, rel=1e-4, abs=2e-5), name
@@ -190,7 +191,7 @@ def train_shipped(name: str, folder: Path, model: Path, **keys: Any) -> list[Log
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     with kept_handlers():
         assert main([str(folder / "recipe.yaml")]) == 0
-    return read_log(folder / "run" / "trainer_log.jsonl")
+    return read_lines(folder / "run" / "trainer_log.jsonl")
 
 
 @pytest.mark.slow

@@ -21,8 +21,7 @@ from arpo_trl.data.tokenizer import load_template
 from arpo_trl.errors import RecipeError
 from arpo_trl.model.model import load_model
 from arpo_trl.recipe import read_recipe
-from arpo_trl.report.log_file import read_log
-from arpo_trl.run_folder import read_json
+from arpo_trl.run_folder import read_json, read_lines
 from arpo_trl.training import score_check
 from arpo_trl.training.score_check import check_scores
 from arpo_trl.training.setup import check_after_torch, load_rows
@@ -95,7 +94,7 @@ def test_an_unknown_head_trains_on_the_models_own_logits(
 ) -> None:
     folder = models[family]
     train(recipe_of(folder, tmp_path, **keys))
-    first, second = (line["loss"] for line in read_log(tmp_path / "trainer_log.jsonl"))
+    first, second = (line["loss"] for line in read_lines(tmp_path / "trainer_log.jsonl"))
     assert first == pytest.approx(own_loss(folder, tmp_path, **keys), abs=1e-4)
     assert second != first if "use_dft_loss" in keys else second < first
     said = (tmp_path / "training.log").read_text(encoding="utf-8")
@@ -113,7 +112,7 @@ def test_an_unknown_head_is_exact_in_packed_batches_or_not_supported(
     except RecipeError as error:
         assert "padding-free batch" in str(error)
     else:
-        assert read_log(tmp_path / "trainer_log.jsonl")[0]["loss"] == pytest.approx(
+        assert read_lines(tmp_path / "trainer_log.jsonl")[0]["loss"] == pytest.approx(
             own_loss(folder, tmp_path), abs=1e-4
         )
 
@@ -132,7 +131,7 @@ def test_pairs_are_compared_by_them_on_both_models(models: dict[str, Path], tmp_
     keys = {"stage": "dpo", "dataset": "pairs", "dataset_dir": str(pairs), "max_steps": 1}
     for loss, expected in (("sigmoid", 0.6931), ("simpo", None)):
         train(recipe_of(folder, tmp_path / loss, pref_loss=loss, **keys))
-        line = read_log(tmp_path / loss / "trainer_log.jsonl")[0]
+        line = read_lines(tmp_path / loss / "trainer_log.jsonl")[0]
         assert expected is None or line["loss"] == pytest.approx(expected, abs=1e-3)
     recipe = recipe_of(folder, tmp_path / "simpo", pref_loss="simpo", **keys)
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
@@ -184,7 +183,7 @@ def test_two_processes_train_on_them_as_one(models: dict[str, Path], tmp_path: P
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("loss     recurrent_gemma: ") == 1
-    first = read_log(tmp_path / "trainer_log.jsonl")[0]["loss"]
+    first = read_lines(tmp_path / "trainer_log.jsonl")[0]["loss"]
     assert first == pytest.approx(own_loss(folder, tmp_path), abs=1e-4)
 
 

@@ -17,8 +17,7 @@ from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
 from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.llamafactory import IGNORED, NOT_SUPPORTED, RENAMED
-from arpo_trl.report.log_file import read_log
-from arpo_trl.run_folder import list_checkpoints
+from arpo_trl.run_folder import list_checkpoints, read_lines
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [small_run.QUIET, pytest.mark.filterwarnings("default")]
@@ -194,7 +193,7 @@ def test_a_field_of_how_a_run_is_computed_changes_no_weight(key: str, value: Any
     for name, weight in expected.items():
         assert torch.equal(weights[name], weight) or key in ("pad_to_multiple_of", "gradient_checkpointing"), name
         torch.testing.assert_close(weights[name], weight)
-    final = [read_log(folder / "trainer_log.jsonl")[-1] for folder in (base, out)]
+    final = [read_lines(folder / "trainer_log.jsonl")[-1] for folder in (base, out)]
     assert final[0]["eval_loss"] == pytest.approx(final[1]["eval_loss"], abs=2e-2 if "full_eval" in key else 1e-5)
 
 

@@ -16,7 +16,7 @@ import small_run
 import yaml
 
 from arpo_trl.model.merge import merge
-from arpo_trl.report.log_file import read_log
+from arpo_trl.run_folder import read_lines
 
 pytestmark = [
     small_run.QUIET,
@@ -51,7 +51,7 @@ def test_sixty_rows_teach_the_form_and_a_merged_adapter_predicts_the_same(
         "lora": {"finetuning_type": "lora", "learning_rate": 1e-3, "lora_rank": 16},
     }[kind]
     trained = small_run.run(tmp_path, smollm2, **KEYS | changes)
-    log = read_log(trained / "trainer_log.jsonl")
+    log = read_lines(trained / "trainer_log.jsonl")
     losses = [line["eval_loss"] for line in log if "eval_loss" in line]
     before, after = (line for line in log if "eval_predict_replies" in line)
     assert losses[-1] < 0.6 * losses[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import small_run
 
-from arpo_trl.report.log_file import read_log
+from arpo_trl.run_folder import read_lines
 
 SPAWNED = """
 import multiprocessing, sys
@@ -32,4 +32,4 @@ def test_rows_are_encoded_and_loaded_by_spawned_processes(tiny_model: Path, tmp_
         [sys.executable, script, recipe.path, "overwrite_cache=true"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert [line["current_steps"] for line in read_log(tmp_path / "run" / "trainer_log.jsonl")] == [1, 2, 3, 4]
+    assert [line["current_steps"] for line in read_lines(tmp_path / "run" / "trainer_log.jsonl")] == [1, 2, 3, 4]

@@ -16,8 +16,8 @@ from trl.trainer.sft_config import SFTConfig
 from arpo_trl.errors import RecipeError
 from arpo_trl.model.base import compute_dtype
 from arpo_trl.model.sft_config import to_sft_config
-from arpo_trl.report.log_file import read_log
 from arpo_trl.report.manifest import read_manifest
+from arpo_trl.run_folder import read_lines
 from arpo_trl.training import start_and_end_report
 from arpo_trl.training.start_and_end_report import describe_model, missing_gpu, precision, resume_command
 
@@ -128,7 +128,7 @@ def test_an_unwritable_plot_does_not_fail_the_run(tiny_model: Path, tmp_path: Pa
     assert manifest and manifest.status == "finished"
     reported = (run / "training.log").read_text(encoding="utf-8")
     assert "training_loss.png could not be written" in reported and reported.count("\n") > 10
-    first = read_log(run / "trainer_log.jsonl")[0]
+    first = read_lines(run / "trainer_log.jsonl")[0]
     assert first["current_steps"] == 0 and first["eval_loss"] > 0
 
 

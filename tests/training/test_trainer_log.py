@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from arpo_trl.machine import peak_memory
-from arpo_trl.report.log_file import format_seconds, mean_loss, read_log
+from arpo_trl.report.log_file import format_seconds, mean_loss
 from arpo_trl.report.loss_plot import plot_loss, smooth
+from arpo_trl.run_folder import read_lines
 from arpo_trl.training.trainer_log import TrainerLog
 from arpo_trl.training.window import Speed, Window, mean_context, mfu_per_token
 
@@ -62,7 +63,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_a_log_line_has_the_keys_of_llamafactory_and_ours(finished: Path) -> None:
-    lines = [line for line in read_log(finished / "trainer_log.jsonl") if "loss" in line]
+    lines = [line for line in read_lines(finished / "trainer_log.jsonl") if "loss" in line]
     keys = LLAMA_FACTORY | OURS
     assert [set(line) for line in lines] == [keys - {"remaining_time"}] * 2 + [keys] * 3  # unknown in the first steps
     assert [line["current_steps"] for line in lines] == [1, 2, 3, 4, 5]
@@ -73,7 +74,7 @@ def test_a_log_line_has_the_keys_of_llamafactory_and_ours(finished: Path) -> Non
 
 def test_token_counts_match_the_audit(finished: Path) -> None:
     audit = json.loads((finished / "run.json").read_text(encoding="utf-8"))["audit"]["counting"]
-    last = [line for line in read_log(finished / "trainer_log.jsonl") if "loss" in line][-1]
+    last = [line for line in read_lines(finished / "trainer_log.jsonl") if "loss" in line][-1]
     assert 0 < last["trained_tokens"] < last["seen_tokens"] < audit["tokens"]  # two rows were held out
     assert last["trained_tokens"] < audit["trained_tokens"]
 
@@ -96,8 +97,8 @@ def test_a_run_prints_its_start_and_end_reports(finished: Path) -> None:
 
 def test_a_truncated_last_line_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "log").write_text('{"current_steps": 1}\n{"current_st', encoding="utf-8")
-    assert read_log(tmp_path / "log") == [{"current_steps": 1}]
-    assert read_log(tmp_path / "none") == []
+    assert read_lines(tmp_path / "log") == [{"current_steps": 1}]
+    assert read_lines(tmp_path / "none") == []
 
 
 def test_the_mean_loss_covers_all_sessions() -> None:
@@ -156,7 +157,7 @@ def test_the_remaining_time_is_that_of_the_remaining_tokens_at_the_speed_of_the_
         log.on_step_begin(None, state, None)
         log.on_step_end(None, state, None)
         log.on_log(None, state, None, logs={"loss": 1.0, "learning_rate": 1e-3, "num_tokens": 100} | figures)
-    lines = read_log(tmp_path / "log")
+    lines = read_lines(tmp_path / "log")
     remaining = "0:00:06" if stream else "0:00:04"
     assert [line.get("remaining_time") for line in lines] == [None, None, None, remaining]
     assert lines[1].items() >= figures.items() and not lines[1].keys() & {"learning_rate", "num_tokens"}
@@ -205,7 +206,7 @@ def write_log(folder: Path, steps: int, evals: tuple[str, ...] = ()) -> Path:
 )
 def test_a_plot_is_drawn_at_any_length(steps: int, evals: tuple[str, ...], tmp_path: Path) -> None:
     picture = tmp_path / "运行" / "training_loss.png"  # a folder that the plot's font cannot write
-    plot_loss(read_log(write_log(picture.parent, steps, evals)), picture)
+    plot_loss(read_lines(write_log(picture.parent, steps, evals)), picture)
     pixels = matplotlib.image.imread(str(picture))
     assert pixels.shape == (540, 960, 4)
     assert (pixels[..., :3].min(axis=-1) < 0.9).sum() > 5_000
