@@ -22,6 +22,7 @@ from pathlib import Path
 os.environ.setdefault("USE_LIBUV", "0")
 
 from .errors import RecipeError, RunFailed, in_one_line, printable, program
+from .machine import environment
 from .recipe import Recipe, read_recipe
 from .recipe.command_line import CommandLine, read_command_line
 from .recipe.help import explain, usage
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(
                 5
-            )  # if the main process raises it too, the launcher ends this one before it repeats the message
+            )  # the launcher ends this process if the main one has raised it too: the message is printed once
         print(to_terminal(str(error), sys.stderr), file=sys.stderr)
         return 2
     except RunFailed as error:
@@ -96,7 +97,7 @@ def _run(argv: Sequence[str]) -> int:
     options: dict[str, Callable[[CommandLine], None]] = {
         "help": lambda line: print(explain(line.words) or usage()),
         "version": lambda line: print(f"arpo_trl {__version__}"),
-        "env": _print_environment,
+        "env": lambda line: print(environment()),
         "init": _init,
         "check": _check,
         "preview": _preview,
@@ -155,12 +156,6 @@ def _select(argv: Sequence[str]) -> None:
     with gc_paused():
         from .generate.selection import select
     print("\n".join(select(args.folder, args.max_per_question, args.max_pairs_per_question)))
-
-
-def _print_environment(line: CommandLine) -> None:
-    from .machine import environment
-
-    print(environment())
 
 
 def _init(line: CommandLine) -> None:

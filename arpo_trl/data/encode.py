@@ -23,8 +23,8 @@ from ..errors import DatasetError, RowError
 from ..recipe.keys import Recipe
 from .files import Row
 from .labels import IGNORED, Example, ExampleConfig, Tokenize, mask_replies, to_examples, trained_segments
-from .messages import Conversation, to_conversation
-from .pairs import SIDES, PairSegments, split_answers, split_side, to_pair, to_pair_examples
+from .messages import Conversation
+from .pairs import SIDES, PairSegments, read_sides, split_answers, split_side, to_pair_examples
 from .registry import DatasetInfo
 from .segments import Segment, TurnEndError, as_rendered, is_written, to_segments
 from .strict_json import excerpt
@@ -94,10 +94,7 @@ class Encoder:
         """Read a row as one conversation, or a pair as two: chosen and rejected. Raises RowError if it is malformed."""
         if isinstance(row.value, RowError):
             raise row.value
-        args = row.value, self.info, self.recipe.default_system
-        return [
-            self.template.fit(side) for side in (to_pair(*args) if self.info.ranking else [to_conversation(*args)])
-        ]
+        return [self.template.fit(side) for side in read_sides(row.value, self.info, self.recipe.default_system)]
 
 
 def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Iterator[EncodedRow]:
@@ -257,11 +254,12 @@ def _complete(example: Example | RowError, sides: list[Rendered], encoder: Encod
 
 def _trains_on_result(segments: Sequence[Segment], config: ExampleConfig) -> bool:
     """Return whether a trained reply has a tool result that mask_spans does not mask."""
-    for segment, trained in zip(segments, trained_segments(segments, config)):
-        for match in RESULT.finditer(segment.text) if trained else ():
-            if not any(span.start <= match.start() < span.end for span in segment.spans):
-                return True
-    return False
+    trained = (segment for segment, is_trained in zip(segments, trained_segments(segments, config)) if is_trained)
+    return any(
+        not any(span.start <= match.start() < span.end for span in segment.spans)
+        for segment in trained
+        for match in RESULT.finditer(segment.text)
+    )
 
 
 def _to_columns(row: Row, result: Example | RowError, cutoff_len: int) -> EncodedRow:

@@ -37,6 +37,7 @@ from .messages import (
     complete,
     read_alpaca_prompt,
     read_turns,
+    to_conversation,
     to_fields,
 )
 from .registry import TAGS, DatasetInfo
@@ -81,6 +82,12 @@ def to_pair(row: object, info: DatasetInfo, default_system: str | None = None) -
     other = [*chosen_row.messages[:before], *sides[1]]
     check_order(other)
     return replace(chosen_row, prompt=before), replace(chosen_row, messages=other, prompt=before, unread=Counter())
+
+
+def read_sides(row: object, info: DatasetInfo, default_system: str | None = None) -> Sequence[Conversation]:
+    """Read a row as one conversation, or a ranking row as two: chosen and rejected. Raises RowError if it is malformed."""
+    args = row, info, default_system
+    return to_pair(*args) if info.ranking else [to_conversation(*args)]
 
 
 def split_answers(row: Row, info: DatasetInfo) -> Iterator[Row]:

@@ -23,8 +23,8 @@ from ..run_folder import to_lines, write_text
 from .encode import Encoder
 from .files import Row, read_dataset
 from .labels import ExampleConfig, trained_segments
-from .messages import REASONING_KEYS, Conversation, Fields, Message, to_conversation
-from .pairs import to_pair
+from .messages import REASONING_KEYS, Conversation, Fields, Message
+from .pairs import read_sides
 from .prepare import PreparedData, Rows
 from .segments import Segment, to_segments
 from .sources import select_datasets
@@ -152,10 +152,7 @@ def _find_replies(row: Row, encoder: Encoder, expected: list[int] | None) -> lis
     recipe = encoder.recipe
     try:
         fitted = encoder.read(row)
-        plain = (
-            to_pair(row.value, encoder.info)[0] if encoder.info.ranking else to_conversation(row.value, encoder.info)
-        )
-        encoded = _encode(plain, fitted, encoder.template)
+        encoded = _encode(read_sides(row.value, encoder.info)[0], fitted, encoder.template)
     except RowError:
         return []
     ids = [token for piece in encoded.pieces for token in piece]

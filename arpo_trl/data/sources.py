@@ -42,7 +42,7 @@ def check_datasets(recipe: Recipe) -> Recipe:
     if problems:
         raise DatasetError(problems)
     lines = [line for info in infos for line in info.findings("notice")]
-    registry = find_registry(recipe) if infos and _needs_registry(recipe) else {}
+    registry = _read_registry(recipe)
     lines += [f"{info.name}: {_describe(info)}" for info in infos if info.name not in registry]
     for info in registry.values():
         if info not in infos:
@@ -58,7 +58,7 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
     """
     if not (recipe.dataset or recipe.eval_dataset) or saved_by_llamafactory(recipe):
         return []
-    registry = find_registry(recipe) if _needs_registry(recipe) else {}
+    registry = _read_registry(recipe)
     problems: list[str] = []
     infos: dict[str, DatasetInfo] = {}
     names = [("dataset", name) for name in recipe.dataset] + [("eval_dataset", name) for name in recipe.eval_dataset]
@@ -93,16 +93,17 @@ def uses_hub(recipe: Recipe) -> bool:
     names = [*recipe.dataset, *recipe.eval_dataset]
     if not names or saved_by_llamafactory(recipe):
         return False
-    registry = find_registry(recipe) if _needs_registry(recipe) else {}
+    registry = _read_registry(recipe)
     return any(registry[name].hf_hub_url if name in registry else _is_hub_name(name) for name in names)
 
 
-def _needs_registry(recipe: Recipe) -> bool:
-    """Return whether a registry exists, or a name could only be one of its entries."""
+def _read_registry(recipe: Recipe) -> dict[str, DatasetInfo]:
+    """Return the registry; empty if it is missing and no name could only be one of its entries."""
     names = [*recipe.dataset, *recipe.eval_dataset]
     is_elsewhere = recipe.dataset_dir == "ONLINE" or recipe.dataset_dir.startswith("REMOTE:")
     has_registry = is_elsewhere or lexists(Path(recipe.dataset_dir, "dataset_info.json"))
-    return has_registry or not all(_is_data_file(name) or _is_hub_name(name) for name in names)
+    is_needed = not all(_is_data_file(name) or _is_hub_name(name) for name in names)
+    return find_registry(recipe) if has_registry or is_needed else {}
 
 
 def _is_data_file(name: str) -> bool:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from transformers import AutoTokenizer, TextStreamer
@@ -39,16 +40,12 @@ class _NoResultError(Exception):
     """The user typed no result."""
 
 
-class _Ask(Protocol):
-    def __call__(self, prompt: str, /) -> str: ...
-
-
 @dataclass(frozen=True)
 class ChatTools:
     """Runs python if `limits` are given; otherwise the user types the result. `ask`: None for a single prompt."""
 
     limits: ToolLimits | None
-    ask: _Ask | None
+    ask: Callable[[str], str] | None
 
     def run(self, call: Call) -> Outcome:
         print()

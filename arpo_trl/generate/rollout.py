@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
-from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -301,7 +300,7 @@ class _Rollout:
             "total_tokens": len(trajectory.ids),
             "encoding": writer.encoding(trajectory),
             "rerendered": trajectory.rerendered,
-            "calls": [asdict(call) for call in trajectory.calls],
+            "calls": trajectory.calls,
         }
 
     def _settings(self) -> dict[str, Any]:

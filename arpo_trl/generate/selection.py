@@ -31,7 +31,11 @@ def select(folder: Path, max_per_question: int, max_pairs_per_question: int) -> 
     for line in lines:
         questions[line["dataset"], line["source"]].append(line)
     groups = [usable(group) for group in questions.values()]
-    selected = [to_selected(line) for group in groups for line in best(group)[:max_per_question]]
+    chosen_lines = [line for group in groups for line in best(group)[:max_per_question]]
+    selected = [
+        _row(line) | {"source": line["source"], "sample": line["sample"], "scores": _scores(line)}
+        for line in chosen_lines
+    ]
     pairs = [
         to_pair(chosen, rejected) for group in groups for chosen, rejected in pair_up(group)[:max_pairs_per_question]
     ]
@@ -100,11 +104,6 @@ def _is_empty(line: Line) -> bool:
 
 def _text(line: Line) -> str:
     return json.dumps(line[messages_column(line["formatting"])])
-
-
-def to_selected(line: Line) -> Fields:
-    """Return the SFT row of a trajectory, with its provenance."""
-    return _row(line) | {"source": line["source"], "sample": line["sample"], "scores": _scores(line)}
 
 
 def to_pair(chosen: Line, rejected: Line) -> Fields:

@@ -38,17 +38,6 @@ class Limits:
 
 
 @dataclass
-class CallRecord:
-    """A tool call that was run. `error`: why it failed, or ""."""
-
-    tool: str
-    arguments: str
-    result: str
-    error: str
-    seconds: float
-
-
-@dataclass
 class Trajectory:
     """The state of one sample of a question.
 
@@ -58,6 +47,7 @@ class Trajectory:
         reply_start: Where the current reply begins in `ids`.
         reply_tokens: Tokens that the model wrote in the current reply.
         tokens: Tokens that the model wrote in all replies.
+        calls: The tool calls that were run: tool, arguments, result, error (why it failed, or "") and seconds.
         rerendered: Contexts in which the template changed earlier turns, so that not all of the model's ids were kept.
     """
 
@@ -69,7 +59,7 @@ class Trajectory:
     reply_start: int = 0
     reply_tokens: int = 0
     tokens: int = 0
-    calls: list[CallRecord] = field(default_factory=list)
+    calls: list[Fields] = field(default_factory=list)
     rerendered: int = 0
     end: End | None = None
 
@@ -144,7 +134,7 @@ class Writer:
         """
         results = [to_plain_text(str(outcome), self.markers) for outcome in outcomes]
         trajectory.calls += [
-            CallRecord(call.tool, call.arguments, result, outcome.error, outcome.seconds)
+            {**call._asdict(), "result": result, "error": outcome.error, "seconds": outcome.seconds}
             for call, result, outcome in zip(calls, results, outcomes, strict=True)
         ]
         if trajectory.question.form.place == "inside":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import RecipeError
 from ..recipe.keys import Recipe
-from ..report.manifest import Manifest, find_manifest
+from ..report.manifest import find_manifest
 from .weights import is_text_part
 
 
@@ -45,7 +44,12 @@ def load_weights(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     model: PreTrainedModel
     model, info = loaded
     if is_text_part(model, values):  # the keys of the other parts: llama4's, not named by its class
-        info["unexpected_keys"] = _keys_of_text(info["unexpected_keys"], model)
+        own = {f"{'.'.join(name.split('.')[:2])}." for name, _ in model.named_parameters()}
+        info["unexpected_keys"] = [
+            key
+            for key in info["unexpected_keys"]
+            if key.startswith((*own, "language_model.")) or ".language_model." in key
+        ]
     for kind in ("missing", "unexpected"):
         if keys := info[f"{kind}_keys"]:
             raise ValueError(
@@ -72,11 +76,6 @@ def auto_class(config: PreTrainedConfig) -> Any:
     )
 
 
-def _keys_of_text(keys: Iterable[str], model: PreTrainedModel) -> list[str]:
-    own = {f"{'.'.join(name.split('.')[:2])}." for name, _ in model.named_parameters()}
-    return [key for key in keys if key.startswith((*own, "language_model.")) or ".language_model." in key]
-
-
 def base_of(folder: Path | str) -> str:
     """Return the base of an adapter's folder, or else the model itself."""
     if (Path(folder) / "adapter_config.json").is_file():
@@ -99,15 +98,12 @@ def runs_code(folder: Path, base: str, trust_remote_code: bool) -> bool:
     if trust_remote_code:
         return True
     manifest = find_manifest(folder)
-    trained = "; the run in its run.json did (trust_remote_code: true)" if _trusted(manifest) else ""
+    trusted = manifest is not None and manifest.recipe.get("trust_remote_code") is True
+    trained = "; the run in its run.json did (trust_remote_code: true)" if trusted else ""
     raise RecipeError(
         f"{base}: its {values.get('model_type')} model runs the Python code in its folder{trained}. "
         "Read that code, then add --trust-remote-code"
     )
-
-
-def _trusted(manifest: Manifest | None) -> bool:
-    return manifest is not None and manifest.recipe.get("trust_remote_code") is True
 
 
 def hub_kwargs(recipe: Recipe) -> dict[str, Any]:

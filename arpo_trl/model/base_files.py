@@ -115,14 +115,9 @@ def read_base_files(
 
 def _with_changes(base: Values, saved: Values, keys: list[str]) -> Values:
     changed = {key: saved[key] for key in keys if key in saved and saved[key] != base.get(key)}
-    if "rope_parameters" in changed and not _rope_changed(base, saved):
-        del changed["rope_parameters"]
+    if saved.get("max_position_embeddings") == base.get("max_position_embeddings"):  # which the recipe scales, too
+        changed.pop("rope_parameters", None)
     return base | changed
-
-
-def _rope_changed(base: Values, saved: Values) -> bool:
-    """Return whether the recipe scaled the positions, which it does with their number."""
-    return "rope_parameters" in saved and saved.get("max_position_embeddings") != base.get("max_position_embeddings")
 
 
 def _find(name: str | Path, file: str, hub: Values) -> Path | None:

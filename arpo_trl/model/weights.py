@@ -31,7 +31,8 @@ def unreached_by_text(model: PreTrainedModel) -> list[str]:
         return unreached
     used = {text, *(names.get(id(part)) for part in (model.get_input_embeddings(), model.get_output_embeddings()))}
     for name in [*modules, *dict(model.named_parameters())]:
-        is_next_to_text = name and f"{text}.".startswith(_prefix(name.rpartition(".")[0])) and name not in used
+        parent = name.rpartition(".")[0]
+        is_next_to_text = name and f"{text}.".startswith(f"{parent}." if parent else "") and name not in used
         if is_next_to_text and not f"{text}.".startswith(f"{name}.") and not f"{name}.".startswith(f"{text}."):
             unreached.append(name)
     return unreached
@@ -42,10 +43,6 @@ def is_inside(name: str, modules: list[str]) -> bool:
     return f"{name}.".startswith(tuple(f"{module}." for module in modules))
 
 
-def _prefix(module: str) -> str:
-    return f"{module}." if module else ""
-
-
 def is_text_part(model: PreTrainedModel, file_config: Mapping[str, Any]) -> bool:
     """Return whether the model is only the text part of the one that its config.json describes."""
     return "text_config" in file_config and model.config.model_type != file_config.get("model_type")
@@ -54,11 +51,11 @@ def is_text_part(model: PreTrainedModel, file_config: Mapping[str, Any]) -> bool
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Return the names of all linear layers except the head, including those of GPTQ, AWQ and AQLM."""
     head = model.get_output_embeddings()
-    return [name for name, layer in model.named_modules() if _is_linear(layer) and layer is not head]
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or "Linear" in type(layer).__name__
+    return [
+        name
+        for name, layer in model.named_modules()
+        if layer is not head and (isinstance(layer, nn.Linear) or "Linear" in type(layer).__name__)
+    ]
 
 
 def frozen_linear_weights(model: PreTrainedModel) -> list[Tensor]:

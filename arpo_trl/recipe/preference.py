@@ -81,7 +81,9 @@ def keeps_base(recipe: _Recipe) -> bool:
 def names_base(recipe: _Recipe) -> bool:
     """Return whether `ref_model` is `model_name_or_path`."""
     reference, base = recipe.ref_model, recipe.model_name_or_path
-    return reference == base or bool(reference and _same_folder(reference, base))
+    if reference is None or reference == base:
+        return reference is not None
+    return Path(reference).is_dir() and Path(base).is_dir() and Path(reference).samefile(base)
 
 
 def is_base(recipe: _Recipe) -> bool:
@@ -106,10 +108,6 @@ def compare_with_adapter(recipe: _Recipe) -> str:
         f"; or compare with it unmerged: create_new_adapter: false, ref_model: {recipe.model_name_or_path}, "
         f"ref_model_adapters: {adapter}"
     )
-
-
-def _same_folder(first: str, second: str) -> bool:
-    return Path(first).is_dir() and Path(second).is_dir() and Path(first).resolve() == Path(second).resolve()
 
 
 METRICS = (

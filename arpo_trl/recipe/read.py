@@ -37,7 +37,9 @@ def read_recipe(
     """
     problems: Problems = []
     if isinstance(path, Mapping):
-        settings = {key: Setting(_plain(value), "recipe", "") for key, value in path.items()}
+        settings = {
+            key: Setting(str(value) if isinstance(value, Path) else value, "recipe", "") for key, value in path.items()
+        }
         path = MAPPING
     else:
         settings = read_file(Path(path), problems) if path is not None else {}
@@ -62,10 +64,6 @@ def read_recipe(
         header = f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}"
         raise RecipeError([header, *(f"  {location:<{width}}  {text}" for location, text in problems)])
     return resolve(recipe, rollout)
-
-
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _keep_known_keys(settings: dict[str, Setting], problems: Problems) -> dict[str, list[str]]:

@@ -21,8 +21,8 @@ from accelerate import PartialState
 from pydantic import BaseModel, BeforeValidator, JsonValue
 
 from ..data.files import read_dataset
-from ..data.messages import Fields, Message, to_conversation
-from ..data.pairs import to_pair
+from ..data.messages import Fields, Message
+from ..data.pairs import read_sides
 from ..data.prepare import PreparedData
 from ..data.sources import select_datasets
 from ..errors import RecipeError, RowError
@@ -204,8 +204,7 @@ def _sampled_conversations(recipe: Recipe) -> Iterator[tuple[list[Message], list
                 continue
             for row in islice(read_dataset(info, recipe.streaming), SAMPLED):
                 with contextlib.suppress(RowError):
-                    args = row.value, info, recipe.default_system
-                    conversation = to_pair(*args)[0] if info.ranking else to_conversation(*args)
+                    conversation = read_sides(row.value, info, recipe.default_system)[0]
                     yield conversation.messages, conversation.tools
 
 

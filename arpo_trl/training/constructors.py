@@ -39,7 +39,9 @@ def try_constructors(recipe: Recipe, args: SFTConfig, model: Model) -> None:
     if reason is None:
         return
     for key in recipe.trl:
-        without = Recipe.model_construct(recipe.model_fields_set - {key}, **dict(recipe) | {key: _default(key)})
+        without = Recipe.model_construct(
+            recipe.model_fields_set - {key}, **dict(recipe) | {key: Recipe.model_fields[key].default}
+        )
         try:
             accepted = _why_rejected(without, to_sft_config(without), model) is None
         except RecipeError:
@@ -54,18 +56,16 @@ def try_constructors(recipe: Recipe, args: SFTConfig, model: Model) -> None:
     raise RecipeError(f"{recipe.path}: not supported by TRL: {reason}")
 
 
-def _default(key: str) -> object:
-    return Recipe.model_fields[key].default
-
-
 def _why_rejected(recipe: Recipe, args: SFTConfig, model: Model) -> str | None:
     args = copy.copy(args)
     args.report_to, args.push_to_hub, args.dataset_num_proc = [], False, None
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = folder
         try:
-            _OnMeta(model=model, args=args, train_dataset=_rows(), eval_dataset=_rows(), processing_class=_tokenizer())
-            if not _has_own_optimizer(recipe, args):
+            rows = Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]}] * 2)
+            _OnMeta(model=model, args=args, train_dataset=rows, eval_dataset=rows, processing_class=_tokenizer())
+            # GaLore's needs the model's modules, and some methods have their own.
+            if not (args.optim_target_modules or any(getattr(recipe, key) for key in OPTIMIZERS)):
                 optimizer_cls, settings = Trainer.get_optimizer_cls_and_kwargs(args)
                 optimizer_cls([nn.Parameter(torch.zeros(2, 2))], weight_decay=args.weight_decay, **settings)
         except Exception as error:  # libraries raise many types
@@ -76,15 +76,6 @@ def _why_rejected(recipe: Recipe, args: SFTConfig, model: Model) -> str | None:
 class _OnMeta(SFTTrainer):
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Leave the model on the meta device, which has no data to move."""
-
-
-def _has_own_optimizer(recipe: Recipe, args: SFTConfig) -> bool:
-    """Return whether the optimizer needs the model's modules (GaLore), or is one of the rare methods' own."""
-    return bool(args.optim_target_modules) or any(getattr(recipe, key) for key in OPTIMIZERS)
-
-
-def _rows() -> Dataset:
-    return Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]}] * 2)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -84,21 +84,17 @@ def _largest_difference(trainer: ArpoTrainer) -> float:
 
 def _batch(trainer: ArpoTrainer) -> Batch:
     """Return a batch of one training row, cut to TOKENS, with labels on its last POSITIONS tokens."""
-    tokens, collate = _tokens(trainer), trainer.data_collator
+    rows, collate = trainer.train_dataset, trainer.data_collator
+    if isinstance(rows, Dataset):
+        tokens: list[int] = (split_pair(rows[0])[0] if trainer.preference else rows[0])["input_ids"][:TOKENS]
+    else:  # a stream's first row would have to be read again
+        tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
+        tokens = tokenizer("The quick brown fox jumps over the lazy dog. " * 8).input_ids[:TOKENS]
     labels = [IGNORED] * (len(tokens) - POSITIONS) + tokens[-POSITIONS:]
     row = {"input_ids": tokens, "labels": labels, "seq_lengths": [len(tokens)]}
     collate_rows = collate.collate_rows if isinstance(collate, PairCollator) else collate
     batch: Batch = send_to_device(collate_rows([row]), trainer.args.device)
     return batch
-
-
-def _tokens(trainer: ArpoTrainer) -> list[int]:
-    rows = trainer.train_dataset
-    if not isinstance(rows, Dataset):  # a stream's first row would have to be read again
-        tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
-        return cast(list[int], tokenizer("The quick brown fox jumps over the lazy dog. " * 8).input_ids)[:TOKENS]
-    row = rows[0]
-    return cast(list[int], (split_pair(row)[0] if trainer.preference else row)["input_ids"][:TOKENS])
 
 
 def _is_half(trainer: ArpoTrainer) -> bool:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import PreTrainedConfig
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.audit import token_lengths
@@ -92,8 +93,6 @@ def check_device(recipe: Recipe) -> None:
             missing.append(("flash_attn", "flex attention can't train on a CPU; set flash_attn: sdpa"))
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         missing.append(("bf16", "this GPU has no bfloat16; set bf16: false (fp16: true is faster)"))
-    for method in methods_of(recipe):
-        missing += method.find_missing()
     if missing:
         raise RecipeError([str(recipe.error(key, problem)) for key, problem in missing])
 
@@ -113,10 +112,10 @@ def load_rows(recipe: Recipe, args: SFTConfig) -> PreparedData:
             f"drops all {len(rows):,} rows, fewer than a batch of {batch:,}; remove the line, or lower "
             "per_device_train_batch_size",
         )
-    size = getattr(load_config(recipe).get_text_config(), "vocab_size", None)
-    if size is not None:
+    config = load_config(recipe).get_text_config()
+    if size := getattr(config, "vocab_size", None):
         _check_tokens(recipe, data, size)
-    _check_positions(recipe, data)
+    _check_positions(recipe, data, config)
     return data
 
 
@@ -135,12 +134,11 @@ def _check_tokens(recipe: Recipe, data: PreparedData, size: int) -> None:
         )
 
 
-def _check_positions(recipe: Recipe, data: PreparedData) -> None:
+def _check_positions(recipe: Recipe, data: PreparedData, config: PreTrainedConfig) -> None:
     """Raise RecipeError for a row that is longer than a model's learned positions (GPT-2, OPT).
 
     Rotary models compute positions beyond max_position_embeddings, and are not limited.
     """
-    config = load_config(recipe).get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if not limit:
         return

@@ -24,7 +24,7 @@ from arpo_trl.model.memory import estimate_memory, model_shape
 from arpo_trl.model.merge import merge
 from arpo_trl.model.model import load_model
 from arpo_trl.model.sft_config import to_sft_config
-from arpo_trl.training.setup import check_device
+from arpo_trl.training.setup import check_after_torch
 from arpo_trl.training.train import train
 
 KINDS = {"gptq": "GPTQLoraLinear", "awq": "AwqLoraLinear", "aqlm": "AqlmLoraLinear"}
@@ -192,10 +192,10 @@ def test_an_unknown_target_is_reported_with_the_known_ones(method: str, base: Pa
 def test_fsdp_is_an_error_in_one_line(
     method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RecipeError, match="is quantized already, and can't be split by FSDP"):
+    with pytest.raises(RecipeError, match="is quantized and can't be split by FSDP"):
         load_model(recipe(tmp_path / "by_recipe", base, fsdp="full_shard auto_wrap"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecipeError, match="is quantized already, and can't be split by FSDP"):
+    with pytest.raises(RecipeError, match="is quantized and can't be split by FSDP"):
         load_model(recipe(tmp_path / "out", base))
 
 
@@ -204,5 +204,5 @@ def test_8_bit_codebooks_are_an_error_on_a_cpu(tiny_model: Path, tmp_path: Path)
     if torch.accelerator.is_available():
         pytest.skip("this machine has a GPU")
     base = pack(tiny_model, tmp_path / "aqlm", "aqlm", nbits_per_codebook=8)
-    with pytest.raises(RecipeError, match="no backward for codebooks of 8 bits on a CPU; name a model with 16"):
-        check_device(make_recipe(tmp_path, base, finetuning_type="lora"))
+    with pytest.raises(RecipeError, match="no backward pass for 8-bit codebooks on a CPU; use a model with 16"):
+        check_after_torch(make_recipe(tmp_path, base, finetuning_type="lora"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,12 @@ class Method:
         self.adapter_targets: set[str] = set()
         """Names that `lora_target` may hold although no module has them; set by `adapter_config`."""
 
-    def find_missing(self) -> Iterator[tuple[str, str]]:
-        """Yield each key that this machine can't serve, and what to do."""
-        yield from ()
-
     def sft_config(self) -> Keywords:
         """Return arguments of SFTConfig."""
         return {}
 
     def check_config(self, config: PreTrainedConfig, args: SFTConfig) -> None:
-        """Raise RecipeError for a model, known by its config.json, or a launch that the method does not support."""
+        """Raise RecipeError for a model, known by its config.json, a launch or a machine that the method does not support."""
 
     def from_pretrained(self, kwargs: Keywords, config: PreTrainedConfig) -> Keywords:
         """Return the arguments of `from_pretrained`, changed. `config` is the base's, and may be changed too."""

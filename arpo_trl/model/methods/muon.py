@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 from ..weights import Model
@@ -13,9 +11,9 @@ from .method import Keywords, Method
 
 
 class Muon(Method):
-    def find_missing(self) -> Iterator[tuple[str, str]]:
+    def check_config(self, config: PreTrainedConfig, args: SFTConfig) -> None:
         if not hasattr(torch.optim, "Muon"):
-            yield "use_muon", "requires torch 2.9 or later; remove the line"
+            raise self.recipe.error("use_muon", "requires torch 2.9 or later; remove the line")
 
     def trainer_kwargs(self, model: Model, args: SFTConfig) -> Keywords:
         return {"optimizer_cls_and_kwargs": (lambda: MuonWithAdamW, {"args": args})}

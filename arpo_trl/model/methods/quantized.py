@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,12 @@ def is_quantized(recipe: Recipe) -> bool:
 
 
 class Quantized(Method):
-    def find_missing(self) -> Iterator[tuple[str, str]]:
-        config = quantization(self.recipe)
-        if (
-            config.get("quant_method") == "aqlm"
-            and config["nbits_per_codebook"] == 8
-            and self.recipe.do_train
-            and not torch.accelerator.is_available()
-        ):
-            yield (
-                "model_name_or_path",
-                "aqlm 1.1.7 has no backward pass for 8-bit codebooks on a CPU; use a model with 16 bits (1x16)",
-            )
+    def check_config(self, config: PreTrainedConfig, args: SFTConfig) -> None:
+        about = quantization(self.recipe)
+        is_aqlm_8 = about.get("quant_method") == "aqlm" and about["nbits_per_codebook"] == 8
+        if is_aqlm_8 and self.recipe.do_train and not torch.accelerator.is_available():
+            problem = "aqlm 1.1.7 has no backward pass for 8-bit codebooks on a CPU; use a model with 16 bits (1x16)"
+            raise self.recipe.error("model_name_or_path", problem)
 
     def from_pretrained(self, kwargs: Keywords, config: PreTrainedConfig) -> Keywords:
         kwargs = kwargs | dequantized(config)
