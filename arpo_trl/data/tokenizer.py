@@ -157,17 +157,19 @@ def shipped_template(name: str, with_default_system: bool = True) -> str:
     folder = files("arpo_trl.data").joinpath("templates")
     table = tomllib.loads(folder.joinpath("names.toml").read_text(encoding="utf-8"))
     pieces = table[name]
-    pieces = table.get(pieces.get("like"), {}) | pieces
+    while other := pieces.pop("like", None):
+        pieces = table[other] | pieces
     default = {"begin": "", "default_system": "", "result_join": "", "system_inside": False, "tools": "react"}
-    default |= {"reasoning": ["<think>\n", "\n</think>\n\n"], "has_reasoning": "reasoning" in pieces}
-    pieces = default | {"result": pieces["user"], "call": pieces["reply"]} | pieces
+    default |= {"system": ["", ""], "reply": ["", "{eos}"], "reasoning": ["<think>\n", "\n</think>\n\n"]}
+    pieces = default | {"has_reasoning": "reasoning" in pieces} | pieces
+    pieces = {"result": pieces["user"], "call": pieces["reply"]} | pieces
     if not with_default_system:
         pieces["default_system"] = ""
     lines = []
     for key, value in pieces.items():
         if isinstance(value, list):
             lines.append(f"{{%- set {key}_start, {key}_end = {_to_jinja(value[0])}, {_to_jinja(value[1])} %}}\n")
-        elif key not in ("like", "tools"):
+        elif key != "tools":
             lines.append(f"{{%- set {key} = {_to_jinja(value)} %}}\n")
     parts = (f"tools_{pieces['tools']}.jinja", "frame.jinja")
     return "".join([*lines, *(folder.joinpath(part).read_text(encoding="utf-8") for part in parts)])
