@@ -7,19 +7,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
+from datasets import Dataset
 
 from ..errors import printable
+from .encode import EncodedRow
 from .registry import COLUMNS, NEEDED, DatasetInfo
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from .encode import EncodedRow
 
 SHOWN_REASONS = 3
 CUT_ROWS_ALLOWED = 0.1

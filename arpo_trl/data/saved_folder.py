@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import RecipeError, RowError, in_one_line
 from ..recipe.keys import Recipe
@@ -32,9 +33,6 @@ from .serving_causes import (
 from .serving_rows import SERVING_ROWS, Ask, ServingRow, choose_rows, read_rows, render, with_reasoning_key, write_rows
 from .template_probe import find_template
 from .tokenizer import make_tokenize
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 BORDER_SHARE = 0.05
 """Share of a check's tokens that may differ because training tokenizes each segment separately, and a server all at once."""
@@ -92,8 +90,6 @@ def check_folder(folder: Path) -> list[str]:
 
 def check_saved(folder: Path, rows: Sequence[ServingRow]) -> PromptCheck:
     """Render each row's messages with the folder's own tokenizer and compare text and tokens with those of training."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template:
         sources = [row.source for row in rows]

@@ -14,10 +14,11 @@ from datetime import date
 from importlib.util import find_spec
 from itertools import chain, pairwise, permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import jinja2
 from jinja2 import TemplateError, meta
+from transformers import PreTrainedTokenizerBase
 
 from ..recipe.llamafactory import SHIPPED
 from .messages import REASONING_KEYS, Fields, Message
@@ -25,9 +26,6 @@ from .serving_rows import Ask, ServingRow, render
 from .template import KEEP_REASONING, REASONING
 from .template_probe import SET_DEFAULT, find_template
 from .tokenizer import shipped_template
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Prompt = TypeVar("Prompt", str, list[int])
 UNKNOWN = "cause unknown"

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from datasets import Dataset
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import RecipeError, RowError
 from ..recipe.keys import Recipe
@@ -31,9 +32,6 @@ from .sources import select_datasets
 from .template import Template
 from .template_probe import ChatTemplate, find_template
 from .tokenizer import make_tokenize
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SERVING_ROWS = "serving_check.jsonl"
 ROWS = 32

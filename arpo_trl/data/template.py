@@ -13,15 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import count
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import RowError
 from .messages import REASONING_KEYS, Conversation, Fields, Message
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 REASONING = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*", re.DOTALL)
 MARKS = ("\ufdd0", "\ufdd1")  # around reasoning that is inserted after rendering; Unicode reserves them for such uses

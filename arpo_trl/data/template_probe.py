@@ -12,15 +12,14 @@ from copy import copy
 from dataclasses import replace
 from datetime import date
 from itertools import takewhile
-from typing import TYPE_CHECKING, cast
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import RecipeError, RowError
 from .messages import REASONING_KEYS, Conversation, Fields, Message
 from .segments import shared_start, to_segments
 from .template import Template
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ChatTemplate = str | dict[str, str]  # one, or several by name
 ASK: Message = {"role": "user", "content": "a question"}

@@ -11,9 +11,9 @@ from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import in_one_line
 from ..recipe.keys import Recipe
@@ -21,9 +21,6 @@ from ..recipe.llamafactory import SHIPPED, TOKENIZERS_OWN, check_template_name
 from .labels import Tokenize, Tokens
 from .template import Template
 from .template_probe import ChatTemplate, find_template, set_thinking_default, writes_system
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def load_template(recipe: Recipe, day: date | None = None) -> Template:
@@ -66,8 +63,6 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
     name = recipe.model_name_or_path
     load: Callable[..., PreTrainedTokenizerBase] = partial(
         AutoTokenizer.from_pretrained,
@@ -90,8 +85,6 @@ def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def _read_stops(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Return the tokens at which the base stops, which the trained model's generation config keeps."""
-    from transformers import GenerationConfig
-
     name, cache_dir = recipe.model_name_or_path, recipe.cache_dir
     try:
         ends = GenerationConfig.from_pretrained(name, cache_dir=cache_dir, revision=recipe.model_revision).eos_token_id

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import TrainerState
+from transformers import TrainerState
 
 LogLine = dict[str, Any]  # figures by name; evaluations name their datasets, so no type can list them
 
