@@ -3,8 +3,6 @@
 Exit codes: 0 done, 1 run failed, 2 configuration error; stopped by a signal: 130 Ctrl-C, 143 SIGTERM, 149 Ctrl-Break.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import io

@@ -1,7 +1,5 @@
 """Arguments of `arpo-trl chat`, `merge` and `check-serving`. They are parsed and their folders checked before torch is imported."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

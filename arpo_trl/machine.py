@@ -1,7 +1,5 @@
 """What this machine has: disk space, memory, devices and installed packages."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

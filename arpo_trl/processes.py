@@ -1,7 +1,5 @@
 """Coordination of the processes of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar, cast

@@ -1,7 +1,5 @@
 """The files of a run's folder: checkpoints by name, and text files that are replaced atomically."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Commands as text: quoted for the shell at hand, and split into words."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """What a terminal gets and a log or a pipe does not: lines that are wrapped at words, and progress bars."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

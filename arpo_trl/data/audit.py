@@ -1,7 +1,5 @@
 """The outcome of each row: kept, shortened, truncated before the final answer, or dropped, with location and reason."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ the same data wait for each other. With `overwrite_cache`, rows are encoded into
 no process reads it. With `tokenized_path`, a copy is saved there by `save_to_disk`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

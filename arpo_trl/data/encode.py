@@ -4,8 +4,6 @@ A row is read (`to_conversation`), fitted to the template (`Template.fit`), rend
 marked (`mask_replies`), tokenized and labelled (`to_examples`), and described (`EncodedRow`), which `cache.py` stores.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections import deque

@@ -1,7 +1,5 @@
 """Marks on folders that running processes read, so that no other process removes them."""
 
-from __future__ import annotations
-
 import functools
 import os
 import sys

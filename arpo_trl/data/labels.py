@@ -6,8 +6,6 @@ token and the newline that the template writes after it. Everything else is labe
 `mask_replies` finds the spans.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

@@ -10,8 +10,6 @@ OpenAI's chat messages and Responses items, and Anthropic's blocks. Everything t
 row; the rest is counted in `Conversation.unread`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -7,8 +7,6 @@ Tokens and labels follow LLaMA-Factory's pairwise processing: the prompt's token
 the prompt are context, and `truncation_mode: llamafactory` cuts prompt and sides in proportion.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ Every row is accounted for: kept, shortened, truncated before the final answer, 
 Rows that were not kept are listed next to the encoded rows, and in `row_audit.jsonl` in the folder of a run.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace

@@ -3,8 +3,6 @@
 Cheap (no weights are read), so that every run and every merge ends with it. A running server is `generate/check_serving.py`'s.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@
 reported as unknown, with the first difference.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence

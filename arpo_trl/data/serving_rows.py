@@ -4,8 +4,6 @@ A run chooses some of its rows and keeps them in `serving_check.jsonl` next to t
 model and a running server can be compared with what was trained.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ A name is an entry of the registry, else the path of a data file, else a dataset
 recognized by the columns of their first rows.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from itertools import islice

@@ -4,8 +4,6 @@ Python's json also accepts NaN, Infinity, 1e400 (as infinity) and duplicate keys
 model as something that the text does not say, so each is an error here.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """The tokenizer and chat template of a run, as they are trained with and saved with the model."""
 
-from __future__ import annotations
-
 import copy
 import json
 import tomllib

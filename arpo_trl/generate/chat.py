@@ -3,8 +3,6 @@
 Its arguments are in arguments.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import textwrap
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Engines that continue token ids: transformers, batched, in this process. server.py has the other one."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path

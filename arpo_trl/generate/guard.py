@@ -12,8 +12,6 @@ Root becomes an unused user first, because RLIMIT_NPROC does not bind root. The 
 counted as well.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import json

@@ -4,8 +4,6 @@ Contexts are taken from the encoded rows: a run of labels is a reply, and everyt
 the teacher's earlier turns and tool results. So prompts have exactly the tokens of training.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Collection, Sequence

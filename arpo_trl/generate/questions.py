@@ -1,7 +1,5 @@
 """The questions of a rollout: what precedes the first reply of each row, the reference answer, and the tools' form."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

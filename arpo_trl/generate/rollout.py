@@ -1,7 +1,5 @@
 """`arpo-trl rollout RECIPE`: trajectories with real tools, their scores, and what is selected from them."""
 
-from __future__ import annotations
-
 import hashlib
 import threading
 from collections import Counter

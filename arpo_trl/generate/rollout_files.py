@@ -1,7 +1,5 @@
 """The files of a rollout: lines appended by each process, the sorted rollouts.jsonl, and rows in LLaMA-Factory's forms."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence

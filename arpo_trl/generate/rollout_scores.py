@@ -1,7 +1,5 @@
 """Score trajectories: pass@1 with its interval, pass@k, form, tools. Pure functions over the lines of rollouts.jsonl."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Run a program that a model wrote, contained as far as this system allows, and commands of the user."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

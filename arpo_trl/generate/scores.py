@@ -3,8 +3,6 @@
 Each score is a share and a count: the share of right replies among those whose label has something to compare.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

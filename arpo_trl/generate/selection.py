@@ -1,7 +1,5 @@
 """`arpo-trl select FOLDER`: rows for SFT and preference pairs, from the trajectories of a rollout."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The engine that continues token ids on an OpenAI-compatible server: vLLM, SGLang, llama.cpp."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Sequence

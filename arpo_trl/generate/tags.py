@@ -1,7 +1,5 @@
 """The tags of ARPO's trajectories, and the tool calls in a reply. Pure functions over text."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

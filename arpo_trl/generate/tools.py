@@ -1,7 +1,5 @@
 """The tools that a model calls in a rollout or a chat: `python`, and commands of the user."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

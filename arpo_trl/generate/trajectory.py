@@ -3,8 +3,6 @@
 The model's own ids stay as they were generated. Everything between them is rendered and tokenized as in training.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A Job object of Windows: limits memory and processes, and ends all of them when it is closed."""
 
-from __future__ import annotations
-
 import ctypes
 from ctypes import wintypes
 

@@ -4,8 +4,6 @@ An adapter is of use only with the base that it was trained on. Where earlier ad
 merged base is saved in the run's folder, and the new adapter names it.
 """
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any, cast

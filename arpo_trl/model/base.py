@@ -1,7 +1,5 @@
 """The base model: its config.json, and loading its weights."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The base model's files: the final model keeps the dtype of each tensor, config.json and generation_config.json."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Weights are counted. Activations are the tensors that autograd saves in a forwar
 shapes but no data (as in torchtitan). docs/measurements.md compares the estimates with measured peaks.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple, cast
 
 import numpy as np

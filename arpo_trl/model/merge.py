@@ -1,7 +1,5 @@
 """`arpo-trl merge ADAPTER OUTPUT`: an adapter and its base as one model."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The model as the recipe trains it: its weights, their dtype, and for LoRA its adapter (adapters.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import cast
 

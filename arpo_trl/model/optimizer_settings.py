@@ -1,7 +1,5 @@
 """The settings of an optimizer and its schedule, which stay the recipe's when a checkpoint's state is loaded."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch.optim import Optimizer

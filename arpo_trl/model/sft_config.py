@@ -1,7 +1,5 @@
 """Recipe -> SFTConfig, LoraConfig and the arguments of `from_pretrained`: a recipe's keys in TRL's, PEFT's and transformers' terms."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """How a launch splits the model over its processes: DDP, FSDP or DeepSpeed ZeRO, by the recipe or the Accelerate config."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 On GPUs, TRL's fused head computes them. This replaces it on devices without Triton, and for losses that TRL lacks.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The parts of a model: the weights that text reaches, the linear layers, and the bytes that they take when quantized."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, cast
 

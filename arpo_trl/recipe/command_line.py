@@ -5,8 +5,6 @@ argparse is no help: it would take the recipe in `--bf16 recipe.yaml` or the ove
 value.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The keys of `stage: dpo`, and the rules that connect them with other keys."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal

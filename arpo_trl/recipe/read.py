@@ -5,8 +5,6 @@
 Imports no torch, so a typo is reported in well under a second.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

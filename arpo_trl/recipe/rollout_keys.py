@@ -1,7 +1,5 @@
 """The keys of `arpo-trl rollout` and `arpo-trl select`."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator

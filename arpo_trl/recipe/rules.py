@@ -1,7 +1,5 @@
 """Rules between keys: values that conflict with each other, and keys that set other keys."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Callable, Iterator

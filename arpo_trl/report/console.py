@@ -1,7 +1,5 @@
 """Lines for the terminal and `training.log`, and what the libraries log. Progress bars are terminal.py's."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

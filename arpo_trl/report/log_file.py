@@ -1,7 +1,5 @@
 """The lines of trainer_log.jsonl, and the format of their figures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Plots the loss of a trainer_log.jsonl."""
 
-from __future__ import annotations
-
 import itertools
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """run.json and recipe.yaml: the run's inputs and status, and what may change when it is resumed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The model card: README.md of the output folder, from the run's files and the template model_card.md."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import NamedTuple, cast

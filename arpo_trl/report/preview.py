@@ -1,7 +1,5 @@
 """`--preview`: rows token by token, trained or not; and the short row that each run prints before step 1."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from textwrap import shorten

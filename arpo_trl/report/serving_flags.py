@@ -1,7 +1,5 @@
 """The flags that a server needs for a chat template's tool calls and reasoning, from one table: serving_flags.toml."""
 
-from __future__ import annotations
-
 import tomllib
 from importlib.resources import files
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The trainer's small callbacks: generated replies, early stopping, trackers, saves, and what precedes step 1."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`--check`: the data, memory, disk space and time of a run, without loading weights."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

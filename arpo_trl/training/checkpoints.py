@@ -9,8 +9,6 @@ carries a mark. Once it is complete, the mark becomes `files.json`, the list of 
 still has the mark, or whose files differ from the list, is never resumed from and never deleted: it is renamed.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import zipfile

@@ -1,7 +1,5 @@
 """Build what the run will build, before rows are encoded and weights loaded: what a library rejects is found in seconds."""
 
-from __future__ import annotations
-
 import copy
 import tempfile
 

@@ -1,7 +1,5 @@
 """Evaluation and prediction without training (`do_train: false`). The metrics are computed in trainer.py."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from accelerate import PartialState

@@ -1,7 +1,5 @@
 """The messages of a run that fails in a step: the batch, its rows, and what to change."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from datasets import Dataset

@@ -1,7 +1,5 @@
 """The tokens that a batch trains on."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The order of the training rows: a function of seed and epoch, so that a resumed run repeats it."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The run's output folder: one run at a time, which checkpoint to resume from, and the files written before step 1."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """`precompute_ref_log_probs`: the reference's log-probabilities of every pair, computed once and kept in the run's folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import zipfile

@@ -4,8 +4,6 @@ Rows alternate between chosen and rejected sides: shape (2 * pairs, tokens). For
 lists where it differs from its papers and from TRL.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@
 trace: no gradient, no optimizer state, no random number drawn, no count in the log.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import random

@@ -3,8 +3,6 @@
 It is always built from the files that the recipe names, never from a checkpoint, so that a resumed run has the same one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib

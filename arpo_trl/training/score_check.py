@@ -4,8 +4,6 @@ TRL's fused head and our tiles project hidden states with the output embedding. 
 their config names in a known key, such as RecurrentGemma's soft cap, or Inkling's padded vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import cast
 
 import psutil

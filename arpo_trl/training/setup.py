@@ -3,8 +3,6 @@
 requirements.py has the checks that need no torch.
 """
 
-from __future__ import annotations
-
 import os
 
 import pyarrow.compute as pc

@@ -3,8 +3,6 @@
 train.py turns this into its last lines and the exit code, 128 + the signal's number.
 """
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import sys

@@ -1,7 +1,5 @@
 """What a run prints at its start (model, device, data, steps, disk, output) and at its end."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal

@@ -1,7 +1,5 @@
 """A training run, from the recipe to the final model: `train` is the table of contents."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass

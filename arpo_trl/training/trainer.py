@@ -1,7 +1,5 @@
 """`ArpoTrainer`: TRL's `SFTTrainer` and what is changed in it, each change with its reason."""
 
-from __future__ import annotations
-
 import copy
 import math
 import time

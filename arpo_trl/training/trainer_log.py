@@ -1,7 +1,5 @@
 """trainer_log.jsonl, the loss plot and the progress lines, written during the run."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The figures of a log line: sums over its steps and over all processes, and the speed of these steps."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, field
 

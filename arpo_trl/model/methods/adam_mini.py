@@ -1,7 +1,5 @@
 """Adam-mini: Adam with one second moment per block of a weight. https://arxiv.org/abs/2406.16793"""
 
-from __future__ import annotations
-
 import importlib
 
 import torch

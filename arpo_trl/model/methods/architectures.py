@@ -1,7 +1,5 @@
 """Models with layers that dense Llama-like models lack: vision towers, indexers, routers and Mamba's kernels."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.func import functional_call

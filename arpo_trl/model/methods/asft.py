@@ -1,7 +1,5 @@
 """ASFT: DFT plus a KL divergence from the initial model. https://arxiv.org/abs/2509.23753"""
 
-from __future__ import annotations
-
 import copy
 import functools
 from typing import cast

@@ -1,7 +1,5 @@
 """BAdam: train one block of layers at a time. https://arxiv.org/abs/2404.02827"""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import re

@@ -1,7 +1,5 @@
 """The rare methods that a recipe uses."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from trl.trainer.sft_config import SFTConfig

@@ -1,7 +1,5 @@
 """EAFT: weigh each label by the model's uncertainty. https://arxiv.org/abs/2601.02151"""
 
-from __future__ import annotations
-
 import functools
 
 import torch

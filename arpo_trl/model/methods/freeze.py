@@ -1,7 +1,5 @@
 """Freeze tuning and LLaMA Pro: train some of the layers."""
 
-from __future__ import annotations
-
 import re
 
 import torch

@@ -1,7 +1,5 @@
 """LoRA+: a higher learning rate for the adapter's B than for its A. https://arxiv.org/abs/2402.12354"""
 
-from __future__ import annotations
-
 from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer
 from trl.trainer.sft_config import SFTConfig

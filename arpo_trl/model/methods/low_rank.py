@@ -1,7 +1,5 @@
 """GaLore and APOLLO: project gradients to a low rank, to save memory. https://arxiv.org/abs/2403.03507, 2412.05270"""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """The places at which a rare method changes full or LoRA training."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Mixtures of experts (MoE): their load balancing loss, and LoRA of experts that transformers 5 stores as one tensor."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Iterator

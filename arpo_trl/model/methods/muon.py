@@ -1,7 +1,5 @@
 """Muon for the matrices inside the blocks, AdamW for the rest."""
 
-from __future__ import annotations
-
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
 from trl.trainer.sft_config import SFTConfig

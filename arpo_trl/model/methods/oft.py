@@ -1,7 +1,5 @@
 """OFT: an adapter that rotates weights. https://arxiv.org/abs/2306.07280"""
 
-from __future__ import annotations
-
 from peft import OFTConfig
 from transformers import PreTrainedModel
 

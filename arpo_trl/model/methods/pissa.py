@@ -4,8 +4,6 @@ It moves the principal part W0 = B0 A0 of a weight into the adapter and leaves W
 B A - B0 A0: plain LoRA of twice the rank, for the unchanged base. Checkpoints keep B and A, so that a resume is exact.
 """
 
-from __future__ import annotations
-
 import shutil
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """QLoRA: LoRA on a base that bitsandbytes quantizes while it is loaded. https://arxiv.org/abs/2305.14314"""
 
-from __future__ import annotations
-
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from trl.trainer.sft_config import SFTConfig

@@ -1,7 +1,5 @@
 """Bases whose files are already quantized: GPTQ, AWQ and AQLM under LoRA; MXFP4 and FP8, which are dequantized."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
