@@ -19,6 +19,7 @@ from pathlib import Path
 # torch's store defaults to libuv since 2.4, which torch's Windows wheels lack (pytorch/pytorch#139990).
 os.environ.setdefault("USE_LIBUV", "0")
 
+from .arguments import chat_arguments, check_serving_arguments, merge_arguments, select_arguments
 from .errors import RecipeError, RunFailed, in_one_line, printable, program
 from .machine import environment
 from .recipe import Recipe, read_recipe
@@ -108,8 +109,6 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _chat(argv: Sequence[str]) -> None:
-    from .arguments import chat_arguments
-
     args = chat_arguments(argv)
     with gc_paused():
         from .generate.chat import chat_command
@@ -117,8 +116,6 @@ def _chat(argv: Sequence[str]) -> None:
 
 
 def _merge(argv: Sequence[str]) -> None:
-    from .arguments import merge_arguments
-
     args = merge_arguments(argv)
     with gc_paused():
         from .model.merge import merge_command
@@ -126,8 +123,6 @@ def _merge(argv: Sequence[str]) -> None:
 
 
 def _check_serving(argv: Sequence[str]) -> int:
-    from .arguments import check_serving_arguments
-
     args = check_serving_arguments(argv)
     with gc_paused():
         from .generate.check_serving import check_serving_command
@@ -148,8 +143,6 @@ def _rollout(argv: Sequence[str]) -> None:
 
 
 def _select(argv: Sequence[str]) -> None:
-    from .arguments import select_arguments
-
     args = select_arguments(argv)
     with gc_paused():
         from .generate.selection import select

@@ -186,13 +186,14 @@ def _hold_out(rows: dict[str, Dataset], recipe: Recipe) -> tuple[dict[str, Datas
     return {name: joined.select(part) for name, part in inside.items()}, joined.select(chosen)
 
 
-def _digest(input_ids: npt.ArrayLike) -> bytes:
+def digest(input_ids: npt.ArrayLike) -> bytes:
+    """Return a hash of token ids."""
     return blake2b(np.asarray(input_ids, np.int32).tobytes(), digest_size=16).digest()
 
 
 def _digests(rows: Dataset) -> Iterator[bytes]:
     for batch in rows.select_columns("input_ids").with_format("arrow").iter(1000):
-        yield from map(_digest, batch["input_ids"].to_numpy())
+        yield from map(digest, batch["input_ids"].to_numpy())
 
 
 def _content_hash(rows: Dataset) -> str:
@@ -232,7 +233,7 @@ def _add_streams(data: PreparedData, encoders: list[Encoder], recipe: Recipe) ->
         data.eval["validation"], data.fingerprints["validation"] = held_out, _content_hash(held_out)
         # By content, since each pass over a shuffled stream starts with other rows, and a mixed one may repeat rows.
         digests = set(_digests(held_out))
-        train = train.filter(lambda row: _digest(row["input_ids"]) not in digests)
+        train = train.filter(lambda row: digest(row["input_ids"]) not in digests)
     data.train = train
 
 

@@ -137,22 +137,17 @@ class _Rollout:
         engine = self._engine()
         limits = Limits(self.recipe.max_tool_calls, self.recipe.max_new_tokens, engine.context)
         writer = Writer(self.template, engine.ends, limits, self.toolbox.tools)
-        trajectories, numbers = self._start(writer)
         part = part_path(self.folder, self.state.process_index)
-        ordered = sorted(trajectories, key=lambda trajectory: -trajectory.prompt_tokens)
+        ordered = sorted(self._start(writer), key=lambda trajectory: -trajectory.prompt_tokens)
         size = 1 if self.recipe.server_url else self._batch_size(engine, ordered)
         batches = [ordered[at : at + size] for at in range(0, len(ordered), size)]
         mine = batches[self.state.process_index :: self.state.num_processes]
-        done = self._resume(part, mine, numbers)
-        waiting = [
-            batch
-            for batch in mine
-            if not done.issuperset((numbers[id(trajectory)], trajectory.sample) for trajectory in batch)
-        ]
+        done = self._resume(part, mine)
+        waiting = [batch for batch in mine if not done.issuperset(trajectory.key for trajectory in batch)]
         total = sum(map(len, mine))
         self.bar = start_bar(total, total - sum(map(len, waiting))) if self.state.is_main_process else None
         with ThreadPoolExecutor(PARALLEL_TOOLS) as tools:
-            save = partial(self._save, writer, part, numbers, tools)
+            save = partial(self._save, writer, part, tools)
             if self.recipe.server_url:
                 self._serve(engine, writer, waiting, total, save)
             else:
@@ -166,10 +161,9 @@ class _Rollout:
         if self.last and self.state.is_main_process:
             show("last trajectory", *self.last)
 
-    def _start(self, writer: Writer) -> tuple[list[Trajectory], dict[int, int]]:
-        """Return all trajectories, and the number of each one's question. Questions that can't be rendered are skipped."""
+    def _start(self, writer: Writer) -> list[Trajectory]:
+        """Return all trajectories. Questions that can't be rendered are skipped."""
         trajectories: list[Trajectory] = []
-        numbers: dict[int, int] = {}
         skipped: list[str] = []
         for number, question in enumerate(self.questions):
             try:
@@ -178,12 +172,13 @@ class _Rollout:
                 skipped.append(f"{question.source}: {error}")
                 continue
             trajectories += samples
-            numbers |= {id(trajectory): number for trajectory in samples}
+            for trajectory in samples:
+                trajectory.number = number
         if skipped:
             say(f"         {len(skipped):,} questions skipped, the first: {skipped[0]}")
         if not trajectories:
             raise RecipeError(f"{self.recipe.path}: no question can be rendered ({skipped[0]})")
-        return trajectories, numbers
+        return trajectories
 
     def _serve(
         self,
@@ -243,24 +238,19 @@ class _Rollout:
         say(f"batches  of one row: padded batches would change this model's logits by {error:.1%}")
         return 1
 
-    def _resume(
-        self, part: Path, batches: Sequence[Sequence[Trajectory]], numbers: dict[int, int]
-    ) -> set[tuple[int, int]]:
+    def _resume(self, part: Path, batches: Sequence[Sequence[Trajectory]]) -> set[tuple[int, int]]:
         """Return the complete trajectories. Lines of an incomplete batch are removed, and the whole batch runs again."""
         lines = {(line["number"], line["sample"]): line for line in read_lines(part)}
-        keys = [[(numbers[id(trajectory)], trajectory.sample) for trajectory in batch] for batch in batches]
-        complete = {key for batch in keys if lines.keys() >= set(batch) for key in batch}
+        keys = [{trajectory.key for trajectory in batch} for batch in batches]
+        complete = {key for batch in keys if lines.keys() >= batch for key in batch}
         if lines:
             write_text(part, to_lines([line for key, line in lines.items() if key in complete]))
             say(f"resumed  {len(complete):,} trajectories of this process are complete")
         return complete
 
-    def _save(
-        self, writer: Writer, part: Path, numbers: dict[int, int], tools: Executor, batch: Sequence[Trajectory]
-    ) -> None:
+    def _save(self, writer: Writer, part: Path, tools: Executor, batch: Sequence[Trajectory]) -> None:
         """Score the trajectories of a batch and append their lines."""
-        to_line = partial(self._to_line, writer)
-        lines = list(tools.map(to_line, batch, [numbers[id(trajectory)] for trajectory in batch]))
+        lines = list(tools.map(partial(self._to_line, writer), batch))
         with self.lock:
             append_lines(part, lines)
             if self.bar is not None:
@@ -269,7 +259,7 @@ class _Rollout:
         if first and self.state.is_main_process:
             show("first trajectory", batch[0], lines[0])
 
-    def _to_line(self, writer: Writer, trajectory: Trajectory, number: int) -> Line:
+    def _to_line(self, writer: Writer, trajectory: Trajectory) -> Line:
         """Return a line of rollouts.jsonl."""
         question, predicted = trajectory.question, final_answer(trajectory)
         if self.recipe.judge and trajectory.end != "environment":
@@ -279,7 +269,7 @@ class _Rollout:
         else:
             score = score_answer(predicted, question.answer)
         return {
-            "number": number,
+            "number": trajectory.number,
             "dataset": question.dataset,
             "source": question.source,
             "sample": trajectory.sample,

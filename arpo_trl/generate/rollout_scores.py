@@ -7,11 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, TypeAlias
 
-import pandas
-
 from ..shell import split_command
 from .sandbox import Limits, run_command
-from .scores import find_answer, same_number, same_text
+from .scores import find_answer, same_number, same_text, to_table
 from .tags import RESULT_END, TAG, closes_tags
 from .trajectory import Trajectory
 
@@ -139,8 +137,7 @@ def describe(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
         if name.endswith(("_low", "_high")):
             continue
         rows[name.replace("_", " ")] = [_cell(figures, name) for figures in columns.values()]
-    table: str = pandas.DataFrame.from_dict(rows, orient="index", columns=list(columns)).to_string()
-    return table.splitlines()
+    return to_table(rows, columns)
 
 
 def _cell(figures: Mapping[str, float], name: str) -> str:

@@ -4,7 +4,7 @@ Each score is a share and a count: the share of right replies among those whose 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -153,6 +153,11 @@ def describe_scores(columns: dict[str, dict[str, float]]) -> list[str]:
     if label is not None:
         lengths = [f"{scores['tokens']:.0f}" if "tokens" in scores else "-" for scores in columns.values()]
         rows[f"tokens (labels: {label:.0f})"] = lengths
+    return to_table(rows, columns)
+
+
+def to_table(rows: Mapping[str, Sequence[str]], columns: Iterable[str]) -> list[str]:
+    """Return the lines of a table of named rows."""
     table: str = pandas.DataFrame.from_dict(rows, orient="index", columns=list(columns)).to_string()
     return table.splitlines()
 

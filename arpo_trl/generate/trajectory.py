@@ -47,6 +47,7 @@ class Trajectory:
         tokens: Tokens that the model wrote in all replies.
         calls: The tool calls that were run: tool, arguments, result, error (why it failed, or "") and seconds.
         rerendered: Contexts in which the template changed earlier turns, so that not all of the model's ids were kept.
+        number: Of the question, among those of a rollout.
     """
 
     question: Question
@@ -60,6 +61,12 @@ class Trajectory:
     calls: list[Fields] = field(default_factory=list)
     rerendered: int = 0
     end: End | None = None
+    number: int = 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What identifies the trajectory in a rollout."""
+        return self.number, self.sample
 
 
 class Writer:

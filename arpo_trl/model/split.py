@@ -138,11 +138,10 @@ def uses_deepspeed(recipe: Recipe) -> bool:
     """
     if not recipe.deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         return False
-    config: Any = recipe.deepspeed or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if isinstance(config, str) and config != "none":
-        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    config = read_settings(recipe.deepspeed or (None if path == "none" else path))
     stage: Any = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
-    if isinstance(config, dict):
+    if config:
         stage = (config.get("zero_optimization") or {}).get("stage", 0)
     return recipe.do_train or (str(stage) == "3" and not (recipe.do_predict or recipe.predict_during_eval))
 
@@ -153,11 +152,15 @@ def fsdp_config(recipe: Recipe) -> dict[str, Any]:
         names = {"version": "VERSION", "cpu_offload": "OFFLOAD_PARAMS", "state_dict_type": "STATE_DICT_TYPE"}
         launched = {key: os.environ.get(f"FSDP_{name}") for key, name in names.items()}
         return launched | {"version": launched["version"] or "1"}
-    config: Any = recipe.fsdp_config or {}
-    if isinstance(config, str):
-        config = json.loads(Path(config).read_text(encoding="utf-8"))
-    named = {name.removeprefix("fsdp_"): value for name, value in config.items()} if isinstance(config, dict) else {}
+    named = {name.removeprefix("fsdp_"): value for name, value in read_settings(recipe.fsdp_config).items()}
     return {"version": 2, "cpu_offload": "offload" in recipe.fsdp.split()} | named
+
+
+def read_settings(settings: object) -> dict[str, Any]:
+    """Return settings that are a mapping, or the path of a JSON file with one; empty if they are neither."""
+    if isinstance(settings, str):
+        settings = json.loads(Path(settings).read_text(encoding="utf-8"))
+    return settings if isinstance(settings, dict) else {}
 
 
 def unsupported_by_fsdp(recipe: Recipe, args: SFTConfig, split: Split) -> Iterator[tuple[str, str]]:

@@ -7,10 +7,8 @@ lists where it differs from its papers and from TRL.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -18,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..data.labels import IGNORED
+from ..data.prepare import digest
 from ..recipe.keys import Recipe
 from ..recipe.preference import METRICS
 from .loss import Batch, row_starts
@@ -123,7 +122,7 @@ PairKey = bytes
 
 def pair_key(pair: dict[str, Any]) -> PairKey:
     """Return a hash of a pair's tokens."""
-    return blake2b(np.asarray([*pair["seq_lengths"], *pair["input_ids"]], np.int32).tobytes(), digest_size=16).digest()
+    return digest([*pair["seq_lengths"], *pair["input_ids"]])
 
 
 class PairCollator:

@@ -240,10 +240,7 @@ def _vocabulary_size(config: dict[str, Any]) -> int | None:
 def _config(name: str, recipe: Recipe, hub: Hub | None) -> dict[str, Any]:
     """Return a model's config.json; empty if it can't be read, which loading the model reports."""
     path = Path(name, "config.json") if isdir(name) else _from_hub(name, "config.json", recipe, hub)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
+    config = read_json(path) if path else {}
     return config if isinstance(config, dict) else {}
 
 
