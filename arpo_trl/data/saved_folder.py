@@ -38,7 +38,7 @@ BORDER_SHARE = 0.05
 
 @dataclass
 class PromptCheck:
-    """What a server's prompts are compared with what was trained.
+    """How prompts compare with those of training.
 
     `borders`: prompts with the text of training and, at the borders of segments, other tokens: `border_tokens` of `tokens`.
     """
@@ -159,7 +159,7 @@ def _count_other_tokens(trained: list[int], served: list[int]) -> int:
 
 
 def _explain_ids(row: ServingRow, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Explanation:
-    """The text is that of training and its tokens are not."""
+    """Explain a prompt with the text of training and other tokens."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if explanation := explain_bos(row.ids, ids, bos, tokenizer.bos_token):
         return explanation
@@ -177,7 +177,7 @@ def _check_borders(check: PromptCheck) -> None:
         check.differences.append(
             Difference(
                 "segment borders",
-                f"{share:.1%} of the tokens are others than in training, at most {BORDER_SHARE:.0%} expected",
+                f"{share:.1%} of the tokens differ from those of training (at most {BORDER_SHARE:.0%} expected)",
                 "Use a template whose replies begin and end at special tokens.",
             )
         )

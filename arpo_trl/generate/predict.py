@@ -259,8 +259,8 @@ def eval_prompts(recipe: Recipe, model: Model, data: PreparedData, most: int | N
         complete, cut = find_prompts(first, name, ends)
         prompts += complete
         if cut:
-            replies = "1 reply skipped, it is" if cut == 1 else f"{cut:,} replies skipped, they are"
-            say(f"predict  {name}: {replies} truncated at cutoff_len {recipe.cutoff_len}")
+            replies = "1 reply" if cut == 1 else f"{cut:,} replies"
+            say(f"predict  {name}: {replies} truncated at cutoff_len {recipe.cutoff_len} and skipped")
     if not prompts:
         raise recipe.error("do_predict", f"no reply ends within cutoff_len {recipe.cutoff_len}. Raise cutoff_len")
     return prompts

@@ -100,7 +100,7 @@ def read_questions(recipe: Recipe, template: Template, default_form: ResultForm 
         digests = {question.digest for question in held_out.items}
         kept = [question for question in questions.items if question.digest not in digests]
         if dropped := len(questions.items) - len(kept):
-            questions.notices.append(f"{dropped:,} questions skipped, they equal a held-out question")
+            questions.notices.append(f"{dropped:,} questions skipped: they equal a held-out question")
         questions.items = kept
     if not questions.items:
         raise recipe.error("rollout_on", f"{recipe.rollout_on} has no questions ({'; '.join(questions.notices)})")

@@ -35,30 +35,20 @@ def read_old_stage(settings: dict[str, Setting]) -> str | None:
     return "stage: orpo means stage: dpo with pref_loss: orpo"
 
 
+# One key per line.
+# fmt: off
 class PreferenceKeys(BaseModel):
     pref_beta: Number = key(0.1, "DPO: how closely the model is held to the reference; scale of the rewards", gt=0)
-    pref_loss: Annotated[Literal["sigmoid", "hinge", "ipo", "orpo", "simpo"], BeforeValidator(_known_loss)] = key(
-        "sigmoid", "DPO: the preference loss. orpo and simpo need no reference"
-    )
+    pref_loss: Annotated[Literal["sigmoid", "hinge", "ipo", "orpo", "simpo"], BeforeValidator(_known_loss)] = key("sigmoid", "DPO: the preference loss. orpo and simpo need no reference")
     simpo_gamma: Number = key(0.5, "SimPO: target margin between the two sides' rewards", ge=0)
     pref_ftx: Number = key(0.0, "DPO: weight of the SFT loss on the chosen sides", ge=0)
-    dpo_label_smoothing: Number = key(
-        0.0, "DPO: share of pairs assumed to be swapped (conservative DPO); sigmoid only", ge=0, le=0.5
-    )
-    ld_alpha: Number | None = key(
-        None, "LD-DPO: weight of the tokens past the shorter side's length; 1 or omitted is plain DPO", ge=0, le=1
-    )
-    ref_model: Location | None = key(
-        None, "DPO: the reference, a hub id or a folder. If omitted, the model before training"
-    )
+    dpo_label_smoothing: Number = key(0.0, "DPO: share of pairs assumed to be swapped (conservative DPO); sigmoid only", ge=0, le=0.5)
+    ld_alpha: Number | None = key(None, "LD-DPO: weight of the tokens past the shorter side's length; 1 or omitted is plain DPO", ge=0, le=1)
+    ref_model: Location | None = key(None, "DPO: the reference, a hub id or a folder. If omitted, the model before training")
     ref_model_adapters: Locations = key([], "DPO: LoRA adapters of ref_model, separated by commas")
-    precompute_ref_log_probs: bool = key(
-        False, "DPO: compute the reference's log-probabilities once before training, to save memory"
-    )
-    pair_all_answers: bool = key(
-        False,
-        "Lists of more than two answers (best first): pair the first with each other answer, not only the second",
-    )
+    precompute_ref_log_probs: bool = key(False, "DPO: compute the reference's log-probabilities once before training, to save memory")
+    pair_all_answers: bool = key(False, "Lists of more than two answers (best first): pair the first with each other answer, not only the second")
+# fmt: on
 
 
 def needs_reference(recipe: _Recipe) -> bool:

@@ -308,7 +308,7 @@ def test_questions_to_train_on_that_equal_a_held_out_one_are_skipped(
         "max_new_tokens=4",
     ]
     assert len(rollout(turns, *copy_run(turns, tmp_path), *keys)) == 4
-    assert "2 questions skipped, they equal a held-out question" in capsys.readouterr().out
+    assert "2 questions skipped: they equal a held-out question" in capsys.readouterr().out
 
 
 def line(sample: int, right: bool, calls: int = 1, tokens: int = 10, **changes: Any) -> dict[str, Any]:
