@@ -55,9 +55,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     except RecipeError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(
-                5
-            )  # the launcher ends this process if the main one has raised it too: the message is printed once
+            # If the main process raises it too, the launcher ends this one before it repeats the message.
+            time.sleep(5)
         print(to_terminal(str(error), sys.stderr), file=sys.stderr)
         return 2
     except RunFailed as error:

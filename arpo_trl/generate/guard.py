@@ -110,9 +110,8 @@ def _exec(libc: ctypes.CDLL, settings: dict[str, Any]) -> NoReturn:
         "RLIMIT_CORE": 0,
         "RLIMIT_NOFILE": OPEN_FILES,
         "RLIMIT_CPU": int(settings["seconds"]) + 2,
-        "RLIMIT_NPROC": settings["processes"]
-        if settings["counts_alone"]
-        else None,  # else it counts all of the user's
+        # It counts all processes of the user.
+        "RLIMIT_NPROC": settings["processes"] if settings["counts_alone"] else None,
     }
     for name, limit in limits.items():
         if limit is not None and hasattr(resource, name):

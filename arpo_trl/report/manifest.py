@@ -26,7 +26,7 @@ from ..data.sources import select_datasets
 from ..errors import RecipeError, RowError
 from ..machine import installed_versions
 from ..processes import on_main_process
-from ..recipe.keys import PredictKeys, Recipe, keys
+from ..recipe.keys import OutputKeys, PredictKeys, Recipe, keys
 from ..recipe.methods import CANNOT_CHANGE as METHODS_CANNOT_CHANGE
 from ..recipe.rollout_keys import RolloutKeys
 from ..run_folder import MANIFEST, write_json
@@ -41,19 +41,16 @@ Results = Literal["turn", "inside"]
 
 MAY_CHANGE = frozenset(
     """
-    logging_steps logging_strategy logging_first_step log_level log_level_replica disable_tqdm report_to run_name
-    project plot_loss save_steps save_strategy save_total_limit save_only_model eval_steps eval_strategy eval_on_start
-    eval_delay per_device_eval_batch_size load_best_model_at_end metric_for_best_model greater_is_better
-    early_stopping_steps do_eval output_dir overwrite_output_dir overwrite_cache resume_from_checkpoint
-    allow_changed_recipe on_save_error preflight preprocessing_num_workers preprocessing_batch_size tokenized_path
-    dataset_dir max_dropped dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
-    dataloader_persistent_workers ddp_timeout push_to_hub hub_model_id hub_strategy hub_private_repo hub_revision
-    cache_dir gradient_checkpointing use_reentrant_gc activation_offloading use_cpu
-    trust_remote_code include_num_input_tokens_seen use_swanlab swanlab_project swanlab_workspace swanlab_mode
-    swanlab_logdir trackio_space_id trackio_bucket_id trackio_static_space_id hub_always_push log_on_each_node
-    eval_on_each_dataset skip_memory_metrics save_on_each_node eval_packing
+    logging_strategy logging_first_step log_level log_level_replica disable_tqdm save_total_limit save_only_model
+    eval_steps eval_strategy eval_on_start eval_delay per_device_eval_batch_size load_best_model_at_end
+    metric_for_best_model greater_is_better early_stopping_steps do_eval overwrite_cache preflight
+    preprocessing_num_workers preprocessing_batch_size tokenized_path dataset_dir max_dropped dataloader_num_workers
+    dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers ddp_timeout push_to_hub hub_model_id
+    hub_strategy hub_private_repo hub_revision cache_dir gradient_checkpointing use_reentrant_gc activation_offloading
+    use_cpu trust_remote_code include_num_input_tokens_seen trackio_space_id trackio_bucket_id trackio_static_space_id
+    hub_always_push log_on_each_node eval_on_each_dataset skip_memory_metrics save_on_each_node eval_packing
     """.split()
-) | frozenset([*PredictKeys.model_fields, *RolloutKeys.model_fields])
+) | frozenset([*OutputKeys.model_fields, *PredictKeys.model_fields, *RolloutKeys.model_fields])
 """Keys that do not affect the weights, so that they may change when a run is resumed."""
 BATCH = ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
 DEPEND_ON_PROCESSES = """

@@ -143,8 +143,7 @@ def finish_trackers(args: SFTConfig, output_dir: Path) -> None:
     if plot.exists():
         wandb.run.log({"training_loss": wandb.Image(str(plot))})
     if card.exists():
-        copy = shutil.copy(
-            card, wandb.run.dir
-        )  # wandb.save alone would leave a link, which breaks if the folder moves
+        # A copy: wandb.save alone would leave a link, which breaks if the folder moves.
+        copy = shutil.copy(card, wandb.run.dir)
         wandb.run.save(copy, base_path=wandb.run.dir, policy="now")
     wandb.finish()

@@ -52,9 +52,8 @@ def start_report(recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, check
 
 def describe_setup(recipe: Recipe, model: Model, args: TrainingArguments) -> list[str]:
     """Return the model and the device, as a run and `--check` print them."""
-    part = ", text part only" * model.config.model_type.endswith(
-        "_text"
-    )  # Qwen3.5's and Llama 4's, of a file with a vision part
+    # Qwen3.5's and Llama 4's, of a file with a vision part
+    part = ", text part only" * model.config.model_type.endswith("_text")
     return [
         f"model    {recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}{part}",
         f"device   {describe_device(args)}{f', {find_split(recipe)}' if args.world_size > 1 else ''}",
