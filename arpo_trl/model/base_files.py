@@ -1,10 +1,13 @@
 """The base model's files: the final model keeps the dtype of each tensor, config.json and generation_config.json."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import get_local_safetensors_metadata
+from huggingface_hub.utils import TensorInfo
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -98,9 +101,15 @@ def read_base_files(
         dtypes = {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
         config = dtypes | config["text_config"]
     generation = _find(name, "generation_config.json", hub)
-    in_file = _dtypes_in_file(name, hub)
-    dtype = _most_frequent(in_file) or getattr(model.config, "dtype", None) or torch.float32
-    others = {} if {dtype} >= {*(d for d, _ in in_file.values())} else _others(model, in_file, dtype)
+    in_file, counts = _read_headers(name, hub), Counter[torch.dtype]()
+    for header in in_file.values():
+        counts[DTYPES[header.dtype]] += header.parameter_count
+    dtype = (
+        max(counts, key=lambda kind: counts[kind], default=None)
+        or getattr(model.config, "dtype", None)
+        or torch.float32
+    )
+    others = {} if counts.keys() <= {dtype} else _others(model, in_file, dtype)
     strict = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     in_float32 = frozenset(
         tensor
@@ -126,36 +135,14 @@ def _find(name: str | Path, file: str, hub: Values) -> Path | None:
     return Path(path) if path else None
 
 
-def _dtypes_in_file(name: str | Path, hub: Values) -> dict[str, tuple[torch.dtype, int]]:
-    """Return the dtype and the bytes of each tensor, from the headers of the base's safetensors files."""
-    index = _find(name, "model.safetensors.index.json", hub)
-    if index:
-        shards = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        files = [index.parent / shard for shard in shards]
-    else:
-        single = _find(name, "model.safetensors", hub)
-        files = [single] if single else []
-    dtypes = {}
-    for file in files:
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        for tensor, entry in header.items():
-            if tensor != "__metadata__" and entry["dtype"] in DTYPES:
-                first, end = entry["data_offsets"]
-                dtypes[tensor] = DTYPES[entry["dtype"]], end - first
-    return dtypes
+def _read_headers(name: str | Path, hub: Values) -> dict[str, TensorInfo]:
+    """Return the header of each tensor in the base's safetensors files."""
+    found = _find(name, "model.safetensors", hub) or _find(name, "model.safetensors.index.json", hub)
+    files = get_local_safetensors_metadata(found.parent).files_metadata.values() if found else ()
+    return {name: tensor for file in files for name, tensor in file.tensors.items() if tensor.dtype in DTYPES}
 
 
-def _most_frequent(in_file: dict[str, tuple[torch.dtype, int]]) -> torch.dtype | None:
-    sizes: dict[torch.dtype, int] = {}
-    for dtype, size in in_file.values():
-        sizes[dtype] = sizes.get(dtype, 0) + size // dtype.itemsize
-    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
-
-
-def _others(
-    model: PreTrainedModel, in_file: dict[str, tuple[torch.dtype, int]], dtype: torch.dtype
-) -> dict[str, torch.dtype]:
+def _others(model: PreTrainedModel, in_file: dict[str, TensorInfo], dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Return the tensors of the model whose dtype in the file is another one. The file may name and divide them otherwise."""
     others = {}
     for name, tensor in model.state_dict().items():
@@ -165,7 +152,7 @@ def _others(
                 saved = list(revert_weight_conversion(model, {name: torch.empty_like(tensor, device="meta")}))
             except (RuntimeError, ValueError, KeyError, IndexError):  # a weight that is saved with others
                 continue
-        kinds = {in_file[key][0] for key in saved if key in in_file}
+        kinds = {DTYPES[in_file[key].dtype] for key in saved if key in in_file}
         if len(kinds) == 1 and kinds != {dtype}:
             others[name] = kinds.pop()
     return others
