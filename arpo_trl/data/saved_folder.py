@@ -38,7 +38,7 @@ BORDER_SHARE = 0.05
 
 @dataclass
 class PromptCheck:
-    """How prompts compare with those of training.
+    """A comparison of prompts with those of training.
 
     `borders`: prompts with the text of training and, at the borders of segments, other tokens: `border_tokens` of `tokens`.
     """

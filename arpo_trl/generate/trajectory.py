@@ -65,7 +65,7 @@ class Trajectory:
 
     @property
     def key(self) -> tuple[int, int]:
-        """What identifies the trajectory in a rollout."""
+        """Identify the trajectory in a rollout."""
         return self.number, self.sample
 
 

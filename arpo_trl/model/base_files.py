@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import get_local_safetensors_metadata
-from huggingface_hub.utils import TensorInfo
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -17,6 +16,7 @@ from ..run_folder import write_json
 from .weights import is_text_part
 
 Values = dict[str, Any]
+Headers = dict[str, tuple[torch.dtype, int]]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
@@ -102,8 +102,8 @@ def read_base_files(
         config = dtypes | config["text_config"]
     generation = _find(name, "generation_config.json", hub)
     in_file, counts = _read_headers(name, hub), Counter[torch.dtype]()
-    for header in in_file.values():
-        counts[DTYPES[header.dtype]] += header.parameter_count
+    for kind, count in in_file.values():
+        counts[kind] += count
     dtype = (
         max(counts, key=lambda kind: counts[kind], default=None)
         or getattr(model.config, "dtype", None)
@@ -135,14 +135,15 @@ def _find(name: str | Path, file: str, hub: Values) -> Path | None:
     return Path(path) if path else None
 
 
-def _read_headers(name: str | Path, hub: Values) -> dict[str, TensorInfo]:
-    """Return the header of each tensor in the base's safetensors files."""
-    found = _find(name, "model.safetensors", hub) or _find(name, "model.safetensors.index.json", hub)
-    files = get_local_safetensors_metadata(found.parent).files_metadata.values() if found else ()
-    return {name: tensor for file in files for name, tensor in file.tensors.items() if tensor.dtype in DTYPES}
+def _read_headers(name: str | Path, hub: Values) -> Headers:
+    """Return the dtype and the number of parameters of each tensor in the base's safetensors files."""
+    file = _find(name, "model.safetensors", hub) or _find(name, "model.safetensors.index.json", hub)
+    parts = get_local_safetensors_metadata(file.parent).files_metadata.values() if file else ()
+    tensors = [pair for part in parts for pair in part.tensors.items()]
+    return {name: (DTYPES[about.dtype], about.parameter_count) for name, about in tensors if about.dtype in DTYPES}
 
 
-def _others(model: PreTrainedModel, in_file: dict[str, TensorInfo], dtype: torch.dtype) -> dict[str, torch.dtype]:
+def _others(model: PreTrainedModel, in_file: Headers, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Return the tensors of the model whose dtype in the file is another one. The file may name and divide them otherwise."""
     others = {}
     for name, tensor in model.state_dict().items():
@@ -152,7 +153,7 @@ def _others(model: PreTrainedModel, in_file: dict[str, TensorInfo], dtype: torch
                 saved = list(revert_weight_conversion(model, {name: torch.empty_like(tensor, device="meta")}))
             except (RuntimeError, ValueError, KeyError, IndexError):  # a weight that is saved with others
                 continue
-        kinds = {DTYPES[in_file[key].dtype] for key in saved if key in in_file}
+        kinds = {in_file[key][0] for key in saved if key in in_file}
         if len(kinds) == 1 and kinds != {dtype}:
             others[name] = kinds.pop()
     return others

@@ -247,7 +247,7 @@ def test_each_end_is_recorded(place: Any, tiny_tokenizer: PreTrainedTokenizerBas
 def test_all_calls_of_a_turn_run_in_order(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     texts = ["<python>1</python> and <search>b</search><|im_end|>", "<answer>1</answer><|im_end|>"]
     trajectory = ask(tiny_tokenizer, texts, ["one", "two"], ResultForm())
-    assert [(call.tool, call.arguments, call.result) for call in trajectory.calls] == [
+    assert [(call["tool"], call["arguments"], call["result"]) for call in trajectory.calls] == [
         ("python", "1", "one"),
         ("search", "b", "two"),
     ]
