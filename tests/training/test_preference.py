@@ -648,6 +648,6 @@ def test_losses_are_those_that_llamafactory_logged(
     }
     settings = {"stage": "dpo", "truncation_mode": "llamafactory", "save_strategy": "no", **rows, **steps, **keys}
     run = small_run.run_recipe(small_run.write_recipe(tmp_path, tiny_model, **settings))
-    losses = [line["loss"] for line in read_log(run / "trainer_log.jsonl") if "loss" in line]
+    losses = [line["loss"] for line in read_lines(run / "trainer_log.jsonl") if "loss" in line]
     theirs = json.loads((ROOT / "tests" / "golden" / "pairs" / "losses.json").read_text(encoding="utf-8"))
     assert losses == pytest.approx(theirs[name], abs=1e-5 if name == "orpo" else 5e-4)  # bfloat16
