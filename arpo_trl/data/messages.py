@@ -5,9 +5,9 @@ assistant message) and otherwise left to the chat template. LLaMA-Factory drops 
 a first turn of the assistant; here the row is kept if the template can render it, and dropped with the template's own error
 otherwise.
 
-`_read_alpaca` reads alpaca rows, `_read_turns` sharegpt and openai rows. `_turn_to_messages` reads one turn: ShareGPT's,
-OpenAI's chat messages and Responses items, and Anthropic's blocks. Everything that is read is removed from a copy of the
-row; the rest is counted in `Conversation.unread`.
+`read_alpaca_prompt` reads alpaca rows, `read_turns` sharegpt and openai rows. `_turn_to_messages` reads one turn:
+ShareGPT's, OpenAI's chat messages and Responses items, and Anthropic's blocks. Everything that is read is removed from a
+copy of the row; the rest is counted in `Conversation.unread`.
 """
 
 import json
@@ -82,12 +82,18 @@ class Turns(NamedTuple):
 
 def to_conversation(row: object, info: DatasetInfo, default_system: str | None = None) -> Conversation:
     """Read one row. Raises RowError if the row is malformed."""
-    rest, tools, unread = to_fields(row, info), list[list[Fields]](), Counter[Note]()
+    rest, columns = to_fields(row, info), info.columns
     if info.formatting == "alpaca":
-        messages = _read_alpaca(rest, info.columns)
-    else:
-        messages, tools, unread = _read_turns(rest, info)
-    return complete(Turns(messages, tools, unread), rest, info, default_system)
+        response = columns["response"]
+        prompt = read_alpaca_prompt(rest, columns)
+        reply: Message = {"role": "assistant", "content": _text(rest.pop(response, None), response)}
+        turns = Turns([*prompt, reply], [], Counter())
+    else:  # sharegpt and openai rows differ in their tags
+        column = columns["messages"]
+        if rest.get(column) is None:
+            raise RowError(f"missing field: {column}")
+        turns = read_turns(_parsed(rest.pop(column), column), column, info.tags)
+    return complete(turns, rest, info, default_system)
 
 
 def to_fields(row: object, info: DatasetInfo) -> Fields:
@@ -115,13 +121,6 @@ def complete(turns: Turns, rest: Fields, info: DatasetInfo, default_system: str 
     return Conversation(messages, tools[0] if tools else None, unread)
 
 
-def _read_alpaca(rest: Fields, columns: dict[str, str]) -> list[Message]:
-    """Read the history, then instruction and input as a prompt, then output as its reply."""
-    messages, response = read_alpaca_prompt(rest, columns), columns["response"]
-    messages.append({"role": "assistant", "content": _text(rest.pop(response, None), response)})
-    return messages
-
-
 def read_alpaca_prompt(rest: Fields, columns: dict[str, str]) -> list[Message]:
     """Return the history, then instruction and input as a user message; they are removed from `rest`."""
     history, prompt, query = (columns.get(key, "") for key in ("history", "prompt", "query"))
@@ -145,14 +144,6 @@ def _read_history(value: object, name: str) -> list[Message]:
             raise RowError(f"wrong type: {name} contains {excerpt(pair, 60)}, expected [prompt, reply]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return messages
-
-
-def _read_turns(rest: Fields, info: DatasetInfo) -> Turns:
-    """Read sharegpt or openai turns, which differ in their tags."""
-    column = info.columns["messages"]
-    if rest.get(column) is None:
-        raise RowError(f"missing field: {column}")
-    return read_turns(_parsed(rest.pop(column), column), column, info.tags)
 
 
 def read_turns(turns: object, column: str, tags: dict[str, str]) -> Turns:

@@ -65,7 +65,7 @@ def to_pair(row: object, info: DatasetInfo, default_system: str | None = None) -
     rest = to_fields(row, info)
     chosen, rejected = (_read_side(name, value, info) for name, value in _take_sides(rest, info))
     prompt = _read_prompt(rest, info)
-    if any(_is_complete(side) for side in (chosen, rejected)):
+    if any(side.messages[0]["role"] in ("system", "user") for side in (chosen, rejected)):  # complete conversations
         messages, sides = _split_conversations(prompt.messages, chosen.messages, rejected.messages)
     else:
         messages, sides = prompt.messages, [chosen.messages, rejected.messages]
@@ -162,10 +162,6 @@ def _tags(turns: object, info: DatasetInfo) -> dict[str, str]:
     return next((tags for tags in known if tags["role_tag"] in first), known[0])
 
 
-def _is_complete(side: Turns) -> bool:
-    return side.messages[0]["role"] in ("system", "user")
-
-
 def _split_conversations(
     prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[list[Message]]]:
@@ -173,7 +169,7 @@ def _split_conversations(
     turns, system = _without_system(prompt), _system_of(prompt)
     sides = [_without_system(side) for side in (chosen, rejected)]
     systems = [messages for messages in (_system_of(chosen), _system_of(rejected), system) if messages]
-    if any(not _same(messages, systems[0]) for messages in systems):
+    if any(messages != systems[0] for messages in systems):
         raise RowError("no pair: the system messages of prompt, chosen and rejected differ")
     if turns and not any(_count_shared(turns, side) == len(turns) for side in sides):
         raise RowError("no pair: the prompt is not the beginning of chosen or rejected")
@@ -191,10 +187,6 @@ def _system_of(messages: list[Message]) -> list[Message]:
 
 def _without_system(messages: list[Message]) -> list[Message]:
     return messages[len(_system_of(messages)) :]
-
-
-def _same(messages: list[Message], other: list[Message]) -> bool:
-    return len(messages) == len(other) == _count_shared(messages, other)
 
 
 def _count_shared(messages: list[Message], other: list[Message]) -> int:
