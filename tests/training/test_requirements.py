@@ -31,7 +31,7 @@ from arpo_trl.training.requirements import (
     check_inputs,
     check_packages,
 )
-from arpo_trl.training.setup import check_device
+from arpo_trl.training.setup import check_after_torch, check_device
 
 
 @pytest.fixture
@@ -102,12 +102,12 @@ def test_keys_that_need_a_gpu_are_rejected_without_one(recipe_of: Any) -> None:
     ]
 
 
-def test_muon_needs_a_recent_torch(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = recipe_of("use_muon=true", "report_to=none")
-    check_device(given)
+def test_muon_needs_a_recent_torch(recipe_of: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = recipe_of("use_muon=true", "report_to=none", f"model_name_or_path={tiny_model}")
+    check_after_torch(given)
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(RecipeError, match=r"use_muon: requires torch 2\.9 or later"):
-        check_device(given)
+        check_after_torch(given)
 
 
 def test_a_recipe_accepts_the_trackers_of_transformers() -> None:
