@@ -67,7 +67,7 @@ def check_run(recipe: Recipe, data: PreparedData, folder: Path) -> list[str]:
     try:
         rows = choose_rows(recipe, data)
         if not rows:
-            return ["serving check  skipped: no row that cutoff_len leaves complete could be read again"]
+            return ["serving check  skipped: every row is truncated at cutoff_len, or could not be read again"]
         write_rows(rows, folder)
         return check_folder(folder)
     except (RecipeError, RowError, OSError, ValueError, KeyError) as error:

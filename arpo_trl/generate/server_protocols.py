@@ -323,7 +323,9 @@ def connect(url: str, model: str | None, folder: Path, tokenizer: PreTrainedToke
         model = str(folder.resolve())  # it loads what a request names
     names = [str(card.get("id")) for card in cards]
     if model is None and len(cards) > 1:
-        raise RunFailed(f"--url {url}: serves {len(cards)} models. Give one with --model: {', '.join(names[:8])}")
+        raise RunFailed(
+            f"--url {url}: serves {len(cards)} models. Choose one with --served-model: {', '.join(names[:8])}"
+        )
     card = next((card for card in cards if model in (None, card.get("id"))), {"id": model})
     return kind(client, card, tokenizer)
 

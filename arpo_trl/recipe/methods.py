@@ -303,7 +303,7 @@ def optim_package(optim: str) -> dict[str, str]:
 def notices(recipe: _Recipe) -> Iterator[str]:
     """Yield what a user should know before the run starts."""
     if name := layerwise_key(recipe):
-        yield f"{name}: checkpoints lack the optimizer state, a resumed run starts it from zero; preflight is skipped"
+        yield f"{name}: checkpoints lack the optimizer state, so a resumed run starts it from zero; preflight is skipped"
     if getattr(recipe, "quantization_bit", None) and recipe.quantization_method == "bitsandbytes":
         yield "quantization_method: bitsandbytes means bnb; LLaMA-Factory loads the model unquantized, without a warning"
 

@@ -44,7 +44,7 @@ def use_stored_log_probs(recipe: Recipe, trainer: ArpoTrainer, is_untrained: boo
     if stored is None:
         if not is_untrained:
             raise RecipeError(
-                f"{path}: missing or made of other data; the reference can't be computed from a checkpoint"
+                f"{path}: missing, or computed from other data; the reference can't be computed from a checkpoint"
             )
         stored = _compute(trainer, preference.reference, datasets)
         on_main_process(lambda: _write(path, key, stored))
