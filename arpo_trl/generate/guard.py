@@ -50,7 +50,9 @@ def main(settings: dict[str, Any]) -> None:
             os.setpriority(os.PRIO_PROCESS, 0, -10)  # root's guard stays ahead of a fork bomb
     if settings["mode"] == "namespaces":
         _enter_namespaces(libc, settings)
-        _wait_for_init(os.fork())
+        if init := os.fork():
+            os.waitpid(init, 0)
+            os._exit(0)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         _mount_proc(libc)
     elif is_linux:
@@ -93,12 +95,6 @@ def _check(result: int) -> None:
     if result:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-
-
-def _wait_for_init(init: int) -> None:
-    if init:
-        os.waitpid(init, 0)
-        os._exit(0)
 
 
 def _exec(libc: ctypes.CDLL, settings: dict[str, Any]) -> NoReturn:

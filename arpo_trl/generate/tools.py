@@ -86,10 +86,6 @@ def to_plain_text(output: str, markers: re.Pattern[str]) -> str:
     `<|im_end|>` and `</result>` become `< |im_end|>` and `< /result>`: ordinary tokens here, in a server, and in a
     program that trains on the rollouts later.
     """
-    while (changed := markers.sub(_break, output)) != output:
+    while (changed := markers.sub(lambda match: f"{match[0][0]} {match[0][1:]}", output)) != output:
         output = changed
     return output
-
-
-def _break(match: re.Match[str]) -> str:
-    return f"{match[0][0]} {match[0][1:]}"

@@ -27,7 +27,9 @@ class Architectures(Method):
         calling the adapter.
         """
         unreached = unreached_by_text(model)
-        excluded = {name for name, module in model.named_modules() if is_inside(name, unreached) and _is_leaf(module)}
+        excluded = {
+            name for name, module in model.named_modules() if is_inside(name, unreached) and not [*module.children()]
+        }
         if "all" in getattr(self.recipe, f"{self.recipe.finetuning_type}_target"):
             modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
             excluded |= {name for name, module in modules if _has_other_output(module)}
@@ -36,10 +38,6 @@ class Architectures(Method):
         if excluded:
             config.exclude_modules = sorted(excluded)
         return config
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return next(module.children(), None) is None
 
 
 def _has_other_output(layer: nn.Module) -> bool:
