@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,6 +222,7 @@ def test_the_quickstart_shows_a_held_out_question_before_and_after_training(chec
 @pytest.mark.parametrize("state", ["no pip", "half of pip", "no python"])
 def test_install_repairs_a_venv_whose_installation_was_interrupted(checkout: Path, state: str) -> None:
     """Packages are installed again, too: the files that record what was installed are removed."""
+    venv = pytest.importorskip("venv")  # Python's embeddable build for Windows has none
     venv.create(checkout / ".venv", with_pip=state == "half of pip", symlinks=os.name != "nt")
     [python] = [*checkout.glob(".venv/bin/python"), *checkout.glob(".venv/Scripts/python.exe")]
     if state == "half of pip":

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.keys_of_trl import OURS_TOO, SftKeys
 from arpo_trl.recipe.llamafactory import IGNORED, MULTIMODAL, NO_OP, NOT_SUPPORTED, RENAMED, SHIPPED, TOKENIZERS_OWN
 from arpo_trl.recipe.read import takes_text
+from arpo_trl.shell import quote_command
 
 LLAMA_FACTORY = json.loads(
     (Path(__file__).parent / "fixtures" / "llama_factory_keys.json").read_text(encoding="utf-8")
@@ -273,7 +275,7 @@ def test_a_recipe_without_anything_to_do_is_an_error(tmp_path: Path) -> None:
 def test_a_file_that_is_not_a_recipe_is_reported_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         read_recipe(write(tmp_path, text))
-    assert str(caught.value) == f"{tmp_path}/{message}"
+    assert str(caught.value) == f"{tmp_path}{os.sep}{message}"
 
 
 def test_a_missing_recipe_lists_the_recipes_nearby(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,6 +408,9 @@ OTHER_FORMS = [
 ]  # fmt: skip
 
 
+QUOTED = "'a b' 'the out'"
+
+
 @pytest.mark.parametrize(("text", "message"), OTHER_FORMS)
 def test_a_recipe_for_another_llama_factory_command_is_reported_in_one_line(
     tmp_path: Path, text: str, message: str
@@ -413,7 +418,7 @@ def test_a_recipe_for_another_llama_factory_command_is_reported_in_one_line(
     path = write(tmp_path, text)
     with pytest.raises(RecipeError) as caught:
         read_recipe(path)
-    assert str(caught.value) == f"{path}: {message}"
+    assert str(caught.value) == f"{path}: {message.replace(QUOTED, quote_command(['a b', 'the out']))}"
 
 
 # --- right recipes ---
@@ -689,7 +694,7 @@ def test_missing_files_and_datasets_are_reported_in_under_a_second_without_torch
     assert done.stderr.splitlines() == [
         f"r.yaml:5: template: t.jinja: no such file; {here}",
         f"r.yaml:1: model_name_or_path: ./m: no such folder; {here}",
-        "r.yaml:4: dataset: a: no such dataset in data/dataset_info.json; expected one of b",
+        f"r.yaml:4: dataset: a: no such dataset in {Path('data/dataset_info.json')}; expected one of b",
     ]
     assert (done.returncode, done.stdout.strip()) == (2, "")
     assert seconds < 1

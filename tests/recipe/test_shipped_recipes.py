@@ -182,7 +182,6 @@ def test_init_writes_what_a_first_run_needs(
     assert "\\boxed{391}" in capsys.readouterr().out
     os.chdir(tmp_path)
     assert main(["--init", "first"]) == 2
-    assert (
-        capsys.readouterr().err == "first/data/dataset_info.json: already exists; choose another folder for --init\n"
-    )
+    there = Path("first/data/dataset_info.json")
+    assert capsys.readouterr().err == f"{there}: already exists; choose another folder for --init\n"
     assert main(["--init"]) == 2 and main(["--init", "/dev/null/x"]) == 2
