@@ -109,11 +109,9 @@ def run_chain(folder: Path, model: Path, engine: str, method: str, keys: dict[st
 
 
 def last_line(printed: str) -> str:
-    """Return the message of a failed launch: the last line of the package's own, before what launchers append."""
-    lines = [
-        line for line in printed.strip().splitlines() if line and not line.startswith((" ", "E1", "W1", "[", "=", "-"))
-    ]
-    return f"FAILED: {lines[-1] if lines else printed[-200:]}"
+    """Return the message of a failed launch: the last that names its recipe, without the path."""
+    messages = re.findall(r"recipe\.yaml:(?:\d+:)? (.*)", printed)
+    return f"FAILED: {messages[-1] if messages else printed.strip()[-200:]}"
 
 
 def losses_of_one_process(folder: Path, model: Path, keys: dict[str, Any]) -> list[float]:
