@@ -6,12 +6,14 @@ The slow ones train all families of docs/reference/architectures.md: pytest -m s
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import architectures
 import pytest
 import torch
+from launches import ENGINES, NEEDS_DEEPSPEED, command, launch
 from safetensors.torch import load_file, save_file
 
 from arpo_trl.model.base_files import CHANGED_CONFIG_KEYS, CHANGED_GENERATION_KEYS
@@ -40,6 +42,21 @@ def test_full_and_merged_models_keep_dtypes_shapes_and_configs(
     train(read_recipe(architectures.write_recipe(tmp_path, rows, **one_step)))
     merge(tmp_path / "lora", tmp_path / "merged")
     assert differences(tmp_path / "model", tmp_path / "merged") == []
+
+
+@pytest.mark.slow
+@pytest.mark.engines
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize("family", ["gemma2", "glm4_moe"])
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+def test_gathered_weights_keep_dtypes_shapes_and_configs(engine: str, family: str, tmp_path: Path) -> None:
+    architectures.make_model(family, tmp_path / "model")
+    in_two_dtypes(tmp_path / "model")
+    rows = architectures.write_rows(tmp_path / "data")
+    recipe = architectures.write_recipe(tmp_path, rows, per_device_train_batch_size=1, save_strategy="no")
+    printed = launch(command(engine, recipe))
+    assert re.search(ENGINES[engine], printed), printed
+    assert differences(tmp_path / "model", tmp_path / "run") == []
 
 
 def in_two_dtypes(folder: Path) -> None:
