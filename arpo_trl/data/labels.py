@@ -95,8 +95,13 @@ def _to_example(row: Sequence[Segment], tokens: Sequence[Tokens], config: Exampl
     else:
         kept = keep_start(lengths, config.cutoff_len)
     example = Example(cut=sum(lengths) - sum(kept), lost_answer=not kept[-1])
+    end: int | None = None
     for segment, trained, text, length in zip(row, trained_segments(row, config), tokens, kept, strict=True):
+        start = len(example.labels)
         add_segment(example, segment, text, length, trained)
+        if end is not None and length and example.labels[start] == IGNORED:
+            example.labels[start] = end
+        end = segment.end if trained else None
     return example
 
 

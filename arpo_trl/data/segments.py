@@ -39,13 +39,15 @@ class Segment(NamedTuple):
     """A piece of a rendered conversation.
 
     `masked`: never trained, whatever the recipe says. `added`: what the template leaves out here: the end of a context's
-    generation prompt, or the end of the empty reasoning that the prompt opens, with which the reply starts.
+    generation prompt, or the end of the empty reasoning that the prompt opens, with which the reply starts. `end`: the end
+    token that the model writes after this reply, where the next context has another text (gpt-oss).
     """
 
     text: str
     masked: bool = False
     spans: tuple[Span, ...] = ()
     added: str = ""
+    end: int | None = None
 
 
 def to_segments(conversation: Conversation, template: Template) -> list[Segment]:
@@ -107,11 +109,6 @@ def _render_turns(conversation: Conversation, template: Template, window: int) -
         until_prompt, rest = _until_prompt([*before, messages[position]], tools, template, until_reply)
         if not until_prompt.startswith(done):
             done = _join_turns(done, until_prompt, template, segments)
-            is_call = segments and messages[start - 1].get("tool_calls")
-            if is_call and not segments[-1].masked and not template.ends(segments[-1].text):
-                raise TurnEndError(
-                    f"the chat template leaves out the end of message {start}, a call, once others follow"
-                )
         context, reply = until_prompt[len(done) :], until_reply[len(until_prompt) :]
         masked = not messages[position].get("trained", True)
         if not masked and not template.ends(reply):
@@ -165,12 +162,15 @@ def _join_turns(done: str, until_prompt: str, template: Template, segments: list
     """Return where the next context starts if the template rewrites earlier text once a turn follows.
 
     The end of a reply may change: gpt-oss ends the last one with <|return|>, which the model writes, and earlier ones with
-    <|end|>, which it does not, so that is context. If only the last reply is trained, everything before it is context.
+    <|end|>, which it does not, so that is context, labelled with the former. If only the last reply is trained, everything before it is context.
     """
     shared = shared_start(done, until_prompt)
     changed = done[len(shared) :]
     if template.after_reply.endswith(changed):
-        segments[-1] = segments[-1]._replace(text=segments[-1].text.removesuffix(changed))
+        text = segments[-1].text.removesuffix(changed)
+        segments[-1] = segments[-1]._replace(
+            text=text, end=None if template.ends(text) else template.find_end(changed)
+        )
         return shared
     if template.last_reasoning_only:
         segments.clear()

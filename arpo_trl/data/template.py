@@ -125,6 +125,11 @@ class Template:
         rest, written = re.sub(pattern, "", reply[ends[0].end() :]), Counter(end[0] for end in ends)
         return ends[0][0] if rest.strip() or max(written.values()) > max(1, most) else None
 
+    def find_end(self, text: str) -> int | None:
+        """Return the id of an end token in the text."""
+        end = next((end for end in (*self.turn_ends, *self.stops) if end in text), None)
+        return None if end is None else cast(int, self.tokenizer.convert_tokens_to_ids(end))
+
     def without_end(self, reply: str) -> str:
         """Return the reply up to its end-of-turn token."""
         at = max((reply.rfind(end) for end in self.turn_ends), default=-1)

@@ -74,7 +74,7 @@ def find_prompts(rows: Dataset, dataset: str, end_tokens: Collection[int]) -> tu
         ids, end = row["input_ids"], 0
         for is_reply, run in groupby(row["labels"], lambda label: label != IGNORED):
             start, end = end, end + len(list(run))
-            label = ids[start:end]
+            label = row["labels"][start:end]
             last = next((at for at, token in enumerate(label) if token in end_tokens), None)
             if not is_reply or not start:
                 continue

@@ -117,7 +117,7 @@ def describe_example(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[
     for name, end, length in zip(SIDES if len(sides) > 1 else [""], np.cumsum(sides), sides):
         lines += [f"         {name}:"] * bool(name)
         for is_trained, turn in groupby(tokens[end - length : end], lambda token: token[1] != IGNORED):
-            text = decode(tokenizer, [token for token, _ in turn])
+            text = decode(tokenizer, [label if is_trained else token for token, label in turn])
             shown = [shorten(line, EXAMPLE_WIDTH, placeholder=" ...") for line in text.split("\n") if line.strip()]
             if len(shown) > EXAMPLE_LINES:
                 shown = [*shown[: EXAMPLE_LINES - 2], "...", shown[-1]]
