@@ -150,6 +150,7 @@ def fsdp_config(recipe: Recipe) -> dict[str, Any]:
     """Return FSDP's settings under the names of `fsdp_config` without their prefix: the recipe's, or the launcher's."""
     if not recipe.fsdp:
         names = {"version": "VERSION", "cpu_offload": "OFFLOAD_PARAMS", "state_dict_type": "STATE_DICT_TYPE"}
+        names["cpu_ram_efficient_loading"] = "CPU_RAM_EFFICIENT_LOADING"
         launched = {key: os.environ.get(f"FSDP_{name}") for key, name in names.items()}
         return launched | {"version": launched["version"] or "1"}
     named = {name.removeprefix("fsdp_"): value for name, value in read_settings(recipe.fsdp_config).items()}
@@ -161,6 +162,17 @@ def read_settings(settings: object) -> dict[str, Any]:
     if isinstance(settings, str):
         settings = json.loads(Path(settings).read_text(encoding="utf-8"))
     return settings if isinstance(settings, dict) else {}
+
+
+def check_buffers(recipe: Recipe, split: Split, model: nn.Module) -> None:
+    """Raise RecipeError for saved buffers (GLM-4.5's router biases) that Accelerate 1.15 takes for sharded tensors."""
+    loads_once = str(fsdp_config(recipe).get("cpu_ram_efficient_loading")).lower() == "true"
+    if split.engine != "FSDP2" or not loads_once:
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if buffer := next((name for name in model.state_dict() if name not in parameters), None):
+        problem = f"{buffer} is a buffer, which FSDP2 can't send from one process to the others"
+        raise recipe.error("model_name_or_path", f"{problem}; set fsdp_cpu_ram_efficient_loading: false")
 
 
 def unsupported_by_fsdp(recipe: Recipe, args: SFTConfig, split: Split) -> Iterator[tuple[str, str]]:

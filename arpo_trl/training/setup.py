@@ -20,7 +20,14 @@ from ..model.base import load_config
 from ..model.memory import model_shape
 from ..model.methods.chosen import methods_of
 from ..model.sft_config import to_sft_config
-from ..model.split import Split, conflicting_precision, find_split, saves_zero3_model, unsupported_by_fsdp
+from ..model.split import (
+    Split,
+    check_buffers,
+    conflicting_precision,
+    find_split,
+    saves_zero3_model,
+    unsupported_by_fsdp,
+)
 from ..recipe.keys import Recipe
 from ..report.manifest import run_day
 from .constructors import try_constructors
@@ -39,12 +46,15 @@ def check_after_torch(recipe: Recipe) -> SFTConfig:
         what = "needs a launcher, also for one process; start with `torchrun --nproc_per_node N -m arpo_trl`"
         raise recipe.error("deepspeed", f"{what} or accelerate launch")
     args = to_sft_config(recipe)
+    split = find_split(recipe)
     if recipe.do_train:
-        check_split(recipe, args, find_split(recipe))
+        check_split(recipe, args, split)
     config = load_config(recipe).get_text_config()
     for method in methods_of(recipe):
         method.check_config(config, args)
-    try_constructors(recipe, args, model_shape(recipe))
+    model = model_shape(recipe)
+    check_buffers(recipe, split, model)
+    try_constructors(recipe, args, model)
     return args
 
 
