@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import get_local_safetensors_metadata
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.hub import cached_file
 
@@ -94,13 +94,11 @@ def read_base_files(
 ) -> BaseFiles:
     """Return what the final model keeps of the base. `model`: loaded from `name`."""
     hub: Values = {"revision": revision, "cache_dir": cache_dir}
-    config, _ = PreTrainedConfig.get_config_dict(name, **hub)
-    config = {key: value for key, value in config.items() if key != "_commit_hash"}
+    config = _read(_find(name, "config.json", hub))  # not by transformers, which decodes {"__float__": "Infinity"}
     only_text = is_text_part(model, config)
     if only_text:
         dtypes = {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
         config = dtypes | config["text_config"]
-    generation = _find(name, "generation_config.json", hub)
     in_file, counts = _read_headers(name, hub), Counter[torch.dtype]()
     for kind, count in in_file.values():
         counts[kind] += count
@@ -116,8 +114,8 @@ def read_base_files(
         for tensor in others
         if tensor.rpartition(".")[2] not in ("weight", "bias") or any(part in tensor for part in strict)
     )
-    values = json.loads(generation.read_text(encoding="utf-8")) if generation else {}
-    return BaseFiles(dtype, others, in_float32, config, values, only_text)
+    generation = _read(_find(name, "generation_config.json", hub))
+    return BaseFiles(dtype, others, in_float32, config, generation, only_text)
 
 
 def _with_changes(base: Values, saved: Values, keys: list[str]) -> Values:
@@ -125,6 +123,11 @@ def _with_changes(base: Values, saved: Values, keys: list[str]) -> Values:
     if saved.get("max_position_embeddings") == base.get("max_position_embeddings"):  # which the recipe scales, too
         changed.pop("rope_parameters", None)
     return base | changed
+
+
+def _read(path: Path | None) -> Values:
+    values: Values = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    return values
 
 
 def _find(name: str | Path, file: str, hub: Values) -> Path | None:
