@@ -79,17 +79,21 @@ def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier:
         args.run_name = f"{name}-{run_id}"  # Trackio resumes by name
         show = quote_command(["trackio", "show", "--project", args.project], TRACKIO_DIR=folder)
         say(f"trackio  {show}")
-    if "wandb" not in trackers:
-        return
+    if "wandb" in trackers:
+        _start_wandb(recipe, args, output_dir, name, manifest)
+
+
+def _start_wandb(recipe: Recipe, args: SFTConfig, output_dir: Path, name: str, manifest: Manifest) -> None:
+    """Start or resume the run, which transformers' callback then uses."""
     for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ.setdefault(variable, str(output_dir / "wandb"))
     import wandb
 
     try:
-        wandb.init(  # or resume the run, which transformers' callback then uses
+        wandb.init(
             project=recipe.project or os.environ.get("WANDB_PROJECT", args.project),
             name=name,
-            id=run_id,
+            id=manifest.tracker_run,
             resume="allow",
             dir=os.environ.get("WANDB_DIR", output_dir),
             config=manifest.model_dump(include=WANDB_CONFIG),
