@@ -41,8 +41,10 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_the_flags_follow_from_what_a_template_writes(name: str, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    tiny_tokenizer.chat_template = (TRL / name).read_text(encoding="utf-8")
+def test_the_flags_follow_from_what_a_template_writes(
+    name: str, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", (TRL / name).read_text(encoding="utf-8"))
     flags = serving_flags(find_template(tiny_tokenizer))
     assert (flags.vllm, flags.sglang) == EXPECTED[name]
 
@@ -51,9 +53,9 @@ def test_the_flags_follow_from_what_a_template_writes(name: str, tiny_tokenizer:
     ("name", "mark"), [("qwen2_5.jinja", "<tool_call>"), ("llama3_1.jinja", '{"name": "'), ("gemma.jinja", "")]
 )
 def test_the_mark_of_a_call_is_what_stands_before_the_functions_name(
-    name: str, mark: str, tiny_tokenizer: PreTrainedTokenizerBase
+    name: str, mark: str, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_tokenizer.chat_template = (TRL / name).read_text(encoding="utf-8")
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", (TRL / name).read_text(encoding="utf-8"))
     assert call_mark(find_template(tiny_tokenizer)) == mark
 
 
