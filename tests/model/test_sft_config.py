@@ -116,7 +116,7 @@ MOVED = {
     "enable_liger_kernel=true": ("use_liger_kernel", True),
     "eval_strategy=epoch": ("eval_strategy", "epoch"),
     "evaluation_strategy=steps": ("eval_strategy", "steps"),
-    "fp16=true": ("fp16", True),
+    "fp16=true": ("fp16", torch.accelerator.is_available()),  # else Accelerate ignores it
     "gradient_accumulation_steps=3": ("gradient_accumulation_steps", 3),
     "global_batch_size=24": ("gradient_accumulation_steps", 3),
     "group_by_length=true": ("train_sampling_strategy", "group_by_length"),
@@ -284,7 +284,7 @@ def init_kwargs(recipe: Recipe, config: PreTrainedConfig | None = None) -> dict[
         (["finetuning_type=full"], torch.float32),
         (["finetuning_type=full", "pure_bf16=true"], torch.bfloat16),
         (["bf16=true"], torch.bfloat16),  # the frozen base of an adapter
-        (["fp16=true"], torch.float16),
+        (["fp16=true"], torch.float16 if torch.accelerator.is_available() else torch.float32),
         ([], torch.float32),  # on a CPU
     ],
 )
