@@ -96,9 +96,9 @@ def test_the_cards_python_code_runs(run: Path, capsys: pytest.CaptureFixture[str
     names: dict[str, Any] = {}
     exec(python, names)
     assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1] and capsys.readouterr().out
-    assert (
-        f"`vllm serve {run} {QWEN_FLAGS}`" in rest and f"convert_hf_to_gguf.py {run} " in rest and "merge" not in rest
-    )
+    folder = run.as_posix()
+    assert f"`vllm serve {folder} {QWEN_FLAGS}`" in rest and "merge" not in rest
+    assert f"convert_hf_to_gguf.py {folder} " in rest
 
 
 def test_an_adapters_card_has_the_commands_to_merge_and_to_serve_it(
@@ -110,8 +110,9 @@ def test_an_adapters_card_has_the_commands_to_merge_and_to_serve_it(
     names: dict[str, Any] = {}
     exec(python, names)
     assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1] and capsys.readouterr().out
-    unmerged = f"vllm serve {tiny_model} --enable-lora --lora-modules run={run} --generation-config {run}"
-    assert unmerged in rest and f"`vllm serve {run}-merged {QWEN_FLAGS}`" in rest
+    base, folder = tiny_model.as_posix(), run.as_posix()
+    assert f"vllm serve {base} --enable-lora --lora-modules run={folder} --generation-config {folder}" in rest
+    assert f"`vllm serve {folder}-merged {QWEN_FLAGS}`" in rest
     merge = next(line for line in rest.splitlines() if line.startswith("arpo-trl merge"))
     assert main(merge.split()[1:]) == 0
     assert AutoModelForCausalLM.from_pretrained(f"{run}-merged").config.model_type == "qwen2"
