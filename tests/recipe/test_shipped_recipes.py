@@ -184,4 +184,4 @@ def test_init_writes_what_a_first_run_needs(
     assert main(["--init", "first"]) == 2
     there = Path("first/data/dataset_info.json")
     assert capsys.readouterr().err == f"{there}: already exists; choose another folder for --init\n"
-    assert main(["--init"]) == 2 and main(["--init", "/dev/null/x"]) == 2
+    assert main(["--init"]) == 2 and main(["--init", "first/recipe.yaml/x"]) == 2
