@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
+from trl.trainer.utils import FusedCausalLMOutput
 
 from ..data.labels import IGNORED
 from ..recipe.keys import Recipe
@@ -149,15 +149,14 @@ def _projection(head: nn.Module) -> Projection | None:
     """Return the head's projection, with weights that are gathered once a step; None if each call would gather them.
 
     FSDP2 and ZeRO-3 gather a module's weights in each of its calls, also in those of the backward pass, and processes
-    differ in their number of tiles. So a linear head is not called: FSDP2 has gathered its weights together with the
-    final norm's, ZeRO-3's are copied here. Another head (with LoRA) has to be called once.
+    differ in their number of tiles. So a linear head is not called if its weights are gathered: FSDP2 has gathered them
+    together with the final norm's, ZeRO-3 those that are the input embedding's, too. Another head has to be called once.
     """
-    is_split = isinstance(head, FSDPModule) or any(hasattr(p, "ds_id") for p in head.parameters())
-    if type(head).forward is not nn.Linear.forward:
+    statuses = [p.ds_status.name for p in head.parameters() if hasattr(p, "ds_status")]
+    is_split, is_partitioned = isinstance(head, FSDPModule) or bool(statuses), {*statuses} - {"AVAILABLE"}
+    if type(head).forward is not nn.Linear.forward or is_partitioned:
         return None if is_split else head
-    parameters = dict(head.named_parameters())
-    with maybe_gather_lm_head_ctx(*parameters.values()):
-        complete = {name: p.clone() if hasattr(p, "ds_id") else _gather(p) for name, p in parameters.items()}
+    complete = {name: p.clone() if hasattr(p, "ds_id") else _gather(p) for name, p in head.named_parameters()}
     return lambda hidden: nn.functional.linear(hidden, complete["weight"], complete.get("bias"))
 
 

@@ -49,7 +49,8 @@ def test_full_and_merged_models_keep_dtypes_shapes_and_configs(
 @NEEDS_DEEPSPEED
 @pytest.mark.parametrize(
     ("engine", "family"),
-    [(engine, "gemma2") for engine in ("fsdp2", "zero2", "zero3")] + [("fsdp2", "glm4_moe"), ("zero2", "glm4_moe")],
+    [(engine, "gemma2") for engine in ("fsdp2", "zero2", "zero3")]
+    + [("fsdp2", "glm4_moe"), ("zero2", "glm4_moe"), ("zero3", "llama"), ("zero3", "glm4_moe")],
 )
 def test_gathered_weights_keep_dtypes_shapes_and_configs(engine: str, family: str, tmp_path: Path) -> None:
     architectures.make_model(family, tmp_path / "model")
