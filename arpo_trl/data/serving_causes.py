@@ -135,7 +135,8 @@ def explain_counts(
 
 def explain_bos(trained: Prompt, served: Prompt, bos: Prompt, name: object) -> Explanation | None:
     """Explain texts, or tokens, that differ in one BOS before them."""
-    if bos and served == bos + trained:
+    # Whatever else differs: the day that a template writes, for example.
+    if bos and served[: 2 * len(bos)] == bos + bos != trained[: 2 * len(bos)]:
         return Explanation(
             "BOS twice", f"the prompt begins with {name} twice", "Let the tokenizer or the template add it."
         )
@@ -330,12 +331,11 @@ def _explain_head(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBa
         return None
     question = row.messages[0]["content"].strip() or trained
     (ours, *rest), (theirs, *other_rest) = trained.partition(question), served.partition(question)
-    words = re.sub(r"<[^<>]*>", " ", max(ours, theirs, key=len)).split()
-    if rest == other_rest and len(words) > 3:
-        side = "the server adds one" if len(theirs) > len(ours) else "training had one"
-        text = " ".join(words)[:60]
+    own, other = (" ".join(re.sub(r"<[^<>]*>", " ", text).split()) for text in (ours, theirs))
+    if rest == other_rest and len(max(own, other, key=len).split()) > 3:
+        found = f"the row has no system message: {_around(own, other, 20)}"
         fix = "Use the chat template of training, or send the system message of training."
-        return Explanation("default system prompt", f"{side} that the row does not have: {text!r}", fix)
+        return Explanation("default system prompt", found, fix)
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -61,6 +62,7 @@ class ServingReport:
     def add(self, differences: list[Difference]) -> None:
         """Add differences whose cause is not known yet."""
         known = {difference.cause for difference in self.differences} - {"server error"}
+        known |= {"chat"} if "end-of-turn token" in known else set()  # a reply that does not end is another answer
         self.differences += [difference for difference in differences if difference.cause not in known]
 
     def lines(self) -> list[str]:
@@ -171,7 +173,8 @@ def _check_prompts(
     served = [(row, answer) for row, answer in answers if isinstance(answer, Rendered)]
     is_counted = bool(served) and all(answer.ids is None for _, answer in served)
     check, compare, same = PromptCheck(), PromptComparison(tokenizer), list[ServingRow]()
-    texts = iter(_texts_of_folder(server, served) if is_counted else ())
+    rendered_here = _texts_of_folder(server, served) if is_counted else []
+    texts = iter(rendered_here)
     counted: list[tuple[ServingRow, Ask, int]] = []
     for row, answer in answers:
         if isinstance(answer, ServerError):
@@ -179,23 +182,25 @@ def _check_prompts(
             add(check.differences, _explain_error(answer, tokenizer), row.source)
             continue
         text = next(texts, None) if is_counted else answer.text
-        if is_counted and answer.tokens == len(row.ids):
-            check.rows += 1
+        if text is not None or not is_counted:
+            if not compare.add(check, row, text, answer.ids):
+                same.append(row)
+            continue
+        check.rows += 1
+        if answer.tokens == len(row.ids):
             check.identical += 1
             same.append(row)
-        elif is_counted and text is None:
-            check.rows += 1
+        else:
             counted.append((row, compare.ask(row), answer.tokens))
-        elif not compare.add(check, row, text, answer.ids):
-            same.append(row)
     if counted:
         explanation = explain_counts(counted, tokenizer, compare.changes) or _try_template(server, counted, tokenizer)
         for row, _, tokens in counted:
             other = Explanation(UNKNOWN, f"{tokens:,} tokens where training had {len(row.ids):,}", "")
             add(check.differences, explanation or other, row.source)
     _try_switches(server, served, check.differences, compare)
-    notice = " in their number of tokens, which is all that the server tells" if is_counted else ""
-    report.prompts = check.summary() + notice
+    report.prompts = check.summary()
+    if is_counted:
+        report.prompts += f" in {'the text of the served folder and ' * bool(rendered_here)}their number of tokens"
     report.add(check.differences)
     return same
 
@@ -213,7 +218,7 @@ def _texts_of_folder(server: Server, served: list[tuple[ServingRow, Rendered]]) 
 
 def _explain_error(error: ServerError, tokenizer: PreTrainedTokenizerBase) -> Explanation:
     text = str(error)
-    if "tool" in text.lower() and "choice" in text.lower():
+    if "tool" in text.lower() and ("choice" in text.lower() or "--jinja" in text):
         return _parser_is_off(text, tokenizer)
     if "context" in text.lower() or "max_model_len" in text:
         return Explanation("context length", text, "Start the server with a longer context.")
@@ -310,9 +315,7 @@ def _compare_chat(
     text_of_reply = _whole_text(reply, tokenizer)
     if mark and mark in text_of_reply and row.tools:
         return _compare_calls(row, chat, text_of_reply, tokenizer)
-    shown, text = chat.reasoning + chat.content, reply.text
-    if reply.ids is not None:
-        text = str(tokenizer.decode(reply.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    shown, text = (_visible(text, tokenizer) for text in (chat.reasoning + chat.content, text_of_reply))
     if _bare(shown) != _bare(text) and not chat.calls:
         return Explanation("chat", f"the answer is not the reply: {first_difference(text, shown)}", "")
     if reply.stopped and chat.finish == "length":
@@ -329,9 +332,15 @@ def _whole_text(reply: Reply, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(reply.ids, clean_up_tokenization_spaces=False))
 
 
+def _visible(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text without special tokens, which vLLM leaves in answers to requests that have tools."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
 def _bare(text: str) -> str:
-    """The text without what parsers take away: tags of reasoning, and white space."""
-    return "".join(text.replace("<think>", "").replace("</think>", "").split())
+    """The text without what parsers take away: tags of reasoning, white space, characters that a limit cut."""
+    return "".join(re.sub("</?think>|\ufffd", "", text).split())
 
 
 def _compare_calls(row: ServingRow, chat: Chat, text: str, tokenizer: PreTrainedTokenizerBase) -> Explanation | None:

@@ -59,10 +59,12 @@ class Reference:
         """The number of parameters, tied ones once."""
         return self.model.num_parameters()
 
-    def score(self, context: list[int], reply: list[int]) -> Scores:
-        """Score a reply token by token after its context."""
-        ids = torch.tensor([context + reply], device=self.model.device)
-        with torch.inference_mode():
+    def score(self, context: list[int], reply: list[int], compute_in: str = "float32") -> Scores:
+        """Score a reply token by token after its context, with matrix products in `compute_in`."""
+        device = self.model.device
+        ids = torch.tensor([context + reply], device=device)
+        rough = torch.autocast(device.type, DTYPES[compute_in], enabled=compute_in != "float32")
+        with torch.inference_mode(), rough:
             logits = self.model(input_ids=ids, logits_to_keep=len(reply) + 1).logits[0, :-1].float()
         predicted = logits.log_softmax(-1)
         top = predicted.topk(2)

@@ -29,6 +29,11 @@ TRAINED_TOKENS = 128  # scored of each trained reply
 END_ROWS = 4
 QUANTIZED_BITS = 15.0
 FEW_ROWS = 8  # with which other weights are tried
+OWN_LOSS = 5.0
+"""Times the reference's own mean loss in a dtype that a server may lose, which rounds more than matrix products.
+
+Untouched servers lost 0.5 to 3.6 times as much; docs/measurements.md#serving.
+"""
 
 
 class Limit(NamedTuple):
@@ -58,6 +63,11 @@ class Distance(NamedTuple):
     rows: int
     tokens: int
 
+    @property
+    def order(self) -> tuple[float, int, float]:
+        """What the nearest of several has the least of."""
+        return self.mean, self.other_rows, self.gap
+
     def within(self, limit: Limit) -> bool:
         """Return whether rounding explains the distance; it never explains NaN."""
         return self.mean <= limit.mean and self.most <= limit.most and self.gap <= limit.gap
@@ -74,7 +84,12 @@ class Sample(NamedTuple):
 
 @dataclass
 class ReplyCheck:
-    """The check's parts, and what it found. `dtype`: what the server computes in, where the user gives it."""
+    """The check's parts, and what it found.
+
+    Attributes:
+        dtype: What the server computes in, where the user gives it.
+        losses: What computing in a dtype costs this model: mean and largest difference of a token's log-probability.
+    """
 
     server: Server
     reference: Reference
@@ -82,6 +97,7 @@ class ReplyCheck:
     dtype: str | None = None
     distance: Distance | None = None
     matched: str = ""
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
 
@@ -228,7 +244,7 @@ def _check_ends(check: ReplyCheck, rows: Sequence[ServingRow]) -> None:
             continue
         is_known = any(difference.cause == "end-of-turn token" for difference in check.differences)
         if not is_known and (not reply.ids or reply.ids[0] == row.end):
-            check.differences.append(_runs_on(check, row.end, f"the server writes {reply.tokens} tokens from it on"))
+            check.differences.append(_runs_on(check, row.end, f"it writes {reply.tokens} tokens there"))
         return
     if not tried:
         check.notes.append("the end of a reply could not be tried: the model does not end any of the trained replies")
@@ -249,53 +265,83 @@ def _runs_on(check: ReplyCheck, end: int, difference: str) -> Difference:
 
 def _judge(check: ReplyCheck, samples: list[Sample]) -> None:
     """Find the dtype in which the reference scores what the server does; else say what else it may serve."""
-    reference, own = check.reference, check.reference.dtype
-    bits = check.server.bits
-    quantized = bits is not None and bits < QUANTIZED_BITS
-    first = check.dtype or own
-    if bits is not None and 15 <= bits < 17 and first == "float32":
-        first = "float16"
+    reference, own, few = check.reference, check.reference.dtype, samples[: 2 * FEW_ROWS]
     measured: dict[str, Distance] = {}
-    for dtype in dict.fromkeys([first, own, *DTYPES]):
-        if dtype == "float32" and own != "float32":
-            continue  # weights in half precision are what they are in float32
-        reference.round_to(dtype)
-        measured[dtype] = measure(check, samples)
-        if measured[dtype].within(_limit(check.server, dtype)):
-            check.distance, check.matched = measured[dtype], _described(dtype, own)
-            _report_rounding(check, samples, dtype, measured)
-            reference.round_to(own)
-            return
-    reference.round_to(own)
-    check.distance, check.matched = measured[own], _described(own, own)
-    if quantized and check.distance.within(QUANTIZED):
+    for dtype in _list_dtypes(check):
+        measured[dtype] = _measure_in(check, few, dtype)
+        if measured[dtype].within(LIMITS["float32"]):
+            break
+    nearest = sorted(measured, key=lambda dtype: measured[dtype].order)
+    dtype = next((dtype for dtype in nearest if _is_rounding(check, few, dtype, measured[dtype])), own)
+    check.distance, check.matched = _measure_in(check, samples, dtype), _described(dtype, own)
+    bits = check.server.bits
+    if _is_rounding(check, few, dtype, check.distance):
+        if dtype != own:
+            _report_rounding(check, dtype, _measure_in(check, few, own))
+    elif bits is not None and bits < QUANTIZED_BITS and check.distance.within(QUANTIZED):
         check.notes.append(
             f"the server is quantized ({bits:.1f} bits a weight): its replies are not held to a limit of a dtype"
         )
-        return
-    check.differences.append(_explain_weights(check, samples, measured))
+    else:
+        check.differences.append(_explain_weights(check, samples))
+    reference.round_to(own)
 
 
-def _limit(server: Server, dtype: str) -> Limit:
-    """The limit of weights in `dtype`, or of what the server computes in whatever the weights, if that is coarser."""
-    coarser = [name for name in (dtype, server.computes_in) if name]
-    return max((LIMITS[name] for name in coarser), key=lambda limit: limit.mean)
+def _list_dtypes(check: ReplyCheck) -> list[str]:
+    """The dtypes that may be served, the likeliest first."""
+    own, bits = check.reference.dtype, check.server.bits
+    first = check.dtype or own
+    if bits is not None and QUANTIZED_BITS <= bits < 17 and first == "float32":
+        first = "float16"
+    # Weights in half precision are what they are in float32.
+    return [dtype for dtype in dict.fromkeys([first, own, *DTYPES]) if dtype == own or dtype != "float32"]
+
+
+def _measure_in(check: ReplyCheck, samples: Sequence[Sample], dtype: str) -> Distance:
+    check.reference.round_to(dtype)
+    return measure(check, samples)
+
+
+def _is_rounding(check: ReplyCheck, few: Sequence[Sample], dtype: str, distance: Distance) -> bool:
+    """Return whether rounding explains a distance.
+
+    What a dtype costs differs from model to model by a factor of 100, so that the limit is this model's own loss in it.
+    """
+    computed = _computed_in(check.server, dtype)
+    limit = LIMITS[computed]
+    if computed == "float32" or not any(sample.ids for sample in few):
+        return distance.within(limit)
+    if computed not in check.losses:
+        check.losses[computed] = _own_loss(check.reference, few, computed)
+    mean, most = check.losses[computed]
+    return distance.within(Limit(OWN_LOSS * mean, max(limit.most, OWN_LOSS * most), max(limit.gap, OWN_LOSS * most)))
+
+
+def _own_loss(reference: Reference, few: Sequence[Sample], dtype: str) -> tuple[float, float]:
+    """The mean and the largest difference of the reference's scores from its own with matrix products in `dtype`."""
+    losses: list[float] = []
+    for sample in few:
+        if sample.ids:
+            exact, rough = (reference.score(sample.context, sample.ids, name) for name in ("float32", dtype))
+            losses += [abs(one - other) for one, other in zip(exact.log_probs, rough.log_probs)]
+    return sum(losses) / len(losses), max(losses)
+
+
+def _computed_in(server: Server, dtype: str) -> str:
+    """The coarser of the weights' dtype and the one that the server computes in whatever the weights are."""
+    return max(filter(None, (dtype, server.computes_in)), key=lambda name: LIMITS[name].mean)
 
 
 def _described(dtype: str, own: str) -> str:
     return f"weights in {dtype}" if dtype == own else f"weights rounded to {dtype}"
 
 
-def _report_rounding(check: ReplyCheck, samples: list[Sample], dtype: str, measured: dict[str, Distance]) -> None:
+def _report_rounding(check: ReplyCheck, dtype: str, moved: Distance) -> None:
     """The server serves rounded weights: a note, unless rounding moves this model's scores more than it does others'."""
-    own = check.reference.dtype
-    if dtype == own:
-        return
-    if own not in measured:
-        check.reference.round_to(own)
-        measured[own] = measure(check, samples)
-    moved = measured[own]
-    note = f"weights rounded to {dtype} (the folder: {own}) move log-probabilities by {moved.mean:.1e} on average, {moved.most:.1e} at most"
+    note = (
+        f"weights rounded to {dtype} (the folder: {check.reference.dtype}) move log-probabilities by {moved.mean:.1e} on"
+        f" average, {moved.most:.1e} at most"
+    )
     if moved.within(LIMITS[dtype]):
         check.notes.append(note)
     else:
@@ -303,7 +349,7 @@ def _report_rounding(check: ReplyCheck, samples: list[Sample], dtype: str, measu
         check.differences.append(Difference("merge rounding", note, fix))
 
 
-def _explain_weights(check: ReplyCheck, samples: list[Sample], measured: dict[str, Distance]) -> Difference:
+def _explain_weights(check: ReplyCheck, samples: list[Sample]) -> Difference:
     """The folder's weights in no dtype give the server's replies: try the base, its checkpoints, and what the server tells."""
     distance = check.distance
     assert distance is not None
@@ -321,7 +367,7 @@ def _explain_weights(check: ReplyCheck, samples: list[Sample], measured: dict[st
         tried = ReplyCheck(check.server, other, check.tokenizer)
         for dtype in dict.fromkeys([other.dtype, *DTYPES]):
             other.round_to(dtype)
-            if measure(tried, samples[: 2 * FEW_ROWS]).within(_limit(check.server, dtype)):
+            if measure(tried, samples[: 2 * FEW_ROWS]).within(LIMITS[_computed_in(check.server, dtype)]):
                 return Difference("wrong model", f"the server serves {what}, {name}; {size}", fix)
     own, theirs = check.reference.parameters, check.server.parameters
     if theirs and abs(theirs - own) > own // 100:

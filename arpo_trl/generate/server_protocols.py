@@ -244,8 +244,9 @@ class LlamaCpp(Server):
         text = self.post("/apply-template", self.request(row, switches) | {"add_generation_prompt": True})["prompt"]
         ids = self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
         bos, bos_id = str(self.tokenizer.bos_token or ""), self.tokenizer.bos_token_id
-        if bos and ids[:1] == [bos_id] and not text.startswith(bos):
-            text = bos + text  # it takes the template's BOS away, and adds it with the tokens
+        if bos:  # it takes the template's BOS away, and adds it with the tokens
+            added = next((at for at, token in enumerate(ids) if token != bos_id), len(ids))
+            text = bos * added + re.sub(f"^({re.escape(bos)})*", "", text)
         return Rendered(text, ids, len(ids))
 
     def complete(self, ids: list[int], limit: int) -> Reply | None:

@@ -244,8 +244,9 @@ def test_the_day_that_a_template_writes_is_named(trained: Callable[..., Path]) -
 
 def test_a_doubled_bos_is_named(trained: Callable[..., Path]) -> None:
     folder = trained("llama3_2")
-    edit_template(folder, lambda jinja: "{{- bos_token }}" + jinja)
-    assert [one.cause for one in check(folder).differences] == ["BOS twice"]
+    for jinja in ("{{- bos_token }}", '{%- set date_string = "01 Jan 2020" %}'):  # also on another day
+        edit_template(folder, lambda own, jinja=jinja: jinja + own)
+        assert [one.cause for one in check(folder).differences] == ["BOS twice"]
 
 
 def test_another_tokenizer_is_named_where_the_text_is_the_same(trained: Callable[..., Path]) -> None:

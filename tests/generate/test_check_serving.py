@@ -98,6 +98,18 @@ def test_a_template_without_the_system_message_is_named(kind: str, trained: Path
     assert "system message" in difference.found
 
 
+def test_another_text_of_as_many_tokens_is_named_where_the_served_folder_is_here(
+    trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "m")
+    path = tmp_path / "m" / "chat_template.jinja"
+    own = path.read_text(encoding="utf-8")
+    path.write_text(own.replace("<|im_start|>assistant", "<|im_end|>assistant"), encoding="utf-8")
+    with serve(Served(tmp_path / "m", "transformers")) as url:
+        report = check_serving(trained, url, 4, str(tmp_path / "m"))
+    assert [one.cause for one in report.differences] == ["chat template"]
+
+
 @pytest.mark.parametrize("kind", ["vllm", "sglang", "llama.cpp", "transformers"])
 def test_a_server_that_does_not_stop_is_named(kind: str, trained: Path) -> None:
     assert causes(trained, Served(trained, kind, ends=[])) == ["end-of-turn token"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -14,7 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import small_run
 from small_rollout import without_seconds
@@ -224,52 +221,40 @@ def test_ids_after_a_stop_text_are_cut(tiny_tokenizer: PreTrainedTokenizerBase) 
     assert tiny_tokenizer.decode(cut) == "<python>1</python>" and cut_after_stop(tiny_tokenizer, ids, ["x</"]) == ids
 
 
-# --- a real server: pip install xllamacpp; LLAMA_CPP is llama.cpp's source with convert_hf_to_gguf.py ---
-
-SERVE = """
-import sys, time, xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path, params.port = sys.argv[1], int(sys.argv[2])
-params.n_ctx, params.n_parallel, params.warmup = 4096, 4, False
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-server = xllamacpp.Server(params)
-time.sleep(600)
-"""
+# --- a real server ---
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("GGUF_SERVER"), reason="needs GGUF_SERVER: 'PYTHON FILE.gguf FOLDER'")
-def test_llama_cpp_continues_our_ids(tmp_path: Path) -> None:
-    """GGUF_SERVER: a Python that has xllamacpp, a GGUF file, and the folder of the same model."""
-    python, gguf, folder = os.environ["GGUF_SERVER"].split()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [python, "-c", SERVE, gguf, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/v1/models").raise_for_status()
-                break
-            except httpx.HTTPError:
-                time.sleep(0.2)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        here = TransformersEngine(load_for_generation(folder), tokenizer, GREEDY)
-        there = ServerEngine(f"http://127.0.0.1:{port}/v1", tokenizer, here.ends, GREEDY, 4)
-        assert there.ids == "tokens" and there.context == 1024 and not there.notices
-        stop = tokenizer.decode(here.generate([Request(tokenizer("What is").input_ids, 4, "")])[0][2:4])
-        for stops in ((), (stop,)):
-            request = Request(tokenizer("What is").input_ids, 16, "a", stops)
-            assert there.generate([request]) == here.generate([request])
-        sampled = ServerEngine(there.url, tokenizer, here.ends, Sampling(), 4)
-        first, again, other = (
-            sampled.generate([Request(tokenizer("What is").input_ids, 16, key)]) for key in ("a", "a", "b")
-        )
-        assert first == again != other and not sampled.notices
-        there.close()
-        sampled.close()
-    finally:
-        process.kill()
-        process.wait()
+@pytest.mark.skipif(not os.environ.get("ROLLOUT_SERVER"), reason="needs ROLLOUT_SERVER: 'URL FOLDER'")
+@pytest.mark.parametrize("stops", [(), ("stop",)])
+def test_a_real_server_continues_our_ids(stops: tuple[str, ...]) -> None:
+    """FOLDER: of `small_rollout.train`, whose run/ is served at URL (http://host:port/v1)."""
+    url, folder = os.environ["ROLLOUT_SERVER"].split()
+    tokenizer = AutoTokenizer.from_pretrained(Path(folder, "run"))
+    here = TransformersEngine(load_for_generation(Path(folder, "run")), tokenizer, GREEDY)
+    there = ServerEngine(url, tokenizer, here.ends, GREEDY, 4)
+    assert there.ids != "text" and not there.notices
+    prompt = tokenizer("What is").input_ids
+    stops = tuple(tokenizer.decode(here.generate([Request(prompt, 4, "")])[0][2:4]) for _ in stops)
+    request = Request(prompt, 16, "a", stops)
+    assert there.generate([request]) == here.generate([request])
+    there.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("ROLLOUT_SERVER"), reason="needs ROLLOUT_SERVER: 'URL FOLDER'")
+def test_a_real_server_rolls_out_what_transformers_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url, folder = os.environ["ROLLOUT_SERVER"].split()
+
+    def roll_out(name: str, url: str | None, *more: str) -> list[dict[str, Any]]:
+        assert main(command(Path(folder), tmp_path / name, url, *more)) == 0
+        return without_seconds(read_lines(tmp_path / name / "rollouts.jsonl"))
+
+    here = roll_out("here", None, "num_generations=1")
+    assert roll_out("there", url, "num_generations=1") == here
+    assert any(line["calls"] for line in here)
+    sampled = ("num_generations=4", "temperature=1.5")
+    first, again, other = (roll_out(name, url, *sampled, f"seed={name[-1]}") for name in ("a1", "b1", "c2"))
+    assert first == again != other
+    assert len({json.dumps(line["conversations"]) for line in first}) > len(here)
+    assert "ignores seeds" not in (printed := capsys.readouterr().out) and "no token ids" not in printed
