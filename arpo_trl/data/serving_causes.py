@@ -135,8 +135,8 @@ def explain_counts(
 
 def explain_bos(trained: Prompt, served: Prompt, bos: Prompt, name: object) -> Explanation | None:
     """Explain texts, or tokens, that differ in one BOS before them."""
-    # Whatever else differs: the day that a template writes, for example.
-    if bos and served[: 2 * len(bos)] == bos + bos != trained[: 2 * len(bos)]:
+    # Two in the prompt are named whatever else differs: the day that a template writes, for example.
+    if bos and (served == bos + trained or served[: 2 * len(bos)] == bos + bos != trained[: 2 * len(bos)]):
         return Explanation(
             "BOS twice", f"the prompt begins with {name} twice", "Let the tokenizer or the template add it."
         )

@@ -62,7 +62,8 @@ class ServingReport:
     def add(self, differences: list[Difference]) -> None:
         """Add differences whose cause is not known yet."""
         known = {difference.cause for difference in self.differences} - {"server error"}
-        known |= {"chat"} if "end-of-turn token" in known else set()  # a reply that does not end is another answer
+        if known & {"end-of-turn token", "merge rounding"}:
+            known |= {"chat"}  # such a reply is another one each time
         self.differences += [difference for difference in differences if difference.cause not in known]
 
     def lines(self) -> list[str]:
@@ -245,7 +246,11 @@ def _try_switches(
 ) -> None:
     """Ask the server itself with other switches where no cause was found: the one that gives the prompts of training is it."""
     for difference in differences:
-        rows = [row for row, _ in served if row.source in difference.rows]
+        rows = [
+            row
+            for row, prompt in served
+            if row.source in difference.rows and (prompt.ids is not None or prompt.tokens != len(row.ids))
+        ]
         if not rows or difference.cause not in (UNKNOWN, "chat template"):
             continue
         for change in compare.changes:
