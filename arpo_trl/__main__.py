@@ -93,7 +93,7 @@ def _run(argv: Sequence[str]) -> int:
         raise RecipeError(f"{argv[0]}: not supported. {OTHER_COMMANDS[argv[0]].format(program())}")
     line = read_command_line(argv)
     options: dict[str, Callable[[CommandLine], None]] = {
-        "help": lambda line: print(explain(line.words) or usage()),
+        "help": lambda line: print(to_terminal(explain(line.words) or usage())),
         "version": lambda line: print(f"arpo_trl {__version__}"),
         "env": lambda line: print(environment()),
         "init": _init,

@@ -67,7 +67,7 @@ class Case(NamedTuple):
     """The folder that is served instead; {} is that of the model before training."""
     template: Callable[[str], str] | None = None
     ends: tuple[str, ...] = ()
-    """The files of the served copy that lose the end token; the copy is compared with itself if it is one."""
+    """The files of the served copy from which the end token is removed; the copy is compared with itself if it is one."""
     flags: str = ""
     """ "no parser", or the dtype of vLLM."""
     rows: int = 8

@@ -36,7 +36,7 @@ def test_the_own_data_of_the_readme_trains_on_its_replies(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its rows and its registry, and the recipe with the four keys changed; the picture shows the same turns."""
+    """Its rows and its registry, and the recipe with the five keys changed; the picture shows the same turns."""
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     blocks = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
@@ -50,8 +50,8 @@ def test_the_own_data_of_the_readme_trains_on_its_replies(
     Path("data", registry["mine"]["file_name"]).write_text(rows, encoding="utf-8")
     Path("data", "dataset_info.json").write_text(json.dumps(registry), encoding="utf-8")
     recipe = yaml.safe_load((ROOT / "recipes" / "qwen_toy.yaml").read_text(encoding="utf-8"))
-    changes = re.findall(r"`((?:dataset_dir|dataset|max_samples|output_dir): [\w/]+)`", README)
-    assert len(changes) == 4
+    changes = re.findall(r"`((?:dataset_dir|dataset|max_samples|output_dir|overwrite_output_dir): [\w/]+)`", README)
+    assert len(changes) == 5
     for line in changes:
         assert line.split(":")[0] in recipe
         recipe |= yaml.safe_load(line)

@@ -68,11 +68,14 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
             continue
         if info:
             infos[name] = info
-            problems += [*info.findings("mistake", "unsupported"), *_of_another_stage(info, recipe.stage)]
+            mistakes = [*info.findings("mistake", "unsupported"), *_of_another_stage(info, recipe.stage)]
+            problems += mistakes
+            if mistakes:  # a misspelled key may be the cause
+                problems += [line for line in info.findings("notice") if "ignored, unknown key" in line]
         else:
-            problem = (
-                f"no such dataset in {Path(recipe.dataset_dir) / 'dataset_info.json'}{nearest_name(name, registry)}"
-            )
+            file = "no such file, and " if Path(name).suffix.lower() in READERS else ""
+            registered = Path(recipe.dataset_dir) / "dataset_info.json"
+            problem = f"{file}no such dataset in {registered}{nearest_name(name, registry)}"
             problems.append(str(recipe.error(key, f"{name}: {problem}")))
         if key == "eval_dataset" and recipe.streaming and name in recipe.dataset:
             problem = f"{name}: not supported for a streamed dataset; hold rows out with val_size"

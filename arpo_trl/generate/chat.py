@@ -153,7 +153,9 @@ def _origin(what: str, used: bool, share: float | None) -> str:
         return "run.json does not have the training rows'"
     if used:
         return f"of {share:.0%} of the training rows"
-    return f"the training rows have no {what}" if share >= SHARED else f"no {what} shared by half of the training rows"
+    if share < SHARED:
+        return f"no {what} shared by half of the training rows"
+    return f"{'the' if share == 1 else f'{share:.0%} of the'} training rows have no {what}"
 
 
 def ask(prompt: str) -> str:

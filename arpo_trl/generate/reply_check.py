@@ -316,17 +316,17 @@ def _is_rounding(check: ReplyCheck, few: Sequence[Sample], dtype: str, distance:
 
 
 def _own_loss(reference: Reference, few: Sequence[Sample], dtype: str) -> tuple[float, float]:
-    """The mean and the largest difference of the reference's scores from its own with matrix products in `dtype`."""
+    """Return the mean and the largest difference of the reference's scores from its own with matrix products in `dtype`."""
     losses: list[float] = []
     for sample in few:
         if sample.ids:
             exact, rough = (reference.score(sample.context, sample.ids, name) for name in ("float32", dtype))
-            losses += [abs(one - other) for one, other in zip(exact.log_probs, rough.log_probs)]
+            losses += [abs(precise - rounded) for precise, rounded in zip(exact.log_probs, rough.log_probs)]
     return sum(losses) / len(losses), max(losses)
 
 
 def _computed_in(server: Server, dtype: str) -> str:
-    """The coarser of the weights' dtype and the one that the server computes in whatever the weights are."""
+    """Return the coarser of the weights' dtype and the one that the server computes in whatever the weights are."""
     return max(filter(None, (dtype, server.computes_in)), key=lambda name: LIMITS[name].mean)
 
 

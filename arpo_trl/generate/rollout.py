@@ -318,7 +318,19 @@ class _Rollout:
             *(f"         {notice}" for notice in self.notices),
             f"sampling {self.sampling}; {recipe.max_new_tokens:,} tokens per reply, {recipe.max_tool_calls} tool calls",
             *(f"{'tools' if at == 0 else '':<8} {line}" for at, line in enumerate(self.toolbox.describe())),
+            *self._describe_missing_tools(),
             f"results  {', '.join(forms)}",
+        ]
+
+    def _describe_missing_tools(self) -> list[str]:
+        """Return a line if the questions offer tools that the recipe does not run."""
+        offered = Counter(
+            name for question in self.questions for name in {tool["function"]["name"] for tool in question.tools or ()}
+        )
+        return [
+            f"         {name}: offered by {count:,} questions, but not in tools: calls to it fail. Set tools: {{{name}: COMMAND}}"
+            for name, count in offered.items()
+            if name not in self.toolbox.tools
         ]
 
     def _report(self, lines: list[Line]) -> None:

@@ -16,7 +16,7 @@ _MAIN_KEYS = """model_name_or_path finetuning_type dataset dataset_dir template 
 def usage() -> str:
     """Return one screen: the commands, the main keys, the exit codes."""
     commands = {
-        "RECIPE.yaml [key=value ...]": "train",
+        "train RECIPE.yaml [key=value ...]": "train (the word train may be left out)",
         "--check RECIPE.yaml [key=value ...]": "report rows, steps, memory and disk without training (-v: more)",
         "--preview RECIPE.yaml [N]": "show N rows as tokens, with the loss mask",
         "--help [KEY ... | GROUP | all]": "explain keys, or list the keys of a group or of all groups",

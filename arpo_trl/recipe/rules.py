@@ -34,7 +34,7 @@ def resolve(recipe: Recipe, rollout: bool = False) -> Recipe:
     notices = [*recipe.notices, *(f"{recipe.path}: {line}" for line in _notices(recipe, resolved, rollout))]
     if not recipe.do_train and not rollout:
         uses = ["evaluated"] * recipe.do_eval + ["used to generate replies"] * predict
-        notices.insert(0, f"{recipe.path}: do_train is not set; the model is only {' and '.join(uses)}")
+        notices.insert(0, f"{recipe.path}: do_train is not true; the model is only {' and '.join(uses)}")
     return resolved.model_copy(update={"notices": notices})
 
 

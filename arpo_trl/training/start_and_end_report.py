@@ -109,7 +109,7 @@ def missing_gpu(recipe: Recipe) -> list[str]:
             cause = f"torch {torch.__version__} supports GPUs; does `nvidia-smi` (AMD: `rocm-smi`) list one?"
         else:
             cause = (
-                f"torch {torch.__version__} is a CPU build, as pip always installs on Windows; "
+                f"torch {torch.__version__} is a CPU build{', as pip always installs on Windows' * (sys.platform == 'win32')}; "
                 "https://pytorch.org/get-started/locally shows the right install command"
             )
         lines.append(f"         training on the CPU, although {expects} expects a GPU: {cause}")
@@ -228,6 +228,7 @@ def resume_command(recipe: Recipe) -> str:
         return " ".join(["the same command", *(f"with {override}" for override in added)])
     words = [a for a in sys.argv[1:] if not a.startswith(("resume_from_checkpoint=", "--resume_from_checkpoint="))]
     if recipe.path != COMMAND_LINE:
-        words = [recipe.path.as_posix(), *(a for a in words if a != str(recipe.path))]
+        verb = ["train"] if words[:1] == ["train"] else []
+        words = [*verb, recipe.path.as_posix(), *(a for a in words[len(verb) :] if a != str(recipe.path))]
     command = [*program().split(), *words, *added]  # the last value of a key wins
     return quote_command(command)

@@ -190,7 +190,10 @@ def _train(
         say(*describe_stop(recipe, trainer.state.global_step, stop.signum))
         return 128 + stop.signum
     log = read_lines(output_dir / "trainer_log.jsonl")
-    trained["train_loss"] = mean_loss(log, trainer.state.global_step) or trained["train_loss"]  # since the resume
+    if checkpoint:
+        trained["train_loss"] = mean_loss(
+            log, checkpoint_step(checkpoint), trainer.state.global_step, trained["train_loss"]
+        )
     serving = on_main_process(lambda: check_run(recipe, data, output_dir))
     write_results(recipe, trainer, manifest, trained, evaluated)  # last, because it marks the run as finished
     say(*serving)

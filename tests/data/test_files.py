@@ -199,6 +199,10 @@ MISSING: dict[str, tuple[dict[str, Any], str]] = {
         {"dataset": ["nope"]},
         "dataset: nope: no such dataset in {0}/dataset_info.json; expected one of d",
     ),
+    "a path of no file": (
+        {"dataset": ["none.jsonl"]},
+        "dataset: none.jsonl: no such file, and no such dataset in {0}/dataset_info.json; expected one of d",
+    ),
     "an empty file": ({"file_name": "empty.jsonl"}, "d: no rows"),
     "a missing file": ({"file_name": "none.jsonl"}, "{0}/none.jsonl: no such file"),
     "a file of another kind": (

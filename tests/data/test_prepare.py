@@ -1,5 +1,6 @@
 """From what a recipe names to its train and eval datasets."""
 
+import json
 from typing import Any
 
 import pytest
@@ -169,3 +170,17 @@ def test_an_unknown_name_is_reported_with_its_key(bench: Bench) -> None:
         bench.prepare(dataset=["x"], eval_dataset=["a", "y"])
     there = f"no such dataset in {bench.folder}/dataset_info.json; expected one of a"
     assert str(error.value).splitlines() == [f"dataset: x: {there}", f"eval_dataset: y: {there}"]
+
+
+def test_a_misspelled_key_is_reported_beside_the_mistake_that_it_causes(bench: Bench) -> None:
+    bench.add("a", numbered(2), formating="sharegpt", columns={"messages": "conversations"})
+    registry = bench.folder / "dataset_info.json"
+    entries = json.loads(registry.read_text(encoding="utf-8"))
+    del entries["a"]["formatting"]
+    registry.write_text(json.dumps(entries), encoding="utf-8")
+    with pytest.raises(DatasetError) as error:
+        bench.prepare()
+    assert str(error.value).splitlines() == [
+        f"{registry}: a.columns.messages: unknown key for formatting alpaca; it belongs to formatting sharegpt",
+        f"{registry}: a.formating: ignored, unknown key; did you mean formatting?",
+    ]

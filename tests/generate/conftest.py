@@ -17,5 +17,10 @@ def train_once(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 
 @pytest.fixture(scope="session")
+def tools(train_once: Callable[[str], Path]) -> Path:
+    return train_once("tools")
+
+
+@pytest.fixture(scope="session")
 def turns(train_once: Callable[[str], Path]) -> Path:
     return train_once("turns")

@@ -300,7 +300,7 @@ CHANGE, SET = "--system TEXT changes it", "--system TEXT sets one"
         (
             rows_with("", "", "S"),
             None,
-            f"none (the training rows have no system message; {SET})",
+            f"none (67% of the training rows have no system message; {SET})",
             "none (the training rows have no tools; --tools FILE.json offers some)",
         ),
     ],

@@ -207,6 +207,14 @@ def test_an_answer_column_and_questions_without_a_reply(
     assert "q: 1 rows that can't be read" in printed and "q: 1 questions without a reference answer" in printed
 
 
+def test_tools_that_the_rows_offer_and_the_recipe_lacks_are_named(
+    tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = [*copy_run(tools, tmp_path), "num_generations=1", "max_new_tokens=4", 'tools={"search": "cat"}']
+    rollout(tools, *keys)
+    assert "python: offered by 2 questions, but not in tools: calls to it fail" in capsys.readouterr().out
+
+
 def test_val_size_gives_the_rows_that_training_held_out(turns: Path, tmp_path: Path) -> None:
     keys = [
         *copy_run(turns, tmp_path / "a"),

@@ -215,7 +215,7 @@ def test_a_value_that_cannot_be_read_hides_the_conflicts_it_might_resolve(tmp_pa
 def test_a_recipe_that_only_evaluates_is_reported_first(tmp_path: Path, line: str, done: str) -> None:
     path = write(tmp_path, f"model_name_or_path: m\noutput_dir: o\n{line}\neval_dataset: a\nuse_unsloth: true\n")
     first, *_ = read_recipe(path).notices
-    assert first == f"{path}: do_train is not set; the model is only {done}"
+    assert first == f"{path}: do_train is not true; the model is only {done}"
 
 
 @pytest.mark.parametrize("key", ["output_dir", "dataset_dir", "tokenized_path", "adapter_name_or_path", "template"])

@@ -108,15 +108,21 @@ def test_a_run_in_another_precision_is_not_resumed(
 
 def test_the_resume_command_works_in_every_windows_shell(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of("overwrite_output_dir=true")
-    argv = ["arpo_trl", str(recipe.path), "run_name=my run"]
-    for platform, quoted in (("linux", "'run_name=my run'"), ("win32", '"run_name=my run"')):
+    words = [str(recipe.path), "run_name=my run"]
+    for platform, quoted, verb in (
+        ("linux", "'run_name=my run'", []),
+        ("win32", '"run_name=my run"', []),
+        ("linux", "'run_name=my run'", ["train"]),
+    ):
+        argv = ["arpo_trl", *verb, *words]
         monkeypatch.setattr(
             "arpo_trl.training.start_and_end_report.sys", SimpleNamespace(platform=platform, argv=argv)
         )
         monkeypatch.setattr("arpo_trl.shell.sys", SimpleNamespace(platform=platform))
         monkeypatch.delenv("WORLD_SIZE", raising=False)
         monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-        expected = f"python -m arpo_trl {recipe.path.as_posix()} {quoted} resume_from_checkpoint=true"
+        command = " ".join(["python -m arpo_trl", *verb])
+        expected = f"{command} {recipe.path.as_posix()} {quoted} resume_from_checkpoint=true"
         assert resume_command(recipe) == expected
 
 

@@ -107,8 +107,9 @@ def test_the_mean_loss_covers_all_sessions() -> None:
         {"current_steps": 2, "eval_loss": 9.0},
         {"current_steps": 3, "loss": 1.0},
     ]
-    assert mean_loss(lines, steps=3) == 3.0
-    assert mean_loss(lines, steps=4) is None and mean_loss([], steps=4) is None
+    assert mean_loss(lines, resumed=3, steps=5, since=6.0) == (4 + 4 + 1 + 6 + 6) / 5
+    assert mean_loss(lines, resumed=2, steps=3, since=1.0) == 3.0  # the line of step 3 is the last session's
+    assert mean_loss(lines[:1], resumed=3, steps=5, since=1.0) == (4 + 4 + 1 + 1) / 4  # step 3 was not logged
 
 
 def test_the_first_line_after_a_resume_counts_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
