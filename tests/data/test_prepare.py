@@ -172,7 +172,7 @@ def test_an_unknown_name_is_reported_with_its_key(bench: Bench) -> None:
     assert str(error.value).splitlines() == [f"dataset: x: {there}", f"eval_dataset: y: {there}"]
 
 
-def test_a_misspelled_key_is_reported_beside_the_mistake_that_it_causes(bench: Bench) -> None:
+def test_a_misspelled_key_is_reported_with_the_mistake_that_it_causes(bench: Bench) -> None:
     bench.add("a", numbered(2), formating="sharegpt", columns={"messages": "conversations"})
     registry = bench.folder / "dataset_info.json"
     entries = json.loads(registry.read_text(encoding="utf-8"))
