@@ -49,6 +49,8 @@ echo
 echo "After training, $trained answers; --run-python runs its Python, within the limits that follow:"
 arpo-trl chat "$trained" --prompt "$question" --max-new-tokens 256 --run-python
 echo
+echo "This is one answer of a small model, right or wrong; the table above counts all held-out rows."
+echo
 echo "loss plot  $trained/training_loss.png"
 echo "logs       $trained/trainer_log.jsonl, $trained/training.log"
 echo "chat       .venv/bin/arpo-trl chat $trained --run-python"
