@@ -93,7 +93,8 @@ def test_unknown_columns_and_names_are_errors(tmp_path: Path, monkeypatch: pytes
         check_datasets(recipe("rows.jsonl"))
     Path("dataset_info.json").write_text(json.dumps({"toy": {"file_name": "rows.jsonl"}}), encoding="utf-8")
     for name in ("toi", "missing.jsonl", "a/b/c", "data/missing.jsonl"):
-        with pytest.raises(DatasetError, match=f"{name}: no such dataset in dataset_info.json"):
+        file = "no such file, and " if name.endswith(".jsonl") else ""
+        with pytest.raises(DatasetError, match=f"{name}: {file}no such dataset in dataset_info.json"):
             check_datasets(recipe(name, dataset_dir="."))
     with pytest.raises(DatasetError, match=r"did you mean toy\?"):
         check_datasets(recipe("toi", dataset_dir="."))
