@@ -66,10 +66,11 @@ def main(folder: Path) -> None:
 
 def run_chain(folder: Path, model: Path, engine: str, method: str, keys: dict[str, Any]) -> list[str]:
     """Return the cells of a row."""
-    home = folder / f"{engine}_{method}".replace(", ", "_")
+    name = method.replace(", ", "_")
+    home = folder / f"{engine}_{name}"
     shutil.rmtree(home, ignore_errors=True)
     keys = keys | {"val_size": 0.2, "eval_strategy": "steps", "eval_steps": 2, "ddp_timeout": 60, "plot_loss": False}
-    expected = losses_of_one_process(folder / f"one_{method}".replace(", ", "_"), model, keys)
+    expected = losses_of_one_process(folder / f"one_{name}", model, keys)
     recipe = launches.write_recipe(home, model, **keys)
     log = home / "run" / "trainer_log.jsonl"
 

@@ -162,7 +162,8 @@ def _join_turns(done: str, until_prompt: str, template: Template, segments: list
     """Return where the next context starts if the template rewrites earlier text once a turn follows.
 
     The end of a reply may change: gpt-oss ends the last one with <|return|>, which the model writes, and earlier ones with
-    <|end|>, which it does not, so that is context, labelled with the former. If only the last reply is trained, everything before it is context.
+    <|end|>, which it does not. That position is context, and its label is the token that the model writes. If only the
+    last reply is trained, everything before it is context.
     """
     shared = shared_start(done, until_prompt)
     changed = done[len(shared) :]

@@ -323,7 +323,7 @@ class _Rollout:
         ]
 
     def _describe_missing_tools(self) -> list[str]:
-        """Return a line if the questions offer tools that the recipe does not run."""
+        """Return a line for each tool that questions offer and the recipe does not run."""
         offered = Counter(
             name for question in self.questions for name in {tool["function"]["name"] for tool in question.tools or ()}
         )
