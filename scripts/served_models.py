@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from arpo_trl.__main__ import main as arpo_trl
-from arpo_trl.data.serving_rows import read_rows
 from arpo_trl.data.tokenizer import shipped_template
 
 TRL = Path(str(find_spec("trl").origin)).with_name("chat_templates")  # type: ignore[union-attr]
@@ -103,8 +101,6 @@ def make_adapter(folder: Path, trained: Path) -> None:
 def prepare(folder: Path, smollm2: Path) -> Path:
     """Make a model, and what it is made from, unless it exists."""
     home, name, toy = folder.parent, folder.name, str(make_tiny_model.TOY_DATA.parents[1])
-    if name == "t_llama" and folder.exists() and read_rows(folder)[0].day != date.today().isoformat():
-        shutil.rmtree(folder)  # its template writes the day
     if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
         return folder
     few = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 2e-4, "cutoff_len": 384}

@@ -5,7 +5,8 @@ Cheap (no weights are read), so that every run and every merge ends with it. A r
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import date
 from difflib import SequenceMatcher
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ from .serving_causes import (
     list_changes,
 )
 from .serving_rows import SERVING_ROWS, Ask, ServingRow, choose_rows, read_rows, render, with_reasoning_key, write_rows
-from .template_probe import find_template
+from .template_probe import date_formats, find_template
 from .tokenizer import make_tokenize
 
 BORDER_SHARE = 0.05
@@ -41,6 +42,7 @@ class PromptCheck:
     """A comparison of prompts with those of training.
 
     `borders`: prompts with the text of training and, at the borders of segments, other tokens: `border_tokens` of `tokens`.
+    `is_dated`: whether they are compared as training would have rendered them today.
     """
 
     rows: int = 0
@@ -48,12 +50,14 @@ class PromptCheck:
     borders: int = 0
     border_tokens: int = 0
     tokens: int = 0
+    is_dated: bool = False
     differences: list[Difference] = field(default_factory=list)
 
     def summary(self) -> str:
         """The check in one line, without its differences."""
         borders = f", {self.borders} more with the same text and other tokens at segment borders" * bool(self.borders)
-        return f"{self.identical} of {self.rows} prompts identical{borders}"
+        dated = ", except for today's date, which the chat template writes" * self.is_dated
+        return f"{self.identical} of {self.rows} prompts identical{borders}{dated}"
 
 
 def check_run(recipe: Recipe, data: PreparedData, folder: Path) -> list[str]:
@@ -94,8 +98,9 @@ def check_saved(folder: Path, rows: Sequence[ServingRow]) -> PromptCheck:
         lacks = Difference("chat template", "missing in the folder", OWN_TEMPLATE, sources)
         return PromptCheck(len(rows), differences=[lacks])
     check, compare = PromptCheck(), PromptComparison(tokenizer)
-    for row in rows:
+    for row in map(compare.of_today, rows):
         compare.add(check, row, compare.render(row), None)
+    check.is_dated = compare.is_dated
     _check_borders(check)
     check.differences += _missing_ends(folder, rows, tokenizer)
     return check
@@ -108,6 +113,24 @@ class PromptComparison:
         self.tokenizer = tokenizer
         self.tokenize = make_tokenize(tokenizer)
         self.reasoning_key = find_template(tokenizer).reasoning_key
+        self.date_formats = date_formats(tokenizer)
+        self.is_dated = False
+
+    def of_today(self, row: ServingRow) -> ServingRow:
+        """Return a row as training would have rendered it today, where the chat template writes the day."""
+        day, today = date.fromisoformat(row.day), date.today()
+        segments = row.segments
+        for format in self.date_formats:
+            written = day.strftime(format)
+            at = next((at for at, segment in enumerate(segments) if written in segment), None)
+            if at is not None:
+                dated = segments[at].replace(written, today.strftime(format), 1)
+                segments = [*segments[:at], dated, *segments[at + 1 :]]
+        if segments == row.segments:
+            return row
+        self.is_dated = True
+        dated_row = replace(row, segments=segments, day=today.isoformat())
+        return replace(dated_row, ids=self._in_segments(dated_row))
 
     def ask(self, row: ServingRow) -> Ask:
         """Return a row's request as the chat template takes it."""

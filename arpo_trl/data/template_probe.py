@@ -43,6 +43,7 @@ PROBES: tuple[list[Message], ...] = (
 SWITCHES = ("thinking", "enable_thinking", "reasoning")
 # Precedes the saved template, so that the model is prompted as it was trained.
 THINKING_DEFAULT = "{{%- set {0} = {0} | default({1}) %}}"
+STRFTIME_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 SET_DEFAULT = re.compile(r"^\{%- set (\w+) = \1 \| default\((?:true|false)\) %\}")
 
 
@@ -111,9 +112,14 @@ def _named(chat_template: ChatTemplate) -> dict[str, str]:
     return chat_template if isinstance(chat_template, dict) else {"default": chat_template}
 
 
+def date_formats(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the formats in which the tokenizer's chat templates write the day."""
+    return [call[2] for jinja in _named(tokenizer.chat_template).values() for call in STRFTIME_NOW.finditer(jinja)]
+
+
 def _dated(jinja: str, day: date) -> str:
     """Write this day into the template. transformers 5 passes a template only data, so its clock can't be replaced."""
-    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: json.dumps(day.strftime(call[2])), jinja)
+    return STRFTIME_NOW.sub(lambda call: json.dumps(day.strftime(call[2])), jinja)
 
 
 def _probe(template: Template) -> Template:

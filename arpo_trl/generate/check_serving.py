@@ -116,14 +116,20 @@ def check_serving(
         raise RecipeError(
             f"{folder}: its chat template renders no built-in conversation. Use the output_dir of a run."
         )
+    compare = PromptComparison(tokenizer)
+    rows = list(map(compare.of_today, rows))
     server = connect(url, served_model, folder, tokenizer)
     report = ServingReport(str(folder), url, {"kind": server.kind, **server.facts}, len(rows))
     if not of_run:
         report.notes.append(
             "no serving_check.jsonl: built-in conversations are compared with the folder's own template"
         )
+    if compare.is_dated:
+        report.notes.append(
+            "date: the chat template writes today's date, and training wrote its own: prompts are compared as of today"
+        )
     report.add(check_saved(folder, rows).differences)
-    same = _check_prompts(server, rows, tokenizer, report)
+    same = _check_prompts(server, rows, compare, report)
     reference = load_reference(folder)
     check = ReplyCheck(server, reference, tokenizer, dtype)
     try:
@@ -155,7 +161,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _check_prompts(
-    server: Server, rows: Sequence[ServingRow], tokenizer: PreTrainedTokenizerBase, report: ServingReport
+    server: Server, rows: Sequence[ServingRow], compare: PromptComparison, report: ServingReport
 ) -> list[ServingRow]:
     """Compare the prompts that the server renders with those of training.
 
@@ -173,7 +179,7 @@ def _check_prompts(
         answers = list(zip(rows, pool.map(ask, rows)))
     served = [(row, answer) for row, answer in answers if isinstance(answer, Rendered)]
     is_counted = bool(served) and all(answer.ids is None for _, answer in served)
-    check, compare, same = PromptCheck(), PromptComparison(tokenizer), list[ServingRow]()
+    check, tokenizer, same = PromptCheck(), compare.tokenizer, list[ServingRow]()
     rendered_here = _texts_of_folder(server, served) if is_counted else []
     texts = iter(rendered_here)
     counted: list[tuple[ServingRow, Ask, int]] = []

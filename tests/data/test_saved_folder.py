@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from trl import chat_template_utils
 from arpo_trl.data.prepare import prepare_datasets
 from arpo_trl.data.saved_folder import PromptCheck, check_folder, check_saved
 from arpo_trl.data.serving_causes import UNKNOWN
-from arpo_trl.data.serving_rows import SERVING_ROWS, built_in_rows, choose_rows, read_rows, write_rows
+from arpo_trl.data.serving_rows import SERVING_ROWS, ServingRow, built_in_rows, choose_rows, read_rows, write_rows
 from arpo_trl.data.tokenizer import load_template, shipped_template
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import read_recipe
@@ -222,24 +223,36 @@ def test_the_templates_own_default_system_prompt_is_named(trained: Callable[...,
     assert "default system" in difference.cause
 
 
-def test_the_day_that_a_template_writes_is_named(trained: Callable[..., Path]) -> None:
-    folder = trained("llama3_2")
-    rows = read_rows(folder)
-    day = next(row.day for row in rows)
-    written = [segment for segment in rows[0].segments if "Today Date" in segment]
-    assert written, "this template writes the day"
-    import re
-
-    old = [
-        replace(
-            row, day="2024-02-03", segments=[re.sub(r"(Today Date: ).*", r"\g<1>03 Feb 2024", s) for s in row.segments]
-        )
+def on_another_day(rows: list[ServingRow]) -> list[ServingRow]:
+    """The rows of a training on 3 February 2024."""
+    day = date.today().strftime("%d %b %Y")
+    assert day in rows[0].text, "this template writes the day"
+    return [
+        replace(row, day="2024-02-03", segments=[text.replace(day, "03 Feb 2024", 1) for text in row.segments])
         for row in rows
     ]
-    assert day != "2024-02-03"
-    (difference,) = check_saved(folder, old).differences
-    assert difference.cause == "date"
-    assert "03 Feb 2024" in difference.found
+
+
+def test_todays_date_is_no_difference(trained: Callable[..., Path]) -> None:
+    folder = trained("llama3_2")
+    rows = on_another_day(read_rows(folder))
+    checked = check_saved(folder, rows)
+    assert not checked.differences
+    assert checked.summary() == (
+        f"{len(rows)} of {len(rows)} prompts identical, except for today's date, which the chat template writes"
+    )
+    edit_template(folder, lambda own: "{{- bos_token }}" + own)
+    assert [one.cause for one in check_saved(folder, rows).differences] == ["BOS twice"]
+
+
+def test_another_date_than_todays_is_named(trained: Callable[..., Path]) -> None:
+    folder = trained("llama3_2")
+    rows = read_rows(folder)
+    edit_template(folder, lambda own: '{%- set date_string = "03 Feb 2024" %}' + own)
+    for trained_rows in (rows, on_another_day(rows)):
+        (difference,) = check_saved(folder, trained_rows).differences
+        assert difference.cause == "date"
+        assert "03 Feb 2024 served" in difference.found
 
 
 def test_a_doubled_bos_is_named(trained: Callable[..., Path]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.__main__ import main
 from arpo_trl.data.serving_causes import UNKNOWN
+from arpo_trl.data.serving_rows import read_rows, write_rows
 from arpo_trl.data.tokenizer import shipped_template
 from arpo_trl.generate.check_serving import check_serving
 
@@ -164,6 +166,25 @@ def test_a_bos_that_the_server_adds_is_named(trained: Path, tmp_path: Path) -> N
     path.write_text(json.dumps(config), encoding="utf-8")
     for kind in ("vllm", "llama.cpp"):
         assert "BOS twice" in causes(tmp_path / "m", Served(tmp_path / "m", kind, add_bos=True))
+
+
+@pytest.mark.parametrize("kind", ["vllm", "llama.cpp", "transformers"])
+def test_todays_date_is_a_note(kind: str, trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "m")
+    template = folder / "chat_template.jinja"
+    template.write_text('{{- strftime_now("%d %b %Y") }}' + template.read_text(encoding="utf-8"), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    day = tokenizer("03 Feb 2024", add_special_tokens=False)["input_ids"]
+    rows = [
+        replace(row, day="2024-02-03", segments=["03 Feb 2024", *row.segments], ids=day + row.ids)
+        for row in read_rows(folder)
+    ]
+    write_rows(rows, folder)
+    with serve(Served(folder, kind)) as url:
+        report = check_serving(folder, url)
+    assert not report.differences, report.lines()
+    assert any("writes today's date" in note for note in report.notes)
+    assert "answers as generated" in report.chats
 
 
 def test_the_report_is_json_and_the_exit_code_is_1_if_something_differs(
