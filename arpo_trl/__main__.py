@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 run failed, 2 configuration error; stopped by a signal: 13
 """
 
 import contextlib
+import errno
 import gc
 import io
 import os
@@ -50,9 +51,6 @@ def main(argv: Sequence[str]) -> int:
         code = _run(argv)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # as of `| head`; nothing can be printed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except RecipeError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # If the main process raises it too, the launcher ends this one before it repeats the message.
@@ -66,12 +64,21 @@ def main(argv: Sequence[str]) -> int:
         print("interrupted by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
+        if _is_closed_pipe(error):  # as of `| head`; nothing can be printed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         notes = getattr(error, "__notes__", None)  # where training.log has the traceback
         if notes:
             print(to_terminal(printable("; ".join([_describe(error), *notes])), sys.stderr), file=sys.stderr)
         else:
             print(printable(traceback.format_exc()), file=sys.stderr, end="")
         return 1
+
+
+def _is_closed_pipe(error: Exception) -> bool:
+    """Return whether standard output's reader has ended, which Windows reports as an invalid argument without a file."""
+    is_invalid = isinstance(error, OSError) and error.errno == errno.EINVAL and error.filename is None
+    return isinstance(error, BrokenPipeError) or (sys.platform == "win32" and is_invalid)
 
 
 def _run(argv: Sequence[str]) -> int:

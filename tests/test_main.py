@@ -141,7 +141,7 @@ def test_a_long_text_on_the_command_line_is_read(recipe: Path, capsys: pytest.Ca
     assert main([str(recipe), "--preview", f"default_system={text}"]) == 0
     assert text.strip() in capsys.readouterr().out.replace("\n", "")
     assert main(["x" * 300]) == 2
-    assert "File name too long" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("x" * 300 + ": ")
 
 
 def test_inputs_and_packages_are_checked_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,10 +210,11 @@ def test_a_console_without_chinese_shows_escapes(recipe: Path, monkeypatch: pyte
 def test_a_missing_drive_has_no_free_space(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "exists", lambda path, **kwargs: False)
     assert machine.free_space(Path("Z:/run")) == 0
+    root = Path("/run").resolve().anchor
     assert str(machine.missing_space(Path("/run"), 1, "a checkpoint")).startswith(
-        "there is no drive /; choose another folder"
+        f"there is no drive {root}; choose another folder"
     )
-    with pytest.raises(RecipeError, match="output_dir: there is no drive /"):
+    with pytest.raises(RecipeError, match="output_dir: there is no drive "):
         check_inputs(read_recipe(recipe))
 
 
@@ -228,6 +229,7 @@ def test_replacing_a_file_in_use_is_retried_on_windows(tmp_path: Path, monkeypat
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", held)
+    monkeypatch.setattr(sys, "platform", "linux")
     with pytest.raises(PermissionError):
         run_folder.write_json(tmp_path / "run.json", 1)
     monkeypatch.setattr(sys, "platform", "win32")

@@ -42,7 +42,9 @@ def test_an_unknown_name_raises() -> None:
 def test_the_example_of_the_docs_runs(tiny_model: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(encoding="utf-8"), re.DOTALL)
     assert code.count("\n") <= 12
-    printed = python(code.replace('"max_samples=30"', f'"max_samples=30", "model_name_or_path={tiny_model}"'), ROOT)
+    printed = python(
+        code.replace('"max_samples=30"', f'"max_samples=30", "model_name_or_path={tiny_model.as_posix()}"'), ROOT
+    )
     assert re.fullmatch(r"arpo_sft_toy: 30 rows: \d+ kept, .*\n\S+arpo_sft_toy\.jsonl:\d+ \d+\n", printed)
 
 
