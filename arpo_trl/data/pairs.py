@@ -172,7 +172,7 @@ def _split_conversations(
     if any(messages != systems[0] for messages in systems):
         raise RowError("no pair: the system messages of prompt, chosen and rejected differ")
     if turns and not any(_count_shared(turns, side) == len(turns) for side in sides):
-        raise RowError("no pair: the prompt is not the beginning of chosen or rejected")
+        raise RowError("not a pair: chosen and rejected must both start with the prompt")
     shared = _count_shared(*sides)
     while shared and sides[0][shared - 1]["role"] not in ("user", "tool"):
         shared -= 1

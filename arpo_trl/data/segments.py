@@ -148,7 +148,7 @@ def _until_prompt(
     has_header = len(shared) > len(template.render(before, tools, False))
     starts = has_header or (message["content"] and reply.startswith(message["content"]))
     if not starts or (rest.strip() and "".join(reply.split()).startswith("".join(rest.split()))):
-        raise RowError("the reply does not start with the chat template's generation prompt")
+        raise RowError("the chat template renders this reply without the generation prompt that inference uses")
     return shared, rest
 
 

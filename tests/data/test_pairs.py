@@ -218,7 +218,7 @@ PROBLEMS: list[tuple[str, DatasetInfo, dict[str, Any], str]] = [
         "a prompt of another conversation",
         OPENAI,
         {"messages": [user("z")], "chosen": [user("a"), reply("b")], "rejected": [user("a"), reply("c")]},
-        "no pair: the prompt is not the beginning of chosen or rejected",
+        "not a pair: chosen and rejected must both start with the prompt",
     ),
     (
         "a side that begins with a result",

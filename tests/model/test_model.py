@@ -296,7 +296,7 @@ def test_settings_that_peft_lacks_for_fused_experts_are_errors_with_a_fix(tmp_pa
     load_model(recipe(tmp_path, base, lora_target="q_proj,gate_proj,up_proj"))
     for keys in ({"lora_dropout": 0.1}, {"use_dora": True}, {"pissa_init": True}):
         with pytest.raises(
-            RecipeError, match=rf"{next(iter(keys))}: not supported by PEFT's LoRA of experts; remove the line"
+            RecipeError, match=rf"{next(iter(keys))}: not supported by PEFT for LoRA on MoE experts; remove the line"
         ):
             load_model(recipe(tmp_path, base, **keys))
         load_model(recipe(tmp_path, base, **keys, lora_target="q_proj,v_proj"))

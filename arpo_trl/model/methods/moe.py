@@ -40,7 +40,7 @@ class Moe(Method):
         for key in ("lora_dropout", "use_dora", "pissa_init"):
             if getattr(recipe, key):
                 fix = "remove the line, or set lora_target to other layers"
-                raise recipe.error(key, f"not supported by PEFT's LoRA of experts; {fix}")
+                raise recipe.error(key, f"not supported by PEFT for LoRA on MoE experts; {fix}")
         self.adapter_targets = fused
         if fused and not recipe.quantization_bit:
             others = [name.split(".") for name in linear_layers(model) if name.rpartition(".")[2] in fused]
