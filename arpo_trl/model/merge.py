@@ -16,6 +16,7 @@ from ..data.serving_rows import read_rows, write_rows
 from ..errors import RecipeError, RunFailed, in_one_line
 from ..machine import missing_space
 from ..report.manifest import find_manifest
+from ..report.model_card import write_model_card
 from ..run_folder import match_umask
 from .base import base_of, load_weights, runs_code
 from .base_files import BaseFiles, read_base_files
@@ -83,6 +84,8 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None, trust_remo
     match_umask(output)
     if manifest := find_manifest(adapter):  # for `chat`, which reads where results go, and as the model's origin
         manifest.write(output, "finished")
+        if (adapter / "all_results.json").is_file():
+            write_model_card(adapter, manifest, output)
     if rows := read_rows(adapter) or read_rows(adapter.parent):  # those of a checkpoint are in the folder above
         write_rows(rows, output)
     weights = merged.state_dict()

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from . import methods, preference
 from .keys import PredictKeys, Recipe
@@ -75,10 +75,10 @@ def _notices(recipe: Recipe, resolved: Recipe, rollout: bool) -> Iterator[str]:
     yield from methods.notices(recipe)
 
 
-def changed_keys(recipe: Recipe) -> dict[str, object]:
-    """Return the keys of a resolved recipe whose values differ from their defaults."""
+def changed_keys(resolved: Mapping[str, object]) -> dict[str, object]:
+    """Return the keys of `Recipe.resolved()` whose values differ from their defaults."""
     defaults = resolve(Recipe(model_name_or_path="", output_dir="")).resolved()
-    return {key: value for key, value in recipe.resolved().items() if value != defaults.get(key)}
+    return {key: value for key, value in resolved.items() if value != defaults.get(key)}
 
 
 def wandb_is_disabled() -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..recipe.rules import changed_keys
 from ..run_folder import own_path, read_json, read_lines, write_text
 from .log_file import format_seconds, run_seconds
 from .manifest import Manifest
@@ -36,10 +37,10 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)")
 
 
-def write_model_card(output_dir: Path, manifest: Manifest, changed_keys: dict[str, object]) -> None:
-    """Write README.md from run.json, trainer_log.jsonl, all_results.json, trainer_state.json and the changed keys.
+def write_model_card(output_dir: Path, manifest: Manifest, merged: Path | None = None) -> None:
+    """Write README.md from a run's run.json, trainer_log.jsonl, all_results.json and trainer_state.json.
 
-    The header is metadata for the Hub (https://huggingface.co/docs/hub/model-cards#model-card-metadata). It has no
+    With `merged`, the folder of the run's adapter and its base as one model, the card is written there. The header is metadata for the Hub (https://huggingface.co/docs/hub/model-cards#model-card-metadata). It has no
     license, which the publisher chooses, and no base model if that is a local folder.
     """
     results = read_json(output_dir / "all_results.json")
@@ -47,27 +48,29 @@ def write_model_card(output_dir: Path, manifest: Manifest, changed_keys: dict[st
     trained_from = str(manifest.recipe["model_name_or_path"])
     base = base_model(trained_from)
     lora = manifest.recipe["finetuning_type"] in ("lora", "oft")
+    is_adapter, target = lora and not merged, merged or output_dir
     header = ModelCardData(
-        library_name="peft" if lora else "transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[str(manifest.recipe["stage"]), "trl", "arpo_trl"],
-        model_name=output_dir.resolve().name,
+        model_name=target.resolve().name,
         base_model=base.name if base.is_hub_id else None,
-        base_model_relation=("adapter" if lora else "finetune") if base.is_hub_id else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if base.is_hub_id else None,
     )
     last = next((line["loss"] for line in reversed(log) if "loss" in line), None)
     figures = {"last training loss": last, "mean training loss": results.get("train_loss")}
     figures |= {k.replace("_", " "): v for k, v in results.items() if re.fullmatch(FIGURES, k)}
-    folder, model = output_dir.as_posix(), f"{output_dir.as_posix()}{'-merged' if lora else ''}"
+    folder, model = target.as_posix(), f"{target.as_posix()}{'-merged' if is_adapter else ''}"
     base_to_load = base.name if base.is_hub_id else Path(trained_from).as_posix()
-    names = {"model": model, "folder": folder, "base": base_to_load, "name": output_dir.resolve().name}
+    names = {"model": model, "folder": folder, "base": base_to_load, "name": target.resolve().name}
     card = ModelCard.from_template(
         header,
         template_path=str(TEMPLATE),
-        name=output_dir.resolve().name,
+        name=target.resolve().name,
         base=base.name,
         base_link=f"[{base.name}](https://huggingface.co/{base.name})" if base.is_hub_id else f"`{base.name}`",
         lora=lora,
+        is_adapter=is_adapter,
         method=_describe_method(manifest),
         pairs=manifest.recipe["stage"] == "dpo",
         manifest=manifest,
@@ -75,13 +78,13 @@ def write_model_card(output_dir: Path, manifest: Manifest, changed_keys: dict[st
         epoch=results["epoch"],
         time=format_seconds(max(results.get("train_runtime", 0), run_seconds(log))),
         figures={name: value for name, value in figures.items() if value is not None},
-        plots=[name for name in PLOTS if (output_dir / name).exists()],
-        recipe=yaml.safe_dump(changed_keys, sort_keys=False, allow_unicode=True).strip(),
+        plots=[name for name in PLOTS if (target / name).exists()],
+        recipe=yaml.safe_dump(changed_keys(manifest.recipe), sort_keys=False, allow_unicode=True).strip(),
         folder=folder,
         model=model,
-        servers=serving_commands(output_dir, names, lora),
+        servers=serving_commands(target, names, is_adapter),
     )
-    write_text(own_path(output_dir / "README.md", *CARD_MARKS), str(card))
+    write_text(own_path(target / "README.md", *CARD_MARKS), str(card))
 
 
 def _describe_method(manifest: Manifest) -> str:

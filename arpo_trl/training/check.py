@@ -54,7 +54,7 @@ def check(recipe: Recipe, verbose: bool = False) -> None:
     args = check_after_torch(recipe)
     data = load_rows(recipe, args)
     lines, problem = _describe_run(recipe, args, data, verbose)
-    keys = recipe.resolved() if verbose else changed_keys(recipe)
+    keys = recipe.resolved() if verbose else changed_keys(recipe.resolved())
     shown = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True).splitlines()
     title = "every key" if verbose else "keys that differ from their defaults (all keys: --check -v)"
     for line in [*lines, "", f"recipe   {title}", *(f"  {line}" for line in shown), *recipe.notices]:

@@ -26,7 +26,6 @@ from ..model.weights import Model
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
 from ..recipe.read import read_recipe
-from ..recipe.rules import changed_keys
 from ..report.console import logged_to, say
 from ..report.log_file import LogLine, mean_loss
 from ..report.loss_plot import plot_run
@@ -307,7 +306,7 @@ def write_results(
             plot_run(read_lines(output_dir / "trainer_log.jsonl"), output_dir)
         except OSError as error:  # on Windows, if a viewer has it open
             say(f"training_loss.png could not be written ({error}); the model is saved")
-    write_model_card(output_dir, manifest, changed_keys(recipe))
+    write_model_card(output_dir, manifest)
     match_umask(output_dir)
     manifest.write(output_dir, "finished")
 

@@ -142,7 +142,9 @@ class TrainerLog(TrainerCallback):
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(self.path, size)  # half a line
-            say(f"can't write {self.path} ({error}); training continues, and the missing line is written with the next one")
+            say(
+                f"can't write {self.path} ({error}); training continues, and the missing line is written with the next one"
+            )
 
     def _show(self, line: LogLine) -> None:
         if "loss" in line:

@@ -180,7 +180,9 @@ def test_a_generation_prompt_unrelated_to_the_reply_is_an_error() -> None:
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<s>{% endif %}"
     )
-    with pytest.raises(RowError, match="the chat template renders this reply without the generation prompt that inference uses"):
+    with pytest.raises(
+        RowError, match="the chat template renders this reply without the generation prompt that inference uses"
+    ):
         to_segments(Conversation([Q, A]), find_template(make_tokenizer(other)))
 
 

@@ -118,6 +118,18 @@ def test_an_adapters_card_has_the_commands_to_merge_and_to_serve_it(
     assert AutoModelForCausalLM.from_pretrained(f"{run}-merged").config.model_type == "qwen2"
 
 
+def test_a_merged_model_has_a_card_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    run, merged = small_run.run(tmp_path, tiny_model, finetuning_type="lora"), tmp_path / "merged"
+    assert main(["merge", str(run), str(merged)]) == 0
+    assert ModelCard.load(merged / "README.md").data.to_dict()["library_name"] == "transformers"
+    card = (merged / "README.md").read_text(encoding="utf-8")
+    assert "with a merged LoRA adapter fine-tuned on conversations (SFT)" in card and "training_loss.png" not in card
+    python, rest = use_section(merged / "README.md")
+    exec(python, names := dict[str, Any]())
+    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
+    assert "arpo-trl merge" not in rest and f"`vllm serve {merged.as_posix()} {QWEN_FLAGS}`" in rest
+
+
 def test_a_base_model_is_named_by_its_hub_id_or_folder(tmp_path: Path) -> None:
     cached = tmp_path / "models--Qwen--Qwen2.5-0.5B" / "snapshots" / "060db6499f32faf8b98477b0a26969ef7d8b9987"
     cached.mkdir(parents=True)
