@@ -20,7 +20,7 @@ from ..model.split import find_split
 from ..model.weights import Model
 from ..recipe.keys import COMMAND_LINE, Recipe
 from ..report.log_file import describe_evaluation, format_seconds, run_seconds
-from ..run_folder import read_lines
+from ..run_folder import list_checkpoints, read_lines
 from ..shell import quote_command
 from .reference import report_reference
 from .trainer import ArpoTrainer
@@ -219,6 +219,17 @@ def describe_stop(recipe: Recipe, step: int, signum: int) -> list[str]:
     if not (Path(recipe.output_dir) / f"checkpoint-{step}").is_dir():  # on_save_error: continue
         saved = f"at step {step}, which could not be saved"
     return [f"stopped by {signal.Signals(signum).name} {saved}", f"to resume: {resume_command(recipe)}"]
+
+
+def describe_interrupt(recipe: Recipe) -> list[str]:
+    """Return what a second Ctrl-C lost, and how to resume the run."""
+    saved = list_checkpoints(Path(recipe.output_dir))
+    if not saved:
+        return ["stopped at once, without a checkpoint; run the same command again to start over"]
+    return [
+        f"stopped at once, without saving; the last checkpoint is {saved[-1]}",
+        f"to resume: {resume_command(recipe)}",
+    ]
 
 
 def resume_command(recipe: Recipe) -> str:

@@ -51,7 +51,7 @@ from .requirements import check_before_torch
 from .score_check import check_scores
 from .setup import check_after_torch, load_rows
 from .signals import StopOnSignal, Stopped
-from .start_and_end_report import describe_stop, end_report, start_report
+from .start_and_end_report import describe_interrupt, describe_stop, end_report, start_report
 from .trainer import ArpoTrainer
 from .trainer_log import TrainerLog, remove_progress_bar
 
@@ -188,6 +188,9 @@ def _train(
             manifest.write(output_dir, "stopped")
         say(*describe_stop(recipe, trainer.state.global_step, stop.signum))
         return 128 + stop.signum
+    except KeyboardInterrupt:  # a second Ctrl-C
+        say(*describe_interrupt(recipe))
+        raise
     log = read_lines(output_dir / "trainer_log.jsonl")
     if checkpoint:
         trained["train_loss"] = mean_loss(

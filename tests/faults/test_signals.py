@@ -106,8 +106,11 @@ def test_the_second_ctrl_c_stops_at_once(
     """Exit code 130 and nothing of the step saved; the run resumes from the checkpoint before."""
     at_call(monkeypatch, "training_step", 3, send(signal.SIGINT, signal.SIGINT))
     assert main([str(make_recipe())]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted by Ctrl-C"
-    assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == "interrupted by Ctrl-C"
+    (saved,) = list_checkpoints(tmp_path / "run")
+    assert saved.name == "checkpoint-2"
+    assert f"stopped at once, without saving; the last checkpoint is {saved}\nto resume: " in printed.out
 
 
 @pytest.mark.parametrize(
