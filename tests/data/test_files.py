@@ -62,9 +62,10 @@ def test_a_json_file_may_hold_a_row_a_line(bench: Bench) -> None:
 def test_glob_characters_are_a_name_and_dots_may_leave_the_folder(bench: Bench) -> None:
     inner = bench.folder / "inner"
     inner.mkdir()
-    write(bench.folder / "a[1]*.jsonl", numbered(1))
+    name = "a[1].jsonl" if sys.platform == "win32" else "a[1]*.jsonl"  # Windows allows no asterisk
+    write(bench.folder / name, numbered(1))
     (inner / "dataset_info.json").write_text(
-        '{"d": {"file_name": "../a[1]*.jsonl", "formatting": "sharegpt"}}', encoding="utf-8"
+        json.dumps({"d": {"file_name": f"../{name}", "formatting": "sharegpt"}}), encoding="utf-8"
     )
     assert bench.replies(bench.prepare(dataset=["d"], dataset_dir=str(inner)).train) == answers(0)
 
@@ -197,25 +198,25 @@ def test_a_csv_row_with_too_many_fields_is_dropped(bench: Bench) -> None:
 MISSING: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown name": (
         {"dataset": ["nope"]},
-        "dataset: nope: no such dataset in {0}/dataset_info.json; expected one of d",
+        "dataset: nope: no such dataset in {0}{1}dataset_info.json; expected one of d",
     ),
     "a path of no file": (
         {"dataset": ["none.jsonl"]},
-        "dataset: none.jsonl: no such file, and no such dataset in {0}/dataset_info.json; expected one of d",
+        "dataset: none.jsonl: no such file, and no such dataset in {0}{1}dataset_info.json; expected one of d",
     ),
     "an empty file": ({"file_name": "empty.jsonl"}, "d: no rows"),
-    "a missing file": ({"file_name": "none.jsonl"}, "{0}/none.jsonl: no such file"),
+    "a missing file": ({"file_name": "none.jsonl"}, "{0}{1}none.jsonl: no such file"),
     "a file of another kind": (
         {"file_name": "d.txt"},
-        "{0}/d.txt: expected a .json, .jsonl, .csv, .parquet, .arrow file, found .txt",
+        "{0}{1}d.txt: expected a .json, .jsonl, .csv, .parquet, .arrow file, found .txt",
     ),
     "an empty folder": (
         {"file_name": "folder"},
-        "{0}/folder: expected only .json, .jsonl, .csv, .parquet, .arrow files, found none",
+        "{0}{1}folder: expected only .json, .jsonl, .csv, .parquet, .arrow files, found none",
     ),
     "a loading script": (
         {"script_url": "s.py"},
-        "{0}/dataset_info.json: d.script_url: loading scripts are not supported by datasets >= 4; set hf_hub_url "
+        "{0}{1}dataset_info.json: d.script_url: loading scripts are not supported by datasets >= 4; set hf_hub_url "
         "or file_name",
     ),
 }
@@ -232,7 +233,7 @@ def test_missing_data_is_an_error_of_one_line(kind: str, bench: Bench) -> None:
         bench.register("d", **keys)
     with pytest.raises(DatasetError) as error:
         bench.prepare(dataset=keys.get("dataset", ["d"]))
-    assert str(error.value) == message.format(bench.folder)
+    assert str(error.value) == message.format(bench.folder, os.sep)
 
 
 def test_rows_on_one_line_have_their_column(tmp_path: Path) -> None:
@@ -325,6 +326,8 @@ def test_a_file_with_a_duplicate_column_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["it grows", "it is replaced", "it is gone"])
 def test_a_file_that_changes_while_it_is_read_is_noticed(suffix: str, how: str, tmp_path: Path) -> None:
     path = tmp_path / f"a{suffix}"
+    if sys.platform == "win32" and how != "it grows" and suffix != ".json":
+        pytest.skip("Windows removes no open file")
     if suffix == ".csv":
         path.write_text("a,b\n" + "1,2\n" * 1000)
     else:

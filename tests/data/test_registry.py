@@ -228,7 +228,7 @@ def test_an_unknown_name_has_its_keys_line_and_the_nearest_one(tmp_path: Path) -
     )
     with pytest.raises(DatasetError) as error:
         check_datasets(read_recipe(file))
-    missing, there = f"no such dataset in {tmp_path}/dataset_info.json", ", ".join(f"set_{n}" for n in range(12))
+    missing, there = f"no such dataset in {tmp_path / 'dataset_info.json'}", ", ".join(f"set_{n}" for n in range(12))
     assert str(error.value).splitlines() == [
         f"{file}:6: dataset: set_07: {missing}; did you mean set_7?",
         f"{file}:6: dataset: zzz: {missing}; expected one of {there} and 18 more",

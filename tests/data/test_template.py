@@ -75,7 +75,7 @@ def test_the_docs_way_to_add_a_templates_tokens_makes_it_run(tmp_path: Path, tin
     with pytest.raises(RecipeError, match=r"ends replies with '<\|eot_id\|>', which is not a token of this tokenizer"):
         load_template(recipe(tiny_model, template="llama3"))
     code = compare_templates.DOCS.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
-    exec(code.replace("BASE", str(tiny_model)).replace("NEW", str(tmp_path)), {})
+    exec(code.replace("BASE", tiny_model.as_posix()).replace("NEW", tmp_path.as_posix()), {})
     asked = recipe(tmp_path, template="llama3")
     template = load_template(asked)
     segments = to_segments(conversation("one turn"), template)
