@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 import yaml
 
 from arpo_trl.recipe import Recipe, read_recipe
@@ -15,6 +17,11 @@ from arpo_trl.training.train import train
 
 # peft 0.21 still asks for transformers' old name of activation checkpointing.
 QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, which may then be written again: Windows replaces no file that `load_file` has mapped."""
+    return safetensors.torch.load(path.read_bytes())
 
 
 def write_data(folder: Path) -> Path:

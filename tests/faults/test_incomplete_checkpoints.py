@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import small_run
 import torch
 from runs import differing, train
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from arpo_trl.run_folder import list_checkpoints
 from arpo_trl.training.checkpoints import FILES, IN_PROGRESS, find_problem, newest_complete_checkpoint
@@ -119,7 +120,7 @@ def test_a_model_without_its_optimizer_is_not_resumed(output_dir: Path) -> None:
 
 def shard(folder: Path, listed: bool) -> None:
     """Store the weights in two files with an index, as a model above 50 GB has them."""
-    weights = load_file(folder / "model.safetensors")
+    weights = small_run.read_weights(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(weights)
     index = {name: f"model-{1 + (i % 2):05}-of-00002.safetensors" for i, name in enumerate(names)}

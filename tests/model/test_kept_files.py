@@ -12,6 +12,7 @@ from typing import Any
 
 import architectures
 import pytest
+import small_run
 import torch
 from launches import ENGINES, NEEDS_DEEPSPEED, attempt, command, launch
 from safetensors.torch import load_file, save_file
@@ -77,7 +78,8 @@ def in_two_dtypes(folder: Path) -> None:
     """Save matrices in bfloat16, and vectors (norms, router biases) in float32, with settings that training changes."""
     path = folder / "model.safetensors"
     tensors = {
-        name: tensor.bfloat16() if tensor.ndim > 1 else tensor.float() for name, tensor in load_file(path).items()
+        name: tensor.bfloat16() if tensor.ndim > 1 else tensor.float()
+        for name, tensor in small_run.read_weights(path).items()
     }
     save_file(tensors, path, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

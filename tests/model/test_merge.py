@@ -11,7 +11,7 @@ import pytest
 import small_run
 import torch
 from peft import LoraConfig, LoraModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from arpo_trl.__main__ import main
@@ -65,7 +65,8 @@ def test_the_merged_model_keeps_the_dtype_and_the_template_and_stops_at_the_end_
     assert merged.dtype == torch.bfloat16
     assert merged.generation_config.eos_token_id == [end_of_turn, end_of_text]
     assert merged.config.eos_token_id == tokenizer.eos_token_id == end_of_turn
-    assert (tmp_path / "merged" / "chat_template.jinja").read_bytes() == (base / "chat_template.jinja").read_bytes()
+    saved, own = (folder / "chat_template.jinja" for folder in (tmp_path / "merged", base))
+    assert saved.read_text(encoding="utf-8") == own.read_text(encoding="utf-8")
     umask = os.umask(0)
     os.umask(umask)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()}
@@ -167,7 +168,7 @@ def test_a_merge_ends_with_the_serving_check_of_the_rows_that_the_run_kept(
 def test_a_dtype_that_cannot_hold_the_weights_is_an_error(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights = load_file(adapter / "adapter_model.safetensors")
+    weights = small_run.read_weights(adapter / "adapter_model.safetensors")
     save_file({name: weight * 3e4 for name, weight in weights.items()}, adapter / "adapter_model.safetensors")
     assert main(["merge", str(adapter), str(tmp_path / "merged"), "--dtype", "float16"]) == 1
     assert "float16 cannot hold the merged weights" in capsys.readouterr().err

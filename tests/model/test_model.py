@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import architectures
 import pytest
+import small_run
 import torch
 from datasets import Dataset
 from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
@@ -58,6 +60,9 @@ def recipe(folder: Path, model: Path, **keys: Any) -> Recipe:
     path = folder / "given.yaml"
     path.write_text(json.dumps(keys), encoding="utf-8")
     return read_recipe(path)
+
+
+needs_badam = pytest.mark.skipif(find_spec("badam") is None, reason="needs badam")
 
 
 def run(given: Recipe, resume: bool = False) -> Any:
@@ -358,6 +363,8 @@ def plain_adam_mini(model: Any, **lr: float) -> list[torch.optim.Optimizer]:
 def test_muon_and_adam_mini_step_as_the_plain_optimizers_and_resume(
     key: str, plain: Any, tmp_path: Path, tiny_model: Path
 ) -> None:
+    if key == "use_adam_mini":
+        pytest.importorskip("adam_mini")
     keys = {"finetuning_type": "full", key: True, "weight_decay": 0.1}
     given = recipe(tmp_path, tiny_model, **keys)
     ours, theirs = (load_model(given)[0] for _ in range(2))
@@ -382,6 +389,7 @@ def test_muon_and_adam_mini_step_as_the_plain_optimizers_and_resume(
 def test_galore_and_apollo_resume_with_their_projections(
     keys: dict[str, Any], tmp_path: Path, tiny_model: Path
 ) -> None:
+    pytest.importorskip("galore_torch" if "use_galore" in keys else "apollo_torch")
     assert_a_resume_is_exact(tmp_path, tiny_model, "model.safetensors", finetuning_type="full", **keys)
 
 
@@ -400,7 +408,7 @@ def write_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32, "vocab_size": 1088}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
     AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **heads)).save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
+    weights = small_run.read_weights(folder / "model.safetensors")
     for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         experts, rows, columns = weights[name].shape
         codes = torch.randint(0, 16, (experts, columns, rows // 32, 32))  # two in a byte; a scale for 32 of them
@@ -419,7 +427,7 @@ def write_fp8(folder: Path) -> dict[str, torch.Tensor]:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 1088}
     AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads)).save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
+    weights = small_run.read_weights(folder / "model.safetensors")
     for name in [name for name in weights if name.endswith("proj.weight")]:
         scale = weights[name].abs().max() / 448
         weights[f"{name}_scale_inv"] = scale.reshape(1, 1)
@@ -472,6 +480,7 @@ def test_muon_trains_an_adapter_too(tmp_path: Path, tiny_model: Path) -> None:
 BADAM = {"finetuning_type": "full", "use_badam": True, "badam_switch_interval": 3, "weight_decay": 0.1}
 
 
+@needs_badam
 def test_badam_is_float32_adamw_on_one_block_after_another(tmp_path: Path, tiny_model: Path) -> None:
     """The first block has one step less: BAdam 1.4 counts the next step before it compares."""
     given = recipe(tmp_path, tiny_model, **BADAM)
@@ -496,6 +505,7 @@ def test_badam_is_float32_adamw_on_one_block_after_another(tmp_path: Path, tiny_
         assert [n for n, weight in ours.named_parameters() if not torch.equal(weight, theirs.get_parameter(n))] == []
 
 
+@needs_badam
 @pytest.mark.parametrize(
     ("mode", "steps"),
     [
@@ -523,6 +533,7 @@ def test_badam_resumes_in_its_block(mode: str, steps: tuple[int], tmp_path: Path
         assert [name for name in whole if not torch.equal(whole[name], found[name])] == [], step
 
 
+@needs_badam
 def test_badam_rejects_a_checkpoint_of_another_optimizer(tmp_path: Path, tiny_model: Path) -> None:
     keys = {"finetuning_type": "full", "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     run(recipe(tmp_path, tiny_model, **keys))
@@ -530,6 +541,7 @@ def test_badam_rejects_a_checkpoint_of_another_optimizer(tmp_path: Path, tiny_mo
         run(recipe(tmp_path, tiny_model, **keys | BADAM | {"max_steps": 2}), resume=True)
 
 
+@needs_badam
 def test_badam_trains_through_a_reentrant_checkpoint(tmp_path: Path, tiny_model: Path) -> None:
     weights = []
     for reentrant in (False, True):
@@ -538,6 +550,7 @@ def test_badam_trains_through_a_reentrant_checkpoint(tmp_path: Path, tiny_model:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@needs_badam
 def test_badam_does_not_change_a_weight_without_a_gradient(tmp_path: Path, tiny_model: Path) -> None:
     keys = {"vocab_size": 1024, "pad_token_id": 0, **architectures.FAMILIES["ernie4_5_moe"]}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("ernie4_5_moe", **keys))
@@ -686,7 +699,9 @@ def test_a_model_that_cannot_be_loaded_is_reported_in_one_line(
 
 def rename(file: Path, kept: str, prefix: str = "") -> None:
     """Keep the tensors whose name contains `kept`, and add a prefix to their names."""
-    save_file({prefix + name: t for name, t in load_file(file).items() if kept in name}, file, {"format": "pt"})
+    save_file(
+        {prefix + name: t for name, t in small_run.read_weights(file).items() if kept in name}, file, {"format": "pt"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -730,8 +745,8 @@ def test_an_adapter_of_a_deeper_model_is_an_error(kind: str, tmp_path: Path, tin
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     get_peft_model(model, configs[kind]).save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
-    deeper = {name.replace("layers.1", "layers.2"): tensor for name, tensor in load_file(file).items()}
-    save_file(load_file(file) | deeper, file, {"format": "pt"})
+    deeper = {name.replace("layers.1", "layers.2"): tensor for name, tensor in small_run.read_weights(file).items()}
+    save_file(small_run.read_weights(file) | deeper, file, {"format": "pt"})
     keys = {"finetuning_type": kind, "adapter_name_or_path": str(tmp_path / "adapter")}
     with pytest.raises(RecipeError, match=r"is of another model: this one has no module for \S+layers\.2\."):
         load_model(recipe(tmp_path / "run", tiny_model, **keys))

@@ -333,7 +333,7 @@ def sft_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
     """An adapter that changes the model."""
     folder = tmp_path_factory.mktemp("adapter") / "sft"
     lora(tiny_model).save_pretrained(folder)
-    weights = load_file(folder / "adapter_model.safetensors")
+    weights = small_run.read_weights(folder / "adapter_model.safetensors")
     save_file(
         {name: w + 0.02 if "lora_B" in name else w for name, w in weights.items()},
         folder / "adapter_model.safetensors",
@@ -375,7 +375,7 @@ def test_another_ref_model_is_a_second_model(
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_model, other)
-    weights = load_file(other / "model.safetensors")
+    weights = small_run.read_weights(other / "model.safetensors")
     save_file({name: w * 0.9 for name, w in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
     folder = run_pairs(tmp_path, tiny_model, ref_model=str(other), max_steps=1, save_strategy="no")
     assert "the recipe starts from another model than its reference" in capsys.readouterr().out
@@ -409,7 +409,7 @@ def test_a_changed_reference_rejects_the_resume(tmp_path: Path, tiny_model: Path
     run = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**run, "status": "stopped"}))
     shutil.rmtree(folder / "checkpoint-2")
-    weights = load_file(model / "model.safetensors")
+    weights = small_run.read_weights(model / "model.safetensors")
     save_file({name: w * 0.9 for name, w in weights.items()}, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RecipeError, match=r"reference: \{'path'"):
         run_pairs(tmp_path, model, max_steps=2, save_steps=1)
