@@ -71,7 +71,7 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
             mistakes = [*info.findings("mistake", "unsupported"), *_of_another_stage(info, recipe.stage)]
             problems += mistakes
             if mistakes:  # a misspelled key may be the cause
-                problems += [line for line in info.findings("notice") if "ignored, unknown key" in line]
+                problems += info.findings("notice")
         else:
             file = "no such file, and " if Path(name).suffix.lower() in READERS else ""
             registered = Path(recipe.dataset_dir) / "dataset_info.json"
