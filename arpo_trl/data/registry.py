@@ -148,7 +148,7 @@ class DatasetInfo(BaseModel):
         digest = hashlib.sha256(self.name.encode(errors="surrogatepass")).hexdigest()[:8]
         return re.sub(r"[^\w-]", "_", self.name)[:40] + f"-{digest}"
 
-    def findings(self, *kinds: Literal["mistake", "unsupported", "notice"]) -> list[str]:
+    def findings(self, *kinds: Literal["mistake", "unsupported", "unknown", "notice"]) -> list[str]:
         """List what is wrong with the entry, why SFT can't read the dataset, or which keys are ignored."""
         return [self.place + text for kind, text in self._findings if kind in kinds]
 
@@ -232,7 +232,7 @@ def _describe_mistake(details: ErrorDetails) -> str:
 
 
 def _check_entry(entry: DatasetInfo) -> Iterator[tuple[str, str]]:
-    """Yield the findings of an entry as in the file: ("mistake", "unsupported" or "notice", its key and the text)."""
+    """Yield the findings of an entry as in the file: ("mistake", "unsupported", "unknown" or "notice", its key and the text)."""
     file_name, hub, others = entry.file_name, entry.hf_hub_url, entry.model_extra or {}
     if file_name and re.search(r"^[a-zA-Z][\w+.-]+:/|://|::", file_name):
         yield "mistake", f".file_name: expected a path, found the address {file_name!r}; download it first"
@@ -246,7 +246,7 @@ def _check_entry(entry: DatasetInfo) -> Iterator[tuple[str, str]]:
     for key, value in others.items():
         if key not in UNSUPPORTED:
             yield (
-                "notice",
+                "unknown",
                 f".{key}: ignored, unknown key{nearest_name(key, [*DatasetInfo.model_fields, *UNSUPPORTED])}",
             )
         elif value and not hub:  # LLaMA-Factory also prefers the data on the Hub.
@@ -282,7 +282,7 @@ def _unknown_names(
         if (near and near[0] not in names) or (place == ".columns" and not names.keys() & known.keys()):
             yield "mistake", f"{place}.{key}: {text}"
         else:
-            yield "notice", f"{place}.{key}: ignored, {text}"
+            yield "unknown", f"{place}.{key}: ignored, {text}"
 
 
 def nearest_name(key: str, known: Collection[str]) -> str:

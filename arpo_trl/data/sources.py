@@ -39,7 +39,7 @@ def check_datasets(recipe: Recipe) -> Recipe:
             problems.append(str(recipe.error(key, f"{info.name}: {error}")))
     if problems:
         raise DatasetError(problems)
-    lines = [line for info in infos for line in info.findings("notice")]
+    lines = [line for info in infos for line in info.findings("unknown", "notice")]
     registry = _read_registry(recipe)
     lines += [f"{info.name}: {_describe(info)}" for info in infos if info.name not in registry]
     for info in registry.values():
@@ -71,7 +71,7 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
             mistakes = [*info.findings("mistake", "unsupported"), *_of_another_stage(info, recipe.stage)]
             problems += mistakes
             if mistakes:  # a misspelled key may be the cause
-                problems += info.findings("notice")
+                problems += info.findings("unknown")
         else:
             file = "no such file, and " if Path(name).suffix.lower() in READERS else ""
             registered = Path(recipe.dataset_dir) / "dataset_info.json"
