@@ -118,7 +118,7 @@ def test_an_adapters_card_has_the_commands_to_merge_and_to_serve_it(
     assert AutoModelForCausalLM.from_pretrained(f"{run}-merged").config.model_type == "qwen2"
 
 
-def test_a_merged_model_has_a_card_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_merged_models_card_has_its_commands(tiny_model: Path, tmp_path: Path) -> None:
     run, merged = small_run.run(tmp_path, tiny_model, finetuning_type="lora"), tmp_path / "merged"
     assert main(["merge", str(run), str(merged)]) == 0
     assert ModelCard.load(merged / "README.md").data.to_dict()["library_name"] == "transformers"
