@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -20,8 +19,6 @@ from arpo_trl.run_folder import list_checkpoints
 from arpo_trl.training.callbacks import StopEarly
 from arpo_trl.training.signals import StopOnSignal
 from arpo_trl.training.trainer import ArpoTrainer, Window, _LogState
-
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process can catch")
 
 EVALUATED = {"eval_dataset": "rows", "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
 

@@ -27,7 +27,7 @@ from arpo_trl.training.callbacks import BeforeFirstStep
 from arpo_trl.training.checkpoints import find_problem
 from arpo_trl.training.trainer import ArpoTrainer
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that a process can catch")
+posix = pytest.mark.skipif(sys.platform == "win32", reason="a process of Windows can't send another one these signals")
 
 
 def at_call(
@@ -49,7 +49,7 @@ def at_call(
 def send(*numbers: int) -> Callable[[], None]:
     def act() -> None:
         for number in numbers:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
             time.sleep(0.001)
 
     return act
@@ -226,6 +226,7 @@ def resume_and_compare(path: Path, run: Path, capsys: pytest.CaptureFixture[str]
     assert log_without_times(run) == log_without_times(run.with_name("whole"))
 
 
+@posix
 @pytest.mark.parametrize(
     ("number", "code", "compare"),
     [
@@ -259,8 +260,9 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return condition()
 
 
+@posix
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, getattr(signal, "SIGKILL", 9), signal.SIGINT])
 def test_a_run_stops_when_its_launcher_dies(
     number: int, make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,6 +281,7 @@ def test_a_run_stops_when_its_launcher_dies(
     resume_and_compare(path, run, capsys)
 
 
+@posix
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["python", "accelerate"])
 def test_a_ctrl_c_for_the_process_group_saves(
@@ -296,6 +299,7 @@ def test_a_ctrl_c_for_the_process_group_saves(
     resume_and_compare(path, run, capsys)
 
 
+@posix
 @pytest.mark.slow
 def test_a_closed_stdout_does_not_stop_a_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """`python -m arpo_trl recipe | head -3`: the run ends as it should, and training.log has every line."""
@@ -327,6 +331,7 @@ def test_a_run_killed_with_sigkill_resumes_bit_for_bit(
     assert log_without_times(tmp_path / "run") == log_without_times(tmp_path / "whole")
 
 
+@posix
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_two_processes_stop_together_and_resume(number: int, make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ from arpo_trl.generate.rollout_scores import (
 from arpo_trl.generate.selection import pair_up, usable
 from arpo_trl.run_folder import read_lines
 
-pytestmark = [small_run.QUIET, pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")]
+pytestmark = small_run.QUIET
 
 
 @pytest.fixture(scope="module", params=list(FORMS))
@@ -104,7 +103,7 @@ def test_a_killed_rollout_resumes_to_the_same_file(
         and time.monotonic() < deadline
     ):
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
     saved = read_lines(part)
     assert 8 <= len(saved) < len(expected)

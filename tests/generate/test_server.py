@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from arpo_trl.generate.engines import Request, Sampling, TransformersEngine, loa
 from arpo_trl.generate.server import ServerEngine, cut_after_stop
 from arpo_trl.run_folder import read_lines
 
-pytestmark = [small_run.QUIET, pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")]
+pytestmark = small_run.QUIET
 GREEDY = Sampling(do_sample=False)
 
 

@@ -181,9 +181,9 @@ def test_wandb_needs_a_login_unless_it_is_offline(
         (
             "dataset_dir",
             "/nowhere",
-            "/nowhere/dataset_info.json: no such file; expected a folder with a dataset_info.json",
+            f"{Path('/nowhere/dataset_info.json')}: no such file; expected a folder with a dataset_info.json",
         ),
-        ("dataset_dir", "x" * 300, f"{'x' * 300}/dataset_info.json: no such file"),
+        ("dataset_dir", "x" * 300, f"{Path('x' * 300, 'dataset_info.json')}: no such file"),
         ("dataset", "e", "e: no such dataset in "),
         ("eval_dataset", "e", "e: no such dataset in "),
         ("template", "my.jinja", "my.jinja: no such file; paths are relative to "),
@@ -347,7 +347,11 @@ def test_an_output_dir_in_use_is_rejected_before_torch(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / file).write_text(text, encoding="utf-8")
     told = answer_before_torch(tmp_path, tiny_model)
-    assert told.startswith(f"{tmp_path}/r.yaml:2: output_dir: {tmp_path}/out {expected}") if expected else not told
+    assert (
+        told.startswith(f"{tmp_path / 'r.yaml'}:2: output_dir: {tmp_path / 'out'} {expected}")
+        if expected
+        else not told
+    )
 
 
 def test_an_unreachable_hub_is_reported_at_once(
