@@ -83,7 +83,8 @@ def run_python(code: str, limits: Limits) -> Outcome:
 
 def run_command(command: Sequence[str], query: str, limits: Limits) -> Outcome:
     """Run a command of the user, who trusts it: in the current folder, with the user's environment."""
-    return _run(command, query, limits, os.environ, folder=Path())
+    program = shutil.which(command[0]) or command[0]  # Windows starts a .cmd or .bat by its complete path only
+    return _run([program, *command[1:]], query, limits, os.environ, folder=Path())
 
 
 def describe_isolation(limits: Limits) -> str:

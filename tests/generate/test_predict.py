@@ -227,6 +227,7 @@ def test_a_dataset_without_a_complete_reply_is_reported(tiny_model: Path, tmp_pa
 @pytest.fixture(scope="module")
 def watched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps that predict three of five held-out rows before the first step and at every second one."""
+    pytest.importorskip("wandb")
     return small_run.run(tmp_path_factory.mktemp("watched"), tiny_model, **WATCHED)
 
 

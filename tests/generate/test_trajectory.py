@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +29,7 @@ from arpo_trl.generate.tags import Call
 from arpo_trl.generate.tools import Toolbox, find_markers, to_plain_text
 from arpo_trl.generate.trajectory import Limits, Trajectory, Writer
 from arpo_trl.recipe import Recipe
+from arpo_trl.shell import quote_command
 
 ROOT = Path(__file__).parents[2]
 REGISTRY = read_registry(ROOT / "recipes")
@@ -356,5 +358,9 @@ def test_plain_output_is_not_changed(tiny_tokenizer: PreTrainedTokenizerBase) ->
     ],
 )
 def test_a_toolbox_runs_python_and_commands(call: Call, text: str, error: str) -> None:
-    outcome = Toolbox({"python": "python", "echo": "cat", "false": "false"}).run(call)
+    echo, false = (
+        quote_command([sys.executable, "-c", code])
+        for code in ("import sys; print(sys.stdin.read())", "raise SystemExit(1)")
+    )
+    outcome = Toolbox({"python": "python", "echo": echo, "false": false}).run(call)
     assert (outcome.text, outcome.error) == (text, error)

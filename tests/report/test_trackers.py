@@ -102,6 +102,8 @@ class StopAtTwo(StopOnSignal):
 @pytest.fixture(scope="module")
 def tracked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a run under W&B (offline) and TensorBoard, stopped after its second step and resumed."""
+    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
     folder = tmp_path_factory.mktemp("tracked")
     changes = {
         "report_to": "wandb,tensorboard",
@@ -224,7 +226,7 @@ def test_trackers_write_no_secret_and_nothing_outside_output_dir(tracked: Path) 
 def test_a_failed_wandb_start_is_reported_in_one_line(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import wandb
+    wandb = pytest.importorskip("wandb")
 
     def fail(**kwargs: Any) -> None:
         raise wandb.errors.CommError("Run initialization has timed out\nafter 90 s")
@@ -242,6 +244,7 @@ def test_a_failed_wandb_start_is_reported_in_one_line(
 def test_without_a_login_the_run_ends_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("wandb")
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
