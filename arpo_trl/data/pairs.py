@@ -118,22 +118,24 @@ def _take_sides(rest: Fields, info: DatasetInfo) -> list[tuple[str, object]]:
     answers = rest.pop(column, None)
     if not isinstance(answers, list):
         names = ", ".join([*_side_columns(info), *filter(None, [column])])
-        raise RowError(f"no pair: expected columns {names.replace(', ', ' and ', 1)}; name them in dataset_info.json")
+        raise RowError(
+            f"not a pair: expected columns {names.replace(', ', ' and ', 1)}; name them in dataset_info.json"
+        )
     if len(answers) < 2:
-        raise RowError(f"no pair: {column} lists {len(answers)} answers, expected at least 2")
+        raise RowError(f"not a pair: {column} lists {len(answers)} answers, expected at least 2")
     return [(f"{column}[{number}]", answer) for number, answer in enumerate(answers[:2])]
 
 
 def _read_side(name: str, value: object, info: DatasetInfo) -> Turns:
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
-        raise RowError(f"no pair: {name} is {'null' if value is None else 'empty'}")
+        raise RowError(f"not a pair: {name} is {'null' if value is None else 'empty'}")
     if isinstance(value, str):
         return Turns([{"role": "assistant", "content": value}], [], Counter())
     turns = [value] if isinstance(value, dict) else value
     side = read_turns(turns, name, _tags(turns, info))
     replies = [message for message in side.messages if message["role"] == "assistant"]
     if not replies or not any(message["content"].strip() or message.get("tool_calls") for message in replies):
-        raise RowError(f"no pair: {name} is empty" if replies else f"no pair: {name} has no assistant turn")
+        raise RowError(f"not a pair: {name} is empty" if replies else f"not a pair: {name} has no assistant turn")
     return side
 
 
@@ -170,14 +172,14 @@ def _split_conversations(
     sides = [_without_system(side) for side in (chosen, rejected)]
     systems = [messages for messages in (_system_of(chosen), _system_of(rejected), system) if messages]
     if any(messages != systems[0] for messages in systems):
-        raise RowError("no pair: the system messages of prompt, chosen and rejected differ")
+        raise RowError("not a pair: the system messages of prompt, chosen and rejected differ")
     if turns and not any(_count_shared(turns, side) == len(turns) for side in sides):
         raise RowError("not a pair: chosen and rejected must both start with the prompt")
     shared = _count_shared(*sides)
     while shared and sides[0][shared - 1]["role"] not in ("user", "tool"):
         shared -= 1
     if not shared:
-        raise RowError("no pair: chosen and rejected have no prompt in common")
+        raise RowError("not a pair: chosen and rejected have no prompt in common")
     return [*systems[0], *sides[0][:shared]] if systems else sides[0][:shared], [side[shared:] for side in sides]
 
 
@@ -195,13 +197,15 @@ def _count_shared(messages: list[Message], other: list[Message]) -> int:
 
 def _check_pair(prompt: list[Message], sides: list[list[Message]]) -> None:
     if not _without_system(prompt):
-        raise RowError("no pair: the row has no prompt")
+        raise RowError("not a pair: the row has no prompt")
     if prompt[-1]["role"] not in ("user", "tool"):
-        raise RowError(f"no pair: the prompt ends in a turn from {prompt[-1]['role']}, expected user or observation")
+        raise RowError(
+            f"not a pair: the prompt ends in a turn from {prompt[-1]['role']}, expected user or observation"
+        )
     for name, side in zip(SIDES, sides):
         if not side or side[0]["role"] != "assistant":
             role = side[0]["role"] if side else "no turn"
-            raise RowError(f"no pair: after the prompt, {name} starts with a turn from {role}, expected assistant")
+            raise RowError(f"not a pair: after the prompt, {name} starts with a turn from {role}, expected assistant")
 
 
 # --- its tokens ---
@@ -240,7 +244,7 @@ def _to_example(pair: PairSegments, tokens: list[list[Tokens]], config: ExampleC
     lengths = [[len(ids) for ids, _ in part] for part in tokens]
     if sum(lengths[0]) >= config.cutoff_len and config.truncation_mode != "llamafactory":
         return RowError(
-            f"only the prompt is left: it has {sum(lengths[0]):,} tokens, cutoff_len is {config.cutoff_len:,}"
+            f"cutoff_len leaves only the prompt: it has {sum(lengths[0]):,} tokens, cutoff_len is {config.cutoff_len:,}"
         )
     kept = _cut(lengths, config)
     example, sides = Example(), []
@@ -255,7 +259,7 @@ def _to_example(pair: PairSegments, tokens: list[list[Tokens]], config: ExampleC
         example.lost_answer = example.lost_answer or not kept[part][-1]
     if sides[0].input_ids == sides[1].input_ids:
         end = f" up to cutoff_len ({config.cutoff_len:,})" if kept != lengths else ""
-        return RowError(f"no pair: chosen and rejected are equal{end}")
+        return RowError(f"not a pair: chosen and rejected are equal{end}")
     for side in sides:
         example.input_ids += side.input_ids
         example.labels += side.labels

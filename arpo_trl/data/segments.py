@@ -89,7 +89,9 @@ def _render_long(conversation: Conversation, template: Template) -> list[Segment
         if as_rendered(segments) == template.render(messages, conversation.tools, False):
             return segments
     if replies > MAX_REPLIES:
-        raise RowError(f"too long: the chat template rewrites some of the {replies:,} replies once others follow")
+        raise RowError(
+            f"too many replies ({replies:,}) for a chat template that changes earlier replies when others follow"
+        )
     return None
 
 

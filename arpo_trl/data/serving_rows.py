@@ -268,7 +268,9 @@ def read_rows(folder: Path) -> list[ServingRow]:
     try:
         return [ServingRow(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(f"{path}: not written by a run ({error}). Remove the file to use built-in rows.") from None
+        raise RecipeError(
+            f"{path}: not a file that a run wrote ({error}). Remove it to check with built-in conversations."
+        ) from None
 
 
 # --- built-in conversations, for a folder that no run of ours wrote ---

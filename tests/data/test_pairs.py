@@ -172,38 +172,38 @@ def test_a_row_in_any_shape_becomes_a_pair(info: DatasetInfo, row: dict[str, Any
 
 
 PROBLEMS: list[tuple[str, DatasetInfo, dict[str, Any], str]] = [
-    ("null", ALPACA, {"instruction": "a", "chosen": "b", "rejected": None}, "no pair: rejected is null"),
-    ("empty", ALPACA, {"instruction": "a", "chosen": " ", "rejected": "b"}, "no pair: chosen is empty"),
+    ("null", ALPACA, {"instruction": "a", "chosen": "b", "rejected": None}, "not a pair: rejected is null"),
+    ("empty", ALPACA, {"instruction": "a", "chosen": " ", "rejected": "b"}, "not a pair: chosen is empty"),
     (
         "an empty turn",
         SHAREGPT,
         {"conversations": [human("a")], "chosen": gpt(""), "rejected": gpt("b")},
-        "no pair: chosen is empty",
+        "not a pair: chosen is empty",
     ),
     (
         "no side",
         ALPACA,
         {"instruction": "a"},
-        "no pair: expected columns chosen and rejected, output; name them in dataset_info.json",
+        "not a pair: expected columns chosen and rejected, output; name them in dataset_info.json",
     ),
     (
         "one answer",
         ALPACA,
         {"instruction": "a", "output": ["b"]},
-        "no pair: output lists 1 answers, expected at least 2",
+        "not a pair: output lists 1 answers, expected at least 2",
     ),
-    ("no prompt", ALPACA, {"instruction": "", "chosen": "a", "rejected": "b"}, "no pair: the row has no prompt"),
+    ("no prompt", ALPACA, {"instruction": "", "chosen": "a", "rejected": "b"}, "not a pair: the row has no prompt"),
     (
         "an answered prompt",
         SHAREGPT,
         {"conversations": [human("a"), gpt("b")], "chosen": gpt("c"), "rejected": gpt("d")},
-        "no pair: the prompt ends in a turn from assistant, expected user or observation",
+        "not a pair: the prompt ends in a turn from assistant, expected user or observation",
     ),
     (
         "nothing in common",
         OPENAI,
         {"chosen": [user("a"), reply("b")], "rejected": [user("c"), reply("d")]},
-        "no pair: chosen and rejected have no prompt in common",
+        "not a pair: chosen and rejected have no prompt in common",
     ),
     (
         "two system messages",
@@ -212,7 +212,7 @@ PROBLEMS: list[tuple[str, DatasetInfo, dict[str, Any], str]] = [
             "chosen": [{"role": "system", "content": "be"}, user("a"), reply("b")],
             "rejected": [{"role": "system", "content": "do"}, user("a"), reply("c")],
         },
-        "no pair: the system messages of prompt, chosen and rejected differ",
+        "not a pair: the system messages of prompt, chosen and rejected differ",
     ),
     (
         "a prompt of another conversation",
@@ -224,7 +224,7 @@ PROBLEMS: list[tuple[str, DatasetInfo, dict[str, Any], str]] = [
         "a side that begins with a result",
         SHAREGPT,
         {"conversations": [human("a")], "chosen": [RESULT, gpt("b")], "rejected": gpt("c")},
-        "no pair: after the prompt, chosen starts with a turn from tool, expected assistant",
+        "not a pair: after the prompt, chosen starts with a turn from tool, expected assistant",
     ),
 ]
 
@@ -378,18 +378,18 @@ def test_the_start_report_counts_pairs_that_lost_their_generation_prompt(bench: 
 
 
 DROPPED = [
-    ("equal sides", {"chosen": gpt("b"), "rejected": gpt("b")}, {}, "no pair: chosen and rejected are equal"),
+    ("equal sides", {"chosen": gpt("b"), "rejected": gpt("b")}, {}, "not a pair: chosen and rejected are equal"),
     (
         "equal after the cut",
         {"chosen": gpt("b " * 60 + "c"), "rejected": gpt("b " * 60 + "d")},
         {"cutoff_len": 60},
-        "no pair: chosen and rejected are equal up to cutoff_len (60)",
+        "not a pair: chosen and rejected are equal up to cutoff_len (60)",
     ),
     (
         "a prompt that fills the cutoff",
         {"chosen": gpt("b"), "rejected": gpt("c")},
         {"cutoff_len": 20},
-        "only the prompt is left: it has ",
+        "cutoff_len leaves only the prompt: it has ",
     ),
     (
         "a side without a trained token",

@@ -310,5 +310,5 @@ def test_a_check_that_cannot_be_made_says_why(tmp_path: Path, trained: Callable[
     (folder / SERVING_ROWS).unlink()
     assert "skipped" in check_folder(folder)[0]
     (folder / SERVING_ROWS).write_text('{"a": 1}\n', encoding="utf-8")
-    with pytest.raises(RecipeError, match="not written by a run"):
+    with pytest.raises(RecipeError, match="not a file that a run wrote"):
         read_rows(folder)

@@ -49,7 +49,7 @@ class Freeze(Method):
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise recipe.error(
                 "freeze_trainable_layers",
-                f"{recipe.freeze_trainable_layers} leaves nothing to train; expected some of {layers} layers",
+                f"{recipe.freeze_trainable_layers} leaves nothing to train; the model has {layers} layers",
             )
         if recipe.use_reentrant_gc:
             model.enable_input_require_grads()  # a reentrant checkpoint has no gradient where its input has none
