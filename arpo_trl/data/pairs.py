@@ -117,10 +117,8 @@ def _take_sides(rest: Fields, info: DatasetInfo) -> list[tuple[str, object]]:
     column = info.columns.get("response", "")
     answers = rest.pop(column, None)
     if not isinstance(answers, list):
-        names = ", ".join([*_side_columns(info), *filter(None, [column])])
-        raise RowError(
-            f"not a pair: expected columns {names.replace(', ', ' and ', 1)}; name them in dataset_info.json"
-        )
+        names = " and ".join(map(repr, _side_columns(info))) + f", or a list of answers in {column!r}" * bool(column)
+        raise RowError(f"not a pair: expected the columns {names}; name the row's columns in dataset_info.json")
     if len(answers) < 2:
         raise RowError(f"not a pair: {column} lists {len(answers)} answers, expected at least 2")
     return [(f"{column}[{number}]", answer) for number, answer in enumerate(answers[:2])]
@@ -200,12 +198,14 @@ def _check_pair(prompt: list[Message], sides: list[list[Message]]) -> None:
         raise RowError("not a pair: the row has no prompt")
     if prompt[-1]["role"] not in ("user", "tool"):
         raise RowError(
-            f"not a pair: the prompt ends in a turn from {prompt[-1]['role']}, expected user or observation"
+            f"not a pair: the prompt ends with a turn of {prompt[-1]['role']!r}, expected 'user' or 'observation'"
         )
     for name, side in zip(SIDES, sides):
         if not side or side[0]["role"] != "assistant":
             role = side[0]["role"] if side else "no turn"
-            raise RowError(f"not a pair: after the prompt, {name} starts with a turn from {role}, expected assistant")
+            raise RowError(
+                f"not a pair: after the prompt, {name} starts with a turn of {role!r}, expected 'assistant'"
+            )
 
 
 # --- its tokens ---
@@ -258,8 +258,8 @@ def _to_example(pair: PairSegments, tokens: list[list[Tokens]], config: ExampleC
         sides.append(side)
         example.lost_answer = example.lost_answer or not kept[part][-1]
     if sides[0].input_ids == sides[1].input_ids:
-        end = f" up to cutoff_len ({config.cutoff_len:,})" if kept != lengths else ""
-        return RowError(f"not a pair: chosen and rejected are equal{end}")
+        cut = f" once cut at cutoff_len ({config.cutoff_len:,})" if kept != lengths else ""
+        return RowError(f"not a pair: chosen and rejected are identical{cut}")
     for side in sides:
         example.input_ids += side.input_ids
         example.labels += side.labels

@@ -182,8 +182,8 @@ def _fits_in_float32(folder: Path) -> bool:
     if not is_half or needed < free:
         return True
     say(
-        f"{folder}: float32 needs {format_bytes(needed)}, {format_bytes(free)} are free; loaded in half precision, which is slow "
-        "on a CPU without bfloat16 instructions"
+        f"{folder}: float32 needs {format_bytes(needed)}, but only {format_bytes(free)} of memory is free; loaded in half "
+        "precision instead (slow on CPUs without bfloat16 instructions)"
     )
     return False
 

@@ -25,7 +25,7 @@ def select(folder: Path, max_per_question: int, max_pairs_per_question: int) -> 
         raise RecipeError(f"{folder / ROLLOUTS}: missing. Give the output_dir of a finished rollout")
     if any(line["split"] == "eval" for line in lines):
         raise RecipeError(
-            f"{folder / ROLLOUTS}: these answer held-out questions, which must not be trained on. Roll out with rollout_on: train"
+            f"{folder / ROLLOUTS}: its rows answer held-out questions, which must not be trained on. Roll out again with rollout_on: train"
         )
     questions: dict[tuple[str, str], list[Line]] = defaultdict(list)
     for line in lines:

@@ -51,7 +51,7 @@ def preview(recipe: Recipe, rows: int) -> None:
         say(notice)
     template = load_template(recipe, run_day(recipe))
     masked = ", - (yellow) is masked by mask_spans" if recipe.mask_spans else ""
-    say(f"+ (green) is trained{masked}, the rest is context; alternating shades mark tokens")
+    say(f"+ (green) is trained on{masked}, the rest is context; alternating shades show token boundaries")
     for info in select_datasets(recipe):
         read = list(islice(read_dataset(info, recipe.streaming), rows))
         encoded = list(encode_rows(read, Encoder(info, recipe, template)))

@@ -116,7 +116,7 @@ class CheckpointWriter:
                 message = f"{folder} could not be saved, and was deleted: {describe_write_error(error)}"
                 if self.on_save_error == "stop":
                     raise RunFailed(
-                        f"{message}. Older checkpoints are intact; resume_from_checkpoint=true uses the last"
+                        f"{message}. Earlier checkpoints are intact; resume_from_checkpoint=true resumes from the latest of them"
                     )
                 return say(f"{message}; continuing without this checkpoint (on_save_error: continue)")
         if is_main:

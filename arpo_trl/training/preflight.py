@@ -173,7 +173,7 @@ def check_first_pair(recipe: Recipe, trainer: ArpoTrainer) -> None:
         )
         return
     if abs(loss - expected) <= _tolerance(recipe) * max(expected, 1):
-        say(f"reference  first pair: loss {loss:.4f}, as expected of equal policy and reference")
+        say(f"reference  first pair: loss {loss:.4f}, as expected when policy and reference are identical")
         return
     cause = "the model gives different results for the same batch (dropout, or a kernel that is not deterministic)"
     if losses[0] == losses[1]:

@@ -184,7 +184,7 @@ PROBLEMS: list[tuple[str, DatasetInfo, dict[str, Any], str]] = [
         "no side",
         ALPACA,
         {"instruction": "a"},
-        "not a pair: expected columns chosen and rejected, output; name them in dataset_info.json",
+        "not a pair: expected the columns 'chosen' and 'rejected', or a list of answers in 'output'; name the row's columns in dataset_info.json",
     ),
     (
         "one answer",
@@ -197,7 +197,7 @@ PROBLEMS: list[tuple[str, DatasetInfo, dict[str, Any], str]] = [
         "an answered prompt",
         SHAREGPT,
         {"conversations": [human("a"), gpt("b")], "chosen": gpt("c"), "rejected": gpt("d")},
-        "not a pair: the prompt ends in a turn from assistant, expected user or observation",
+        "not a pair: the prompt ends with a turn of 'assistant', expected 'user' or 'observation'",
     ),
     (
         "nothing in common",
@@ -224,7 +224,7 @@ PROBLEMS: list[tuple[str, DatasetInfo, dict[str, Any], str]] = [
         "a side that begins with a result",
         SHAREGPT,
         {"conversations": [human("a")], "chosen": [RESULT, gpt("b")], "rejected": gpt("c")},
-        "not a pair: after the prompt, chosen starts with a turn from tool, expected assistant",
+        "not a pair: after the prompt, chosen starts with a turn of 'tool', expected 'assistant'",
     ),
 ]
 
@@ -378,12 +378,12 @@ def test_the_start_report_counts_pairs_that_lost_their_generation_prompt(bench: 
 
 
 DROPPED = [
-    ("equal sides", {"chosen": gpt("b"), "rejected": gpt("b")}, {}, "not a pair: chosen and rejected are equal"),
+    ("equal sides", {"chosen": gpt("b"), "rejected": gpt("b")}, {}, "not a pair: chosen and rejected are identical"),
     (
         "equal after the cut",
         {"chosen": gpt("b " * 60 + "c"), "rejected": gpt("b " * 60 + "d")},
         {"cutoff_len": 60},
-        "not a pair: chosen and rejected are equal up to cutoff_len (60)",
+        "not a pair: chosen and rejected are identical once cut at cutoff_len (60)",
     ),
     (
         "a prompt that fills the cutoff",

@@ -50,7 +50,8 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     if not checked:
         monkeypatch.setattr("arpo_trl.training.checkpoints.missing_space", lambda *args: None)
     with pytest.raises(
-        RunFailed, match=r"checkpoint-2 could not be saved.*disk full.*resume_from_checkpoint=true uses the last"
+        RunFailed,
+        match=r"checkpoint-2 could not be saved.*disk full.*resume_from_checkpoint=true resumes from the latest",
     ) as error:
         every_step(small_disk / "run", tiny_model).train()
     assert "\n" not in str(error.value)

@@ -292,7 +292,8 @@ def test_held_out_questions_are_not_selected(turns: Path, tmp_path: Path, capsys
     assert main(["select", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert (
-        "these answer held-out questions, which must not be trained on. Roll out with rollout_on: train" in error
+        "its rows answer held-out questions, which must not be trained on. Roll out again with rollout_on: train"
+        in error
         and error.count("\n") == 1
     )
     assert not list((tmp_path / "out").glob("[sp]*ed.jsonl")) and not (tmp_path / "out" / "dataset_info.json").exists()

@@ -64,7 +64,7 @@ def test_preview_shows_masked_spans_and_ignored_columns(
     row = turns("Q", "<python>7</python>\n<result>\n7\n</result>\n<answer>7</answer>")
     preview(write_rows(chat_recipe, [{**row, "id": 7}]).model_copy(update={"mask_spans": ["result"]}), 1)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("+ (green) is trained, - (yellow) is masked by mask_spans, the rest is context")
+    assert lines[0].startswith("+ (green) is trained on, - (yellow) is masked by mask_spans, the rest is context")
     assert [line for line in lines if line.startswith("- ") and "^" not in line] == [
         "- <result>",
         "- 7",

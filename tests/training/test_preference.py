@@ -453,7 +453,7 @@ def test_the_first_pair_is_checked_before_step_1(
     keys = {"ld_alpha": 0.5, "pref_ftx": 1.0, "max_steps": 1, "save_strategy": "no"}
     run_pairs(tmp_path, tiny_model, pref_loss=loss, **keys)
     assert (
-        f"reference  first pair: loss {expected:.4f}, as expected of equal policy and reference"
+        f"reference  first pair: loss {expected:.4f}, as expected when policy and reference are identical"
         in capsys.readouterr().out
     )
 
@@ -461,7 +461,7 @@ def test_the_first_pair_is_checked_before_step_1(
 @small_run.QUIET
 def test_dora_starts_near_ln_2(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_pairs(tmp_path, tiny_model, finetuning_type="lora", use_dora=True, max_steps=1, save_strategy="no", bf16=True)
-    assert "as expected of equal policy and reference" in capsys.readouterr().out
+    assert "as expected when policy and reference are identical" in capsys.readouterr().out
 
 
 def test_a_nan_names_the_pair(tmp_path: Path, tiny_model: Path, pairs: Dataset) -> None:
