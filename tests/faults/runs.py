@@ -30,6 +30,15 @@ FILE_OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os
 """Audit events of what changes a folder."""
 
 
+def make_link(link: Path, folder: Path) -> bool:
+    """Make a symbolic link, and return whether it is one: Windows needs a privilege, and Wine makes a file."""
+    try:
+        link.symlink_to(folder, target_is_directory=True)
+    except OSError:
+        return False
+    return link.resolve() == folder.resolve()
+
+
 class StopAt(TrainerCallback):
     """Saves and stops, as a signal does."""
 

@@ -133,7 +133,7 @@ def test_a_nan_gives_one_line_and_exit_code_1(
     monkeypatch.setattr(trainer_module.ArpoTrainer, "compute_loss", lambda *a, **k: real(*a, **k) * float("nan"))
     assert main([str(make_recipe())]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "the loss is nan" in line]
-    assert "data/rows.json:" in line
+    assert f"{Path('data', 'rows.json')}:" in line
     assert line in (tmp_path / "run" / "training.log").read_text(encoding="utf-8").splitlines()
     assert not (tmp_path / "run" / "model.safetensors").exists() and list_checkpoints(tmp_path / "run") == []
     assert '"status": "running"' in (tmp_path / "run" / "run.json").read_text()

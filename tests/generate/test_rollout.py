@@ -209,7 +209,8 @@ def test_an_answer_column_and_questions_without_a_reply(
 def test_tools_that_the_rows_offer_and_the_recipe_lacks_are_named(
     tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = [*copy_run(tools, tmp_path), "num_generations=1", "max_new_tokens=4", 'tools={"search": "cat"}']
+    search = json.dumps({"search": f'"{Path(sys.executable).as_posix()}" -c pass'})
+    keys = [*copy_run(tools, tmp_path), "num_generations=1", "max_new_tokens=4", f"tools={search}"]
     rollout(tools, *keys)
     assert "python: offered by 2 questions, but not in tools: calls to it fail" in capsys.readouterr().out
 
