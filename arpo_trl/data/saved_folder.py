@@ -26,6 +26,7 @@ from .serving_causes import (
     add,
     explain,
     explain_bos,
+    explain_together,
     first_other,
     list_changes,
 )
@@ -100,6 +101,7 @@ def check_saved(folder: Path, rows: Sequence[ServingRow]) -> PromptCheck:
     check, compare = PromptCheck(), PromptComparison(tokenizer)
     for row in map(compare.of_today, rows):
         compare.add(check, row, compare.render(row), None)
+    compare.unite(check)
     check.is_dated = compare.is_dated
     _check_borders(check)
     check.differences += _missing_ends(folder, rows, tokenizer)
@@ -113,6 +115,7 @@ class PromptComparison:
         self.tokenizer = tokenizer
         self.tokenize = make_tokenize(tokenizer)
         self.reasoning_key = find_template(tokenizer).reasoning_key
+        self.others: list[tuple[ServingRow, str, Ask]] = []
         self.date_formats = date_formats(tokenizer)
         self.is_dated = False
 
@@ -154,6 +157,7 @@ class PromptComparison:
             explanation = Explanation("chat template", "raises an error for messages of training", OWN_TEMPLATE)
         elif served != row.text and served_ids != row.ids:
             explanation = explain(row, served, self.ask(row), self.tokenizer, self.changes)
+            self.others.append((row, served, self.ask(row)))
         elif ids == row.ids:
             check.identical += 1
             return ""
@@ -165,6 +169,14 @@ class PromptComparison:
             explanation = _explain_ids(row, ids, self.tokenizer)
         add(check.differences, explanation, row.source)
         return explanation.cause
+
+    def unite(self, check: PromptCheck) -> None:
+        """Report one cause in place of several if it alone explains every prompt with another text."""
+        sources = [source for difference in check.differences for source in difference.rows]
+        if len(check.differences) < 2 or len(sources) != len(self.others):
+            return
+        if explanation := explain_together(self.others, self.tokenizer, self.changes):
+            check.differences = [Difference(*explanation, sources)]
 
     @cached_property
     def changes(self) -> list[Change]:

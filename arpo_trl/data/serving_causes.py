@@ -118,6 +118,19 @@ def explain(
     )
 
 
+def explain_together(
+    prompts: Sequence[tuple[ServingRow, str, Ask]], tokenizer: PreTrainedTokenizerBase, changes: list[Change]
+) -> Explanation | None:
+    """Explain several prompts, each with its row and its request as for `explain`, by one change that gives them all."""
+    is_own = all(served == render(plain, tokenizer) for _, served, plain in prompts)
+    for change in changes:
+        asked = [change.apply(plain, row) for row, _, plain in prompts]
+        texts = [row.text if is_own else served for row, served, _ in prompts]
+        if all(ask and render(ask, tokenizer) == text for ask, text in zip(asked, texts)):
+            return _explained([change], is_own)
+    return None
+
+
 def explain_counts(
     rows: list[tuple[ServingRow, Ask, int]], tokenizer: PreTrainedTokenizerBase, changes: list[Change]
 ) -> Explanation | None:
@@ -135,11 +148,12 @@ def explain_counts(
 
 def explain_bos(trained: Prompt, served: Prompt, bos: Prompt, name: object) -> Explanation | None:
     """Explain texts, or tokens, that differ in one BOS before them."""
+    fix = "Let the tokenizer or the template add it."
     # Two in the prompt are named whatever else differs: the day that a template writes, for example.
-    if bos and (served == bos + trained or served[: 2 * len(bos)] == bos + bos != trained[: 2 * len(bos)]):
-        return Explanation(
-            "BOS twice", f"the prompt begins with {name} twice", "Let the tokenizer or the template add it."
-        )
+    if bos and served[: 2 * len(bos)] == bos + bos != trained[: 2 * len(bos)]:
+        return Explanation("BOS twice", f"the prompt begins with {name} twice", fix)
+    if bos and served == bos + trained:
+        return Explanation("BOS added", f"the prompt begins with {name}, and that of training does not", fix)
     if bos and trained == bos + served:
         return Explanation("BOS missing", f"the prompt does not begin with {name}", "Use the folder's own tokenizer.")
     return None

@@ -204,6 +204,7 @@ def _check_prompts(
         for row, _, tokens in counted:
             other = Explanation(UNKNOWN, f"{tokens:,} tokens where training had {len(row.ids):,}", "")
             add(check.differences, explanation or other, row.source)
+    compare.unite(check)
     _try_switches(server, served, check.differences, compare)
     report.prompts = check.summary()
     if is_counted:

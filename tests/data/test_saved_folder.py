@@ -262,6 +262,20 @@ def test_a_doubled_bos_is_named(trained: Callable[..., Path]) -> None:
         assert [one.cause for one in check(folder).differences] == ["BOS twice"]
 
 
+def test_one_cause_is_named_where_it_explains_every_row(trained: Callable[..., Path]) -> None:
+    """ChatML with a BOS before it is a prompt with a BOS in most rows, and another text in those with tools."""
+    folder = trained("smollm2")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"bos_token": "<|begin_of_text|>"}), "utf-8")
+    edit_template(folder, lambda own: (TRL / "lfm2.jinja").read_text(encoding="utf-8"))
+    checked = check(folder)
+    (difference,) = checked.differences
+    assert difference.cause == "chat template" and len(difference.rows) == checked.rows
+    edit_template(folder, lambda _: "{{- bos_token }}" + TEMPLATES["smollm2"])
+    (difference,) = check(folder).differences
+    assert difference.cause == "BOS added"
+
+
 def test_another_tokenizer_is_named_where_the_text_is_the_same(trained: Callable[..., Path]) -> None:
     folder = trained("qwen2_5")
     path = folder / "tokenizer.json"

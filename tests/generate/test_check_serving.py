@@ -165,7 +165,7 @@ def test_a_bos_that_the_server_adds_is_named(trained: Path, tmp_path: Path) -> N
     config = json.loads(path.read_text(encoding="utf-8")) | {"bos_token": "<|endoftext|>"}
     path.write_text(json.dumps(config), encoding="utf-8")
     for kind in ("vllm", "llama.cpp"):
-        assert "BOS twice" in causes(tmp_path / "m", Served(tmp_path / "m", kind, add_bos=True))
+        assert "BOS added" in causes(tmp_path / "m", Served(tmp_path / "m", kind, add_bos=True))
 
 
 @pytest.mark.parametrize("kind", ["vllm", "llama.cpp", "transformers"])
