@@ -244,7 +244,7 @@ def _to_example(pair: PairSegments, tokens: list[list[Tokens]], config: ExampleC
     lengths = [[len(ids) for ids, _ in part] for part in tokens]
     if sum(lengths[0]) >= config.cutoff_len and config.truncation_mode != "llamafactory":
         return RowError(
-            f"cutoff_len leaves only the prompt: it has {sum(lengths[0]):,} tokens, cutoff_len is {config.cutoff_len:,}"
+            f"the prompt alone has {sum(lengths[0]):,} tokens, and cutoff_len is {config.cutoff_len:,}: no reply is left"
         )
     kept = _cut(lengths, config)
     example, sides = Example(), []

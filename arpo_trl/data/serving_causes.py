@@ -339,7 +339,7 @@ def _explain_head(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBa
         switch = next((name for name in switches_of(tokenizer) if "date" in name), None)
         fix = f'Send chat_template_kwargs {{"{switch}": "{dates[0]}"}}.' if switch else ""
         return Explanation(
-            "date", f"the chat template writes the day: {dates[0]} in training, {dates[-1]} served", fix
+            "date", f"the chat template writes a date, which was {dates[0]} in training and is {dates[-1]} served", fix
         )
     if row.default_system is not None or any(message["role"] == "system" for message in row.messages):
         return None

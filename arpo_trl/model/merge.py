@@ -41,7 +41,7 @@ def merge_command(args: argparse.Namespace) -> str:
     logging.set_verbosity_error()
     merged = merge(args.adapter, args.output, args.dtype, args.trust_remote_code)
     name = str(merged.dtype).removeprefix("torch.")
-    line = f"{args.output}: predicts what the adapter predicts; {name} changes a token's log-probability"
+    line = f"{args.output}: predicts what the adapter predicts, apart from rounding: {name} changes a token's log-probability"
     line += f" by {merged.mean:.1e} on average and {merged.most:.1e} at most"
     if merged.most > TOLERANCE:
         line += "; --dtype float32 avoids that, in a larger model"

@@ -389,7 +389,7 @@ DROPPED = [
         "a prompt that fills the cutoff",
         {"chosen": gpt("b"), "rejected": gpt("c")},
         {"cutoff_len": 20},
-        "cutoff_len leaves only the prompt: it has ",
+        "the prompt alone has ",
     ),
     (
         "a side without a trained token",

@@ -212,7 +212,10 @@ def test_tools_that_the_rows_offer_and_the_recipe_lacks_are_named(
     search = json.dumps({"search": f'"{Path(sys.executable).as_posix()}" -c pass'})
     keys = [*copy_run(tools, tmp_path), "num_generations=1", "max_new_tokens=4", f"tools={search}"]
     rollout(tools, *keys)
-    assert "python: offered by 2 questions, but not in tools: calls to it fail" in capsys.readouterr().out
+    assert (
+        "2 questions offer the tool python, which the key tools lacks, so that calls to it fail"
+        in capsys.readouterr().out
+    )
 
 
 def test_val_size_gives_the_rows_that_training_held_out(turns: Path, tmp_path: Path) -> None:

@@ -58,7 +58,10 @@ def test_the_merged_model_keeps_the_dtype_and_the_template_and_stops_at_the_end_
 ) -> None:
     assert main(["merge", str(adapter), str(tmp_path / "merged")]) == 0
     said = capsys.readouterr().out
-    assert "predicts what the adapter predicts; bfloat16 changes a token's log-probability by" in said
+    assert (
+        "predicts what the adapter predicts, apart from rounding: bfloat16 changes a token's log-probability by"
+        in said
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     end_of_turn, end_of_text = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
