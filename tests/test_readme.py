@@ -45,7 +45,7 @@ def test_the_own_data_of_the_readme_trains_on_its_replies(
     ]
     [registry] = [json.loads(block) for block in blocks if block.startswith('{"mine"')]
     if formatting == "openai":
-        assert 'rows, write `"formatting": "openai"` and leave out `columns`' in README
+        assert '`"formatting": "openai"` and leave out `columns`' in README
         registry["mine"] = {"file_name": registry["mine"]["file_name"], "formatting": "openai"}
     Path("data", registry["mine"]["file_name"]).write_text(rows, encoding="utf-8")
     Path("data", "dataset_info.json").write_text(json.dumps(registry), encoding="utf-8")
