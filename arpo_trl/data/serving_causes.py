@@ -27,7 +27,7 @@ from .tokenizer import shipped_template
 
 Prompt = TypeVar("Prompt", str, list[int])
 UNKNOWN = "cause unknown"
-OWN_TEMPLATE = "Save the chat template of training in the folder, and start the server with it."
+OWN_TEMPLATE = "Save the chat template of training in the model's folder, and restart the server with it."
 DATE = re.compile(r"\d{1,2} [A-Z][a-z]{2,8} \d{4}|\d{4}-\d\d-\d\d|[A-Z][a-z]{2,8} \d{1,2}, \d{4}")
 EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*\Z")
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a block of transformers' own
@@ -358,7 +358,7 @@ def _find_missing(row: ServingRow, served: str) -> Explanation | None:
     for message in row.messages:
         content = message["content"].strip()
         if message["role"] != "assistant" and content in row.text and not _is_in(content, served):
-            found = f"the prompt lacks the {message['role']} message, which training rendered"
+            found = f"the prompt served lacks the {message['role']} message, which that of training has"
             return Explanation("chat template", found, OWN_TEMPLATE)
     for before, after in pairwise(row.messages):
         joined = rf"{re.escape(before['content'].strip())}\s+{re.escape(after['content'].strip())}"
@@ -367,7 +367,7 @@ def _find_missing(row: ServingRow, served: str) -> Explanation | None:
             return Explanation("chat template", found, OWN_TEMPLATE)
     names = [tool["function"]["name"] for tool in row.tools or ()]
     if any(name in row.text and name not in served for name in names):
-        return Explanation("tools", "the prompt lacks the tools, which training rendered", OWN_TEMPLATE)
+        return Explanation("tools", "the prompt served lacks the tools, which that of training has", OWN_TEMPLATE)
     return None
 
 

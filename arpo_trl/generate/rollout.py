@@ -328,7 +328,7 @@ class _Rollout:
             name for question in self.questions for name in {tool["function"]["name"] for tool in question.tools or ()}
         )
         return [
-            f"         {count:,} questions offer the tool {name}, which the key tools lacks, so that calls to it fail. Set tools: {{{name}: COMMAND}}"
+            f"         {count:,} questions offer the tool {name}, and the recipe has no command for it: calls to it will fail. Set tools: {{{name}: COMMAND}}"
             for name, count in offered.items()
             if name not in self.toolbox.tools
         ]

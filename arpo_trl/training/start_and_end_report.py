@@ -142,7 +142,7 @@ def describe_steps(args: TrainingArguments, total: int, data: PreparedData, pack
     counts = [data.audit.datasets[name] for name in dict.fromkeys(data.trained_on)]
     kept = sum(c.rows - c.dropped for c in counts)
     if kept and not packing:
-        batch += f", about {rows * sum(c.tokens for c in counts) / kept:,.0f} tokens"
+        batch += f" with about {rows * sum(c.tokens for c in counts) / kept:,.0f} tokens"
     return f"{steps}, {batch}"
 
 

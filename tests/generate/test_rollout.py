@@ -213,7 +213,7 @@ def test_tools_that_the_rows_offer_and_the_recipe_lacks_are_named(
     keys = [*copy_run(tools, tmp_path), "num_generations=1", "max_new_tokens=4", f"tools={search}"]
     rollout(tools, *keys)
     assert (
-        "2 questions offer the tool python, which the key tools lacks, so that calls to it fail"
+        "2 questions offer the tool python, and the recipe has no command for it: calls to it will fail"
         in capsys.readouterr().out
     )
 
