@@ -5,7 +5,7 @@
 The commands of the pictures; the previews need the config and the tokenizer of Qwen2.5-0.5B-Instruct, but no weights:
 
     session.png          'arpo-trl train recipes/tiny_cpu.yaml' --first 1 --last 13
-    preview.png          'arpo-trl mine.yaml --preview 1', on the README's own data
+    preview.png          'arpo-trl train mine.yaml --preview 1', on the README's own data
     preview_inside.png   the same with the conversation in one reply and mask_spans=result
 """
 
