@@ -114,7 +114,7 @@ def complete(turns: Turns, rest: Fields, info: DatasetInfo, default_system: str 
     if listed := to_tools(rest.pop(info.columns.get("tools", ""), None)):
         tools.append(listed)
     if any(other != tools[0] for other in tools):
-        raise RowError("wrong type: the row lists its tools in two places, and the lists differ; keep one")
+        raise RowError("the row lists its tools in two places, and the lists differ; keep one")
     for column in (info.columns.get("answer", ""), *PROVENANCE):
         rest.pop(column, None)
     unread.update(("ignored column", name) for name in _names_left(rest))
@@ -272,7 +272,7 @@ def _read_reasoning(fields: Fields, where: str) -> str:
     values = {key: fields.pop(key) for key in REASONING_KEYS if isinstance(fields.get(key), str)}
     texts = [text for text in values.values() if text.strip()]
     if any(text != texts[0] for text in texts):
-        raise RowError(f"wrong type: {where} has {' and '.join(values)} that differ")
+        raise RowError(f"{where} has {' and '.join(values)}, and they differ; keep one")
     return texts[0] if texts else ""
 
 

@@ -358,7 +358,7 @@ def _find_missing(row: ServingRow, served: str) -> Explanation | None:
     for message in row.messages:
         content = message["content"].strip()
         if message["role"] != "assistant" and content in row.text and not _is_in(content, served):
-            found = f"the prompt served lacks the {message['role']} message, which that of training has"
+            found = f"the training prompt has a {message['role']} message that the served prompt lacks"
             return Explanation("chat template", found, OWN_TEMPLATE)
     for before, after in pairwise(row.messages):
         joined = rf"{re.escape(before['content'].strip())}\s+{re.escape(after['content'].strip())}"
@@ -367,7 +367,7 @@ def _find_missing(row: ServingRow, served: str) -> Explanation | None:
             return Explanation("chat template", found, OWN_TEMPLATE)
     names = [tool["function"]["name"] for tool in row.tools or ()]
     if any(name in row.text and name not in served for name in names):
-        return Explanation("tools", "the prompt served lacks the tools, which that of training has", OWN_TEMPLATE)
+        return Explanation("tools", "the training prompt has tools that the served prompt lacks", OWN_TEMPLATE)
     return None
 
 

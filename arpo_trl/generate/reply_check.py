@@ -337,7 +337,7 @@ def _described(dtype: str, own: str) -> str:
 def _report_rounding(check: ReplyCheck, dtype: str, moved: Distance) -> None:
     """The server serves rounded weights: a note, unless rounding moves this model's scores more than it does others'."""
     note = (
-        f"weights rounded to {dtype} (the folder: {check.reference.dtype}) move log-probabilities by {moved.mean:.1e} on"
+        f"rounding the weights to {dtype} (the folder has {check.reference.dtype}) changes log-probabilities by {moved.mean:.1e} on"
         f" average, {moved.most:.1e} at most"
     )
     if moved.within(LIMITS[dtype]):

@@ -136,13 +136,14 @@ def describe_steps(args: TrainingArguments, total: int, data: PreparedData, pack
         (args.gradient_accumulation_steps, "accumulated"),
     ]
     rows = math.prod(n for n, _ in parts)
-    batch = f"{rows:,} row{'s' * (rows > 1)} per step"
-    if sum(n > 1 for n, _ in parts) > 1:
-        batch += f" ({' x '.join(f'{n} {name}' for n, name in parts if n > 1)})"
+    batch = f"{rows:,} row{'s' * (rows > 1)}"
     counts = [data.audit.datasets[name] for name in dict.fromkeys(data.trained_on)]
     kept = sum(c.rows - c.dropped for c in counts)
     if kept and not packing:
-        batch += f" with about {rows * sum(c.tokens for c in counts) / kept:,.0f} tokens"
+        batch += f" and about {rows * sum(c.tokens for c in counts) / kept:,.0f} tokens"
+    batch += " per step"
+    if sum(n > 1 for n, _ in parts) > 1:
+        batch += f" ({' x '.join(f'{n} {name}' for n, name in parts if n > 1)})"
     return f"{steps}, {batch}"
 
 

@@ -506,6 +506,7 @@ def test_a_long_row_is_rendered_as_if_each_reply_came_after_all_of_it(
     monkeypatch.setattr("arpo_trl.data.segments.MAX_REPLIES", 20)
     to_segments(row, template)
     with pytest.raises(
-        RowError, match=r"too many replies \(50\) for a chat template that changes earlier replies when others follow"
+        RowError,
+        match=r"too many replies \(50, at most \d+\): this chat template renders a reply differently once others follow it",
     ):
         to_segments(row, numbering)

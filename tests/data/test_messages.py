@@ -493,12 +493,12 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "two thoughts": (
         "openai",
         {"messages": [{"role": "assistant", "content": "A", "reasoning": "R", "thinking": "T"}]},
-        "wrong type: messages[0] has reasoning and thinking that differ",
+        "messages[0] has reasoning and thinking, and they differ; keep one",
     ),
     "two lists of tools": (
         "sharegpt",
         chat(turn("system", "S", tools=[{"name": "f"}]), Q, A, tools=[{"name": "g"}]),
-        "wrong type: the row lists its tools in two places, and the lists differ; keep one",
+        "the row lists its tools in two places, and the lists differ; keep one",
     ),
     "arguments that are no number of JSON's": (
         "openai",

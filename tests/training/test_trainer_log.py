@@ -92,7 +92,7 @@ def test_a_run_prints_its_start_and_end_reports(finished: Path) -> None:
         "done",
         "model",
     ]
-    assert "steps    5: 1 epoch, 2 rows per step with about" in text
+    assert "steps    5: 1 epoch, 2 rows and about" in text
 
 
 def test_a_truncated_last_line_is_ignored(tmp_path: Path) -> None:
