@@ -265,11 +265,11 @@ def add_callbacks(
 
 def before_first_step(recipe: Recipe, trainer: ArpoTrainer, data: PreparedData, checkpoint: Path | None) -> None:
     """Report what the run is about to do, try it, and repeat an evaluation that a signal stopped."""
+    require_separate_rows(recipe, trainer)
     scores = check_scores(recipe, trainer)
     say(*start_report(recipe, data, trainer, checkpoint), *scores)
     if isinstance(data.train, Dataset):  # a stream's first row would have to be read again
         say(*describe_example(data.train, data.template.tokenizer))
-    require_separate_rows(recipe, trainer)
     if precomputes(recipe) and find_split(recipe).shards_weights:
         use_stored_log_probs(recipe, trainer, is_untrained=trainer.state.global_step == 0)
     check_first_pair(recipe, trainer)

@@ -44,6 +44,13 @@ def test_moe_models_train_with_the_plain_loss_by_default_and_are_not_packed_if_r
     assert "padding_free: gpt_oss with eager attention mixes the rows of a padding-free batch; set" in said
 
 
+@pytest.mark.parametrize("folder", ["lfm2"], indirect=True)
+def test_a_model_that_raises_an_error_for_packed_rows_is_rejected_in_one_line(folder: Path, capfd: Any) -> None:
+    rows = architectures.write_rows(folder / "data")
+    assert architectures.first_loss(folder, rows, padding_free=True) == "not supported"
+    assert "does not support padding-free batches: " in capfd.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", architectures.FAMILIES)
 def test_a_line_of_the_table_equals_a_new_measurement(family: str, tmp_path: Path) -> None:
