@@ -90,7 +90,7 @@ def _render_long(conversation: Conversation, template: Template) -> list[Segment
             return segments
     if replies > MAX_REPLIES:
         raise RowError(
-            f"too many replies ({replies:,}, at most {MAX_REPLIES:,}): this chat template renders a reply differently once others follow it"
+            f"{replies:,} replies in one row; this chat template allows {MAX_REPLIES:,}, because it renders a reply differently once others follow"
         )
     return None
 

@@ -84,9 +84,7 @@ def find_skip_reason(recipe: Recipe, trainer: ArpoTrainer) -> str | None:
     memory = estimate_memory(recipe, args, model_shape(recipe), rows)
     if memory is None or memory.peak > LITTLE_MEMORY:
         return None
-    return (
-        f"preflight  skipped, the longest batch needs only about {format_bytes(memory.peak)} (force: preflight: true)"
-    )
+    return f"preflight  skipped, the longest batch needs only about {format_bytes(memory.peak)} (to force it, set preflight: true)"
 
 
 def _run_training(trainer: ArpoTrainer, choose_checkpointing: bool) -> str:

@@ -507,6 +507,6 @@ def test_a_long_row_is_rendered_as_if_each_reply_came_after_all_of_it(
     to_segments(row, template)
     with pytest.raises(
         RowError,
-        match=r"too many replies \(50, at most \d+\): this chat template renders a reply differently once others follow it",
+        match=r"50 replies in one row; this chat template allows \d+, because it renders a reply differently once others follow",
     ):
         to_segments(row, numbering)
