@@ -195,7 +195,7 @@ def _turn_to_messages(fields: Fields, tags: dict[str, str], where: str) -> list[
     message: Message = {"role": role, "content": text}
     if calls:
         if role != "assistant":
-            raise RowError(f"wrong order: {where} is from {tag!r} but has tool_calls")
+            raise RowError(f"{where} has tool_calls, but is from {tag!r}: only assistant turns may have them")
         message["tool_calls"] = [_to_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
     if role == "assistant" and (reasoning := _read_reasoning(fields, where)):
         message["reasoning_content"] = reasoning

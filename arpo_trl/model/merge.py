@@ -117,7 +117,7 @@ def _load_base(adapter: Path, trust_remote_code: bool) -> tuple[PreTrainedModel,
     except OSError:
         raise RecipeError(
             f"{adapter / 'adapter_config.json'}: base_model_name_or_path: no model {name!r} in {Path.cwd()} or on the hub. "
-            "Run this in the folder where the training was started, or set the path there"
+            "Run this in the folder where the training was started, or correct the path in that file"
         ) from None
     except ValueError as error:
         raise RecipeError(f"{name} can't be loaded ({in_one_line(error)})") from None

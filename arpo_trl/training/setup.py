@@ -137,7 +137,7 @@ def _check_tokens(recipe: Recipe, data: PreparedData, size: int) -> None:
         token, where = beyond
         raise recipe.error(
             "model_name_or_path",
-            f"{recipe.model_name_or_path} has embeddings for {size:,} tokens, but {where} has token {token:,} "
+            f"{recipe.model_name_or_path} has embeddings for {size:,} token ids, but {where} has token id {token:,} "
             f"({tokenizer.convert_ids_to_tokens(token)!r}); {RESIZE}",
         )
 

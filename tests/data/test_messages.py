@@ -478,7 +478,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "a call by the user": (
         "openai",
         {"messages": [{"role": "user", "content": "Q", "tool_calls": [TOOL_CALL]}]},
-        "wrong order: messages[0] is from 'user' but has tool_calls",
+        "messages[0] has tool_calls, but is from 'user': only assistant turns may have them",
     ),
     "a refusal that is no text": (
         "openai",

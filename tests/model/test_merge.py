@@ -103,7 +103,7 @@ def test_a_missing_base_is_named(
     assert main(["merge", str(adapter), "merged"]) == 2
     assert capsys.readouterr().err == (
         f"{adapter / 'adapter_config.json'}: base_model_name_or_path: no model {name!r} in {tmp_path} or on "
-        "the hub. Run this in the folder where the training was started, or set the path there\n"
+        "the hub. Run this in the folder where the training was started, or correct the path in that file\n"
     )
     assert not (tmp_path / "merged").exists()
 

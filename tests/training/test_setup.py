@@ -49,8 +49,8 @@ def test_rows_that_do_not_fit_are_rejected_with_the_keys_line(
     (data / "counting.json").write_text(json.dumps(rows), encoding="utf-8")
     for overrides in ((), ("do_train=false", "do_eval=true", "dataset=null", "eval_dataset=counting")):
         assert error_of(*overrides).startswith(
-            f"{recipe}:{line}: model_name_or_path: {model} has embeddings for {size:,} tokens, but "
-            f"{data / 'counting.json'}:1:39 has token {new:,} ('<new_{new}>'); resize the model once"
+            f"{recipe}:{line}: model_name_or_path: {model} has embeddings for {size:,} token ids, but "
+            f"{data / 'counting.json'}:1:39 has token id {new:,} ('<new_{new}>'); resize the model once"
         )
 
 
