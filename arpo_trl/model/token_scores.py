@@ -44,7 +44,7 @@ def check_objective(recipe: Recipe, key: str, config: PreTrainedConfig, args: SF
         raise recipe.error(key, f"not supported: {config.model_type} scales its logits; use_dft_loss is supported")
     if getattr(args.parallelism_config, "non_data_parallel_size", 1) > 1:
         raise recipe.error(
-            key, "requires complete rows on each process; launch with accelerate_configs/multi_gpu.yaml"
+            key, "not supported where processes split each row; launch with accelerate_configs/multi_gpu.yaml"
         )
 
 
