@@ -335,7 +335,7 @@ def _split_calls(content: str, where: str) -> tuple[str, object]:
             raise RowError(f"wrong type: {where} is a function call but {error}") from None
         if end == length:
             if not calls:
-                raise RowError(f"{where} is a function call, and its list of calls is empty")
+                raise RowError(f"{where} is marked as a function call, but contains none")
             text = content[: bracket.start()]
             return text.removesuffix("\n") if text.strip() else "", calls
     raise RowError(f"wrong type: {where} is a function call but does not end with JSON")

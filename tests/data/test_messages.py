@@ -423,12 +423,12 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "a call that is an empty list": (
         "sharegpt",
         chat(Q, turn("function_call", "[]")),
-        "conversations[1] is a function call, and its list of calls is empty",
+        "conversations[1] is marked as a function call, but contains none",
     ),
     "a call that is an empty object": (
         "sharegpt",
         chat(Q, turn("function_call", "<think>hm</think>\n{}")),
-        "conversations[1] is a function call, and its list of calls is empty",
+        "conversations[1] is marked as a function call, but contains none",
     ),
     "a call nested too deeply": (
         "sharegpt",
