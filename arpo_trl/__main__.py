@@ -21,7 +21,7 @@ from pathlib import Path
 os.environ.setdefault("USE_LIBUV", "0")
 
 from .arguments import chat_arguments, check_serving_arguments, merge_arguments, select_arguments
-from .errors import RecipeError, RunFailed, in_one_line, printable, program
+from .errors import RecipeError, RunFailed, in_one_line, printable, program, reason
 from .machine import environment
 from .recipe import Recipe, read_recipe
 from .recipe.command_line import CommandLine, read_command_line
@@ -171,7 +171,7 @@ def _init(line: CommandLine) -> None:
             shutil.copyfile(source, target)
             print(f"wrote {target}")
     except (OSError, ValueError) as error:
-        raise RecipeError(f"--init {folder}: cannot be written ({error})") from None
+        raise RecipeError(f"--init {folder}: cannot be written ({reason(error)})") from None
     print(f"next: cd {folder} && {program()} --check recipe.yaml")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .data.messages import Fields, to_tools
 from .data.strict_json import parse_json
-from .errors import RecipeError, RowError
+from .errors import RecipeError, RowError, reason
 from .generate.sandbox import Limits
 from .machine import nearest_existing_parent
 
@@ -74,7 +74,9 @@ def read_tools(path: str) -> list[Fields] | None:
     try:
         return to_tools(parse_json(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, RowError) as error:
-        raise RecipeError(f"--tools: {path}: {error}. Use a JSON file with the content of a row's `tools`") from None
+        raise RecipeError(
+            f"--tools: {path}: {reason(error)}. Use a JSON file with the content of a row's `tools`"
+        ) from None
 
 
 def merge_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -26,6 +26,11 @@ def in_one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
+def reason(error: BaseException) -> str:
+    """Return an error's message for a text that already names the path: "No such file or directory" of an OSError."""
+    return (isinstance(error, OSError) and error.strerror) or in_one_line(error)
+
+
 class RecipeError(Exception):
     """A configuration error, reported before training starts."""
 

@@ -18,7 +18,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import DatasetError, RowError, in_one_line
+from ..errors import DatasetError, RowError, in_one_line, reason
 from .registry import DatasetInfo
 from .strict_json import decode_json, parse_json
 
@@ -76,7 +76,7 @@ def read_rows(path: Path) -> Iterator[Row]:
             yield Row(f"{path}:{line}", value)
         after = _stamp(path.stat())
     except OSError as error:
-        raise DatasetError(f"{path}: cannot be read ({error})") from None
+        raise DatasetError(f"{path}: cannot be read ({reason(error)})") from None
     if after != before:
         raise _changed(path)
 

@@ -310,11 +310,14 @@ def check_order(messages: list[Message]) -> None:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise RowError("no assistant turn")
-    for number, (before, role) in enumerate(pairwise(["nothing", *roles]), 1):
+    for number, (before, role) in enumerate(pairwise(["", *roles]), 1):
         if role == "system" and number > 1:
             raise RowError(f"wrong order: message {number} is a system message, expected only as the first")
         if role == "tool" and before not in ("assistant", "tool"):
-            raise RowError(f"wrong order: message {number} is an observation after {before}")
+            found = f"a {before} turn" if before else "nothing"
+            raise RowError(
+                f"wrong order: an observation (message {number}) after {found}, expected after an assistant turn"
+            )
 
 
 def _split_calls(content: str, where: str) -> tuple[str, object]:
@@ -332,7 +335,7 @@ def _split_calls(content: str, where: str) -> tuple[str, object]:
         except ValueError:
             continue
         except RowError as error:
-            raise RowError(f"wrong type: {where} is a function call but {error}") from None
+            raise RowError(f"wrong type: {where} (a function call): {error}") from None
         if end == length:
             if not calls:
                 raise RowError(f"{where} is marked as a function call, but contains none")
@@ -346,7 +349,7 @@ def _to_call(call: object, where: str) -> Fields:
     function = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(function, dict):
         raise RowError(f"wrong type: a call in {where} is {_kind(function)}, expected an object")
-    name = _text(function.get("name"), f"a call in {where}.name")
+    name = _text(function.get("name"), f"the name of a call in {where}")
     place = f"the arguments of {name!r} in {where}"
     if function.get("arguments") is None:
         raise RowError(f"missing field: the call {name!r} in {where} has no arguments; write {{}} if it takes none")
@@ -408,12 +411,12 @@ def _parsed(value: object, where: str) -> object:
     try:
         return parse_json(value)
     except RowError as error:
-        raise RowError(f"wrong type: {where} is a string but {error}") from None
+        raise RowError(f"wrong type: {where}: {error}") from None
 
 
 def _kind(value: object) -> str:
     kinds = {
-        bool: "true or false",
+        bool: "a boolean",
         int: "a number",
         float: "a number",
         str: "a string",

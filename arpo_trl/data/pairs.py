@@ -120,7 +120,7 @@ def _take_sides(rest: Fields, info: DatasetInfo) -> list[tuple[str, object]]:
         names = " and ".join(map(repr, _side_columns(info))) + f", or a list of answers in {column!r}" * bool(column)
         raise RowError(f"not a pair: expected the columns {names}; name the row's columns in dataset_info.json")
     if len(answers) < 2:
-        raise RowError(f"not a pair: {column} lists {len(answers)} answers, expected at least 2")
+        raise RowError(f"not a pair: {column} has {len(answers)} of at least 2 answers")
     return [(f"{column}[{number}]", answer) for number, answer in enumerate(answers[:2])]
 
 
@@ -244,7 +244,7 @@ def _to_example(pair: PairSegments, tokens: list[list[Tokens]], config: ExampleC
     lengths = [[len(ids) for ids, _ in part] for part in tokens]
     if sum(lengths[0]) >= config.cutoff_len and config.truncation_mode != "llamafactory":
         return RowError(
-            f"the prompt alone has {sum(lengths[0]):,} tokens, and cutoff_len is {config.cutoff_len:,}: no reply is left"
+            f"the prompt alone has {sum(lengths[0]):,} tokens, and cutoff_len is {config.cutoff_len:,}; raise cutoff_len"
         )
     kept = _cut(lengths, config)
     example, sides = Example(), []
@@ -254,7 +254,9 @@ def _to_example(pair: PairSegments, tokens: list[list[Tokens]], config: ExampleC
             for at, (segment, encoding, length) in enumerate(zip(segments, tokens[number], kept[number], strict=True)):
                 add_segment(side, segment, encoding, length, trained=number > 0 and at % 2 == 0 and not segment.masked)
         if all(label == IGNORED for label in side.labels[1:]):  # no token precedes the first
-            return RowError(f"no trained token left of {SIDES[part - 1]}: raise cutoff_len ({config.cutoff_len:,})")
+            return RowError(
+                f"no trained token of {SIDES[part - 1]} is left at cutoff_len {config.cutoff_len:,}; raise cutoff_len"
+            )
         sides.append(side)
         example.lost_answer = example.lost_answer or not kept[part][-1]
     if sides[0].input_ids == sides[1].input_ids:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from ..errors import DatasetError, RowError, in_one_line
+from ..errors import DatasetError, RowError, in_one_line, reason
 from ..machine import find_invalid_name
 from ..recipe.keys import Recipe, in_words
 from .strict_json import EXCERPT, excerpt, parse_json
@@ -201,7 +201,7 @@ def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
     try:
         entries = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path}: cannot be read ({error})") from None
+        raise DatasetError(f"{path}: cannot be read ({reason(error)})") from None
     except RowError as error:
         raise DatasetError(f"{path}: {error}") from None
     if not isinstance(entries, dict):

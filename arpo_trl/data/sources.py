@@ -78,7 +78,7 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
             problem = f"{file}no such dataset in {registered}{nearest_name(name, registry)}"
             problems.append(str(recipe.error(key, f"{name}: {problem}")))
         if key == "eval_dataset" and recipe.streaming and name in recipe.dataset:
-            problem = f"{name}: not supported for a streamed dataset; hold rows out with val_size"
+            problem = f"{name}: not supported with streaming; use val_size"
             problems.append(str(recipe.error(key, problem)))
     if problems:
         raise DatasetError(list(dict.fromkeys(problems)))
@@ -136,7 +136,7 @@ def _recognize(name: str, source: str, streaming: bool, changed: int) -> Dataset
     if (entry := _to_entry(columns)) is None:
         shown = ", ".join(list(columns)[:SHOWN]) or "none"
         raise DatasetError(
-            f"{name}: format not recognized (found the columns {shown}; expected messages, conversations, or instruction and "
+            f"{name}: format not recognized (found columns: {shown}; expected messages, conversations, or instruction and "
             "output). Register it in dataset_info.json with its columns"
         )
     return DatasetInfo.read(name, Path("dataset"), {source: name, **entry})

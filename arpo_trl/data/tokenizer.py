@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from ..errors import in_one_line
+from ..errors import in_one_line, reason
 from ..recipe.keys import Recipe
 from ..recipe.llamafactory import SHIPPED, TOKENIZERS_OWN, check_template_name
 from .labels import Tokenize, Tokens
@@ -115,7 +115,7 @@ def _read_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ChatTe
     try:
         return Path(template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise recipe.error("template", f"{template}: cannot be read ({error})") from None
+        raise recipe.error("template", f"{template}: cannot be read ({reason(error)})") from None
 
 
 def _explain_no_end(recipe: Recipe, template: Template) -> str:

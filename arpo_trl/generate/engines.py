@@ -245,6 +245,6 @@ def load_for_generation(path: str | Path, trust_remote_code: bool = False) -> Mo
             trust_remote_code=trust_remote_code,
         )
     except (ImportError, OSError, ValueError) as error:
-        fix = "Give the output_dir of a finished run, from the folder where it was started"
+        fix = "Use the output_dir of a finished run, and run this in the folder where that run was started"
         raise RecipeError(f"{path}: can't be loaded ({in_one_line(error)}). {fix}") from None
     return cast(Model, model.eval())

@@ -97,9 +97,9 @@ def runs_code(folder: Path, base: str, trust_remote_code: bool) -> bool:
         return True
     manifest = find_manifest(folder)
     trusted = manifest is not None and manifest.recipe.get("trust_remote_code") is True
-    trained = "; the run in its run.json did (trust_remote_code: true)" if trusted else ""
+    trained = ", as its training did (trust_remote_code: true in run.json)" if trusted else ""
     raise RecipeError(
-        f"{base}: its {values.get('model_type')} model runs the Python code in its folder{trained}. "
+        f"{base}: model type {values.get('model_type')} runs Python code from this folder{trained}. "
         "Read that code, then add --trust-remote-code"
     )
 

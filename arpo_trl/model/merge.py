@@ -68,7 +68,7 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None, trust_remo
     difference = float((_log_probs(merged, input_ids) - expected).abs().max())
     if not difference <= TOLERANCE:  # true for NaN, too
         raise RunFailed(
-            f"{adapter}: merged, the model's log-probabilities differ by {difference:.1e} nats (at most {TOLERANCE} allowed)"
+            f"{adapter}: the merged model's log-probabilities differ by {difference:.1e} nats (at most {TOLERANCE} allowed)"
         )
 
     if (adapter / "generation_config.json").is_file():  # has all tokens at which the run's replies end

@@ -253,9 +253,9 @@ _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "m
 def in_words(schema: JsonSchemaValue) -> str:
     """Return a JSON Schema as text, such as `an integer > 0` or `one of steps, epoch`."""
     if "anyOf" in schema:
-        return " or ".join(
-            dict.fromkeys(map(in_words, (part for part in schema["anyOf"] if part != {"type": "null"})))
-        )
+        parts = dict.fromkeys(in_words(part) for part in schema["anyOf"] if part != {"type": "null"})
+        *first, last = " or ".join(parts).split(" or ")  # "true or false" is two
+        return f"{', '.join(first)} or {last}" if first else last
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
     if "const" in schema:

@@ -71,6 +71,8 @@ def _parse(path: Path) -> tuple[_Loader, yaml.Node | None]:
         context = error.context or ""  # an open quote or a missing colon is detected lines later
         mark = error.context_mark if context.startswith("while scanning a ") else error.problem_mark
         problem = "expected key: value, with a space after the colon" if context.endswith("key") else error.problem
+        if problem in ("second occurrence", "but found another document"):  # the rest of a sentence
+            problem = f"{context}, {problem}"
         fix = (
             f"; {BACKSLASHES}"
             if context == "while scanning a double-quoted scalar" and "escape" in str(problem)
@@ -97,7 +99,9 @@ def _construct(loader: _Loader, node: yaml.Node) -> object:
     except _InvalidValueError:
         raise
     except (yaml.YAMLError, RecursionError, ValueError, KeyError):  # a value that contains itself, !!int [], !!bool x
-        raise _InvalidValueError("expected a plain value") from None
+        raise _InvalidValueError(
+            "invalid YAML value (an alias inside itself, or a tag that does not match); write a plain value"
+        ) from None
 
 
 def _count(node: yaml.Node, counted: dict[int, int]) -> int:

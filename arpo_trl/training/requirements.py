@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..data.sources import check_datasets, uses_hub
-from ..errors import DatasetError, RecipeError, in_one_line
+from ..errors import DatasetError, RecipeError, in_one_line, reason
 from ..machine import find_invalid_name, nearest_existing_parent
 from ..recipe import methods
 from ..recipe.keys import Recipe
@@ -141,7 +141,7 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
             elif not existing.is_dir():
                 yield key, f"{path}: expected a folder, but {existing} is a file"
         except (OSError, ValueError) as error:
-            yield key, f"{path}: not a valid folder name ({getattr(error, 'strerror', None) or error})"
+            yield key, f"{path}: not a valid folder name ({reason(error)})"
 
 
 def _finished_run(recipe: Recipe) -> str | None:

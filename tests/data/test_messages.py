@@ -374,7 +374,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "a conversation that is prose": (
         "sharegpt",
         {"conversations": "Q: A:"},
-        "wrong type: conversations is a string but not JSON (Expecting value at column 1): 'Q: A:'",
+        "wrong type: conversations: not JSON (Expecting value at column 1): 'Q: A:'",
     ),
     "a turn that is text": ("sharegpt", chat("Q"), "wrong type: conversations[0] is a string, expected an object"),
     "a turn without a role": ("sharegpt", chat({"value": "Q"}), "missing field: conversations[0].from"),
@@ -387,7 +387,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "true for text": (
         "sharegpt",
         chat(Q, turn("gpt", True)),
-        "wrong type: conversations[1].value is true or false, expected a string",
+        "wrong type: conversations[1].value is a boolean, expected a string",
     ),
     "an unknown role": (
         "sharegpt",
@@ -408,12 +408,12 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "an observation first": (
         "sharegpt",
         chat(turn("observation", "1"), A),
-        "wrong order: message 1 is an observation after nothing",
+        "wrong order: an observation (message 1) after nothing, expected after an assistant turn",
     ),
     "an observation after the user": (
         "sharegpt",
         chat(Q, turn("observation", "1"), A),
-        "wrong order: message 2 is an observation after user",
+        "wrong order: an observation (message 2) after a user turn, expected after an assistant turn",
     ),
     "a call that is prose": (
         "sharegpt",
@@ -433,17 +433,17 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "a call nested too deeply": (
         "sharegpt",
         chat(Q, turn("function_call", '{"name": "f", "arguments": {"a": ' + "[" * 100_000 + "]" * 100_000 + "}}")),
-        "wrong type: conversations[1] is a function call but unsupported JSON (nested too deeply)",
+        "wrong type: conversations[1] (a function call): unsupported JSON (nested too deeply)",
     ),
     "tools nested too deeply to render": (
         "sharegpt",
         chat(Q, A, tools='[{"name": "f", "parameters": ' + "[" * 200 + "]" * 200 + "}]"),
-        "wrong type: tools is a string but unsupported JSON (nested too deeply)",
+        "wrong type: tools: unsupported JSON (nested too deeply)",
     ),
     "tools with a number that Python does not read": (
         "sharegpt",
         chat(Q, A, tools='[{"name": "f", "maximum": ' + "9" * 5000 + "}]"),
-        "wrong type: tools is a string but unsupported JSON (a number with 5,000 digits)",
+        "wrong type: tools: unsupported JSON (a number with 5,000 digits)",
     ),
     "a date in a history": (
         "alpaca",
@@ -453,7 +453,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "a call without a name": (
         "sharegpt",
         chat(Q, turn("function_call", '{"arguments": {}}')),
-        "missing field: a call in conversations[1].name",
+        "missing field: the name of a call in conversations[1]",
     ),
     "a call without arguments": (
         "sharegpt",
@@ -473,7 +473,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
                 {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]},
             ]
         },
-        "wrong type: the arguments of 'f' in messages[1] is a string but not JSON (Expecting value at column 1): 'x'",
+        "wrong type: the arguments of 'f' in messages[1]: not JSON (Expecting value at column 1): 'x'",
     ),
     "a call by the user": (
         "openai",
@@ -517,7 +517,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "tools that are prose": (
         "sharegpt",
         chat(Q, A, tools="a calculator"),
-        "wrong type: tools is a string but not JSON (Expecting value at column 1): 'a calculator'",
+        "wrong type: tools: not JSON (Expecting value at column 1): 'a calculator'",
     ),
     "a tool without a name": (
         "sharegpt",

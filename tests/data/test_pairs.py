@@ -190,7 +190,7 @@ PROBLEMS: list[tuple[str, DatasetInfo, dict[str, Any], str]] = [
         "one answer",
         ALPACA,
         {"instruction": "a", "output": ["b"]},
-        "not a pair: output lists 1 answers, expected at least 2",
+        "not a pair: output has 1 of at least 2 answers",
     ),
     ("no prompt", ALPACA, {"instruction": "", "chosen": "a", "rejected": "b"}, "not a pair: the row has no prompt"),
     (
@@ -401,7 +401,7 @@ DROPPED = [
         "a side whose trained part is cut",
         {"chosen": gpt("<result>" + "x " * 60 + "</result> y"), "rejected": gpt("c")},
         {"mask_spans": ["result"], "cutoff_len": 60},
-        "no trained token left of chosen: raise cutoff_len (60)",
+        "no trained token of chosen is left at cutoff_len 60; raise cutoff_len",
     ),
     (
         "a side that is not to be trained",

@@ -160,7 +160,7 @@ def test_a_stream_is_not_evaluated_on(bench: Bench) -> None:
     bench.add("a", numbered(2))
     with pytest.raises(DatasetError) as error:
         bench.prepare(streaming=True, eval_dataset=["a"])
-    assert str(error.value) == ("eval_dataset: a: not supported for a streamed dataset; hold rows out with val_size")
+    assert str(error.value) == ("eval_dataset: a: not supported with streaming; use val_size")
     assert len(bench.prepare(eval_dataset=["a"]).eval["a"]) == 2
 
 

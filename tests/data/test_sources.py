@@ -89,7 +89,7 @@ def test_the_name_of_a_registry_wins(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_unknown_columns_and_names_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(Path("rows.jsonl"), {"text": "q"})
-    with pytest.raises(DatasetError, match=r"rows.jsonl: format not recognized \(found the columns text; expected"):
+    with pytest.raises(DatasetError, match=r"rows.jsonl: format not recognized \(found columns: text; expected"):
         check_datasets(recipe("rows.jsonl"))
     Path("dataset_info.json").write_text(json.dumps({"toy": {"file_name": "rows.jsonl"}}), encoding="utf-8")
     for name in ("toi", "missing.jsonl", "a/b/c", "data/missing.jsonl"):

@@ -537,7 +537,9 @@ def test_badam_resumes_in_its_block(mode: str, steps: tuple[int], tmp_path: Path
 def test_badam_rejects_a_checkpoint_of_another_optimizer(tmp_path: Path, tiny_model: Path) -> None:
     keys = {"finetuning_type": "full", "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     run(recipe(tmp_path, tiny_model, **keys))
-    with pytest.raises(RecipeError, match="use_badam: the checkpoint is of another optimizer; set a new output_dir"):
+    with pytest.raises(
+        RecipeError, match="use_badam: the checkpoint was saved with another optimizer; set a new output_dir"
+    ):
         run(recipe(tmp_path, tiny_model, **keys | BADAM | {"max_steps": 2}), resume=True)
 
 
@@ -674,7 +676,7 @@ def test_a_4_bit_base_has_the_same_gradients_after_an_evaluation(tmp_path: Path,
         ),
         (
             {"finetuning_type": "freeze", "freeze_trainable_layers": 3, "use_llama_pro": True},
-            "freeze_trainable_layers: expected a divisor of the 2 layers for use_llama_pro, found 3",
+            "freeze_trainable_layers: expected a divisor of the model's 2 layers (use_llama_pro), found 3",
         ),
         (
             {"finetuning_type": "oft", "oft_target": "q_prj"},

@@ -63,7 +63,7 @@ WRONG = [
     ("warmup_ratio: 1", "warmup_ratio: expected a number >= 0 and < 1, found 1"),
     ("lora_dropout: 1.5", "lora_dropout: expected a number >= 0 and < 1, found 1.5"),
     ("lora_target: {q: 1}", "lora_target: expected a string or a list, found {'q': 1}"),
-    ("interleave_probs: 0.5,half", "interleave_probs: expected a number or a string or a list, found '0.5,half'"),
+    ("interleave_probs: 0.5,half", "interleave_probs: expected a number, a string or a list, found '0.5,half'"),
     ("run_name: [a]", "run_name: expected a string, found ['a']"),
     ("finetuning_type: vera", "finetuning_type: expected one of full, freeze, lora, oft, found 'vera'"),
     ("quantization_bit: 3", "quantization_bit: expected one of 4, 8, found 3"),
@@ -104,15 +104,15 @@ WRONG = [
     ("seed: !!python/object/apply:os.getpid []", "seed: YAML tag !!python/object/apply:os.getpid is not supported; write a plain value"),
     ("lr_scheduler_kwargs: {a: !!python/name:os.system ''}", "lr_scheduler_kwargs: YAML tag !!python/name:os.system is not supported; write a plain value"),
     ("lr_scheduler_kwargs: {a: 1, a: 2}", "lr_scheduler_kwargs: duplicate key a; keep one"),
-    ("eval_dataset: &x [*x]", "eval_dataset: expected a plain value"),
-    ("cutoff_len: !!int [1]", "cutoff_len: expected a plain value"),
-    ("learning_rate: !!float {a: 1}", "learning_rate: expected a plain value"),
-    ("lr_scheduler_kwargs: !!map a", "lr_scheduler_kwargs: expected a plain value"),
-    ("bf16: !!bool maybe", "bf16: expected a plain value"),
+    ("eval_dataset: &x [*x]", "eval_dataset: invalid YAML value (an alias inside itself, or a tag that does not match); write a plain value"),
+    ("cutoff_len: !!int [1]", "cutoff_len: invalid YAML value (an alias inside itself, or a tag that does not match); write a plain value"),
+    ("learning_rate: !!float {a: 1}", "learning_rate: invalid YAML value (an alias inside itself, or a tag that does not match); write a plain value"),
+    ("lr_scheduler_kwargs: !!map a", "lr_scheduler_kwargs: invalid YAML value (an alias inside itself, or a tag that does not match); write a plain value"),
+    ("bf16: !!bool maybe", "bf16: invalid YAML value (an alias inside itself, or a tag that does not match); write a plain value"),
     ("run_name: ${oc.env:HOME}", "run_name: ${...} interpolation is not supported; write the value, or pass run_name=... on the command line"),
     # not supported
     ("hf_hub_token: hf_x", "hf_hub_token: not supported; it would be saved with the model. Run `hf auth login` instead"),
-    ("max_length: 512", "max_length: not supported; LLaMA-Factory means a generation length, TRL a row length; use cutoff_len for rows"),
+    ("max_length: 512", "max_length: not supported; use cutoff_len for the length of rows, max_new_tokens for that of replies"),
     ("do_predict: true\npredict_with_generate: true", "do_predict: no evaluation rows; set eval_dataset or val_size"),
     ("predict_with_generate: true", "predict_with_generate: no evaluation rows; set eval_dataset or val_size"),
     ("eval_on_start: true", "eval_on_start: no evaluation rows; set eval_dataset or val_size"),
@@ -124,7 +124,7 @@ WRONG = [
     ("swanlab_api_key: k", "swanlab_api_key: not supported; it would be saved with the model. Set the environment variable SWANLAB_API_KEY instead"),
     ("extra_config: x.json", "extra_config: not supported; use this recipe's own keys instead of Megatron's"),
     ("use_packed_sequences: true", "use_packed_sequences: not supported; use packing: true"),
-    ("kt_lora_expert_num: 2", "kt_lora_expert_num: not supported; experts are not added to a model; lora_target: all adapts its own experts"),
+    ("kt_lora_expert_num: 2", "kt_lora_expert_num: not supported; no experts are added to a model; lora_target: all trains the existing ones"),
     ("ppo_epochs: 2", "ppo_epochs: not supported; it belongs to stage ppo, which TRL has removed; use its GRPOTrainer or RLOOTrainer"),
     ("vllm_maxlen: 8192", "vllm_maxlen: not supported; it belongs to an inference server; start one with the saved model"),
     # conflicts
@@ -263,7 +263,10 @@ def test_a_recipe_without_anything_to_do_is_an_error(tmp_path: Path) -> None:
             "r.yaml:2: invalid YAML (found unknown escape character 'd'); in double quotes, a backslash starts an escape such "
             "as \\n or \\t; write single quotes, or / instead of \\",
         ),
-        ("a: 1\n---\na: 2", "r.yaml:2: invalid YAML (but found another document)"),
+        (
+            "a: 1\n---\na: 2",
+            "r.yaml:2: invalid YAML (expected a single document in the stream, but found another document)",
+        ),
         ("", "r.yaml: expected lines such as learning_rate: 1e-5, found an empty file"),
         ("- a", "r.yaml: expected lines such as learning_rate: 1e-5, found no keys"),
         (
@@ -535,7 +538,7 @@ def test_every_key_accepts_llama_factorys_default(tmp_path: Path) -> None:
     differs = {*OTHER_DEFAULTS, "do_sample"} - {"finetuning_type"}  # do_sample: greedy is the default here
     assert recipe.model_dump(exclude=differs) == plain.model_dump(exclude=differs)
     (max_length,) = [line for line in recipe.notices if "max_length" in line]
-    assert max_length.endswith("LLaMA-Factory means a generation length, TRL a row length; use cutoff_len for rows")
+    assert max_length.endswith("use cutoff_len for the length of rows, max_new_tokens for that of replies")
 
 
 def test_keys_that_only_affect_speed_are_ignored_with_a_notice(tmp_path: Path) -> None:
@@ -714,7 +717,7 @@ def test_help_is_one_screen_in_under_a_second_without_torch(tmp_path: Path) -> N
         ("chat --help", 0, "usage: arpo-trl chat "),
         ("merge --help", 0, "usage: arpo-trl merge "),
         ("chat nothing", 2, "nothing: not a model folder. Use the output_dir of a finished run"),
-        ("chat . --tools t.json", 2, "--tools: t.json: [Errno 2] No such file or directory"),
+        ("chat . --tools t.json", 2, "--tools: t.json: No such file or directory"),
         ("merge nothing out", 2, "nothing: adapter_config.json is missing. Use the output_dir of a LoRA run"),
     ],
 )

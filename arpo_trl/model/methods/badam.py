@@ -83,7 +83,7 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "place" not in state_dict:
-            raise RecipeError("use_badam: the checkpoint is of another optimizer; set a new output_dir")
+            raise RecipeError("use_badam: the checkpoint was saved with another optimizer; set a new output_dir")
         super().load_state_dict(state_dict)
         vars(self.blocks).update(state_dict["place"])
         self.blocks._switch_trainable_params_single_gpu(0)

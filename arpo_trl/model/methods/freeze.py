@@ -76,7 +76,7 @@ def trained_layers(recipe: Recipe, layers: int) -> range:
         if count < 1 or layers % count:
             raise recipe.error(
                 "freeze_trainable_layers",
-                f"expected a divisor of the {layers} layers for use_llama_pro, found {count}",
+                f"expected a divisor of the model's {layers} layers (use_llama_pro), found {count}",
             )
         return range(layers // count - 1, layers, layers // count)
     return range(max(0, layers - count), layers) if count > 0 else range(min(-count, layers))
