@@ -310,14 +310,11 @@ def check_order(messages: list[Message]) -> None:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise RowError("no assistant turn")
-    for number, (before, role) in enumerate(pairwise(["", *roles]), 1):
+    for number, (before, role) in enumerate(pairwise(["nothing", *roles]), 1):
         if role == "system" and number > 1:
             raise RowError(f"wrong order: message {number} is a system message, expected only as the first")
         if role == "tool" and before not in ("assistant", "tool"):
-            found = f"a {before} turn" if before else "nothing"
-            raise RowError(
-                f"wrong order: an observation (message {number}) after {found}, expected after an assistant turn"
-            )
+            raise RowError(f"wrong order: message {number} is an observation after {before}, expected after assistant")
 
 
 def _split_calls(content: str, where: str) -> tuple[str, object]:

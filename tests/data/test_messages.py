@@ -408,12 +408,12 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "an observation first": (
         "sharegpt",
         chat(turn("observation", "1"), A),
-        "wrong order: an observation (message 1) after nothing, expected after an assistant turn",
+        "wrong order: message 1 is an observation after nothing, expected after assistant",
     ),
     "an observation after the user": (
         "sharegpt",
         chat(Q, turn("observation", "1"), A),
-        "wrong order: an observation (message 2) after a user turn, expected after an assistant turn",
+        "wrong order: message 2 is an observation after user, expected after assistant",
     ),
     "a call that is prose": (
         "sharegpt",
