@@ -136,7 +136,11 @@ def _check_serving(argv: Sequence[str]) -> int:
 
 
 def _rollout(argv: Sequence[str]) -> None:
-    recipe = _recipe(read_command_line(argv), rollout=True)
+    line = read_command_line(argv)
+    if "help" in line.options:
+        print(f"{program()} rollout RECIPE.yaml [key=value ...]\n\n{explain(line.words or ['rollout'])}")
+        return
+    recipe = _recipe(line, rollout=True)
     checked = check_inputs(recipe.model_copy(update={"do_train": False}))  # its output_dir holds a finished run
     recipe = recipe.with_notices(*checked.notices)
     with gc_paused():
@@ -228,7 +232,8 @@ def gc_paused() -> Iterator[None]:
 
 def _recipe(line: CommandLine, rollout: bool = False) -> Recipe:
     if len(line.words) > 1 or not (line.words or line.overrides):
-        raise RecipeError(f"expected one recipe, found {len(line.words)}: {' '.join(line.words)}\n{usage()}")
+        recipes = f"{len(line.words)}: {' '.join(line.words)}" if line.words else "none"
+        raise RecipeError(f"expected one recipe, found {recipes}\n{usage()}")
     return read_recipe(line.words[0] if line.words else None, line.overrides, rollout)
 
 

@@ -25,14 +25,19 @@ def to_terminal(text: str, stream: TextIO | None = None) -> str:
 
     A log and a pipe keep a line in one piece, and so does every stream keep a word.
     """
+    width = terminal_width(stream)
+    return "\n".join(_wrap(line, width) for line in text.split("\n")) if width else text
+
+
+def terminal_width(stream: TextIO | None = None) -> int | None:
+    """Return the columns of the terminal `stream` (default: stdout), or None if it is no terminal."""
     stream = stream or sys.stdout
     if not stream.isatty():
-        return text
+        return None
     try:
-        columns = os.get_terminal_size(stream.fileno()).columns
+        return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):
-        columns = 0
-    return "\n".join(_wrap(line, columns or 80) for line in text.split("\n"))
+        return 80
 
 
 def _wrap(line: str, width: int) -> str:

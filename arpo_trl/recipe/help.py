@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Sequence
 
 from ..errors import RecipeError, program
+from ..terminal import terminal_width
 from .keys import in_words, keys
 from .llamafactory import IGNORED, NOT_SUPPORTED, RENAMED, SHIPPED, TOKENIZERS_OWN
 from .read import nearest
@@ -29,7 +30,7 @@ def usage() -> str:
         "select FOLDER": "select rows and pairs again, with other limits",
     }
     lines = [
-        *(f"{program()} {command:<36} {action}" for command, action in commands.items()),
+        *(_row(f"{program()} {command:<36} ", action) for command, action in commands.items()),
         f"Groups of keys: {', '.join(_groups())}",
         "On GPUs: accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m arpo_trl RECIPE.yaml",
         "",
@@ -45,7 +46,14 @@ def _summary(name: str) -> str:
     known = keys()[name]
     default = _plain(known.default)
     help = textwrap.shorten(known.help.split(". ")[0].rstrip("."), max(20, 77 - len(default)), placeholder=" ...")
-    return f"  {name:<30} {default:<9} {help}".rstrip()
+    return _row(f"  {name:<30} {default:<9} ", help)
+
+
+def _row(head: str, text: str) -> str:
+    """Return a row of a table, its text wrapped in its column if the terminal is narrow."""
+    width = max(24, (terminal_width() or 120) - len(head))
+    lines = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
+    return (head + f"\n{' ' * len(head)}".join(lines)).rstrip()
 
 
 def explain(words: Sequence[str]) -> str:
@@ -90,7 +98,8 @@ def explain_key(key: str) -> str:
     ]
     if key == "template":
         for kind, names in (("shipped", SHIPPED), ("the tokenizer's own template is used", TOKENIZERS_OWN)):
-            listed = textwrap.wrap(", ".join(sorted(names)), 111, break_on_hyphens=False)
+            width = min(111, (terminal_width() or 120) - 4)
+            listed = textwrap.wrap(", ".join(sorted(names)), width, break_on_hyphens=False)
             lines += [f"  {kind}:", *(f"    {line}" for line in listed)]
     return "\n".join(lines)
 
@@ -100,6 +109,6 @@ def _plain(default: object) -> str:
         return "required"
     if default is None or default == []:
         return "none"
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return ", ".join(default)
     return str(default).lower() if isinstance(default, bool) else str(default)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.recipe import Recipe, read_recipe
-from arpo_trl.recipe.help import explain, explain_key, usage
+from arpo_trl.recipe.help import _groups, explain, explain_key, usage
 from arpo_trl.recipe.keys import keys
 from arpo_trl.recipe.keys_of_trl import OURS_TOO, SftKeys
 from arpo_trl.recipe.llamafactory import IGNORED, MULTIMODAL, NO_OP, NOT_SUPPORTED, RENAMED, SHIPPED, TOKENIZERS_OWN
@@ -716,14 +716,14 @@ def test_help_is_one_screen_in_under_a_second_without_torch(tmp_path: Path) -> N
     [
         ("chat --help", 0, "usage: arpo-trl chat "),
         ("merge --help", 0, "usage: arpo-trl merge "),
+        ("rollout --help", 0, "python -m arpo_trl rollout RECIPE.yaml [key=value ...]\n\nrollout:\n  rollout_on "),
+        ("rollout", 2, "expected one recipe, found none\n"),
         ("chat nothing", 2, "nothing: not a model folder. Use the output_dir of a finished run"),
         ("chat . --tools t.json", 2, "--tools: t.json: No such file or directory"),
         ("merge nothing out", 2, "nothing: adapter_config.json is missing. Use the output_dir of a LoRA run"),
     ],
 )
-def test_chat_and_merge_check_arguments_and_folders_before_torch(
-    tmp_path: Path, words: str, code: int, said: str
-) -> None:
+def test_commands_check_arguments_and_folders_before_torch(tmp_path: Path, words: str, code: int, said: str) -> None:
     done, seconds = run(*words.split(), cwd=tmp_path)
     assert done.returncode == code and (done.stdout + done.stderr).startswith(said), done
     assert seconds < 1
@@ -759,6 +759,16 @@ def test_keys_are_listed_by_group_without_cut_words() -> None:
             assert line.split()[-2] in known
     assert explain(["bf16", "cutoff_len"]) == f"{explain_key('bf16')}\n\n{explain_key('cutoff_len')}"
     assert "default  adamw_torch_fused" in explain(["optim"])
+
+
+@pytest.mark.parametrize("width", [60, 80, 119])
+def test_help_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [usage(), explain([*_groups(), "template"])]
+    monkeypatch.setattr("arpo_trl.recipe.help.terminal_width", lambda: width)
+    for wide, text in zip(texts, [usage(), explain([*_groups(), "template"])], strict=True):
+        assert text.split() == wide.split()
+        rows = [line for line in text.splitlines() if re.match(r"  |python -m", line)]
+        assert max(map(len, rows)) <= max(width, 80)
 
 
 @pytest.mark.parametrize("keys", ["use_badam", "use_galore\ngalore_layerwise"])
