@@ -51,9 +51,10 @@ def _summary(name: str) -> str:
 
 def _row(head: str, text: str) -> str:
     """Return a row of a table, its text wrapped in its column if the terminal is narrow."""
-    width = max(24, (terminal_width() or 120) - len(head))
-    lines = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
-    return (head + f"\n{' ' * len(head)}".join(lines)).rstrip()
+    width = terminal_width() or 120
+    wrapper = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False)
+    wrapper.initial_indent, wrapper.subsequent_indent = head, " " * min(len(head), width - 24)
+    return wrapper.fill(text) or head.rstrip()
 
 
 def explain(words: Sequence[str]) -> str:
