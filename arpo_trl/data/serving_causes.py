@@ -248,7 +248,7 @@ def _reasoning(tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Iterator
         return ask._replace(chat_template=form.jinja, switches={**ask.switches, **KEEP_REASONING})
 
     if find_template(tokenizer).jinja not in _templates(tokenizer):
-        fix = "This chat template has no switch that keeps it: set mask_history: true in the recipe, which trains the last reply after contexts without it."
+        fix = "This chat template always leaves it out. Set mask_history: true in the recipe: it trains each last reply after turns without reasoning."
         yield Change(cause, "the reasoning of earlier turns", fix, "", in_training)
 
 

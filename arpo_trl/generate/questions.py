@@ -134,7 +134,7 @@ def _read_dataset(
         skipped["later user turns, which are ignored"] += later_turns
         skipped["questions without a reference answer"] += question.answer is None
         questions.items.append(question)
-    questions.notices += [f"{info.name}: {count:,} {what}" for what, count in skipped.items() if count]
+    questions.notices += [f"{info.name}: {what}: {count:,}" for what, count in skipped.items() if count]
 
 
 def _read_rows(info: DatasetInfo, recipe: Recipe) -> Iterator[tuple[Row, Fields, Conversation | None]]:

@@ -40,7 +40,7 @@ def begin(folder: Path, settings: Settings) -> tuple[str, bool]:
         old = [path for path in (*parts, folder / ROLLOUTS) if path.is_file()]
         for path in old:
             path.replace(path.with_name(f"{path.name}.old"))
-        line = f"renamed {', '.join(path.name for path in old)} to .old: other settings" if old else ""
+        line = f"renamed {', '.join(path.name for path in old)} to .old, because the settings differ" if old else ""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / STATE, {"status": "running", "settings": settings})
     return line, False

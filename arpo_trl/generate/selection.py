@@ -22,7 +22,7 @@ def select(folder: Path, max_per_question: int, max_pairs_per_question: int) -> 
     """
     lines = read_lines(folder / ROLLOUTS)
     if not lines:
-        raise RecipeError(f"{folder / ROLLOUTS}: missing. Give the output_dir of a finished rollout")
+        raise RecipeError(f"{folder / ROLLOUTS}: missing. Use the output_dir of a finished rollout")
     if any(line["split"] == "eval" for line in lines):
         raise RecipeError(
             f"{folder / ROLLOUTS}: its rows answer held-out questions, which must not be trained on. Roll out again with rollout_on: train"

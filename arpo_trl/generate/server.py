@@ -8,7 +8,7 @@ from typing import Any, Literal
 import httpx
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import RunFailed, in_one_line
+from ..errors import RunFailed, reason
 from ..model.model import through_end
 from .engines import Request, Sampling, seed_of
 
@@ -136,7 +136,7 @@ class ServerEngine:
                     method, (self.url.removesuffix("/v1") if own else self.url) + path, json=body
                 )
             except httpx.TransportError as error:
-                problem = f"no answer ({in_one_line(error)})"
+                problem = f"no answer ({reason(error)})"
                 continue
             if response.status_code < 400:
                 answer: dict[str, Any] = response.json()

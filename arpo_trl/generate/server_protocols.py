@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.messages import Fields, Message
 from ..data.serving_rows import ServingRow
-from ..errors import RunFailed, in_one_line
+from ..errors import RunFailed, reason
 
 READ_SECONDS = 600.0
 RETRIES = 3  # a server may close a connection that was idle
@@ -130,7 +130,7 @@ class Server:
             except httpx.HTTPError as error:
                 if attempt == RETRIES - 1 or isinstance(error, httpx.TimeoutException):
                     url = self.client.base_url
-                    raise RunFailed(f"{url}: no answer from the server ({in_one_line(error)})") from None
+                    raise RunFailed(f"{url}: no answer from the server ({reason(error)})") from None
         if response.status_code >= 400:
             raise ServerError(response.status_code, response.text)
         return response.json()
@@ -317,7 +317,7 @@ def connect(url: str, model: str | None, folder: Path, tokenizer: PreTrainedToke
         cards: list[Fields] = answer.json().get("data") or answer.json().get("models") or []
     except (httpx.HTTPError, ValueError, AttributeError) as error:
         raise RunFailed(
-            f"--url {url}: no OpenAI-compatible server ({in_one_line(error)}). Start one, or correct the URL."
+            f"--url {url}: no OpenAI-compatible server ({reason(error)}). Start one, or correct the URL."
         ) from None
     kind = _kind(client, cards)
     if model is None and kind is TransformersServe and not _is_pinned(client, folder):

@@ -100,7 +100,7 @@ def _load_adapter(recipe: Recipe, model: PreTrainedModel, adapter: str, is_train
     except (OSError, ValueError, RuntimeError, UserWarning) as error:
         raise recipe.error(
             "adapter_name_or_path",
-            f"{adapter} can't be loaded ({in_one_line(error)}). Give the folder of an adapter of this model",
+            f"{adapter} can't be loaded ({in_one_line(error)}). Use the folder of an adapter of this model",
         ) from error
     prefix = cast(LoraModel, peft_model.base_model).prefix  # of the adapter's modules: lora_
     saved = {name for name in weights if f".{prefix}" in name}

@@ -53,7 +53,7 @@ def describe_evaluation(metrics: Mapping[str, float]) -> list[str]:
         if name.startswith("eval_") and name.endswith("_loss"):
             words.append(f"{name.replace('_', ' ')} {value:.4f}")
         elif name.startswith("eval_") and name.endswith("_perplexity"):
-            words.append(f"perplexity {value:.2f}")
+            words.append(f"perplexity {value:.2f}" if value < 1e6 else f"perplexity {value:.2e}")
         elif name.startswith("eval_") and name.endswith(("rewards/accuracies", "rewards/margins")):
             words.append(
                 f"{name.rpartition('/')[2].replace('accuracies', 'accuracy').replace('margins', 'margin')} {value:.3f}"

@@ -250,7 +250,7 @@ def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
         default = keys()[key].default if key in keys() else None
         before, after = earlier.recipe.get(key, default), now.recipe.get(key, default)
         if before != after and key not in may_change and not (key in PATHS and _are_same_paths(before, after)):
-            changes.append(f"{key}: {before!r} -> {after!r}")
+            changes.append(f"{key}: {_in_yaml(before)} -> {_in_yaml(after)}")
     for name in sorted(earlier.data.keys() | now.data.keys()):
         if earlier.data.get(name) != now.data.get(name):
             changes.append(f"data of {name}: {earlier.data.get(name)} -> {now.data.get(name)}")
@@ -264,7 +264,7 @@ def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
         )
         changes.append(f"computed in: {earlier.computed_in} -> {now.computed_in} ({fix})")
     if earlier.reference != now.reference and not _is_same_reference(earlier.reference, now.reference):
-        changes.append(f"reference: {earlier.reference} -> {now.reference}")
+        changes.append(f"reference: {_describe_reference(earlier.reference)} -> {_describe_reference(now.reference)}")
     if earlier.world_size != now.world_size and not same_steps:
         fix = f"launch {earlier.world_size}"
         if rows is not None and rows_now is not None:
@@ -292,6 +292,17 @@ def _is_same_reference(before: dict[str, JsonValue] | None, after: dict[str, Jso
     if before is None or after is None or before.keys() != after.keys():
         return False
     return all(_are_same_paths(value, after[name]) for name, value in before.items())
+
+
+def _in_yaml(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False) if value is None or isinstance(value, bool) else repr(value)
+
+
+def _describe_reference(reference: dict[str, JsonValue] | None) -> str:
+    if reference is None:
+        return "none"
+    adapters = cast(list[str], reference["adapters"])
+    return f"{' + '.join([str(reference['path']), *adapters])} ({str(reference['hash'])[:8]})"
 
 
 def _has_schedule_with_state(*manifests: Manifest) -> bool:

@@ -48,7 +48,7 @@ def use_stored_log_probs(recipe: Recipe, trainer: ArpoTrainer, is_untrained: boo
             )
         stored = _compute(trainer, preference.reference, datasets)
         on_main_process(lambda: _write(path, key, stored))
-        say(f"reference  log-probabilities of {len(stored):,} pairs computed, kept in {path}")
+        say(f"reference  log-probabilities of {len(stored):,} pairs computed and saved to {path}")
     else:
         say(f"reference  log-probabilities of {len(stored):,} pairs read from {path}")
     collator.reference_log_probs = stored

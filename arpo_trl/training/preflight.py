@@ -164,10 +164,10 @@ def check_first_pair(recipe: Recipe, trainer: ArpoTrainer) -> None:
     expected, loss = unchanged_loss(recipe), losses[0]
     if not math.isfinite(loss):
         raise RunFailed(f"first pair: {describe_not_finite(trainer.model, 'loss', loss, [pair['source']])}")
-    equal_loss = f"{'ln 2' if recipe.pref_loss == 'sigmoid' else f'{expected:g}'} if policy and reference were equal"
+    equal_loss = "ln 2" if recipe.pref_loss == "sigmoid" else f"{expected:g}"
     if (recipe.ref_model and not is_base(recipe)) or (recipe.adapter_name_or_path and not recipe.create_new_adapter):
         say(
-            f"reference  first pair: loss {loss:.4f}, {equal_loss}; the recipe starts from another model than its reference"
+            f"reference  first pair: loss {loss:.4f}; policy and reference are different models (equal ones: {equal_loss})"
         )
         return
     if abs(loss - expected) <= _tolerance(recipe) * max(expected, 1):

@@ -70,7 +70,7 @@ def describe_model(model: Model) -> str:
         return f"{total:,} parameters, all trained"
     if getattr(model, "quantization_method", None) in ("gptq", "awq", "aqlm"):  # whose weights are packed
         return f"{trained:,} parameters trained, on a quantized base"
-    return f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.2g} %)"
+    return f"{total:,} parameters, {trained:,} trained ({trained / total:.2%})"
 
 
 def precision(model: Model, args: TrainingArguments) -> str:

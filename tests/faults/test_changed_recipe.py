@@ -201,7 +201,7 @@ def test_an_unknown_key_is_listed(make_recipe: MakeRecipe) -> None:
     """What it did is unknown, so it is not passed over."""
     before = manifest(make_recipe())
     before.recipe["once_a_key"] = 3
-    assert list_changes(before, manifest(make_recipe())) == ["once_a_key: 3 -> None"]
+    assert list_changes(before, manifest(make_recipe())) == ["once_a_key: 3 -> null"]
 
 
 def test_changed_versions_are_reported(make_recipe: MakeRecipe) -> None:

@@ -114,7 +114,7 @@ def test_a_killed_rollout_resumes_to_the_same_file(
     assert not part.exists()
     changed = rollout(turns, *there, *overrides, "seed=1")
     assert without_seconds(changed) != without_seconds(expected)
-    assert "renamed rollouts.jsonl to .old: other settings" in capsys.readouterr().out
+    assert "renamed rollouts.jsonl to .old, because the settings differ" in capsys.readouterr().out
 
 
 def test_two_processes_roll_out_what_one_does(turns: Path, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_an_answer_column_and_questions_without_a_reply(
         "assistant",
     ]
     printed = capsys.readouterr().out
-    assert "q: 1 rows that can't be read" in printed and "q: 1 questions without a reference answer" in printed
+    assert "q: rows that can't be read: 1" in printed and "q: questions without a reference answer: 1" in printed
 
 
 def test_tools_that_the_rows_offer_and_the_recipe_lacks_are_named(
