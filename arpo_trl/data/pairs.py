@@ -120,7 +120,8 @@ def _take_sides(rest: Fields, info: DatasetInfo) -> list[tuple[str, object]]:
         names = " and ".join(map(repr, _side_columns(info))) + f", or a list of answers in {column!r}" * bool(column)
         raise RowError(f"not a pair: expected the columns {names}; name the row's columns in dataset_info.json")
     if len(answers) < 2:
-        raise RowError(f"not a pair: {column} has {len(answers)} of at least 2 answers")
+        shown = f"{len(answers)} answer{'s' * (len(answers) != 1)}"
+        raise RowError(f"not a pair: {column} has {shown}, expected at least 2")
     return [(f"{column}[{number}]", answer) for number, answer in enumerate(answers[:2])]
 
 

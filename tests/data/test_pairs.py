@@ -190,7 +190,7 @@ PROBLEMS: list[tuple[str, DatasetInfo, dict[str, Any], str]] = [
         "one answer",
         ALPACA,
         {"instruction": "a", "output": ["b"]},
-        "not a pair: output has 1 of at least 2 answers",
+        "not a pair: output has 1 answer, expected at least 2",
     ),
     ("no prompt", ALPACA, {"instruction": "", "chosen": "a", "rejected": "b"}, "not a pair: the row has no prompt"),
     (
