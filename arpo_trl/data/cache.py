@@ -97,7 +97,7 @@ def load_or_encode(encoder: Encoder) -> EncodedDataset:
     encode_again = recipe.overwrite_cache and (PartialState().is_main_process or bool(changed))
     if changed and not encode_again:
         raise DatasetError(
-            f"tokenized_path: {saved} was encoded with different {', '.join(changed)}; set overwrite_cache: true to encode "
+            f"tokenized_path: {saved} was encoded with other settings ({', '.join(changed)}); set overwrite_cache: true to encode "
             "again, or another tokenized_path"
         )
     if rows is None or encode_again:
@@ -267,7 +267,7 @@ def load_tokenized(recipe: Recipe) -> dict[str, EncodedDataset] | None:
     for name, rows in (saved if isinstance(saved, DatasetDict) else {"train": saved}).items():
         if missing := {*needed} - set(rows.column_names):
             raise DatasetError(
-                f"tokenized_path: {folder}: column {' and '.join(sorted(missing))} missing in {name}; set a folder saved by "
+                f"tokenized_path: {folder}: missing columns in {name}: {', '.join(sorted(missing))}; set a folder saved by "
                 f"arpo_trl or LLaMA-Factory with stage: {recipe.stage}"
             )
         described = rows.select_columns(needed).map(

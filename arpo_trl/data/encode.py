@@ -135,7 +135,7 @@ def _check_first(rows: Iterator[Row], encoder: Encoder) -> Iterator[Row]:
         except RowError:
             continue  # becomes the row's outcome
     if len(wrong) == len(sample) > 1:
-        raise DatasetError(f"{wrong[0]}, and so do all of the first {len(wrong)} rows; use another template")
+        raise DatasetError(f"{wrong[0]}; the same in all of the first {len(wrong)} rows: use another template")
     return chain(sample, rows)
 
 
@@ -175,7 +175,7 @@ def check_parity(conversation: Conversation, template: Template, config: Example
     for message in messages:
         (text,) = tokenize([message["content"].strip()])
         if message["role"] != "assistant" and not is_written(decode(tokenizer, text.ids).strip(), masked):
-            raise failed(f"a message from {message['role']} is not fully masked")
+            raise failed(f"a {message['role']} message is not fully masked")
 
 
 def _batches(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
@@ -239,7 +239,7 @@ def _complete(example: Example | RowError, sides: list[Rendered], encoder: Encod
     recipe, config, template = encoder.recipe, encoder.config, encoder.template
     if all(label == IGNORED for label in example.labels):
         more = "" if recipe.truncation_mode == "llamafactory" else ", or set truncation_mode: llamafactory"
-        return RowError(f"all trained tokens are past the cutoff: raise cutoff_len ({recipe.cutoff_len}){more}")
+        return RowError(f"all trained tokens are past cutoff_len {recipe.cutoff_len}; raise it{more}")
     for conversation, _ in sides:
         example.left_out += len(conversation.messages) - conversation.replies[-1] - 1
         example.notes += conversation.unread

@@ -275,7 +275,7 @@ def _read_csv(path: Path) -> Lines:
         except csv.Error as error:  # An unclosed quote swallows an unknown number of rows.
             line = reader.reader.line_num
             raise DatasetError(
-                f"{path}:{line}: not CSV ({error}), so earlier rows may be wrong; fix the file"
+                f"{path}:{line}: not CSV ({error}); look for an unclosed quote in this or an earlier row"
             ) from None
 
 

@@ -114,7 +114,9 @@ def complete(turns: Turns, rest: Fields, info: DatasetInfo, default_system: str 
     if listed := to_tools(rest.pop(info.columns.get("tools", ""), None)):
         tools.append(listed)
     if any(other != tools[0] for other in tools):
-        raise RowError("the row lists its tools in two places, and the lists differ; keep one")
+        raise RowError(
+            "the row lists different tools in two places (messages, or a message and the tools column); keep one"
+        )
     for column in (info.columns.get("answer", ""), *PROVENANCE):
         rest.pop(column, None)
     unread.update(("ignored column", name) for name in _names_left(rest))

@@ -196,8 +196,9 @@ def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
     """Read `dataset_dir/dataset_info.json`. Raises DatasetError if it is missing, or not an object of datasets."""
     path = dataset_dir / "dataset_info.json"
     if not isfile(path):
-        problem = "not a file" if isdir(path.parent) and path.exists() else "no such file"
-        raise DatasetError(f"{path}: {problem}; expected a folder with a dataset_info.json")
+        if isdir(path.parent) and path.exists():
+            raise DatasetError(f"{path}: expected a regular file")
+        raise DatasetError(f"{path}: no such file; expected a folder with a dataset_info.json")
     try:
         entries = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
@@ -252,7 +253,7 @@ def _check_entry(entry: DatasetInfo) -> Iterator[tuple[str, str]]:
         elif value and not hub:  # LLaMA-Factory also prefers the data on the Hub.
             yield "unsupported", f".{key}: {UNSUPPORTED[key]}"
     if "kto_tag" in entry.columns:
-        yield "unsupported", ".columns.kto_tag: rows with one judged reply are not supported"
+        yield "unsupported", ".columns.kto_tag: KTO rows are not supported"
     if entry.ranking and len(named := PAIR_COLUMNS.keys() & entry.columns.keys()) == 1:
         yield "mistake", f".columns: expected chosen and rejected, found only {next(iter(named))}"
     if entry.formatting == "alpaca" and entry.columns and not {"prompt", "query"} & entry.columns.keys():

@@ -90,7 +90,8 @@ def _render_long(conversation: Conversation, template: Template) -> list[Segment
             return segments
     if replies > MAX_REPLIES:
         raise RowError(
-            f"{replies:,} replies in one row; this chat template allows {MAX_REPLIES:,}, because it renders a reply differently once others follow"
+            f"{replies:,} replies in one row, at most {MAX_REPLIES:,} with this chat template, which rewrites earlier replies; "
+            "split the row"
         )
     return None
 
@@ -114,9 +115,9 @@ def _render_turns(conversation: Conversation, template: Template, window: int) -
         context, reply = until_prompt[len(done) :], until_reply[len(until_prompt) :]
         masked = not messages[position].get("trained", True)
         if not masked and not template.ends(reply):
-            raise TurnEndError(f"the chat template ends message {position + 1} without an end-of-turn token")
+            raise TurnEndError(f"the chat template ends reply {number + 1} without an end-of-turn token")
         if not masked and (end := template.find_early_end(reply)):
-            raise TurnEndError(f"message {position + 1} contains {end!r}, at which the model would stop")
+            raise TurnEndError(f"reply {number + 1} contains {end!r}, at which the model would stop")
         rest = rest if position >= first_trained else ""
         closing = template.close_reasoning(context + rest, reply)
         segments += [
@@ -150,7 +151,9 @@ def _until_prompt(
     has_header = len(shared) > len(template.render(before, tools, False))
     starts = has_header or (message["content"] and reply.startswith(message["content"]))
     if not starts or (rest.strip() and "".join(reply.split()).startswith("".join(rest.split()))):
-        raise RowError("the chat template renders this reply without the generation prompt that inference uses")
+        raise RowError(
+            "the chat template renders this reply without the generation prompt that inference uses; use another template"
+        )
     return shared, rest
 
 
@@ -187,7 +190,7 @@ def _check_complete(conversation: Conversation, segments: Sequence[Segment]) -> 
     """Raise RowError if text is missing: some templates ignore tools and reasoning, and such a row would train nonsense."""
     for tool in conversation.tools or ():
         if tool["function"]["name"] not in segments[0].text:
-            raise RowError(f"the chat template leaves out the tool {tool['function']['name']!r}")
+            raise RowError(f"the chat template leaves out the tool {tool['function']['name']!r}; use another template")
     at, in_context = 0, len(conversation.replies) - len(segments) // 2
     for message in conversation.messages[: conversation.replies[-1] + 1]:
         text = segments[at].text
@@ -215,7 +218,9 @@ def _check_reasoning(message: Message, reply: str) -> None:
     reasoning, content = message.get("reasoning_content", "").strip(), message["content"]
     written, rest = reply.count(reasoning), content + json.dumps(message.get("tool_calls", ()), ensure_ascii=False)
     if reasoning and written > 1 + rest.count(reasoning):
-        raise RowError(f"the chat template writes the reasoning {written} times: {reasoning[:40]!r}")
+        raise RowError(
+            f"the chat template writes the reasoning {written} times: {reasoning[:40]!r}; use another template"
+        )
     for tag in ("<think>", "</think>"):
         own = 0 if content.lstrip().startswith("<think>") else 1
         if reply.count(tag) > own + (reasoning + rest).count(tag):

@@ -104,11 +104,12 @@ def _read_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ChatTe
         own: ChatTemplate | None = tokenizer.chat_template
         if own:
             return own
-        setting = "not set" if template is None else f"{template} selects the tokenizer's own"
+        missing = f"{template} selects the tokenizer's chat template, but it has none"
+        if template is None:
+            missing = "not set, but the tokenizer has no chat template"
         raise recipe.error(
             "template",
-            f"{setting}, but the tokenizer has no chat template; set template: default, another shipped name "
-            "(--help template), or a path to a .jinja file",
+            f"{missing}; set template: default, another shipped name (--help template), or a path to a .jinja file",
         )
     if problem := check_template_name(template):
         raise recipe.error("template", problem)

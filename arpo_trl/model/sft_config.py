@@ -129,7 +129,8 @@ def _check_scheduler(recipe: Recipe, config: SFTConfig) -> None:
     except (TypeError, ValueError, ArithmeticError) as error:
         key = "lr_scheduler_kwargs" if settings else "lr_scheduler_type"
         reason = f"{name.value}: {in_one_line(error)}"
-        raise recipe.error(key, f"{reason}; set its arguments in lr_scheduler_kwargs") from error
+        fix = "correct its arguments" if settings else "set its arguments in lr_scheduler_kwargs"
+        raise recipe.error(key, f"{reason}; {fix}") from error
 
 
 def _check_batches(recipe: Recipe, config: SFTConfig) -> None:

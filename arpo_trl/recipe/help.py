@@ -27,14 +27,14 @@ def usage() -> str:
         "merge ADAPTER OUTPUT": "merge an adapter into its base model",
         "check-serving MODEL --url URL": "compare a running server with what was trained",
         "rollout RECIPE.yaml [key=value ...]": "sample trajectories with real tools, score and select them",
-        "select FOLDER": "select rows and pairs again, with other limits",
+        "select FOLDER": "select rows and pairs of a rollout again, with other limits",
     }
     lines = [
         *(_row(f"{program()} {command:<36} ", action) for command, action in commands.items()),
         f"Groups of keys: {', '.join(_groups())}",
         "On GPUs: accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m arpo_trl RECIPE.yaml",
         "",
-        "Main keys (LLaMA-Factory's; every field of TRL's SFTConfig is a key too):",
+        "Main keys (LLaMA-Factory's; fields of TRL's SFTConfig are keys too):",
         *map(_summary, _MAIN_KEYS.split()),
         "",
         "Exit codes: 0 done, 1 run failed, 2 configuration error, 130 Ctrl-C, 143 SIGTERM, 149 Ctrl-Break",

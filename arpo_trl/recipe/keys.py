@@ -117,7 +117,7 @@ class OutputKeys(BaseModel):
 
 
 class TrainKeys(BaseModel):
-    per_device_train_batch_size: Count = key(8, "Number of rows per device and batch")
+    per_device_train_batch_size: Count = key(8, "Number of rows in each device's batch")
     gradient_accumulation_steps: Count = key(1, "Number of batches per update")
     global_batch_size: Count | None = key(None, "Number of rows per update; sets gradient_accumulation_steps")
     num_train_epochs: Number = key(3.0, "Number of epochs; max_steps overrides it", gt=0, le=1_000_000)
@@ -143,7 +143,7 @@ class EvalKeys(BaseModel):
     eval_dataset: Names = key([], "Evaluation datasets, as named in dataset_info.json")
     eval_on_each_dataset: bool = key(False, "Evaluate each dataset of eval_dataset separately")
     val_size: Number = key(0.0, "Training rows held out for evaluation: a fraction below 1, or a number of rows", ge=0)
-    per_device_eval_batch_size: Count | None = key(None, "Number of rows per device and batch; default: as in training")
+    per_device_eval_batch_size: Count | None = key(None, "Number of rows in each device's batch; default: as in training")
     eval_strategy: Literal["no", "steps", "epoch"] = key("no", "When to evaluate during training")
     load_best_model_at_end: bool = key(False, "Load the best checkpoint at the end")
     early_stopping_steps: Count | None = key(None, "Number of evaluations without improvement before stopping")
@@ -204,7 +204,8 @@ class Recipe(
         """Return an error with the key's location: `recipes/x.yaml:12: lora_target: no module matches`."""
         line = f":{self.lines[key]}" if key in self.lines else ""
         location = "" if self.path == Path() else f"{self.path}{line}: "
-        return RecipeError(f"{location}{key}: {problem}")
+        in_one_line = problem.replace("\n", "\\n")  # of a value that was written in several lines
+        return RecipeError(f"{location}{key}: {in_one_line}")
 
     def resolved(self) -> dict[str, Any]:
         """Return all resolved keys as plain YAML values, which `read_recipe` reads back to an equal recipe."""

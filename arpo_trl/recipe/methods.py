@@ -140,7 +140,7 @@ class PissaKeys(BaseModel):
 
 RULES += [
     ("pissa_init", lambda r: r.pissa_init and r.finetuning_type != "lora", "requires finetuning_type: lora"),
-    ("pissa_init", lambda r: r.pissa_init and r.quantization_bit, "not supported on a quantized model; remove one"),
+    ("pissa_init", lambda r: r.pissa_init and r.quantization_bit, "not supported with quantization_bit; remove one"),
     ("pissa_iter", lambda r: r.pissa_iter == 0, "expected an integer > 0, or -1 for an exact SVD, found 0"),
 ]
 
@@ -243,7 +243,7 @@ class AsftKeys(BaseModel):
 
 LOSSES += ["use_asft_loss"]
 RULES += [
-    ("use_asft_loss", lambda r: r.use_asft_loss and r.quantization_bit, "not supported on a quantized model; remove one"),
+    ("use_asft_loss", lambda r: r.use_asft_loss and r.quantization_bit, "not supported with quantization_bit; remove one"),
 ]
 
 # fmt: on

@@ -108,13 +108,13 @@ METRICS = (
 )
 """Of a training step, and with the prefix eval_ of an evaluation."""
 
-_PREDICT = "not supported with stage: dpo. Predict with a stage: sft recipe that names the trained model"
+_PREDICT = "not supported with stage: dpo. To predict, use a recipe with stage: sft and the trained model"
 _TOKENS = "not supported with stage: dpo, whose loss is over pairs. Remove the line"
 _NOT_SUPPORTED = {
     "packing": "not supported with stage: dpo (in LLaMA-Factory it only lowers cutoff_len by 1). Remove the line",
     "neat_packing": "not supported with stage: dpo. Remove the line; padding_free: true avoids padding",
     "streaming": "not supported with stage: dpo. Remove the line",
-    "train_on_prompt": "not supported with stage: dpo, whose sides share the prompt. Remove the line",
+    "train_on_prompt": "not supported with stage: dpo, where chosen and rejected share the prompt. Remove the line",
     "mask_history": "not supported with stage: dpo, which never trains on the prompt's replies. Remove the line",
     "do_predict": _PREDICT,
     "predict_with_generate": _PREDICT,
@@ -144,13 +144,16 @@ def find_conflicts(recipe: _Recipe) -> Iterator[tuple[str, str]]:
     if getattr(recipe, "pissa_init", False) and needs_reference(recipe):
         yield "pissa_init", "changes the base model, which is also the DPO reference. Remove the line"
     if recipe.dpo_label_smoothing and recipe.pref_loss != "sigmoid":
-        yield "dpo_label_smoothing", f"expected pref_loss: sigmoid, found {recipe.pref_loss}"
+        yield "dpo_label_smoothing", f"requires pref_loss: sigmoid, found {recipe.pref_loss}"
     if recipe.ref_model_adapters and not recipe.ref_model:
         yield "ref_model_adapters", "requires ref_model, the base of these adapters"
     if recipe.precompute_ref_log_probs and not needs_reference(recipe):
-        yield "precompute_ref_log_probs", f"pref_loss: {recipe.pref_loss} uses no reference model. Remove the line"
+        yield (
+            "precompute_ref_log_probs",
+            f"not used by pref_loss: {recipe.pref_loss}, which has no reference model. Remove the line",
+        )
     if not recipe.do_train and needs_reference(recipe) and not recipe.ref_model:
-        yield "ref_model", "required for an evaluation without training, which compares the model with it"
+        yield "ref_model", "required to evaluate without training: the model is compared with it"
 
 
 def notices(recipe: _Recipe) -> Iterator[str]:

@@ -14,7 +14,9 @@ def _tools(value: object) -> object:
     if isinstance(value, str):
         value = {value: value}
     if not isinstance(value, dict) or not all(isinstance(part, str) for pair in value.items() for part in pair):
-        raise ValueError(f"expected python, or a mapping of names to python or a command, found {shorten(value)}")
+        raise ValueError(
+            f"expected python, or a mapping with lines NAME: python or NAME: COMMAND, found {shorten(value)}"
+        )
     if unknown := [name for name, tool in value.items() if name == tool != "python"]:
         raise ValueError(f"{unknown[0]} has no command (expected {unknown[0]}: COMMAND)")
     return value

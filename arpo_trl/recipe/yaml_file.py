@@ -93,7 +93,7 @@ def _construct(loader: _Loader, node: yaml.Node) -> object:
     try:
         if _count(node, {}) > MOST_VALUES:
             raise _InvalidValueError(
-                f"expected a plain value, found more than {MOST_VALUES:,} after expanding aliases"
+                f"expected a plain value, found more than {MOST_VALUES:,} values after expanding aliases"
             )
         return loader.construct_object(node, deep=True)
     except _InvalidValueError:

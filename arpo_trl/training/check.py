@@ -174,8 +174,9 @@ def describe_checkpoints(recipe: Recipe, args: SFTConfig, model: Model, saved: S
     at_once = min(len(saved), kept + 1)  # the oldest is deleted once the newest is complete
     needed = at_once * checkpoint + saved_bytes(model)
     steps = ", ".join(f"{step:,}" for step in (saved if len(saved) < 9 else [*saved[:4], *saved[-1:]]))
-    count = f"{len(saved)} checkpoint{'s' * (len(saved) != 1)} of {format_bytes(checkpoint)}"
+    plural = "s" * (len(saved) != 1)
+    count = f"{len(saved)} checkpoint{plural} of {format_bytes(checkpoint)}"
     return needed, (
-        f"{count}{f' (after step {steps})' if saved else ''}, {kept} kept; "
+        f"{count}{f' (after step{plural} {steps})' if saved else ''}, {kept} kept; "
         f"{format_bytes(needed)} in all, {format_bytes(free_space(Path(recipe.output_dir)))} free"
     )

@@ -13,19 +13,19 @@ def describe_out_of_memory(trainer: Trainer, batch: str) -> str:
     """Return the batch that did not fit, and the keys to change, those that cost least first."""
     args, fixes = trainer.args, []
     if batch.startswith("evaluation"):
-        fixes.append("per_device_eval_batch_size (same run)")
+        fixes.append("lower per_device_eval_batch_size (same result)")
     else:
         if args.per_device_train_batch_size > 1:
-            keep = "raise gradient_accumulation_steps, or keep global_batch_size: same run"
-            fixes.append(f"per_device_train_batch_size ({keep})")
+            keep = "raise gradient_accumulation_steps, or set global_batch_size: same result"
+            fixes.append(f"lower per_device_train_batch_size ({keep})")
         if not args.activation_checkpointing:
-            fixes.append("gradient_checkpointing: true (slower, same run)")
-    fixes.append("cutoff_len (truncates rows)")
+            fixes.append("gradient_checkpointing: true (slower, same result)")
+    fixes.append("lower cutoff_len (truncates rows)")
     if not hasattr(trainer.model, "peft_config"):
         fixes.append("finetuning_type: lora")
     return (
         f"step {trainer.state.global_step + 1}: out of memory on {trainer.accelerator.device} with a "
-        f"{batch or 'model of this size'}. Change, least costly first: {'; '.join(fixes)}"
+        f"{batch or 'model of this size'}. Try in this order: {'; '.join(fixes)}"
     )
 
 

@@ -127,9 +127,7 @@ def missing_gpu(recipe: Recipe) -> list[str]:
 
 def describe_steps(args: TrainingArguments, total: int, data: PreparedData, packing: bool) -> str:
     """Return steps, epochs and the effective batch; no tokens for packed rows, which are not the audit's rows."""
-    steps = f"{total:,}"
-    if args.max_steps <= 0:
-        steps += f": {args.num_train_epochs:g} epoch{'s' * (args.num_train_epochs != 1)}"
+    epochs = f"{args.num_train_epochs:g} epoch{'s' * (args.num_train_epochs != 1)}, " * (args.max_steps <= 0)
     parts = [
         (args.per_device_train_batch_size, "per device"),
         (args.world_size, "devices"),
@@ -144,7 +142,7 @@ def describe_steps(args: TrainingArguments, total: int, data: PreparedData, pack
     batch += " per step"
     if sum(n > 1 for n, _ in parts) > 1:
         batch += f" ({' x '.join(f'{n} {name}' for n, name in parts if n > 1)})"
-    return f"{steps}, {batch}"
+    return f"{total:,}: {epochs}{batch}"
 
 
 def warn_of_schedule(args: TrainingArguments, total: int) -> list[str]:

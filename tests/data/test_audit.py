@@ -95,7 +95,7 @@ def test_a_reply_without_its_end_of_turn_is_dropped_in_any_row(bench: Bench) -> 
         bench.tokenizer.chat_template = own
     (finding,) = bench.findings()
     assert finding["place"] == f"{path}:41"
-    assert finding["reason"] == "the chat template ends message 2 without an end-of-turn token"
+    assert finding["reason"] == "the chat template ends reply 1 without an end-of-turn token"
 
 
 def test_nothing_is_written_into_output_dir_before_a_run_starts(chat_recipe: Recipe) -> None:
@@ -284,6 +284,6 @@ def test_an_ignored_column_is_reported_with_the_setting_that_reads_it(formatting
 @pytest.mark.parametrize("way_out", [{"cutoff_len": 256}, {"truncation_mode": "llamafactory"}], ids=str)
 def test_a_prompt_past_the_cutoff_is_reported_with_fixes_that_work(way_out: dict[str, Any], bench: Bench) -> None:
     bench.add("d", [row("Q " * 60)])
-    with pytest.raises(DatasetError, match=r"raise cutoff_len \(50\), or set truncation_mode: llamafactory$"):
+    with pytest.raises(DatasetError, match=r"past cutoff_len 50; raise it, or set truncation_mode: llamafactory$"):
         bench.prepare(cutoff_len=50)
     assert len(bench.prepare(**{"cutoff_len": 50, **way_out}).train) == 1

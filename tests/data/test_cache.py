@@ -136,14 +136,14 @@ def test_tokenized_path_is_written_once_and_an_error_after_a_change(
     with pytest.raises(DatasetError) as error:
         bench.prepare(**keys, cutoff_len=100)
     assert str(error.value) == (
-        f"tokenized_path: {path / 'd'} was encoded with different cutoff_len; set overwrite_cache: true to encode again, "
+        f"tokenized_path: {path / 'd'} was encoded with other settings (cutoff_len); set overwrite_cache: true to encode again, "
         "or another tokenized_path"
     )
     bench.add("d", numbered(2, start=5))
     own = bench.tokenizer.chat_template
     try:
         bench.tokenizer.chat_template = str(own).replace("You are Qwen", "You are")
-        with pytest.raises(DatasetError, match="was encoded with different data, template;"):
+        with pytest.raises(DatasetError, match=r"was encoded with other settings \(data, template\);"):
             bench.prepare(**keys)
     finally:
         bench.tokenizer.chat_template = own
@@ -197,7 +197,7 @@ def test_a_folder_saved_by_llamafactory_is_read_unchanged(split: bool, bench: Be
 
 def test_a_saved_folder_without_tokens_is_an_error(bench: Bench) -> None:
     Dataset.from_list([{"text": "A"}]).save_to_disk(str(bench.folder / "theirs"))
-    with pytest.raises(DatasetError, match="column input_ids and labels missing in train; set a folder saved"):
+    with pytest.raises(DatasetError, match="missing columns in train: input_ids, labels; set a folder saved"):
         bench.prepare(dataset=["d"], tokenized_path=str(bench.folder / "theirs"))
 
 
@@ -276,7 +276,9 @@ def test_a_new_format_encodes_again(bench: Bench, monkeypatch: pytest.MonkeyPatc
     first = bench.prepare()
     bench.prepare(**keys)
     monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
-    with pytest.raises(DatasetError, match="was encoded with different format of arpo_trl; set overwrite_cache: true"):
+    with pytest.raises(
+        DatasetError, match=r"was encoded with other settings \(format of arpo_trl\); set overwrite_cache: true"
+    ):
         bench.prepare(**keys)
     assert bench.prepare().train[:] == first.train[:]
     assert len([path for path in bench.folder.glob("cache/arpo_trl/*") if path.is_dir()]) == 2

@@ -114,9 +114,9 @@ BROKEN_LINES: dict[str, tuple[bytes, str]] = {
         GOOD.replace(b'"A"', b'"A", "loss": false'),
         "no trained token: every reply has loss: false",
     ),
-    "all trained tokens are past the cutoff": (
+    "all trained tokens are past cutoff_len": (
         GOOD.replace(b'"Q"', b'"' + b"Q " * 999 + b'"'),
-        "all trained tokens are past the cutoff",
+        "all trained tokens are past cutoff_len",
     ),
 }
 
@@ -169,7 +169,7 @@ BROKEN_FILES: dict[str, tuple[str, bytes, str]] = {
     "a quote never closed": (
         ".csv",
         b'a,b\n"1,2\n3,4\n',
-        "3: not CSV (unexpected end of data), so earlier rows",
+        "3: not CSV (unexpected end of data); look for an unclosed quote in this or an earlier row",
     ),
     "no parquet": (".parquet", b"PAR1 or so", "1: cannot be read ("),
     "no arrow": (".arrow", b"ARROW1 or so", "1: cannot be read ("),

@@ -463,5 +463,5 @@ def test_pairs_that_llama_factory_saved(bench: Bench) -> None:
     (pair,) = bench.prepare(stage="dpo", template="qwen", tokenized_path=str(bench.folder / "saved")).train
     assert (pair["input_ids"], pair["labels"]) == ([1, 2, 3, 1, 4], [IGNORED, 2, 3, IGNORED, 4])
     assert pair["seq_lengths"] == [3, 2]
-    with pytest.raises(DatasetError, match="column input_ids and labels missing in train"):
+    with pytest.raises(DatasetError, match="missing columns in train: input_ids, labels"):
         bench.prepare(template="qwen", tokenized_path=str(bench.folder / "saved"))

@@ -112,7 +112,7 @@ REFUSED = {
     ),
     "KTO": (
         '"columns": {"prompt": "p", "kto_tag": "k"}',
-        "columns.kto_tag: rows with one judged reply are not supported",
+        "columns.kto_tag: KTO rows are not supported",
     ),
 }
 
@@ -215,7 +215,7 @@ def test_a_registry_that_cannot_be_read_is_one_line(kind: str, tmp_path: Path) -
 def test_a_pipe_is_not_read_as_a_registry(tmp_path: Path) -> None:
     """Reading one would wait for ever."""
     os.mkfifo(tmp_path / "dataset_info.json")
-    with pytest.raises(DatasetError, match=r"dataset_info.json: not a file; expected a folder with"):
+    with pytest.raises(DatasetError, match=r"dataset_info.json: expected a regular file"):
         read_registry(tmp_path)
 
 

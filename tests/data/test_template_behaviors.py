@@ -300,11 +300,11 @@ def test_a_reply_with_an_end_token_in_its_own_text_is_dropped_with_its_line() ->
     wrong = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a<|im_end|>b"}]
     good = json.loads(json.dumps(row(False, False, False, 1).messages))
     outcomes = [(row["source"], row["outcome"], row["reason"]) for row in encode([good, wrong], "plain")]
-    reason = "message 2 contains '<|im_end|>', at which the model would stop"
+    reason = "reply 1 contains '<|im_end|>', at which the model would stop"
     assert outcomes == [("rows:1", "kept", ""), ("rows:2", "dropped", reason)]
 
 
 def test_a_template_that_breaks_the_end_of_every_row_stops_the_run() -> None:
     rows = [json.loads(json.dumps(row(True, False, False, 1).messages))] * 3
-    with pytest.raises(DatasetError, match=r"rows:1: message 2 contains .*, and so do all of the first 3 rows"):
+    with pytest.raises(DatasetError, match=r"rows:1: reply 1 contains .*; the same in all of the first 3 rows"):
         encode(rows, "one end for both")

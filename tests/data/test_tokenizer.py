@@ -97,7 +97,7 @@ EXPECTED: dict[str, tuple[list[Any], Any, dict[str, list[str] | str]]] = {
             "qwen3": [NO_THOUGHT + QWEN_CALL, NO_THOUGHT + "A"],
             "llama3_1": [LLAMA_CALL, "A"],
             "gemma": "the chat template raised an error: Conversation roles must",
-            "phi3": "the chat template leaves out the tool 'add'",
+            "phi3": "the chat template leaves out the tool 'add'; use another template",
         },
     ),
     "text beside a call": (
@@ -293,7 +293,7 @@ def test_the_parity_check_rejects_a_message_missing_from_the_masked_tokens() -> 
     tokenizer = make_tokenizer(spaced, eos="<|im_end|>")
     check_parity(Conversation([S, Q, A]), find_template(tokenizer), CONFIG, "row")
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("x")  # type: ignore[attr-defined]
-    with pytest.raises(DatasetError, match="a message from system is not fully masked"):
+    with pytest.raises(DatasetError, match="a system message is not fully masked"):
         check_parity(Conversation([S, Q, A]), find_template(tokenizer), CONFIG, "row")
     everything = replace(CONFIG, train_on_prompt=True)
     check_parity(Conversation([S, Q, A]), find_template(tokenizer), everything, "row")
@@ -307,7 +307,7 @@ def test_a_reply_without_an_end_of_turn_is_an_error_unless_it_is_masked() -> Non
     )
     template = find_template(make_tokenizer(calls))
     messages = [Q, CALLS, FOUND, A]
-    with pytest.raises(RowError, match="the chat template ends message 2 without an end-of-turn token"):
+    with pytest.raises(RowError, match="the chat template ends reply 1 without an end-of-turn token"):
         to_segments(Conversation(messages), template)
     masked = [Q, {**CALLS, "trained": False}, FOUND, A]
     assert [segment.masked for segment in to_segments(Conversation(masked), template)] == [False, True, False, False]
@@ -357,7 +357,7 @@ def test_a_shipped_template_and_a_file_replace_the_tokenizers_own(tmp_path: Path
         ),
         (
             {"template": "glm4"},
-            "template: glm4 selects the tokenizer's own, but the tokenizer has no chat template; set template: default, "
+            "template: glm4 selects the tokenizer's chat template, but it has none; set template: default, "
             "another shipped name (--help template), or a path to a .jinja file",
         ),
         (

@@ -175,7 +175,7 @@ def test_another_error_is_not_taken_for_out_of_memory(error: Exception) -> None:
         (
             "compute_loss",
             {},
-            r"with a training batch of 2 x \d+ tokens\. Change, least costly first: per_device_train_batch_size .*; ",
+            r"with a training batch of 2 x \d+ tokens\. Try in this order: lower per_device_train_batch_size .*; ",
         ),
         (
             "compute_loss",

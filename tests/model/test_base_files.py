@@ -113,7 +113,7 @@ def test_a_planted_run_json_runs_no_code(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     run = {"recipe": {"trust_remote_code": True}, "data": {}, "day": "2026-01-01", "versions": {}}
     (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"the run in its run.json did .*add --trust-remote-code"):
+    with pytest.raises(RecipeError, match=r"its training did .*run.json.*add --trust-remote-code"):
         runs_code(tmp_path, str(tmp_path), trust_remote_code=False)
     assert not (tmp_path / "ran").exists()
     assert runs_code(tmp_path, str(tmp_path), trust_remote_code=True)

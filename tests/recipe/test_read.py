@@ -124,7 +124,7 @@ WRONG = [
     ("swanlab_api_key: k", "swanlab_api_key: not supported; it would be saved with the model. Set the environment variable SWANLAB_API_KEY instead"),
     ("extra_config: x.json", "extra_config: not supported; use this recipe's own keys instead of Megatron's"),
     ("use_packed_sequences: true", "use_packed_sequences: not supported; use packing: true"),
-    ("kt_lora_expert_num: 2", "kt_lora_expert_num: not supported; no experts are added to a model; lora_target: all trains the existing ones"),
+    ("kt_lora_expert_num: 2", "kt_lora_expert_num: not supported; to train the model's existing experts, set lora_target: all"),
     ("ppo_epochs: 2", "ppo_epochs: not supported; it belongs to stage ppo, which TRL has removed; use its GRPOTrainer or RLOOTrainer"),
     ("vllm_maxlen: 8192", "vllm_maxlen: not supported; it belongs to an inference server; start one with the saved model"),
     # conflicts
@@ -151,7 +151,7 @@ WRONG = [
     ("use_eaft_loss: true\nuse_dft_loss: true", "use_eaft_loss: use_dft_loss is set too; keep one"),
     ("use_eaft_loss: true\nuse_asft_loss: true", "use_eaft_loss: use_asft_loss is set too; keep one"),
     ("use_asft_loss: true\nmoe_aux_loss_coef: 0.1", "use_asft_loss: moe_aux_loss_coef is set too; keep one"),
-    ("use_asft_loss: true\nquantization_bit: 4\nfinetuning_type: lora", "use_asft_loss: not supported on a quantized model; remove one"),
+    ("use_asft_loss: true\nquantization_bit: 4\nfinetuning_type: lora", "use_asft_loss: not supported with quantization_bit; remove one"),
     ("use_dft_loss: true\nlabel_smoothing_factor: 0.1", "use_dft_loss: label_smoothing_factor is set too; keep one"),
     ("loss_type: dft\nlabel_smoothing_factor: 0.1", "loss_type: label_smoothing_factor is set too; keep one"),
     ("loss_type: nll\nuse_dft_loss: true", "use_dft_loss: loss_type is set too; keep one"),
@@ -172,7 +172,7 @@ WRONG = [
     ("lora_rank: 16", "lora_rank: requires finetuning_type: lora, which is not the default here"),
     ("finetuning_type: full\nuse_dora: true", "use_dora: requires finetuning_type: lora"),
     ("finetuning_type: lora\nuse_galore: true", "use_galore: requires finetuning_type: full"),
-    ("finetuning_type: lora\nquantization_bit: 4\npissa_init: true", "pissa_init: not supported on a quantized model; remove one"),
+    ("finetuning_type: lora\nquantization_bit: 4\npissa_init: true", "pissa_init: not supported with quantization_bit; remove one"),
 ]  # fmt: skip
 
 
@@ -320,7 +320,7 @@ def test_yaml_bombs_are_rejected_in_little_time_and_memory(tmp_path: Path) -> No
         bomb = f"&b{level} [{bomb}, {','.join([f'*b{level - 1}'] * 9)}]"
     for line in (f"learning_rate: {bomb}", f"deepspeed: {{a: {bomb}}}"):
         (found,) = problems(tmp_path, GOOD + line)
-        assert found.endswith(": expected a plain value, found more than 10,000 after expanding aliases")
+        assert found.endswith(": expected a plain value, found more than 10,000 values after expanding aliases")
     with pytest.raises(RecipeError, match=r"r\.yaml: values are nested too deeply"):
         read_recipe(write(tmp_path, GOOD + "report_to: " + "[" * 1000 + "]" * 1000))
 

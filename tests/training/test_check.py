@@ -34,7 +34,7 @@ def test_check_prints_what_the_run_would_do(
     assert said["steps"].startswith("6: 2 epochs, 4 rows and about ")
     assert said["steps"].endswith(" tokens per step (2 per device x 2 accumulated)")
     assert said["time"].startswith("unknown; ")
-    assert said["disk"].startswith("3 checkpoints of 2.0 MB (after step 2, 4, 6), 3 kept; ")
+    assert said["disk"].startswith("3 checkpoints of 2.0 MB (after steps 2, 4, 6), 3 kept; ")
     assert said["disk"].endswith("1.00 GB free")
     assert not any("save_total_limit" in line for line in lines)
     assert "  save_steps: 2" in lines and not any("cutoff_len" in line for line in lines)

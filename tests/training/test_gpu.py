@@ -210,7 +210,7 @@ def test_an_out_of_memory_error_names_the_keys_to_change(device: str, tmp_path: 
     model = larger_model(tmp_path / "model")
     torch.cuda.set_per_process_memory_fraction(400e6 / torch.cuda.get_device_properties(0).total_memory)
     try:
-        with pytest.raises(RunFailed, match=r"out of memory on cuda.*Change, least costly first: per_device"):
+        with pytest.raises(RunFailed, match=r"out of memory on cuda.*Try in this order: lower per_device"):
             small_run.run(tmp_path, model, per_device_train_batch_size=12)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -523,7 +523,7 @@ def test_an_evaluation_is_the_mean_over_pairs(tmp_path: Path, tiny_model: Path, 
 
 def test_an_evaluation_without_training_needs_and_uses_a_ref_model(tmp_path: Path, tiny_model: Path) -> None:
     keys = {"do_train": False, "do_eval": True, "dataset": [], "eval_dataset": "pairs"}
-    with pytest.raises(RecipeError, match="ref_model: required for an evaluation without training"):
+    with pytest.raises(RecipeError, match="ref_model: required to evaluate without training"):
         run_pairs(tmp_path, tiny_model, **keys)
     folder = run_pairs(tmp_path, tiny_model, **keys, ref_model=str(tiny_model))
     assert json.loads((folder / "eval_results.json").read_text())["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
