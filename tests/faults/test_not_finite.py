@@ -180,19 +180,19 @@ def test_another_error_is_not_taken_for_out_of_memory(error: Exception) -> None:
         (
             "compute_loss",
             {"per_device_train_batch_size": 1},
-            r"1 x \d+ tokens\. .* first: cutoff_len .*; finetuning_type",
+            r"1 x \d+ tokens\. .* order: lower cutoff_len .*; finetuning_type",
         ),
         (
             "compute_loss",
             {"activation_checkpointing": False},
-            r"train_batch_size .*; gradient_checkpointing: true .*; cut",
+            r"train_batch_size .*; gradient_checkpointing: true .*; lower cut",
         ),
         ("create_optimizer", {}, "with a model of this size"),
         ("_get_grad_norm", {}, r"training batch of 2 x \d+ tokens"),
         (
             "prediction_step",
             {"eval_strategy": "steps", "eval_steps": 1},
-            r"first: per_device_eval_batch_size .*; cutoff",
+            r"order: lower per_device_eval_batch_size .*; lower cutoff",
         ),
     ],
     ids=["training", "training_one_row", "without_checkpointing", "optimizer", "step", "evaluation"],

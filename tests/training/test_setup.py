@@ -99,7 +99,8 @@ def test_a_schedule_that_lacks_a_setting_is_rejected(
     recipe = small_run.write_recipe(tmp_path, tiny_model, dataset="counting", dataset_dir=str(data))
     assert main([str(recipe), *overrides]) == 2
     err = capsys.readouterr().err
-    assert f"{recipe}: {message}" in err and err.endswith("; set its arguments in lr_scheduler_kwargs\n")
+    fix = "; correct its arguments\n" if len(overrides) > 1 else "; set its arguments in lr_scheduler_kwargs\n"
+    assert f"{recipe}: {message}" in err and err.endswith(fix)
 
 
 LEARNED_POSITIONS: dict[str, dict[str, Any]] = {
