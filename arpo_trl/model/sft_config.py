@@ -194,11 +194,8 @@ def model_init_kwargs(recipe: Recipe, config: PreTrainedConfig) -> Keywords:
     which is slow in bfloat16.
     """
     dtype: torch.dtype | str = compute_dtype(recipe) or "auto"
-    if recipe.pure_bf16:
-        dtype = torch.bfloat16
-    elif recipe.finetuning_type == "full" or (
-        dtype == "auto" and (recipe.additional_target or not torch.accelerator.is_available())
-    ):
+    needs_float32 = dtype == "auto" and (recipe.additional_target or not torch.accelerator.is_available())
+    if not recipe.pure_bf16 and (recipe.finetuning_type == "full" or needs_float32):
         dtype = torch.float32
     kwargs: Keywords = {"dtype": dtype, **hub_kwargs(recipe)}
     if recipe.flash_attn != "auto":

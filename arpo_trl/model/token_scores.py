@@ -177,11 +177,11 @@ def _score_tile(
 ) -> Scores:
     log_softmax = torch.log_softmax(project(hidden).float(), dim=-1)
     log_probs = log_softmax.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():
-        reference = (
-            None if reference_head is None else torch.log_softmax(reference_head(reference_hidden).float(), dim=-1)
-        )
     if objective:
+        reference = None
+        if reference_head is not None:
+            with torch.no_grad():
+                reference = torch.log_softmax(reference_head(reference_hidden).float(), dim=-1)
         log_probs = objective(log_probs, log_softmax, reference)
     with torch.no_grad():
         entropy = -(log_softmax.exp().mul_(log_softmax)).sum(-1)

@@ -253,9 +253,8 @@ _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "m
 def in_words(schema: JsonSchemaValue) -> str:
     """Return a JSON Schema as text, such as `an integer > 0` or `one of steps, epoch`."""
     if "anyOf" in schema:
-        return " or ".join(
-            dict.fromkeys(map(in_words, (part for part in schema["anyOf"] if part != {"type": "null"})))
-        )
+        parts = [in_words(part) for part in schema["anyOf"] if part != {"type": "null"}]
+        return " or ".join(dict.fromkeys(parts))
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
     if "const" in schema:

@@ -19,9 +19,6 @@ from .preference import read_old_stage
 from .rules import conflicts, resolve
 from .yaml_file import Problems, Setting, read_file, read_overrides, shorten
 
-MAPPING = Path("recipe")
-"""The path in messages of a recipe that is a mapping."""
-
 
 def read_recipe(
     path: str | Path | Mapping[str, object] | None, overrides: Sequence[str] = (), rollout: bool = False
@@ -38,7 +35,7 @@ def read_recipe(
         settings = {
             key: Setting(str(value) if isinstance(value, Path) else value, "recipe", "") for key, value in path.items()
         }
-        path = MAPPING
+        path = "recipe"  # in messages
     else:
         settings = read_file(Path(path), problems) if path is not None else {}
     settings |= read_overrides(overrides, takes_text, problems)
@@ -54,7 +51,8 @@ def read_recipe(
         notices += [f"{path}: {line}" for line in (larger, old_stage) if line]
         recipe = recipe.model_copy(update={"path": path, "lines": lines, "notices": notices})
         if all_read:  # a value that could not be read might resolve a conflict
-            problems += [(_location(key, settings), f"{key}: {why}") for key, why in conflicts(recipe, rollout)]
+            locations = {key: setting.location for key, setting in settings.items()}
+            problems += [(locations.get(key, "missing"), f"{key}: {why}") for key, why in conflicts(recipe, rollout)]
     if problems or not recipe:
         # by line number ("line 9" before "line 10"), then the problems without a line: "missing", "override"
         problems.sort(key=lambda problem: (problem[0][:4] != "line", len(problem[0]), problem[0]))
@@ -112,10 +110,8 @@ def _validate(settings: dict[str, Setting], problems: Problems) -> Recipe | None
     except ValidationError as error:
         for key, wrong in {str(wrong["loc"][0]): wrong for wrong in error.errors()}.items():
             if key in values:
-                problems.append((_location(key, settings), f"{key}: {_describe(key, values[key], wrong)}"))
-            elif (key not in settings or settings[key].value is None) and not any(
-                f"{key}:" == text.split(" ")[0] for _, text in problems
-            ):
+                problems.append((settings[key].location, f"{key}: {_describe(key, values[key], wrong)}"))
+            elif not any(text.startswith(f"{key}: ") for _, text in problems):
                 problems.append(("missing", f"{key}: required. {keys()[key].help}"))
         return None
 
@@ -126,10 +122,6 @@ def takes_text(key: str) -> bool:
     schema = keys()[key].schema if key in keys() else {}
     kinds = [part.get("type") for part in schema.get("anyOf", [schema]) if "enum" not in part]
     return "string" in kinds and set(kinds) <= {"string", "null"}
-
-
-def _location(key: str, settings: dict[str, Setting]) -> str:
-    return settings[key].location if key in settings else "missing"
 
 
 def _describe(key: str, value: object, wrong: ErrorDetails) -> str:

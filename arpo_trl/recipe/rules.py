@@ -109,9 +109,6 @@ def conflicts(recipe: Recipe, rollout: bool = False) -> Iterator[tuple[str, str]
         yield "interleave_probs", f"expected one value per dataset ({len(datasets)}), found {len(shares)}"
     elif shares and (min(shares) < 0 or abs(sum(shares) - 1) > 1e-8):  # numpy's tolerance
         yield "interleave_probs", f"expected values that sum to 1, found {', '.join(f'{share:g}' for share in shares)}"
-    for key in ("use_rslora", "use_dora"):
-        if getattr(recipe, key) and recipe.finetuning_type != "lora":
-            yield key, "requires finetuning_type: lora"
     # LLaMA-Factory trains an adapter if finetuning_type is omitted; a recipe that relies on it must not train all weights.
     for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target"):
         if is_set(recipe, key) and not is_set(recipe, "finetuning_type"):
@@ -160,6 +157,8 @@ RULES: list[tuple[str, Callable[[Recipe], object], str]] = [
     ("lora_target", lambda r: r.trains_adapter and not r.lora_target, "expected all or names of modules, found none"),
     ("dataloader_prefetch_factor", lambda r: r.trl.get("dataloader_prefetch_factor") == 0, "expected an integer > 0, found 0"),
     ("create_new_adapter", lambda r: r.create_new_adapter and not r.adapter_name_or_path, "requires adapter_name_or_path"),
+    ("use_rslora", lambda r: r.use_rslora and r.finetuning_type != "lora", "requires finetuning_type: lora"),
+    ("use_dora", lambda r: r.use_dora and r.finetuning_type != "lora", "requires finetuning_type: lora"),
     ("adapter_name_or_path", lambda r: r.adapter_name_or_path and not r.trains_adapter, "requires finetuning_type: lora (or oft)"),
 ]
 # fmt: on

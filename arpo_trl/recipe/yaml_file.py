@@ -71,11 +71,8 @@ def _parse(path: Path) -> tuple[_Loader, yaml.Node | None]:
         context = error.context or ""  # an open quote or a missing colon is detected lines later
         mark = error.context_mark if context.startswith("while scanning a ") else error.problem_mark
         problem = "expected key: value, with a space after the colon" if context.endswith("key") else error.problem
-        fix = (
-            f"; {BACKSLASHES}"
-            if context == "while scanning a double-quoted scalar" and "escape" in str(problem)
-            else ""
-        )
+        is_escape = context == "while scanning a double-quoted scalar" and "escape" in str(problem)
+        fix = f"; {BACKSLASHES}" if is_escape else ""
         raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: invalid YAML ({problem or context}){fix}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: invalid YAML or not UTF-8 ({str(error).splitlines()[0]})") from None
@@ -94,8 +91,6 @@ def _construct(loader: _Loader, node: yaml.Node) -> object:
                 f"expected a plain value, found more than {MOST_VALUES:,} after expanding aliases"
             )
         return loader.construct_object(node, deep=True)
-    except _InvalidValueError:
-        raise
     except (yaml.YAMLError, RecursionError, ValueError, KeyError):  # a value that contains itself, !!int [], !!bool x
         raise _InvalidValueError("expected a plain value") from None
 
@@ -167,7 +162,7 @@ def find_recipes(folder: Path) -> list[Path]:
     return [file for file in files if "\nmodel_name_or_path:" in "\n" + file.read_text("utf-8", errors="replace")]
 
 
-class _InvalidValueError(ValueError):
+class _InvalidValueError(Exception):
     """An invalid value: a tag (which could run code), a duplicate key, or text with an invalid character."""
 
 
