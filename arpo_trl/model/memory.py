@@ -61,13 +61,9 @@ class Memory(NamedTuple):
 
 
 def estimate_memory(recipe: Recipe, args: SFTConfig, model: Model, rows: Dataset) -> Memory | None:
-    """Return the memory of a step on the longest batch; None if the model's forward pass depends on data.
+    """Return the memory of a step on the longest batch of the training rows. `model`: from `model_shape`.
 
-    Args:
-        recipe: The recipe.
-        args: Its SFTConfig.
-        model: From `model_shape`.
-        rows: The training rows.
+    None if the model's forward pass depends on data.
     """
     count, length, labelled = _largest_batch(recipe, args, rows)
     base = without_adapter(model)

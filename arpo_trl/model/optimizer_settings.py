@@ -24,11 +24,7 @@ def restore_settings(optimizer: Optimizer, scheduler: object, settings: Settings
     """Replace the settings that a checkpoint has brought. The rate is that of the schedule at its current step.
 
     A schedule with a state (reduce_lr_on_plateau) keeps its rate. With unchanged settings nothing changes, bit for bit.
-
-    Args:
-        optimizer: After `load_state_dict`.
-        scheduler: Its schedule, also after `load_state_dict`.
-        settings: From `read_settings`, when both were new.
+    `settings`: from `read_settings`, before `load_state_dict` of optimizer and scheduler.
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
     for group, fresh in zip(optimizer.param_groups, settings, strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.integrations import deepspeed
@@ -68,10 +68,7 @@ def find_split(recipe: Recipe) -> Split:
         offloaded = [name for name, key in parts.items() if (zero.get(key) or {}).get("device", "none") != "none"]
         stage: Any = f"ZeRO-{zero.get('stage', 0)}"
         return Split(stage, ", ".join(offloaded))
-    if requests_fsdp(recipe) and PartialState().distributed_type not in (
-        DistributedType.NO,
-        DistributedType.MULTI_CPU,
-    ):
+    if requests_fsdp(recipe) and PartialState().distributed_type not in ("NO", "MULTI_CPU"):
         fsdp = fsdp_config(recipe)
         return Split(
             "FSDP2" if str(fsdp["version"]) == "2" else "FSDP",
@@ -149,10 +146,10 @@ def uses_deepspeed(recipe: Recipe) -> bool:
 def fsdp_config(recipe: Recipe) -> dict[str, Any]:
     """Return FSDP's settings under the names of `fsdp_config` without their prefix: the recipe's, or the launcher's."""
     if not recipe.fsdp:
-        names = {"version": "VERSION", "cpu_offload": "OFFLOAD_PARAMS", "state_dict_type": "STATE_DICT_TYPE"}
-        names["cpu_ram_efficient_loading"] = "CPU_RAM_EFFICIENT_LOADING"
-        launched = {key: os.environ.get(f"FSDP_{name}") for key, name in names.items()}
-        return launched | {"version": launched["version"] or "1"}
+        names = ("state_dict_type", "cpu_ram_efficient_loading")
+        launched = {name: os.environ.get(f"FSDP_{name.upper()}") for name in names}
+        launched["cpu_offload"] = os.environ.get("FSDP_OFFLOAD_PARAMS")
+        return launched | {"version": os.environ.get("FSDP_VERSION") or "1"}
     named = {name.removeprefix("fsdp_"): value for name, value in read_settings(recipe.fsdp_config).items()}
     return {"version": 2, "cpu_offload": "offload" in recipe.fsdp.split()} | named
 
@@ -184,7 +181,5 @@ def unsupported_by_fsdp(recipe: Recipe, args: SFTConfig, split: Split) -> Iterat
         yield key, f"{what} is not supported with {split.engine}; set optim: adamw_torch, or launch with zero2.yaml"
     embeddings = [name for name in recipe.additional_target if "embed" in name or name == "wte"]
     if embeddings:
-        yield (
-            "additional_target",
-            f"{embeddings[0]} is not supported with {split.engine}; launch with accelerate_configs/zero3.yaml",
-        )
+        problem = f"{embeddings[0]} is not supported with {split.engine}; launch with accelerate_configs/zero3.yaml"
+        yield "additional_target", problem

@@ -106,12 +106,9 @@ def _count(node: yaml.Node, counted: dict[int, int]) -> int:
 
 
 def read_overrides(overrides: Sequence[str], is_text: Callable[[str], bool], problems: Problems) -> dict[str, Setting]:
-    """Return the values of `key=value` overrides; the last one of a key wins.
+    """Return the values of `key=value` overrides, and add to `problems`; the last one of a key wins.
 
-    Args:
-        overrides: As written on the command line.
-        is_text: Whether a key takes only text; such a value is read as YAML only if it is quoted.
-        problems: Extended by the problems in the overrides.
+    `is_text`: whether a key takes only text; such a value is read as YAML only if it is quoted.
     """
     settings = {}
     for override in overrides:

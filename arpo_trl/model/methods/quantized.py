@@ -40,11 +40,9 @@ class Quantized(Method):
         if not set_trainable_backend(config):
             return kwargs
         if find_split(self.recipe).shards_weights:
-            raise self.recipe.error(
-                "model_name_or_path",
-                f"{self.recipe.model_name_or_path} is quantized and can't be split by FSDP or DeepSpeed ZeRO-3; "
-                "launch with accelerate_configs/multi_gpu.yaml",
-            )
+            problem = f"{self.recipe.model_name_or_path} is quantized and can't be split by FSDP or DeepSpeed ZeRO-3"
+            fix = "launch with accelerate_configs/multi_gpu.yaml"
+            raise self.recipe.error("model_name_or_path", f"{problem}; {fix}")
         rope: Keywords = {key: kwargs[key] for key in ("rope_parameters", "max_position_embeddings") if key in kwargs}
         config.update(rope)
         kwargs = {key: value for key, value in kwargs.items() if key not in rope} | {"config": config}
@@ -53,10 +51,23 @@ class Quantized(Method):
         return kwargs
 
     def prepare_base(self, model: PreTrainedModel) -> None:
-        keep_gradients(model)
+        """Have quantized layers pass gradients on, also after an evaluation."""
+        layer: Any
+        for layer in model.modules():
+            # In an evaluation a Linear4bit of bitsandbytes 0.50 packs its weights for a kernel without gradients, and the
+            # first forward pass of a layer of gptqmodel 7.7 selects such a kernel for good. Both on CPUs.
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
+            if hasattr(layer, "linear_mode"):
+                layer.linear_mode = "train"
+            if hasattr(layer, "codebooks"):  # peft 0.21 adds in place to AQLM's output, a view where there is a bias
+                layer.register_forward_hook(lambda layer, args, output: output.clone())
 
     def adapter_config(self, config: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
-        return name_all_linear_layers(config, model)
+        """Replace "all-linear", for which PEFT finds none of the layers of GPTQ, AWQ and AQLM, by their names."""
+        if getattr(config, "target_modules", None) == "all-linear" and hasattr(model, "quantization_method"):
+            config.target_modules = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+        return config
 
     def prepare_adapter(self, model: PeftModel) -> None:
         codes = [name for name, p in model.named_parameters() if p.dtype is torch.int16]  # AQLM's
@@ -101,27 +112,6 @@ def require_mergeable(config: PreTrainedConfig, adapter: Path) -> None:
             f"{adapter}: its base is quantized with {method.upper()}, so it can't be merged. Use it as it is: "
             f"arpo-trl chat {adapter}"
         )
-
-
-def keep_gradients(model: PreTrainedModel) -> None:
-    """Have quantized layers pass gradients on, also after an evaluation."""
-    layer: Any
-    for layer in model.modules():
-        # In an evaluation a Linear4bit of bitsandbytes 0.50 packs its weights for a kernel without gradients, and the
-        # first forward pass of a layer of gptqmodel 7.7 selects such a kernel for good. Both on CPUs.
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-        if hasattr(layer, "linear_mode"):
-            layer.linear_mode = "train"
-        if hasattr(layer, "codebooks"):  # peft 0.21 adds in place to AQLM's output, a view where there is a bias
-            layer.register_forward_hook(lambda layer, args, output: output.clone())
-
-
-def name_all_linear_layers(config: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
-    """Replace "all-linear", for which PEFT finds none of the layers of GPTQ, AWQ and AQLM, by their names."""
-    if getattr(config, "target_modules", None) == "all-linear" and hasattr(model, "quantization_method"):
-        config.target_modules = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
-    return config
 
 
 def _method(config: PreTrainedConfig) -> str:
