@@ -64,10 +64,8 @@ def missing_space(folder: Path, needed: int, what: str) -> str | None:
     drive = Path(folder.absolute().anchor)
     if not drive.exists():
         return f"there is no drive {drive}; choose another folder"
-    return (
-        f"disk full: {what} needs {format_bytes(needed)}, and {folder} has {format_bytes(free)} free; free some space or "
-        "choose another folder"
-    )
+    sizes = f"{what} needs {format_bytes(needed)}, and {folder} has {format_bytes(free)} free"
+    return f"disk full: {sizes}; free some space or choose another folder"
 
 
 def describe_write_error(error: Exception) -> str:

@@ -62,9 +62,8 @@ def auto_class(config: PreTrainedConfig) -> Any:
         return AutoModelForCausalLM
     if type(config) in AutoModelForImageTextToText._model_mapping:
         return AutoModelForImageTextToText
-    raise ValueError(
-        f"{config.model_type} has no causal language model in transformers; use a decoder-only text model"
-    )
+    what = f"{config.model_type} has no causal language model in transformers"
+    raise ValueError(f"{what}; use a decoder-only text model")
 
 
 def base_of(folder: Path | str) -> str:

@@ -166,22 +166,16 @@ def quantized_conflicts(recipe: _Recipe, config: dict[str, Any]) -> Iterator[tup
         return
     base = f"{recipe.model_name_or_path} is quantized with {method.upper()}"
     if missing := [name for name in QUANTIZED_PACKAGES[method].split() if importlib.util.find_spec(name) is None]:
-        yield (
-            "model_name_or_path",
-            f"{base}, which needs {' and '.join(missing)}; pip install {' '.join(missing)}, or use the model that is "
-            "not quantized with quantization_bit: 4",
-        )
+        fix = f"pip install {' '.join(missing)}, or use the model that is not quantized with quantization_bit: 4"
+        yield "model_name_or_path", f"{base}, which needs {' and '.join(missing)}; {fix}"
     if recipe.do_train and not recipe.trains_adapter:
         yield "finetuning_type", f"{base}, which does not support full training; use finetuning_type: lora"
     for name in ("use_dora", "pissa_init", "use_asft_loss"):
         if getattr(recipe, name) and (name, method) != ("use_dora", "bitsandbytes"):
             yield name, f"not supported: {base}; remove the line"
     if recipe.adapters_to_merge:
-        yield (
-            "adapter_name_or_path",
-            f"{base}, so no adapter can be merged into it; keep one and create_new_adapter: false"
-            f"{compare_with_adapter(recipe)}",
-        )
+        fix = f"keep one and create_new_adapter: false{compare_with_adapter(recipe)}"
+        yield "adapter_name_or_path", f"{base}, so no adapter can be merged into it; {fix}"
 
 
 def keep_quantization(recipe: _Recipe, config: dict[str, Any]) -> _Recipe:

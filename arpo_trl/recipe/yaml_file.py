@@ -33,9 +33,8 @@ def read_file(path: Path, problems: Problems) -> dict[str, Setting]:
     """Return the keys of a recipe file with their lines; duplicates, tags and invalid values become problems."""
     loader, root = _parse(path)
     if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(
-            f"{path}: expected lines such as learning_rate: 1e-5, found {'an empty file' if root is None else 'no keys'}"
-        )
+        actual = "an empty file" if root is None else "no keys"
+        raise RecipeError(f"{path}: expected lines such as learning_rate: 1e-5, found {actual}")
     settings: dict[str, Setting] = {}
     first_lines: dict[str, str] = {}
     for key_node, value_node in root.value:
@@ -86,13 +85,11 @@ def _parse(path: Path) -> tuple[_Loader, yaml.Node | None]:
 
 def _construct(loader: _Loader, node: yaml.Node) -> object:
     try:
-        if _count(node, {}) > MOST_VALUES:
-            raise _InvalidValueError(
-                f"expected a plain value, found more than {MOST_VALUES:,} after expanding aliases"
-            )
-        return loader.construct_object(node, deep=True)
+        if _count(node, {}) <= MOST_VALUES:
+            return loader.construct_object(node, deep=True)
     except (yaml.YAMLError, RecursionError, ValueError, KeyError):  # a value that contains itself, !!int [], !!bool x
         raise _InvalidValueError("expected a plain value") from None
+    raise _InvalidValueError(f"expected a plain value, found more than {MOST_VALUES:,} after expanding aliases")
 
 
 def _count(node: yaml.Node, counted: dict[int, int]) -> int:
