@@ -32,12 +32,11 @@ def read_recipe(
     """
     problems: Problems = []
     if isinstance(path, Mapping):
-        settings = {
-            key: Setting(str(value) if isinstance(value, Path) else value, "recipe", "") for key, value in path.items()
-        }
+        values = {key: str(value) if isinstance(value, Path) else value for key, value in path.items()}
+        settings = {key: Setting(value, "recipe") for key, value in values.items()}
         path = "recipe"  # in messages
     else:
-        settings = read_file(Path(path), problems) if path is not None else {}
+        settings = read_file(Path(path), takes_text, problems) if path is not None else {}
     settings |= read_overrides(overrides, takes_text, problems)
     path, all_read = COMMAND_LINE if path is None else Path(path), not problems
     if other_format := recognize(settings):
@@ -46,12 +45,12 @@ def read_recipe(
     ignored = _keep_known_keys(settings, problems)
     recipe = _validate(settings, problems)
     if recipe:
-        lines = {key: int(location[5:]) for key, (_, location, _) in settings.items() if location.startswith("line ")}
+        locations = {key: setting.location for key, setting in settings.items()}
+        lines = {key: int(location[5:]) for key, location in locations.items() if location.startswith("line ")}
         notices = [f"{path}: {', '.join(names)}: ignored; {why}" for why, names in ignored.items()]
         notices += [f"{path}: {line}" for line in (larger, old_stage) if line]
         recipe = recipe.model_copy(update={"path": path, "lines": lines, "notices": notices})
         if all_read:  # a value that could not be read might resolve a conflict
-            locations = {key: setting.location for key, setting in settings.items()}
             problems += [(locations.get(key, "missing"), f"{key}: {why}") for key, why in conflicts(recipe, rollout)]
     if problems or not recipe:
         # by line number ("line 9" before "line 10"), then the problems without a line: "missing", "override"
@@ -68,7 +67,7 @@ def _keep_known_keys(settings: dict[str, Setting], problems: Problems) -> dict[s
     Unsupported and unknown keys are added to `problems`. Returns the ignored keys by reason.
     """
     ignored: dict[str, list[str]] = {}
-    for key, (value, location, text) in list(settings.items()):
+    for key, (value, location) in list(settings.items()):
         if key in keys():
             continue
         del settings[key]
@@ -77,7 +76,7 @@ def _keep_known_keys(settings: dict[str, Setting], problems: Problems) -> dict[s
                 continue
             if RENAMED[key] in settings and settings[RENAMED[key]].value != value:
                 problems.append((location, f"{key}: an alias of {RENAMED[key]}, which is also set; keep one"))
-            settings.setdefault(RENAMED[key], Setting(value, location, text))
+            settings.setdefault(RENAMED[key], Setting(value, location))
         elif key in IGNORED:
             ignored.setdefault(IGNORED[key], []).append(key)
         elif key not in NOT_SUPPORTED:
@@ -92,13 +91,11 @@ def _keep_known_keys(settings: dict[str, Setting], problems: Problems) -> dict[s
 def _validate(settings: dict[str, Setting], problems: Problems) -> Recipe | None:
     """Return the recipe with these values if each has its type; otherwise add to `problems`."""
     values: dict[str, object] = {}
-    for key, (value, location, text) in settings.items():
+    for key, (value, location) in settings.items():
         known = keys()[key]
         if value is None and known.may_be_null:
             continue
-        if isinstance(value, int | float) and text and takes_text(key):
-            value = text
-        elif isinstance(value, str) and value.lower() in ("true", "false") and "boolean" in str(known.schema):
+        if isinstance(value, str) and value.lower() in ("true", "false") and "boolean" in str(known.schema):
             value = value.lower() == "true"  # quoted, even if the key takes text as well
         if isinstance(value, str) and "${" in value:
             fix = f"write the value, or pass {key}=... on the command line"

@@ -22,15 +22,17 @@ MOST_VALUES = 10_000  # in one key, aliases expanded
 
 class Setting(NamedTuple):
     value: object
-    location: str  # "line 14" or "override"
-    text: str | None = None  # a number as written: run_name: 007
+    location: str  # "line 14", "override" or "recipe"
 
 
 Problems = list[tuple[str, str]]  # location and message
 
 
-def read_file(path: Path, problems: Problems) -> dict[str, Setting]:
-    """Return the keys of a recipe file with their lines; duplicates, tags and invalid values become problems."""
+def read_file(path: Path, is_text: Callable[[str], bool], problems: Problems) -> dict[str, Setting]:
+    """Return the keys of a recipe file with their lines; duplicates, tags and invalid values become problems.
+
+    `is_text`: whether a key takes only text; such a number is text as written: run_name: 007.
+    """
     loader, root = _parse(path)
     if not isinstance(root, yaml.MappingNode):
         actual = "an empty file" if root is None else "no keys"
@@ -44,13 +46,12 @@ def read_file(path: Path, problems: Problems) -> dict[str, Setting]:
             problems.append((location, f"{key}: duplicate of {first_lines[key]}; keep one"))
             continue
         first_lines[key] = location
+        if isinstance(value_node, yaml.ScalarNode) and value_node.tag.endswith((":int", ":float")) and is_text(key):
+            value_node = yaml.ScalarNode("tag:yaml.org,2002:str", value_node.value)
         try:
-            value = _construct(loader, value_node)
+            settings[key] = Setting(_construct(loader, value_node), location)
         except _InvalidValueError as invalid:
             problems.append((location, f"{key}: {invalid}"))
-            continue
-        number = value_node.tag.endswith((":int", ":float")) and isinstance(value_node, yaml.ScalarNode)
-        settings[key] = Setting(value, location, value_node.value if number else None)
     return settings
 
 
@@ -114,11 +115,9 @@ def read_overrides(overrides: Sequence[str], is_text: Callable[[str], bool], pro
             problems.append(("override", f"{override}: expected key=value"))
             continue
         try:
-            value = _read_text(text) if is_text(key) else _read_yaml(text)
+            settings[key] = Setting(_read_text(text) if is_text(key) else _read_yaml(text), "override")
         except _InvalidValueError as invalid:
             problems.append(("override", f"{key}: {invalid}"))
-        else:
-            settings[key] = Setting(value, "override", text.strip())
     return settings
 
 
