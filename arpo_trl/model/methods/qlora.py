@@ -2,17 +2,18 @@
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
-from trl.trainer.sft_config import SFTConfig
 
 from ...recipe.keys import Recipe
 from ...recipe.preference import unmergeable
 from ..base import compute_dtype
-from ..weights import Model, frozen_linear_weights, saved_bytes, without_adapter
-from .method import Keywords, Parts
+from .method import Keywords
 from .quantized import Quantized
 
 
 class Qlora(Quantized):
+    def quantization_config(self) -> Keywords:
+        return {f"load_in_{self.recipe.quantization_bit}bit": True}
+
     def from_pretrained(self, kwargs: Keywords, config: PreTrainedConfig) -> Keywords:
         return kwargs | {"quantization_config": to_bitsandbytes_config(self.recipe)}
 
@@ -20,10 +21,6 @@ class Qlora(Quantized):
         if self.recipe.adapters_to_merge:
             raise unmergeable(self.recipe, "a quantized base")
         super().prepare_base(model)
-
-    def memory(self, parts: Parts, model: Model, args: SFTConfig) -> Parts:
-        weights = frozen_linear_weights(without_adapter(model))
-        return {"weights": parts["weights"] - saved_bytes(weights, self.recipe.quantization_bit or 0)}
 
 
 def to_bitsandbytes_config(recipe: Recipe) -> BitsAndBytesConfig:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
@@ -18,7 +18,7 @@ from ...recipe.keys import Recipe
 from ...recipe.methods import QUANTIZED_PACKAGES
 from ..base import quantization
 from ..split import find_split
-from ..weights import Model, frozen_linear_weights, linear_layers, saved_bytes, without_adapter
+from ..weights import Model, linear_layers, without_adapter
 from .method import AdapterConfig, Keywords, Method, Parts
 
 
@@ -28,6 +28,9 @@ def is_quantized(recipe: Recipe) -> bool:
 
 
 class Quantized(Method):
+    def quantization_config(self) -> Keywords:
+        return quantization(self.recipe)
+
     def check_config(self, config: PreTrainedConfig, args: SFTConfig) -> None:
         about = quantization(self.recipe)
         is_aqlm_8 = about.get("quant_method") == "aqlm" and about["nbits_per_codebook"] == 8
@@ -74,9 +77,10 @@ class Quantized(Method):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, codes)  # no backend sends them
 
     def memory(self, parts: Parts, model: Model, args: SFTConfig) -> Parts:
-        config = quantization(self.recipe)
-        base = without_adapter(model)
-        weights, activations = frozen_linear_weights(base), parts["activations"]
+        config = self.quantization_config()
+        base, activations = without_adapter(model), parts["activations"]
+        linear = [layer.weight for layer in base.base_model.modules() if isinstance(layer, nn.Linear)]  # not the head
+        weights = [weight for weight in linear if not weight.requires_grad]
         if config.get("quant_method") in ("gptq", "awq"):  # the backward pass needs what the forward pass unpacked
             layers = base.config.get_text_config().num_hidden_layers if args.activation_checkpointing else 1
             activations += sum(weight.nbytes for weight in weights) // layers
@@ -128,4 +132,6 @@ def _saved(weights: list[Tensor], config: Mapping[str, Any]) -> int:
         codebooks = config["num_codebooks"] * 2 ** config["nbits_per_codebook"] * group
     elif size := config.get("group_size"):
         bits = config["bits"] + (16 + config["bits"]) / abs(size)  # -1: a group is a column, its cost is negligible
-    return saved_bytes(weights, bits, codebooks)
+    if not bits:
+        return 0
+    return sum(w.nbytes - int(w.numel() * bits / 8) - codebooks * w.element_size() for w in weights)
