@@ -24,8 +24,6 @@ from .sft_config import to_lora_config
 from .split import find_split
 from .weights import Model, linear_layers
 
-MERGED_BASE = "merged_base"
-
 
 def with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     """Return the model with the adapter to train.
@@ -40,7 +38,7 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     for adapter in to_merge:
         model = _load_adapter(recipe, model, adapter, is_trainable=False).merge_and_unload(safe_merge=True)
     if to_merge and recipe.do_train:
-        base_name = str(Path(recipe.output_dir) / MERGED_BASE)
+        base_name = str(Path(recipe.output_dir) / "merged_base")
         if PartialState().is_main_process:
             model.save_pretrained(base_name)
     if to_merge == adapters:

@@ -26,13 +26,11 @@ class Split(NamedTuple):
 
     Attributes:
         engine: DDP, also of one process: each has the complete model and the complete optimizer state.
-        offload: The parts that are in CPU memory or on a disk: "optimizer", "parameters" or "optimizer, parameters".
-        sharded_files: Whether each process saves its shard (FSDP's SHARDED_STATE_DICT).
+        details: The parts in CPU memory or on a disk, and whether each process saves its shard (SHARDED_STATE_DICT).
     """
 
     engine: Engine
-    offload: str = ""
-    sharded_files: bool = False
+    details: str = ""
 
     @property
     def is_zero(self) -> bool:
@@ -55,9 +53,7 @@ class Split(NamedTuple):
         return self.is_fsdp or self.is_zero
 
     def __str__(self) -> str:
-        details = [f"offload of {self.offload}"] if self.offload else []
-        details += ["SHARDED_STATE_DICT"] if self.sharded_files else []
-        return f"{self.engine} ({', '.join(details)})" if details else self.engine
+        return f"{self.engine} ({self.details})" if self.details else self.engine
 
 
 def find_split(recipe: Recipe) -> Split:
@@ -67,14 +63,12 @@ def find_split(recipe: Recipe) -> Split:
         parts = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
         offloaded = [name for name, key in parts.items() if (zero.get(key) or {}).get("device", "none") != "none"]
         stage: Any = f"ZeRO-{zero.get('stage', 0)}"
-        return Split(stage, ", ".join(offloaded))
+        return Split(stage, f"offload of {', '.join(offloaded)}" if offloaded else "")
     if requests_fsdp(recipe) and PartialState().distributed_type not in ("NO", "MULTI_CPU"):
         fsdp = fsdp_config(recipe)
-        return Split(
-            "FSDP2" if str(fsdp["version"]) == "2" else "FSDP",
-            "parameters" if str(fsdp.get("cpu_offload")).lower() == "true" else "",
-            "SHARDED" in str(fsdp.get("state_dict_type")),
-        )
+        details = ["offload of parameters"] * (str(fsdp.get("cpu_offload")).lower() == "true")
+        details += ["SHARDED_STATE_DICT"] * ("SHARDED" in str(fsdp.get("state_dict_type")))
+        return Split("FSDP2" if str(fsdp["version"]) == "2" else "FSDP", ", ".join(details))
     return Split("DDP")  # on CPUs also for FSDP, as Accelerate 1.15 replaces it
 
 

@@ -11,7 +11,6 @@ from .types import Location, Locations, Number, key
 from .yaml_file import Setting, shorten
 
 LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
-WITHOUT_REFERENCE = ("orpo", "simpo")
 
 _Recipe = Any
 """`Recipe` inherits from the class below, so its name can't be imported here."""
@@ -54,7 +53,7 @@ class PreferenceKeys(BaseModel):
 
 def needs_reference(recipe: _Recipe) -> bool:
     """Return whether the loss compares with a reference model."""
-    return recipe.stage == "dpo" and recipe.pref_loss not in WITHOUT_REFERENCE
+    return recipe.stage == "dpo" and recipe.pref_loss not in ("orpo", "simpo")
 
 
 def keeps_base(recipe: _Recipe) -> bool:

@@ -32,16 +32,17 @@ def read_recipe(
     """
     problems: Problems = []
     if isinstance(path, Mapping):
-        values = {key: str(value) if isinstance(value, Path) else value for key, value in path.items()}
-        settings = {key: Setting(value, "recipe") for key, value in values.items()}
+        texts = {key: str(value) if isinstance(value, Path) else value for key, value in path.items()}
+        settings = {key: Setting(value, "recipe") for key, value in texts.items()}
         path = "recipe"  # in messages
     else:
         settings = read_file(Path(path), takes_text, problems) if path is not None else {}
     settings |= read_overrides(overrides, takes_text, problems)
     path, all_read = COMMAND_LINE if path is None else Path(path), not problems
-    if other_format := recognize(settings):
+    values = {key: setting.value for key, setting in settings.items()}
+    if other_format := recognize(values):
         raise RecipeError(f"{path}: {other_format}")
-    larger, old_stage = larger_batch(settings), read_old_stage(settings)
+    larger, old_stage = larger_batch(values), read_old_stage(settings)
     ignored = _keep_known_keys(settings, problems)
     recipe = _validate(settings, problems)
     if recipe:

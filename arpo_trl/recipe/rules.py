@@ -12,6 +12,7 @@ from .llamafactory import TOKENIZERS_OWN
 def resolve(recipe: Recipe, rollout: bool = False) -> Recipe:
     """Set the keys that depend on other keys or on this machine, and collect the notices to print."""
     sampled = any(is_set(recipe, key) for key in ("temperature", "top_p", "top_k"))
+    trackers = recipe.report_to + ["swanlab"] * (recipe.use_swanlab and not {"swanlab", "all"} & {*recipe.report_to})
     packing = recipe.packing or recipe.neat_packing
     predict = recipe.do_predict or recipe.predict_with_generate
     resolved = recipe.model_copy(
@@ -23,7 +24,7 @@ def resolve(recipe: Recipe, rollout: bool = False) -> Recipe:
             "gradient_checkpointing": not recipe.disable_gradient_checkpointing and recipe.gradient_checkpointing,
             "packing": packing,
             "neat_packing": packing,
-            "report_to": _trackers(recipe),
+            "report_to": [name for name in trackers if name != "wandb" or not wandb_is_disabled()],
             "flash_attn": "sdpa" if _missing_kernel(recipe) else recipe.flash_attn,
             "preflight": False if methods.layerwise_key(recipe) else recipe.preflight,  # or auto
             "do_predict": predict,
@@ -36,12 +37,6 @@ def resolve(recipe: Recipe, rollout: bool = False) -> Recipe:
         uses = ["evaluated"] * recipe.do_eval + ["used to generate replies"] * predict
         notices.insert(0, f"{recipe.path}: do_train is not true; the model is only {' and '.join(uses)}")
     return resolved.model_copy(update={"notices": notices})
-
-
-def _trackers(recipe: Recipe) -> list[str]:
-    add_swanlab = recipe.use_swanlab and not {"swanlab", "all"} & {*recipe.report_to}
-    names = recipe.report_to + ["swanlab"] * add_swanlab
-    return [name for name in names if not (name == "wandb" and wandb_is_disabled())]
 
 
 def _missing_kernel(recipe: Recipe) -> str | None:
