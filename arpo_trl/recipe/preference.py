@@ -60,10 +60,8 @@ def keeps_base(recipe: _Recipe) -> bool:
     """Return whether the policy without its adapter is the reference, or its base with `ref_model_adapters` is."""
     if not recipe.trains_adapter:
         return False
-    if recipe.ref_model is None:
-        return True
-    merged = len(recipe.adapter_name_or_path) > (not recipe.create_new_adapter)
-    return names_base(recipe) and not merged and len(recipe.ref_model_adapters) <= 1
+    is_unmerged_base = names_base(recipe) and not recipe.adapters_to_merge and len(recipe.ref_model_adapters) <= 1
+    return is_unmerged_base or recipe.ref_model is None
 
 
 def names_base(recipe: _Recipe) -> bool:
@@ -96,14 +94,7 @@ def compare_with_adapter(recipe: _Recipe) -> str:
     return f"; or compare with it unmerged: {keys}"
 
 
-METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-)
+METRICS = "rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected".split()
 """Of a training step, and with the prefix eval_ of an evaluation."""
 
 _PREDICT = "not supported with stage: dpo. Predict with a stage: sft recipe that names the trained model"
