@@ -40,7 +40,7 @@ def load_weights(name: str | Path, config: PreTrainedConfig, /, **kwargs: Any) -
         own = {f"{'.'.join(name.split('.')[:2])}." for name, _ in model.named_parameters()}
         own |= {"language_model."}
         info["unexpected_keys"] = [
-            key for key in info["unexpected_keys"] if key.startswith((*own,)) or ".language_model." in key
+            key for key in info["unexpected_keys"] if key.startswith(tuple(own)) or ".language_model." in key
         ]
     for kind in ("missing", "unexpected"):
         if keys := info[f"{kind}_keys"]:
