@@ -51,15 +51,13 @@ def main(argv: Sequence[str]) -> int:
         code = _run(argv)
         sys.stdout.flush()
         return code
-    except RecipeError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+    except (RecipeError, RunFailed) as error:
+        is_configuration = isinstance(error, RecipeError)
+        if is_configuration and os.environ.get("LOCAL_RANK", "0") != "0":
             # If the main process raises it too, the launcher ends this one before it repeats the message.
             time.sleep(5)
         print(to_terminal(str(error), sys.stderr), file=sys.stderr)
-        return 2
-    except RunFailed as error:
-        print(to_terminal(str(error), sys.stderr), file=sys.stderr)
-        return 1
+        return 2 if is_configuration else 1
     except KeyboardInterrupt:
         print("interrupted by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT

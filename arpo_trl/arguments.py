@@ -1,4 +1,4 @@
-"""Arguments of `arpo-trl chat`, `merge` and `check-serving`. They are parsed and their folders checked before torch is imported."""
+"""Arguments of `arpo-trl chat`, `merge`, `select` and `check-serving`, parsed and checked before torch is imported."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from .errors import RecipeError, RowError, reason
 from .generate.sandbox import Limits
 from .machine import nearest_existing_parent
 
+DTYPES = ("bfloat16", "float16", "float32")
 CHAT = """Chat with a trained model. When it calls a tool, you type the tool's result.
 
     arpo-trl chat checkpoints/tiny_cpu                                    until an empty line
@@ -84,9 +85,7 @@ def merge_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser("merge", MERGE)
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="output_dir of a LoRA run")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to create")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="of all tensors (default: the base model's)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: the base model's)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code in the model's files")
     args = parser.parse_args(argv)
     for name in ("adapter_config.json", "tokenizer_config.json"):
@@ -119,7 +118,7 @@ def check_serving_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--served-model", metavar="NAME", help="its name on a server of several models")
     parser.add_argument(
         "--dtype",
-        choices=("bfloat16", "float16", "float32"),
+        choices=DTYPES,
         help="dtype of the server's weights (default: the folder's, then the others)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")

@@ -64,10 +64,8 @@ def missing_space(folder: Path, needed: int, what: str) -> str | None:
     drive = Path(folder.absolute().anchor)
     if not drive.exists():
         return f"there is no drive {drive}; choose another folder"
-    return (
-        f"disk full: {what} needs {format_bytes(needed)}, and {folder} has {format_bytes(free)} free; free some space or "
-        "choose another folder"
-    )
+    sizes = f"{what} needs {format_bytes(needed)}, and {folder} has {format_bytes(free)} free"
+    return f"disk full: {sizes}; free some space or choose another folder"
 
 
 def describe_write_error(error: Exception) -> str:
@@ -80,11 +78,7 @@ def describe_write_error(error: Exception) -> str:
 
 @contextlib.contextmanager
 def full_disk_as_run_failed() -> Iterator[None]:
-    """Replace a library's error about a full disk.
-
-    Raises:
-        RunFailed: with how to resume.
-    """
+    """Replace a library's error about a full disk by RunFailed, with how to resume."""
     try:
         yield
     except (RecipeError, RunFailed):
@@ -142,11 +136,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def environment() -> str:
     """Return what a bug report needs (`--env`): versions, devices, system. No paths, host names or variables."""
-    lines = [("arpo_trl", __version__), ("python", platform.python_version())]
-    lines += [("system", f"{platform.platform()}, {os.cpu_count()} CPU cores"), ("device", _devices())]
-    lines += list((dict.fromkeys(PACKAGES, "not installed") | installed_versions(PACKAGES)).items())
-    lines.append(("text", f"{sys.stdout.encoding}, UTF-8 mode {'on' if sys.flags.utf8_mode else 'off'}"))
-    return "\n".join(f"{name:<16} {value}" for name, value in lines)
+    facts = {"arpo_trl": __version__, "python": platform.python_version()}
+    facts |= {"system": f"{platform.platform()}, {os.cpu_count()} CPU cores", "device": _devices()}
+    facts |= dict.fromkeys(PACKAGES, "not installed") | installed_versions(PACKAGES)
+    facts["text"] = f"{sys.stdout.encoding}, UTF-8 mode {'on' if sys.flags.utf8_mode else 'off'}"
+    return "\n".join(f"{name:<16} {value}" for name, value in facts.items())
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:

@@ -26,15 +26,14 @@ def leave_together() -> None:
 
 def on_main_process(decide: Callable[[], T]) -> T:
     """Call `decide` on the main process, and return its result (or raise its `RecipeError`) on all of them."""
-    results: list[T | RecipeError | None] = [None]
+    result: T | RecipeError | None = None
     if PartialState().is_main_process:
         try:
-            results = [decide()]
+            result = decide()
         except RecipeError as error:
-            results = [error]
+            result = error
     if PartialState().num_processes > 1:
-        broadcast_object_list(results)
-    (result,) = results
+        (result,) = broadcast_object_list([result])
     if isinstance(result, RecipeError):
         raise result
     return cast(T, result)

@@ -60,13 +60,9 @@ def _wrap(line: str, width: int) -> str:
 
 
 def start_bar(total: float, initial: int = 0, what: str = "") -> tqdm | None:
-    """Return a progress bar, or None if the output is not a terminal.
+    """Return a progress bar, or None if the output is not a terminal. `initial`: where a resumed run starts.
 
-    Args:
-        total: What the bar counts to.
-        initial: Where a resumed run starts.
-        what: The name of a part of the run, whose bar is drawn under the run's: after DELAY, as a percentage, and only
-            until it is closed.
+    `what`: a part of the run. Its bar is drawn under the run's: after DELAY, as a percentage, until it is closed.
     """
     if not sys.stdout.isatty():
         return None

@@ -5,6 +5,7 @@ merged base is saved in the run's folder, and the new adapter names it.
 """
 
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +17,12 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..errors import in_one_line
 from ..recipe.keys import Recipe
-from ..recipe.preference import instead_of_merging
+from ..recipe.preference import unmergeable
 from .methods.chosen import methods_of
 from .methods.method import AdapterConfig
 from .sft_config import to_lora_config
 from .split import find_split
 from .weights import Model, linear_layers
-
-MERGED_BASE = "merged_base"
 
 
 def with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
@@ -34,15 +33,12 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     """
     adapters, to_merge = recipe.adapter_name_or_path, recipe.adapters_to_merge
     if to_merge and find_split(recipe).shards_weights:
-        raise recipe.error(
-            "adapter_name_or_path",
-            f"{to_merge[0]} can't be merged into a base that FSDP or DeepSpeed splits; {instead_of_merging(recipe)}",
-        )
+        raise unmergeable(recipe, "a base that FSDP or DeepSpeed splits")
     base_name = recipe.model_name_or_path
     for adapter in to_merge:
         model = _load_adapter(recipe, model, adapter, is_trainable=False).merge_and_unload(safe_merge=True)
     if to_merge and recipe.do_train:
-        base_name = str(Path(recipe.output_dir) / MERGED_BASE)
+        base_name = str(Path(recipe.output_dir) / "merged_base")
         if PartialState().is_main_process:
             model.save_pretrained(base_name)
     if to_merge == adapters:
@@ -64,7 +60,7 @@ def new_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     for method in methods_of(recipe):
         config = method.adapter_config(config, model)
         expert_targets |= method.adapter_targets
-    _check_targets(recipe, target, model, frozenset(expert_targets))
+    _check_targets(recipe, target, model, expert_targets)
     _check_targets(recipe, "additional_target", model)
     try:
         return get_peft_model(model, config)
@@ -72,12 +68,10 @@ def new_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
         raise recipe.error(target, in_one_line(error)) from error
 
 
-def _check_targets(recipe: Recipe, key: str, model: PreTrainedModel, others: frozenset[str] = frozenset()) -> None:
+def _check_targets(recipe: Recipe, key: str, model: PreTrainedModel, others: Collection[str] = ()) -> None:
     """Raise RecipeError if the key names a module that the model lacks."""
-    ends = [f".{name}" for name in (*dict(model.named_modules()), *others)]
-    unknown = [
-        name for name in getattr(recipe, key) if name != "all" and not any(end.endswith(f".{name}") for end in ends)
-    ]
+    ends = [f".{name}" for name in ("all", *dict(model.named_modules()), *others)]
+    unknown = [name for name in getattr(recipe, key) if not any(end.endswith(f".{name}") for end in ends)]
     if unknown:
         weights = model.named_parameters()
         known = {name.split(".")[-2] for name, weight in weights if weight.ndim > 1 or key == "additional_target"}
@@ -98,16 +92,13 @@ def _load_adapter(recipe: Recipe, model: PreTrainedModel, adapter: str, is_train
             peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable, **hub)
             weights = load_peft_weights(adapter, device="cpu", **hub)
     except (OSError, ValueError, RuntimeError, UserWarning) as error:
-        raise recipe.error(
-            "adapter_name_or_path",
-            f"{adapter} can't be loaded ({in_one_line(error)}). Use the folder of an adapter of this model",
-        ) from error
+        problem = f"{adapter} can't be loaded ({in_one_line(error)}). Use the folder of an adapter of this model"
+        raise recipe.error("adapter_name_or_path", problem) from error
     prefix = cast(LoraModel, peft_model.base_model).prefix  # of the adapter's modules: lora_
     saved = {name for name in weights if f".{prefix}" in name}
     if extra := saved - get_peft_model_state_dict(peft_model).keys():
-        raise recipe.error(
-            "adapter_name_or_path", f"{adapter} is of another model: this one has no module for {min(extra)}"
-        )
+        problem = f"{adapter} is of another model: this one has no module for {min(extra)}"
+        raise recipe.error("adapter_name_or_path", problem)
     return peft_model
 
 

@@ -27,26 +27,20 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
     return config
 
 
-def load_weights(name: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Return the model of a folder or a hub ID. `kwargs`: of `from_pretrained`.
+def load_weights(name: str | Path, config: PreTrainedConfig, /, **kwargs: Any) -> PreTrainedModel:
+    """Return the model of a folder or a hub ID, whose config is `config`. `kwargs`: of `from_pretrained`.
 
     Raises:
         OSError, ImportError, ValueError, RuntimeError: it can't be loaded, or its weights don't match its config.json.
     """
-    config = kwargs.get("config")
-    if config is None:
-        hub = {key: kwargs[key] for key in ("revision", "cache_dir", "trust_remote_code") if key in kwargs}
-        config = AutoConfig.from_pretrained(name, **hub)
     values = config.to_dict()
-    loaded: Any = auto_class(config).from_pretrained(name, output_loading_info=True, **kwargs)
     model: PreTrainedModel
-    model, info = loaded
+    model, info = auto_class(config).from_pretrained(name, output_loading_info=True, **kwargs)
     if is_text_part(model, values):  # the keys of the other parts: llama4's, not named by its class
         own = {f"{'.'.join(name.split('.')[:2])}." for name, _ in model.named_parameters()}
+        own |= {"language_model."}
         info["unexpected_keys"] = [
-            key
-            for key in info["unexpected_keys"]
-            if key.startswith((*own, "language_model.")) or ".language_model." in key
+            key for key in info["unexpected_keys"] if key.startswith(tuple(own)) or ".language_model." in key
         ]
     for kind in ("missing", "unexpected"):
         if keys := info[f"{kind}_keys"]:
@@ -63,15 +57,13 @@ def auto_class(config: PreTrainedConfig) -> Any:
     Raises:
         ValueError: the model does not generate text.
     """
-    if type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
-        config, "auto_map", ()
-    ):
+    own_code = getattr(config, "auto_map", ())
+    if type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in own_code:
         return AutoModelForCausalLM
     if type(config) in AutoModelForImageTextToText._model_mapping:
         return AutoModelForImageTextToText
-    raise ValueError(
-        f"{config.model_type} has no causal language model in transformers; use a decoder-only text model"
-    )
+    what = f"{config.model_type} has no causal language model in transformers"
+    raise ValueError(f"{what}; use a decoder-only text model")
 
 
 def base_of(folder: Path | str) -> str:
@@ -106,12 +98,8 @@ def runs_code(folder: Path, base: str, trust_remote_code: bool) -> bool:
 
 def hub_kwargs(recipe: Recipe) -> dict[str, Any]:
     """Return where to load the model from, and whether to run its code: only if transformers lacks the architecture."""
-    return {
-        "revision": recipe.model_revision,
-        "cache_dir": recipe.cache_dir,
-        "trust_remote_code": recipe.trust_remote_code
-        and _config_values(recipe).get("model_type") not in CONFIG_MAPPING,
-    }
+    trusted = recipe.trust_remote_code and _config_values(recipe).get("model_type") not in CONFIG_MAPPING
+    return {"revision": recipe.model_revision, "cache_dir": recipe.cache_dir, "trust_remote_code": trusted}
 
 
 def quantization(recipe: Recipe) -> dict[str, Any]:
@@ -122,11 +110,8 @@ def quantization(recipe: Recipe) -> dict[str, Any]:
 def lacks_bf16_instructions() -> bool:
     """Return whether torch computes on a CPU whose bfloat16 products are a plain loop, 10 to 30 times slower than float32."""
     known: dict[str, int] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 or later
-    return (
-        not torch.accelerator.is_available()
-        and bool(known)
-        and not any(known[name] for name in known if name.endswith("bf16"))
-    )
+    has_none = bool(known) and not any(known[name] for name in known if name.endswith("bf16"))
+    return has_none and not torch.accelerator.is_available()
 
 
 def uses_bf16_autocast(recipe: Recipe) -> bool:

@@ -27,11 +27,9 @@ CHANGED_CONFIG_KEYS = {
     "quantization_config": "removed, because the saved weights are dequantized",
     "auto_map": "names the code that is saved with the model",
 }
-"""The keys of config.json that may differ from the base's, and why."""
+"""The keys of config.json that may differ from the base's, and why. Of generation_config.json: TOKENS."""
 TEXT_PART_KEYS = {"architectures": "the class of the text part", "model_type": "of the text part"}
 """The other keys of config.json that differ if only the text part of a larger model was trained."""
-CHANGED_GENERATION_KEYS = dict.fromkeys(TOKENS, CHANGED_CONFIG_KEYS["eos_token_id"])
-"""The keys of generation_config.json that may differ from the base's, and why."""
 
 
 class BaseFiles(NamedTuple):
@@ -74,8 +72,8 @@ class BaseFiles(NamedTuple):
         path = folder / "config.json"
         if self.config:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            keys = [*CHANGED_CONFIG_KEYS, *(TEXT_PART_KEYS if self.only_text else ())]
-            values = _with_changes(self.config, saved, keys)
+            of_text_part = TEXT_PART_KEYS if self.only_text else ()
+            values = _with_changes(self.config, saved, *CHANGED_CONFIG_KEYS, *of_text_part)
             if "quantization_config" not in saved:
                 values.pop("quantization_config", None)
             if "rope_parameters" in values and "rope_parameters" not in self.config:
@@ -86,7 +84,7 @@ class BaseFiles(NamedTuple):
         path = folder / "generation_config.json"
         if self.generation_config and path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8"))
-            write_json(path, _with_changes(self.generation_config, saved, list(CHANGED_GENERATION_KEYS)))
+            write_json(path, _with_changes(self.generation_config, saved, *TOKENS))
 
 
 def read_base_files(
@@ -102,11 +100,8 @@ def read_base_files(
     in_file, counts = _read_headers(name, hub), Counter[torch.dtype]()
     for kind, count in in_file.values():
         counts[kind] += count
-    dtype = (
-        max(counts, key=lambda kind: counts[kind], default=None)
-        or getattr(model.config, "dtype", None)
-        or torch.float32
-    )
+    of_config: torch.dtype = getattr(model.config, "dtype", None) or torch.float32
+    dtype = max(counts, key=lambda kind: counts[kind], default=of_config)
     others = {} if counts.keys() <= {dtype} else _others(model, in_file, dtype)
     strict = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     in_float32 = frozenset(
@@ -118,7 +113,7 @@ def read_base_files(
     return BaseFiles(dtype, others, in_float32, config, generation, only_text)
 
 
-def _with_changes(base: Values, saved: Values, keys: list[str]) -> Values:
+def _with_changes(base: Values, saved: Values, *keys: str) -> Values:
     changed = {key: saved[key] for key in keys if key in saved and saved[key] != base.get(key)}
     if saved.get("max_position_embeddings") == base.get("max_position_embeddings"):  # which the recipe scales, too
         changed.pop("rope_parameters", None)

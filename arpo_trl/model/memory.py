@@ -61,13 +61,9 @@ class Memory(NamedTuple):
 
 
 def estimate_memory(recipe: Recipe, args: SFTConfig, model: Model, rows: Dataset) -> Memory | None:
-    """Return the memory of a step on the longest batch; None if the model's forward pass depends on data.
+    """Return the memory of a step on the longest batch of the training rows. `model`: from `model_shape`.
 
-    Args:
-        recipe: The recipe.
-        args: Its SFTConfig.
-        model: From `model_shape`.
-        rows: The training rows.
+    None if the model's forward pass depends on data.
     """
     count, length, labelled = _largest_batch(recipe, args, rows)
     base = without_adapter(model)
@@ -87,12 +83,15 @@ def estimate_memory(recipe: Recipe, args: SFTConfig, model: Model, rows: Dataset
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     embedding = cast(nn.Embedding, base.get_input_embeddings()).weight
     head = cast(nn.Linear, base.get_output_embeddings()).weight
+    # a tile of logits: as projected, in float32, their log-softmax and its exponential
+    logits = min(labelled, TILE_POSITIONS) * head.shape[0] * (2 + 3 * 4 if half else 4 + 2 * 4)
+    logits += 2 * head.numel() if half else 0
     parts = {
         "weights": sum(p.nbytes for p in model.parameters()),
         "gradients": trained + embedding.nbytes * embedding.requires_grad,
         "optimizer": int(moments(args) * trained),
         "activations": layers * hidden + saved // layers if args.activation_checkpointing else saved,
-        "logits": _logits(head, labelled, half) + head.nbytes * head.requires_grad,
+        "logits": logits + head.nbytes * head.requires_grad,
         "reference": _reference_bytes(recipe, base, args),
     }
     for method in methods_of(recipe):
@@ -203,9 +202,3 @@ def _saved_by_autograd(backbone: nn.Module, tensors: dict[str, Tensor], count: i
         hidden: Tensor = functional_call(backbone, tensors, kwargs=inputs).last_hidden_state
     kept.pop(mask.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in kept.values()), hidden.nbytes
-
-
-def _logits(head: Tensor, labelled: int, half: bool) -> int:
-    """Return the bytes of a tile of logits: as projected, in float32, their log-softmax and its exponential."""
-    copies = 2 + 3 * 4 if half else 4 + 2 * 4
-    return min(labelled, TILE_POSITIONS) * head.shape[0] * copies + (2 * head.numel() if half else 0)

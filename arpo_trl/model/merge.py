@@ -89,9 +89,9 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None, trust_remo
     if rows := read_rows(adapter) or read_rows(adapter.parent):  # those of a checkpoint are in the folder above
         write_rows(rows, output)
     weights = merged.state_dict()
-    saved = load_weights(
-        output, dtype=torch.float32, trust_remote_code=runs_code(output, str(output), trust_remote_code)
-    )
+    trusted = runs_code(output, str(output), trust_remote_code)
+    config = AutoConfig.from_pretrained(output, trust_remote_code=trusted)
+    saved = load_weights(output, config, dtype=torch.float32, trust_remote_code=trusted)
     wrong = [name for name, tensor in saved.state_dict().items() if not torch.equal(tensor, weights[name].to(tensor))]
     if wrong:
         raise RunFailed(f"{output}: {wrong[0]} and {len(wrong) - 1} other weights differ from what was written")
@@ -112,7 +112,7 @@ def _load_base(adapter: Path, trust_remote_code: bool) -> tuple[PreTrainedModel,
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
         require_mergeable(config, adapter)
-        base = load_weights(name, dtype=torch.float32, trust_remote_code=trusted, **dequantized(config))
+        base = load_weights(name, config, dtype=torch.float32, trust_remote_code=trusted, **dequantized(config))
         return base, read_base_files(name, base)
     except OSError:
         raise RecipeError(

@@ -26,7 +26,7 @@ def load_model(recipe: Recipe) -> tuple[Model, BaseFiles | None]:
     try:
         config = load_config(recipe)
         kwargs = model_init_kwargs(recipe, config)
-        model = load_weights(recipe.model_name_or_path, **kwargs)
+        model = load_weights(recipe.model_name_or_path, config, **kwargs)
     except torch.OutOfMemoryError:
         raise
     except (ImportError, OSError, ValueError, RuntimeError) as error:

@@ -7,7 +7,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 NOT_SETTINGS = ("params", "k", "train_mode", "weight_sum", "lr_max", "scheduled_lr")
 """What a group of weights has besides settings: the weights, and the state of schedule-free optimizers."""
-RATES = ("lr", "initial_lr")
 
 Settings = list[dict[str, Any]]
 """Of each group of weights."""
@@ -24,15 +23,11 @@ def restore_settings(optimizer: Optimizer, scheduler: object, settings: Settings
     """Replace the settings that a checkpoint has brought. The rate is that of the schedule at its current step.
 
     A schedule with a state (reduce_lr_on_plateau) keeps its rate. With unchanged settings nothing changes, bit for bit.
-
-    Args:
-        optimizer: After `load_state_dict`.
-        scheduler: Its schedule, also after `load_state_dict`.
-        settings: From `read_settings`, when both were new.
+    `settings`: from `read_settings`, before `load_state_dict` of optimizer and scheduler.
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
     for group, fresh in zip(optimizer.param_groups, settings, strict=True):
-        group.update({name: value for name, value in fresh.items() if name not in RATES})
+        group.update({name: value for name, value in fresh.items() if name not in ("lr", "initial_lr")})
     if not isinstance(scheduler, LambdaLR):
         return
     bases: list[Any] = [fresh.get("initial_lr", fresh["lr"]) for fresh in settings]

@@ -26,7 +26,7 @@ _FSDP |= {"shard_grad_op": {"reshard_after_forward": False}, "auto_wrap": {}}
 _SAME = """
     output_dir trust_remote_code do_train do_eval do_predict eval_strategy load_best_model_at_end
     per_device_train_batch_size num_train_epochs learning_rate logging_steps save_strategy save_steps run_name
-    seed packing padding_free deepspeed
+    seed packing padding_free
 """.split()
 
 
@@ -36,11 +36,11 @@ def to_sft_config(recipe: Recipe) -> SFTConfig:
     Raises:
         RecipeError: transformers or TRL rejects a value or a combination of keys.
     """
-    settings, overrides = _settings(recipe), _trl_keys(recipe)
+    settings, overrides = _settings(recipe), {"deepspeed": recipe.deepspeed, **_trl_keys(recipe)}
     if os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16"):
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # the recipe sets the precision, not the launcher
     if not uses_deepspeed(recipe):
-        settings["deepspeed"] = None
+        overrides["deepspeed"] = None
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     if not requests_fsdp(recipe):
         overrides |= {"fsdp": None, "fsdp_config": None}
@@ -142,17 +142,13 @@ def _check_batches(recipe: Recipe, config: SFTConfig) -> None:
         ("even_batches", False, "leaves processes with different numbers of batches, which then wait for each other"),
     ):
         if getattr(settings, name, None) is wrong:
-            raise recipe.error(
-                "accelerator_config",
-                f"{name}: {str(wrong).lower()} is not supported, since it {effect}; remove the line",
-            )
+            problem = f"{name}: {str(wrong).lower()} is not supported, since it {effect}; remove the line"
+            raise recipe.error("accelerator_config", problem)
 
 
 def _rejected(recipe: Recipe, settings: Keywords, overrides: Keywords) -> RecipeError:
     """Return what transformers and TRL report about each key, by adding one key at a time."""
     if reason := _reason(settings):
-        if recipe.deepspeed and not _reason(settings | {"deepspeed": None}):
-            return recipe.error("deepspeed", reason)
         return RecipeError(f"{recipe.path}: rejected by transformers: {reason}")
     problems = []
     for key, value in overrides.items():
@@ -195,11 +191,8 @@ def model_init_kwargs(recipe: Recipe, config: PreTrainedConfig) -> Keywords:
     which is slow in bfloat16.
     """
     dtype: torch.dtype | str = compute_dtype(recipe) or "auto"
-    if recipe.pure_bf16:
-        dtype = torch.bfloat16
-    elif recipe.finetuning_type == "full" or (
-        dtype == "auto" and (recipe.additional_target or not torch.accelerator.is_available())
-    ):
+    needs_float32 = dtype == "auto" and (recipe.additional_target or not torch.accelerator.is_available())
+    if not recipe.pure_bf16 and (recipe.finetuning_type == "full" or needs_float32):
         dtype = torch.float32
     kwargs: Keywords = {"dtype": dtype, **hub_kwargs(recipe)}
     if recipe.flash_attn != "auto":
@@ -217,11 +210,9 @@ def _accumulation(recipe: Recipe) -> int:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rows = recipe.per_device_train_batch_size * world
     if recipe.global_batch_size % rows:
-        raise recipe.error(
-            "global_batch_size",
-            f"expected a multiple of {rows} (per_device_train_batch_size "
-            f"{recipe.per_device_train_batch_size} x {world} processes), found {recipe.global_batch_size}",
-        )
+        factors = f"per_device_train_batch_size {recipe.per_device_train_batch_size} x {world} processes"
+        problem = f"expected a multiple of {rows} ({factors}), found {recipe.global_batch_size}"
+        raise recipe.error("global_batch_size", problem)
     return recipe.global_batch_size // rows
 
 

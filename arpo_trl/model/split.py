@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.integrations import deepspeed
@@ -26,13 +26,11 @@ class Split(NamedTuple):
 
     Attributes:
         engine: DDP, also of one process: each has the complete model and the complete optimizer state.
-        offload: The parts that are in CPU memory or on a disk: "optimizer", "parameters" or "optimizer, parameters".
-        sharded_files: Whether each process saves its shard (FSDP's SHARDED_STATE_DICT).
+        details: The parts in CPU memory or on a disk, and whether each process saves its shard (SHARDED_STATE_DICT).
     """
 
     engine: Engine
-    offload: str = ""
-    sharded_files: bool = False
+    details: str = ""
 
     @property
     def is_zero(self) -> bool:
@@ -55,9 +53,7 @@ class Split(NamedTuple):
         return self.is_fsdp or self.is_zero
 
     def __str__(self) -> str:
-        details = [f"offload of {self.offload}"] if self.offload else []
-        details += ["SHARDED_STATE_DICT"] if self.sharded_files else []
-        return f"{self.engine} ({', '.join(details)})" if details else self.engine
+        return f"{self.engine} ({self.details})" if self.details else self.engine
 
 
 def find_split(recipe: Recipe) -> Split:
@@ -67,17 +63,12 @@ def find_split(recipe: Recipe) -> Split:
         parts = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
         offloaded = [name for name, key in parts.items() if (zero.get(key) or {}).get("device", "none") != "none"]
         stage: Any = f"ZeRO-{zero.get('stage', 0)}"
-        return Split(stage, ", ".join(offloaded))
-    if requests_fsdp(recipe) and PartialState().distributed_type not in (
-        DistributedType.NO,
-        DistributedType.MULTI_CPU,
-    ):
+        return Split(stage, f"offload of {', '.join(offloaded)}" if offloaded else "")
+    if requests_fsdp(recipe) and PartialState().distributed_type not in ("NO", "MULTI_CPU"):
         fsdp = fsdp_config(recipe)
-        return Split(
-            "FSDP2" if str(fsdp["version"]) == "2" else "FSDP",
-            "parameters" if str(fsdp.get("cpu_offload")).lower() == "true" else "",
-            "SHARDED" in str(fsdp.get("state_dict_type")),
-        )
+        details = ["offload of parameters"] * (str(fsdp.get("cpu_offload")).lower() == "true")
+        details += ["SHARDED_STATE_DICT"] * ("SHARDED" in str(fsdp.get("state_dict_type")))
+        return Split("FSDP2" if str(fsdp["version"]) == "2" else "FSDP", ", ".join(details))
     return Split("DDP")  # on CPUs also for FSDP, as Accelerate 1.15 replaces it
 
 
@@ -149,10 +140,10 @@ def uses_deepspeed(recipe: Recipe) -> bool:
 def fsdp_config(recipe: Recipe) -> dict[str, Any]:
     """Return FSDP's settings under the names of `fsdp_config` without their prefix: the recipe's, or the launcher's."""
     if not recipe.fsdp:
-        names = {"version": "VERSION", "cpu_offload": "OFFLOAD_PARAMS", "state_dict_type": "STATE_DICT_TYPE"}
-        names["cpu_ram_efficient_loading"] = "CPU_RAM_EFFICIENT_LOADING"
-        launched = {key: os.environ.get(f"FSDP_{name}") for key, name in names.items()}
-        return launched | {"version": launched["version"] or "1"}
+        names = ("state_dict_type", "cpu_ram_efficient_loading")
+        launched = {name: os.environ.get(f"FSDP_{name.upper()}") for name in names}
+        launched["cpu_offload"] = os.environ.get("FSDP_OFFLOAD_PARAMS")
+        return launched | {"version": os.environ.get("FSDP_VERSION") or "1"}
     named = {name.removeprefix("fsdp_"): value for name, value in read_settings(recipe.fsdp_config).items()}
     return {"version": 2, "cpu_offload": "offload" in recipe.fsdp.split()} | named
 
@@ -184,7 +175,5 @@ def unsupported_by_fsdp(recipe: Recipe, args: SFTConfig, split: Split) -> Iterat
         yield key, f"{what} is not supported with {split.engine}; set optim: adamw_torch, or launch with zero2.yaml"
     embeddings = [name for name in recipe.additional_target if "embed" in name or name == "wte"]
     if embeddings:
-        yield (
-            "additional_target",
-            f"{embeddings[0]} is not supported with {split.engine}; launch with accelerate_configs/zero3.yaml",
-        )
+        problem = f"{embeddings[0]} is not supported with {split.engine}; launch with accelerate_configs/zero3.yaml"
+        yield "additional_target", problem

@@ -43,9 +43,8 @@ def check_objective(recipe: Recipe, key: str, config: PreTrainedConfig, args: SF
     if has_scaled_logits(config):
         raise recipe.error(key, f"not supported: {config.model_type} scales its logits; use_dft_loss is supported")
     if getattr(args.parallelism_config, "non_data_parallel_size", 1) > 1:
-        raise recipe.error(
-            key, "not supported where processes split each row; launch with accelerate_configs/multi_gpu.yaml"
-        )
+        what = "not supported where processes split each row"
+        raise recipe.error(key, f"{what}; launch with accelerate_configs/multi_gpu.yaml")
 
 
 def score_labelled_positions_only(
@@ -132,12 +131,23 @@ def score_tokens(
     Returns:
         Three float32 tensors of shape (tokens,); only the first has a gradient.
     """
-    reference_hidden, reference_head = ([reference[0]], reference[1]) if reference else ([], None)
-    project, size = _projection(head), TILE_POSITIONS
-    if project is None:
-        project, size = head, max(len(hidden), 1)
-    tiles = list(zip(*(tensor.split(size) for tensor in (hidden, labels, *reference_hidden)), strict=True))
-    score = functools.partial(_score_tile, project, objective, reference_head)
+    projection = _projection(head)
+    project, size = projection or head, TILE_POSITIONS if projection else max(len(hidden), 1)
+    tensors = (hidden, labels, reference[0]) if reference else (hidden, labels)
+    tiles = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+
+    def score(hidden: Tensor, labels: Tensor, reference_hidden: Tensor | None = None) -> Scores:
+        log_softmax = torch.log_softmax(project(hidden).float(), dim=-1)
+        log_probs = log_softmax.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        with torch.no_grad():
+            other = torch.log_softmax(reference[1](reference_hidden).float(), dim=-1) if reference else None
+        if objective:
+            log_probs = objective(log_probs, log_softmax, other)
+        with torch.no_grad():
+            entropy = -(log_softmax.exp().mul_(log_softmax)).sum(-1)
+            is_top1 = (log_softmax.argmax(-1) == labels).float()
+        return log_probs, entropy, is_top1
+
     # A single tile keeps its logits for the backward pass; several are recomputed there.
     recomputed = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
     scored = [(score if len(tiles) == 1 else recomputed)(*tile) for tile in tiles]
@@ -165,25 +175,3 @@ def _gather(parameter: Tensor) -> Tensor:
         return parameter
     # of a model without a final norm; as FSDP does, average the gradients of all processes
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
-
-
-def _score_tile(
-    project: Projection,
-    objective: Objective | None,
-    reference_head: nn.Module | None,
-    hidden: Tensor,
-    labels: Tensor,
-    reference_hidden: Tensor | None = None,
-) -> Scores:
-    log_softmax = torch.log_softmax(project(hidden).float(), dim=-1)
-    log_probs = log_softmax.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():
-        reference = (
-            None if reference_head is None else torch.log_softmax(reference_head(reference_hidden).float(), dim=-1)
-        )
-    if objective:
-        log_probs = objective(log_probs, log_softmax, reference)
-    with torch.no_grad():
-        entropy = -(log_softmax.exp().mul_(log_softmax)).sum(-1)
-        is_top1 = (log_softmax.argmax(-1) == labels).float()
-    return log_probs, entropy, is_top1

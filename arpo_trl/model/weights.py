@@ -1,10 +1,10 @@
-"""The parts of a model: the weights that text reaches, the linear layers, and the bytes that they take when quantized."""
+"""The parts of a model: the weights that text reaches, and the linear layers."""
 
 from collections.abc import Mapping
 from typing import Any, cast
 
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 Model = PreTrainedModel | PeftModel
@@ -54,16 +54,3 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
         for name, layer in model.named_modules()
         if layer is not head and (isinstance(layer, nn.Linear) or "Linear" in type(layer).__name__)
     ]
-
-
-def frozen_linear_weights(model: PreTrainedModel) -> list[Tensor]:
-    """Return the weights that are quantized: those of frozen linear layers except the head."""
-    layers = [layer.weight for layer in model.base_model.modules() if isinstance(layer, nn.Linear)]
-    return [weight for weight in layers if not weight.requires_grad]
-
-
-def saved_bytes(weights: list[Tensor], bits: float, codebooks: int = 0) -> int:
-    """Return the bytes that quantization to `bits` per weight saves; `codebooks`: entries stored with each weight."""
-    if not bits:
-        return 0
-    return sum(w.nbytes - int(w.numel() * bits / 8) - codebooks * w.element_size() for w in weights)

@@ -17,7 +17,6 @@ from ..errors import RecipeError
 from .keys_of_trl import OURS_TOO, SftKeys
 from .methods import AdvancedKeys
 from .preference import PreferenceKeys
-from .rollout_keys import RolloutKeys
 from .types import (
     Attention,
     Count,
@@ -31,6 +30,7 @@ from .types import (
     Spans,
     Stage,
     TemplateName,
+    Tools,
     Trackers,
     Whole,
     from_json,
@@ -162,6 +162,21 @@ class PredictKeys(BaseModel):
     repetition_penalty: Number = key(1.0, "Penalty for repetition; 1 means none", "generate(repetition_penalty)", gt=0)
     length_penalty: Number = key(1.0, "Beam search: above 0 favors long replies", "generate(length_penalty)")
     skip_special_tokens: bool = key(True, "Omit special tokens from generated_predictions.jsonl")
+
+
+class RolloutKeys(BaseModel):
+    rollout_on: Literal["eval", "train"] = key("eval", "Rows that give the questions. eval measures; train is for selecting rows and pairs")
+    num_generations: Count = key(8, "Trajectories per question; 1 is greedy unless do_sample is set")
+    max_tool_calls: Whole = key(10, "Tool calls per trajectory; one more call ends it", ge=0)
+    tools: Tools = key({"python": "python"}, "Tools by name: python, or a command that reads the query on stdin and prints the result")
+    tool_timeout: Number = key(20.0, "Time limit of a tool call, in seconds", gt=0)
+    tool_memory: Count = key(1024, "Memory limit of a python call, in MB")
+    max_tool_output: Count = key(10_000, "Longest result of a tool call, in characters; the rest is cut")
+    server_url: str | None = key(None, "Generate on this OpenAI-compatible server (http://host:port/v1); if omitted, with transformers")
+    server_requests: Count = key(64, "Requests in flight on server_url")
+    judge: str | None = key(None, "Command that scores a trajectory: JSON with question, answer and trajectory on stdin, a number on stdout; 0.5 or more is right. If omitted, the final answer is compared with the reference")
+    max_per_question: Count = key(1, "Selected trajectories per question")
+    max_pairs_per_question: Count = key(1, "Preference pairs per question")
 
 
 COMMAND_LINE = Path("command line")  # the path of a recipe without a file

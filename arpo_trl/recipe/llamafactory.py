@@ -13,7 +13,6 @@ import yaml
 
 from ..errors import program
 from ..shell import quote_command
-from .yaml_file import Setting
 
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 RENAMED: dict[str, str] = _TABLES["renamed"]
@@ -48,13 +47,9 @@ def check_template_name(template: str) -> str | None:
     )
 
 
-def recognize(settings: Mapping[str, Setting]) -> str | None:
+def recognize(settings: Mapping[str, object]) -> str | None:
     """Return what to do instead, if the keys are LLaMA-Factory's v1 format or belong to another of its commands."""
-
-    def value(key: str, default: str = "") -> str:
-        return str(settings[key].value) if key in settings and settings[key].value else default
-
-    model, adapter = value("model_name_or_path"), value("adapter_name_or_path")
+    model, adapter = settings.get("model_name_or_path"), settings.get("adapter_name_or_path")
     if any(key.startswith(("top.", "train.")) for key in settings):
         return "LLaMA Board's saved settings are not supported; pass the flags shown by its Preview command button"
     if _V1_KEYS & settings.keys() and not model:
@@ -67,21 +62,20 @@ def recognize(settings: Mapping[str, Setting]) -> str | None:
     if "export_dir" in settings:
         if not adapter:
             return "this is a LLaMA-Factory export recipe without an adapter; a trained model needs no export"
-        command = f"{program()} {quote_command(['merge', adapter, value('export_dir', 'OUT')])}"
+        command = f"{program()} {quote_command(['merge', str(adapter), str(settings['export_dir'] or 'OUT')])}"
         return f"this is a LLaMA-Factory export recipe; to merge the adapter, run: {command}"
     if _INFERENCE_KEYS & settings.keys() or ("template" in settings and "stage" not in settings):
-        command = f"{program()} {quote_command(['chat', adapter or model])}"
+        command = f"{program()} {quote_command(['chat', str(adapter or model)])}"
         return f"this is a LLaMA-Factory chat or API recipe; to chat with the model, run: {command}"
     return None
 
 
-def larger_batch(settings: Mapping[str, Setting]) -> str | None:
+def larger_batch(settings: Mapping[str, object]) -> str | None:
     """Return a notice if several GPUs would share a row: here each GPU has its own rows, so a step has more of them."""
-    values = {key: setting.value for key, setting in settings.items()}
-    names = [*_SPLITS_ROWS, *(["expert_model_parallel_size"] if values.get("use_megatron_bridge") is True else [])]
-    sizes = {key: size for key in names if isinstance(size := values.get(key), int) and 1 < size < 10_000}
-    times, steps = math.prod(sizes.values()), values.get("gradient_accumulation_steps") or 1
-    if times == 1 or values.get("global_batch_size"):
+    names = [*_SPLITS_ROWS, *(["expert_model_parallel_size"] if settings.get("use_megatron_bridge") is True else [])]
+    sizes = {key: size for key in names if isinstance(size := settings.get(key), int) and 1 < size < 10_000}
+    times, steps = math.prod(sizes.values()), settings.get("gradient_accumulation_steps") or 1
+    if times == 1 or settings.get("global_batch_size"):
         return None
     fix = f"use 1/{times} of the GPUs"
     if isinstance(steps, int) and steps % times == 0:

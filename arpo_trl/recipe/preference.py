@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator
 
+from ..errors import RecipeError
 from .types import Location, Locations, Number, key
 from .yaml_file import Setting, shorten
 
 LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
-WITHOUT_REFERENCE = ("orpo", "simpo")
 
 _Recipe = Any
 """`Recipe` inherits from the class below, so its name can't be imported here."""
@@ -53,17 +53,15 @@ class PreferenceKeys(BaseModel):
 
 def needs_reference(recipe: _Recipe) -> bool:
     """Return whether the loss compares with a reference model."""
-    return recipe.stage == "dpo" and recipe.pref_loss not in WITHOUT_REFERENCE
+    return recipe.stage == "dpo" and recipe.pref_loss not in ("orpo", "simpo")
 
 
 def keeps_base(recipe: _Recipe) -> bool:
     """Return whether the policy without its adapter is the reference, or its base with `ref_model_adapters` is."""
     if not recipe.trains_adapter:
         return False
-    if recipe.ref_model is None:
-        return True
-    merged = len(recipe.adapter_name_or_path) > (not recipe.create_new_adapter)
-    return names_base(recipe) and not merged and len(recipe.ref_model_adapters) <= 1
+    is_unmerged_base = names_base(recipe) and not recipe.adapters_to_merge and len(recipe.ref_model_adapters) <= 1
+    return is_unmerged_base or recipe.ref_model is None
 
 
 def names_base(recipe: _Recipe) -> bool:
@@ -79,33 +77,24 @@ def is_base(recipe: _Recipe) -> bool:
     return names_base(recipe) and not recipe.ref_model_adapters and not recipe.adapter_name_or_path
 
 
-def instead_of_merging(recipe: _Recipe) -> str:
-    """Return what to do with an adapter that can't be merged into the base."""
-    adapter = recipe.adapters_to_merge[0]
-    return (
-        f"merge it first (arpo-trl merge {adapter} OUT) and set model_name_or_path: OUT{compare_with_adapter(recipe)}"
-    )
+def unmergeable(recipe: _Recipe, base: str) -> RecipeError:
+    """Return the error for an adapter that can't be merged into the base, with what to do."""
+    adapter, instead = recipe.adapters_to_merge[0], compare_with_adapter(recipe)
+    fix = f"merge it first (arpo-trl merge {adapter} OUT) and set model_name_or_path: OUT{instead}"
+    error: RecipeError = recipe.error("adapter_name_or_path", f"{adapter} can't be merged into {base}; {fix}")
+    return error
 
 
 def compare_with_adapter(recipe: _Recipe) -> str:
     """Return how to compare with the last adapter without merging it, if `create_new_adapter` was to do that."""
     if not (needs_reference(recipe) and recipe.create_new_adapter):
         return ""
-    adapter = recipe.adapter_name_or_path[-1]
-    return (
-        f"; or compare with it unmerged: create_new_adapter: false, ref_model: {recipe.model_name_or_path}, "
-        f"ref_model_adapters: {adapter}"
-    )
+    base, adapter = recipe.model_name_or_path, recipe.adapter_name_or_path[-1]
+    keys = f"create_new_adapter: false, ref_model: {base}, ref_model_adapters: {adapter}"
+    return f"; or compare with it unmerged: {keys}"
 
 
-METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-)
+METRICS = "rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected".split()
 """Of a training step, and with the prefix eval_ of an evaluation."""
 
 _PREDICT = "not supported with stage: dpo. To predict, use a recipe with stage: sft and the trained model"

@@ -19,9 +19,6 @@ from .preference import read_old_stage
 from .rules import conflicts, resolve
 from .yaml_file import Problems, Setting, read_file, read_overrides, shorten
 
-MAPPING = Path("recipe")
-"""The path in messages of a recipe that is a mapping."""
-
 
 def read_recipe(
     path: str | Path | Mapping[str, object] | None, overrides: Sequence[str] = (), rollout: bool = False
@@ -35,26 +32,27 @@ def read_recipe(
     """
     problems: Problems = []
     if isinstance(path, Mapping):
-        settings = {
-            key: Setting(str(value) if isinstance(value, Path) else value, "recipe", "") for key, value in path.items()
-        }
-        path = MAPPING
+        texts = {key: str(value) if isinstance(value, Path) else value for key, value in path.items()}
+        settings = {key: Setting(value, "recipe") for key, value in texts.items()}
+        path = "recipe"  # in messages
     else:
-        settings = read_file(Path(path), problems) if path is not None else {}
+        settings = read_file(Path(path), takes_text, problems) if path is not None else {}
     settings |= read_overrides(overrides, takes_text, problems)
     path, all_read = COMMAND_LINE if path is None else Path(path), not problems
-    if other_format := recognize(settings):
+    values = {key: setting.value for key, setting in settings.items()}
+    if other_format := recognize(values):
         raise RecipeError(f"{path}: {other_format}")
-    larger, old_stage = larger_batch(settings), read_old_stage(settings)
+    larger, old_stage = larger_batch(values), read_old_stage(settings)
     ignored = _keep_known_keys(settings, problems)
     recipe = _validate(settings, problems)
     if recipe:
-        lines = {key: int(location[5:]) for key, (_, location, _) in settings.items() if location.startswith("line ")}
+        locations = {key: setting.location for key, setting in settings.items()}
+        lines = {key: int(location[5:]) for key, location in locations.items() if location.startswith("line ")}
         notices = [f"{path}: {', '.join(names)}: ignored; {why}" for why, names in ignored.items()]
         notices += [f"{path}: {line}" for line in (larger, old_stage) if line]
         recipe = recipe.model_copy(update={"path": path, "lines": lines, "notices": notices})
         if all_read:  # a value that could not be read might resolve a conflict
-            problems += [(_location(key, settings), f"{key}: {why}") for key, why in conflicts(recipe, rollout)]
+            problems += [(locations.get(key, "missing"), f"{key}: {why}") for key, why in conflicts(recipe, rollout)]
     if problems or not recipe:
         # by line number ("line 9" before "line 10"), then the problems without a line: "missing", "override"
         problems.sort(key=lambda problem: (problem[0][:4] != "line", len(problem[0]), problem[0]))
@@ -70,7 +68,7 @@ def _keep_known_keys(settings: dict[str, Setting], problems: Problems) -> dict[s
     Unsupported and unknown keys are added to `problems`. Returns the ignored keys by reason.
     """
     ignored: dict[str, list[str]] = {}
-    for key, (value, location, text) in list(settings.items()):
+    for key, (value, location) in list(settings.items()):
         if key in keys():
             continue
         del settings[key]
@@ -79,7 +77,7 @@ def _keep_known_keys(settings: dict[str, Setting], problems: Problems) -> dict[s
                 continue
             if RENAMED[key] in settings and settings[RENAMED[key]].value != value:
                 problems.append((location, f"{key}: an alias of {RENAMED[key]}, which is also set; keep one"))
-            settings.setdefault(RENAMED[key], Setting(value, location, text))
+            settings.setdefault(RENAMED[key], Setting(value, location))
         elif key in IGNORED:
             ignored.setdefault(IGNORED[key], []).append(key)
         elif key not in NOT_SUPPORTED:
@@ -94,13 +92,11 @@ def _keep_known_keys(settings: dict[str, Setting], problems: Problems) -> dict[s
 def _validate(settings: dict[str, Setting], problems: Problems) -> Recipe | None:
     """Return the recipe with these values if each has its type; otherwise add to `problems`."""
     values: dict[str, object] = {}
-    for key, (value, location, text) in settings.items():
+    for key, (value, location) in settings.items():
         known = keys()[key]
         if value is None and known.may_be_null:
             continue
-        if isinstance(value, int | float) and text and takes_text(key):
-            value = text
-        elif isinstance(value, str) and value.lower() in ("true", "false") and "boolean" in str(known.schema):
+        if isinstance(value, str) and value.lower() in ("true", "false") and "boolean" in str(known.schema):
             value = value.lower() == "true"  # quoted, even if the key takes text as well
         if isinstance(value, str) and "${" in value:
             fix = f"write the value, or pass {key}=... on the command line"
@@ -112,10 +108,8 @@ def _validate(settings: dict[str, Setting], problems: Problems) -> Recipe | None
     except ValidationError as error:
         for key, wrong in {str(wrong["loc"][0]): wrong for wrong in error.errors()}.items():
             if key in values:
-                problems.append((_location(key, settings), f"{key}: {_describe(key, values[key], wrong)}"))
-            elif (key not in settings or settings[key].value is None) and not any(
-                f"{key}:" == text.split(" ")[0] for _, text in problems
-            ):
+                problems.append((settings[key].location, f"{key}: {_describe(key, values[key], wrong)}"))
+            elif not any(text.startswith(f"{key}: ") for _, text in problems):
                 problems.append(("missing", f"{key}: required. {keys()[key].help}"))
         return None
 
@@ -126,10 +120,6 @@ def takes_text(key: str) -> bool:
     schema = keys()[key].schema if key in keys() else {}
     kinds = [part.get("type") for part in schema.get("anyOf", [schema]) if "enum" not in part]
     return "string" in kinds and set(kinds) <= {"string", "null"}
-
-
-def _location(key: str, settings: dict[str, Setting]) -> str:
-    return settings[key].location if key in settings else "missing"
 
 
 def _describe(key: str, value: object, wrong: ErrorDetails) -> str:

@@ -12,6 +12,7 @@ from .llamafactory import TOKENIZERS_OWN
 def resolve(recipe: Recipe, rollout: bool = False) -> Recipe:
     """Set the keys that depend on other keys or on this machine, and collect the notices to print."""
     sampled = any(is_set(recipe, key) for key in ("temperature", "top_p", "top_k"))
+    trackers = recipe.report_to + ["swanlab"] * (recipe.use_swanlab and not {"swanlab", "all"} & {*recipe.report_to})
     packing = recipe.packing or recipe.neat_packing
     predict = recipe.do_predict or recipe.predict_with_generate
     resolved = recipe.model_copy(
@@ -23,7 +24,7 @@ def resolve(recipe: Recipe, rollout: bool = False) -> Recipe:
             "gradient_checkpointing": not recipe.disable_gradient_checkpointing and recipe.gradient_checkpointing,
             "packing": packing,
             "neat_packing": packing,
-            "report_to": _trackers(recipe),
+            "report_to": [name for name in trackers if name != "wandb" or not wandb_is_disabled()],
             "flash_attn": "sdpa" if _missing_kernel(recipe) else recipe.flash_attn,
             "preflight": False if methods.layerwise_key(recipe) else recipe.preflight,  # or auto
             "do_predict": predict,
@@ -36,12 +37,6 @@ def resolve(recipe: Recipe, rollout: bool = False) -> Recipe:
         uses = ["evaluated"] * recipe.do_eval + ["used to generate replies"] * predict
         notices.insert(0, f"{recipe.path}: do_train is not true; the model is only {' and '.join(uses)}")
     return resolved.model_copy(update={"notices": notices})
-
-
-def _trackers(recipe: Recipe) -> list[str]:
-    add_swanlab = recipe.use_swanlab and not {"swanlab", "all"} & {*recipe.report_to}
-    names = recipe.report_to + ["swanlab"] * add_swanlab
-    return [name for name in names if not (name == "wandb" and wandb_is_disabled())]
 
 
 def _missing_kernel(recipe: Recipe) -> str | None:
@@ -109,9 +104,6 @@ def conflicts(recipe: Recipe, rollout: bool = False) -> Iterator[tuple[str, str]
         yield "interleave_probs", f"expected one value per dataset ({len(datasets)}), found {len(shares)}"
     elif shares and (min(shares) < 0 or abs(sum(shares) - 1) > 1e-8):  # numpy's tolerance
         yield "interleave_probs", f"expected values that sum to 1, found {', '.join(f'{share:g}' for share in shares)}"
-    for key in ("use_rslora", "use_dora"):
-        if getattr(recipe, key) and recipe.finetuning_type != "lora":
-            yield key, "requires finetuning_type: lora"
     # LLaMA-Factory trains an adapter if finetuning_type is omitted; a recipe that relies on it must not train all weights.
     for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target"):
         if is_set(recipe, key) and not is_set(recipe, "finetuning_type"):
@@ -160,6 +152,8 @@ RULES: list[tuple[str, Callable[[Recipe], object], str]] = [
     ("lora_target", lambda r: r.trains_adapter and not r.lora_target, "expected all or names of modules, found none"),
     ("dataloader_prefetch_factor", lambda r: r.trl.get("dataloader_prefetch_factor") == 0, "expected an integer > 0, found 0"),
     ("create_new_adapter", lambda r: r.create_new_adapter and not r.adapter_name_or_path, "requires adapter_name_or_path"),
+    ("use_rslora", lambda r: r.use_rslora and r.finetuning_type != "lora", "requires finetuning_type: lora"),
+    ("use_dora", lambda r: r.use_dora and r.finetuning_type != "lora", "requires finetuning_type: lora"),
     ("adapter_name_or_path", lambda r: r.adapter_name_or_path and not r.trains_adapter, "requires finetuning_type: lora (or oft)"),
 ]
 # fmt: on

@@ -148,6 +148,20 @@ def _is_span(value: str) -> str:
     return value
 
 
+def _tools(value: object) -> object:
+    """Read `python` as a mapping, too, and the JSON text of one."""
+    value = from_json(value)
+    if isinstance(value, str):
+        value = {value: value}
+    if not isinstance(value, dict) or not all(isinstance(part, str) for pair in value.items() for part in pair):
+        raise ValueError(
+            f"expected python, or a mapping with lines NAME: python or NAME: COMMAND, found {shorten(value)}"
+        )
+    if unknown := [name for name, tool in value.items() if name == tool != "python"]:
+        raise ValueError(f"{unknown[0]} has no command (expected {unknown[0]}: COMMAND)")
+    return value
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
@@ -176,6 +190,7 @@ Locations = Annotated[list[Location], BeforeValidator(_split, json_schema_input_
 Settings = Annotated[
     dict[str, object] | None, BeforeValidator(_settings, json_schema_input_type=dict[str, object] | str | None)
 ]
+Tools = Annotated[dict[str, str], BeforeValidator(_tools, json_schema_input_type=dict[str, str] | str)]
 Words = Annotated[str | None, BeforeValidator(_to_words, json_schema_input_type=bool | str | list[str] | None)]
 Trackers = Annotated[list[str], BeforeValidator(_trackers, json_schema_input_type=str | list[str])]
 Stage = Annotated[Literal["sft", "dpo"], BeforeValidator(_known_stage)]

@@ -22,20 +22,21 @@ MOST_VALUES = 10_000  # in one key, aliases expanded
 
 class Setting(NamedTuple):
     value: object
-    location: str  # "line 14" or "override"
-    text: str | None = None  # a number as written: run_name: 007
+    location: str  # "line 14", "override" or "recipe"
 
 
 Problems = list[tuple[str, str]]  # location and message
 
 
-def read_file(path: Path, problems: Problems) -> dict[str, Setting]:
-    """Return the keys of a recipe file with their lines; duplicates, tags and invalid values become problems."""
+def read_file(path: Path, is_text: Callable[[str], bool], problems: Problems) -> dict[str, Setting]:
+    """Return the keys of a recipe file with their lines; duplicates, tags and invalid values become problems.
+
+    `is_text`: whether a key takes only text; such a number is text as written: run_name: 007.
+    """
     loader, root = _parse(path)
     if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(
-            f"{path}: expected lines such as learning_rate: 1e-5, found {'an empty file' if root is None else 'no keys'}"
-        )
+        actual = "an empty file" if root is None else "no keys"
+        raise RecipeError(f"{path}: expected lines such as learning_rate: 1e-5, found {actual}")
     settings: dict[str, Setting] = {}
     first_lines: dict[str, str] = {}
     for key_node, value_node in root.value:
@@ -45,13 +46,12 @@ def read_file(path: Path, problems: Problems) -> dict[str, Setting]:
             problems.append((location, f"{key}: duplicate of {first_lines[key]}; keep one"))
             continue
         first_lines[key] = location
+        if isinstance(value_node, yaml.ScalarNode) and value_node.tag.endswith((":int", ":float")) and is_text(key):
+            value_node = yaml.ScalarNode("tag:yaml.org,2002:str", value_node.value)
         try:
-            value = _construct(loader, value_node)
+            settings[key] = Setting(_construct(loader, value_node), location)
         except _InvalidValueError as invalid:
             problems.append((location, f"{key}: {invalid}"))
-            continue
-        number = value_node.tag.endswith((":int", ":float")) and isinstance(value_node, yaml.ScalarNode)
-        settings[key] = Setting(value, location, value_node.value if number else None)
     return settings
 
 
@@ -73,11 +73,8 @@ def _parse(path: Path) -> tuple[_Loader, yaml.Node | None]:
         problem = "expected key: value, with a space after the colon" if context.endswith("key") else error.problem
         if problem in ("second occurrence", "but found another document"):  # the rest of a sentence
             problem = f"{context}, {problem}"
-        fix = (
-            f"; {BACKSLASHES}"
-            if context == "while scanning a double-quoted scalar" and "escape" in str(problem)
-            else ""
-        )
+        is_escape = context == "while scanning a double-quoted scalar" and "escape" in str(problem)
+        fix = f"; {BACKSLASHES}" if is_escape else ""
         raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: invalid YAML ({problem or context}){fix}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: invalid YAML or not UTF-8 ({str(error).splitlines()[0]})") from None
@@ -91,17 +88,13 @@ def _parse(path: Path) -> tuple[_Loader, yaml.Node | None]:
 
 def _construct(loader: _Loader, node: yaml.Node) -> object:
     try:
-        if _count(node, {}) > MOST_VALUES:
-            raise _InvalidValueError(
-                f"expected a plain value, found more than {MOST_VALUES:,} values after expanding aliases"
-            )
-        return loader.construct_object(node, deep=True)
-    except _InvalidValueError:
-        raise
+        if _count(node, {}) <= MOST_VALUES:
+            return loader.construct_object(node, deep=True)
     except (yaml.YAMLError, RecursionError, ValueError, KeyError):  # a value that contains itself, !!int [], !!bool x
         raise _InvalidValueError(
             "invalid YAML value (an alias inside itself, or a tag that does not match); write a plain value"
         ) from None
+    raise _InvalidValueError(f"expected a plain value, found more than {MOST_VALUES:,} values after expanding aliases")
 
 
 def _count(node: yaml.Node, counted: dict[int, int]) -> int:
@@ -115,12 +108,9 @@ def _count(node: yaml.Node, counted: dict[int, int]) -> int:
 
 
 def read_overrides(overrides: Sequence[str], is_text: Callable[[str], bool], problems: Problems) -> dict[str, Setting]:
-    """Return the values of `key=value` overrides; the last one of a key wins.
+    """Return the values of `key=value` overrides, and add to `problems`; the last one of a key wins.
 
-    Args:
-        overrides: As written on the command line.
-        is_text: Whether a key takes only text; such a value is read as YAML only if it is quoted.
-        problems: Extended by the problems in the overrides.
+    `is_text`: whether a key takes only text; such a value is read as YAML only if it is quoted.
     """
     settings = {}
     for override in overrides:
@@ -129,11 +119,9 @@ def read_overrides(overrides: Sequence[str], is_text: Callable[[str], bool], pro
             problems.append(("override", f"{override}: expected key=value"))
             continue
         try:
-            value = _read_text(text) if is_text(key) else _read_yaml(text)
+            settings[key] = Setting(_read_text(text) if is_text(key) else _read_yaml(text), "override")
         except _InvalidValueError as invalid:
             problems.append(("override", f"{key}: {invalid}"))
-        else:
-            settings[key] = Setting(value, "override", text.strip())
     return settings
 
 
@@ -171,7 +159,7 @@ def find_recipes(folder: Path) -> list[Path]:
     return [file for file in files if "\nmodel_name_or_path:" in "\n" + file.read_text("utf-8", errors="replace")]
 
 
-class _InvalidValueError(ValueError):
+class _InvalidValueError(Exception):
     """An invalid value: a tag (which could run code), a duplicate key, or text with an invalid character."""
 
 

@@ -26,9 +26,8 @@ from ..data.sources import select_datasets
 from ..errors import RecipeError, RowError
 from ..machine import installed_versions
 from ..processes import on_main_process
-from ..recipe.keys import OutputKeys, PredictKeys, Recipe, keys
+from ..recipe.keys import OutputKeys, PredictKeys, Recipe, RolloutKeys, keys
 from ..recipe.methods import CANNOT_CHANGE as METHODS_CANNOT_CHANGE
-from ..recipe.rollout_keys import RolloutKeys
 from ..run_folder import MANIFEST, write_json
 from ..version import __version__
 

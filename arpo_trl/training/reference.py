@@ -26,8 +26,8 @@ from ..model.model import load_model
 from ..model.split import find_split
 from ..model.token_scores import score_labelled_positions_only
 from ..model.weights import Model
-from ..recipe import methods
 from ..recipe.keys import Recipe
+from ..recipe.methods import AdvancedKeys
 from ..recipe.preference import keeps_base, needs_reference
 from .loss import Batch
 from .preference import REFERENCE, PairScores, metric_names, score_pairs, split_rows
@@ -137,7 +137,7 @@ def precomputes(recipe: Recipe) -> bool:
 
 def to_reference_recipe(recipe: Recipe) -> Recipe:
     """Return a recipe of which `load_model` loads the model that `ref_model` and `ref_model_adapters` name."""
-    changes = methods.defaults()
+    changes = AdvancedKeys().model_dump()  # no rare method
     changes |= {"model_name_or_path": recipe.ref_model, "do_train": False, "create_new_adapter": False}
     if recipe.ref_model_adapters:
         changes |= {"adapter_name_or_path": recipe.ref_model_adapters, "finetuning_type": "lora"}

@@ -20,7 +20,7 @@ from transformers import (
 
 from arpo_trl.errors import RecipeError
 from arpo_trl.model.base import runs_code
-from arpo_trl.model.base_files import CHANGED_CONFIG_KEYS, CHANGED_GENERATION_KEYS, read_base_files
+from arpo_trl.model.base_files import CHANGED_CONFIG_KEYS, TOKENS, read_base_files
 from arpo_trl.model.weights import is_inside, unreached_by_text
 
 SMALL: dict[str, Any] = {
@@ -71,10 +71,10 @@ def test_a_saved_model_keeps_dtypes_values_and_configs(tmp_path: Path) -> None:
     saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
     assert [name for name in saved if not torch.equal(saved[name], expected[name])] == []
     assert {name.rpartition(".")[2] for name, dtype in files.others.items() if dtype == torch.float32} == {BIAS}
-    for file, changed in (("config.json", CHANGED_CONFIG_KEYS), ("generation_config.json", CHANGED_GENERATION_KEYS)):
+    for file, changed in (("config.json", CHANGED_CONFIG_KEYS), ("generation_config.json", TOKENS)):
         before, after = (json.loads((folder / file).read_text(encoding="utf-8")) for folder in (base, out))
         assert after["eos_token_id"] in (5, [5])
-        assert {key for key in before | after if before.get(key) != after.get(key)} <= changed.keys()
+        assert {key for key in before | after if before.get(key) != after.get(key)} <= {*changed}
 
 
 def test_a_model_that_computes_keeps_router_biases_in_float32_and_casts_norms(tmp_path: Path) -> None:

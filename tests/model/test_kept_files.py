@@ -17,7 +17,7 @@ import torch
 from launches import ENGINES, NEEDS_DEEPSPEED, attempt, command, launch
 from safetensors.torch import load_file, save_file
 
-from arpo_trl.model.base_files import CHANGED_CONFIG_KEYS, CHANGED_GENERATION_KEYS
+from arpo_trl.model.base_files import CHANGED_CONFIG_KEYS, TOKENS
 from arpo_trl.model.merge import merge
 from arpo_trl.recipe import read_recipe
 from arpo_trl.training.train import train
@@ -96,7 +96,7 @@ def differences(base: Path, out: Path) -> list[str]:
     lines = [
         line for line, name in zip(lines, sorted(before.keys() | after.keys())) if before.get(name) != after.get(name)
     ]
-    for file, changed in (("config.json", CHANGED_CONFIG_KEYS), ("generation_config.json", CHANGED_GENERATION_KEYS)):
+    for file, changed in (("config.json", CHANGED_CONFIG_KEYS), ("generation_config.json", TOKENS)):
         old, new = (json.loads((folder / file).read_text(encoding="utf-8")) for folder in (base, out))
         keys = sorted(key for key in old | new if old.get(key) != new.get(key) and key not in changed)
         lines += [f"{file}: {key}: {old.get(key)} -> {new.get(key)}" for key in keys]

@@ -40,7 +40,9 @@ def without_badam(folder: Path) -> Path:
     package = shutil.copytree(PACKAGE, folder / "arpo_trl", ignore=shutil.ignore_patterns("__pycache__"))
     (package / "model" / "methods" / "badam.py").unlink()
     rows = package / "recipe" / "methods.py"
-    text, blocks = re.subn(r"^# --- BAdam ---.*?(?=^# --- )", "", rows.read_text(encoding="utf-8"), flags=re.M | re.S)
+    text, blocks = re.subn(
+        r"^ *# --- BAdam ---.*?(?=^ *# --- )", "", rows.read_text(encoding="utf-8"), flags=re.M | re.S
+    )
     assert blocks == 1
     rows.write_text(text, encoding="utf-8")
     for file in (rows, rows.with_name("llamafactory.toml"), package / "model" / "methods" / "chosen.py"):

@@ -19,10 +19,8 @@ class Asft(Method):
     def check_config(self, config: PreTrainedConfig, args: SFTConfig) -> None:
         check_objective(self.recipe, "use_asft_loss", config, args)
         if find_split(self.recipe).shards_weights:
-            raise self.recipe.error(
-                "use_asft_loss",
-                "requires a complete second model on each process; launch with accelerate_configs/multi_gpu.yaml",
-            )
+            problem = "requires a complete second model on each process; launch with accelerate_configs/multi_gpu.yaml"
+            raise self.recipe.error("use_asft_loss", problem)
 
     def memory(self, parts: Parts, model: Model, args: SFTConfig) -> Parts:
         """Add the initial model's weights and its tile of logits."""

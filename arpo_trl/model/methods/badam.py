@@ -27,9 +27,8 @@ class Badam(Method):
         weights = [(re.match(r".*layers\.[^.]*\.", name), weight) for name, weight in model.named_parameters()]
         blocks = list(dict.fromkeys(match[0] for match, _ in weights if match))
         if not blocks:
-            raise self.recipe.error(
-                "use_badam", f"{model.config.model_type} has no blocks named layers; remove the line"
-            )
+            problem = f"{model.config.model_type} has no blocks named layers; remove the line"
+            raise self.recipe.error("use_badam", problem)
         if (start := self.recipe.badam_start_block or 0) >= len(blocks):
             raise self.recipe.error("badam_start_block", f"expected a block of 0 to {len(blocks) - 1}, found {start}")
         for match, weight in weights:

@@ -43,14 +43,11 @@ class Freeze(Method):
             ("freeze_extra_modules", recipe.freeze_extra_modules, outside),
         ):
             if unknown := [name for name in names if name not in known]:
-                raise recipe.error(
-                    key, f"the model has no module {unknown[0]}; expected some of {', '.join(sorted(known))}"
-                )
+                expected = f"expected some of {', '.join(sorted(known))}"
+                raise recipe.error(key, f"the model has no module {unknown[0]}; {expected}")
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise recipe.error(
-                "freeze_trainable_layers",
-                f"{recipe.freeze_trainable_layers} leaves nothing to train; the model has {layers} layers",
-            )
+            problem = f"{recipe.freeze_trainable_layers} leaves nothing to train; the model has {layers} layers"
+            raise recipe.error("freeze_trainable_layers", problem)
         if recipe.use_reentrant_gc:
             model.enable_input_require_grads()  # a reentrant checkpoint has no gradient where its input has none
 
@@ -74,9 +71,7 @@ def trained_layers(recipe: Recipe, layers: int) -> range:
     count = recipe.freeze_trainable_layers
     if recipe.use_llama_pro:
         if count < 1 or layers % count:
-            raise recipe.error(
-                "freeze_trainable_layers",
-                f"expected a divisor of the model's {layers} layers (use_llama_pro), found {count}",
-            )
+            problem = f"expected a divisor of the model's {layers} layers (use_llama_pro), found {count}"
+            raise recipe.error("freeze_trainable_layers", problem)
         return range(layers // count - 1, layers, layers // count)
     return range(max(0, layers - count), layers) if count > 0 else range(min(-count, layers))

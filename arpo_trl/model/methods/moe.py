@@ -22,9 +22,8 @@ class Moe(Method):
         if not self.recipe.moe_aux_loss_coef:
             return
         if not hasattr(config, "output_router_logits"):
-            raise self.recipe.error(
-                "moe_aux_loss_coef", f"not supported: {config.model_type} has no router; remove the line"
-            )
+            problem = f"not supported: {config.model_type} has no router; remove the line"
+            raise self.recipe.error("moe_aux_loss_coef", problem)
         if not hasattr(config, "num_experts"):  # Granite's and Phi's: trl 1.16, add_fused_lm_head
             config.num_experts = config.num_local_experts
 
@@ -55,10 +54,8 @@ def _fused_targets(config: AdapterConfig, model: PreTrainedModel) -> set[str] | 
     if not isinstance(converted, LoraConfig) or not converted.target_parameters:
         return None
     targets = getattr(config, "target_modules", None)
-    names = (
-        {name.rpartition(".")[2] for name in linear_layers(model)} if isinstance(targets, str) else {*(targets or ())}
-    )
-    return names - {*(converted.target_modules or ())}
+    names = {name.rpartition(".")[2] for name in linear_layers(model)} if isinstance(targets, str) else targets
+    return {*(names or ())} - {*(converted.target_modules or ())}
 
 
 @contextlib.contextmanager

@@ -2,34 +2,25 @@
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
-from trl.trainer.sft_config import SFTConfig
 
 from ...recipe.keys import Recipe
-from ...recipe.preference import instead_of_merging
+from ...recipe.preference import unmergeable
 from ..base import compute_dtype
-from ..weights import Model, frozen_linear_weights, saved_bytes, without_adapter
-from .method import AdapterConfig, Keywords, Method, Parts
-from .quantized import keep_gradients, name_all_linear_layers
+from .method import Keywords
+from .quantized import Quantized
 
 
-class Qlora(Method):
+class Qlora(Quantized):
+    def quantization_config(self) -> Keywords:
+        return {f"load_in_{self.recipe.quantization_bit}bit": True}
+
     def from_pretrained(self, kwargs: Keywords, config: PreTrainedConfig) -> Keywords:
         return kwargs | {"quantization_config": to_bitsandbytes_config(self.recipe)}
 
     def prepare_base(self, model: PreTrainedModel) -> None:
-        if adapters := self.recipe.adapters_to_merge:
-            raise self.recipe.error(
-                "adapter_name_or_path",
-                f"{adapters[0]} can't be merged into a quantized base; {instead_of_merging(self.recipe)}",
-            )
-        keep_gradients(model)
-
-    def adapter_config(self, config: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
-        return name_all_linear_layers(config, model)
-
-    def memory(self, parts: Parts, model: Model, args: SFTConfig) -> Parts:
-        weights = frozen_linear_weights(without_adapter(model))
-        return {"weights": parts["weights"] - saved_bytes(weights, self.recipe.quantization_bit or 0)}
+        if self.recipe.adapters_to_merge:
+            raise unmergeable(self.recipe, "a quantized base")
+        super().prepare_base(model)
 
 
 def to_bitsandbytes_config(recipe: Recipe) -> BitsAndBytesConfig:

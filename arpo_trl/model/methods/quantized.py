@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
@@ -18,7 +18,7 @@ from ...recipe.keys import Recipe
 from ...recipe.methods import QUANTIZED_PACKAGES
 from ..base import quantization
 from ..split import find_split
-from ..weights import Model, frozen_linear_weights, linear_layers, saved_bytes, without_adapter
+from ..weights import Model, linear_layers, without_adapter
 from .method import AdapterConfig, Keywords, Method, Parts
 
 
@@ -28,6 +28,9 @@ def is_quantized(recipe: Recipe) -> bool:
 
 
 class Quantized(Method):
+    def quantization_config(self) -> Keywords:
+        return quantization(self.recipe)
+
     def check_config(self, config: PreTrainedConfig, args: SFTConfig) -> None:
         about = quantization(self.recipe)
         is_aqlm_8 = about.get("quant_method") == "aqlm" and about["nbits_per_codebook"] == 8
@@ -40,11 +43,9 @@ class Quantized(Method):
         if not set_trainable_backend(config):
             return kwargs
         if find_split(self.recipe).shards_weights:
-            raise self.recipe.error(
-                "model_name_or_path",
-                f"{self.recipe.model_name_or_path} is quantized and can't be split by FSDP or DeepSpeed ZeRO-3; "
-                "launch with accelerate_configs/multi_gpu.yaml",
-            )
+            problem = f"{self.recipe.model_name_or_path} is quantized and can't be split by FSDP or DeepSpeed ZeRO-3"
+            fix = "launch with accelerate_configs/multi_gpu.yaml"
+            raise self.recipe.error("model_name_or_path", f"{problem}; {fix}")
         rope: Keywords = {key: kwargs[key] for key in ("rope_parameters", "max_position_embeddings") if key in kwargs}
         config.update(rope)
         kwargs = {key: value for key, value in kwargs.items() if key not in rope} | {"config": config}
@@ -53,19 +54,33 @@ class Quantized(Method):
         return kwargs
 
     def prepare_base(self, model: PreTrainedModel) -> None:
-        keep_gradients(model)
+        """Have quantized layers pass gradients on, also after an evaluation."""
+        layer: Any
+        for layer in model.modules():
+            # In an evaluation a Linear4bit of bitsandbytes 0.50 packs its weights for a kernel without gradients, and the
+            # first forward pass of a layer of gptqmodel 7.7 selects such a kernel for good. Both on CPUs.
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
+            if hasattr(layer, "linear_mode"):
+                layer.linear_mode = "train"
+            if hasattr(layer, "codebooks"):  # peft 0.21 adds in place to AQLM's output, a view where there is a bias
+                layer.register_forward_hook(lambda layer, args, output: output.clone())
 
     def adapter_config(self, config: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
-        return name_all_linear_layers(config, model)
+        """Replace "all-linear", for which PEFT finds none of the layers of GPTQ, AWQ and AQLM, by their names."""
+        if getattr(config, "target_modules", None) == "all-linear" and hasattr(model, "quantization_method"):
+            config.target_modules = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+        return config
 
     def prepare_adapter(self, model: PeftModel) -> None:
         codes = [name for name, p in model.named_parameters() if p.dtype is torch.int16]  # AQLM's
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, codes)  # no backend sends them
 
     def memory(self, parts: Parts, model: Model, args: SFTConfig) -> Parts:
-        config = quantization(self.recipe)
-        base = without_adapter(model)
-        weights, activations = frozen_linear_weights(base), parts["activations"]
+        config = self.quantization_config()
+        base, activations = without_adapter(model), parts["activations"]
+        linear = [layer.weight for layer in base.base_model.modules() if isinstance(layer, nn.Linear)]  # not the head
+        weights = [weight for weight in linear if not weight.requires_grad]
         if config.get("quant_method") in ("gptq", "awq"):  # the backward pass needs what the forward pass unpacked
             layers = base.config.get_text_config().num_hidden_layers if args.activation_checkpointing else 1
             activations += sum(weight.nbytes for weight in weights) // layers
@@ -103,27 +118,6 @@ def require_mergeable(config: PreTrainedConfig, adapter: Path) -> None:
         )
 
 
-def keep_gradients(model: PreTrainedModel) -> None:
-    """Have quantized layers pass gradients on, also after an evaluation."""
-    layer: Any
-    for layer in model.modules():
-        # In an evaluation a Linear4bit of bitsandbytes 0.50 packs its weights for a kernel without gradients, and the
-        # first forward pass of a layer of gptqmodel 7.7 selects such a kernel for good. Both on CPUs.
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-        if hasattr(layer, "linear_mode"):
-            layer.linear_mode = "train"
-        if hasattr(layer, "codebooks"):  # peft 0.21 adds in place to AQLM's output, a view where there is a bias
-            layer.register_forward_hook(lambda layer, args, output: output.clone())
-
-
-def name_all_linear_layers(config: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
-    """Replace "all-linear", for which PEFT finds none of the layers of GPTQ, AWQ and AQLM, by their names."""
-    if getattr(config, "target_modules", None) == "all-linear" and hasattr(model, "quantization_method"):
-        config.target_modules = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
-    return config
-
-
 def _method(config: PreTrainedConfig) -> str:
     method: str = (getattr(config, "quantization_config", None) or {}).get("quant_method", "")
     return method
@@ -138,4 +132,6 @@ def _saved(weights: list[Tensor], config: Mapping[str, Any]) -> int:
         codebooks = config["num_codebooks"] * 2 ** config["nbits_per_codebook"] * group
     elif size := config.get("group_size"):
         bits = config["bits"] + (16 + config["bits"]) / abs(size)  # -1: a group is a column, its cost is negligible
-    return saved_bytes(weights, bits, codebooks)
+    if not bits:
+        return 0
+    return sum(w.nbytes - int(w.numel() * bits / 8) - codebooks * w.element_size() for w in weights)
