@@ -10,8 +10,7 @@ the prompt are context, and `truncation_mode: llamafactory` cuts prompt and side
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import takewhile
-from typing import NamedTuple
+from itertools import count, takewhile
 
 from ..errors import RowError
 from .files import Row
@@ -21,9 +20,10 @@ from .labels import (
     ExampleConfig,
     Tokenize,
     Tokens,
-    add_segment,
+    join,
     keep_start,
     proportional_cut,
+    tokenize_segments,
 )
 from .messages import (
     Conversation,
@@ -43,14 +43,7 @@ from .segments import Segment
 from .strict_json import excerpt, parse_json
 
 SIDES = ("chosen", "rejected")
-
-
-class PairSegments(NamedTuple):
-    """The prompt up to the generation prompt, and the sides, each a reply that contexts and replies may follow."""
-
-    prompt: list[Segment]
-    chosen: list[Segment]
-    rejected: list[Segment]
+Rendered = tuple[Conversation, list[Segment]]
 
 
 # --- a row ---
@@ -211,8 +204,8 @@ def _check_pair(prompt: list[Message], sides: list[list[Message]]) -> None:
 # --- its tokens ---
 
 
-def split_side(conversation: Conversation, segments: list[Segment]) -> tuple[list[Segment], list[Segment]]:
-    """Split the segments of one side's conversation into the prompt and the side.
+def side_start(conversation: Conversation, segments: list[Segment]) -> int:
+    """Return the position of the first segment of one side's conversation that follows the prompt, a reply.
 
     Raises:
         RowError: if the template rewrites a turn of the side once later ones follow.
@@ -224,59 +217,54 @@ def split_side(conversation: Conversation, segments: list[Segment]) -> tuple[lis
             "the chat template renders an earlier turn of the chosen or rejected side differently once more turns "
             "follow; use a template that doesn't, or sides of one turn"
         )
-    return segments[:start], segments[start:]
+    return start
 
 
 def to_pair_examples(
-    pairs: Sequence[PairSegments], tokenize: Tokenize, config: ExampleConfig
+    pairs: Sequence[Sequence[Rendered]], tokenize: Tokenize, config: ExampleConfig
 ) -> list[Example | RowError]:
-    """Tokenize the segments of a batch of pairs in one call, cut and label each pair."""
-    texts, before = [], []
-    for prompt, chosen, rejected in pairs:
-        for segments, start in ((prompt, ""), (chosen, prompt[-1].text), (rejected, prompt[-1].text)):
-            texts += [segment.text for segment in segments]
-            before += [start, *(segment.text for segment in segments[:-1])]
-    tokens = iter(tokenize(texts, before))
-    return [_to_example(pair, [[next(tokens) for _ in segments] for segments in pair], config) for pair in pairs]
+    """Tokenize both sides of a batch of pairs in one call, cut and label each pair."""
+    starts, sides = [], []
+    for chosen, rejected in pairs:
+        starts.append(side_start(*chosen))
+        prompt = chosen[1][: starts[-1]]
+        sides += [chosen[1], [*prompt, *rejected[1][side_start(*rejected) :]]]
+    tokens = tokenize_segments(sides, tokenize)
+    return [
+        _to_example(start, sides[at : at + 2], tokens[at : at + 2], config) for at, start in zip(count(0, 2), starts)
+    ]
 
 
-def _to_example(pair: PairSegments, tokens: list[list[Tokens]], config: ExampleConfig) -> Example | RowError:
-    lengths = [[len(ids) for ids, _ in part] for part in tokens]
-    if sum(lengths[0]) >= config.cutoff_len and config.truncation_mode != "llamafactory":
+def _to_example(
+    start: int, sides: list[list[Segment]], tokens: list[list[Tokens]], config: ExampleConfig
+) -> Example | RowError:
+    """Join both sides, each with the prompt, which is the segments before `start`."""
+    lengths = [[len(ids) for ids, _ in side] for side in tokens]
+    prompt = sum(lengths[0][:start])
+    source, target = prompt, config.cutoff_len - prompt
+    if config.truncation_mode == "llamafactory":
+        source, target = proportional_cut([prompt, max(sum(side[start:]) for side in lengths)], config.cutoff_len)
+    elif target <= 0:
         return RowError(
-            f"the prompt alone has {sum(lengths[0]):,} tokens, and cutoff_len is {config.cutoff_len:,}: no reply is left"
+            f"the prompt alone has {prompt:,} tokens, and cutoff_len is {config.cutoff_len:,}: no reply is left"
         )
-    kept = _cut(lengths, config)
-    example, sides = Example(), []
-    for part in (1, 2):
-        side = Example()
-        for segments, number in ((pair.prompt, 0), (pair[part], part)):
-            for at, (segment, encoding, length) in enumerate(zip(segments, tokens[number], kept[number], strict=True)):
-                add_segment(side, segment, encoding, length, trained=number > 0 and at % 2 == 0 and not segment.masked)
-        if all(label == IGNORED for label in side.labels[1:]):  # no token precedes the first
-            return RowError(f"no trained token left of {SIDES[part - 1]}: raise cutoff_len ({config.cutoff_len:,})")
-        sides.append(side)
-        example.lost_answer = example.lost_answer or not kept[part][-1]
-    if sides[0].input_ids == sides[1].input_ids:
+    kept = [keep_start(side[:start], source) + keep_start(side[start:], target) for side in lengths]
+    chosen, rejected = examples = [join(*side, config) for side in zip(sides, tokens, kept)]
+    for name, example in zip(SIDES, examples):
+        if all(label == IGNORED for label in example.labels[1:]):  # no token precedes the first
+            return RowError(f"no trained token left of {name}: raise cutoff_len ({config.cutoff_len:,})")
+    if chosen.input_ids == rejected.input_ids:
         cut = f" once cut at cutoff_len ({config.cutoff_len:,})" if kept != lengths else ""
         return RowError(f"not a pair: chosen and rejected are identical{cut}")
-    for side in sides:
-        example.input_ids += side.input_ids
-        example.labels += side.labels
-        example.seq_lengths.append(len(side.input_ids))
-        example.notes += side.notes
-    example.cut = sum(map(sum, lengths)) - sum(map(sum, kept))
-    example.notes["cut", "pairs without the generation prompt"] += sum(kept[0]) < sum(lengths[0])
-    example.notes["cut", "sides without their end"] += sum(kept[part] != lengths[part] for part in (1, 2))
-    example.notes = +example.notes
-    return example
-
-
-def _cut(lengths: list[list[int]], config: ExampleConfig) -> list[list[int]]:
-    """Return how many tokens of each segment are kept, for the prompt and both sides."""
-    prompt, *sides = lengths
-    if config.truncation_mode == "llamafactory":
-        source, target = proportional_cut([sum(prompt), max(map(sum, sides))], config.cutoff_len)
-    else:
-        source, target = sum(prompt), config.cutoff_len - sum(prompt)
-    return [keep_start(prompt, source), *(keep_start(side, target) for side in sides)]
+    cut_of_prompt = prompt - min(prompt, source)
+    notes = chosen.notes + rejected.notes
+    notes["cut", "pairs without the generation prompt"] += cut_of_prompt > 0
+    notes["cut", "sides without their end"] += sum(example.cut > cut_of_prompt for example in examples)
+    return Example(
+        chosen.input_ids + rejected.input_ids,
+        chosen.labels + rejected.labels,
+        cut=chosen.cut + rejected.cut - cut_of_prompt,
+        lost_answer=chosen.lost_answer or rejected.lost_answer,
+        notes=+notes,
+        seq_lengths=[len(example.input_ids) for example in examples],
+    )
