@@ -22,7 +22,6 @@ from .serving_causes import (
     OWN_TEMPLATE,
     Change,
     Difference,
-    Explanation,
     add,
     explain,
     explain_bos,
@@ -153,10 +152,10 @@ class PromptComparison:
         (encoding,) = self.tokenize([row.text])
         ids = encoding.ids if served_ids is None else served_ids
         if served is None:
-            explanation = Explanation("chat template", "raises an error for messages of training", OWN_TEMPLATE)
+            difference = Difference("chat template", "raises an error for messages of training", OWN_TEMPLATE)
         elif served != row.text and served_ids != row.ids:
             plain = self.ask(row)
-            explanation = explain(row, served, plain, self.tokenizer, self.changes)
+            difference = explain(row, served, plain, self.tokenizer, self.changes)
             self.others.append((row, served, plain))
         elif ids == row.ids:
             check.identical += 1
@@ -166,17 +165,17 @@ class PromptComparison:
             check.border_tokens += _count_other_tokens(row.ids, ids)
             return ""
         else:
-            explanation = _explain_ids(row, ids, self.tokenizer)
-        add(check.differences, explanation, row.source)
-        return explanation.cause
+            difference = _explain_ids(row, ids, self.tokenizer)
+        add(check.differences, difference, row.source)
+        return difference.cause
 
     def unite(self, check: PromptCheck) -> None:
         """Report one cause in place of several if it alone explains every prompt with another text."""
         sources = [source for difference in check.differences for source in difference.rows]
         if len(check.differences) < 2 or len(sources) != len(self.others):
             return
-        if explanation := explain_together(self.others, self.tokenizer, self.changes):
-            check.differences = [Difference(*explanation, sources)]
+        if difference := explain_together(self.others, self.tokenizer, [(change,) for change in self.changes]):
+            check.differences = [replace(difference, rows=sources)]
 
     @cached_property
     def changes(self) -> list[Change]:
@@ -193,13 +192,13 @@ def _count_other_tokens(trained: list[int], served: list[int]) -> int:
     return max(len(trained), len(served)) - sum(block.size for block in blocks)
 
 
-def _explain_ids(row: ServingRow, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Explanation:
+def _explain_ids(row: ServingRow, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Difference:
     """Explain a prompt with the text of training and other tokens."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    if explanation := explain_bos(row.ids, ids, bos, tokenizer.bos_token):
-        return explanation
+    if difference := explain_bos(row.ids, ids, bos, tokenizer.bos_token):
+        return difference
     at = first_other(row.ids, ids)
-    return Explanation(
+    return Difference(
         "tokenizer",
         f"the same text has other tokens: token {at:,} is {row.ids[at : at + 3]} in training, {ids[at : at + 3]} served",
         "Serve the folder's own tokenizer; a converted one (GGUF) may split text in another way.",

@@ -7,6 +7,7 @@ model and a running server can be compared with what was trained.
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, islice, zip_longest
 from pathlib import Path
@@ -310,8 +311,17 @@ def built_in_rows(tokenizer: PreTrainedTokenizerBase, number: int = ROWS) -> lis
         RecipeError: if the chat template cannot be rendered.
     """
     template = find_template(tokenizer, enable_thinking=None, last_reasoning_only=True)
-    rows = (_built_in_row(name, messages, tools, template) for name, messages, tools in _conversations())
-    return list(islice(filter(None, rows), number))
+    rows: list[ServingRow] = []
+    for name, messages, tools in _conversations():
+        plain = Conversation(messages, tools)
+        with suppress(RowError):
+            encoded = _encode(plain, template.fit(plain), template)
+            row = _to_row(name, encoded, len(encoded.segments) - 1)
+            ask = row and Ask(with_reasoning_key(row.messages, template.reasoning_key), row.tools)
+            if row and ask and (context := render(ask, tokenizer)) is not None:
+                (tokens,) = make_tokenize(tokenizer)([context])
+                rows.append(replace(row, segments=[context], ids=tokens.ids))
+    return rows[:number]
 
 
 def _conversations() -> Iterator[tuple[str, list[Message], list[Fields] | None]]:
@@ -331,21 +341,3 @@ def _conversations() -> Iterator[tuple[str, list[Message], list[Fields] | None]]
         yield f"{name}, two turns", [system, *earlier, ask, reply], None
         yield f"{name}, tool", [system, ask, calls, result, reply], _TOOLS
         yield f"{name}, three turns", [*earlier, *earlier, ask, reply], None
-
-
-def _built_in_row(
-    name: str, messages: list[Message], tools: list[Fields] | None, template: Template
-) -> ServingRow | None:
-    plain = Conversation(messages, tools)
-    try:
-        encoded = _encode(plain, template.fit(plain), template)
-        row = _to_row(name, encoded, len(encoded.segments) - 1)
-        if row is None:
-            return None
-    except RowError:
-        return None
-    context = render(Ask(with_reasoning_key(row.messages, template.reasoning_key), row.tools), template.tokenizer)
-    if context is None:
-        return None
-    (tokens,) = make_tokenize(template.tokenizer)([context])
-    return replace(row, segments=[context], ids=tokens.ids)

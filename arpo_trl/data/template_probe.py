@@ -61,7 +61,7 @@ def find_template(
     Raises:
         RecipeError: the template can't be rendered.
     """
-    named = {name: SET_DEFAULT.sub("", jinja) for name, jinja in _named(tokenizer.chat_template).items()}
+    named = {name: SET_DEFAULT.sub("", jinja) for name, jinja in named_templates(tokenizer).items()}
     if "default" not in named:
         raise RecipeError(f"template: the tokenizer has templates named {', '.join(named)}, but none named default")
     day = day or date.today()
@@ -104,17 +104,19 @@ def set_thinking_default(template: Template) -> ChatTemplate:
         first = THINKING_DEFAULT.format("enable_thinking", "false")
     elif not template.supports_thinking:
         return chat_template
-    named = {name: first + SET_DEFAULT.sub("", jinja) for name, jinja in _named(chat_template).items()}
+    named = {name: first + SET_DEFAULT.sub("", jinja) for name, jinja in named_templates(template.tokenizer).items()}
     return named if isinstance(chat_template, dict) else named["default"]
 
 
-def _named(chat_template: ChatTemplate) -> dict[str, str]:
+def named_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the tokenizer's chat templates by name; a single one is named default."""
+    chat_template: ChatTemplate = tokenizer.chat_template
     return chat_template if isinstance(chat_template, dict) else {"default": chat_template}
 
 
 def date_formats(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the formats in which the tokenizer's chat templates write the day."""
-    return [call[2] for jinja in _named(tokenizer.chat_template).values() for call in STRFTIME_NOW.finditer(jinja)]
+    return [call[2] for jinja in named_templates(tokenizer).values() for call in STRFTIME_NOW.finditer(jinja)]
 
 
 def _dated(jinja: str, day: date) -> str:
