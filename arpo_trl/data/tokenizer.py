@@ -150,6 +150,10 @@ def shipped_template(name: str, with_default_system: bool = True) -> str:
     pieces = table[name]
     while other := pieces.pop("like", None):
         pieces = table[other] | pieces
+    if "turn" in pieces:
+        start, end = pieces.pop("turn")
+        system, user, header = (start.replace("{role}", role) for role in ("system", "user", "assistant"))
+        pieces = {"system": [system, end], "user": [user, end], "header": header, "reply": ["", end]} | pieces
     default = {"begin": "", "default_system": "", "result_join": "", "system_inside": False, "tools": "react"}
     default |= {"system": ["", ""], "reply": ["", "{eos}"], "reasoning": ["<think>\n", "\n</think>\n\n"]}
     pieces = default | {"has_reasoning": "reasoning" in pieces} | pieces
