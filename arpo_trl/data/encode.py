@@ -83,12 +83,8 @@ class Encoder:
         r = self.recipe
         return ExampleConfig(r.cutoff_len, r.mask_history, r.train_on_prompt, r.truncation_mode, r.mask_spans)
 
-    def read(self, row: Row) -> Conversation:
-        """Read a row, or a pair's chosen side, and fit it to the template. Raises RowError if it is malformed."""
-        return self.read_sides(row)[0]
-
     def read_sides(self, row: Row) -> list[Conversation]:
-        """Read a row as one conversation, or a pair as two: chosen and rejected. Raises RowError if it is malformed."""
+        """Read a row as one conversation, or a pair as two, and fit them. Raises RowError if it is malformed."""
         if isinstance(row.value, RowError):
             raise row.value
         return [self.template.fit(side) for side in read_sides(row.value, self.info, self.recipe.default_system)]

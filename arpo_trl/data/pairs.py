@@ -83,16 +83,13 @@ def read_sides(row: object, info: DatasetInfo, default_system: str | None = None
 
 def split_answers(row: Row, info: DatasetInfo) -> Iterator[Row]:
     """Yield the row, or one row for each answer after the first where its response is a list of more than two."""
-    column = info.columns.get("response", "")
-    if not isinstance(row.value, dict) or _has_sides(row.value, info):
+    column, value = info.columns.get("response", ""), row.value
+    answers = value.get(column) if isinstance(value, dict) and not _has_sides(value, info) else None
+    if isinstance(value, dict) and isinstance(answers, list) and len(answers) > 2:
+        for answer in answers[1:]:
+            yield Row(row.place, {**value, column: [answers[0], answer]})
+    else:
         yield row
-        return
-    answers = row.value.get(column)
-    if not isinstance(answers, list) or len(answers) <= 2:
-        yield row
-        return
-    for answer in answers[1:]:
-        yield Row(row.place, {**row.value, column: [answers[0], answer]})
 
 
 def _has_sides(row: Fields, info: DatasetInfo) -> bool:

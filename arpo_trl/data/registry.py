@@ -99,7 +99,7 @@ class DatasetInfo(BaseModel):
     def read(cls, name: str, file: Path, entry: object) -> DatasetInfo:
         """Read the entry of a registry file; null means not set, and so does the empty name of a column."""
         try:
-            info = cls.model_validate(_without_empty_columns(_without_nulls(entry)))
+            info = cls.model_validate(_without_unset(entry))
         except ValidationError as error:
             info = cls()
             info._findings = [("mistake", _describe_mistake(details)) for details in error.errors()]
@@ -209,17 +209,12 @@ def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
     return {name: DatasetInfo.read(name, path, entry) for name, entry in entries.items()}
 
 
-def _without_empty_columns(entry: object) -> object:
-    """Remove columns named "", which LLaMA-Factory does not read either."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("columns"), dict):
-        return entry
-    return {**entry, "columns": {key: column for key, column in entry["columns"].items() if column != ""}}
-
-
-def _without_nulls(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return value
+def _without_unset(value: object, *unset: str) -> object:
+    """Remove what is null, or in the columns "", which LLaMA-Factory does not read either."""
+    if not isinstance(value, dict):
+        return value
+    inside = {key: _without_unset(inner, *[""] * (key == "columns")) for key, inner in value.items()}
+    return {key: inner for key, inner in inside.items() if inner not in (None, *unset)}
 
 
 def _describe_mistake(details: ErrorDetails) -> str:

@@ -148,7 +148,7 @@ def _find_replies(row: Row, encoder: Encoder, expected: list[int] | None) -> lis
     """Return the last trained reply of a row with its context, the first one with calls, and the first."""
     recipe = encoder.recipe
     try:
-        fitted = encoder.read(row)
+        fitted = encoder.read_sides(row)[0]
         encoded = _encode(read_sides(row.value, encoder.info)[0], fitted, encoder.template)
     except RowError:
         return []
@@ -168,35 +168,25 @@ def _find_replies(row: Row, encoder: Encoder, expected: list[int] | None) -> lis
 
 def _to_row(source: str, encoded: _Encoded, at: int, default_system: str | None = None) -> ServingRow | None:
     """Return the reply that is segment `at` with its context, None if it does not end in an end-of-turn token."""
-    template, reply = encoded.template, encoded.pieces[at]
-    end = _position_of_end(reply, template)
-    if end is None:
+    template, position, reply_ids = encoded.template, encoded.position(at), encoded.pieces[at]
+    ends = {template.tokenizer.convert_tokens_to_ids(end) for end in template.turn_ends}
+    last = next((at for at in reversed(range(len(reply_ids))) if reply_ids[at] in ends), None)
+    if last is None:
         return None
-    position = encoded.position(at)
+    text = encoded.segments[at].text
+    reply = template.without_end(text)
     return ServingRow(
         source=source,
         messages=_as_sent(encoded, position),
         tools=encoded.fitted.tools,
         segments=[segment.text for segment in encoded.segments[:at]],
         ids=[token for piece in encoded.pieces[:at] for token in piece],
-        reply=_until_end(encoded.segments[at].text, template),
-        reply_ids=reply[: end + 1],
+        reply=reply + next(end for end in template.turn_ends if text[len(reply) :].startswith(end)),
+        reply_ids=reply_ids[: last + 1],
         calls=encoded.fitted.messages[position].get("tool_calls", []),
         day=template.day.isoformat(),
         default_system=default_system,
     )
-
-
-def _position_of_end(ids: list[int], template: Template) -> int | None:
-    """The position of the last token that ends a turn."""
-    ends = {template.tokenizer.convert_tokens_to_ids(end) for end in template.turn_ends}
-    return next((at for at in reversed(range(len(ids))) if ids[at] in ends), None)
-
-
-def _until_end(reply: str, template: Template) -> str:
-    """The reply's text through the token that ends it."""
-    text = template.without_end(reply)
-    return text + next(end for end in template.turn_ends if reply[len(text) :].startswith(end))
 
 
 def _as_sent(encoded: _Encoded, until: int) -> list[Message]:

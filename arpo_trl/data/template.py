@@ -57,12 +57,11 @@ class Template:
         epilogue: Ends any text without a generation prompt (Phi-3); removed.
         supports_thinking: If False, `enable_thinking` and `last_reasoning_only` have no effect.
         split_reasoning: Move a `<think>` block at the start of a reply into `reasoning_content`.
-        reasoning_key: The message key from which the template writes reasoning. If this and the next two are unset, it
-            goes into the text as `<think>`.
-        reasoning_chunks: The template writes reasoning from a chunk of the content (Mistral).
+        reasoning_key: The message key from which the template writes reasoning. If this and the next are unset, it goes
+            into the text as `<think>`.
         reasoning_block: What surrounds the reasoning of a reply. Without `reasoning_key`, the template doesn't write it in
-            every reply, or opens it only (Kimi K2 Thinking, Gemma 4, DeepSeek R1): then it is inserted before the reply's
-            text, and replaces an empty or opened block there.
+            every reply, opens it only (Kimi K2 Thinking, Gemma 4, DeepSeek R1), or writes it from a chunk of the content
+            (Mistral): then it is inserted before the reply's text, and replaces an empty or opened block there.
         thinking_switch: The variable that makes the template write reasoning or prompt for it (DeepSeek V3.2, Gemma 4);
             true by default in the saved template if a row has reasoning.
         call_id: The format of the call ids that the template writes.
@@ -86,7 +85,6 @@ class Template:
     supports_thinking: bool = False
     split_reasoning: bool = False
     reasoning_key: str | None = None
-    reasoning_chunks: bool = False
     reasoning_block: tuple[str, str] | None = None
     thinking_switch: str | None = None
     call_id: str | None = None
@@ -168,8 +166,8 @@ class Template:
         return reply
 
     def _place_reasoning(self, reply: Message, reasoning: str) -> Message:
-        """Put the reasoning where the template looks for it; `render` inserts chunks and blocks."""
-        if self.reasoning_chunks or self.inserts_reasoning:
+        """Put the reasoning where the template looks for it; `render` inserts blocks."""
+        if self.inserts_reasoning:
             return {**reply, "reasoning_content": reasoning}
         if self.reasoning_key:
             return cast(Message, {**reply, self.reasoning_key: reasoning})
@@ -207,21 +205,17 @@ class Template:
         return text.removesuffix(self.epilogue)
 
     def _mark_reasoning(self, messages: list[Message]) -> list[Message]:
-        """Put reasoning that the template has no key for into the content: as a chunk, or between two marks."""
-        if not self.reasoning_chunks and not self.inserts_reasoning:
+        """Put reasoning that the template has no key for into the content, between two marks."""
+        if not self.inserts_reasoning:
             return messages
         marked: list[Message] = []
         for message in messages:
-            reasoning = message.get("reasoning_content", "")
-            fields = {key: value for key, value in message.items() if key != "reasoning_content"}
-            if message["role"] != "assistant":
-                fields = dict(message)
-            elif self.inserts_reasoning and (reasoning or self._needs_empty_block(message)):
-                fields["content"] = f"{MARKS[0]}{reasoning}{MARKS[1]}{message['content']}"
-            elif reasoning:
-                text = [{"type": "text", "text": message["content"]}] if message["content"] else []
-                fields["content"] = [{"type": "thinking", "thinking": reasoning}, *text]
-            marked.append(cast(Message, fields))
+            if message["role"] == "assistant":
+                reasoning, needs_block = message.get("reasoning_content", ""), self._needs_empty_block(message)
+                message = cast(Message, {key: value for key, value in message.items() if key != "reasoning_content"})
+                if reasoning or needs_block:
+                    message["content"] = f"{MARKS[0]}{reasoning}{MARKS[1]}{message['content']}"
+            marked.append(message)
         return marked
 
     def _insert_reasoning(self, text: str) -> str:

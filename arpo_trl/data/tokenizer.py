@@ -86,12 +86,8 @@ def _read_stops(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[str
     name, cache_dir = recipe.model_name_or_path, recipe.cache_dir
     try:
         ends = GenerationConfig.from_pretrained(name, cache_dir=cache_dir, revision=recipe.model_revision).eos_token_id
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-    ):  # no such file, or not for this release; config.json is read with the model
-        return ()
+    except (OSError, ValueError, TypeError):
+        return ()  # no such file, or not for this release; config.json is read with the model
     ids = ends if isinstance(ends, list) else [ends]
     return tuple(str(tokenizer.convert_ids_to_tokens(end)) for end in ids if end is not None and end < len(tokenizer))
 
