@@ -268,10 +268,8 @@ def _read_csv(path: Path) -> Lines:
             for row in reader:
                 fields = [field for field in row.values() if isinstance(field, str)]
                 line = reader.line_num - sum(field.count("\n") for field in fields)
-                if None in row:
-                    yield line, RowError(f"not CSV (more fields than the header's {len(columns)})")
-                else:
-                    yield line, row
+                extra = RowError(f"not CSV (more fields than the header's {len(columns)})")
+                yield line, extra if None in row else row
         except csv.Error as error:  # An unclosed quote swallows an unknown number of rows.
             line = reader.reader.line_num
             raise DatasetError(

@@ -29,14 +29,13 @@ from .messages import (
     Conversation,
     Fields,
     Message,
-    Note,
-    Turns,
     check_order,
     complete,
     read_alpaca_prompt,
     read_turns,
     to_conversation,
     to_fields,
+    unite_tools,
 )
 from .registry import TAGS, DatasetInfo
 from .segments import Segment
@@ -64,11 +63,9 @@ def to_pair(row: object, info: DatasetInfo, default_system: str | None = None) -
         messages, sides = prompt.messages, [chosen.messages, rejected.messages]
     _check_pair(messages, sides)
     messages = [{**message, "trained": False} if message["role"] == "assistant" else message for message in messages]
-    tools, unread = [], Counter[Note]()
-    for turns in (prompt, chosen, rejected):
-        tools += turns.tools
-        unread += turns.unread
-    chosen_row = complete(Turns([*messages, *sides[0]], tools, unread), rest, info, default_system)
+    tools = unite_tools(part.tools for part in (prompt, chosen, rejected))
+    unread = prompt.unread + chosen.unread + rejected.unread
+    chosen_row = complete(Conversation([*messages, *sides[0]], tools, unread), rest, info, default_system)
     before = len(chosen_row.messages) - len(sides[0])
     other = [*chosen_row.messages[:before], *sides[1]]
     check_order(other)
@@ -114,11 +111,11 @@ def _take_sides(rest: Fields, info: DatasetInfo) -> list[tuple[str, object]]:
     return [(f"{column}[{number}]", answer) for number, answer in enumerate(answers[:2])]
 
 
-def _read_side(name: str, value: object, info: DatasetInfo) -> Turns:
+def _read_side(name: str, value: object, info: DatasetInfo) -> Conversation:
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         raise RowError(f"not a pair: {name} is {'null' if value is None else 'empty'}")
     if isinstance(value, str):
-        return Turns([{"role": "assistant", "content": value}], [], Counter())
+        return Conversation([{"role": "assistant", "content": value}])
     turns = [value] if isinstance(value, dict) else value
     side = read_turns(turns, name, _tags(turns, info))
     replies = [message for message in side.messages if message["role"] == "assistant"]
@@ -127,7 +124,7 @@ def _read_side(name: str, value: object, info: DatasetInfo) -> Turns:
     return side
 
 
-def _read_prompt(rest: Fields, info: DatasetInfo) -> Turns:
+def _read_prompt(rest: Fields, info: DatasetInfo) -> Conversation:
     """Read what the columns other than the sides hold of the conversation; nothing where it is all in the sides."""
     column = info.columns.get("prompt" if info.formatting == "alpaca" else "messages", "")
     value = rest.get(column)
@@ -135,14 +132,14 @@ def _read_prompt(rest: Fields, info: DatasetInfo) -> Turns:
         value = parse_json(value)
     if isinstance(value, list):
         rest.pop(column)
-        return read_turns(value, column, _tags(value, info)) if value else Turns([], [], Counter())
+        return read_turns(value, column, _tags(value, info)) if value else Conversation([])
     if info.formatting == "alpaca":
         messages = read_alpaca_prompt(rest, info.columns)
-        return Turns([message for message in messages if message["content"]], [], Counter())
+        return Conversation([message for message in messages if message["content"]])
     rest.pop(column, None)
     if value is not None and not isinstance(value, str):
         raise RowError(f"wrong type: {column} holds {excerpt(value, 60)}, expected a list of messages or text")
-    return Turns([{"role": "user", "content": value}] if value else [], [], Counter())
+    return Conversation([{"role": "user", "content": value}] if value else [])
 
 
 def _tags(turns: object, info: DatasetInfo) -> dict[str, str]:

@@ -240,10 +240,8 @@ def _check_entry(entry: DatasetInfo) -> Iterator[tuple[str, str]]:
         yield "mistake", f".tags: {' and '.join(same)} are both {tags[same[0]]!r}"
     for key, value in others.items():
         if key not in UNSUPPORTED:
-            yield (
-                "unknown",
-                f".{key}: ignored, unknown key{nearest_name(key, [*DatasetInfo.model_fields, *UNSUPPORTED])}",
-            )
+            nearest = nearest_name(key, [*DatasetInfo.model_fields, *UNSUPPORTED])
+            yield "unknown", f".{key}: ignored, unknown key{nearest}"
         elif value and not hub:  # LLaMA-Factory also prefers the data on the Hub.
             yield "unsupported", f".{key}: {UNSUPPORTED[key]}"
     if "kto_tag" in entry.columns:
@@ -252,9 +250,8 @@ def _check_entry(entry: DatasetInfo) -> Iterator[tuple[str, str]]:
         yield "mistake", f".columns: expected chosen and rejected, found only {next(iter(named))}"
     if entry.formatting == "alpaca" and entry.columns and not {"prompt", "query"} & entry.columns.keys():
         yield "notice", ".columns: neither prompt nor query is set, so every prompt is empty, as in LLaMA-Factory"
-    yield from _unknown_names(
-        ".columns", entry.formatting, entry.columns, COLUMNS | {entry.formatting: entry.known_columns}
-    )
+    columns = COLUMNS | {entry.formatting: entry.known_columns}
+    yield from _unknown_names(".columns", entry.formatting, entry.columns, columns)
     if entry.formatting != "alpaca":
         yield from _unknown_names(".tags", entry.formatting, entry.tags, TAGS)
 
