@@ -38,7 +38,7 @@ from .messages import (
     unite_tools,
 )
 from .registry import TAGS, DatasetInfo
-from .segments import Segment
+from .segments import Segment, count_shared
 from .strict_json import excerpt, parse_json
 
 SIDES = ("chosen", "rejected")
@@ -49,11 +49,7 @@ Rendered = tuple[Conversation, list[Segment]]
 
 
 def to_pair(row: object, info: DatasetInfo, default_system: str | None = None) -> tuple[Conversation, Conversation]:
-    """Read a ranking row as its chosen and its rejected conversation.
-
-    Raises:
-        RowError: if the row is malformed or holds no pair.
-    """
+    """Read a ranking row as its chosen and its rejected conversation. Raises RowError if it is malformed, or no pair."""
     rest = to_fields(row, info)
     chosen, rejected = (_read_side(name, value, info) for name, value in _take_sides(rest, info))
     prompt = _read_prompt(rest, info)
@@ -158,9 +154,9 @@ def _split_conversations(
     systems = [messages for messages in (_system_of(chosen), _system_of(rejected), system) if messages]
     if any(messages != systems[0] for messages in systems):
         raise RowError("not a pair: the system messages of prompt, chosen and rejected differ")
-    if turns and not any(_count_shared(turns, side) == len(turns) for side in sides):
+    if turns and not any(count_shared(turns, side) == len(turns) for side in sides):
         raise RowError("not a pair: chosen and rejected must both start with the prompt")
-    shared = _count_shared(*sides)
+    shared = count_shared(*sides)
     while shared and sides[0][shared - 1]["role"] not in ("user", "tool"):
         shared -= 1
     if not shared:
@@ -174,10 +170,6 @@ def _system_of(messages: list[Message]) -> list[Message]:
 
 def _without_system(messages: list[Message]) -> list[Message]:
     return messages[len(_system_of(messages)) :]
-
-
-def _count_shared(messages: list[Message], other: list[Message]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(messages, other)))
 
 
 def _check_pair(prompt: list[Message], sides: list[list[Message]]) -> None:

@@ -18,6 +18,7 @@ from ..recipe.keys import Recipe
 from ..run_folder import read_json
 from .prepare import PreparedData
 from .registry import saved_by_llamafactory
+from .segments import count_shared
 from .serving_causes import (
     OWN_TEMPLATE,
     Change,
@@ -26,7 +27,6 @@ from .serving_causes import (
     explain,
     explain_bos,
     explain_together,
-    first_other,
     list_changes,
 )
 from .serving_rows import SERVING_ROWS, Ask, ServingRow, choose_rows, read_rows, render, with_reasoning_key, write_rows
@@ -197,7 +197,7 @@ def _explain_ids(row: ServingRow, ids: list[int], tokenizer: PreTrainedTokenizer
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if difference := explain_bos(row.ids, ids, bos, tokenizer.bos_token):
         return difference
-    at = first_other(row.ids, ids)
+    at = count_shared(row.ids, ids)
     return Difference(
         "tokenizer",
         f"the same text has other tokens: token {at:,} is {row.ids[at : at + 3]} in training, {ids[at : at + 3]} served",

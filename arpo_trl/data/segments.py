@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import takewhile
 from typing import NamedTuple
 
 from ..errors import RowError
@@ -156,8 +155,14 @@ def _until_prompt(
 
 def shared_start(text: str, other: str) -> str:
     """Return the common prefix of two texts, without an unfinished tag at its end."""
-    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other)))
+    alike = count_shared(text, other)
     return text[:alike] if alike in (len(text), len(other)) else re.sub(r"<[^<>]*$", "", text[:alike])
+
+
+def count_shared(items: Sequence[object], other: Sequence[object]) -> int:
+    """Return how many items at the start of both sequences are equal: the position of the first difference."""
+    pairs = enumerate(zip(items, other))
+    return next((at for at, (one, two) in pairs if one != two), min(len(items), len(other)))
 
 
 def _join_turns(done: str, until_prompt: str, template: Template, segments: list[Segment]) -> str:

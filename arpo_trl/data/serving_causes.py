@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..recipe.llamafactory import SHIPPED
 from .messages import REASONING_KEYS, Fields, Message
+from .segments import count_shared
 from .serving_rows import Ask, ServingRow, render
 from .template import KEEP_REASONING, REASONING
 from .template_probe import SET_DEFAULT, find_template, named_templates
@@ -164,17 +165,11 @@ def _explained(changes: Sequence[Change], is_sent: bool) -> Difference:
 
 def first_difference(trained: str, served: str) -> str:
     """Both texts around the first character that differs."""
-    return f"{_around(trained, served, 20)}, at character {first_other(trained, served):,}"
-
-
-def first_other(trained: Sequence[object], served: Sequence[object]) -> int:
-    """Return the position of the first character or token that differs."""
-    pairs = enumerate(zip(trained, served))
-    return next((at for at, (ours, other) in pairs if ours != other), min(len(trained), len(served)))
+    return f"{_around(trained, served, 20)}, at character {count_shared(trained, served):,}"
 
 
 def _around(trained: str, served: str, before: int) -> str:
-    at = first_other(trained, served)
+    at = count_shared(trained, served)
     start = max(at - before, 0)
     return f"{trained[start : at + 30]!r} trained, {served[start : at + 30]!r} served"
 

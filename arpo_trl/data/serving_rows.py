@@ -22,7 +22,7 @@ from ..recipe.keys import Recipe
 from ..run_folder import to_lines, write_text
 from .encode import Encoder
 from .files import Row, read_dataset
-from .labels import ExampleConfig, trained_segments
+from .labels import ExampleConfig, tokenize_segments, trained_segments
 from .messages import REASONING_KEYS, Conversation, Fields, Message
 from .pairs import read_sides
 from .prepare import PreparedData, Rows
@@ -139,9 +139,8 @@ class _Encoded(NamedTuple):
 def _encode(plain: Conversation, fitted: Conversation, template: Template) -> _Encoded:
     """Raises RowError."""
     segments = to_segments(fitted, template)
-    texts = [segment.text for segment in segments]
-    pieces = [tokens.ids for tokens in make_tokenize(template.tokenizer)(texts, ["", *texts[:-1]])]
-    return _Encoded(plain, fitted, segments, pieces, template)
+    (pieces,) = tokenize_segments([segments], make_tokenize(template.tokenizer))
+    return _Encoded(plain, fitted, segments, [tokens.ids for tokens in pieces], template)
 
 
 def _find_replies(row: Row, encoder: Encoder, expected: list[int] | None) -> list[ServingRow]:
@@ -248,11 +247,7 @@ def write_rows(rows: list[ServingRow], folder: Path) -> None:
 
 
 def read_rows(folder: Path) -> list[ServingRow]:
-    """Read `serving_check.jsonl`; a folder without one has no rows.
-
-    Raises:
-        RecipeError: if the file is not one that a run wrote.
-    """
+    """Read `serving_check.jsonl`; a folder without one has no rows. Raises RecipeError if no run wrote the file."""
     path = folder / SERVING_ROWS
     if not path.is_file():
         return []

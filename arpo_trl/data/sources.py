@@ -78,11 +78,7 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
 
 
 def uses_hub(recipe: Recipe) -> bool:
-    """Return whether a dataset is loaded from the Hub. Reads the registry, but no rows.
-
-    Raises:
-        DatasetError: the registry can't be read.
-    """
+    """Return whether a dataset is loaded from the Hub. Raises DatasetError if the registry can't be read."""
     names = [*recipe.dataset, *recipe.eval_dataset]
     if not names or saved_by_llamafactory(recipe):
         return False

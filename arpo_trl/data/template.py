@@ -174,11 +174,7 @@ class Template:
         return {**reply, "content": f"<think>\n{reasoning}\n</think>\n\n{reply['content']}", "reasoning_content": ""}
 
     def render(self, messages: list[Message], tools: list[Fields] | None, prompt: bool) -> str:
-        """Render the messages, followed by the generation prompt if `prompt`.
-
-        Raises:
-            RowError: the template raises an error.
-        """
+        """Render the messages, and the generation prompt if `prompt`. Raises RowError if the template raises an error."""
         variables = {} if self.last_reasoning_only else dict(KEEP_REASONING)
         if self.enable_thinking is False:
             variables["enable_thinking"] = False

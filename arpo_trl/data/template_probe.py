@@ -11,14 +11,13 @@ import re
 from copy import copy
 from dataclasses import replace
 from datetime import date
-from itertools import takewhile
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import RecipeError, RowError
 from .messages import REASONING_KEYS, Conversation, Fields, Message
-from .segments import shared_start, to_segments
+from .segments import count_shared, shared_start, to_segments
 from .template import Template
 
 ChatTemplate = str | dict[str, str]  # one, or several by name
@@ -267,8 +266,7 @@ def _written_block(template: Template, reply: Message, thinking: Message) -> tup
     start = len(_render(template, ASK)) + len(template.generation_prompt)
     without = _render(template, ASK, reply)[start:]
     opening, _, rest = _render(template, ASK, thinking)[start:].partition(REASONING)
-    written = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(rest), reversed(without))))
-    closing = rest[: len(rest) - written] or rest.partition(REPLY["content"])[0]
+    closing = rest[: len(rest) - count_shared(rest[::-1], without[::-1])] or rest.partition(REPLY["content"])[0]
     return (opening, closing) if opening.strip() and closing.strip() else None
 
 
