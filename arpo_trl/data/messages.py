@@ -287,7 +287,7 @@ def _is_trained(fields: Fields, where: str) -> bool:
 
 def _with_system(messages: list[Message], rest: Fields, column: str, default_system: str | None) -> list[Message]:
     """Put one system message first: the leading ones joined, or else the column, or else the default."""
-    leading = list(takewhile(lambda message: message["role"] == "system", messages))
+    leading, others = split_system(messages)
     written = [message for message in leading if message["content"]]
     system: Message = written[0] if written else {"role": "system", "content": ""}
     in_column = _text(rest.get(column), column, optional=True)
@@ -296,7 +296,13 @@ def _with_system(messages: list[Message], rest: Fields, column: str, default_sys
         system["trained"] = False
     if in_column == system["content"]:  # Otherwise a message overrides the column, as in LLaMA-Factory.
         rest.pop(column, None)
-    return [system] * bool(system["content"]) + messages[len(leading) :]
+    return [system] * bool(system["content"]) + others
+
+
+def split_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """Return the leading system messages, and the others."""
+    leading = list(takewhile(lambda message: message["role"] == "system", messages))
+    return leading, messages[len(leading) :]
 
 
 def _names_left(fields: Fields) -> list[str]:

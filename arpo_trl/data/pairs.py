@@ -10,7 +10,7 @@ the prompt are context, and `truncation_mode: llamafactory` cuts prompt and side
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import count, takewhile
+from itertools import count
 
 from ..errors import RowError
 from .files import Row
@@ -33,6 +33,7 @@ from .messages import (
     complete,
     read_alpaca_prompt,
     read_turns,
+    split_system,
     to_conversation,
     to_fields,
     unite_tools,
@@ -149,9 +150,8 @@ def _split_conversations(
     prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[list[Message]]]:
     """Return the prompt and the two sides of complete conversations; `prompt`: what the row's other columns hold."""
-    turns, system = _without_system(prompt), _system_of(prompt)
-    sides = [_without_system(side) for side in (chosen, rejected)]
-    systems = [messages for messages in (_system_of(chosen), _system_of(rejected), system) if messages]
+    parts = [split_system(messages) for messages in (prompt, chosen, rejected)]
+    systems, (turns, *sides) = [system for system, _ in parts if system], [others for _, others in parts]
     if any(messages != systems[0] for messages in systems):
         raise RowError("not a pair: the system messages of prompt, chosen and rejected differ")
     if turns and not any(count_shared(turns, side) == len(turns) for side in sides):
@@ -164,16 +164,8 @@ def _split_conversations(
     return [*systems[0], *sides[0][:shared]] if systems else sides[0][:shared], [side[shared:] for side in sides]
 
 
-def _system_of(messages: list[Message]) -> list[Message]:
-    return list(takewhile(lambda message: message["role"] == "system", messages))
-
-
-def _without_system(messages: list[Message]) -> list[Message]:
-    return messages[len(_system_of(messages)) :]
-
-
 def _check_pair(prompt: list[Message], sides: list[list[Message]]) -> None:
-    if not _without_system(prompt):
+    if all(message["role"] == "system" for message in prompt):
         raise RowError("not a pair: the row has no prompt")
     if prompt[-1]["role"] not in ("user", "tool"):
         raise RowError(

@@ -187,7 +187,6 @@ def _hold_out(rows: dict[str, Dataset], recipe: Recipe) -> tuple[dict[str, Datas
 
 
 def digest(input_ids: npt.ArrayLike) -> bytes:
-    """Return a hash of token ids."""
     return blake2b(np.asarray(input_ids, np.int32).tobytes(), digest_size=16).digest()
 
 

@@ -113,12 +113,10 @@ class DatasetInfo(BaseModel):
 
     @property
     def name(self) -> str:
-        """The key of the entry."""
         return self._name
 
     @property
     def place(self) -> str:
-        """The location of the entry."""
         return f"{self._file}: {self._name}"
 
     @property

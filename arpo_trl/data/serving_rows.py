@@ -6,7 +6,7 @@ model and a running server can be compared with what was trained.
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, islice, zip_longest
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import RecipeError, RowError
@@ -29,6 +28,7 @@ from .prepare import PreparedData, Rows
 from .segments import Segment, to_segments
 from .sources import select_datasets
 from .template import Template
+from .template import render as render_template
 from .template_probe import ChatTemplate, find_template
 from .tokenizer import make_tokenize
 
@@ -75,7 +75,6 @@ class ServingRow:
 
     @property
     def text(self) -> str:
-        """The context's text."""
         return "".join(self.segments)
 
     @property
@@ -214,20 +213,9 @@ def _as_sent(encoded: _Encoded, until: int) -> list[Message]:
 
 def render(ask: Ask, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the prompt as a server renders it, None if the template raises an error."""
-    apply: Callable[..., object] = tokenizer.apply_chat_template
-    try:
-        return str(
-            apply(
-                ask.messages,
-                tools=ask.tools,
-                chat_template=ask.chat_template,
-                add_generation_prompt=True,
-                tokenize=False,
-                **ask.switches,
-            )
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError):
-        return None
+    with suppress(RowError):
+        return render_template(tokenizer, ask.messages, ask.tools, ask.chat_template, ask.switches)
+    return None
 
 
 def with_reasoning_key(messages: list[Message], key: str | None) -> list[Message]:
@@ -242,7 +230,6 @@ def with_reasoning_key(messages: list[Message], key: str | None) -> list[Message
 
 
 def write_rows(rows: list[ServingRow], folder: Path) -> None:
-    """Write `serving_check.jsonl`."""
     write_text(folder / SERVING_ROWS, to_lines(map(asdict, rows)))
 
 

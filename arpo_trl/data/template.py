@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import count
@@ -181,19 +181,8 @@ class Template:
         if self.thinking_switch:
             variables[self.thinking_switch] = True
         jinja = self.jinja if tools is None or self.tool_jinja is None else self.tool_jinja
-        apply: Callable[..., object] = self.tokenizer.apply_chat_template
-        try:
-            rendered = apply(
-                self._mark_reasoning(messages),
-                tools=tools,
-                chat_template=jinja,
-                add_generation_prompt=prompt,
-                tokenize=False,
-                **variables,
-            )
-        except (TemplateError, TypeError, ValueError, RecursionError) as error:
-            raise RowError(f"the chat template raised an error: {error}") from None
-        text = self._insert_reasoning(str(rendered))
+        rendered = render(self.tokenizer, self._mark_reasoning(messages), tools, jinja, variables, prompt)
+        text = self._insert_reasoning(rendered)
         if prompt:
             return text
         if self.begins_next and messages[-1]["role"] == "assistant":
@@ -238,6 +227,23 @@ class Template:
         opening, closing = self.reasoning_block or ("", "")
         opens = opening and prompt.rstrip().endswith(opening.strip())
         return closing if opens and closing.strip() not in reply else ""
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: list[Fields] | None,
+    chat_template: str | dict[str, str] | None,
+    switches: Mapping[str, object],
+    prompt: bool = True,
+) -> str:
+    """Render with any chat template; the tokenizer's own if None. Raises RowError if the template raises an error."""
+    apply: Callable[..., object] = tokenizer.apply_chat_template
+    given = {"tools": tools, "chat_template": chat_template, "add_generation_prompt": prompt, **switches}
+    try:
+        return str(apply(messages, tokenize=False, **given))
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise RowError(f"the chat template raised an error: {error}") from None
 
 
 def has_reasoning(reply: Message) -> bool:
