@@ -163,8 +163,8 @@ def check_parity(conversation: Conversation, template: Template, config: Example
         return
     runs = [list(run) for trained, run in groupby(example.labels, lambda label: label != IGNORED) if trained]
     ends = {tokenizer.convert_tokens_to_ids(end) for end in (*template.turn_ends, *template.stops)}
-    replies = [segment for segment, trained in zip(segments, trained_segments(segments, config)) if trained]
-    if sum(not ends.isdisjoint(run) for run in runs) < sum(template.ends(reply.text) for reply in replies):
+    replies = [segment.text for segment, trained in zip(segments, trained_segments(segments, config)) if trained]
+    if sum(not ends.isdisjoint(run) for run in runs) < sum(template.find_end(reply) is not None for reply in replies):
         raise failed(f"a reply is trained without its end-of-turn token {tokenizer.eos_token!r}")
     masked = decode(tokenizer, [token for token, label in zip(example.input_ids, example.labels) if label == IGNORED])
     for message in messages:

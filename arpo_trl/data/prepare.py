@@ -92,9 +92,6 @@ def prepare_datasets(recipe: Recipe, template: Template) -> PreparedData:
 
     With several processes, the main one prepares while the others wait; on nodes without a shared disk, the first of each.
 
-    Args:
-        template: From `load_template`.
-
     Raises:
         DatasetError: the registry, a file, or more than `max_dropped` of a dataset's rows can't be used.
     """

@@ -112,7 +112,7 @@ def _render_turns(conversation: Conversation, template: Template, window: int) -
             done = _join_turns(done, until_prompt, template, segments)
         context, reply = until_prompt[len(done) :], until_reply[len(until_prompt) :]
         masked = not messages[position].get("trained", True)
-        if not masked and not template.ends(reply):
+        if not masked and template.find_end(reply) is None:
             raise TurnEndError(f"the chat template ends message {position + 1} without an end-of-turn token")
         if not masked and (end := template.find_early_end(reply)):
             raise TurnEndError(f"message {position + 1} contains {end!r}, at which the model would stop")
@@ -176,9 +176,8 @@ def _join_turns(done: str, until_prompt: str, template: Template, segments: list
     changed = done[len(shared) :]
     if template.after_reply.endswith(changed):
         text = segments[-1].text.removesuffix(changed)
-        segments[-1] = segments[-1]._replace(
-            text=text, end=None if template.ends(text) else template.find_end(changed)
-        )
+        end = template.find_end(changed) if template.find_end(text) is None else None
+        segments[-1] = segments[-1]._replace(text=text, end=end)
         return shared
     if template.last_reasoning_only:
         segments.clear()

@@ -87,14 +87,9 @@ class Change:
 def explain(
     row: ServingRow, served: str, plain: Ask, tokenizer: PreTrainedTokenizerBase, changes: list[Change]
 ) -> Difference:
-    """Explain why the server's prompt of a row is not the text that was trained.
+    """Explain why a prompt as `served` is not the row's text, which was trained.
 
-    Args:
-        row: Its text is what was trained.
-        served: The text that the server renders.
-        plain: The row's request.
-        tokenizer: The saved folder's.
-        changes: What may differ, of `list_changes`.
+    `plain` is the row's request, `tokenizer` the saved folder's, and `changes` are those of `list_changes`.
     """
     settings = [change for change in changes if not change.what.startswith("the template ")]
     combinations = chain(((change,) for change in changes), permutations(settings, 2))

@@ -109,10 +109,6 @@ class Template:
         """The tokens that end a reply."""
         return [end for end in (self.end_of_turn, self.call_end) if end]
 
-    def ends(self, reply: str) -> bool:
-        """Return whether the reply contains a token at which the model stops."""
-        return any(end in reply for end in (*self.turn_ends, *self.stops))
-
     def find_early_end(self, reply: str) -> str | None:
         """Return the end token at which the model would stop before the reply's end, or None.
 
@@ -124,7 +120,7 @@ class Template:
         return ends[0][0] if rest.strip() or max(written.values()) > max(1, most) else None
 
     def find_end(self, text: str) -> int | None:
-        """Return the id of an end token in the text."""
+        """Return the id of a token in the text at which the model stops, or None."""
         end = next((end for end in (*self.turn_ends, *self.stops) if end in text), None)
         return None if end is None else cast(int, self.tokenizer.convert_tokens_to_ids(end))
 
