@@ -82,6 +82,12 @@ class ServingRow:
         """The id of the token that ends the reply."""
         return self.reply_ids[-1]
 
+    def ask(self, reasoning_key: str | None) -> Ask:
+        """Return the request for the reply, with its reasoning under the key that the chat template reads."""
+        names = {"reasoning_content": reasoning_key or "reasoning_content"}
+        messages = [{names.get(name, name): value for name, value in message.items()} for message in self.messages]
+        return Ask(cast(list[Message], messages), self.tools)
+
 
 def choose_rows(recipe: Recipe, data: PreparedData, number: int = ROWS) -> list[ServingRow]:
     """Return contexts of held-out rows, then of training rows, that the cutoff left complete.
@@ -101,7 +107,7 @@ def _choose_of(stored: list[Rows], encoders: list[Encoder], number: int) -> list
     """Choose from encoded datasets; from streams, whose encoded rows are not kept, what their files hold first."""
     expected: dict[str, list[int]] = {}
     for rows in stored:
-        if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
+        if isinstance(rows, Dataset):
             for row in islice(rows, LOOKED_AT):
                 sides = row.get("seq_lengths")  # of a pair, the chosen side comes first
                 expected[row["source"]] = list(row["input_ids"])[: sides[0] if sides else None]
@@ -218,17 +224,6 @@ def render(ask: Ask, tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
-def with_reasoning_key(messages: list[Message], key: str | None) -> list[Message]:
-    """The messages with their reasoning under the key that the template reads."""
-    if key in (None, "reasoning_content"):
-        return messages
-    renamed = [
-        {key if name == "reasoning_content" else name: value for name, value in message.items()}
-        for message in messages
-    ]
-    return cast(list[Message], renamed)
-
-
 def write_rows(rows: list[ServingRow], folder: Path) -> None:
     write_text(folder / SERVING_ROWS, to_lines(map(asdict, rows)))
 
@@ -289,8 +284,7 @@ def built_in_rows(tokenizer: PreTrainedTokenizerBase, number: int = ROWS) -> lis
         with suppress(RowError):
             encoded = _encode(plain, template.fit(plain), template)
             row = _to_row(name, encoded, len(encoded.segments) - 1)
-            ask = row and Ask(with_reasoning_key(row.messages, template.reasoning_key), row.tools)
-            if row and ask and (context := render(ask, tokenizer)) is not None:
+            if row and (context := render(row.ask(template.reasoning_key), tokenizer)) is not None:
                 (tokens,) = make_tokenize(tokenizer)([context])
                 rows.append(replace(row, segments=[context], ids=tokens.ids))
     return rows[:number]
