@@ -154,7 +154,8 @@ class PromptComparison:
             return ""
         elif ids == encoding.ids and self._in_segments(row.segments) == row.ids:
             check.borders += 1
-            check.border_tokens += _count_other_tokens(row.ids, ids)
+            blocks = SequenceMatcher(None, row.ids, ids, autojunk=False).get_matching_blocks()
+            check.border_tokens += max(len(row.ids), len(ids)) - sum(block.size for block in blocks)
             return ""
         else:
             difference = _explain_ids(row, ids, self.tokenizer)
@@ -178,11 +179,6 @@ class PromptComparison:
     def _in_segments(self, segments: list[str]) -> list[int]:
         pieces = self.tokenize(segments, ["", *segments[:-1]])
         return [token for piece in pieces for token in piece.ids]
-
-
-def _count_other_tokens(trained: list[int], served: list[int]) -> int:
-    blocks = SequenceMatcher(None, trained, served, autojunk=False).get_matching_blocks()
-    return max(len(trained), len(served)) - sum(block.size for block in blocks)
 
 
 def _explain_ids(row: ServingRow, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Difference:

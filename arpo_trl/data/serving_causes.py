@@ -332,9 +332,11 @@ def _explain_head(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBa
 
 def _find_missing(row: ServingRow, served: str) -> Difference | None:
     """Name a message or a tool that training rendered and the server does not."""
+    served_words = " ".join(served.lower().split())  # templates may change case and spacing
     for message in row.messages:
         content = message["content"].strip()
-        if message["role"] != "assistant" and content in row.text and not _is_in(content, served):
+        is_served = " ".join(content.lower().split()) in served_words
+        if message["role"] != "assistant" and content in row.text and not is_served:
             found = f"the training prompt has a {message['role']} message that the served prompt lacks"
             return Difference("chat template", found, OWN_TEMPLATE)
     for before, after in pairwise(row.messages):
@@ -346,11 +348,6 @@ def _find_missing(row: ServingRow, served: str) -> Difference | None:
     if any(name in row.text and name not in served for name in names):
         return Difference("tools", "the training prompt has tools that the served prompt lacks", OWN_TEMPLATE)
     return None
-
-
-def _is_in(content: str, text: str) -> bool:
-    """Return whether a message is in a text, ignoring case and spacing."""
-    return " ".join(content.lower().split()) in " ".join(text.lower().split())
 
 
 def _explain_reasoning(trained: str, served: str) -> Difference | None:
