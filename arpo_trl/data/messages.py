@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 from ..errors import RowError
 from .registry import PROVENANCE, TAGS, DatasetInfo
@@ -196,10 +196,8 @@ def _turn_to_messages(fields: Fields, tags: dict[str, str], where: str) -> list[
         message["tool_calls"] = [_to_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
     if role == "assistant" and (reasoning := _read_reasoning(fields, where)):
         message["reasoning_content"] = reasoning
-    if isinstance(fields.get("name"), str):
-        message["name"] = fields.pop("name")
-    if isinstance(fields.get("tool_call_id"), str):
-        message["tool_call_id"] = fields.pop("tool_call_id")
+    names = {key: fields.pop(key) for key in ("name", "tool_call_id") if isinstance(fields.get(key), str)}
+    message |= cast(Message, names)
     return [*results, message] if text or calls or not results else results
 
 
