@@ -109,7 +109,6 @@ class Audit:
 
 
 def count(rows: Dataset) -> Counts:
-    """Count the rows of an encoded dataset."""
     counts = Counts()
     for row, tokens in zip(rows.select_columns(COUNTED).with_format("arrow")[:].to_pylist(), token_lengths(rows)):
         counts.add(row, int(tokens))

@@ -18,24 +18,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate import PartialState
-from datasets import (
-    ArrowBasedBuilder,
-    Dataset,
-    DatasetDict,
-    DatasetInfo,
-    DownloadManager,
-    Features,
-    SplitGenerator,
-    are_progress_bars_disabled,
-    config,
-    disable_progress_bars,
-    enable_progress_bars,
-    load_from_disk,
-)
+from datasets import Dataset, Features
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 
@@ -52,7 +40,7 @@ from .pairs import SIDES
 from .registry import saved_by_llamafactory
 
 # Increase it when rows are encoded or described differently, so that cached rows are encoded again.
-FORMAT = 6
+FORMAT = 7
 TRAINED_ON = Features({name: FEATURES[name] for name in ("input_ids", "labels", "source")})
 ROWS_IN_MEMORY = 100
 Parts = dict[str, object]
@@ -107,7 +95,7 @@ def load_or_encode(encoder: Encoder) -> EncodedDataset:
     return EncodedDataset(info.name, rows, data)
 
 
-class RowsBuilder(ArrowBasedBuilder):  # type: ignore[misc]
+class RowsBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
     """Encodes a dataset into the cache of `datasets`."""
 
     def __init__(self, encoder: Encoder, parts: Parts) -> None:
@@ -115,11 +103,11 @@ class RowsBuilder(ArrowBasedBuilder):  # type: ignore[misc]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         super().__init__(dataset_name="arpo_trl", config_id=key)
 
-    def _info(self) -> DatasetInfo:
-        return DatasetInfo(description=json.dumps(self.parts), features=FEATURES)
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(description=json.dumps(self.parts), features=FEATURES)
 
-    def _split_generators(self, dl_manager: DownloadManager) -> list[SplitGenerator]:
-        return [SplitGenerator("train", {})]
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator("train", {})]
 
     def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
         info, most = self.encoder.info, _max_samples(self.encoder)
@@ -144,15 +132,15 @@ def _encode(encoder: Encoder, parts: Parts, encode_again: bool) -> Dataset:
         with FileLock(f"{encodings}.lock"):  # until the rows are marked, so that no other run removes them
             newest = max((int(path.name) for path in encodings.iterdir() if path.name.isdecimal()), default=0)
             folder = encodings / str(newest + 1 if encode_again or not newest else newest)
-            bars = are_progress_bars_disabled()
-            disable_progress_bars()  # "Generating train split", which has no ETA; RowsBuilder has its own
+            bars = datasets.are_progress_bars_disabled()
+            datasets.disable_progress_bars()  # "Generating train split", which has no ETA; RowsBuilder has its own
             try:
                 builder.download_and_prepare(str(folder))
             except DatasetGenerationError as error:
                 raise error.__cause__ or error from None
             finally:
                 if not bars:
-                    enable_progress_bars()
+                    datasets.enable_progress_bars()
             mark_in_use(folder)
             _remove_superseded(folder)
             empty = builder.info.splits["train"].num_examples == 0
@@ -176,7 +164,7 @@ def _writable_cache() -> Iterator[None]:
         yield
     except OSError as error:
         cannot_write = isinstance(error, (PermissionError, NotADirectoryError, FileExistsError))
-        is_cache = str(error.filename).startswith(str(config.HF_DATASETS_CACHE))
+        is_cache = str(error.filename).startswith(str(datasets.config.HF_DATASETS_CACHE))
         if not is_cache or not (cannot_write or error.errno == EROFS):
             raise
         raise DatasetError(
@@ -215,7 +203,7 @@ def _parts_of(rows: Dataset) -> Parts:
 
 def _load_saved(folder: Path) -> Dataset:
     with suppress(OSError, ValueError, TypeError, pa.ArrowException):
-        rows = load_from_disk(str(folder))
+        rows = datasets.load_from_disk(str(folder))
         if isinstance(rows, Dataset) and rows.features == FEATURES and _parts_of(rows):
             return rows
     raise DatasetError(
@@ -257,14 +245,14 @@ def load_tokenized(recipe: Recipe) -> dict[str, EncodedDataset] | None:
     if folder is None:
         return None
     try:
-        saved = load_from_disk(str(folder))
+        saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DatasetError(f"tokenized_path: {folder}: cannot be read ({error})") from None
     splits = {}
     needed = [f"{side}_{name}" for side in SIDES for name in ("input_ids", "labels")]
     if recipe.stage != "dpo":
         needed = ["input_ids", "labels"]
-    for name, rows in (saved if isinstance(saved, DatasetDict) else {"train": saved}).items():
+    for name, rows in (saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}).items():
         if missing := {*needed} - set(rows.column_names):
             raise DatasetError(
                 f"tokenized_path: {folder}: missing columns in {name}: {', '.join(sorted(missing))}; set a folder saved by "

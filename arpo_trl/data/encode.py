@@ -22,7 +22,7 @@ from ..recipe.keys import Recipe
 from .files import Row
 from .labels import IGNORED, Example, ExampleConfig, Tokenize, mask_replies, to_examples, trained_segments
 from .messages import Conversation
-from .pairs import SIDES, PairSegments, read_sides, split_answers, split_side, to_pair_examples
+from .pairs import SIDES, Rendered, read_sides, side_start, split_answers, to_pair_examples
 from .registry import DatasetInfo
 from .segments import Segment, TurnEndError, as_rendered, is_written, to_segments
 from .strict_json import excerpt
@@ -33,7 +33,6 @@ RESULT = re.compile(r"<result>.+?</result>", re.DOTALL)
 BATCH_CHARACTERS = 1 << 20
 PARITY_ROWS = 32
 EXCERPT = 160
-Rendered = tuple[Conversation, list[Segment]]
 
 
 class RowNote(TypedDict):
@@ -84,12 +83,8 @@ class Encoder:
         r = self.recipe
         return ExampleConfig(r.cutoff_len, r.mask_history, r.train_on_prompt, r.truncation_mode, r.mask_spans)
 
-    def read(self, row: Row) -> Conversation:
-        """Read a row, or a pair's chosen side, and fit it to the template. Raises RowError if it is malformed."""
-        return self.read_sides(row)[0]
-
     def read_sides(self, row: Row) -> list[Conversation]:
-        """Read a row as one conversation, or a pair as two: chosen and rejected. Raises RowError if it is malformed."""
+        """Read a row as one conversation, or a pair as two, and fit them. Raises RowError if it is malformed."""
         if isinstance(row.value, RowError):
             raise row.value
         return [self.template.fit(side) for side in read_sides(row.value, self.info, self.recipe.default_system)]
@@ -168,8 +163,8 @@ def check_parity(conversation: Conversation, template: Template, config: Example
         return
     runs = [list(run) for trained, run in groupby(example.labels, lambda label: label != IGNORED) if trained]
     ends = {tokenizer.convert_tokens_to_ids(end) for end in (*template.turn_ends, *template.stops)}
-    replies = [segment for segment, trained in zip(segments, trained_segments(segments, config)) if trained]
-    if sum(not ends.isdisjoint(run) for run in runs) < sum(template.ends(reply.text) for reply in replies):
+    replies = [segment.text for segment, trained in zip(segments, trained_segments(segments, config)) if trained]
+    if sum(not ends.isdisjoint(run) for run in runs) < sum(template.find_end(reply) is not None for reply in replies):
         raise failed(f"a reply is trained without its end-of-turn token {tokenizer.eos_token!r}")
     masked = decode(tokenizer, [token for token, label in zip(example.input_ids, example.labels) if label == IGNORED])
     for message in messages:
@@ -191,13 +186,17 @@ def _batches(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
 
 
 def _encode_batch(rows: list[Row], encoder: Encoder, tokenize: Tokenize) -> list[EncodedRow]:
-    recipe = encoder.recipe
     rendered = [_render(row, encoder) for row in rows]
-    examples = iter(_to_examples([sides for sides in rendered if not isinstance(sides, RowError)], encoder, tokenize))
+    complete = [sides for sides in rendered if not isinstance(sides, RowError)]
+    examples: Iterator[Example | RowError]
+    if encoder.info.ranking:
+        examples = iter(to_pair_examples(complete, tokenize, encoder.config))
+    else:
+        examples = iter(to_examples([segments for ((_, segments),) in complete], tokenize, encoder.config))
     results = [
         sides if isinstance(sides, RowError) else _complete(next(examples), sides, encoder) for sides in rendered
     ]
-    return [_to_columns(row, result, recipe.cutoff_len) for row, result in zip(rows, results)]
+    return [_to_columns(row, result, encoder.recipe.cutoff_len) for row, result in zip(rows, results)]
 
 
 def _render(row: Row, encoder: Encoder) -> list[Rendered] | RowError:
@@ -208,7 +207,7 @@ def _render(row: Row, encoder: Encoder) -> list[Rendered] | RowError:
         for conversation in encoder.read_sides(row):
             segments = mask_replies(to_segments(conversation, template), template, config.mask_spans)
             if encoder.info.ranking:
-                split_side(conversation, segments)
+                side_start(conversation, segments)  # raises RowError
             rendered.append((conversation, segments))
     except RowError as error:
         return error
@@ -220,16 +219,6 @@ def _render(row: Row, encoder: Encoder) -> list[Rendered] | RowError:
                 f"no trained token: {'the last reply' if config.mask_history else which} has loss: false{spans}"
             )
     return rendered
-
-
-def _to_examples(
-    rows: list[list[Rendered]], encoder: Encoder, tokenize: Tokenize
-) -> Sequence[Example] | Sequence[Example | RowError]:
-    if not encoder.info.ranking:
-        return to_examples([segments for ((_, segments),) in rows], tokenize, encoder.config)
-    split = [(split_side(*chosen), split_side(*rejected)) for chosen, rejected in rows]
-    pairs = [PairSegments(prompt, chosen, rejected) for (prompt, chosen), (_, rejected) in split]
-    return to_pair_examples(pairs, tokenize, encoder.config)
 
 
 def _complete(example: Example | RowError, sides: list[Rendered], encoder: Encoder) -> Example | RowError:

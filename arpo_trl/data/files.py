@@ -39,11 +39,7 @@ class Row(NamedTuple):
 
 
 def find_files(path: Path) -> list[Path]:
-    """Return the file, or the data files of a folder, sorted by name.
-
-    Raises:
-        DatasetError: there are none.
-    """
+    """Return the file, or the data files of a folder, sorted by name. Raises DatasetError if there are none."""
     kinds = ", ".join(READERS)
     if path.is_dir():
         inside = [file for file in sorted(path.iterdir()) if not _is_about_data(file)]
@@ -65,11 +61,7 @@ def _is_about_data(file: Path) -> bool:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Read the rows of one file, in order.
-
-    Raises:
-        DatasetError: the file can't be read, or changes while it is read.
-    """
+    """Read the rows of one file, in order. Raises DatasetError if it can't be read, or changes while it is read."""
     try:
         before = _stamp(path.stat())
         for line, value in READERS[path.suffix.lower()](path):
@@ -268,10 +260,8 @@ def _read_csv(path: Path) -> Lines:
             for row in reader:
                 fields = [field for field in row.values() if isinstance(field, str)]
                 line = reader.line_num - sum(field.count("\n") for field in fields)
-                if None in row:
-                    yield line, RowError(f"not CSV (more fields than the header's {len(columns)})")
-                else:
-                    yield line, row
+                extra = RowError(f"not CSV (more fields than the header's {len(columns)})")
+                yield line, extra if None in row else row
         except csv.Error as error:  # An unclosed quote swallows an unknown number of rows.
             line = reader.reader.line_num
             raise DatasetError(

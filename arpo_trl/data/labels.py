@@ -79,13 +79,15 @@ def trained_segments(row: Sequence[Segment], config: ExampleConfig) -> list[bool
 
 
 def to_examples(rows: Sequence[Sequence[Segment]], tokenize: Tokenize, config: ExampleConfig) -> list[Example]:
-    """Tokenize all segments of a batch of rows in one call, then join, label and truncate those of each row.
+    """Tokenize all segments of a batch of rows in one call, then join, label and truncate those of each row."""
+    return [_to_example(row, tokens, config) for row, tokens in zip(rows, tokenize_segments(rows, tokenize))]
 
-    `tokenize` must return offsets if segments have spans.
-    """
+
+def tokenize_segments(rows: Sequence[Sequence[Segment]], tokenize: Tokenize) -> list[list[Tokens]]:
+    """Tokenize all segments of a batch of rows in one call; `tokenize` must return offsets if segments have spans."""
     before = [text for row in rows for text in ("", *(segment.text for segment in row[:-1]))]
     tokens = iter(tokenize([segment.text for row in rows for segment in row], before))
-    return [_to_example(row, [next(tokens) for _ in row], config) for row in rows]
+    return [[next(tokens) for _ in row] for row in rows]
 
 
 def _to_example(row: Sequence[Segment], tokens: Sequence[Tokens], config: ExampleConfig) -> Example:
@@ -94,30 +96,29 @@ def _to_example(row: Sequence[Segment], tokens: Sequence[Tokens], config: Exampl
         kept = proportional_cut(lengths, config.cutoff_len, from_the_end=config.mask_history)
     else:
         kept = keep_start(lengths, config.cutoff_len)
-    example = Example(cut=sum(lengths) - sum(kept), lost_answer=not kept[-1])
-    end: int | None = None
+    return join(row, tokens, kept, config)
+
+
+def join(row: Sequence[Segment], tokens: Sequence[Tokens], kept: Sequence[int], config: ExampleConfig) -> Example:
+    """Join the first tokens of each segment, as many as are `kept`, and label them."""
+    example = Example(cut=sum(len(ids) for ids, _ in tokens) - sum(kept), lost_answer=not kept[-1])
+    turn_end: int | None = None
     for segment, trained, text, length in zip(row, trained_segments(row, config), tokens, kept, strict=True):
-        start = len(example.labels)
-        add_segment(example, segment, text, length, trained)
-        if end is not None and length and example.labels[start] == IGNORED:
-            example.labels[start] = end
-        end = segment.end if trained else None
+        ids = text.ids[:length]
+        labels = ids if trained else [IGNORED] * length
+        if trained and segment.spans:
+            # Mask tokens that straddle the border of a span: the model does not write all of them.
+            outside = _outside(segment.text, segment.spans)
+            offsets = zip(ids, text.offsets[:length], strict=True)
+            labels = [IGNORED if 0 in outside[start:end] else token for token, (start, end) in offsets]
+            example.notes["masked tokens", ""] += labels.count(IGNORED)
+        if turn_end is not None and labels[:1] == [IGNORED]:
+            labels[0] = turn_end
+        turn_end = segment.end if trained else None
+        example.input_ids += ids
+        example.labels += labels
+        example.notes.update(("mask_spans match", span.pattern) for span in segment.spans)
     return example
-
-
-def add_segment(example: Example, segment: Segment, tokens: Tokens, length: int, trained: bool) -> None:
-    """Append the first `length` tokens of a segment, and their labels, to the example."""
-    ids = tokens.ids[:length]
-    example.input_ids += ids
-    example.notes.update(("mask_spans match", span.pattern) for span in segment.spans)
-    if trained and segment.spans:
-        # Mask tokens that straddle the border of a span: the model does not write all of them.
-        outside = _outside(segment.text, segment.spans)
-        masked = [0 in outside[start:end] for start, end in tokens.offsets[:length]]
-        example.labels += [IGNORED if hidden else token for token, hidden in zip(ids, masked, strict=True)]
-        example.notes["masked tokens", ""] += sum(masked)
-    else:
-        example.labels += ids if trained else [IGNORED] * length
 
 
 def mask_replies(row: Sequence[Segment], template: Template, mask_spans: Sequence[str]) -> list[Segment]:

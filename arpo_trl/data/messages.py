@@ -13,9 +13,10 @@ copy of the row; the rest is counted in `Conversation.unread`.
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 from ..errors import RowError
 from .registry import PROVENANCE, TAGS, DatasetInfo
@@ -55,7 +56,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row's messages and tools, or one side of a pair.
+    """The messages and tools of a row, of one side of a pair, or of a list of turns.
 
     `unread`: how often each key or column is ignored. `prompt`: how many messages are the prompt of a pair, whose replies
     are not trained; None if the row is not a pair.
@@ -72,14 +73,6 @@ class Conversation:
         return [position for position, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 
-class Turns(NamedTuple):
-    """The messages of a list of turns, the tools in them, and the ignored keys."""
-
-    messages: list[Message]
-    tools: list[list[Fields]]
-    unread: Counter[Note]
-
-
 def to_conversation(row: object, info: DatasetInfo, default_system: str | None = None) -> Conversation:
     """Read one row. Raises RowError if the row is malformed."""
     rest, columns = to_fields(row, info), info.columns
@@ -87,7 +80,7 @@ def to_conversation(row: object, info: DatasetInfo, default_system: str | None =
         response = columns["response"]
         prompt = read_alpaca_prompt(rest, columns)
         reply: Message = {"role": "assistant", "content": _text(rest.pop(response, None), response)}
-        turns = Turns([*prompt, reply], [], Counter())
+        turns = Conversation([*prompt, reply])
     else:  # sharegpt and openai rows differ in their tags
         column = columns["messages"]
         if rest.get(column) is None:
@@ -106,21 +99,25 @@ def to_fields(row: object, info: DatasetInfo) -> Fields:
     return dict(row)
 
 
-def complete(turns: Turns, rest: Fields, info: DatasetInfo, default_system: str | None) -> Conversation:
+def complete(turns: Conversation, rest: Fields, info: DatasetInfo, default_system: str | None) -> Conversation:
     """Complete the turns with the system message and tools of the other columns, which are removed from `rest`."""
-    messages, tools, unread = turns
-    messages = _with_system(messages, rest, info.columns.get("system", ""), default_system)
+    messages = _with_system(turns.messages, rest, info.columns.get("system", ""), default_system)
     check_order(messages)
-    if listed := to_tools(rest.pop(info.columns.get("tools", ""), None)):
-        tools.append(listed)
-    if any(other != tools[0] for other in tools):
+    tools = unite_tools([turns.tools, to_tools(rest.pop(info.columns.get("tools", ""), None))])
+    for column in (info.columns.get("answer", ""), *PROVENANCE):
+        rest.pop(column, None)
+    turns.unread.update(("ignored column", name) for name in _names_left(rest))
+    return Conversation(messages, tools, turns.unread)
+
+
+def unite_tools(lists: Iterable[list[Fields] | None]) -> list[Fields] | None:
+    """Return the list of tools that several places of a row have. Raises RowError if they differ."""
+    listed = [tools for tools in lists if tools]
+    if any(other != listed[0] for other in listed):
         raise RowError(
             "the row lists different tools in two places (messages, or a message and the tools column); keep one"
         )
-    for column in (info.columns.get("answer", ""), *PROVENANCE):
-        rest.pop(column, None)
-    unread.update(("ignored column", name) for name in _names_left(rest))
-    return Conversation(messages, tools[0] if tools else None, unread)
+    return listed[0] if listed else None
 
 
 def read_alpaca_prompt(rest: Fields, columns: dict[str, str]) -> list[Message]:
@@ -148,14 +145,14 @@ def _read_history(value: object, name: str) -> list[Message]:
     return messages
 
 
-def read_turns(turns: object, column: str, tags: dict[str, str]) -> Turns:
+def read_turns(turns: object, column: str, tags: dict[str, str]) -> Conversation:
     """Read a list of turns. Raises RowError, which names the column."""
     if not isinstance(turns, list):
         raise RowError(f"wrong type: {column} is {_kind(turns)}, expected a list of messages")
     if not turns:
         raise RowError(f"empty conversation: {column} has no messages")
     messages: list[Message] = []
-    tools: list[list[Fields]] = []
+    tools: list[list[Fields] | None] = []
     unread: Counter[Note] = Counter()
     for position, turn in enumerate(turns):
         where = f"{column}[{position}]"
@@ -165,7 +162,7 @@ def read_turns(turns: object, column: str, tags: dict[str, str]) -> Turns:
         is_item = fields.get("type") in ("message", *ITEMS)
         read = _turn_to_messages(_item_to_turn(fields, tags) if is_item else fields, tags, where)
         if read[0]["role"] == "system":
-            tools += [listed for key in ("tools", "functions") if (listed := to_tools(fields.pop(key, None), where))]
+            tools += [to_tools(fields.pop(key, None), where) for key in ("tools", "functions")]
         if not _is_trained(fields, where):
             for message in read:
                 message["trained"] = False
@@ -173,7 +170,7 @@ def read_turns(turns: object, column: str, tags: dict[str, str]) -> Turns:
             _append(messages[-1], read.pop(0))
         messages += read
         unread.update(("ignored message key", key) for key in _names_left(fields))
-    return Turns(messages, tools, unread)
+    return Conversation(messages, unite_tools(tools), unread)
 
 
 def _turn_to_messages(fields: Fields, tags: dict[str, str], where: str) -> list[Message]:
@@ -201,10 +198,8 @@ def _turn_to_messages(fields: Fields, tags: dict[str, str], where: str) -> list[
         message["tool_calls"] = [_to_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
     if role == "assistant" and (reasoning := _read_reasoning(fields, where)):
         message["reasoning_content"] = reasoning
-    if isinstance(fields.get("name"), str):
-        message["name"] = fields.pop("name")
-    if isinstance(fields.get("tool_call_id"), str):
-        message["tool_call_id"] = fields.pop("tool_call_id")
+    names = {key: fields.pop(key) for key in ("name", "tool_call_id") if isinstance(fields.get(key), str)}
+    message |= cast(Message, names)
     return [*results, message] if text or calls or not results else results
 
 
@@ -292,7 +287,7 @@ def _is_trained(fields: Fields, where: str) -> bool:
 
 def _with_system(messages: list[Message], rest: Fields, column: str, default_system: str | None) -> list[Message]:
     """Put one system message first: the leading ones joined, or else the column, or else the default."""
-    leading = list(takewhile(lambda message: message["role"] == "system", messages))
+    leading, others = split_system(messages)
     written = [message for message in leading if message["content"]]
     system: Message = written[0] if written else {"role": "system", "content": ""}
     in_column = _text(rest.get(column), column, optional=True)
@@ -301,7 +296,13 @@ def _with_system(messages: list[Message], rest: Fields, column: str, default_sys
         system["trained"] = False
     if in_column == system["content"]:  # Otherwise a message overrides the column, as in LLaMA-Factory.
         rest.pop(column, None)
-    return [system] * bool(system["content"]) + messages[len(leading) :]
+    return [system] * bool(system["content"]) + others
+
+
+def split_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """Return the leading system messages, and the others."""
+    leading = list(takewhile(lambda message: message["role"] == "system", messages))
+    return leading, messages[len(leading) :]
 
 
 def _names_left(fields: Fields) -> list[str]:
@@ -372,10 +373,9 @@ def to_tools(tools: object, where: str = "tools") -> list[Fields] | None:
         function = tool.get("function", tool)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"missing field: a tool has no name: {excerpt(tool, 60)}")
-        if function.get("type") == "function":  # The Responses API has the type next to the name.
-            function = {key: value for key, value in function.items() if key != "type"}
-        if "input_schema" in function:  # Anthropic's
-            function = {"parameters" if key == "input_schema" else key: value for key, value in function.items()}
+        # The Responses API has the type next to the name; input_schema is Anthropic's.
+        own = {key: value for key, value in function.items() if (key, value) != ("type", "function")}
+        function = {"parameters" if key == "input_schema" else key: value for key, value in own.items()}
         _check_numbers(function, where)
         converted.append({"type": "function", "function": function})
     return converted or None

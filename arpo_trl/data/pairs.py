@@ -10,8 +10,7 @@ the prompt are context, and `truncation_mode: llamafactory` cuts prompt and side
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import takewhile
-from typing import NamedTuple
+from itertools import count
 
 from ..errors import RowError
 from .files import Row
@@ -21,47 +20,37 @@ from .labels import (
     ExampleConfig,
     Tokenize,
     Tokens,
-    add_segment,
+    join,
     keep_start,
     proportional_cut,
+    tokenize_segments,
 )
 from .messages import (
     Conversation,
     Fields,
     Message,
-    Note,
-    Turns,
     check_order,
     complete,
     read_alpaca_prompt,
     read_turns,
+    split_system,
     to_conversation,
     to_fields,
+    unite_tools,
 )
 from .registry import TAGS, DatasetInfo
-from .segments import Segment
+from .segments import Segment, count_shared
 from .strict_json import excerpt, parse_json
 
 SIDES = ("chosen", "rejected")
-
-
-class PairSegments(NamedTuple):
-    """The prompt up to the generation prompt, and the sides, each a reply that contexts and replies may follow."""
-
-    prompt: list[Segment]
-    chosen: list[Segment]
-    rejected: list[Segment]
+Rendered = tuple[Conversation, list[Segment]]
 
 
 # --- a row ---
 
 
 def to_pair(row: object, info: DatasetInfo, default_system: str | None = None) -> tuple[Conversation, Conversation]:
-    """Read a ranking row as its chosen and its rejected conversation.
-
-    Raises:
-        RowError: if the row is malformed or holds no pair.
-    """
+    """Read a ranking row as its chosen and its rejected conversation. Raises RowError if it is malformed, or no pair."""
     rest = to_fields(row, info)
     chosen, rejected = (_read_side(name, value, info) for name, value in _take_sides(rest, info))
     prompt = _read_prompt(rest, info)
@@ -71,11 +60,9 @@ def to_pair(row: object, info: DatasetInfo, default_system: str | None = None) -
         messages, sides = prompt.messages, [chosen.messages, rejected.messages]
     _check_pair(messages, sides)
     messages = [{**message, "trained": False} if message["role"] == "assistant" else message for message in messages]
-    tools, unread = [], Counter[Note]()
-    for turns in (prompt, chosen, rejected):
-        tools += turns.tools
-        unread += turns.unread
-    chosen_row = complete(Turns([*messages, *sides[0]], tools, unread), rest, info, default_system)
+    tools = unite_tools(part.tools for part in (prompt, chosen, rejected))
+    unread = prompt.unread + chosen.unread + rejected.unread
+    chosen_row = complete(Conversation([*messages, *sides[0]], tools, unread), rest, info, default_system)
     before = len(chosen_row.messages) - len(sides[0])
     other = [*chosen_row.messages[:before], *sides[1]]
     check_order(other)
@@ -90,16 +77,13 @@ def read_sides(row: object, info: DatasetInfo, default_system: str | None = None
 
 def split_answers(row: Row, info: DatasetInfo) -> Iterator[Row]:
     """Yield the row, or one row for each answer after the first where its response is a list of more than two."""
-    column = info.columns.get("response", "")
-    if not isinstance(row.value, dict) or _has_sides(row.value, info):
+    column, value = info.columns.get("response", ""), row.value
+    answers = value.get(column) if isinstance(value, dict) and not _has_sides(value, info) else None
+    if isinstance(value, dict) and isinstance(answers, list) and len(answers) > 2:
+        for answer in answers[1:]:
+            yield Row(row.place, {**value, column: [answers[0], answer]})
+    else:
         yield row
-        return
-    answers = row.value.get(column)
-    if not isinstance(answers, list) or len(answers) <= 2:
-        yield row
-        return
-    for answer in answers[1:]:
-        yield Row(row.place, {**row.value, column: [answers[0], answer]})
 
 
 def _has_sides(row: Fields, info: DatasetInfo) -> bool:
@@ -125,11 +109,11 @@ def _take_sides(rest: Fields, info: DatasetInfo) -> list[tuple[str, object]]:
     return [(f"{column}[{number}]", answer) for number, answer in enumerate(answers[:2])]
 
 
-def _read_side(name: str, value: object, info: DatasetInfo) -> Turns:
+def _read_side(name: str, value: object, info: DatasetInfo) -> Conversation:
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         raise RowError(f"not a pair: {name} is {'null' if value is None else 'empty'}")
     if isinstance(value, str):
-        return Turns([{"role": "assistant", "content": value}], [], Counter())
+        return Conversation([{"role": "assistant", "content": value}])
     turns = [value] if isinstance(value, dict) else value
     side = read_turns(turns, name, _tags(turns, info))
     replies = [message for message in side.messages if message["role"] == "assistant"]
@@ -138,7 +122,7 @@ def _read_side(name: str, value: object, info: DatasetInfo) -> Turns:
     return side
 
 
-def _read_prompt(rest: Fields, info: DatasetInfo) -> Turns:
+def _read_prompt(rest: Fields, info: DatasetInfo) -> Conversation:
     """Read what the columns other than the sides hold of the conversation; nothing where it is all in the sides."""
     column = info.columns.get("prompt" if info.formatting == "alpaca" else "messages", "")
     value = rest.get(column)
@@ -146,14 +130,14 @@ def _read_prompt(rest: Fields, info: DatasetInfo) -> Turns:
         value = parse_json(value)
     if isinstance(value, list):
         rest.pop(column)
-        return read_turns(value, column, _tags(value, info)) if value else Turns([], [], Counter())
+        return read_turns(value, column, _tags(value, info)) if value else Conversation([])
     if info.formatting == "alpaca":
         messages = read_alpaca_prompt(rest, info.columns)
-        return Turns([message for message in messages if message["content"]], [], Counter())
+        return Conversation([message for message in messages if message["content"]])
     rest.pop(column, None)
     if value is not None and not isinstance(value, str):
         raise RowError(f"wrong type: {column} holds {excerpt(value, 60)}, expected a list of messages or text")
-    return Turns([{"role": "user", "content": value}] if value else [], [], Counter())
+    return Conversation([{"role": "user", "content": value}] if value else [])
 
 
 def _tags(turns: object, info: DatasetInfo) -> dict[str, str]:
@@ -167,14 +151,13 @@ def _split_conversations(
     prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[list[Message]]]:
     """Return the prompt and the two sides of complete conversations; `prompt`: what the row's other columns hold."""
-    turns, system = _without_system(prompt), _system_of(prompt)
-    sides = [_without_system(side) for side in (chosen, rejected)]
-    systems = [messages for messages in (_system_of(chosen), _system_of(rejected), system) if messages]
+    parts = [split_system(messages) for messages in (prompt, chosen, rejected)]
+    systems, (turns, *sides) = [system for system, _ in parts if system], [others for _, others in parts]
     if any(messages != systems[0] for messages in systems):
         raise RowError("not a pair: the system messages of prompt, chosen and rejected differ")
-    if turns and not any(_count_shared(turns, side) == len(turns) for side in sides):
+    if turns and not any(count_shared(turns, side) == len(turns) for side in sides):
         raise RowError("not a pair: chosen and rejected must both start with the prompt")
-    shared = _count_shared(*sides)
+    shared = count_shared(*sides)
     while shared and sides[0][shared - 1]["role"] not in ("user", "tool"):
         shared -= 1
     if not shared:
@@ -182,20 +165,8 @@ def _split_conversations(
     return [*systems[0], *sides[0][:shared]] if systems else sides[0][:shared], [side[shared:] for side in sides]
 
 
-def _system_of(messages: list[Message]) -> list[Message]:
-    return list(takewhile(lambda message: message["role"] == "system", messages))
-
-
-def _without_system(messages: list[Message]) -> list[Message]:
-    return messages[len(_system_of(messages)) :]
-
-
-def _count_shared(messages: list[Message], other: list[Message]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(messages, other)))
-
-
 def _check_pair(prompt: list[Message], sides: list[list[Message]]) -> None:
-    if not _without_system(prompt):
+    if all(message["role"] == "system" for message in prompt):
         raise RowError("not a pair: the row has no prompt")
     if prompt[-1]["role"] not in ("user", "tool"):
         raise RowError(
@@ -212,8 +183,8 @@ def _check_pair(prompt: list[Message], sides: list[list[Message]]) -> None:
 # --- its tokens ---
 
 
-def split_side(conversation: Conversation, segments: list[Segment]) -> tuple[list[Segment], list[Segment]]:
-    """Split the segments of one side's conversation into the prompt and the side.
+def side_start(conversation: Conversation, segments: list[Segment]) -> int:
+    """Return the position of the first segment of one side's conversation that follows the prompt, a reply.
 
     Raises:
         RowError: if the template rewrites a turn of the side once later ones follow.
@@ -225,61 +196,56 @@ def split_side(conversation: Conversation, segments: list[Segment]) -> tuple[lis
             "the chat template renders an earlier turn of the chosen or rejected side differently once more turns "
             "follow; use a template that doesn't, or sides of one turn"
         )
-    return segments[:start], segments[start:]
+    return start
 
 
 def to_pair_examples(
-    pairs: Sequence[PairSegments], tokenize: Tokenize, config: ExampleConfig
+    pairs: Sequence[Sequence[Rendered]], tokenize: Tokenize, config: ExampleConfig
 ) -> list[Example | RowError]:
-    """Tokenize the segments of a batch of pairs in one call, cut and label each pair."""
-    texts, before = [], []
-    for prompt, chosen, rejected in pairs:
-        for segments, start in ((prompt, ""), (chosen, prompt[-1].text), (rejected, prompt[-1].text)):
-            texts += [segment.text for segment in segments]
-            before += [start, *(segment.text for segment in segments[:-1])]
-    tokens = iter(tokenize(texts, before))
-    return [_to_example(pair, [[next(tokens) for _ in segments] for segments in pair], config) for pair in pairs]
+    """Tokenize both sides of a batch of pairs in one call, cut and label each pair."""
+    starts, sides = [], []
+    for chosen, rejected in pairs:
+        starts.append(side_start(*chosen))
+        prompt = chosen[1][: starts[-1]]
+        sides += [chosen[1], [*prompt, *rejected[1][side_start(*rejected) :]]]
+    tokens = tokenize_segments(sides, tokenize)
+    return [
+        _to_example(start, sides[at : at + 2], tokens[at : at + 2], config) for at, start in zip(count(0, 2), starts)
+    ]
 
 
-def _to_example(pair: PairSegments, tokens: list[list[Tokens]], config: ExampleConfig) -> Example | RowError:
-    lengths = [[len(ids) for ids, _ in part] for part in tokens]
-    if sum(lengths[0]) >= config.cutoff_len and config.truncation_mode != "llamafactory":
+def _to_example(
+    start: int, sides: list[list[Segment]], tokens: list[list[Tokens]], config: ExampleConfig
+) -> Example | RowError:
+    """Join both sides, each with the prompt, which is the segments before `start`."""
+    lengths = [[len(ids) for ids, _ in side] for side in tokens]
+    prompt = sum(lengths[0][:start])
+    source, target = prompt, config.cutoff_len - prompt
+    if config.truncation_mode == "llamafactory":
+        source, target = proportional_cut([prompt, max(sum(side[start:]) for side in lengths)], config.cutoff_len)
+    elif target <= 0:
         return RowError(
-            f"the prompt alone has {sum(lengths[0]):,} tokens, and cutoff_len is {config.cutoff_len:,}; raise cutoff_len"
+            f"the prompt alone has {prompt:,} tokens, and cutoff_len is {config.cutoff_len:,}; raise cutoff_len"
         )
-    kept = _cut(lengths, config)
-    example, sides = Example(), []
-    for part in (1, 2):
-        side = Example()
-        for segments, number in ((pair.prompt, 0), (pair[part], part)):
-            for at, (segment, encoding, length) in enumerate(zip(segments, tokens[number], kept[number], strict=True)):
-                add_segment(side, segment, encoding, length, trained=number > 0 and at % 2 == 0 and not segment.masked)
-        if all(label == IGNORED for label in side.labels[1:]):  # no token precedes the first
+    kept = [keep_start(side[:start], source) + keep_start(side[start:], target) for side in lengths]
+    chosen, rejected = examples = [join(*side, config) for side in zip(sides, tokens, kept)]
+    for name, example in zip(SIDES, examples):
+        if all(label == IGNORED for label in example.labels[1:]):  # no token precedes the first
             return RowError(
-                f"no trained token of {SIDES[part - 1]} is left at cutoff_len {config.cutoff_len:,}; raise cutoff_len"
+                f"no trained token of {name} is left at cutoff_len {config.cutoff_len:,}; raise cutoff_len"
             )
-        sides.append(side)
-        example.lost_answer = example.lost_answer or not kept[part][-1]
-    if sides[0].input_ids == sides[1].input_ids:
+    if chosen.input_ids == rejected.input_ids:
         cut = f" once cut at cutoff_len ({config.cutoff_len:,})" if kept != lengths else ""
         return RowError(f"not a pair: chosen and rejected are identical{cut}")
-    for side in sides:
-        example.input_ids += side.input_ids
-        example.labels += side.labels
-        example.seq_lengths.append(len(side.input_ids))
-        example.notes += side.notes
-    example.cut = sum(map(sum, lengths)) - sum(map(sum, kept))
-    example.notes["cut", "pairs without the generation prompt"] += sum(kept[0]) < sum(lengths[0])
-    example.notes["cut", "sides without their end"] += sum(kept[part] != lengths[part] for part in (1, 2))
-    example.notes = +example.notes
-    return example
-
-
-def _cut(lengths: list[list[int]], config: ExampleConfig) -> list[list[int]]:
-    """Return how many tokens of each segment are kept, for the prompt and both sides."""
-    prompt, *sides = lengths
-    if config.truncation_mode == "llamafactory":
-        source, target = proportional_cut([sum(prompt), max(map(sum, sides))], config.cutoff_len)
-    else:
-        source, target = sum(prompt), config.cutoff_len - sum(prompt)
-    return [keep_start(prompt, source), *(keep_start(side, target) for side in sides)]
+    cut_of_prompt = prompt - min(prompt, source)
+    notes = chosen.notes + rejected.notes
+    notes["cut", "pairs without the generation prompt"] += cut_of_prompt > 0
+    notes["cut", "sides without their end"] += sum(example.cut > cut_of_prompt for example in examples)
+    return Example(
+        chosen.input_ids + rejected.input_ids,
+        chosen.labels + rejected.labels,
+        cut=chosen.cut + rejected.cut - cut_of_prompt,
+        lost_answer=chosen.lost_answer or rejected.lost_answer,
+        notes=+notes,
+        seq_lengths=[len(example.input_ids) for example in examples],
+    )

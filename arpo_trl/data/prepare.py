@@ -92,9 +92,6 @@ def prepare_datasets(recipe: Recipe, template: Template) -> PreparedData:
 
     With several processes, the main one prepares while the others wait; on nodes without a shared disk, the first of each.
 
-    Args:
-        template: From `load_template`.
-
     Raises:
         DatasetError: the registry, a file, or more than `max_dropped` of a dataset's rows can't be used.
     """
@@ -187,7 +184,6 @@ def _hold_out(rows: dict[str, Dataset], recipe: Recipe) -> tuple[dict[str, Datas
 
 
 def digest(input_ids: npt.ArrayLike) -> bytes:
-    """Return a hash of token ids."""
     return blake2b(np.asarray(input_ids, np.int32).tobytes(), digest_size=16).digest()
 
 

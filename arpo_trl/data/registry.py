@@ -99,7 +99,7 @@ class DatasetInfo(BaseModel):
     def read(cls, name: str, file: Path, entry: object) -> DatasetInfo:
         """Read the entry of a registry file; null means not set, and so does the empty name of a column."""
         try:
-            info = cls.model_validate(_without_empty_columns(_without_nulls(entry)))
+            info = cls.model_validate(_without_unset(entry))
         except ValidationError as error:
             info = cls()
             info._findings = [("mistake", _describe_mistake(details)) for details in error.errors()]
@@ -113,12 +113,10 @@ class DatasetInfo(BaseModel):
 
     @property
     def name(self) -> str:
-        """The key of the entry."""
         return self._name
 
     @property
     def place(self) -> str:
-        """The location of the entry."""
         return f"{self._file}: {self._name}"
 
     @property
@@ -210,17 +208,12 @@ def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
     return {name: DatasetInfo.read(name, path, entry) for name, entry in entries.items()}
 
 
-def _without_empty_columns(entry: object) -> object:
-    """Remove columns named "", which LLaMA-Factory does not read either."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("columns"), dict):
-        return entry
-    return {**entry, "columns": {key: column for key, column in entry["columns"].items() if column != ""}}
-
-
-def _without_nulls(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return value
+def _without_unset(value: object, *unset: str) -> object:
+    """Remove what is null, or in the columns "", which LLaMA-Factory does not read either."""
+    if not isinstance(value, dict):
+        return value
+    inside = {key: _without_unset(inner, *[""] * (key == "columns")) for key, inner in value.items()}
+    return {key: inner for key, inner in inside.items() if inner not in (None, *unset)}
 
 
 def _describe_mistake(details: ErrorDetails) -> str:
@@ -246,10 +239,8 @@ def _check_entry(entry: DatasetInfo) -> Iterator[tuple[str, str]]:
         yield "mistake", f".tags: {' and '.join(same)} are both {tags[same[0]]!r}"
     for key, value in others.items():
         if key not in UNSUPPORTED:
-            yield (
-                "unknown",
-                f".{key}: ignored, unknown key{nearest_name(key, [*DatasetInfo.model_fields, *UNSUPPORTED])}",
-            )
+            nearest = nearest_name(key, [*DatasetInfo.model_fields, *UNSUPPORTED])
+            yield "unknown", f".{key}: ignored, unknown key{nearest}"
         elif value and not hub:  # LLaMA-Factory also prefers the data on the Hub.
             yield "unsupported", f".{key}: {UNSUPPORTED[key]}"
     if "kto_tag" in entry.columns:
@@ -258,9 +249,8 @@ def _check_entry(entry: DatasetInfo) -> Iterator[tuple[str, str]]:
         yield "mistake", f".columns: expected chosen and rejected, found only {next(iter(named))}"
     if entry.formatting == "alpaca" and entry.columns and not {"prompt", "query"} & entry.columns.keys():
         yield "notice", ".columns: neither prompt nor query is set, so every prompt is empty, as in LLaMA-Factory"
-    yield from _unknown_names(
-        ".columns", entry.formatting, entry.columns, COLUMNS | {entry.formatting: entry.known_columns}
-    )
+    columns = COLUMNS | {entry.formatting: entry.known_columns}
+    yield from _unknown_names(".columns", entry.formatting, entry.columns, columns)
     if entry.formatting != "alpaca":
         yield from _unknown_names(".tags", entry.formatting, entry.tags, TAGS)
 

@@ -16,21 +16,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..errors import RecipeError, RowError, in_one_line
 from ..recipe.keys import Recipe
 from ..run_folder import read_json
+from . import serving_causes
 from .prepare import PreparedData
 from .registry import saved_by_llamafactory
-from .serving_causes import (
-    OWN_TEMPLATE,
-    Change,
-    Difference,
-    Explanation,
-    add,
-    explain,
-    explain_bos,
-    explain_together,
-    first_other,
-    list_changes,
-)
-from .serving_rows import SERVING_ROWS, Ask, ServingRow, choose_rows, read_rows, render, with_reasoning_key, write_rows
+from .segments import count_shared
+from .serving_causes import OWN_TEMPLATE, Change, Difference
+from .serving_rows import SERVING_ROWS, Ask, ServingRow, choose_rows, read_rows, render, write_rows
 from .template_probe import date_formats, find_template
 from .tokenizer import make_tokenize
 
@@ -136,7 +127,7 @@ class PromptComparison:
 
     def ask(self, row: ServingRow) -> Ask:
         """Return a row's request as the chat template takes it."""
-        return Ask(with_reasoning_key(row.messages, self.reasoning_key), row.tools)
+        return row.ask(self.reasoning_key)
 
     def render(self, row: ServingRow) -> str | None:
         """Render a row's request, None if the chat template raises an error."""
@@ -153,53 +144,50 @@ class PromptComparison:
         (encoding,) = self.tokenize([row.text])
         ids = encoding.ids if served_ids is None else served_ids
         if served is None:
-            explanation = Explanation("chat template", "raises an error for messages of training", OWN_TEMPLATE)
+            difference = Difference("chat template", "raises an error for messages of training", OWN_TEMPLATE)
         elif served != row.text and served_ids != row.ids:
             plain = self.ask(row)
-            explanation = explain(row, served, plain, self.tokenizer, self.changes)
+            difference = serving_causes.explain(row, served, plain, self.tokenizer, self.changes)
             self.others.append((row, served, plain))
         elif ids == row.ids:
             check.identical += 1
             return ""
         elif ids == encoding.ids and self._in_segments(row.segments) == row.ids:
             check.borders += 1
-            check.border_tokens += _count_other_tokens(row.ids, ids)
+            blocks = SequenceMatcher(None, row.ids, ids, autojunk=False).get_matching_blocks()
+            check.border_tokens += max(len(row.ids), len(ids)) - sum(block.size for block in blocks)
             return ""
         else:
-            explanation = _explain_ids(row, ids, self.tokenizer)
-        add(check.differences, explanation, row.source)
-        return explanation.cause
+            difference = _explain_ids(row, ids, self.tokenizer)
+        serving_causes.add(check.differences, difference, row.source)
+        return difference.cause
 
     def unite(self, check: PromptCheck) -> None:
         """Report one cause in place of several if it alone explains every prompt with another text."""
         sources = [source for difference in check.differences for source in difference.rows]
         if len(check.differences) < 2 or len(sources) != len(self.others):
             return
-        if explanation := explain_together(self.others, self.tokenizer, self.changes):
-            check.differences = [Difference(*explanation, sources)]
+        alone = [(change,) for change in self.changes]
+        if difference := serving_causes.explain_together(self.others, self.tokenizer, alone):
+            check.differences = [replace(difference, rows=sources)]
 
     @cached_property
     def changes(self) -> list[Change]:
         """Return what may explain a difference, listed once a row differs."""
-        return list_changes(self.tokenizer)
+        return serving_causes.list_changes(self.tokenizer)
 
     def _in_segments(self, segments: list[str]) -> list[int]:
         pieces = self.tokenize(segments, ["", *segments[:-1]])
         return [token for piece in pieces for token in piece.ids]
 
 
-def _count_other_tokens(trained: list[int], served: list[int]) -> int:
-    blocks = SequenceMatcher(None, trained, served, autojunk=False).get_matching_blocks()
-    return max(len(trained), len(served)) - sum(block.size for block in blocks)
-
-
-def _explain_ids(row: ServingRow, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Explanation:
+def _explain_ids(row: ServingRow, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Difference:
     """Explain a prompt with the text of training and other tokens."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    if explanation := explain_bos(row.ids, ids, bos, tokenizer.bos_token):
-        return explanation
-    at = first_other(row.ids, ids)
-    return Explanation(
+    if difference := serving_causes.explain_bos(row.ids, ids, bos, tokenizer.bos_token):
+        return difference
+    at = count_shared(row.ids, ids)
+    return Difference(
         "tokenizer",
         f"the same text has other tokens: token {at:,} is {row.ids[at : at + 3]} in training, {ids[at : at + 3]} served",
         "Serve the folder's own tokenizer; a converted one (GGUF) may split text in another way.",

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import takewhile
 from typing import NamedTuple
 
 from ..errors import RowError
@@ -114,7 +113,7 @@ def _render_turns(conversation: Conversation, template: Template, window: int) -
             done = _join_turns(done, until_prompt, template, segments)
         context, reply = until_prompt[len(done) :], until_reply[len(until_prompt) :]
         masked = not messages[position].get("trained", True)
-        if not masked and not template.ends(reply):
+        if not masked and template.find_end(reply) is None:
             raise TurnEndError(f"the chat template ends reply {number + 1} without an end-of-turn token")
         if not masked and (end := template.find_early_end(reply)):
             raise TurnEndError(f"reply {number + 1} contains {end!r}, at which the model would stop")
@@ -159,8 +158,14 @@ def _until_prompt(
 
 def shared_start(text: str, other: str) -> str:
     """Return the common prefix of two texts, without an unfinished tag at its end."""
-    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other)))
+    alike = count_shared(text, other)
     return text[:alike] if alike in (len(text), len(other)) else re.sub(r"<[^<>]*$", "", text[:alike])
+
+
+def count_shared(items: Sequence[object], other: Sequence[object]) -> int:
+    """Return how many items at the start of both sequences are equal: the position of the first difference."""
+    pairs = enumerate(zip(items, other))
+    return next((at for at, (one, two) in pairs if one != two), min(len(items), len(other)))
 
 
 def _join_turns(done: str, until_prompt: str, template: Template, segments: list[Segment]) -> str:
@@ -174,9 +179,8 @@ def _join_turns(done: str, until_prompt: str, template: Template, segments: list
     changed = done[len(shared) :]
     if template.after_reply.endswith(changed):
         text = segments[-1].text.removesuffix(changed)
-        segments[-1] = segments[-1]._replace(
-            text=text, end=None if template.ends(text) else template.find_end(changed)
-        )
+        end = template.find_end(changed) if template.find_end(text) is None else None
+        segments[-1] = segments[-1]._replace(text=text, end=end)
         return shared
     if template.last_reasoning_only:
         segments.clear()

@@ -7,12 +7,13 @@ reported as unknown, with the first difference.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain, pairwise, permutations
 from pathlib import Path
-from typing import NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 
 import jinja2
 from jinja2 import TemplateError, meta
@@ -20,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..recipe.llamafactory import SHIPPED
 from .messages import REASONING_KEYS, Fields, Message
+from .segments import count_shared
 from .serving_rows import Ask, ServingRow, render
 from .template import KEEP_REASONING, REASONING
-from .template_probe import SET_DEFAULT, find_template
+from .template_probe import SET_DEFAULT, find_template, named_templates
 from .tokenizer import shipped_template
 
 Prompt = TypeVar("Prompt", str, list[int])
@@ -40,15 +42,9 @@ GIVEN = frozenset(
 )
 
 
-class Explanation(NamedTuple):
-    cause: str
-    found: str
-    fix: str
-
-
 @dataclass
 class Difference:
-    """One cause and the rows in which it was found."""
+    """One cause, and the sources of the rows in which it was found."""
 
     cause: str
     found: str
@@ -60,13 +56,13 @@ class Difference:
         return f"{self.cause}: {self.found}{where}." + f" {self.fix}" * bool(self.fix)
 
 
-def add(differences: list[Difference], explanation: Explanation, source: str) -> None:
-    """Count the row under its explanation; of unknown causes, the first difference stands for all."""
-    for difference in differences:
-        if (difference.cause, difference.fix) == (explanation.cause, explanation.fix):
-            difference.rows.append(source)
+def add(differences: list[Difference], difference: Difference, source: str) -> None:
+    """Count the row under its difference; of unknown causes, the first difference stands for all."""
+    for known in differences:
+        if (known.cause, known.fix) == (difference.cause, difference.fix):
+            known.rows.append(source)
             return
-    differences.append(Difference(*explanation, [source]))
+    differences.append(replace(difference, rows=[source]))
 
 
 @dataclass(frozen=True)
@@ -78,62 +74,57 @@ class Change:
         what: The setting, as in "the server renders with ...".
         send: The fix where training had the setting.
         undo: The fix where only the server has it.
-        apply: The request with the setting; None where it has no effect on this row.
+        apply: Return the request with the setting; the same request where it has no effect on this row.
     """
 
     cause: str
     what: str
     send: str
     undo: str
-    apply: Callable[[Ask, ServingRow], Ask | None]
+    apply: Callable[[Ask, ServingRow], Ask]
 
 
 def explain(
     row: ServingRow, served: str, plain: Ask, tokenizer: PreTrainedTokenizerBase, changes: list[Change]
-) -> Explanation:
-    """Explain why the server's prompt of a row is not the text that was trained.
+) -> Difference:
+    """Explain why a prompt as `served` is not the row's text, which was trained.
 
-    Args:
-        row: Its text is what was trained.
-        served: The text that the server renders.
-        plain: The row's request.
-        tokenizer: The saved folder's.
-        changes: What may differ, of `list_changes`.
+    `plain` is the row's request, `tokenizer` the saved folder's, and `changes` are those of `list_changes`.
     """
-    is_own = served == render(plain, tokenizer)
-    target = row.text if is_own else served
-    if explanation := _explain_head(row, served, tokenizer) or _find_missing(row, served):
-        return explanation
     settings = [change for change in changes if not change.what.startswith("the template ")]
-    for applied in chain(((change,) for change in changes), permutations(settings, 2)):
-        asked: Ask | None = plain
-        for change in applied:
-            asked = asked and change.apply(asked, row)
-        if asked and render(asked, tokenizer) == target:
-            return _explained(applied, is_own)
+    combinations = chain(((change,) for change in changes), permutations(settings, 2))
     return (
-        _explain_reasoning(row.text, served)
+        _explain_head(row, served, tokenizer)
+        or _find_missing(row, served)
+        or explain_together([(row, served, plain)], tokenizer, combinations)
+        or _explain_reasoning(row.text, served)
         or _compare_skeletons(row, served)
-        or Explanation(UNKNOWN, f"first difference: {first_difference(row.text, served)}", "")
+        or Difference(UNKNOWN, f"first difference: {first_difference(row.text, served)}", "")
     )
 
 
 def explain_together(
-    prompts: Sequence[tuple[ServingRow, str, Ask]], tokenizer: PreTrainedTokenizerBase, changes: list[Change]
-) -> Explanation | None:
-    """Explain several prompts, each with its row and its request as for `explain`, by one change that gives them all."""
+    prompts: Sequence[tuple[ServingRow, str, Ask]],
+    tokenizer: PreTrainedTokenizerBase,
+    combinations: Iterable[Sequence[Change]],
+) -> Difference | None:
+    """Explain prompts, each with its row and its request as for `explain`, by the changes that give them all."""
     is_own = all(served == render(plain, tokenizer) for _, served, plain in prompts)
-    texts = [row.text if is_own else served for row, served, _ in prompts]
-    for change in changes:
-        asked = [change.apply(plain, row) for row, _, plain in prompts]
-        if all(ask and render(ask, tokenizer) == text for ask, text in zip(asked, texts)):
-            return _explained([change], is_own)
+    for changes in combinations:
+        for row, served, plain in prompts:
+            asked = plain
+            for change in changes:
+                asked = change.apply(asked, row)
+            if asked == plain or render(asked, tokenizer) != (row.text if is_own else served):
+                break
+        else:
+            return _explained(changes, is_own)
     return None
 
 
 def explain_counts(
     rows: list[tuple[ServingRow, Ask, int]], tokenizer: PreTrainedTokenizerBase, changes: list[Change]
-) -> Explanation | None:
+) -> Difference | None:
     """Explain numbers of tokens, for a server that does not tell its prompts: one change has to give each row's number."""
 
     def count(ask: Ask) -> int:
@@ -141,45 +132,39 @@ def explain_counts(
         return -1 if text is None else len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     for change in changes:
-        if all(count(change.apply(plain, row) or plain) == tokens for row, plain, tokens in rows):
+        if all(count(change.apply(plain, row)) == tokens for row, plain, tokens in rows):
             return _explained([change], False)
     return None
 
 
-def explain_bos(trained: Prompt, served: Prompt, bos: Prompt, name: object) -> Explanation | None:
+def explain_bos(trained: Prompt, served: Prompt, bos: Prompt, name: object) -> Difference | None:
     """Explain texts, or tokens, that differ in one BOS before them."""
     fix = "Let the tokenizer or the template add it."
     # Two in the prompt are named whatever else differs: the day that a template writes, for example.
     if bos and served[: 2 * len(bos)] == bos + bos != trained[: 2 * len(bos)]:
-        return Explanation("BOS twice", f"the prompt begins with {name} twice", fix)
+        return Difference("BOS twice", f"the prompt begins with {name} twice", fix)
     if bos and served == bos + trained:
-        return Explanation("BOS added", f"the prompt begins with {name}, and that of training does not", fix)
+        return Difference("BOS added", f"the prompt begins with {name}, and that of training does not", fix)
     if bos and trained == bos + served:
-        return Explanation("BOS missing", f"the prompt does not begin with {name}", "Use the folder's own tokenizer.")
+        return Difference("BOS missing", f"the prompt does not begin with {name}", "Use the folder's own tokenizer.")
     return None
 
 
-def _explained(changes: Sequence[Change], is_sent: bool) -> Explanation:
+def _explained(changes: Sequence[Change], is_sent: bool) -> Difference:
     what = " and ".join(change.what for change in changes)
     text = f"training rendered with {what}, and the folder does not" if is_sent else f"the server renders with {what}"
     fixes = dict.fromkeys(change.send if is_sent else change.undo for change in changes)
     causes = dict.fromkeys(change.cause for change in changes)
-    return Explanation(" and ".join(causes), text, " ".join(filter(None, fixes)))
+    return Difference(" and ".join(causes), text, " ".join(filter(None, fixes)))
 
 
 def first_difference(trained: str, served: str) -> str:
     """Both texts around the first character that differs."""
-    return f"{_around(trained, served, 20)}, at character {first_other(trained, served):,}"
-
-
-def first_other(trained: Sequence[object], served: Sequence[object]) -> int:
-    """Return the position of the first character or token that differs."""
-    pairs = enumerate(zip(trained, served))
-    return next((at for at, (ours, other) in pairs if ours != other), min(len(trained), len(served)))
+    return f"{_around(trained, served, 20)}, at character {count_shared(trained, served):,}"
 
 
 def _around(trained: str, served: str, before: int) -> str:
-    at = first_other(trained, served)
+    at = count_shared(trained, served)
     start = max(at - before, 0)
     return f"{trained[start : at + 30]!r} trained, {served[start : at + 30]!r} served"
 
@@ -198,16 +183,11 @@ def list_changes(tokenizer: PreTrainedTokenizerBase) -> list[Change]:
     ]
 
 
-def _templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    template = tokenizer.chat_template
-    return list(template.values()) if isinstance(template, dict) else [str(template or "")]
-
-
 def switches_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """List the names of the settings that a tokenizer's chat templates read, such as enable_thinking."""
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     names: set[str] = set()
-    for jinja in _templates(tokenizer):
+    for jinja in named_templates(tokenizer).values():
         text = GENERATION.sub("", SET_DEFAULT.sub("", jinja))
         try:
             names |= meta.find_undeclared_variables(environment.parse(text))
@@ -241,37 +221,35 @@ def _reasoning(tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Iterator
         yield _switch(cause, dict(known))
         yield _switch(cause, {name: not value for name, value in known.items()})
 
-    def in_training(ask: Ask, row: ServingRow) -> Ask | None:
+    def in_training(ask: Ask, row: ServingRow) -> Ask:
         if all(message["role"] != "assistant" for message in ask.messages):
-            return None
+            return ask
         form = find_template(tokenizer, date.fromisoformat(row.day))
         return ask._replace(chat_template=form.jinja, switches={**ask.switches, **KEEP_REASONING})
 
-    if find_template(tokenizer).jinja not in _templates(tokenizer):
-        fix = "This chat template always leaves it out. Set mask_history: true in the recipe: it trains each last reply after turns without reasoning."
+    if find_template(tokenizer).jinja not in named_templates(tokenizer).values():
+        fix = "This chat template always leaves it out. Set mask_history: true in the recipe, to train only last replies, without earlier reasoning."
         yield Change(cause, "the reasoning of earlier turns", fix, "", in_training)
 
 
 def _messages() -> Iterator[Change]:
     """Yield what servers do to messages and tools, and the recipe's default_system."""
 
-    def default_system(ask: Ask, row: ServingRow) -> Ask | None:
+    def default_system(ask: Ask, row: ServingRow) -> Ask:
         system: Message = {"role": "system", "content": row.default_system or ""}
-        return None if row.default_system is None else ask._replace(messages=[system, *ask.messages])
+        return ask if row.default_system is None else ask._replace(messages=[system, *ask.messages])
 
-    def without_system(ask: Ask, row: ServingRow) -> Ask | None:
-        kept = [message for message in ask.messages if message["role"] != "system"]
-        return ask._replace(messages=kept) if len(kept) < len(ask.messages) else None
+    def without_system(ask: Ask, row: ServingRow) -> Ask:
+        return ask._replace(messages=[message for message in ask.messages if message["role"] != "system"])
 
-    def bare_tools(ask: Ask, row: ServingRow) -> Ask | None:
-        return ask._replace(tools=[tool["function"] for tool in ask.tools]) if ask.tools else None
+    def without_tools(ask: Ask, row: ServingRow) -> Ask:
+        return ask._replace(tools=None)
 
-    def each(change: Callable[[Message], Fields]) -> Callable[[Ask, ServingRow], Ask | None]:
-        def apply(ask: Ask, row: ServingRow) -> Ask | None:
-            changed = cast(list[Message], [change(message) for message in ask.messages])
-            return ask._replace(messages=changed) if changed != ask.messages else None
+    def bare_tools(ask: Ask, row: ServingRow) -> Ask:
+        return ask._replace(tools=ask.tools and [tool["function"] for tool in ask.tools])
 
-        return apply
+    def each(change: Callable[[Message], Fields]) -> Callable[[Ask, ServingRow], Ask]:
+        return lambda ask, row: ask._replace(messages=cast(list[Message], list(map(change, ask.messages))))
 
     def text_arguments(message: Message) -> Fields:
         calls = [
@@ -299,9 +277,7 @@ def _messages() -> Iterator[Change]:
     yield Change("default system prompt", "the recipe's default_system", send, "", default_system)
     leaves_out = "a template that leaves out the system message"
     yield Change("chat template", leaves_out, OWN_TEMPLATE, OWN_TEMPLATE, without_system)
-    yield Change(
-        "tools", "no tools", "", OWN_TEMPLATE, lambda ask, row: ask._replace(tools=None) if ask.tools else None
-    )
+    yield Change("tools", "no tools", "", OWN_TEMPLATE, without_tools)
     yield Change("tools format", "tools that are not wrapped in {type: function}", "", undo, bare_tools)
     yield Change("tools format", "the arguments of calls as JSON text", "", undo, each(text_arguments))
     string = "For vLLM: --chat-template-content-format string."
@@ -319,17 +295,18 @@ def _other_templates(tokenizer: PreTrainedTokenizerBase) -> Iterator[Change]:
     named |= {f"{name} of LLaMA-Factory's names": shipped_template(name) for name in sorted(SHIPPED)}
     named |= {path.name: path.read_text("utf-8") for path in files}
     for name, jinja in named.items():
-
-        def with_template(ask: Ask, row: ServingRow, jinja: str = jinja) -> Ask:
-            return ask._replace(chat_template=jinja)
-
+        with_template = partial(_with_template, jinja)
         yield Change("chat template", f"the template {name}", OWN_TEMPLATE, OWN_TEMPLATE, with_template)
+
+
+def _with_template(jinja: str, ask: Ask, row: ServingRow) -> Ask:
+    return ask._replace(chat_template=jinja)
 
 
 # --- texts ---
 
 
-def _explain_head(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBase) -> Explanation | None:
+def _explain_head(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBase) -> Difference | None:
     """Explain a difference of what stands before the messages: BOS, the day, a system prompt that the row does not have."""
     trained, bos = row.text, str(tokenizer.bos_token or "")
     if explanation := explain_bos(trained, served, bos, bos):
@@ -338,7 +315,7 @@ def _explain_head(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBa
         dates = [match[0] for text in (trained, served) for match in DATE.finditer(text)]
         switch = next((name for name in switches_of(tokenizer) if "date" in name), None)
         fix = f'Send chat_template_kwargs {{"{switch}": "{dates[0]}"}}.' if switch else ""
-        return Explanation(
+        return Difference(
             "date", f"the chat template writes a date, which was {dates[0]} in training and is {dates[-1]} served", fix
         )
     if row.default_system is not None or any(message["role"] == "system" for message in row.messages):
@@ -349,34 +326,31 @@ def _explain_head(row: ServingRow, served: str, tokenizer: PreTrainedTokenizerBa
     if rest == other_rest and len(max(own, other, key=len).split()) > 3:
         found = f"the row has no system message: {_around(own, other, 20)}"
         fix = "Use the chat template of training, or send the system message of training."
-        return Explanation("default system prompt", found, fix)
+        return Difference("default system prompt", found, fix)
     return None
 
 
-def _find_missing(row: ServingRow, served: str) -> Explanation | None:
+def _find_missing(row: ServingRow, served: str) -> Difference | None:
     """Name a message or a tool that training rendered and the server does not."""
+    served_words = " ".join(served.lower().split())  # templates may change case and spacing
     for message in row.messages:
         content = message["content"].strip()
-        if message["role"] != "assistant" and content in row.text and not _is_in(content, served):
+        is_served = " ".join(content.lower().split()) in served_words
+        if message["role"] != "assistant" and content in row.text and not is_served:
             found = f"the training prompt has a {message['role']} message that the served prompt lacks"
-            return Explanation("chat template", found, OWN_TEMPLATE)
+            return Difference("chat template", found, OWN_TEMPLATE)
     for before, after in pairwise(row.messages):
         joined = rf"{re.escape(before['content'].strip())}\s+{re.escape(after['content'].strip())}"
         if before["role"] == "system" and re.search(joined, served) and not re.search(joined, row.text):
             found = f"the system message is part of the {after['role']} message, where training had a separate turn"
-            return Explanation("chat template", found, OWN_TEMPLATE)
+            return Difference("chat template", found, OWN_TEMPLATE)
     names = [tool["function"]["name"] for tool in row.tools or ()]
     if any(name in row.text and name not in served for name in names):
-        return Explanation("tools", "the training prompt has tools that the served prompt lacks", OWN_TEMPLATE)
+        return Difference("tools", "the training prompt has tools that the served prompt lacks", OWN_TEMPLATE)
     return None
 
 
-def _is_in(content: str, text: str) -> bool:
-    """Return whether a message is in a text, ignoring case and spacing."""
-    return " ".join(content.lower().split()) in " ".join(text.lower().split())
-
-
-def _explain_reasoning(trained: str, served: str) -> Explanation | None:
+def _explain_reasoning(trained: str, served: str) -> Difference | None:
     """Explain texts that differ in their reasoning blocks alone: at the end the switch, earlier what the template drops."""
     numbers = [len(REASONING.findall(text)) for text in (trained, served)]
     bare, other_bare = ("".join(REASONING.sub("", text).split()) for text in (trained, served))
@@ -388,15 +362,15 @@ def _explain_reasoning(trained: str, served: str) -> Explanation | None:
             f"the generation prompt {'has' if ends else 'has no'} empty reasoning in training, and the reverse served"
         )
         fix = f'Send chat_template_kwargs {{"enable_thinking": {"false" if ends else "true"}}}, or start the server with it.'
-        return Explanation("thinking switch", found, fix)
+        return Difference("thinking switch", found, fix)
     cause = "reasoning of earlier turns"
     if numbers[0] < numbers[1]:
-        return Explanation(cause, "training drops it, the server keeps it", "")
+        return Difference(cause, "training drops it, the server keeps it", "")
     fix = "Use a chat template that treats it as training did, or set mask_history: true in the recipe."
-    return Explanation(cause, "training keeps it, the server drops it", fix)
+    return Difference(cause, "training keeps it, the server drops it", fix)
 
 
-def _compare_skeletons(row: ServingRow, served: str) -> Explanation | None:
+def _compare_skeletons(row: ServingRow, served: str) -> Difference | None:
     """Explain a difference by the text between the messages, which only a chat template writes."""
     contents = [message["content"].strip() for message in row.messages]
     in_both = [content for content in contents if content and content in row.text and content in served]
@@ -406,7 +380,7 @@ def _compare_skeletons(row: ServingRow, served: str) -> Explanation | None:
     for trained, other in zip(trained_pieces, served_pieces):
         if trained != other and not _words(trained + other) & _words(" ".join(contents)):
             found = f"the text around the messages is another: {_around(trained, other, 10)}"
-            return Explanation("chat template", found, OWN_TEMPLATE)
+            return Difference("chat template", found, OWN_TEMPLATE)
     return None
 
 

@@ -6,14 +6,14 @@ model and a running server can be compared with what was trained.
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple, cast
 
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import RecipeError, RowError
@@ -21,13 +21,14 @@ from ..recipe.keys import Recipe
 from ..run_folder import to_lines, write_text
 from .encode import Encoder
 from .files import Row, read_dataset
-from .labels import ExampleConfig, trained_segments
+from .labels import ExampleConfig, tokenize_segments, trained_segments
 from .messages import REASONING_KEYS, Conversation, Fields, Message
 from .pairs import read_sides
 from .prepare import PreparedData, Rows
 from .segments import Segment, to_segments
 from .sources import select_datasets
 from .template import Template
+from .template import render as render_template
 from .template_probe import ChatTemplate, find_template
 from .tokenizer import make_tokenize
 
@@ -74,13 +75,18 @@ class ServingRow:
 
     @property
     def text(self) -> str:
-        """The context's text."""
         return "".join(self.segments)
 
     @property
     def end(self) -> int:
         """The id of the token that ends the reply."""
         return self.reply_ids[-1]
+
+    def ask(self, reasoning_key: str | None) -> Ask:
+        """Return the request for the reply, with its reasoning under the key that the chat template reads."""
+        names = {"reasoning_content": reasoning_key or "reasoning_content"}
+        messages = [{names.get(name, name): value for name, value in message.items()} for message in self.messages]
+        return Ask(cast(list[Message], messages), self.tools)
 
 
 def choose_rows(recipe: Recipe, data: PreparedData, number: int = ROWS) -> list[ServingRow]:
@@ -101,7 +107,7 @@ def _choose_of(stored: list[Rows], encoders: list[Encoder], number: int) -> list
     """Choose from encoded datasets; from streams, whose encoded rows are not kept, what their files hold first."""
     expected: dict[str, list[int]] = {}
     for rows in stored:
-        if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
+        if isinstance(rows, Dataset):
             for row in islice(rows, LOOKED_AT):
                 sides = row.get("seq_lengths")  # of a pair, the chosen side comes first
                 expected[row["source"]] = list(row["input_ids"])[: sides[0] if sides else None]
@@ -138,16 +144,15 @@ class _Encoded(NamedTuple):
 def _encode(plain: Conversation, fitted: Conversation, template: Template) -> _Encoded:
     """Raises RowError."""
     segments = to_segments(fitted, template)
-    texts = [segment.text for segment in segments]
-    pieces = [tokens.ids for tokens in make_tokenize(template.tokenizer)(texts, ["", *texts[:-1]])]
-    return _Encoded(plain, fitted, segments, pieces, template)
+    (pieces,) = tokenize_segments([segments], make_tokenize(template.tokenizer))
+    return _Encoded(plain, fitted, segments, [tokens.ids for tokens in pieces], template)
 
 
 def _find_replies(row: Row, encoder: Encoder, expected: list[int] | None) -> list[ServingRow]:
     """Return the last trained reply of a row with its context, the first one with calls, and the first."""
     recipe = encoder.recipe
     try:
-        fitted = encoder.read(row)
+        fitted = encoder.read_sides(row)[0]
         encoded = _encode(read_sides(row.value, encoder.info)[0], fitted, encoder.template)
     except RowError:
         return []
@@ -167,35 +172,25 @@ def _find_replies(row: Row, encoder: Encoder, expected: list[int] | None) -> lis
 
 def _to_row(source: str, encoded: _Encoded, at: int, default_system: str | None = None) -> ServingRow | None:
     """Return the reply that is segment `at` with its context, None if it does not end in an end-of-turn token."""
-    template, reply = encoded.template, encoded.pieces[at]
-    end = _position_of_end(reply, template)
-    if end is None:
+    template, position, reply_ids = encoded.template, encoded.position(at), encoded.pieces[at]
+    ends = {template.tokenizer.convert_tokens_to_ids(end) for end in template.turn_ends}
+    last = next((at for at in reversed(range(len(reply_ids))) if reply_ids[at] in ends), None)
+    if last is None:
         return None
-    position = encoded.position(at)
+    text = encoded.segments[at].text
+    reply = template.without_end(text)
     return ServingRow(
         source=source,
         messages=_as_sent(encoded, position),
         tools=encoded.fitted.tools,
         segments=[segment.text for segment in encoded.segments[:at]],
         ids=[token for piece in encoded.pieces[:at] for token in piece],
-        reply=_until_end(encoded.segments[at].text, template),
-        reply_ids=reply[: end + 1],
+        reply=reply + next(end for end in template.turn_ends if text[len(reply) :].startswith(end)),
+        reply_ids=reply_ids[: last + 1],
         calls=encoded.fitted.messages[position].get("tool_calls", []),
         day=template.day.isoformat(),
         default_system=default_system,
     )
-
-
-def _position_of_end(ids: list[int], template: Template) -> int | None:
-    """The position of the last token that ends a turn."""
-    ends = {template.tokenizer.convert_tokens_to_ids(end) for end in template.turn_ends}
-    return next((at for at in reversed(range(len(ids))) if ids[at] in ends), None)
-
-
-def _until_end(reply: str, template: Template) -> str:
-    """The reply's text through the token that ends it."""
-    text = template.without_end(reply)
-    return text + next(end for end in template.turn_ends if reply[len(text) :].startswith(end))
 
 
 def _as_sent(encoded: _Encoded, until: int) -> list[Message]:
@@ -224,44 +219,17 @@ def _as_sent(encoded: _Encoded, until: int) -> list[Message]:
 
 def render(ask: Ask, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the prompt as a server renders it, None if the template raises an error."""
-    apply: Callable[..., object] = tokenizer.apply_chat_template
-    try:
-        return str(
-            apply(
-                ask.messages,
-                tools=ask.tools,
-                chat_template=ask.chat_template,
-                add_generation_prompt=True,
-                tokenize=False,
-                **ask.switches,
-            )
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError):
-        return None
-
-
-def with_reasoning_key(messages: list[Message], key: str | None) -> list[Message]:
-    """The messages with their reasoning under the key that the template reads."""
-    if key in (None, "reasoning_content"):
-        return messages
-    renamed = [
-        {key if name == "reasoning_content" else name: value for name, value in message.items()}
-        for message in messages
-    ]
-    return cast(list[Message], renamed)
+    with suppress(RowError):
+        return render_template(tokenizer, ask.messages, ask.tools, ask.chat_template, ask.switches)
+    return None
 
 
 def write_rows(rows: list[ServingRow], folder: Path) -> None:
-    """Write `serving_check.jsonl`."""
     write_text(folder / SERVING_ROWS, to_lines(map(asdict, rows)))
 
 
 def read_rows(folder: Path) -> list[ServingRow]:
-    """Read `serving_check.jsonl`; a folder without one has no rows.
-
-    Raises:
-        RecipeError: if the file is not one that a run wrote.
-    """
+    """Read `serving_check.jsonl`; a folder without one has no rows. Raises RecipeError if no run wrote the file."""
     path = folder / SERVING_ROWS
     if not path.is_file():
         return []
@@ -310,8 +278,16 @@ def built_in_rows(tokenizer: PreTrainedTokenizerBase, number: int = ROWS) -> lis
         RecipeError: if the chat template cannot be rendered.
     """
     template = find_template(tokenizer, enable_thinking=None, last_reasoning_only=True)
-    rows = (_built_in_row(name, messages, tools, template) for name, messages, tools in _conversations())
-    return list(islice(filter(None, rows), number))
+    rows: list[ServingRow] = []
+    for name, messages, tools in _conversations():
+        plain = Conversation(messages, tools)
+        with suppress(RowError):
+            encoded = _encode(plain, template.fit(plain), template)
+            row = _to_row(name, encoded, len(encoded.segments) - 1)
+            if row and (context := render(row.ask(template.reasoning_key), tokenizer)) is not None:
+                (tokens,) = make_tokenize(tokenizer)([context])
+                rows.append(replace(row, segments=[context], ids=tokens.ids))
+    return rows[:number]
 
 
 def _conversations() -> Iterator[tuple[str, list[Message], list[Fields] | None]]:
@@ -331,21 +307,3 @@ def _conversations() -> Iterator[tuple[str, list[Message], list[Fields] | None]]
         yield f"{name}, two turns", [system, *earlier, ask, reply], None
         yield f"{name}, tool", [system, ask, calls, result, reply], _TOOLS
         yield f"{name}, three turns", [*earlier, *earlier, ask, reply], None
-
-
-def _built_in_row(
-    name: str, messages: list[Message], tools: list[Fields] | None, template: Template
-) -> ServingRow | None:
-    plain = Conversation(messages, tools)
-    try:
-        encoded = _encode(plain, template.fit(plain), template)
-        row = _to_row(name, encoded, len(encoded.segments) - 1)
-        if row is None:
-            return None
-    except RowError:
-        return None
-    context = render(Ask(with_reasoning_key(row.messages, template.reasoning_key), row.tools), template.tokenizer)
-    if context is None:
-        return None
-    (tokens,) = make_tokenize(template.tokenizer)([context])
-    return replace(row, segments=[context], ids=tokens.ids)

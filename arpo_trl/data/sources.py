@@ -62,21 +62,13 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
     names = [("dataset", name) for name in recipe.dataset] + [("eval_dataset", name) for name in recipe.eval_dataset]
     for key, name in names:
         try:
-            info = registry.get(name) or read_unregistered(name, recipe.streaming)
-        except DatasetError as error:
-            problems.append(str(recipe.error(key, str(error))))
-            continue
-        if info:
-            infos[name] = info
+            info = infos[name] = registry.get(name) or _read_unregistered(name, recipe, registry)
             mistakes = [*info.findings("mistake", "unsupported"), *_of_another_stage(info, recipe.stage)]
             problems += mistakes
             if mistakes:  # a misspelled key may be the cause
                 problems += info.findings("unknown")
-        else:
-            file = "no such file, and " if Path(name).suffix.lower() in READERS else ""
-            registered = Path(recipe.dataset_dir) / "dataset_info.json"
-            problem = f"{file}no such dataset in {registered}{nearest_name(name, registry)}"
-            problems.append(str(recipe.error(key, f"{name}: {problem}")))
+        except DatasetError as error:
+            problems.append(str(recipe.error(key, str(error))))
         if key == "eval_dataset" and recipe.streaming and name in recipe.dataset:
             problem = f"{name}: not supported with streaming; use val_size"
             problems.append(str(recipe.error(key, problem)))
@@ -86,11 +78,7 @@ def select_datasets(recipe: Recipe) -> list[DatasetInfo]:
 
 
 def uses_hub(recipe: Recipe) -> bool:
-    """Return whether a dataset is loaded from the Hub. Reads the registry, but no rows.
-
-    Raises:
-        DatasetError: the registry can't be read.
-    """
+    """Return whether a dataset is loaded from the Hub. Raises DatasetError if the registry can't be read."""
     names = [*recipe.dataset, *recipe.eval_dataset]
     if not names or saved_by_llamafactory(recipe):
         return False
@@ -115,15 +103,19 @@ def _is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and Path(name).suffix.lower() not in READERS
 
 
-def read_unregistered(name: str, streaming: bool) -> DatasetInfo | None:
-    """Return the entry that a data file or a dataset of the Hub would have, or None if `name` is neither.
+def _read_unregistered(name: str, recipe: Recipe, registry: dict[str, DatasetInfo]) -> DatasetInfo:
+    """Return the entry that a data file or a dataset of the Hub would have.
 
     Raises:
-        DatasetError: its rows can't be read, or their format is not recognized.
+        DatasetError: `name` is neither, its rows can't be read, or their format is not recognized.
     """
     if _is_data_file(name):
         return _recognize(name, "file_name", False, Path(name).stat().st_mtime_ns)
-    return _recognize(name, "hf_hub_url", streaming, 0) if _is_hub_name(name) else None
+    if _is_hub_name(name):
+        return _recognize(name, "hf_hub_url", recipe.streaming, 0)
+    file = "no such file, and " if Path(name).suffix.lower() in READERS else ""
+    registered = Path(recipe.dataset_dir) / "dataset_info.json"
+    raise DatasetError(f"{name}: {file}no such dataset in {registered}{nearest_name(name, registry)}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -147,20 +139,22 @@ def _to_entry(columns: dict[str, object]) -> dict[str, object] | None:
     is_pair = {"chosen", "rejected"} <= columns.keys()
     reply = {"chosen": "chosen", "rejected": "rejected"} if is_pair else {}
     named = {key: key for key in OPTIONAL if key in columns}
-    for column in ("messages", "conversations", "chosen"):
+    for column in ("messages", "conversations"):
         turns = columns.get(column)
         turn = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
         for formatting in ("openai", "sharegpt"):
-            tags = TAGS[formatting]
-            if column != "chosen" and {tags["role_tag"], tags["content_tag"]} <= turn.keys():
+            if {TAGS[formatting]["role_tag"], TAGS[formatting]["content_tag"]} <= turn.keys():
                 named = {key: name for key, name in named.items() if key in COLUMNS[formatting]}
                 return {"formatting": formatting, "ranking": is_pair, "columns": {"messages": column} | reply | named}
     for prompt, response in (("instruction", "output"), ("prompt", "response"), ("prompt", "completion")):
-        needed = {prompt, *(reply or {response})}
-        if needed <= columns.keys() and isinstance(columns[prompt], str):
-            own = reply or {"response": response}
+        answers = reply or {"response": response}
+        if {prompt, *answers.values()} <= columns.keys() and isinstance(columns[prompt], str):
             query = {"query": "input"} if "input" in columns else {}
-            return {"formatting": "alpaca", "ranking": is_pair, "columns": {"prompt": prompt} | query | own | named}
+            return {
+                "formatting": "alpaca",
+                "ranking": is_pair,
+                "columns": {"prompt": prompt} | query | answers | named,
+            }
     return None
 
 

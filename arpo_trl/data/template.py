@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import count
@@ -57,12 +57,11 @@ class Template:
         epilogue: Ends any text without a generation prompt (Phi-3); removed.
         supports_thinking: If False, `enable_thinking` and `last_reasoning_only` have no effect.
         split_reasoning: Move a `<think>` block at the start of a reply into `reasoning_content`.
-        reasoning_key: The message key from which the template writes reasoning. If this and the next two are unset, it
-            goes into the text as `<think>`.
-        reasoning_chunks: The template writes reasoning from a chunk of the content (Mistral).
+        reasoning_key: The message key from which the template writes reasoning. If this and the next are unset, it goes
+            into the text as `<think>`.
         reasoning_block: What surrounds the reasoning of a reply. Without `reasoning_key`, the template doesn't write it in
-            every reply, or opens it only (Kimi K2 Thinking, Gemma 4, DeepSeek R1): then it is inserted before the reply's
-            text, and replaces an empty or opened block there.
+            every reply, opens it only (Kimi K2 Thinking, Gemma 4, DeepSeek R1), or writes it from a chunk of the content
+            (Mistral): then it is inserted before the reply's text, and replaces an empty or opened block there.
         thinking_switch: The variable that makes the template write reasoning or prompt for it (DeepSeek V3.2, Gemma 4);
             true by default in the saved template if a row has reasoning.
         call_id: The format of the call ids that the template writes.
@@ -86,7 +85,6 @@ class Template:
     supports_thinking: bool = False
     split_reasoning: bool = False
     reasoning_key: str | None = None
-    reasoning_chunks: bool = False
     reasoning_block: tuple[str, str] | None = None
     thinking_switch: str | None = None
     call_id: str | None = None
@@ -111,10 +109,6 @@ class Template:
         """The tokens that end a reply."""
         return [end for end in (self.end_of_turn, self.call_end) if end]
 
-    def ends(self, reply: str) -> bool:
-        """Return whether the reply contains a token at which the model stops."""
-        return any(end in reply for end in (*self.turn_ends, *self.stops))
-
     def find_early_end(self, reply: str) -> str | None:
         """Return the end token at which the model would stop before the reply's end, or None.
 
@@ -126,7 +120,7 @@ class Template:
         return ends[0][0] if rest.strip() or max(written.values()) > max(1, most) else None
 
     def find_end(self, text: str) -> int | None:
-        """Return the id of an end token in the text."""
+        """Return the id of a token in the text at which the model stops, or None."""
         end = next((end for end in (*self.turn_ends, *self.stops) if end in text), None)
         return None if end is None else cast(int, self.tokenizer.convert_tokens_to_ids(end))
 
@@ -168,38 +162,23 @@ class Template:
         return reply
 
     def _place_reasoning(self, reply: Message, reasoning: str) -> Message:
-        """Put the reasoning where the template looks for it; `render` inserts chunks and blocks."""
-        if self.reasoning_chunks or self.inserts_reasoning:
+        """Put the reasoning where the template looks for it; `render` inserts blocks."""
+        if self.inserts_reasoning:
             return {**reply, "reasoning_content": reasoning}
         if self.reasoning_key:
             return cast(Message, {**reply, self.reasoning_key: reasoning})
         return {**reply, "content": f"<think>\n{reasoning}\n</think>\n\n{reply['content']}", "reasoning_content": ""}
 
     def render(self, messages: list[Message], tools: list[Fields] | None, prompt: bool) -> str:
-        """Render the messages, followed by the generation prompt if `prompt`.
-
-        Raises:
-            RowError: the template raises an error.
-        """
+        """Render the messages, and the generation prompt if `prompt`. Raises RowError if the template raises an error."""
         variables = {} if self.last_reasoning_only else dict(KEEP_REASONING)
         if self.enable_thinking is False:
             variables["enable_thinking"] = False
         if self.thinking_switch:
             variables[self.thinking_switch] = True
         jinja = self.jinja if tools is None or self.tool_jinja is None else self.tool_jinja
-        apply: Callable[..., object] = self.tokenizer.apply_chat_template
-        try:
-            rendered = apply(
-                self._mark_reasoning(messages),
-                tools=tools,
-                chat_template=jinja,
-                add_generation_prompt=prompt,
-                tokenize=False,
-                **variables,
-            )
-        except (TemplateError, TypeError, ValueError, RecursionError) as error:
-            raise RowError(f"the chat template raised an error: {error}") from None
-        text = self._insert_reasoning(str(rendered))
+        rendered = render(self.tokenizer, self._mark_reasoning(messages), tools, jinja, variables, prompt)
+        text = self._insert_reasoning(rendered)
         if prompt:
             return text
         if self.begins_next and messages[-1]["role"] == "assistant":
@@ -207,21 +186,17 @@ class Template:
         return text.removesuffix(self.epilogue)
 
     def _mark_reasoning(self, messages: list[Message]) -> list[Message]:
-        """Put reasoning that the template has no key for into the content: as a chunk, or between two marks."""
-        if not self.reasoning_chunks and not self.inserts_reasoning:
+        """Put reasoning that the template has no key for into the content, between two marks."""
+        if not self.inserts_reasoning:
             return messages
         marked: list[Message] = []
         for message in messages:
-            reasoning = message.get("reasoning_content", "")
-            fields = {key: value for key, value in message.items() if key != "reasoning_content"}
-            if message["role"] != "assistant":
-                fields = dict(message)
-            elif self.inserts_reasoning and (reasoning or self._needs_empty_block(message)):
-                fields["content"] = f"{MARKS[0]}{reasoning}{MARKS[1]}{message['content']}"
-            elif reasoning:
-                text = [{"type": "text", "text": message["content"]}] if message["content"] else []
-                fields["content"] = [{"type": "thinking", "thinking": reasoning}, *text]
-            marked.append(cast(Message, fields))
+            if message["role"] == "assistant":
+                reasoning, needs_block = message.get("reasoning_content", ""), self._needs_empty_block(message)
+                message = cast(Message, {key: value for key, value in message.items() if key != "reasoning_content"})
+                if reasoning or needs_block:
+                    message["content"] = f"{MARKS[0]}{reasoning}{MARKS[1]}{message['content']}"
+            marked.append(message)
         return marked
 
     def _insert_reasoning(self, text: str) -> str:
@@ -248,6 +223,23 @@ class Template:
         opening, closing = self.reasoning_block or ("", "")
         opens = opening and prompt.rstrip().endswith(opening.strip())
         return closing if opens and closing.strip() not in reply else ""
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: list[Fields] | None,
+    chat_template: str | dict[str, str] | None,
+    switches: Mapping[str, object],
+    prompt: bool = True,
+) -> str:
+    """Render with any chat template; the tokenizer's own if None. Raises RowError if the template raises an error."""
+    apply: Callable[..., object] = tokenizer.apply_chat_template
+    given = {"tools": tools, "chat_template": chat_template, "add_generation_prompt": prompt, **switches}
+    try:
+        return str(apply(messages, tokenize=False, **given))
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise RowError(f"the chat template raised an error: {error}") from None
 
 
 def has_reasoning(reply: Message) -> bool:

@@ -11,14 +11,13 @@ import re
 from copy import copy
 from dataclasses import replace
 from datetime import date
-from itertools import takewhile
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import RecipeError, RowError
 from .messages import REASONING_KEYS, Conversation, Fields, Message
-from .segments import shared_start, to_segments
+from .segments import count_shared, shared_start, to_segments
 from .template import Template
 
 ChatTemplate = str | dict[str, str]  # one, or several by name
@@ -61,7 +60,7 @@ def find_template(
     Raises:
         RecipeError: the template can't be rendered.
     """
-    named = {name: SET_DEFAULT.sub("", jinja) for name, jinja in _named(tokenizer.chat_template).items()}
+    named = {name: SET_DEFAULT.sub("", jinja) for name, jinja in named_templates(tokenizer).items()}
     if "default" not in named:
         raise RecipeError(f"template: the tokenizer has templates named {', '.join(named)}, but none named default")
     day = day or date.today()
@@ -104,17 +103,19 @@ def set_thinking_default(template: Template) -> ChatTemplate:
         first = THINKING_DEFAULT.format("enable_thinking", "false")
     elif not template.supports_thinking:
         return chat_template
-    named = {name: first + SET_DEFAULT.sub("", jinja) for name, jinja in _named(chat_template).items()}
+    named = {name: first + SET_DEFAULT.sub("", jinja) for name, jinja in named_templates(template.tokenizer).items()}
     return named if isinstance(chat_template, dict) else named["default"]
 
 
-def _named(chat_template: ChatTemplate) -> dict[str, str]:
+def named_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the tokenizer's chat templates by name; a single one is named default."""
+    chat_template: ChatTemplate = tokenizer.chat_template
     return chat_template if isinstance(chat_template, dict) else {"default": chat_template}
 
 
 def date_formats(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the formats in which the tokenizer's chat templates write the day."""
-    return [call[2] for jinja in _named(tokenizer.chat_template).values() for call in STRFTIME_NOW.finditer(jinja)]
+    return [call[2] for jinja in named_templates(tokenizer).values() for call in STRFTIME_NOW.finditer(jinja)]
 
 
 def _dated(jinja: str, day: date) -> str:
@@ -150,10 +151,10 @@ def _probe(template: Template) -> Template:
     return _probe_call_ids(_probe_reasoning(_probe_ends(template), with_prompt[len(without) :], before_reply))
 
 
-def _render(template: Template, *messages: Message, tools: list[Fields] | None = None) -> str:
+def _render(template: Template, *messages: Message, tools: list[Fields] | None = None, prompt: bool = False) -> str:
     """Render the messages, or return "" if the template raises an error."""
     try:
-        return template.render(list(messages), tools, False)
+        return template.render(list(messages), tools, prompt)
     except RowError:
         return ""
 
@@ -195,8 +196,7 @@ def _probe_ends(template: Template) -> Template:
 
 def _reasoning_key(template: Template, message: Message) -> str | None:
     """Return the key from which the template writes the reasoning of this message."""
-    texts = {key: _render(template, ASK, cast(Message, {**message, key: REASONING})) for key in REASONING_KEYS}
-    return next((key for key, text in texts.items() if REASONING in text), None)
+    return next((key for key in REASONING_KEYS if REASONING in _render(template, ASK, _with(message, key))), None)
 
 
 def _probe_switch(template: Template) -> Template:
@@ -217,10 +217,7 @@ def _probe_switch(template: Template) -> Template:
 
 
 def _generation_prompt(template: Template) -> str:
-    try:
-        text = template.render([ASK], None, True)
-    except RowError:
-        return ""
+    text = _render(template, ASK, prompt=True)
     return text[len(shared_start(text, _render(template, ASK))) :]
 
 
@@ -228,47 +225,48 @@ def _probe_reasoning(template: Template, prompt: str, before_reply: str) -> Temp
     """Set how the template writes reasoning, and whether it has its own way to write it (gpt-oss, Qwen3.8)."""
     key = _reasoning_key(template, REPLY)
     inside = _render(template, ASK, THINKING)
-    separate = _render(template, ASK, cast(Message, {**REPLY, key or "": REASONING}))
+    separate = _render(template, ASK, _with(REPLY, key or ""))
     split = bool(key and inside) and inside.count("</think>") != separate.count("</think>")
     prompts = {replace(template, enable_thinking=thinking).render([ASK], None, True) for thinking in (True, False)}
     supports = "think>" in prompt + before_reply or len(prompts) > 1 or split
     template = replace(template, reasoning_key=key, supports_thinking=supports, split_reasoning=split)
     if key:
-        return replace(template, reasoning_block=_written_block(template, REPLY, key))
-    if template.enable_thinking is not False and _writes_chunks(template):
-        return replace(template, reasoning_chunks=True, supports_thinking=True, split_reasoning=True)
+        return replace(template, reasoning_block=_written_block(template, REPLY, _with(REPLY, key)))
     if block := _find_block(template, prompt, template.generation_prompt + before_reply):
         return replace(template, reasoning_block=block, supports_thinking=True, split_reasoning=True)
     return template
 
 
-def _writes_chunks(template: Template) -> bool:
-    chunks = [{"type": "thinking", "thinking": REASONING}, {"type": "text", "text": REPLY["content"]}]
-    text = _render(template, ASK, cast(Message, {"role": "assistant", "content": chunks}))
-    return text.count(REASONING) == 1 and "'type'" not in text and '"type"' not in text
-
-
 def _find_block(template: Template, prompt: str, before_reply: str) -> tuple[str, str] | None:
-    """Return what surrounds reasoning, from a reply with calls or from the generation prompt, or None.
+    """Return what surrounds reasoning, from a chunk, a reply with calls or the generation prompt, or None.
 
-    Kimi K2 Thinking writes reasoning only before calls, and an empty block elsewhere. Gemma 4 does, too, but writes no
+    Ministral 3 writes reasoning from a chunk of the content. Kimi K2 Thinking writes reasoning only before calls, and an empty block elsewhere. Gemma 4 does, too, but writes no
     block elsewhere. The prompts of DeepSeek R1 and Nemotron Nano v2 open a block, which their templates never write.
     """
-    calls = cast(Message, {**REPLY, "tool_calls": [CALL]})
+    parts = [{"type": "thinking", "thinking": REASONING}, {"type": "text", "text": REPLY["content"]}]
+    chunks = cast(Message, {**REPLY, "content": parts})
+    text = "" if template.enable_thinking is False else _render(template, ASK, chunks)
+    if text.count(REASONING) == 1 and "'type'" not in text and '"type"' not in text:
+        return _written_block(template, REPLY, chunks)
+    calls: Message = {**REPLY, "tool_calls": [CALL]}
     if key := _reasoning_key(template, calls):
-        return _written_block(template, calls, key)
+        return _written_block(template, calls, _with(calls, key))
     if re.search(r"<think>\s*$", prompt):
         return prompt[prompt.rindex("<think>") :], "\n</think>\n\n" if prompt.endswith("\n") else "</think>"
     empty = re.search(r"(<think>)(</think>)$", before_reply)
     return (empty[1], empty[2]) if empty and _render(template, ASK, THINKING).count("</think>") > 1 else None
 
 
-def _written_block(template: Template, reply: Message, key: str) -> tuple[str, str] | None:
+def _with(reply: Message, key: str) -> Message:
+    return cast(Message, {**reply, key: REASONING})
+
+
+def _written_block(template: Template, reply: Message, thinking: Message) -> tuple[str, str] | None:
+    """Return what surrounds the reasoning of the second reply, which is the first with reasoning."""
     start = len(_render(template, ASK)) + len(template.generation_prompt)
     without = _render(template, ASK, reply)[start:]
-    opening, _, rest = _render(template, ASK, cast(Message, {**reply, key: REASONING}))[start:].partition(REASONING)
-    written = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(rest), reversed(without))))
-    closing = rest[: len(rest) - written] or rest.partition(REPLY["content"])[0]
+    opening, _, rest = _render(template, ASK, thinking)[start:].partition(REASONING)
+    closing = rest[: len(rest) - count_shared(rest[::-1], without[::-1])] or rest.partition(REPLY["content"])[0]
     return (opening, closing) if opening.strip() and closing.strip() else None
 
 

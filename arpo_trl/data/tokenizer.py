@@ -86,12 +86,8 @@ def _read_stops(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[str
     name, cache_dir = recipe.model_name_or_path, recipe.cache_dir
     try:
         ends = GenerationConfig.from_pretrained(name, cache_dir=cache_dir, revision=recipe.model_revision).eos_token_id
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-    ):  # no such file, or not for this release; config.json is read with the model
-        return ()
+    except (OSError, ValueError, TypeError):
+        return ()  # no such file, or not for this release; config.json is read with the model
     ids = ends if isinstance(ends, list) else [ends]
     return tuple(str(tokenizer.convert_ids_to_tokens(end)) for end in ids if end is not None and end < len(tokenizer))
 
@@ -151,6 +147,10 @@ def shipped_template(name: str, with_default_system: bool = True) -> str:
     pieces = table[name]
     while other := pieces.pop("like", None):
         pieces = table[other] | pieces
+    if "turn" in pieces:
+        start, end = pieces.pop("turn")
+        system, user, header = (start.replace("{role}", role) for role in ("system", "user", "assistant"))
+        pieces = {"system": [system, end], "user": [user, end], "header": header, "reply": ["", end]} | pieces
     default = {"begin": "", "default_system": "", "result_join": "", "system_inside": False, "tools": "react"}
     default |= {"system": ["", ""], "reply": ["", "{eos}"], "reasoning": ["<think>\n", "\n</think>\n\n"]}
     pieces = default | {"has_reasoning": "reasoning" in pieces} | pieces

@@ -23,7 +23,6 @@ from ..data.serving_causes import (
     OWN_TEMPLATE,
     UNKNOWN,
     Difference,
-    Explanation,
     add,
     explain_counts,
     first_difference,
@@ -202,7 +201,7 @@ def _check_prompts(
     if counted:
         explanation = explain_counts(counted, tokenizer, compare.changes) or _try_template(server, counted, tokenizer)
         for row, _, tokens in counted:
-            other = Explanation(UNKNOWN, f"{tokens:,} tokens where training had {len(row.ids):,}", "")
+            other = Difference(UNKNOWN, f"{tokens:,} tokens where training had {len(row.ids):,}", "")
             add(check.differences, explanation or other, row.source)
     compare.unite(check)
     _try_switches(server, served, check.differences, compare)
@@ -224,18 +223,18 @@ def _texts_of_folder(server: Server, served: list[tuple[ServingRow, Rendered]]) 
     return texts if counts == [answer.tokens for _, answer in served] else []
 
 
-def _explain_error(error: ServerError, tokenizer: PreTrainedTokenizerBase) -> Explanation:
+def _explain_error(error: ServerError, tokenizer: PreTrainedTokenizerBase) -> Difference:
     text = str(error)
     if "tool" in text.lower() and ("choice" in text.lower() or "--jinja" in text):
         return _parser_is_off(text, tokenizer)
     if "context" in text.lower() or "max_model_len" in text:
-        return Explanation("context length", text, "Start the server with a longer context.")
-    return Explanation("server error", text, "See the server's log.")
+        return Difference("context length", text, "Start the server with a longer context.")
+    return Difference("server error", text, "See the server's log.")
 
 
 def _try_template(
     server: Server, counted: list[tuple[ServingRow, Ask, int]], tokenizer: PreTrainedTokenizerBase
-) -> Explanation | None:
+) -> Difference | None:
     """Send the folder's own template with the request: if the prompts become those of training, the server's is another."""
     if not isinstance(server, TransformersServe):
         return None
@@ -245,7 +244,7 @@ def _try_template(
     numbers = (
         f"{tokens:,} tokens where training had {len(row.ids):,}; with the folder's template the numbers are equal"
     )
-    return Explanation("chat template", f"the server's is another: {numbers}", OWN_TEMPLATE)
+    return Difference("chat template", f"the server's is another: {numbers}", OWN_TEMPLATE)
 
 
 def _try_switches(
@@ -262,7 +261,7 @@ def _try_switches(
             continue
         for change in compare.changes:
             asked = change.apply(Ask([], None), rows[0])
-            if asked and asked.switches and not asked.chat_template and _renders_trained(server, rows, asked.switches):
+            if asked.switches and not asked.chat_template and _renders_trained(server, rows, asked.switches):
                 text = json.dumps(asked.switches)
                 difference.cause = change.cause
                 difference.found = f"with chat_template_kwargs {text} the server renders the prompt of training"
@@ -321,7 +320,7 @@ def _check_chats(
 
 def _compare_chat(
     row: ServingRow, chat: Chat, reply: Reply | None, mark: str, tokenizer: PreTrainedTokenizerBase
-) -> Explanation | None:
+) -> Difference | None:
     if reply is None:
         return None
     text_of_reply = _whole_text(reply, tokenizer)
@@ -329,9 +328,9 @@ def _compare_chat(
         return _compare_calls(row, chat, text_of_reply, tokenizer)
     shown, text = (_visible(text, tokenizer) for text in (chat.reasoning + chat.content, text_of_reply))
     if _bare(shown) != _bare(text) and not chat.calls:
-        return Explanation("chat", f"the answer is not the reply: {first_difference(text, shown)}", "")
+        return Difference("chat", f"the answer is not the reply: {first_difference(text, shown)}", "")
     if reply.stopped and chat.finish == "length":
-        return Explanation(
+        return Difference(
             "end-of-turn token", "the chat does not stop where the reply ends", "Compare the server's stop tokens."
         )
     return None
@@ -355,7 +354,7 @@ def _bare(text: str) -> str:
     return "".join(re.sub("</?think>|\ufffd", "", text).split())
 
 
-def _compare_calls(row: ServingRow, chat: Chat, text: str, tokenizer: PreTrainedTokenizerBase) -> Explanation | None:
+def _compare_calls(row: ServingRow, chat: Chat, text: str, tokenizer: PreTrainedTokenizerBase) -> Difference | None:
     """Compare parsed calls with those of the row where the reply is the trained one, else look whether there are any."""
     is_trained = _bare(text) == _bare(row.reply)
     if not chat.calls:
@@ -364,7 +363,7 @@ def _compare_calls(row: ServingRow, chat: Chat, text: str, tokenizer: PreTrained
     expected = [(call["function"]["name"], call["function"]["arguments"]) for call in row.calls]
     parsed = [(call["name"], _arguments(call["arguments"])) for call in chat.calls]
     if is_trained and parsed != expected:
-        return Explanation(PARSER, f"parsed {parsed} where the reply has {expected}", "")
+        return Difference(PARSER, f"parsed {parsed} where the reply has {expected}", "")
     return None
 
 
@@ -383,8 +382,8 @@ def _holds_json(text: str) -> bool:
     return isinstance(value, dict) and "name" in value
 
 
-def _parser_is_off(difference: str, tokenizer: PreTrainedTokenizerBase) -> Explanation:
+def _parser_is_off(difference: str, tokenizer: PreTrainedTokenizerBase) -> Difference:
     flags = serving_flags(find_template(tokenizer))
     fix = f"Start vLLM with {flags.vllm}" if flags.vllm else "Start the server with a parser for this template's calls"
     fix += f", SGLang with {flags.sglang}" if flags.sglang else ""
-    return Explanation(PARSER, difference, f"{fix}; llama.cpp with --jinja.")
+    return Difference(PARSER, difference, f"{fix}; llama.cpp with --jinja.")

@@ -394,7 +394,7 @@ def test_mask_history_is_the_fix_if_a_template_rewrites_earlier_turns(name: str)
     tokenizer.eos_token = template.end_of_turn
     row = template.fit(Conversation(MUSES_TWICE))
     *context, reply = [segment.text for segment in to_segments(row, template)]
-    assert "musing" not in "".join(context) and "musing" in reply and template.ends(reply)
+    assert "musing" not in "".join(context) and "musing" in reply and template.find_end(reply) is not None
     check_parity(row, template, ExampleConfig(1 << 20, mask_history=True), "row")
 
 

@@ -290,10 +290,24 @@ def test_reasoning_that_a_template_writes_twice_drops_the_row() -> None:
 
 
 def encode(rows: list[Any], name: str) -> list[Any]:
-    info = DatasetInfo.read("rows", Path("x"), {"file_name": "x", "formatting": "openai"})
+    return encode_values([{"messages": messages} for messages in rows], name)
+
+
+def encode_values(values: list[Any], name: str, **entry: bool) -> list[Any]:
+    info = DatasetInfo.read("rows", Path("x"), {"file_name": "x", "formatting": "openai", **entry})
     recipe = Recipe(model_name_or_path="unused", output_dir="unused")
-    read = (Row(f"rows:{number}", {"messages": messages}) for number, messages in enumerate(rows, 1))
+    read = (Row(f"rows:{number}", value) for number, value in enumerate(values, 1))
     return list(encode_rows(read, Encoder(info, recipe, find(name))))
+
+
+def test_each_reply_of_a_pair_is_trained_with_its_end_even_if_the_template_replaces_it() -> None:
+    first, second, other = ({"role": "assistant", "content": text} for text in ("one", "two", "three"))
+    chosen = [first, {"role": "user", "content": "more"}, second]
+    value = {"messages": [{"role": "user", "content": "q"}], "chosen": chosen, "rejected": other}
+    (pair,) = encode_values([value], "end is replaced", ranking=True)
+    end = find("end is replaced").tokenizer.eos_token_id
+    at = pair["seq_lengths"][0]
+    assert [list(side).count(end) for side in (pair["labels"][:at], pair["labels"][at:])] == [2, 1]
 
 
 def test_a_reply_with_an_end_token_in_its_own_text_is_dropped_with_its_line() -> None:
