@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData
@@ -101,14 +100,10 @@ def train(
         recipe = read_recipe(recipe.resolved(), overrides)
     if rows is not None:
         path = Path(recipe.output_dir, ROWS)
-        on_main_process(lambda: _write_rows(rows, path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        on_main_process(lambda: rows.to_parquet(path))
         recipe = recipe.model_copy(update={"dataset": [str(path)]})
     return run(check_before_torch(recipe))
-
-
-def _write_rows(rows: Dataset, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_parquet(path)
 
 
 def run(recipe: Recipe) -> Result:
@@ -149,7 +144,6 @@ def _train(
 
     # Data
     data = load_rows(recipe, args)
-    tokenizer = data.template.tokenizer
 
     # The run's record, and the earlier one's
     manifest = describe_run(recipe, data)
@@ -164,7 +158,7 @@ def _train(
 
     # Model and trainer
     model, base = load_model(recipe)
-    trainer = make_trainer(recipe, args, model, tokenizer, data)
+    trainer = make_trainer(recipe, args, model, data)
     stop = StopOnSignal()
     add_callbacks(recipe, trainer, stop, data, checkpoint)
     if checkpoint:
@@ -191,11 +185,8 @@ def _train(
     except KeyboardInterrupt:  # a second Ctrl-C
         say(*describe_interrupt(recipe))
         raise
-    log = read_lines(output_dir / "trainer_log.jsonl")
     if checkpoint:
-        trained["train_loss"] = mean_loss(
-            log, checkpoint_step(checkpoint), trainer.state.global_step, trained["train_loss"]
-        )
+        trained["train_loss"] = mean_loss(trainer.state, trainer.window.loss_sum)
     serving = on_main_process(lambda: check_run(recipe, data, output_dir))
     write_results(recipe, trainer, manifest, trained, evaluated)  # last, because it marks the run as finished
     say(*serving)
@@ -215,14 +206,9 @@ def _train(
     return 0
 
 
-def make_trainer(
-    recipe: Recipe,
-    args: SFTConfig,
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-) -> ArpoTrainer:
+def make_trainer(recipe: Recipe, args: SFTConfig, model: Model, data: PreparedData) -> ArpoTrainer:
     """Return the trainer of the recipe's model and rows."""
+    tokenizer = data.template.tokenizer
     try:
         trainer = ArpoTrainer(
             model=model,
