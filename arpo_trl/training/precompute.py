@@ -3,7 +3,6 @@
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +15,12 @@ from ..processes import on_main_process
 from ..recipe.keys import Recipe
 from ..report.console import say
 from ..run_folder import replace
-from .preference import PairCollator, PairKey, pair_key
-from .reference import Reference, describe_reference
+from .preference import PairCollator, pair_key
+from .reference import Preference, describe_reference
 from .trainer import ArpoTrainer
 
 FILE = "reference_log_probs.npz"
-Stored = dict[PairKey, tuple[float, float]]
+Stored = dict[bytes, tuple[float, float]]
 
 
 def use_stored_log_probs(recipe: Recipe, trainer: ArpoTrainer, is_untrained: bool) -> None:
@@ -36,9 +35,10 @@ def use_stored_log_probs(recipe: Recipe, trainer: ArpoTrainer, is_untrained: boo
         RecipeError: they are missing, and the policy, which is the reference, was trained already.
     """
     preference, collator = trainer.preference, trainer.data_collator
-    assert preference and preference.reference and isinstance(collator, PairCollator)
+    assert preference and isinstance(collator, PairCollator)
     path = Path(recipe.output_dir) / FILE
-    datasets = list(_datasets(trainer))
+    evals = trainer.eval_dataset or {}
+    datasets = [trainer.train_dataset, *(evals.values() if isinstance(evals, dict) else [evals])]
     key = _key(recipe, trainer, datasets)
     stored = on_main_process(lambda: _read(path, key))
     if stored is None:
@@ -46,20 +46,13 @@ def use_stored_log_probs(recipe: Recipe, trainer: ArpoTrainer, is_untrained: boo
             raise RecipeError(
                 f"{path}: missing, or computed from other data; the reference can't be computed from a checkpoint"
             )
-        stored = _compute(trainer, preference.reference, datasets)
+        stored = _compute(trainer, preference, datasets)
         on_main_process(lambda: _write(path, key, stored))
         say(f"reference  log-probabilities of {len(stored):,} pairs computed, kept in {path}")
     else:
         say(f"reference  log-probabilities of {len(stored):,} pairs read from {path}")
     collator.reference_log_probs = stored
-    preference.reference = Reference()
-
-
-def _datasets(trainer: ArpoTrainer) -> Iterator[Dataset]:
-    evals = trainer.eval_dataset or {}
-    for dataset in (trainer.train_dataset, *(evals.values() if isinstance(evals, dict) else [evals])):
-        if isinstance(dataset, Dataset):
-            yield dataset
+    preference.reference = None
 
 
 def _key(recipe: Recipe, trainer: ArpoTrainer, datasets: list[Dataset]) -> str:
@@ -74,7 +67,7 @@ def _key(recipe: Recipe, trainer: ArpoTrainer, datasets: list[Dataset]) -> str:
     return digest.hexdigest()
 
 
-def _compute(trainer: ArpoTrainer, reference: Reference, datasets: list[Dataset]) -> Stored:
+def _compute(trainer: ArpoTrainer, preference: Preference, datasets: list[Dataset]) -> Stored:
     """Compute the pairs of all datasets, a part on each process, the longest first."""
     args, accelerator = trainer.args, trainer.accelerator
     pairs = [pair for dataset in datasets for pair in dataset.select_columns(["input_ids", "labels", "seq_lengths"])]
@@ -87,7 +80,7 @@ def _compute(trainer: ArpoTrainer, reference: Reference, datasets: list[Dataset]
         # Each process takes part in each round: FSDP and ZeRO-3 gather weights together.
         mine = order[start : start + size * world][args.process_index :: world] or order[:1]
         batch = send_to_device(trainer.data_collator([pairs[at] for at in mine]), args.device)
-        scores = reference.sum_log_probs(trainer.model_wrapped, batch, accelerator).view(-1, 2)
+        scores = preference.sum_reference(trainer.model_wrapped, batch, accelerator).view(-1, 2)
         if start + args.process_index < len(order):
             sums[mine] = scores
     sums = accelerator.reduce(sums)

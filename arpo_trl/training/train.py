@@ -216,7 +216,6 @@ def make_trainer(recipe: Recipe, args: SFTConfig, model: Model, data: PreparedDa
             train_dataset=data.train,
             eval_dataset=eval_datasets(recipe, data),
             processing_class=tokenizer,
-            rows=data.train if isinstance(data.train, Dataset) else None,  # a stream would have to be read again
             on_save_error=recipe.on_save_error,
             **trainer_kwargs(recipe, model, args),
             preference=make_preference(recipe, args, model),

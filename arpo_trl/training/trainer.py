@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -43,22 +43,7 @@ from .window import Speed, Window, mfu_per_token
 EvalDataset: TypeAlias = str | Dataset | dict[str, Dataset]
 
 
-class _LogFigures(Trainer):
-    """Sits between `SFTTrainer` and `Trainer`, to add a log line's figures after TRL has added its own.
-
-    On resume, Trainer resets its average loss, and TRL its metrics and token count; ours continue.
-    """
-
-    window: Window
-    speed: Speed
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs |= self.window.take(self.state.global_step) | self.speed.take(self.window)
-        super().log(logs, start_time)
-
-
-class ArpoTrainer(SFTTrainer, _LogFigures):
+class ArpoTrainer(SFTTrainer):
     """`SFTTrainer` whose checkpoints are complete or marked, whose runs resume exactly, and which stops at a NaN.
 
     Evaluation averages over tokens and keeps no logits. transformers averages over batches: a batch of two short replies
@@ -68,8 +53,6 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
     tokens. With several datasets, `eval_<name>_loss` is the loss of each and `eval_loss` that of all of them together.
 
     Args:
-        rows: The rows behind the training batches, with columns `input_ids` and `source` ("file:line"), to name the
-            rows of a batch that fails. With packing, the rows before packing.
         on_save_error: "stop" ends the run if a checkpoint can't be written, "continue" continues without it.
         objective: The training loss, if it is not one of TRL's.
         reference: The model that `objective` compares with, if any.
@@ -85,7 +68,6 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         self,
         *,
         args: SFTConfig,
-        rows: Dataset | None = None,
         on_save_error: str = "stop",
         objective: Objective | None = None,
         reference: PreTrainedModel | None = None,
@@ -101,14 +83,15 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         self.window, self.speed, self.preference = Window(), Speed(), preference
         with router_loss_kept(kwargs["model"].config):
             super().__init__(args=args, **kwargs)
-        self.rows = rows
+        self.rows = kwargs["train_dataset"]  # before TRL packs them, to name the rows of a batch that fails
         self.batches: list[Batch] = []  # of the update in progress
         self._sums: list[Tensor] = []  # of each batch, see _score
         self.last_batch = ""  # "training batch of 2 x 100 tokens"
-        self._eval_sums = self._no_sums()
+        self._eval_sums = torch.zeros(1, dtype=torch.float64)  # see compute_loss
         self._advance: Callable[[float], None] = lambda _: None
+        self.collate_rows = self.data_collator
         if preference:
-            self.data_collator = PairCollator(self.data_collator)
+            self.data_collator = PairCollator(self.collate_rows)
         self.pending_evaluation = self.has_stepped = False
         # by tensor, context or sequence parallelism (Ulysses)
         self.shares_rows = getattr(self.accelerator.parallelism_config, "non_data_parallel_size", 1) > 1
@@ -124,6 +107,13 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
                 without_adapter(model), objective, reference and reference.to(self.accelerator.device)
             )
         _compute_outputs_in_float32(self.accelerator)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a line's figures. On resume, Trainer resets its average loss, and TRL its metrics; ours continue."""
+        if "loss" in logs:
+            self._metrics["train"].clear()  # trl 1.16, sft_trainer.py#L1697: they would replace ours
+            logs |= self.window.take(self.state.global_step) | self.speed.take(self.window)
+        super().log(logs, start_time)
 
     # --- a step ---
 
@@ -322,12 +312,12 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         if not isinstance(datasets, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = {}
-        sums = self._no_sums()
+        sums = torch.zeros(1, dtype=torch.float64)
         for name, dataset in datasets.items():
             metrics |= super().evaluate(
                 name if eval_dataset is None else dataset, ignore_keys, f"{metric_key_prefix}_{name}"
             )
-            sums += self._eval_sums
+            sums = sums + self._eval_sums
         overall = self._means(sums, metric_key_prefix)
         self.log(dict(overall))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, overall)
@@ -336,7 +326,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
     def evaluation_loop(
         self, dataloader: DataLoader[Batch], *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        self._eval_sums = self._no_sums()
+        self._eval_sums = torch.zeros(1, dtype=torch.float64)
         kwargs["metric_key_prefix"] = metric_key_prefix
         with progress("evaluating", len(dataloader), self.is_world_process_zero()) as self._advance:
             output: EvalLoopOutput = super().evaluation_loop(dataloader, *args, **kwargs)
@@ -344,11 +334,8 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         output.metrics.update(self._means(self._eval_sums, metric_key_prefix))
         return output
 
-    def _no_sums(self) -> Tensor:
-        return torch.zeros(self.preference.size if self.preference else 4, dtype=torch.float64)
-
     def _means(self, sums: Tensor, prefix: str) -> dict[str, float]:
-        return self.preference.means(sums, f"{prefix}_", "loss") if self.preference else token_means(sums, prefix)
+        return self.preference.means(sums, prefix) if self.preference else token_means(sums, prefix)
 
     def compute_loss(
         self,
@@ -368,7 +355,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         # processes share rows: each has a part of every row, or all have the same.)
         rows = torch.stack([part.float().sum(-1) for part in parts], dim=-1)
         gather = self.accelerator.gather if self.shares_rows else self.accelerator.gather_for_metrics
-        self._eval_sums += gather(rows).sum(0).double().cpu()
+        self._eval_sums = self._eval_sums + gather(rows).sum(0).double().cpu()
         nll, _, _, tokens = rows.sum(0)
         return nll / tokens.clamp(min=1)
 
@@ -377,7 +364,8 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         scores, aux_loss = preference.score(model, batch, self.accelerator, self.aux_loss_enabled)
         if not self.model.training:
             # A row per pair, so that those which fill up the last batch of several processes are dropped again.
-            self._eval_sums += self.accelerator.gather_for_metrics(scores.rows()).sum(0).double().cpu()
+            rows = self.accelerator.gather_for_metrics(scores.rows())
+            self._eval_sums = self._eval_sums + rows.sum(0).double().cpu()
             return scores.loss.mean()
         self._sums[-1] = torch.cat([self._sums[-1], scores.sums()])
         loss: Tensor = (scores.loss * scores.real).sum() / torch.as_tensor(pairs).clamp(min=1) * self.args.world_size
@@ -480,8 +468,8 @@ class _LogState(TrainerCallback, ExportableState):
         callbacks = cast("dict[str, dict[str, Any]]", state.stateful_callbacks)
         saved = dict(callbacks.setdefault(type(self).__name__, {}))
         if state.global_step and saved:
-            self.trainer.window = Window(**{field.name: saved[field.name] for field in fields(Window)})
-            self.trainer.pending_evaluation = saved.get("pending_evaluation", False)
+            self.trainer.pending_evaluation = saved.pop("pending_evaluation", False)
+            self.trainer.window = Window(**saved)
         else:
             self.trainer.window.last_logged = state.global_step
         if state.global_step >= state.max_steps:  # killed after the last step: Trainer would take another

@@ -213,7 +213,7 @@ def describe(trainer: ArpoTrainer) -> dict[str, Any]:
         "dropouts": [m.p for m in model.modules() if isinstance(m, Dropout)],
         "batches": [trainer._train_batch_size, trainer.get_train_dataloader().batch_size],
         "preference": preference and preference.recipe.model_dump(include={*DPO}),
-        "reference": preference and str(type(preference.reference and preference.reference.model)),
+        "reference": preference and str(type(preference.reference)),
     }
 
 
