@@ -263,10 +263,11 @@ def _from_hub(name: str, file: str, recipe: Recipe, hub: Hub | None) -> Path | N
     from huggingface_hub import hf_hub_download
 
     offline = hub is not None and hub.status != "reachable"
+    # as to_reference_recipe: model_revision is not that of another model
+    is_other = recipe.ref_model != recipe.model_name_or_path and name in (recipe.ref_model, *recipe.ref_model_adapters)
+    revision = "main" if is_other else recipe.model_revision
     try:
-        path = hf_hub_download(
-            name, file, revision=recipe.model_revision, cache_dir=recipe.cache_dir, local_files_only=offline
-        )
+        path = hf_hub_download(name, file, revision=revision, cache_dir=recipe.cache_dir, local_files_only=offline)
     except (OSError, ValueError):
         return None
     return Path(path)
