@@ -197,20 +197,29 @@ class ArpoTrainer(SFTTrainer):
             del self._sums[len(self.batches) - 1 :]
             self._sums.append(torch.stack(sums))
 
-    def end_update(self) -> None:
-        """Add the batches of an update to the window, before the optimizer's step.
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        """As Trainer's, which calls it before each step of the optimizer; ends the update.
+
+        Trainer has no public method: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L1940
+        """
+        get_norm: Callable[..., Tensor | float | None] = super()._get_grad_norm
+        norm = get_norm(model, grad_norm)
+        self._end_update(norm)
+        return norm
+
+    def _end_update(self, norm: Tensor | float | None) -> None:
+        """Add the batches of an update to the window. `norm`: of its gradients, before they are clipped.
 
         Raises:
             RunFailed: the gradient is not finite.
         """
-        norm = self._gradient_norm()
-        sums = torch.stack(self._sums)  # shape (batches, 5 or more)
-        if self.args.world_size > 1:
-            sums = self.accelerator.reduce(torch.cat([sums, norm.expand(len(sums), 1)], dim=1))
-            sums, norm = sums[:, :-1], sums[0, -1]
+        if norm is None:  # DeepSpeed's ZeRO-0 in float32 has none and has taken its step: a NaN is in the weights now
+            norm = torch.nn.utils.get_total_norm([p.detach() for p in self.model.parameters() if p.requires_grad])
+        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # of FSDP's shards
+        sums = self.accelerator.reduce(torch.stack(self._sums))  # shape (batches, 5 or more)
         # With float16, infinite gradients are expected: the scaler skips the step and lowers its scale.
-        if self.accelerator.scaler is None and not math.isfinite(norm):
-            raise self._not_finite("gradient", float(norm))
+        if self.accelerator.scaler is None and not math.isfinite(value):
+            raise self._not_finite("gradient", value)
         window = self.window
         for loss, seen, entropy, top1, labelled, *rest in sums.double().tolist():
             window.loss_sum += loss / self.args.world_size
@@ -234,18 +243,6 @@ class ArpoTrainer(SFTTrainer):
     def _not_finite(self, what: str, value: float) -> RunFailed:
         sources = find_sources(self.rows, self.batches)
         return RunFailed(f"step {self.state.global_step + 1}: {describe_not_finite(self.model, what, value, sources)}")
-
-    def _gradient_norm(self) -> Tensor:
-        """Return the norm of this process's part of the gradients, to check that it is finite."""
-        tensors = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if self.is_deepspeed_enabled:
-            engine: Any = self.model_wrapped
-            if (total := engine.get_global_grad_norm()) is not None:
-                return torch.as_tensor(float(total), device=self.args.device)
-            # ZeRO-0 in float32 has no norm and has taken its step: a NaN is in the weights now.
-            tensors = [p.detach() for p in self.model.parameters() if p.requires_grad]
-        norm = torch.nn.utils.get_total_norm(tensors)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP's shards
 
     # --- a resume ---
 
@@ -443,7 +440,7 @@ def _shape(inputs: Batch) -> str:
 
 
 class _LogState(TrainerCallback, ExportableState):
-    """Ends each update, and keeps the unfinished log line and the token counts in checkpoints, as Trainer does not."""
+    """Keeps the unfinished log line and the token counts in checkpoints, as Trainer does not."""
 
     def __init__(self, trainer: ArpoTrainer) -> None:
         self.trainer = trainer
@@ -451,9 +448,6 @@ class _LogState(TrainerCallback, ExportableState):
     def on_step_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         if not self.trainer.speed.started:
             self.trainer.speed.start(self.trainer.window, mfu_per_token(self.trainer))
-
-    def on_pre_optimizer_step(self, args: object, state: TrainerState, control: object, **_: object) -> None:
-        self.trainer.end_update()
 
     def state(self) -> dict[str, object]:
         return {**asdict(self.trainer.window), "pending_evaluation": self.trainer.pending_evaluation}
