@@ -23,13 +23,10 @@ FILE = "reference_log_probs.npz"
 Stored = dict[bytes, tuple[float, float]]
 
 
-def use_stored_log_probs(recipe: Recipe, trainer: ArpoTrainer, is_untrained: bool) -> None:
+def use_stored_log_probs(recipe: Recipe, trainer: ArpoTrainer) -> None:
     """Give the trainer's batches the reference's log-probabilities, and drop the reference model.
 
     Read from the run's folder if they were computed from the same reference, tokens and precision, else computed.
-
-    Args:
-        is_untrained: Whether the policy still has the weights that it starts from.
 
     Raises:
         RecipeError: they are missing, and the policy, which is the reference, was trained already.
@@ -42,7 +39,7 @@ def use_stored_log_probs(recipe: Recipe, trainer: ArpoTrainer, is_untrained: boo
     key = _key(recipe, trainer, datasets)
     stored = on_main_process(lambda: _read(path, key))
     if stored is None:
-        if not is_untrained:
+        if trainer.state.global_step:
             raise RecipeError(
                 f"{path}: missing, or computed from other data; the reference can't be computed from a checkpoint"
             )
@@ -70,18 +67,18 @@ def _key(recipe: Recipe, trainer: ArpoTrainer, datasets: list[Dataset]) -> str:
 def _compute(trainer: ArpoTrainer, preference: Preference, datasets: list[Dataset]) -> Stored:
     """Compute the pairs of all datasets, a part on each process, the longest first."""
     args, accelerator = trainer.args, trainer.accelerator
-    pairs = [pair for dataset in datasets for pair in dataset.select_columns(["input_ids", "labels", "seq_lengths"])]
-    pairs = list({pair_key(pair): pair for pair in pairs}.values())
-    order = sorted(range(len(pairs)), key=lambda at: -max(pairs[at]["seq_lengths"]))
+    columns = [dataset.select_columns(["input_ids", "labels", "seq_lengths"]) for dataset in datasets]
+    different = {pair_key(pair): pair for dataset in columns for pair in dataset}
+    pairs = sorted(different.values(), key=lambda pair: -max(pair["seq_lengths"]))
     sums = torch.zeros(len(pairs), 2, device=args.device)
     size, world = args.per_device_train_batch_size, args.world_size
     trainer.model.eval()
-    for start in range(0, len(order), size * world):
+    for start in range(0, len(pairs), size * world):
+        mine = slice(start + args.process_index, start + size * world, world)
         # Each process takes part in each round: FSDP and ZeRO-3 gather weights together.
-        mine = order[start : start + size * world][args.process_index :: world] or order[:1]
-        batch = send_to_device(trainer.data_collator([pairs[at] for at in mine]), args.device)
+        batch = send_to_device(trainer.data_collator(pairs[mine] or pairs[:1]), args.device)
         scores = preference.sum_reference(trainer.model_wrapped, batch, accelerator).view(-1, 2)
-        if start + args.process_index < len(order):
+        if pairs[mine]:
             sums[mine] = scores
     sums = accelerator.reduce(sums)
     return {pair_key(pair): (values[0], values[1]) for pair, values in zip(pairs, sums.tolist(), strict=True)}

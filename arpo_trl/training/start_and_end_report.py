@@ -29,13 +29,13 @@ MUCH_SPACE = 20e9
 """Bytes of checkpoints that are reported before a run, or fewer if they fill half of the free space."""
 
 
-def start_report(recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, checkpoint: Path | None) -> list[str]:
+def start_report(recipe: Recipe, data: PreparedData, trainer: ArpoTrainer) -> list[str]:
     """Return what the run is about to do, so that a mistake in the recipe is noticed before it costs hours."""
     model, args, writer = trainer.accelerator.unwrap_model(trainer.model), trainer.args, trainer.checkpoints
     saved = f"{format_bytes(writer.expected_bytes)} per checkpoint, {writer.save_total_limit or 'all'} kept"
     if args.save_strategy == "no":
         saved = "no checkpoints"
-    total = trainer.state.max_steps
+    step, total = trainer.state.global_step, trainer.state.max_steps
     steps = checkpoint_steps(args, math.ceil(total / max(trainer.state.num_train_epochs, 1)), total)
     return [
         *describe_setup(recipe, model, args),
@@ -45,7 +45,7 @@ def start_report(recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, check
         *warn_of_schedule(args, total),
         f"disk     {saved}; {format_bytes(free_space(Path(recipe.output_dir)))} free",
         *warn_of_disk(Path(recipe.output_dir), writer.save_total_limit, writer.expected_bytes, len(steps)),
-        f"output   {args.output_dir}{f', resuming from {checkpoint.name}' if checkpoint else ''}",
+        f"output   {args.output_dir}{f', resuming from checkpoint-{step}' if step else ''}",
     ]
 
 

@@ -160,7 +160,7 @@ def _train(
     model, base = load_model(recipe)
     trainer = make_trainer(recipe, args, model, data)
     stop = StopOnSignal()
-    add_callbacks(recipe, trainer, stop, data, checkpoint)
+    add_callbacks(recipe, trainer, stop, data)
     if checkpoint:
         continue_curves(trainer.callback_handler.callbacks, checkpoint_step(checkpoint))
 
@@ -172,7 +172,7 @@ def _train(
 
     # Train, save, evaluate
     if precomputes(recipe) and not find_split(recipe).shards_weights:
-        use_stored_log_probs(recipe, trainer, is_untrained=True)  # a checkpoint is loaded later
+        use_stored_log_probs(recipe, trainer)  # a checkpoint is loaded later
     try:
         trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
         evaluated = save_and_evaluate(recipe, trainer, base)
@@ -230,9 +230,7 @@ def make_trainer(recipe: Recipe, args: SFTConfig, model: Model, data: PreparedDa
     return trainer
 
 
-def add_callbacks(
-    recipe: Recipe, trainer: ArpoTrainer, stop: StopOnSignal, data: PreparedData, checkpoint: Path | None
-) -> None:
+def add_callbacks(recipe: Recipe, trainer: ArpoTrainer, stop: StopOnSignal, data: PreparedData) -> None:
     """Add the run's callbacks. At each event the trainer calls them in this order."""
     remove_progress_bar(trainer)
     log_by_step(trainer)
@@ -242,21 +240,21 @@ def add_callbacks(
         stop,
         TrainerLog(Path(recipe.output_dir) / "trainer_log.jsonl", recipe.plot_loss, trainer),
         SaveAfterEpochEnd(),
-        BeforeFirstStep(lambda: before_first_step(recipe, trainer, data, checkpoint)),
+        BeforeFirstStep(lambda: before_first_step(recipe, trainer, data)),
     ):
         if callback:
             trainer.add_callback(callback)
 
 
-def before_first_step(recipe: Recipe, trainer: ArpoTrainer, data: PreparedData, checkpoint: Path | None) -> None:
+def before_first_step(recipe: Recipe, trainer: ArpoTrainer, data: PreparedData) -> None:
     """Report what the run is about to do, try it, and repeat an evaluation that a signal stopped."""
     require_separate_rows(recipe, trainer)
     scores = check_scores(recipe, trainer)
-    say(*start_report(recipe, data, trainer, checkpoint), *scores)
+    say(*start_report(recipe, data, trainer), *scores)
     if isinstance(data.train, Dataset):  # a stream's first row would have to be read again
         say(*describe_example(data.train, data.template.tokenizer))
     if precomputes(recipe) and find_split(recipe).shards_weights:
-        use_stored_log_probs(recipe, trainer, is_untrained=trainer.state.global_step == 0)
+        use_stored_log_probs(recipe, trainer)
     check_first_pair(recipe, trainer)
     if recipe.preflight and isinstance(data.train, Dataset):
         run_preflight(trainer, recipe.gradient_checkpointing == "auto", find_skip_reason(recipe, trainer))

@@ -305,15 +305,12 @@ class ArpoTrainer(SFTTrainer):
     def _evaluate_all(
         self, eval_dataset: EvalDataset | None, ignore_keys: list[str] | None, metric_key_prefix: str
     ) -> dict[str, float]:
-        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(datasets, dict):
+        if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = {}
         sums = torch.zeros(1, dtype=torch.float64)
-        for name, dataset in datasets.items():
-            metrics |= super().evaluate(
-                name if eval_dataset is None else dataset, ignore_keys, f"{metric_key_prefix}_{name}"
-            )
+        for name in self.eval_dataset:
+            metrics |= super().evaluate(name, ignore_keys, f"{metric_key_prefix}_{name}")
             sums = sums + self._eval_sums
         overall = self._means(sums, metric_key_prefix)
         self.log(dict(overall))

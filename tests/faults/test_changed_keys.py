@@ -173,7 +173,7 @@ def capture(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, **keys: 
     """Return all that decides the next step of a run, when it is about to take its first one of the session."""
     captured: dict[str, Any] = {}
 
-    def before_first_step(recipe: Any, trainer: ArpoTrainer, data: Any, checkpoint: Path | None) -> None:
+    def before_first_step(recipe: Any, trainer: ArpoTrainer, data: Any) -> None:
         captured.update(describe(trainer))
         raise Captured
 
