@@ -164,7 +164,7 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         model, _ = load_model(recipe)
-        trainer = make_trainer(recipe, args, model, data.template.tokenizer, data)
+        trainer = make_trainer(recipe, args, model, data)
         watch = Stopwatch()
         trainer.add_callback(watch)
         if callback:

@@ -21,23 +21,14 @@ def run_seconds(lines: list[LogLine]) -> float:
     return max((line.get("elapsed_seconds", 0.0) for line in lines), default=0.0)
 
 
-def mean_loss(lines: list[LogLine], resumed: int, steps: int, since: float) -> float:
-    """Return the mean loss of a run that was resumed, without steps that were not logged before their checkpoint.
-
-    A line's loss is the mean since the line before.
-
-    Args:
-        lines: The log.
-        resumed: The step of the checkpoint that the last session resumed.
-        steps: The last step.
-        since: The mean loss of the last session's steps.
-    """
-    total, last = 0.0, 0
-    for line in lines:
-        if "loss" in line and line["current_steps"] <= resumed:
-            total += line["loss"] * (line["current_steps"] - last)
-            last = line["current_steps"]
-    return (total + since * (steps - resumed)) / max(last + steps - resumed, 1)
+def mean_loss(state: TrainerState, unlogged: float) -> float:
+    """Return the mean loss of all sessions of a run. `unlogged`: the sum of the losses since its last log line."""
+    total, last = unlogged, 0.0
+    for entry in state.log_history:
+        if "loss" in entry:  # the mean since the entry before
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / max(state.global_step, 1)
 
 
 def format_seconds(seconds: float) -> str:

@@ -18,11 +18,9 @@ def plot_run(lines: list[LogLine], output_dir: Path) -> None:
 
 
 def plot_loss(lines: list[LogLine], picture: Path, name: str = "loss") -> None:
-    """Draw the loss, or another figure of the log by its `name`, raw and smoothed, with eval points, learning rate and checkpoints; nothing without a loss.
+    """Draw a figure of the log, raw and smoothed, with eval points, learning rate and checkpoints, if it has a value.
 
-    Args:
-        lines: The lines of trainer_log.jsonl.
-        picture: A .png in the run's folder, whose name is the title and whose checkpoints are marked.
+    `picture`: a .png in the run's folder, whose name is the title and whose checkpoints are marked.
     """
     train = [(line["current_steps"], line[name], line["lr"]) for line in lines if name in line and "lr" in line]
     if not train:

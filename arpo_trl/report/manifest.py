@@ -1,4 +1,4 @@
-"""run.json and recipe.yaml: the run's inputs and status, and what may change when it is resumed."""
+"""run.json: the run's inputs and status, and what may change when it is resumed."""
 
 import contextlib
 import json
@@ -14,7 +14,6 @@ from itertools import dropwhile, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import yaml
 from accelerate import PartialState
 from pydantic import BaseModel, BeforeValidator, JsonValue
 
@@ -31,7 +30,6 @@ from ..recipe.methods import CANNOT_CHANGE as METHODS_CANNOT_CHANGE
 from ..run_folder import MANIFEST, write_json
 from ..version import __version__
 
-RECIPE_MARK = "# the recipe of this run with every key, written by arpo_trl\n"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 SAMPLED = 100  # rows per dataset, to find out where its tool results are, and which system message and tools it has
 SHARED = 0.5
@@ -216,7 +214,8 @@ def find_manifest(model: Path) -> Manifest | None:
 
 
 def _setting(manifest: Manifest, key: str) -> object:
-    return manifest.recipe.get(key, cast(JsonValue, keys()[key].default))
+    default = keys()[key].default if key in keys() else None
+    return manifest.recipe.get(key, cast(JsonValue, default))
 
 
 def _rows_per_step(manifest: Manifest) -> int | None:
@@ -241,13 +240,11 @@ def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
     rows, rows_now = _rows_per_step(earlier), _rows_per_step(now)
     same_steps = rows is not None and rows == rows_now
     same_dtype = now.computed_in is not None and earlier.computed_in == now.computed_in
-    may_change = MAY_CHANGE | (frozenset(("bf16", "force_bf16")) if same_dtype else frozenset())
+    may_change = {*MAY_CHANGE, *(("bf16", "force_bf16") if same_dtype else ()), *(BATCH if same_steps else ())}
     if _has_schedule_with_state(earlier, now):
-        may_change -= frozenset(METRIC_KEYS)
-    may_change |= frozenset(BATCH) if same_steps else frozenset()
+        may_change -= {*METRIC_KEYS}
     for key in sorted(earlier.recipe.keys() | now.recipe.keys()):
-        default = keys()[key].default if key in keys() else None
-        before, after = earlier.recipe.get(key, default), now.recipe.get(key, default)
+        before, after = _setting(earlier, key), _setting(now, key)
         if before != after and key not in may_change and not (key in PATHS and _are_same_paths(before, after)):
             changes.append(f"{key}: {_in_yaml(before)} -> {_in_yaml(after)}")
     for name in sorted(earlier.data.keys() | now.data.keys()):
@@ -256,13 +253,10 @@ def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
     if earlier.template_hash != now.template_hash:
         changes.append(f"template_hash: {earlier.template_hash} -> {now.template_hash}")
     if earlier.computed_in != now.computed_in:
-        fix = (
-            "set force_bf16: true, or bf16: false"
-            if "float32" in (earlier.computed_in, now.computed_in)
-            else "restore it"
-        )
+        in_float32 = "float32" in (earlier.computed_in, now.computed_in)
+        fix = "set force_bf16: true, or bf16: false" if in_float32 else "restore it"
         changes.append(f"computed in: {earlier.computed_in} -> {now.computed_in} ({fix})")
-    if earlier.reference != now.reference and not _is_same_reference(earlier.reference, now.reference):
+    if not _are_same_paths(earlier.reference, now.reference):
         changes.append(f"reference: {_describe_reference(earlier.reference)} -> {_describe_reference(now.reference)}")
     if earlier.world_size != now.world_size and not same_steps:
         fix = f"launch {earlier.world_size}"
@@ -273,7 +267,9 @@ def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
 
 
 def _are_same_paths(before: object, after: object) -> bool:
-    """Return whether two paths, or lists of them, are spellings of one: `./base` and `base`, or a link and its target."""
+    """Return whether two paths, or lists or tables of them, are spellings of one: `./base` and `base`, or a link to it."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return before.keys() == after.keys() and all(_are_same_paths(before[name], after[name]) for name in before)
     if isinstance(before, list) and isinstance(after, list):
         return len(before) == len(after) and all(map(_are_same_paths, before, after))
     if not isinstance(before, str) or not isinstance(after, str):
@@ -284,13 +280,6 @@ def _are_same_paths(before: object, after: object) -> bool:
         return Path(before).samefile(after)
     except (OSError, ValueError):
         return False
-
-
-def _is_same_reference(before: dict[str, JsonValue] | None, after: dict[str, JsonValue] | None) -> bool:
-    """Return whether two references have the same files, by paths that may be spelled differently."""
-    if before is None or after is None or before.keys() != after.keys():
-        return False
-    return all(_are_same_paths(value, after[name]) for name, value in before.items())
 
 
 def _in_yaml(value: object) -> str:
@@ -346,9 +335,3 @@ def require_same_run(earlier: Manifest | None, now: Manifest, allow_changed_reci
         *(f"resuming with a changed setting: {change}" for change in changes),
         *(f"resuming with another version, the last digits may differ: {version}" for version in versions),
     ]
-
-
-def recipe_text(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML, so that the output folder alone describes how the model was made."""
-    resolved = recipe.resolved()
-    return f"{RECIPE_MARK}{yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)}"

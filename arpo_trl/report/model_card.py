@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -47,7 +47,7 @@ def write_model_card(output_dir: Path, manifest: Manifest, merged: Path | None =
     results = read_json(output_dir / "all_results.json")
     log = read_lines(output_dir / "trainer_log.jsonl")
     trained_from = str(manifest.recipe["model_name_or_path"])
-    base = base_model(trained_from)
+    base, is_hub_id = base_model(trained_from)
     lora = manifest.recipe["finetuning_type"] in ("lora", "oft")
     is_adapter, target = lora and not merged, merged or output_dir
     header = ModelCardData(
@@ -55,21 +55,23 @@ def write_model_card(output_dir: Path, manifest: Manifest, merged: Path | None =
         pipeline_tag="text-generation",
         tags=[str(manifest.recipe["stage"]), "trl", "arpo_trl"],
         model_name=target.resolve().name,
-        base_model=base.name if base.is_hub_id else None,
-        base_model_relation=("adapter" if is_adapter else "finetune") if base.is_hub_id else None,
+        base_model=base if is_hub_id else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if is_hub_id else None,
     )
     last = next((line["loss"] for line in reversed(log) if "loss" in line), None)
     figures = {"last training loss": last, "mean training loss": results.get("train_loss")}
     figures |= {k.replace("_", " "): v for k, v in results.items() if re.fullmatch(FIGURES, k)}
-    folder, model = target.as_posix(), f"{target.as_posix()}{'-merged' if is_adapter else ''}"
-    base_to_load = base.name if base.is_hub_id else Path(trained_from).as_posix()
-    names = {"model": model, "folder": folder, "base": base_to_load, "name": target.resolve().name}
+    names = {
+        "name": target.resolve().name,
+        "folder": target.as_posix(),
+        "model": f"{target.as_posix()}{'-merged' if is_adapter else ''}",
+        "base": base if is_hub_id else Path(trained_from).as_posix(),
+    }
     card = ModelCard.from_template(
         header,
         template_path=str(TEMPLATE),
-        name=target.resolve().name,
-        base=base.name,
-        base_link=f"[{base.name}](https://huggingface.co/{base.name})" if base.is_hub_id else f"`{base.name}`",
+        base_name=base,
+        base_link=f"[{base}](https://huggingface.co/{base})" if is_hub_id else f"`{base}`",
         lora=lora,
         is_adapter=is_adapter,
         method=_describe_method(manifest),
@@ -81,9 +83,8 @@ def write_model_card(output_dir: Path, manifest: Manifest, merged: Path | None =
         figures={name: value for name, value in figures.items() if value is not None},
         plots=[name for name in PLOTS if (target / name).exists()],
         recipe=yaml.safe_dump(changed_keys(manifest.recipe), sort_keys=False, allow_unicode=True).strip(),
-        folder=folder,
-        model=model,
         servers=serving_commands(target, names, is_adapter),
+        **names,
     )
     write_text(own_path(target / "README.md", *CARD_MARKS), str(card))
 
@@ -95,21 +96,16 @@ def _describe_method(manifest: Manifest) -> str:
         return "conversations (SFT)"
     compared = ""
     if reference:
-        names = [base_model(str(name)).name for name in (reference["path"], *cast("list[str]", reference["adapters"]))]
+        names = [base_model(str(name))[0] for name in (reference["path"], *cast("list[str]", reference["adapters"]))]
         compared = f", compared with {' and '.join(names)}"
     return f"preference pairs (DPO: {recipe['pref_loss']} loss, beta {recipe['pref_beta']:g}{compared})"
 
 
-class BaseModel(NamedTuple):
-    name: str
-    is_hub_id: bool
-
-
-def base_model(name_or_path: str) -> BaseModel:
-    """Return the base model's name: its Hub id, also for a folder in the Hub's cache, or its folder's name."""
+def base_model(name_or_path: str) -> tuple[str, bool]:
+    """Return the base model's name, and whether it is a Hub id: also of a folder in the Hub's cache; else the folder's name."""
     path = Path(name_or_path)
     if not path.exists():
-        return BaseModel(name_or_path, bool(HUB_ID.fullmatch(name_or_path)))
+        return name_or_path, bool(HUB_ID.fullmatch(name_or_path))
     if cached := CACHED.search(str(path.resolve())):
-        return BaseModel("/".join(cached.groups()), True)
-    return BaseModel(path.resolve().name, False)
+        return "/".join(cached.groups()), True
+    return path.resolve().name, False

@@ -41,10 +41,7 @@ def serving_flags(template: Template) -> ServingFlags:
 def serving_commands(folder: Path, names: dict[str, str], is_adapter: bool) -> list[str]:
     """Return a line of Markdown for each server: its start command for a saved folder, and whether it was run.
 
-    Args:
-        folder: The folder, for its chat template.
-        names: What the commands name: model, folder, base, name.
-        is_adapter: Whether the folder holds an adapter; then servers that can are also started without merging.
+    `names`: what the commands name (model, folder, base, name). Servers that can also serve an adapter without merging.
     """
     flags = flags_of_folder(folder)
     lines = []

@@ -50,11 +50,7 @@ def missing_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def start_trackers(recipe: Recipe, args: SFTConfig, manifest: Manifest, earlier: Manifest | None) -> None:
     """Prepare the trackers of `args.report_to`, on the main process, before the model is loaded.
 
-    Args:
-        recipe: The recipe.
-        args: The trainer's arguments; its run name may be set.
-        manifest: The content of run.json; the run's id is added.
-        earlier: The manifest of the run that is resumed, or None.
+    Adds the id of the run, or that of the `earlier` one which is resumed, to the manifest; may set `args.run_name`.
 
     Raises:
         RecipeError: Weights & Biases can't start a run.

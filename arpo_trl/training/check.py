@@ -14,7 +14,6 @@ from trl.trainer.sft_config import SFTConfig
 from ..data.audit import token_lengths
 from ..data.labels import IGNORED
 from ..data.prepare import PreparedData
-from ..errors import RecipeError
 from ..machine import folder_bytes, format_bytes, free_space, gpu_memory, missing_space
 from ..model.memory import describe_memory, estimate_memory, model_shape
 from ..model.split import find_split
@@ -26,7 +25,6 @@ from ..report.log_file import format_seconds
 from ..report.manifest import DECIDE_SPEED, read_manifest
 from ..run_folder import list_checkpoints, read_lines
 from .checkpoints import checkpoint_bytes, saved_bytes
-from .reference import report_reference
 from .setup import check_after_torch, load_rows
 from .start_and_end_report import (
     checkpoint_steps,
@@ -43,9 +41,7 @@ BAR = 40
 def check(recipe: Recipe, verbose: bool = False) -> None:
     """Print what the run would do and cost, then the recipe.
 
-    Args:
-        recipe: As `check_before_torch` returns it.
-        verbose: Print every key, not only those that differ from their defaults, and a histogram of the rows' lengths.
+    With `verbose`, all keys, not only those that differ from their defaults, and a histogram of the rows' lengths.
 
     Raises:
         RecipeError: an error that would stop the run before its first step, in the device, the rows or the disk space.
@@ -53,48 +49,41 @@ def check(recipe: Recipe, verbose: bool = False) -> None:
     """
     args = check_after_torch(recipe)
     data = load_rows(recipe, args)
-    lines, problem = _describe_run(recipe, args, data, verbose)
+    lines, needed = _describe_run(recipe, args, data, verbose)
     keys = recipe.resolved() if verbose else changed_keys(recipe.resolved())
     shown = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True).splitlines()
     title = "every key" if verbose else "keys that differ from their defaults (all keys: --check -v)"
-    for line in [*lines, "", f"recipe   {title}", *(f"  {line}" for line in shown), *recipe.notices]:
-        say(line)
-    if problem:
-        raise problem
+    say(*lines, "", f"recipe   {title}", *(f"  {line}" for line in shown), *recipe.notices)
+    if full := missing_space(Path(recipe.output_dir), needed, "the whole run"):
+        problem = f"{full}, or keep fewer checkpoints (save_total_limit, save_steps, max_steps)"
+        raise recipe.error("output_dir", problem)
 
 
-def _describe_run(
-    recipe: Recipe, args: SFTConfig, data: PreparedData, verbose: bool
-) -> tuple[list[str], RecipeError | None]:
-    """Return the lines of the run, and the error if the disk is too small."""
-    rows, listed = describe_rows(data, verbose), [*data.notices, *data.list_changed_rows()]
+def _describe_run(recipe: Recipe, args: SFTConfig, data: PreparedData, verbose: bool) -> tuple[list[str], int]:
+    """Return the lines of the run, and the bytes that it needs on the disk."""
+    rows = describe_rows(data, verbose)
+    rows += [f"         {line}" for line in [*data.notices, *data.list_changed_rows()]]
     if not recipe.do_train:
-        return [*rows, *(f"         {line}" for line in listed)], None
+        return rows, 0
     per_epoch, total = count_steps(args, count_rows(recipe, data))
     model = model_shape(recipe)
     saved = checkpoint_steps(args, per_epoch, total)
     needed, disk = describe_checkpoints(recipe, args, model, saved)
-    checkpoint = checkpoint_bytes(model, args, find_split(recipe))
     steps = f"{'about ' * recipe.packing}{describe_steps(args, total, data, recipe.packing)}"
+    rows_known = isinstance(data.train, Dataset) and len(data.train) > 0
+    memory = estimate_memory(recipe, args, model, data.train) if rows_known else None
     lines = [
         *describe_setup(recipe, model, args),
-        *report_reference(recipe),
         *rows,
-        *(f"         {line}" for line in listed),
         f"steps    {steps}{'; the rows are read and counted during the run' * recipe.streaming}",
         *warn_of_schedule(args, total),
         f"time     {describe_time(recipe, args, data, total)}",
-        f"disk     {disk}",
-        *warn_of_disk(Path(recipe.output_dir), args.save_total_limit, checkpoint, len(saved)),
+        *([f"memory   {describe_memory(memory, gpu_memory())}"] if memory else []),
+        *disk,
     ]
-    rows_known = isinstance(data.train, Dataset) and len(data.train) > 0
-    if rows_known and (memory := estimate_memory(recipe, args, model, data.train)):
-        lines.insert(lines.index(f"disk     {disk}"), f"memory   {describe_memory(memory, gpu_memory())}")
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
         needed -= sum(folder_bytes(folder) for folder in list_checkpoints(Path(recipe.output_dir)))
-    full = missing_space(Path(recipe.output_dir), needed, "the whole run")
-    problem = f"{full}, or keep fewer checkpoints (save_total_limit, save_steps, max_steps)" if full else None
-    return lines, recipe.error("output_dir", problem) if problem else None
+    return lines, needed
 
 
 def describe_rows(data: PreparedData, verbose: bool) -> list[str]:
@@ -167,8 +156,9 @@ def count_steps(args: SFTConfig, rows: int) -> tuple[int, int]:
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 
-def describe_checkpoints(recipe: Recipe, args: SFTConfig, model: Model, saved: Sequence[int]) -> tuple[int, str]:
-    """Return the bytes that the run writes, computed from the model's shape, and a description."""
+def describe_checkpoints(recipe: Recipe, args: SFTConfig, model: Model, saved: Sequence[int]) -> tuple[int, list[str]]:
+    """Return the bytes that the run writes, computed from the model's shape, and lines that describe them."""
+    folder = Path(recipe.output_dir)
     checkpoint = checkpoint_bytes(model, args, find_split(recipe))
     kept = min(len(saved), args.save_total_limit or len(saved))
     at_once = min(len(saved), kept + 1)  # the oldest is deleted once the newest is complete
@@ -176,7 +166,6 @@ def describe_checkpoints(recipe: Recipe, args: SFTConfig, model: Model, saved: S
     steps = ", ".join(f"{step:,}" for step in (saved if len(saved) < 9 else [*saved[:4], *saved[-1:]]))
     plural = "s" * (len(saved) != 1)
     count = f"{len(saved)} checkpoint{plural} of {format_bytes(checkpoint)}"
-    return needed, (
-        f"{count}{f' (after step{plural} {steps})' if saved else ''}, {kept} kept; "
-        f"{format_bytes(needed)} in all, {format_bytes(free_space(Path(recipe.output_dir)))} free"
-    )
+    written = f"{count}{f' (after step{plural} {steps})' if saved else ''}, {kept} kept; {format_bytes(needed)} in all"
+    line = f"disk     {written}, {format_bytes(free_space(folder))} free"
+    return needed, [line, *warn_of_disk(folder, args.save_total_limit, checkpoint, len(saved))]

@@ -142,9 +142,7 @@ def _try_on_all(trainer: Trainer, act: Callable[[], None], agree: bool) -> Excep
 def _list_files(folder: Path, durable: bool) -> int:
     """Replace the mark by the list of files, and return their total size.
 
-    Args:
-        durable: Wait until the disk has them, because older checkpoints are about to be deleted: a power failure might
-            otherwise lose both.
+    `durable`: wait until the disk has them, as older checkpoints are about to be deleted: a power failure might lose both.
     """
     match_umask(folder)
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (IN_PROGRESS, FILES))

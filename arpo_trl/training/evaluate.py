@@ -5,7 +5,6 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import deepspeed_init
 from trl.trainer.sft_config import SFTConfig
 
@@ -38,11 +37,10 @@ def run_without_training(recipe: Recipe, args: SFTConfig) -> None:
     """Evaluate or predict without training. Writes eval_results.json and the files of `predict`; logs to no tracker."""
     args.report_to = []
     data = load_rows(recipe, args)
-    tokenizer = data.template.tokenizer
     data.write_audit(Path(recipe.output_dir) / "row_audit.jsonl")
     model, base = load_model(recipe)
     if recipe.do_eval:
-        _evaluate(recipe, args, model, tokenizer, data)
+        _evaluate(recipe, args, model, data)
     if recipe.do_predict:
         to_inference(model, base)
         predict(recipe, model, data)
@@ -63,15 +61,13 @@ def to_inference(model: nn.Module, base: BaseFiles | None) -> None:
         base.cast(model, computes=True)
 
 
-def _evaluate(
-    recipe: Recipe, args: SFTConfig, model: Model, tokenizer: PreTrainedTokenizerBase, data: PreparedData
-) -> None:
+def _evaluate(recipe: Recipe, args: SFTConfig, model: Model, data: PreparedData) -> None:
     trainer = ArpoTrainer(
         model=model,
         args=args,
         train_dataset=next(iter(data.eval.values())),  # required by TRL, never trained on
         eval_dataset=eval_datasets(recipe, data),
-        processing_class=tokenizer,
+        processing_class=data.template.tokenizer,
         preference=make_preference(recipe, args, model),
     )
     remove_progress_bar(trainer)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import Trainer
 
@@ -43,14 +43,14 @@ def describe_not_finite(model: nn.Module, what: str, value: float, sources: list
     )
 
 
-def find_sources(rows: Dataset | None, batches: list[Batch]) -> list[str]:
-    """Return `file:line` of each row in the batches, found among `rows` by its tokens.
+def find_sources(rows: Dataset | IterableDataset, batches: list[Batch]) -> list[str]:
+    """Return `file:line` of each row in the batches, found among `rows` by its tokens; a stream would have to be read again.
 
     A collator that keeps `source` next to the tensors does not get it: trl 1.16 packs input_ids and labels alone
     (https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/sft_trainer.py#L1472), and accelerate 1.15 can't
     send text from the process that reads a stream to the others.
     """
-    if rows is None or "source" not in rows.column_names:
+    if not isinstance(rows, Dataset) or "source" not in rows.column_names:
         return []
     failed = {tuple(row) for batch in batches for row in _split_rows(batch)}
     if "seq_lengths" in rows.column_names:  # pairs: two rows of the batch are one of `rows`
@@ -65,5 +65,4 @@ def _split_rows(batch: Batch) -> Iterable[list[int]]:
     ids = batch["input_ids"].cpu()
     if "attention_mask" in batch:
         return [row[mask.bool()].tolist() for row, mask in zip(ids, batch["attention_mask"].cpu(), strict=True)]
-    starts = row_starts(batch)
-    return [ids[0, a:b].tolist() for a, b in zip(starts, [*starts[1:], ids.size(1)], strict=True)]
+    return [row.tolist() for row in ids[0].tensor_split(row_starts(batch)[1:])]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -21,7 +22,7 @@ from ..machine import missing_space
 from ..model.split import find_split
 from ..processes import on_main_process
 from ..recipe.keys import Recipe
-from ..report.manifest import RECIPE_MARK, Manifest, read_manifest, recipe_text
+from ..report.manifest import Manifest, read_manifest
 from ..report.model_card import CARD_MARKS, NOT_FOR_THE_HUB
 from ..run_folder import MANIFEST, checkpoint_step, list_checkpoints, own_path, read_json, write_text
 from .checkpoints import add_prefix, find_problem, newest_complete_checkpoint, written_by
@@ -32,6 +33,7 @@ LOCK = ".lock"
 ASIDE = ".earlier-run"
 """The folder of an earlier run's files while they are deleted."""
 CACHED_SECONDS = 30
+RECIPE_MARK = "# the recipe of this run with every key, written by arpo_trl\n"
 RUN_FILES = f"""{MANIFEST} trainer_log.jsonl training_loss.png
     training_rewards_accuracies.png train_results.json eval_results.json
     all_results.json trainer_state.json""".split()
@@ -102,10 +104,8 @@ def _require_shared_folder(recipe: Recipe, expected: str) -> None:
         text = read()
     blind = [host for host in gather_object([None if text == expected else platform.node()]) if host]
     if blind:
-        raise recipe.error(
-            "output_dir",
-            f"{path.parent} is not the same folder on {blind[0]}; choose one on a disk that all machines share",
-        )
+        problem = f"{path.parent} is not the same folder on {blind[0]}; choose one on a disk that all machines share"
+        raise recipe.error("output_dir", problem)
 
 
 def _lock(file: IO[str]) -> bool:
@@ -121,10 +121,8 @@ def _lock(file: IO[str]) -> bool:
 
             # Not flock: dataloader workers inherit that, and outlive a killed run by some seconds.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, (BlockingIOError, PermissionError))
     return True
 
 
@@ -170,24 +168,20 @@ def _require_same_split(recipe: Recipe, checkpoint: Path) -> None:
     same = str(split) == earlier or (earlier in ("ZeRO", "FSDP") and split.engine.startswith(earlier))
     if same and (not split.is_zero or count == processes):
         return
-    key = "resume_from_checkpoint" if recipe.resume_from_checkpoint else "output_dir"
     raise recipe.error(
-        key,
+        "resume_from_checkpoint" if recipe.resume_from_checkpoint else "output_dir",
         f"{checkpoint} was written under {earlier} by {count} process{'es' * (count != 1)}, and its optimizer state can't "
         f"be converted (found {split}, {processes}). Launch as before, or set overwrite_output_dir: true to start over",
     )
 
 
 def _named_checkpoint(recipe: Recipe, folder: Path, output_dir: Path) -> tuple[Path, list[str]]:
+    key = "resume_from_checkpoint"
     if not re.fullmatch(r"checkpoint-\d+", folder.name) or not folder.is_dir():
         existing = ", ".join(str(p) for p in list_checkpoints(folder if folder.is_dir() else output_dir)) or "none"
-        raise recipe.error(
-            "resume_from_checkpoint", f"expected a checkpoint-<step> folder, found {folder}; there are: {existing}"
-        )
+        raise recipe.error(key, f"expected a checkpoint-<step> folder, found {folder}; there are: {existing}")
     if problem := find_problem(folder):
-        raise recipe.error(
-            "resume_from_checkpoint", f"{folder} can't be resumed from ({problem}); choose another checkpoint"
-        )
+        raise recipe.error(key, f"{folder} can't be resumed from ({problem}); choose another checkpoint")
     _require_same_split(recipe, folder)
     others = [p for p in list_checkpoints(output_dir) if p.resolve() != folder.resolve()]
     newer = [p for p in others if checkpoint_step(p) >= checkpoint_step(folder)]
@@ -240,7 +234,8 @@ def write_start_files(recipe: Recipe, trainer: ArpoTrainer, manifest: Manifest) 
     manifest.write(output_dir, "running")
     marks = {"recipe.yaml": (RECIPE_MARK,), "README.md": CARD_MARKS}
     paths = {name: own_path(output_dir / name, *texts) for name, texts in marks.items()}
-    write_text(paths["recipe.yaml"], recipe_text(recipe))
+    keys = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
+    write_text(paths["recipe.yaml"], f"{RECIPE_MARK}{keys}")
     if trainer.args.push_to_hub:
         write_text(output_dir / ".gitignore", NOT_FOR_THE_HUB)
     return [

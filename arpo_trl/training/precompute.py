@@ -3,7 +3,6 @@
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,50 +15,41 @@ from ..processes import on_main_process
 from ..recipe.keys import Recipe
 from ..report.console import say
 from ..run_folder import replace
-from .preference import PairCollator, PairKey, pair_key
-from .reference import Reference, describe_reference
+from .preference import PairCollator, pair_key
+from .reference import Preference, describe_reference
 from .trainer import ArpoTrainer
 
 FILE = "reference_log_probs.npz"
-Stored = dict[PairKey, tuple[float, float]]
+Stored = dict[bytes, tuple[float, float]]
 
 
-def use_stored_log_probs(recipe: Recipe, trainer: ArpoTrainer, is_untrained: bool) -> None:
+def use_stored_log_probs(recipe: Recipe, trainer: ArpoTrainer) -> None:
     """Give the trainer's batches the reference's log-probabilities, and drop the reference model.
 
     Read from the run's folder if they were computed from the same reference, tokens and precision, else computed.
-
-    Args:
-        is_untrained: Whether the policy still has the weights that it starts from.
 
     Raises:
         RecipeError: they are missing, and the policy, which is the reference, was trained already.
     """
     preference, collator = trainer.preference, trainer.data_collator
-    assert preference and preference.reference and isinstance(collator, PairCollator)
+    assert preference and isinstance(collator, PairCollator)
     path = Path(recipe.output_dir) / FILE
-    datasets = list(_datasets(trainer))
+    evals = trainer.eval_dataset or {}
+    datasets = [trainer.train_dataset, *(evals.values() if isinstance(evals, dict) else [evals])]
     key = _key(recipe, trainer, datasets)
     stored = on_main_process(lambda: _read(path, key))
     if stored is None:
-        if not is_untrained:
+        if trainer.state.global_step:
             raise RecipeError(
                 f"{path}: missing, or computed from other data; the reference can't be computed from a checkpoint"
             )
-        stored = _compute(trainer, preference.reference, datasets)
+        stored = _compute(trainer, preference, datasets)
         on_main_process(lambda: _write(path, key, stored))
         say(f"reference  log-probabilities of {len(stored):,} pairs computed and saved to {path}")
     else:
         say(f"reference  log-probabilities of {len(stored):,} pairs read from {path}")
     collator.reference_log_probs = stored
-    preference.reference = Reference()
-
-
-def _datasets(trainer: ArpoTrainer) -> Iterator[Dataset]:
-    evals = trainer.eval_dataset or {}
-    for dataset in (trainer.train_dataset, *(evals.values() if isinstance(evals, dict) else [evals])):
-        if isinstance(dataset, Dataset):
-            yield dataset
+    preference.reference = None
 
 
 def _key(recipe: Recipe, trainer: ArpoTrainer, datasets: list[Dataset]) -> str:
@@ -74,21 +64,21 @@ def _key(recipe: Recipe, trainer: ArpoTrainer, datasets: list[Dataset]) -> str:
     return digest.hexdigest()
 
 
-def _compute(trainer: ArpoTrainer, reference: Reference, datasets: list[Dataset]) -> Stored:
+def _compute(trainer: ArpoTrainer, preference: Preference, datasets: list[Dataset]) -> Stored:
     """Compute the pairs of all datasets, a part on each process, the longest first."""
     args, accelerator = trainer.args, trainer.accelerator
-    pairs = [pair for dataset in datasets for pair in dataset.select_columns(["input_ids", "labels", "seq_lengths"])]
-    pairs = list({pair_key(pair): pair for pair in pairs}.values())
-    order = sorted(range(len(pairs)), key=lambda at: -max(pairs[at]["seq_lengths"]))
+    columns = [dataset.select_columns(["input_ids", "labels", "seq_lengths"]) for dataset in datasets]
+    different = {pair_key(pair): pair for dataset in columns for pair in dataset}
+    pairs = sorted(different.values(), key=lambda pair: -max(pair["seq_lengths"]))
     sums = torch.zeros(len(pairs), 2, device=args.device)
     size, world = args.per_device_train_batch_size, args.world_size
     trainer.model.eval()
-    for start in range(0, len(order), size * world):
+    for start in range(0, len(pairs), size * world):
+        mine = slice(start + args.process_index, start + size * world, world)
         # Each process takes part in each round: FSDP and ZeRO-3 gather weights together.
-        mine = order[start : start + size * world][args.process_index :: world] or order[:1]
-        batch = send_to_device(trainer.data_collator([pairs[at] for at in mine]), args.device)
-        scores = reference.sum_log_probs(trainer.model_wrapped, batch, accelerator).view(-1, 2)
-        if start + args.process_index < len(order):
+        batch = send_to_device(trainer.data_collator(pairs[mine] or pairs[:1]), args.device)
+        scores = preference.sum_reference(trainer.model_wrapped, batch, accelerator).view(-1, 2)
+        if pairs[mine]:
             sums[mine] = scores
     sums = accelerator.reduce(sums)
     return {pair_key(pair): (values[0], values[1]) for pair, values in zip(pairs, sums.tolist(), strict=True)}

@@ -117,10 +117,7 @@ def _sides(rows: Tensor) -> tuple[Tensor, Tensor]:
 # --- batches ---
 
 
-PairKey = bytes
-
-
-def pair_key(pair: dict[str, Any]) -> PairKey:
+def pair_key(pair: dict[str, Any]) -> bytes:
     """Return a hash of a pair's tokens."""
     return digest([*pair["seq_lengths"], *pair["input_ids"]])
 
@@ -133,7 +130,7 @@ class PairCollator:
 
     def __init__(self, collate_rows: Any) -> None:
         self.collate_rows = collate_rows
-        self.reference_log_probs: dict[PairKey, tuple[float, float]] = {}
+        self.reference_log_probs: dict[bytes, tuple[float, float]] = {}
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> Batch:
         rows = [side for pair in pairs for side in split_pair(pair)]

@@ -23,11 +23,11 @@ from ..machine import format_bytes, gpu_memory, is_out_of_memory, peak_memory
 from ..model.base import compute_dtype
 from ..model.memory import USABLE, Row, estimate_memory, longest_batch, model_shape
 from ..recipe.keys import Recipe
-from ..recipe.preference import is_base
+from ..recipe.preference import is_base, needs_reference
 from ..report.console import say
 from ..report.log_file import format_seconds
 from .failures import describe_not_finite
-from .preference import PairCollator, count_pairs, unchanged_loss
+from .preference import count_pairs, unchanged_loss
 from .reference import Preference
 from .trainer import ArpoTrainer
 
@@ -42,7 +42,6 @@ def run_preflight(trainer: ArpoTrainer, choose_checkpointing: bool = False, skip
     for the optimizer's state is reserved meanwhile. Skipped under DeepSpeed, whose engine counts each backward as a step.
 
     Args:
-        trainer: The trainer, ready for its first step.
         choose_checkpointing: Keep activations instead of recomputing them if the longest batch fits with them
             (`gradient_checkpointing: auto`). They are recomputed if the memory is unknown, or split by FSDP.
         skip_reason: Printed instead of running the longest training rows.
@@ -153,7 +152,7 @@ def check_first_pair(recipe: Recipe, trainer: ArpoTrainer) -> None:
         RunFailed: it is not finite.
     """
     preference = trainer.preference
-    if not preference or not preference.reference or trainer.state.global_step:
+    if not preference or not needs_reference(recipe) or trainer.state.global_step:
         return
     plain = Preference(recipe.model_copy(update={"ld_alpha": None, "pref_ftx": 0.0}), preference.reference)
     with preserve_training_state(trainer), torch.no_grad():
@@ -221,11 +220,8 @@ def _rows_are_separate(trainer: ArpoTrainer) -> bool:
     """
     args = trainer.args
     model = trainer.model_wrapped
-    is_half = args.bf16 or args.fp16 or next(model.parameters()).dtype != torch.float32
+    is_half = computes_in_half(trainer)
     generator = torch.Generator().manual_seed(0)
-    collate = trainer.data_collator
-    if isinstance(collate, PairCollator):
-        collate = collate.collate_rows  # these rows are no pairs
     first, other, row = (
         torch.randint(trainer.model.config.get_text_config().vocab_size, (size,), generator=generator).tolist()
         for size in (11, 11, 13)
@@ -233,7 +229,8 @@ def _rows_are_separate(trainer: ArpoTrainer) -> bool:
 
     def log_probs(*rows: list[int]) -> torch.Tensor:
         ids = [token for tokens in rows for token in tokens]
-        batch = collate([{"input_ids": ids, "labels": ids, "seq_lengths": [len(tokens) for tokens in rows]}])
+        row_of_all = {"input_ids": ids, "labels": ids, "seq_lengths": [len(tokens) for tokens in rows]}
+        batch = trainer.collate_rows([row_of_all])
         batch = {name: value for name, value in send_to_device(batch, args.device).items() if name != "labels"}
         with torch.no_grad(), trainer.compute_loss_context_manager():
             logits: torch.Tensor = model(**batch, use_cache=False).logits
@@ -243,6 +240,12 @@ def _rows_are_separate(trainer: ArpoTrainer) -> bool:
     alone, after, after_other = log_probs(row), log_probs(first, row), log_probs(other, row)
     moved, differs = ((after - other).abs().mean() / alone.std() for other in (after_other, alone))
     return bool(moved < (1e-3 if is_half else 1e-4)) and bool(differs < (5e-2 if is_half else 1e-3))
+
+
+def computes_in_half(trainer: ArpoTrainer) -> bool:
+    """Return whether matrices are multiplied in less than float32."""
+    args, weights = trainer.args, next(trainer.model.parameters())
+    return bool(args.bf16 or args.fp16 or args.tf32 or weights.dtype != torch.float32)
 
 
 @contextlib.contextmanager

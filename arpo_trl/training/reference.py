@@ -3,10 +3,8 @@
 It is always built from the files that the recipe names, never from a checkpoint, so that a resumed run has the same one.
 """
 
-import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,61 +36,47 @@ SAMPLES = 64
 
 
 @dataclass
-class Reference:
-    """`model`: a frozen model; if None, the policy with `adapter`, or without an adapter if that is None too."""
-
-    model: PreTrainedModel | None = None
-    adapter: str | None = None
-
-    @torch.no_grad()
-    def sum_log_probs(self, policy: nn.Module, batch: Batch, accelerator: Accelerator) -> Tensor:
-        """Return the log-probability of each side, shape (2 * pairs,): stored in the batch, or computed."""
-        if REFERENCE in batch:
-            return batch[REFERENCE]
-        with self._selected(policy, accelerator) as model:
-            log_probs, mask = split_rows(model(**batch, use_cache=False, fused_lm_head=True), batch)
-        return (log_probs * mask).sum(-1)
-
-    @contextlib.contextmanager
-    def _selected(self, policy: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
-        if self.model is not None:
-            is_policy = self.model is accelerator.unwrap_model(policy)
-            with accelerator.autocast():
-                yield policy if is_policy else self.model
-            return
-        with use_adapter(cast(PeftModel, accelerator.unwrap_model(policy)), self.adapter):
-            yield policy
-
-
-@dataclass
 class Preference:
-    """What the trainer needs to know of `stage: dpo`."""
+    """What the trainer needs to know of `stage: dpo`.
+
+    `reference`: a frozen model; if None, the policy with the adapter ADAPTER, or without an adapter if it lacks that.
+    """
 
     recipe: Recipe
-    reference: Reference | None
+    reference: PreTrainedModel | None
 
-    @property
-    def size(self) -> int:
-        """The number of sums that `means` takes."""
-        return len(metric_names(self.recipe)) + 2
-
-    def means(self, sums: Tensor, prefix: str = "", loss: str = "") -> dict[str, float]:
-        """Return each metric's mean over pairs, and that of the loss under the name `loss` if there is one."""
-        *values, total, pairs = sums.tolist()
-        totals = dict(zip(metric_names(self.recipe), values, strict=True)) | ({loss: total} if loss else {})
-        return {f"{prefix}{name}": value / max(pairs, 1) for name, value in totals.items()}
+    def means(self, sums: Tensor, prefix: str) -> dict[str, float]:
+        """Return the mean over pairs of each metric and of the loss, from the sums of `PairScores.rows`."""
+        *values, pairs = sums.tolist()
+        names = [*metric_names(self.recipe), "loss"]
+        return {f"{prefix}_{name}": value / max(pairs, 1) for name, value in zip(names, values, strict=True)}
 
     def score(
         self, model: nn.Module, batch: Batch, accelerator: Accelerator, with_aux_loss: bool = False
     ) -> tuple[PairScores, Tensor | None]:
         """Compare policy and reference on a batch. Returns the balancing loss of a mixture of experts too, if asked."""
         # The reference first: the trainer's forward hook keeps the last pass.
-        reference = self.reference.sum_log_probs(model, batch, accelerator) if self.reference else None
+        reference = self.sum_reference(model, batch, accelerator) if needs_reference(self.recipe) else None
         inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != REFERENCE}
         if with_aux_loss:
             inputs["output_router_logits"] = True
         output = model(**inputs, use_cache=False, fused_lm_head=True)
         return score_pairs(*split_rows(output, batch), reference, self.recipe), output.aux_loss
+
+    @torch.no_grad()
+    def sum_reference(self, policy: nn.Module, batch: Batch, accelerator: Accelerator) -> Tensor:
+        """Return the reference's log-probability of each side, shape (2 * pairs,): stored in the batch, or computed."""
+        if REFERENCE in batch:
+            return batch[REFERENCE]
+        unwrapped = accelerator.unwrap_model(policy)
+        model, selected = policy, accelerator.autocast()
+        if self.reference is None:
+            selected = use_adapter(unwrapped, ADAPTER if ADAPTER in unwrapped.peft_config else None)
+        elif self.reference is not unwrapped:
+            model = self.reference
+        with selected:
+            log_probs, mask = split_rows(model(**batch, use_cache=False, fused_lm_head=True), batch)
+        return (log_probs * mask).sum(-1)
 
 
 def make_preference(recipe: Recipe, args: SFTConfig, model: Model) -> Preference | None:
@@ -105,8 +89,8 @@ def make_preference(recipe: Recipe, args: SFTConfig, model: Model) -> Preference
     return made
 
 
-def make_reference(recipe: Recipe, args: SFTConfig, model: Model) -> Reference | None:
-    """Return the recipe's reference; None if the loss has none. `model`: the policy before training.
+def make_reference(recipe: Recipe, args: SFTConfig, model: Model) -> PreTrainedModel | None:
+    """Return the reference; None if the loss has none, or if it is `model`, the policy, with another adapter or without.
 
     Raises:
         RecipeError: the reference can't be loaded, or does not fit a launch that splits models.
@@ -116,17 +100,16 @@ def make_reference(recipe: Recipe, args: SFTConfig, model: Model) -> Reference |
     if isinstance(model, PeftModel) and keeps_base(recipe):
         if recipe.ref_model_adapters:
             _add_adapter(recipe, model)
-            return Reference(adapter=ADAPTER)
-        return Reference()
+        return None
     if precomputes(recipe) and not recipe.ref_model:
-        return Reference(cast(PreTrainedModel, model))  # the policy itself, before its first step
+        return cast(PreTrainedModel, model)  # the policy itself, before its first step
     if find_split(recipe).shards_weights:
         what = "a second complete model on each process is not supported with FSDP or ZeRO-3"
         raise recipe.error("ref_model", f"{what}. Launch with accelerate_configs/multi_gpu.yaml")
     other = load_model(to_reference_recipe(recipe))[0] if recipe.ref_model else copy.deepcopy(model)
     if isinstance(other, PeftModel):
         other = cast(PreTrainedModel, other.merge_and_unload(safe_merge=True))
-    return Reference(_score_only(_freeze(other, args), args))
+    return _freeze(other, args)
 
 
 def precomputes(recipe: Recipe) -> bool:
@@ -161,7 +144,7 @@ def _add_adapter(recipe: Recipe, model: PeftModel) -> None:
 
 
 def _freeze(model: PreTrainedModel, args: SFTConfig) -> PreTrainedModel:
-    """Freeze a model, in the dtype that linear layers compute in.
+    """Freeze a model on its device, in the dtype that linear layers compute in. It returns log-probabilities of labels.
 
     Autocast casts their weights anyway, so a copy of the policy gives the same bits, with half the memory. Norms,
     embeddings and the head stay as they are.
@@ -173,11 +156,6 @@ def _freeze(model: PreTrainedModel, args: SFTConfig) -> PreTrainedModel:
             module.to(dtype)
     model.requires_grad_(False)
     model.eval()
-    return model
-
-
-def _score_only(model: PreTrainedModel, args: SFTConfig) -> PreTrainedModel:
-    """Move the model to its device and have it return log-probabilities of labels, as the policy does."""
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as of the policy, for equal bits
     if args.device.type not in ("cuda", "xpu"):
         score_labelled_positions_only(model)

@@ -39,9 +39,7 @@ def check_before_torch(recipe: Recipe, starts_run: bool = True) -> Recipe:
 def check_inputs(recipe: Recipe, starts_run: bool = True) -> Recipe:
     """Check that the files, datasets and models of a recipe exist, and that output_dir is free.
 
-    Args:
-        recipe: From `read_recipe`.
-        starts_run: False if nothing is trained: then a finished run in output_dir is a notice.
+    Without `starts_run`, a finished run in output_dir is only a notice.
 
     Returns:
         The recipe, with notices about its datasets and the Hub.
@@ -55,9 +53,9 @@ def check_inputs(recipe: Recipe, starts_run: bool = True) -> Recipe:
     config = {} if missing else _config(recipe.model_name_or_path, recipe, hub)
     missing += methods.quantized_conflicts(recipe, config)
     missing += _vocabulary(recipe, config, hub) if config else []
-    finished = _finished_run(recipe) if recipe.do_train and not missing else None
+    finished = list(_finished_run(recipe)) if recipe.do_train and not missing else []
     if recipe.do_train and not missing:
-        missing += [*_output_dir(recipe), *([("output_dir", finished)] if finished and starts_run else [])]
+        missing += [*_output_dir(recipe), *(finished if starts_run else [])]
     lines = [str(recipe.error(key, problem)) for key, problem in missing]
     try:
         if hub is None and uses_hub(recipe):
@@ -72,8 +70,7 @@ def check_inputs(recipe: Recipe, starts_run: bool = True) -> Recipe:
         recipe = recipe.with_notices(
             f"trust_remote_code: code of {recipe.model_name_or_path} is run if transformers does not support its architecture"
         )
-    if finished:
-        recipe = recipe.with_notices(f"output_dir: {finished}")
+    recipe = recipe.with_notices(*(f"{key}: {problem}" for key, problem in finished))
     if hub and hub.status == "unreachable":
         recipe = recipe.with_notices(f"{recipe.path}: {hub.reason}; files of the Hub are taken from its cache")
     return recipe
@@ -86,7 +83,7 @@ def check_packages(recipe: Recipe) -> None:
         RecipeError: all that is missing, each with the fix.
     """
     trackers = missing_trackers(recipe) if recipe.do_train else []  # an evaluation is not tracked
-    _raise(recipe, [*_packages(recipe), *trackers, *_push_to_hub(recipe)])
+    raise_problems(recipe, [*_packages(recipe), *trackers, *_push_to_hub(recipe)])
 
 
 def _push_to_hub(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -105,21 +102,19 @@ def _push_to_hub(recipe: Recipe) -> Iterator[tuple[str, str]]:
     except LocalTokenNotFoundError:
         yield "push_to_hub", "no Hub token on this machine; run `hf auth login`, set HF_TOKEN, or remove the line"
     except (HfHubHTTPError, OSError) as error:
-        yield (
-            "push_to_hub",
-            f"the Hub rejects the token ({in_one_line(error)}); run `hf auth login`, or remove the line",
-        )
+        problem = f"the Hub rejects the token ({in_one_line(error)})"
+        yield "push_to_hub", f"{problem}; run `hf auth login`, or remove the line"
 
 
 def check_output_dir(recipe: Recipe) -> None:
     """Raise RecipeError if output_dir is the folder of the model to train, or has a model that must not be replaced."""
-    finished = _finished_run(recipe)
-    _raise(recipe, [*_output_dir(recipe), *([("output_dir", finished)] if finished else [])])
+    raise_problems(recipe, [*_output_dir(recipe), *_finished_run(recipe)])
 
 
-def _raise(recipe: Recipe, missing: list[tuple[str, str]]) -> None:
-    if missing:
-        raise RecipeError([str(recipe.error(key, problem)) for key, problem in missing])
+def raise_problems(recipe: Recipe, problems: list[tuple[str, str]]) -> None:
+    """Raise a RecipeError of all problems, pairs of a key and what is wrong with it, if there are any."""
+    if problems:
+        raise RecipeError([str(recipe.error(key, problem)) for key, problem in problems])
 
 
 def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -144,15 +139,12 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield key, f"{path}: not a valid folder name ({reason(error)})"
 
 
-def _finished_run(recipe: Recipe) -> str | None:
-    """Return that output_dir contains a finished run, which would not be resumed or replaced, or None."""
+def _finished_run(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield that output_dir contains a finished run, which would not be resumed or replaced."""
     keeps = not (recipe.resume_from_checkpoint or recipe.overwrite_output_dir)
-    if not (keeps and _run_status(Path(recipe.output_dir)) == "finished"):
-        return None
-    return (
-        f"{recipe.output_dir} contains a finished run; choose another folder, or set overwrite_output_dir: true to start "
-        "over"
-    )
+    if keeps and _run_status(Path(recipe.output_dir)) == "finished":
+        problem = "contains a finished run; choose another folder, or set overwrite_output_dir: true to start over"
+        yield "output_dir", f"{recipe.output_dir} {problem}"
 
 
 def _run_status(output_dir: Path) -> str | None:
@@ -271,10 +263,11 @@ def _from_hub(name: str, file: str, recipe: Recipe, hub: Hub | None) -> Path | N
     from huggingface_hub import hf_hub_download
 
     offline = hub is not None and hub.status != "reachable"
+    # as to_reference_recipe: model_revision is not that of another model
+    is_other = recipe.ref_model != recipe.model_name_or_path and name in (recipe.ref_model, *recipe.ref_model_adapters)
+    revision = "main" if is_other else recipe.model_revision
     try:
-        path = hf_hub_download(
-            name, file, revision=recipe.model_revision, cache_dir=recipe.cache_dir, local_files_only=offline
-        )
+        path = hf_hub_download(name, file, revision=revision, cache_dir=recipe.cache_dir, local_files_only=offline)
     except (OSError, ValueError):
         return None
     return Path(path)

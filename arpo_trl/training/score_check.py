@@ -20,8 +20,8 @@ from ..model.token_scores import score_own_logits
 from ..model.weights import without_adapter
 from ..recipe.keys import Recipe
 from .loss import Batch
-from .preference import PairCollator, split_pair
-from .preflight import preserve_training_state
+from .preference import split_pair
+from .preflight import computes_in_half, preserve_training_state
 from .trainer import ArpoTrainer
 
 TOKENS = 256
@@ -43,7 +43,7 @@ def check_scores(recipe: Recipe, trainer: ArpoTrainer) -> list[str]:
         return []  # Ulysses' attention requires rows that are split among the processes
     with preserve_training_state(trainer), torch.no_grad():
         difference = _largest_difference(trainer)
-    tolerance = 1e-2 if _is_half(trainer) else 1e-4
+    tolerance = 1e-2 if computes_in_half(trainer) else 1e-4
     differs = torch.tensor(int(not difference <= tolerance), device=trainer.args.device)  # NaN differs, too
     if not trainer.accelerator.reduce(differs):  # all processes decide the same
         return []
@@ -51,7 +51,7 @@ def check_scores(recipe: Recipe, trainer: ArpoTrainer) -> list[str]:
     message = f"{family}: the fused loss differs from the model's own logits by {difference:.1g} of their size"
     if reason := _why_not_own_logits(recipe, trainer):
         raise recipe.error("model_name_or_path", f"not supported: {message}, and {reason}")
-    reference = trainer.preference and trainer.preference.reference and trainer.preference.reference.model
+    reference = trainer.preference and trainer.preference.reference
     for model in {without_adapter(trainer.accelerator.unwrap_model(trainer.model)), reference} - {None}:
         score_own_logits(cast(PreTrainedModel, model))
     return [f"loss     {message}; it is computed from these, which takes more memory"]
@@ -82,7 +82,7 @@ def _largest_difference(trainer: ArpoTrainer) -> float:
 
 def _batch(trainer: ArpoTrainer) -> Batch:
     """Return a batch of one training row, cut to TOKENS, with labels on its last POSITIONS tokens."""
-    rows, collate = trainer.train_dataset, trainer.data_collator
+    rows = trainer.train_dataset
     if isinstance(rows, Dataset):
         tokens: list[int] = (split_pair(rows[0])[0] if trainer.preference else rows[0])["input_ids"][:TOKENS]
     else:  # a stream's first row would have to be read again
@@ -90,14 +90,8 @@ def _batch(trainer: ArpoTrainer) -> Batch:
         tokens = tokenizer("The quick brown fox jumps over the lazy dog. " * 8).input_ids[:TOKENS]
     labels = [IGNORED] * (len(tokens) - POSITIONS) + tokens[-POSITIONS:]
     row = {"input_ids": tokens, "labels": labels, "seq_lengths": [len(tokens)]}
-    collate_rows = collate.collate_rows if isinstance(collate, PairCollator) else collate
-    batch: Batch = send_to_device(collate_rows([row]), trainer.args.device)
+    batch: Batch = send_to_device(trainer.collate_rows([row]), trainer.args.device)
     return batch
-
-
-def _is_half(trainer: ArpoTrainer) -> bool:
-    args, weights = trainer.args, next(trainer.model.parameters())
-    return bool(args.bf16 or args.fp16 or args.tf32 or weights.dtype != torch.float32)
 
 
 def _why_not_own_logits(recipe: Recipe, trainer: ArpoTrainer) -> str | None:

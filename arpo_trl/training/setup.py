@@ -4,18 +4,22 @@ requirements.py has the checks that need no torch.
 """
 
 import os
+import tempfile
 
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Trainer
 from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from ..data.audit import token_lengths
 from ..data.prepare import PreparedData, prepare_datasets
 from ..data.tokenizer import load_template
-from ..errors import RecipeError
+from ..errors import RecipeError, in_one_line
 from ..model.base import load_config
 from ..model.memory import model_shape
 from ..model.methods.chosen import methods_of
@@ -28,9 +32,11 @@ from ..model.split import (
     saves_zero3_model,
     unsupported_by_fsdp,
 )
+from ..model.weights import Model
 from ..recipe.keys import Recipe
+from ..recipe.methods import OPTIMIZERS
 from ..report.manifest import run_day
-from .constructors import try_constructors
+from .requirements import raise_problems
 
 RESIZE = "resize the model once (model.resize_token_embeddings(len(tokenizer))), save both and use that folder"
 
@@ -54,55 +60,47 @@ def check_after_torch(recipe: Recipe) -> SFTConfig:
         method.check_config(config, args)
     model = model_shape(recipe)
     check_buffers(recipe, split, model)
-    try_constructors(recipe, args, model)
+    try_constructors(recipe, model)
     return args
 
 
 def check_split(recipe: Recipe, args: SFTConfig, split: Split) -> None:
     """Raise RecipeError for all that is not supported with the way in which the launch splits the model."""
-    unsupported: list[tuple[str, str]] = []
+    problems: list[tuple[str, str]] = []
     if recipe.fsdp and args.world_size == 1:
         fix = "start them with accelerate launch, or remove the line"
-        unsupported.append(("fsdp", f"splitting a model needs several processes; {fix}"))
+        problems.append(("fsdp", f"splitting a model needs several processes; {fix}"))
     if split.saves_together and recipe.on_save_error == "continue":
         reason = "whose processes exchange weights during a save"
-        unsupported.append(("on_save_error", f"continue is not supported with {split.engine}, {reason}; set stop"))
+        problems.append(("on_save_error", f"continue is not supported with {split.engine}, {reason}; set stop"))
     if split.engine == "ZeRO-3" and not recipe.trains_adapter and not saves_zero3_model():
         fix = "set it to true (zero3_save_16bit_model: true in an Accelerate config)"
-        unsupported.append(
-            ("deepspeed", f"stage3_gather_16bit_weights_on_model_save is false: no final model can be saved; {fix}")
-        )
+        problem = "stage3_gather_16bit_weights_on_model_save is false: no final model can be saved"
+        problems.append(("deepspeed", f"{problem}; {fix}"))
     key = "do_predict" if recipe.do_predict else "predict_during_eval" if recipe.predict_during_eval else None
     if key and split.shards_weights:
-        unsupported.append(
-            (
-                key,
-                f"not supported with {split.engine}: generation needs the complete model on each process. Remove the key "
-                f"and, after training, run the same recipe with do_train=false do_predict=true "
-                f"model_name_or_path={recipe.output_dir}",
-            )
-        )
-    if split.is_zero and (problem := conflicting_precision(args)):
-        unsupported.append(("deepspeed", problem))
+        reason = "generation needs the complete model on each process"
+        overrides = f"do_train=false do_predict=true model_name_or_path={recipe.output_dir}"
+        fix = f"Remove the key and, after training, run the same recipe with {overrides}"
+        problems.append((key, f"not supported with {split.engine}: {reason}. {fix}"))
+    if split.is_zero and (conflict := conflicting_precision(args)):
+        problems.append(("deepspeed", conflict))
     if split.is_fsdp:
-        unsupported += unsupported_by_fsdp(recipe, args, split)
-    if unsupported:
-        raise RecipeError([str(recipe.error(key, problem)) for key, problem in unsupported])
+        problems += unsupported_by_fsdp(recipe, args, split)
+    raise_problems(recipe, problems)
 
 
 def check_device(recipe: Recipe) -> None:
     """Raise RecipeError for all that the recipe needs and this machine's device lacks."""
-    missing = []
+    problems = []
     if not torch.accelerator.is_available():
-        missing += [
-            (key, "needs a GPU; remove the line") for key in ("activation_offloading", "tf32") if getattr(recipe, key)
-        ]
+        needed = [key for key in ("activation_offloading", "tf32") if getattr(recipe, key)]
+        problems += [(key, "needs a GPU; remove the line") for key in needed]
         if recipe.flash_attn == "flex" and recipe.do_train:
-            missing.append(("flash_attn", "flex attention can't train on a CPU; set flash_attn: sdpa"))
+            problems.append(("flash_attn", "flex attention can't train on a CPU; set flash_attn: sdpa"))
     if recipe.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        missing.append(("bf16", "this GPU has no bfloat16; set bf16: false (fp16: true is faster)"))
-    if missing:
-        raise RecipeError([str(recipe.error(key, problem)) for key, problem in missing])
+        problems.append(("bf16", "this GPU has no bfloat16; set bf16: false (fp16: true is faster)"))
+    raise_problems(recipe, problems)
 
 
 def load_rows(recipe: Recipe, args: SFTConfig) -> PreparedData:
@@ -181,3 +179,60 @@ def _find_token_beyond(rows: Dataset, size: int) -> tuple[int, str] | None:
             located = zip(batch["input_ids"].to_pylist(), batch["source"].to_pylist())
             return next((max(ids), source) for ids, source in located if ids and max(ids) >= size)
     return None
+
+
+# --- trial constructors ---
+
+
+def try_constructors(recipe: Recipe, model: Model) -> None:
+    """Build TRL's trainer with a row, and the optimizer with a weight: what a library rejects is found in seconds.
+
+    Skipped if the launch splits the model.
+    `model`: from `model_shape`, on the meta device; it is changed.
+
+    Raises:
+        RecipeError: one of them rejects a value, with the key whose default it accepts, or whose value the reason names.
+    """
+    if find_split(recipe).engine != "DDP":
+        return
+    reason = _why_rejected(recipe, model)
+    if reason is None:
+        return
+    for key in recipe.trl:
+        without = Recipe.model_construct(
+            recipe.model_fields_set - {key}, **dict(recipe) | {key: Recipe.model_fields[key].default}
+        )
+        if _why_rejected(without, model) is None:
+            raise recipe.error(key, f"not supported: {reason}")
+    for key in sorted(recipe.model_fields_set):
+        values = getattr(recipe, key)
+        texts = [value for value in (values if isinstance(values, list) else [values]) if isinstance(value, str)]
+        if any(repr(text) in reason for text in texts):
+            raise recipe.error(key, f"not supported: {reason}")
+    raise RecipeError(f"{recipe.path}: not supported by TRL: {reason}")
+
+
+def _why_rejected(recipe: Recipe, model: Model) -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            args = to_sft_config(recipe)
+            args.report_to, args.push_to_hub, args.dataset_num_proc, args.output_dir = [], False, None, folder
+            rows = Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]}] * 2)
+            _OnMeta(model=model, args=args, train_dataset=rows, eval_dataset=rows, processing_class=_tokenizer())
+            # Some need the model's modules, and some methods have their own.
+            if not (args.optim_target_modules or any(getattr(recipe, key) for key in OPTIMIZERS)):
+                optimizer_cls, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+                optimizer_cls([nn.Parameter(torch.zeros(2, 2))], weight_decay=args.weight_decay, **settings)
+        except Exception as error:  # libraries raise many types
+            return in_one_line(error)
+    return None
+
+
+class _OnMeta(SFTTrainer):
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Leave the model on the meta device, which has no data to move."""
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="a", pad_token="a")

@@ -29,35 +29,35 @@ MUCH_SPACE = 20e9
 """Bytes of checkpoints that are reported before a run, or fewer if they fill half of the free space."""
 
 
-def start_report(recipe: Recipe, data: PreparedData, trainer: ArpoTrainer, checkpoint: Path | None) -> list[str]:
+def start_report(recipe: Recipe, data: PreparedData, trainer: ArpoTrainer) -> list[str]:
     """Return what the run is about to do, so that a mistake in the recipe is noticed before it costs hours."""
     model, args, writer = trainer.accelerator.unwrap_model(trainer.model), trainer.args, trainer.checkpoints
     saved = f"{format_bytes(writer.expected_bytes)} per checkpoint, {writer.save_total_limit or 'all'} kept"
     if args.save_strategy == "no":
         saved = "no checkpoints"
-    total = trainer.state.max_steps
+    step, total = trainer.state.global_step, trainer.state.max_steps
     steps = checkpoint_steps(args, math.ceil(total / max(trainer.state.num_train_epochs, 1)), total)
     return [
         *describe_setup(recipe, model, args),
-        *report_reference(recipe),
         *(f"data     {line}" for line in [*data.audit.lines(), *data.notices]),
         *(f"         {name}: {len(rows):,} rows to evaluate on" for name, rows in data.eval.items()),
         f"steps    {describe_steps(args, total, data, recipe.packing)}",
         *warn_of_schedule(args, total),
         f"disk     {saved}; {format_bytes(free_space(Path(recipe.output_dir)))} free",
         *warn_of_disk(Path(recipe.output_dir), writer.save_total_limit, writer.expected_bytes, len(steps)),
-        f"output   {args.output_dir}{f', resuming from {checkpoint.name}' if checkpoint else ''}",
+        f"output   {args.output_dir}{f', resuming from checkpoint-{step}' if step else ''}",
     ]
 
 
 def describe_setup(recipe: Recipe, model: Model, args: TrainingArguments) -> list[str]:
-    """Return the model and the device, as a run and `--check` print them."""
+    """Return the model, the device and the reference, as a run and `--check` print them."""
     # Qwen3.5's and Llama 4's, of a file with a vision part
     part = ", text part only" * model.config.model_type.endswith("_text")
     return [
         f"model    {recipe.model_name_or_path}: {describe_model(model)}, {precision(model, args)}{part}",
         f"device   {describe_device(args)}{f', {find_split(recipe)}' if args.world_size > 1 else ''}",
         *missing_gpu(recipe),
+        *report_reference(recipe),
     ]
 
 
@@ -158,13 +158,10 @@ def warn_of_schedule(args: TrainingArguments, total: int) -> list[str]:
     peak = max(factor(min(step, total - 1)) for step in (0, max(warmup - 1, 0), warmup))
     if peak > 0.95:
         return []
+    cause, fix = f"warmup_steps {warmup:,} of {total:,} steps", "lower warmup_steps"
     if warmup < total:
-        cause, fix = (
-            str(args.lr_scheduler_type),
-            f"fit lr_scheduler_kwargs to the {total - warmup:,} steps after warmup",
-        )
-    else:
-        cause, fix = f"warmup_steps {warmup:,} of {total:,} steps", "lower warmup_steps"
+        cause = str(args.lr_scheduler_type)
+        fix = f"fit lr_scheduler_kwargs to the {total - warmup:,} steps after warmup"
     return [f"         {cause}: the learning rate only reaches {peak:.0%} of learning_rate; {fix}"]
 
 
@@ -210,14 +207,12 @@ def end_report(
 
 def describe_stop(recipe: Recipe, step: int, signum: int) -> list[str]:
     """Return at which step a signal stopped the run, and how to resume it."""
+    stopped = f"stopped by {signal.Signals(signum).name}"
     if not step:
-        return [
-            f"stopped by {signal.Signals(signum).name} before the first step, nothing to save; run the same command again"
-        ]
-    saved = f"at step {step}, checkpoint saved"
-    if not (Path(recipe.output_dir) / f"checkpoint-{step}").is_dir():  # on_save_error: continue
-        saved = f"at step {step}, which could not be saved"
-    return [f"stopped by {signal.Signals(signum).name} {saved}", f"to resume: {resume_command(recipe)}"]
+        return [f"{stopped} before the first step, nothing to save; run the same command again"]
+    is_saved = (Path(recipe.output_dir) / f"checkpoint-{step}").is_dir()  # else on_save_error: continue
+    outcome = "checkpoint saved" if is_saved else "which could not be saved"
+    return [f"{stopped} at step {step}, {outcome}", f"to resume: {resume_command(recipe)}"]
 
 
 def describe_interrupt(recipe: Recipe) -> list[str]:

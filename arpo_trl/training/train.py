@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData
@@ -101,14 +100,10 @@ def train(
         recipe = read_recipe(recipe.resolved(), overrides)
     if rows is not None:
         path = Path(recipe.output_dir, ROWS)
-        on_main_process(lambda: _write_rows(rows, path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        on_main_process(lambda: rows.to_parquet(path))
         recipe = recipe.model_copy(update={"dataset": [str(path)]})
     return run(check_before_torch(recipe))
-
-
-def _write_rows(rows: Dataset, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_parquet(path)
 
 
 def run(recipe: Recipe) -> Result:
@@ -149,7 +144,6 @@ def _train(
 
     # Data
     data = load_rows(recipe, args)
-    tokenizer = data.template.tokenizer
 
     # The run's record, and the earlier one's
     manifest = describe_run(recipe, data)
@@ -164,9 +158,9 @@ def _train(
 
     # Model and trainer
     model, base = load_model(recipe)
-    trainer = make_trainer(recipe, args, model, tokenizer, data)
+    trainer = make_trainer(recipe, args, model, data)
     stop = StopOnSignal()
-    add_callbacks(recipe, trainer, stop, data, checkpoint)
+    add_callbacks(recipe, trainer, stop, data)
     if checkpoint:
         continue_curves(trainer.callback_handler.callbacks, checkpoint_step(checkpoint))
 
@@ -178,7 +172,7 @@ def _train(
 
     # Train, save, evaluate
     if precomputes(recipe) and not find_split(recipe).shards_weights:
-        use_stored_log_probs(recipe, trainer, is_untrained=True)  # a checkpoint is loaded later
+        use_stored_log_probs(recipe, trainer)  # a checkpoint is loaded later
     try:
         trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
         evaluated = save_and_evaluate(recipe, trainer, base)
@@ -191,11 +185,8 @@ def _train(
     except KeyboardInterrupt:  # a second Ctrl-C
         say(*describe_interrupt(recipe))
         raise
-    log = read_lines(output_dir / "trainer_log.jsonl")
     if checkpoint:
-        trained["train_loss"] = mean_loss(
-            log, checkpoint_step(checkpoint), trainer.state.global_step, trained["train_loss"]
-        )
+        trained["train_loss"] = mean_loss(trainer.state, trainer.window.loss_sum)
     serving = on_main_process(lambda: check_run(recipe, data, output_dir))
     write_results(recipe, trainer, manifest, trained, evaluated)  # last, because it marks the run as finished
     say(*serving)
@@ -215,14 +206,9 @@ def _train(
     return 0
 
 
-def make_trainer(
-    recipe: Recipe,
-    args: SFTConfig,
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-) -> ArpoTrainer:
+def make_trainer(recipe: Recipe, args: SFTConfig, model: Model, data: PreparedData) -> ArpoTrainer:
     """Return the trainer of the recipe's model and rows."""
+    tokenizer = data.template.tokenizer
     try:
         trainer = ArpoTrainer(
             model=model,
@@ -230,7 +216,6 @@ def make_trainer(
             train_dataset=data.train,
             eval_dataset=eval_datasets(recipe, data),
             processing_class=tokenizer,
-            rows=data.train if isinstance(data.train, Dataset) else None,  # a stream would have to be read again
             on_save_error=recipe.on_save_error,
             **trainer_kwargs(recipe, model, args),
             preference=make_preference(recipe, args, model),
@@ -245,9 +230,7 @@ def make_trainer(
     return trainer
 
 
-def add_callbacks(
-    recipe: Recipe, trainer: ArpoTrainer, stop: StopOnSignal, data: PreparedData, checkpoint: Path | None
-) -> None:
+def add_callbacks(recipe: Recipe, trainer: ArpoTrainer, stop: StopOnSignal, data: PreparedData) -> None:
     """Add the run's callbacks. At each event the trainer calls them in this order."""
     remove_progress_bar(trainer)
     log_by_step(trainer)
@@ -257,21 +240,21 @@ def add_callbacks(
         stop,
         TrainerLog(Path(recipe.output_dir) / "trainer_log.jsonl", recipe.plot_loss, trainer),
         SaveAfterEpochEnd(),
-        BeforeFirstStep(lambda: before_first_step(recipe, trainer, data, checkpoint)),
+        BeforeFirstStep(lambda: before_first_step(recipe, trainer, data)),
     ):
         if callback:
             trainer.add_callback(callback)
 
 
-def before_first_step(recipe: Recipe, trainer: ArpoTrainer, data: PreparedData, checkpoint: Path | None) -> None:
+def before_first_step(recipe: Recipe, trainer: ArpoTrainer, data: PreparedData) -> None:
     """Report what the run is about to do, try it, and repeat an evaluation that a signal stopped."""
     require_separate_rows(recipe, trainer)
     scores = check_scores(recipe, trainer)
-    say(*start_report(recipe, data, trainer, checkpoint), *scores)
+    say(*start_report(recipe, data, trainer), *scores)
     if isinstance(data.train, Dataset):  # a stream's first row would have to be read again
         say(*describe_example(data.train, data.template.tokenizer))
     if precomputes(recipe) and find_split(recipe).shards_weights:
-        use_stored_log_probs(recipe, trainer, is_untrained=trainer.state.global_step == 0)
+        use_stored_log_probs(recipe, trainer)
     check_first_pair(recipe, trainer)
     if recipe.preflight and isinstance(data.train, Dataset):
         run_preflight(trainer, recipe.gradient_checkpointing == "auto", find_skip_reason(recipe, trainer))

@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -43,22 +43,7 @@ from .window import Speed, Window, mfu_per_token
 EvalDataset: TypeAlias = str | Dataset | dict[str, Dataset]
 
 
-class _LogFigures(Trainer):
-    """Sits between `SFTTrainer` and `Trainer`, to add a log line's figures after TRL has added its own.
-
-    On resume, Trainer resets its average loss, and TRL its metrics and token count; ours continue.
-    """
-
-    window: Window
-    speed: Speed
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs |= self.window.take(self.state.global_step) | self.speed.take(self.window)
-        super().log(logs, start_time)
-
-
-class ArpoTrainer(SFTTrainer, _LogFigures):
+class ArpoTrainer(SFTTrainer):
     """`SFTTrainer` whose checkpoints are complete or marked, whose runs resume exactly, and which stops at a NaN.
 
     Evaluation averages over tokens and keeps no logits. transformers averages over batches: a batch of two short replies
@@ -68,8 +53,6 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
     tokens. With several datasets, `eval_<name>_loss` is the loss of each and `eval_loss` that of all of them together.
 
     Args:
-        rows: The rows behind the training batches, with columns `input_ids` and `source` ("file:line"), to name the
-            rows of a batch that fails. With packing, the rows before packing.
         on_save_error: "stop" ends the run if a checkpoint can't be written, "continue" continues without it.
         objective: The training loss, if it is not one of TRL's.
         reference: The model that `objective` compares with, if any.
@@ -85,7 +68,6 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         self,
         *,
         args: SFTConfig,
-        rows: Dataset | None = None,
         on_save_error: str = "stop",
         objective: Objective | None = None,
         reference: PreTrainedModel | None = None,
@@ -101,14 +83,15 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         self.window, self.speed, self.preference = Window(), Speed(), preference
         with router_loss_kept(kwargs["model"].config):
             super().__init__(args=args, **kwargs)
-        self.rows = rows
+        self.rows = kwargs["train_dataset"]  # before TRL packs them, to name the rows of a batch that fails
         self.batches: list[Batch] = []  # of the update in progress
         self._sums: list[Tensor] = []  # of each batch, see _score
         self.last_batch = ""  # "training batch of 2 x 100 tokens"
-        self._eval_sums = self._no_sums()
+        self._eval_sums = torch.zeros(1, dtype=torch.float64)  # see compute_loss
         self._advance: Callable[[float], None] = lambda _: None
+        self.collate_rows = self.data_collator
         if preference:
-            self.data_collator = PairCollator(self.data_collator)
+            self.data_collator = PairCollator(self.collate_rows)
         self.pending_evaluation = self.has_stepped = False
         # by tensor, context or sequence parallelism (Ulysses)
         self.shares_rows = getattr(self.accelerator.parallelism_config, "non_data_parallel_size", 1) > 1
@@ -124,6 +107,13 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
                 without_adapter(model), objective, reference and reference.to(self.accelerator.device)
             )
         _compute_outputs_in_float32(self.accelerator)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a line's figures. On resume, Trainer resets its average loss, and TRL its metrics; ours continue."""
+        if "loss" in logs:
+            self._metrics["train"].clear()  # trl 1.16, sft_trainer.py#L1697: they would replace ours
+            logs |= self.window.take(self.state.global_step) | self.speed.take(self.window)
+        super().log(logs, start_time)
 
     # --- a step ---
 
@@ -207,20 +197,29 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
             del self._sums[len(self.batches) - 1 :]
             self._sums.append(torch.stack(sums))
 
-    def end_update(self) -> None:
-        """Add the batches of an update to the window, before the optimizer's step.
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        """As Trainer's, which calls it before each step of the optimizer; ends the update.
+
+        Trainer has no public method: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/trainer.py#L1940
+        """
+        get_norm: Callable[..., Tensor | float | None] = super()._get_grad_norm
+        norm = get_norm(model, grad_norm)
+        self._end_update(norm)
+        return norm
+
+    def _end_update(self, norm: Tensor | float | None) -> None:
+        """Add the batches of an update to the window. `norm`: of its gradients, before they are clipped.
 
         Raises:
             RunFailed: the gradient is not finite.
         """
-        norm = self._gradient_norm()
-        sums = torch.stack(self._sums)  # shape (batches, 5 or more)
-        if self.args.world_size > 1:
-            sums = self.accelerator.reduce(torch.cat([sums, norm.expand(len(sums), 1)], dim=1))
-            sums, norm = sums[:, :-1], sums[0, -1]
+        if norm is None:  # DeepSpeed's ZeRO-0 in float32 has none and has taken its step: a NaN is in the weights now
+            norm = torch.nn.utils.get_total_norm([p.detach() for p in self.model.parameters() if p.requires_grad])
+        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # of FSDP's shards
+        sums = self.accelerator.reduce(torch.stack(self._sums))  # shape (batches, 5 or more)
         # With float16, infinite gradients are expected: the scaler skips the step and lowers its scale.
-        if self.accelerator.scaler is None and not math.isfinite(norm):
-            raise self._not_finite("gradient", float(norm))
+        if self.accelerator.scaler is None and not math.isfinite(value):
+            raise self._not_finite("gradient", value)
         window = self.window
         for loss, seen, entropy, top1, labelled, *rest in sums.double().tolist():
             window.loss_sum += loss / self.args.world_size
@@ -244,18 +243,6 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
     def _not_finite(self, what: str, value: float) -> RunFailed:
         sources = find_sources(self.rows, self.batches)
         return RunFailed(f"step {self.state.global_step + 1}: {describe_not_finite(self.model, what, value, sources)}")
-
-    def _gradient_norm(self) -> Tensor:
-        """Return the norm of this process's part of the gradients, to check that it is finite."""
-        tensors = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if self.is_deepspeed_enabled:
-            engine: Any = self.model_wrapped
-            if (total := engine.get_global_grad_norm()) is not None:
-                return torch.as_tensor(float(total), device=self.args.device)
-            # ZeRO-0 in float32 has no norm and has taken its step: a NaN is in the weights now.
-            tensors = [p.detach() for p in self.model.parameters() if p.requires_grad]
-        norm = torch.nn.utils.get_total_norm(tensors)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP's shards
 
     # --- a resume ---
 
@@ -318,16 +305,13 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
     def _evaluate_all(
         self, eval_dataset: EvalDataset | None, ignore_keys: list[str] | None, metric_key_prefix: str
     ) -> dict[str, float]:
-        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(datasets, dict):
+        if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = {}
-        sums = self._no_sums()
-        for name, dataset in datasets.items():
-            metrics |= super().evaluate(
-                name if eval_dataset is None else dataset, ignore_keys, f"{metric_key_prefix}_{name}"
-            )
-            sums += self._eval_sums
+        sums = torch.zeros(1, dtype=torch.float64)
+        for name in self.eval_dataset:
+            metrics |= super().evaluate(name, ignore_keys, f"{metric_key_prefix}_{name}")
+            sums = sums + self._eval_sums
         overall = self._means(sums, metric_key_prefix)
         self.log(dict(overall))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, overall)
@@ -336,7 +320,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
     def evaluation_loop(
         self, dataloader: DataLoader[Batch], *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        self._eval_sums = self._no_sums()
+        self._eval_sums = torch.zeros(1, dtype=torch.float64)
         kwargs["metric_key_prefix"] = metric_key_prefix
         with progress("evaluating", len(dataloader), self.is_world_process_zero()) as self._advance:
             output: EvalLoopOutput = super().evaluation_loop(dataloader, *args, **kwargs)
@@ -344,11 +328,8 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         output.metrics.update(self._means(self._eval_sums, metric_key_prefix))
         return output
 
-    def _no_sums(self) -> Tensor:
-        return torch.zeros(self.preference.size if self.preference else 4, dtype=torch.float64)
-
     def _means(self, sums: Tensor, prefix: str) -> dict[str, float]:
-        return self.preference.means(sums, f"{prefix}_", "loss") if self.preference else token_means(sums, prefix)
+        return self.preference.means(sums, prefix) if self.preference else token_means(sums, prefix)
 
     def compute_loss(
         self,
@@ -368,7 +349,7 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         # processes share rows: each has a part of every row, or all have the same.)
         rows = torch.stack([part.float().sum(-1) for part in parts], dim=-1)
         gather = self.accelerator.gather if self.shares_rows else self.accelerator.gather_for_metrics
-        self._eval_sums += gather(rows).sum(0).double().cpu()
+        self._eval_sums = self._eval_sums + gather(rows).sum(0).double().cpu()
         nll, _, _, tokens = rows.sum(0)
         return nll / tokens.clamp(min=1)
 
@@ -377,7 +358,8 @@ class ArpoTrainer(SFTTrainer, _LogFigures):
         scores, aux_loss = preference.score(model, batch, self.accelerator, self.aux_loss_enabled)
         if not self.model.training:
             # A row per pair, so that those which fill up the last batch of several processes are dropped again.
-            self._eval_sums += self.accelerator.gather_for_metrics(scores.rows()).sum(0).double().cpu()
+            rows = self.accelerator.gather_for_metrics(scores.rows())
+            self._eval_sums = self._eval_sums + rows.sum(0).double().cpu()
             return scores.loss.mean()
         self._sums[-1] = torch.cat([self._sums[-1], scores.sums()])
         loss: Tensor = (scores.loss * scores.real).sum() / torch.as_tensor(pairs).clamp(min=1) * self.args.world_size
@@ -455,7 +437,7 @@ def _shape(inputs: Batch) -> str:
 
 
 class _LogState(TrainerCallback, ExportableState):
-    """Ends each update, and keeps the unfinished log line and the token counts in checkpoints, as Trainer does not."""
+    """Keeps the unfinished log line and the token counts in checkpoints, as Trainer does not."""
 
     def __init__(self, trainer: ArpoTrainer) -> None:
         self.trainer = trainer
@@ -463,9 +445,6 @@ class _LogState(TrainerCallback, ExportableState):
     def on_step_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         if not self.trainer.speed.started:
             self.trainer.speed.start(self.trainer.window, mfu_per_token(self.trainer))
-
-    def on_pre_optimizer_step(self, args: object, state: TrainerState, control: object, **_: object) -> None:
-        self.trainer.end_update()
 
     def state(self) -> dict[str, object]:
         return {**asdict(self.trainer.window), "pending_evaluation": self.trainer.pending_evaluation}
@@ -480,8 +459,8 @@ class _LogState(TrainerCallback, ExportableState):
         callbacks = cast("dict[str, dict[str, Any]]", state.stateful_callbacks)
         saved = dict(callbacks.setdefault(type(self).__name__, {}))
         if state.global_step and saved:
-            self.trainer.window = Window(**{field.name: saved[field.name] for field in fields(Window)})
-            self.trainer.pending_evaluation = saved.get("pending_evaluation", False)
+            self.trainer.pending_evaluation = saved.pop("pending_evaluation", False)
+            self.trainer.window = Window(**saved)
         else:
             self.trainer.window.last_logged = state.global_step
         if state.global_step >= state.max_steps:  # killed after the last step: Trainer would take another

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import Dataset
 from tqdm import tqdm
@@ -49,12 +49,6 @@ def count_tokens_of_run(trainer: ArpoTrainer) -> int:
     return int(token_lengths(rows).sum() * epochs)
 
 
-class _Point(NamedTuple):
-    time: float
-    step: int
-    tokens: int
-
-
 class TrainerLog(TrainerCallback):
     """Appends a line to trainer_log.jsonl at each log, with LLaMA-Factory's names, and prints it.
 
@@ -66,7 +60,7 @@ class TrainerLog(TrainerCallback):
         self.path, self.plot, self.trainer = path, plot, trainer
         self.bar: tqdm | None = None
         self._began = self._elapsed_before = 0.0
-        self._since: _Point | None = None
+        self._since: tuple[float, int, int] | None = None
         self._total, self._unwritten = 0, ""
 
     def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
@@ -90,7 +84,11 @@ class TrainerLog(TrainerCallback):
             self.bar.bar_format = RUN_BAR.replace("{remaining}", remaining)
             self.bar.update(state.global_step - self.bar.n)
         if self._since is None:  # the first step of a session is slower than the others
-            self._since = _Point(time.monotonic(), state.global_step, self.trainer.window.seen_tokens)
+            self._since = self._now(state)
+
+    def _now(self, state: TrainerState) -> tuple[float, int, int]:
+        """Return the time, the step, and the tokens of the run so far."""
+        return time.monotonic(), state.global_step, self.trainer.window.seen_tokens
 
     def _remaining_seconds(self, state: TrainerState) -> float | None:
         """Return the time of the remaining tokens at the session's speed; None in the session's first two steps.
@@ -98,13 +96,14 @@ class TrainerLog(TrainerCallback):
         Tokens, because rows of similar length may come together (`group_by_length`). A stream's are unknown: there it is
         the time of the remaining steps.
         """
-        now = _Point(time.monotonic(), state.global_step, self.trainer.window.seen_tokens)
-        if self._since is None or now.step - self._since.step < 2:
+        if self._since is None:
             return None
-        seconds = now.time - self._since.time
+        seconds, steps, tokens = (now - since for now, since in zip(self._now(state), self._since))
+        if steps < 2:
+            return None
         if self._total:
-            return seconds / (now.tokens - self._since.tokens) * max(self._total - now.tokens, 0)
-        return seconds / (now.step - self._since.step) * (state.max_steps - now.step)
+            return seconds / tokens * max(self._total - self.trainer.window.seen_tokens, 0)
+        return seconds / steps * (state.max_steps - state.global_step)
 
     def on_log(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
         logs: LogLine = kwargs["logs"]

@@ -102,7 +102,6 @@ def make_trainer(
         eval_dataset=make_rows() if "eval_strategy" in changes else None,
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=adapter if lora else None,
-        rows=make_rows(),
         on_save_error=on_save_error,
     )
     trainer.add_callback(TrainerLog(folder / "trainer_log.jsonl", False, trainer))

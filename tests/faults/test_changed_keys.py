@@ -173,7 +173,7 @@ def capture(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, **keys: 
     """Return all that decides the next step of a run, when it is about to take its first one of the session."""
     captured: dict[str, Any] = {}
 
-    def before_first_step(recipe: Any, trainer: ArpoTrainer, data: Any, checkpoint: Path | None) -> None:
+    def before_first_step(recipe: Any, trainer: ArpoTrainer, data: Any) -> None:
         captured.update(describe(trainer))
         raise Captured
 
@@ -213,7 +213,7 @@ def describe(trainer: ArpoTrainer) -> dict[str, Any]:
         "dropouts": [m.p for m in model.modules() if isinstance(m, Dropout)],
         "batches": [trainer._train_batch_size, trainer.get_train_dataloader().batch_size],
         "preference": preference and preference.recipe.model_dump(include={*DPO}),
-        "reference": preference and str(type(preference.reference and preference.reference.model)),
+        "reference": preference and str(type(preference.reference)),
     }
 
 

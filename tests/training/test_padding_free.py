@@ -52,7 +52,6 @@ def make_trainer(folder: Path, model: Path, rows: Dataset, attention: str = "sdp
         args=SFTConfig(**values | changes),
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(model),
-        rows=rows,
     )
 
 

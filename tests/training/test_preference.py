@@ -28,7 +28,7 @@ from arpo_trl.recipe import Recipe
 from arpo_trl.run_folder import read_lines
 from arpo_trl.training import preference, preflight, reference
 from arpo_trl.training.preference import score_pairs
-from arpo_trl.training.reference import Reference, make_preference
+from arpo_trl.training.reference import make_preference
 from arpo_trl.training.trainer import ArpoTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,6 @@ def make(folder: Path, tiny_model: Path, pairs: Dataset, keys: dict[str, Any], *
         args=args,
         train_dataset=pairs,
         processing_class=AutoTokenizer.from_pretrained(tiny_model),
-        rows=pairs,
         preference=make_preference(recipe_of(finetuning_type="full", **keys), args, model),
     )
 
@@ -266,11 +265,11 @@ def first_loss(trainer: ArpoTrainer, pair: dict[str, Any]) -> tuple[float, Tenso
     """The sigmoid loss of a pair in training, and the sums of the policy and of the reference."""
     batch = trainer.data_collator([pair])
     model, held = trainer.model, trainer.preference
-    assert held and held.reference
+    assert held
     model.train()
     wrapped = trainer.accelerator.prepare_model(model, evaluation_mode=True) if trainer.args.bf16 else model
     with torch.no_grad():
-        fixed = held.reference.sum_log_probs(wrapped, batch, trainer.accelerator)
+        fixed = held.sum_reference(wrapped, batch, trainer.accelerator)
         output = wrapped(**batch, use_cache=False, fused_lm_head=True)
         log_probs, mask = preference.split_rows(output, batch)
     scores = score_pairs(log_probs, mask, fixed, held.recipe)
@@ -281,8 +280,8 @@ def test_a_frozen_copy_gives_the_policys_own_bits_under_autocast(
     tmp_path: Path, tiny_model: Path, pairs: Dataset
 ) -> None:
     trainer = make(tmp_path, tiny_model, pairs, {}, bf16=True)
-    assert trainer.preference and trainer.preference.reference
-    model = trainer.preference.reference.model
+    assert trainer.preference
+    model = trainer.preference.reference
     assert model is not None and not any(p.requires_grad for p in model.parameters())
     dtypes = {name.split(".")[-2]: p.dtype for name, p in model.named_parameters()}
     assert dtypes["q_proj"] == torch.bfloat16 and dtypes["embed_tokens"] == dtypes["norm"] == torch.float32
@@ -304,9 +303,9 @@ def test_lora_compares_with_the_adapter_switched_off(tmp_path: Path, tiny_model:
     held = make_preference(recipe_of(finetuning_type="lora"), args, model)
     trainer = ArpoTrainer(
         model=model, args=args, train_dataset=pairs, processing_class=AutoTokenizer.from_pretrained(tiny_model),
-        rows=pairs, preference=held,
+        preference=held,
     )  # fmt: skip
-    assert held and held.reference == Reference()
+    assert held and held.reference is None
     assert first_loss(trainer, pairs[0])[0] == pytest.approx(math.log(2), abs=1e-6)  # lora_dropout is off
     before = first_loss(trainer, pairs[0])[2]
     trainer.train()
@@ -548,7 +547,7 @@ def test_a_soft_capped_model_trains_with_its_cap(tmp_path: Path, tiny_model: Pat
     args, keys = config(tmp_path, max_steps=2), {"pref_loss": "simpo", "pref_beta": 2.0}
     trainer = ArpoTrainer(
         model=model, args=args, train_dataset=pairs, processing_class=AutoTokenizer.from_pretrained(tiny_model),
-        rows=pairs, preference=make_preference(recipe_of(finetuning_type="full", **keys), args, model),
+        preference=make_preference(recipe_of(finetuning_type="full", **keys), args, model),
     )  # fmt: skip
     trainer.train()
     start = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -572,7 +571,7 @@ def test_a_mixture_of_experts_adds_the_balancing_loss_of_the_policys_pass(
     args = config(tmp_path, max_steps=1, router_aux_loss_coef=0.5, gradient_accumulation_steps=2)
     trainer = ArpoTrainer(
         model=model, args=args, train_dataset=pairs, processing_class=AutoTokenizer.from_pretrained(tiny_model),
-        rows=pairs, preference=make_preference(recipe_of(finetuning_type="full"), args, model),
+        preference=make_preference(recipe_of(finetuning_type="full"), args, model),
     )  # fmt: skip
     trainer.train()
     start = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

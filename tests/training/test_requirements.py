@@ -266,6 +266,22 @@ def test_a_reference_must_exist_and_have_the_models_vocabulary(
         check_inputs(recipe_of(*lines, "ref_model=./other", "output_dir=other"))
 
 
+def test_model_revision_is_not_that_of_another_reference(
+    recipe_of: Any, with_data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is loaded from `main`."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, revision, size in (("m", "v1", 1000), ("other", "main", 999)):
+        snapshot = tmp_path / f"models--{name}" / "snapshots" / "abc"  # huggingface_hub's cache
+        snapshot.mkdir(parents=True)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / revision).write_text("abc", encoding="utf-8")
+        (snapshot / "config.json").write_text(json.dumps({"vocab_size": size}), encoding="utf-8")
+    lines = [*with_data, "stage=dpo", "dataset=pairs", f"cache_dir={tmp_path}", "model_revision=v1"]
+    with pytest.raises(RecipeError, match="ref_model: other has a vocabulary of 999 tokens, m of 1,000"):
+        check_inputs(recipe_of(*lines, "ref_model=other"))
+
+
 @pytest.mark.parametrize(("method", "package"), [("gptq", "gptqmodel"), ("awq", "gptqmodel"), ("aqlm", "aqlm")])
 def test_the_package_of_a_quantized_base_is_required_before_torch(method: str, package: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(package):

@@ -197,5 +197,5 @@ def test_a_known_head_passes_in_float32_and_bfloat16(family: str, tmp_path: Path
         recipe = recipe_of(folder, tmp_path / "run", bf16=half, force_bf16=half)
         args = check_after_torch(recipe)
         data = load_rows(recipe, args)
-        trainer = make_trainer(recipe, args, load_model(recipe)[0], data.template.tokenizer, data)
+        trainer = make_trainer(recipe, args, load_model(recipe)[0], data)
         assert check_scores(recipe, trainer) == []

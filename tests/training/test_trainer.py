@@ -70,8 +70,7 @@ def config(folder: Path, **changes: Any) -> SFTConfig:
 
 def make(folder: Path, tiny_model: Path, rows: Dataset, cls: type[SFTTrainer] = ArpoTrainer, **changes: Any) -> Any:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    extra = {"rows": rows} if cls is ArpoTrainer else {}
-    extra |= {name: changes.pop(name) for name in ("objective", "reference") if name in changes}
+    extra = {name: changes.pop(name) for name in ("objective", "reference") if name in changes}
     return cls(
         model=model,
         args=config(folder, **changes),

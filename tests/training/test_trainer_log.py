@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 
 from arpo_trl.machine import peak_memory
 from arpo_trl.report.log_file import format_seconds, mean_loss
@@ -102,14 +102,10 @@ def test_a_truncated_last_line_is_ignored(tmp_path: Path) -> None:
 
 
 def test_the_mean_loss_covers_all_sessions() -> None:
-    lines = [
-        {"current_steps": 2, "loss": 4.0},
-        {"current_steps": 2, "eval_loss": 9.0},
-        {"current_steps": 3, "loss": 1.0},
-    ]
-    assert mean_loss(lines, resumed=3, steps=5, since=6.0) == (4 + 4 + 1 + 6 + 6) / 5
-    assert mean_loss(lines, resumed=2, steps=3, since=1.0) == 3.0  # the line of step 3 is the last session's
-    assert mean_loss(lines[:1], resumed=3, steps=5, since=1.0) == (4 + 4 + 1 + 1) / 4  # step 3 was not logged
+    log = [{"step": 2, "loss": 4.0}, {"step": 2, "eval_loss": 9.0}, {"step": 3, "loss": 1.0}]
+    assert mean_loss(TrainerState(global_step=5, log_history=log), unlogged=6.0 + 6.0) == (4 + 4 + 1 + 6 + 6) / 5
+    assert mean_loss(TrainerState(global_step=3, log_history=log), unlogged=0.0) == 3.0
+    assert mean_loss(TrainerState(), unlogged=0.0) == 0.0
 
 
 def test_the_first_line_after_a_resume_counts_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
