@@ -37,6 +37,7 @@ from ..terminal import to_terminal
 from .reference import load_reference
 from .reply_check import ReplyCheck, check_replies, overflow
 from .server_protocols import Chat, Rendered, Reply, Server, ServerError, TransformersServe, connect
+from .tags import json_or_text
 
 REQUESTS = 4  # in flight
 CHATS = 8
@@ -362,17 +363,10 @@ def _compare_calls(row: ServingRow, chat: Chat, text: str, tokenizer: PreTrained
         has_call = bool(row.calls) if is_trained else _holds_json(text)
         return _parser_is_off("the reply holds a call, and the answer has none", tokenizer) if has_call else None
     expected = [(call["function"]["name"], call["function"]["arguments"]) for call in row.calls]
-    parsed = [(call["name"], _arguments(call["arguments"])) for call in chat.calls]
+    parsed = [(call["name"], json_or_text(call["arguments"])) for call in chat.calls]
     if is_trained and parsed != expected:
         return Explanation(PARSER, f"parsed {parsed} where the reply has {expected}", "")
     return None
-
-
-def _arguments(value: object) -> object:
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def _holds_json(text: str) -> bool:

@@ -5,7 +5,7 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TOOL_TAGS = ("python", "search")
 """A call is `<python>code</python>` or `<search>query</search>`: the tag is the tool's name."""
@@ -105,6 +105,14 @@ def _value(text: str) -> object:
     except (ValueError, RecursionError):
         return text
     return text if isinstance(value, str) else value
+
+
+def json_or_text(text: Any) -> Any:
+    """Return the value of JSON text, or what is no such text as it is."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return text
 
 
 def _float(digits: str) -> int | float:

@@ -3,7 +3,6 @@
 The model's own ids stay as they were generated. Everything between them is rendered and tokenized as in training.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -16,7 +15,7 @@ from ..data.tokenizer import decode, make_tokenize
 from ..errors import RowError
 from .questions import Question
 from .sandbox import Outcome
-from .tags import TOOL_TAGS, Call, find_calls
+from .tags import TOOL_TAGS, Call, find_calls, json_or_text
 from .tools import find_markers, to_plain_text
 
 End: TypeAlias = Literal["stop", "max_tool_calls", "max_new_tokens", "context", "environment"]
@@ -280,10 +279,7 @@ def to_message(text: str, with_calls: bool) -> Message:
 
 
 def _to_object(arguments: str) -> Fields:
-    try:
-        value = json.loads(arguments)
-    except ValueError:
-        value = arguments
+    value = json_or_text(arguments)
     return value if isinstance(value, dict) else {"input": value}
 
 

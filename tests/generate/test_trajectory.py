@@ -364,3 +364,12 @@ def test_a_toolbox_runs_python_and_commands(call: Call, text: str, error: str) -
     )
     outcome = Toolbox({"python": "python", "echo": echo, "false": false}).run(call)
     assert (outcome.text, outcome.error) == (text, error)
+
+
+def test_a_call_that_is_nested_too_deeply_for_json_is_run(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """A model that repeats a bracket ends neither a rollout nor a chat."""
+    outcome = Toolbox({"python": "python"}).run(Call("python", "[" * 100_000))
+    assert outcome.error.startswith("SyntaxError")
+    text = f'<tool_call>{{"name": "search", "arguments": {"[" * 5_000}</tool_call><|im_end|>'
+    trajectory = ask(tiny_tokenizer, [text, "Done.<|im_end|>"], ["one"], ResultForm("tool", "", "", calls=True))
+    assert trajectory.end == "stop" and trajectory.calls[0]["tool"] == "search"
