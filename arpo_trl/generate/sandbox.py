@@ -12,9 +12,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
+
+from .windows_job import Job
 
 GUARD = Path(__file__).with_name("guard.py")
 _RUNNER = """
@@ -138,11 +140,8 @@ if sys.platform != "win32":
                     "mode": isolation.mode,
                     "user": user,
                     "parent": os.getpid(),
-                    "counts_alone": user is not None or isolation.mode == "namespaces",
                     "folder": folder,
-                    "seconds": limits.seconds,
-                    "memory_bytes": limits.megabytes << 20,
-                    "processes": limits.processes,
+                    **asdict(limits),
                     "disk_bytes": DISK_BYTES,
                     "command": list(command),
                     "status": write,
@@ -231,11 +230,10 @@ def _run(
 
 def _wait(process: subprocess.Popen[bytes], output: int, limits: Limits, is_limited: bool) -> str:
     """Wait for the process, then kill it and everything in its group. Return why it failed, or ""."""
-    job: Any = None
-    deadline = time.monotonic() + limits.seconds
+    job, deadline = cast(Job | None, None), time.monotonic() + limits.seconds
     try:
         if sys.platform == "win32":
-            job = _to_job(process, limits if is_limited else None)
+            job = Job(process, (limits.megabytes << 20, limits.processes) if is_limited else None)
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(min(0.25, max(deadline - time.monotonic(), 0.001)))
@@ -252,22 +250,6 @@ def _wait(process: subprocess.Popen[bytes], output: int, limits: Limits, is_limi
                 process.kill()
             else:
                 os.killpg(process.pid, signal.SIGKILL)
-        if job is not None:
+        if job:
             job.close()  # ends every process in it
         process.wait()
-
-
-def _to_job(process: subprocess.Popen[bytes], limits: Limits | None) -> Any:
-    """Put a process into a Job object of Windows: it ends all its processes when closed, and may limit them.
-
-    Its first child would escape, but a program takes longer to start one.
-    """
-    from . import windows_job
-
-    handle = int(process._handle)  # type: ignore[attr-defined]
-    try:
-        return windows_job.Job(handle, (limits.megabytes << 20, limits.processes) if limits else None)
-    except OSError:
-        if process.poll() is None:  # else it has already ended
-            raise
-        return None
