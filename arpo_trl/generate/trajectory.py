@@ -222,14 +222,14 @@ class Writer:
     def _begin_reply(self, trajectory: Trajectory, calls: Sequence[Call], results: Sequence[str]) -> None:
         """End the reply, append the results as messages, and open the next reply."""
         form = trajectory.question.form
-        trajectory.messages.append(self._message(trajectory))
+        new = [self._message(trajectory)]
         if form.calls:
-            trajectory.messages += [
+            new += [
                 {"role": "tool", "content": text, "name": call.tool} for call, text in zip(calls, results, strict=True)
             ]
         else:
-            trajectory.messages.append({"role": form.place, "content": "\n".join(results)})
-        messages = [*trajectory.question.messages, *trajectory.messages]
+            new.append({"role": form.place, "content": "\n".join(results)})
+        messages = [*trajectory.question.messages, *trajectory.messages, *new]
         pieces = to_context(messages, trajectory.question.tools, self.template)
         if len(pieces) > 1 and not self._strips_reasoning(messages):
             end = pieces[-2].removeprefix(self.template.without_end(pieces[-2]))
@@ -238,6 +238,7 @@ class Writer:
         else:
             trajectory.ids = self._encode(pieces)
             trajectory.rerendered += 1
+        trajectory.messages += new
         trajectory.reply_start, trajectory.reply_tokens = len(trajectory.ids), 0
 
     def _strips_reasoning(self, messages: list[Message]) -> bool:

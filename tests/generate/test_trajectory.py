@@ -246,6 +246,16 @@ def test_each_end_is_recorded(place: Any, tiny_tokenizer: PreTrainedTokenizerBas
     assert long.end == "context" and len(long.calls) == 1
 
 
+def test_a_result_that_the_template_rejects_ends_the_trajectory_with_its_reply_once(
+    tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rejects = "{%- if messages | length > 2 %}{{ raise_exception('no') }}{%- endif %}"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", rejects + str(tiny_tokenizer.chat_template))
+    trajectory = ask(tiny_tokenizer, [CALL + "<|im_end|>"], ["1"], ResultForm())
+    assert trajectory.end == "environment"
+    assert trajectory.messages == [{"role": "assistant", "content": CALL}]
+
+
 def test_all_calls_of_a_turn_run_in_order(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     texts = ["<python>1</python> and <search>b</search><|im_end|>", "<answer>1</answer><|im_end|>"]
     trajectory = ask(tiny_tokenizer, texts, ["one", "two"], ResultForm())
