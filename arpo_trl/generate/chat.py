@@ -21,8 +21,8 @@ from ..model.base import base_of, runs_code
 from ..report.manifest import SHARED, Results, find_manifest
 from ..terminal import to_terminal
 from .engines import Sampling, TransformersEngine, load_for_generation
-from .questions import TOOL_CALLS, Question, ResultForm
-from .rollout import describe_form, form_of, roll_out
+from .questions import TOOL_CALLS, Question, ResultForm, form_of
+from .rollout import roll_out
 from .sandbox import Limits as ToolLimits
 from .sandbox import Outcome, describe_isolation, run_python
 from .tags import Call
@@ -111,7 +111,7 @@ def load_chat(args: argparse.Namespace) -> Chat:
     results: Results | None = args.results or (manifest.results if manifest else None)
     of_rows = manifest.tools if manifest and args.tools is None else None
     tools = args.tools or of_rows or None
-    form = TOOL_CALLS if args.tools or (of_rows and not args.results) else form_of(results) or ResultForm()
+    form = TOOL_CALLS if args.tools or (of_rows and not args.results) else form_of(results)
     sampling = Sampling(do_sample=args.temperature > 0, temperature=args.temperature or 1.0, seed=torch.seed() % 2**32)
     engine = TransformersEngine(model, tokenizer, sampling)
     engine.streamer = cast(BaseStreamer, _Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
@@ -128,34 +128,34 @@ def describe(chat: Chat, args: argparse.Namespace, limits: ToolLimits | None) ->
     system, tools = textwrap.shorten(chat.system, SHOWN, placeholder=" ..."), textwrap.shorten(names, SHOWN)
     if args.system is None:
         change = "--system TEXT changes it" if system else "--system TEXT sets one"
-        share = manifest.system_share if manifest else None
-        system = f"{system or 'none'} ({_origin('system message', bool(system), share)}; {change})"
+        system = _with_origin(system, "system message", manifest.system_share if manifest else None, change)
     if args.tools is None:
         change = (
             "--tools FILE.json changes them, --tools none removes them" if tools else "--tools FILE.json offers some"
         )
-        share = manifest.tools_share if manifest else None
-        tools = f"{tools or 'none'} ({_origin('tools', bool(tools), share)}; {change})"
+        tools = _with_origin(tools, "tools", manifest.tools_share if manifest else None, change)
     is_known = args.results or chat.tools or (manifest and manifest.results)
     run = describe_isolation(limits) if limits else "not run, you type its results (--run-python runs it)"
     return [
         f"system   {system or 'none'}",
         f"tools    {tools or 'none'}",
-        f"results  {describe_form(chat.form) if is_known else NOT_TRAINED}",
+        f"results  {chat.form if is_known else NOT_TRAINED}",
         f"python   {run}",
         *([] if args.prompt else ["leave    with an empty line"]),
     ]
 
 
-def _origin(what: str, used: bool, share: float | None) -> str:
-    """Return why a system message or tools are used or not; `share`: of the rows with the most frequent ones."""
+def _with_origin(text: str, what: str, share: float | None, change: str) -> str:
+    """Return a text with why it is used, or why there is none; `share`: of the rows with the most frequent one."""
     if share is None:
-        return "run.json does not have the training rows'"
-    if used:
-        return f"of {share:.0%} of the training rows"
-    if share < SHARED:
-        return f"no {what} shared by half of the training rows"
-    return f"{'the' if share == 1 else f'{share:.0%} of the'} training rows have no {what}"
+        origin = "run.json does not have the training rows'"
+    elif text:
+        origin = f"of {share:.0%} of the training rows"
+    elif share < SHARED:
+        origin = f"no {what} shared by half of the training rows"
+    else:
+        origin = f"{'the' if share == 1 else f'{share:.0%} of the'} training rows have no {what}"
+    return f"{text or 'none'} ({origin}; {change})"
 
 
 def ask(prompt: str) -> str:

@@ -34,12 +34,12 @@ from ..report.serving_flags import call_mark, serving_flags
 from ..run_folder import write_json
 from ..terminal import to_terminal
 from .reference import load_reference
-from .reply_check import ReplyCheck, check_replies, overflow
+from .reply_check import REPLY_TOKENS, ReplyCheck, check_replies, overflow
 from .server_protocols import Chat, Rendered, Reply, Server, ServerError, TransformersServe, connect
+from .tags import json_or_text
 
 REQUESTS = 4  # in flight
 CHATS = 8
-REPLY_TOKENS = 32
 CHAT_TOKENS = 256
 PARSER = "tool-call parser"
 
@@ -103,7 +103,6 @@ def check_serving(
     Args:
         folder: The output_dir of a run, a merged model, or any model folder; one that no run wrote is compared on
             built-in conversations.
-        url: Of the server.
         number: Rows to compare.
         served_model: The name of the served model, where the server has several.
         dtype: What the server computes in; found out by comparison if None.
@@ -162,11 +161,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _check_prompts(
     server: Server, rows: Sequence[ServingRow], compare: PromptComparison, report: ServingReport
 ) -> list[ServingRow]:
-    """Compare the prompts that the server renders with those of training.
-
-    Returns:
-        The rows whose prompt is that of training.
-    """
+    """Compare the prompts that the server renders with those of training, and return the rows where they are equal."""
 
     def ask(row: ServingRow) -> Rendered | ServerError:
         try:
@@ -178,17 +173,11 @@ def _check_prompts(
         answers = list(zip(rows, pool.map(ask, rows)))
     served = [(row, answer) for row, answer in answers if isinstance(answer, Rendered)]
     is_counted = bool(served) and all(answer.ids is None for _, answer in served)
+    texts_here = _texts_of_folder(server, served) if is_counted else []
     check, tokenizer, same = PromptCheck(), compare.tokenizer, list[ServingRow]()
-    rendered_here = _texts_of_folder(server, served) if is_counted else []
-    texts = iter(rendered_here)
     counted: list[tuple[ServingRow, Ask, int]] = []
-    for row, answer in answers:
-        if isinstance(answer, ServerError):
-            check.rows += 1
-            add(check.differences, _explain_error(answer, tokenizer), row.source)
-            continue
-        text = next(texts, None) if is_counted else answer.text
-        if text is not None or not is_counted:
+    for (row, answer), text in zip(served, texts_here or [answer.text for _, answer in served]):
+        if text is not None:
             if not compare.add(check, row, text, answer.ids):
                 same.append(row)
             continue
@@ -203,11 +192,15 @@ def _check_prompts(
         for row, _, tokens in counted:
             other = Difference(UNKNOWN, f"{tokens:,} tokens where training had {len(row.ids):,}", "")
             add(check.differences, explanation or other, row.source)
+    for row, error in answers:
+        if isinstance(error, ServerError):
+            check.rows += 1
+            add(check.differences, _explain_error(error, tokenizer), row.source)
     compare.unite(check)
     _try_switches(server, served, check.differences, compare)
     report.prompts = check.summary()
     if is_counted:
-        report.prompts += f" in {'the text of the served folder and ' * bool(rendered_here)}their number of tokens"
+        report.prompts += f" in {'the text of the served folder and ' * bool(texts_here)}their number of tokens"
     report.add(check.differences)
     return same
 
@@ -287,16 +280,19 @@ def _check_chats(
     """Compare answers to chat requests with the same replies as text: the end of the turn, and parsed tool calls."""
     template = find_template(tokenizer)
     mark = call_mark(template)
-    with_calls = [row for row in rows if row.calls]
-    chosen = (with_calls[:CHATS] + [row for row in rows if not row.calls])[:CHATS]
+    chosen = sorted(rows, key=lambda row: not row.calls)[:CHATS]
+    with_calls = sum(bool(row.calls) for row in chosen)
     differences: list[Difference] = []
     malformed = 0
     for row in chosen:
         limit = min(max(len(row.reply_ids) + 8, REPLY_TOKENS), CHAT_TOKENS)
         reply = server.complete(row.ids, limit)
-        text = _whole_text(reply, tokenizer) if reply else ""
+        text = reply.text if reply else ""
+        if reply and reply.ids is not None:  # with its special tokens
+            text = str(tokenizer.decode(reply.ids, clean_up_tokenization_spaces=False))
         try:
-            explained = _compare_chat(row, server.chat(row, limit), reply, mark, tokenizer)
+            chat = server.chat(row, limit)
+            explained = _compare_chat(row, chat, reply, text, mark, tokenizer) if reply else None
         except ServerError as error:
             if mark and mark in text and not _holds_json(text):
                 malformed += 1  # transformers 5.24 fails where other servers return the text
@@ -314,19 +310,17 @@ def _check_chats(
     right = len(chosen) - sum(len(difference.rows) for difference in differences)
     if chosen:
         report.chats = f"{right} of {len(chosen)} answers as generated"
-        report.chats += f", {len(with_calls[:CHATS])} of them asked for tool calls" * bool(with_calls)
+        report.chats += f", {with_calls} of them asked for tool calls" * bool(with_calls)
     report.add(differences)
 
 
 def _compare_chat(
-    row: ServingRow, chat: Chat, reply: Reply | None, mark: str, tokenizer: PreTrainedTokenizerBase
+    row: ServingRow, chat: Chat, reply: Reply, text: str, mark: str, tokenizer: PreTrainedTokenizerBase
 ) -> Difference | None:
-    if reply is None:
-        return None
-    text_of_reply = _whole_text(reply, tokenizer)
-    if mark and mark in text_of_reply and row.tools:
-        return _compare_calls(row, chat, text_of_reply, tokenizer)
-    shown, text = (_visible(text, tokenizer) for text in (chat.reasoning + chat.content, text_of_reply))
+    """Compare the answer to a chat request with the reply as text. `text`: with its special tokens."""
+    if mark and mark in text and row.tools:
+        return _compare_calls(row, chat, text, tokenizer)
+    shown, text = (_visible(each, tokenizer) for each in (chat.reasoning + chat.content, text))
     if _bare(shown) != _bare(text) and not chat.calls:
         return Difference("chat", f"the answer is not the reply: {first_difference(text, shown)}", "")
     if reply.stopped and chat.finish == "length":
@@ -334,13 +328,6 @@ def _compare_chat(
             "end-of-turn token", "the chat does not stop where the reply ends", "Compare the server's stop tokens."
         )
     return None
-
-
-def _whole_text(reply: Reply, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The reply with its special tokens, where the server tells them."""
-    if reply.ids is None:
-        return reply.text
-    return str(tokenizer.decode(reply.ids, clean_up_tokenization_spaces=False))
 
 
 def _visible(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -361,17 +348,10 @@ def _compare_calls(row: ServingRow, chat: Chat, text: str, tokenizer: PreTrained
         has_call = bool(row.calls) if is_trained else _holds_json(text)
         return _parser_is_off("the reply holds a call, and the answer has none", tokenizer) if has_call else None
     expected = [(call["function"]["name"], call["function"]["arguments"]) for call in row.calls]
-    parsed = [(call["name"], _arguments(call["arguments"])) for call in chat.calls]
+    parsed = [(call["name"], json_or_text(call["arguments"])) for call in chat.calls]
     if is_trained and parsed != expected:
         return Difference(PARSER, f"parsed {parsed} where the reply has {expected}", "")
     return None
-
-
-def _arguments(value: object) -> object:
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def _holds_json(text: str) -> bool:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import psutil
 import torch
+from accelerate import PartialState
 from transformers import (
     AutoConfig,
-    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
@@ -22,14 +22,14 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ..data.tokenizer import decode
-from ..errors import RecipeError, RunFailed, in_one_line
-from ..machine import format_bytes, is_out_of_memory
+from ..errors import RecipeError, in_one_line
+from ..machine import format_bytes
 from ..model.base import auto_class, base_of
 from ..model.model import end_tokens, through_end
 from ..model.weights import Model
 from ..report.console import say
 from ..run_folder import read_json
-from .predict import generation_config, pad_left
+from .predict import continue_rows, generation_config
 
 TAIL_TOKENS = 16
 """Tokens in which an end tag is looked for: it may be as many tokens as it has characters."""
@@ -95,45 +95,34 @@ class TransformersEngine:
         self.streamer: BaseStreamer | None = None
 
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
-        try:
-            return self._generate(requests)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise RunFailed(
-                f"out of memory on {self.model.device} while generating {len(requests)} replies at a time. Lower "
-                "per_device_eval_batch_size or max_new_tokens"
-            ) from error
-
-    def _generate(self, requests: Sequence[Request]) -> list[list[int]]:
-        ids, mask = self._pad([request.ids for request in requests])
-        width = ids.shape[1]
-        config = generation_config(
-            self.model,
-            self.tokenizer,
+        width = max(len(request.ids) for request in requests)
+        stop = _StopEachRow(self.tokenizer, requests, width)
+        hooks = {"logits_processor": self._processors(requests), "stopping_criteria": StoppingCriteriaList([stop])}
+        output = self._continue(
+            [request.ids for request in requests],
+            hooks | {"streamer": self.streamer},
             max_new_tokens=max(request.limit for request in requests),
-            do_sample=False,
             repetition_penalty=self.sampling.repetition_penalty,
         )
-        stop = _StopEachRow(self.tokenizer, requests, width)
-        with torch.no_grad(), self._autocast():
-            output = cast(GenerationMixin, self.model).generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                logits_processor=self._processors(requests),
-                stopping_criteria=StoppingCriteriaList([stop]),
-                streamer=self.streamer,
-            )
         return [
             through_end(row[:length] if length else row, self.ends)
             for row, length in zip(output[:, width:].tolist(), stop.lengths.tolist(), strict=True)
         ]
 
+    def _continue(self, rows: Sequence[Sequence[int]], hooks: dict[str, Any], **settings: Any) -> Any:
+        """Continue rows of ids greedily. `hooks`: arguments of transformers' `generate`; `settings`: of its config."""
+        config = generation_config(self.model, self.tokenizer, do_sample=False, **settings)
+        with torch.no_grad(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            return continue_rows(self.model, rows, config, "per_device_eval_batch_size or max_new_tokens", **hooks)
+
     def padding_error(self, first: Sequence[int], second: Sequence[int]) -> float:
         """Return how much padding the shorter one changes its next logits, relative to the largest logit."""
-        short, long = sorted((list(first), list(second)), key=len)
-        alone, together = self._next_logits([short])[0], self._next_logits([short, long])[0]
+        short, long = sorted((first, second), key=len)
+        returned = {"output_logits": True, "return_dict_in_generate": True}
+        alone, together = (
+            self._continue(rows, {}, max_new_tokens=1, **returned).logits[0][0].float()
+            for rows in ([short], [short, long])
+        )
         return float((alone - together).abs().max() / alone.abs().max())
 
     @property
@@ -141,30 +130,11 @@ class TransformersEngine:
         dtype = torch.bfloat16 if self.bf16 else next(self.model.parameters()).dtype
         return PADDING_TOLERANCE.get(dtype, 0.15)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def _next_logits(self, rows: Sequence[list[int]]) -> torch.Tensor:
-        ids, mask = self._pad(rows)
-        returned = {"output_logits": True, "return_dict_in_generate": True}
-        config = generation_config(self.model, self.tokenizer, max_new_tokens=1, do_sample=False, **returned)
-        with torch.no_grad(), self._autocast():
-            output: Any = cast(GenerationMixin, self.model).generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-            )
-        return cast(torch.Tensor, output.logits[0]).float()
-
-    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        return pad_left(rows, self.tokenizer.pad_token_id, self.model.device)
-
     def _processors(self, requests: Sequence[Request]) -> LogitsProcessorList:
         sampling, processors = self.sampling, LogitsProcessorList()
         if not sampling.do_sample:
             return processors
-        if sampling.temperature != 1:
-            processors.append(TemperatureLogitsWarper(sampling.temperature))
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_k:
             processors.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
@@ -231,11 +201,7 @@ def load_for_generation(path: str | Path, trust_remote_code: bool = False) -> Mo
     Raises:
         RecipeError: there is no model, or an adapter's base is missing.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        from accelerate import PartialState
-
-        device = str(PartialState().device)
+    device = str(PartialState().device) if torch.cuda.is_available() else "cpu"
     try:
         config = AutoConfig.from_pretrained(base_of(path), trust_remote_code=trust_remote_code)
         model = auto_class(config).from_pretrained(

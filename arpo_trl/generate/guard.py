@@ -100,14 +100,14 @@ def _check(result: int) -> None:
 def _exec(libc: ctypes.CDLL, settings: dict[str, Any]) -> NoReturn:
     import resource
 
+    counts_alone = settings["user"] is not None or settings["mode"] == "namespaces"
     limits = {
-        "RLIMIT_AS": settings["memory_bytes"],
+        "RLIMIT_AS": settings["megabytes"] << 20,
         "RLIMIT_FSIZE": FILE_BYTES,
         "RLIMIT_CORE": 0,
         "RLIMIT_NOFILE": OPEN_FILES,
         "RLIMIT_CPU": int(settings["seconds"]) + 2,
-        # It counts all processes of the user.
-        "RLIMIT_NPROC": settings["processes"] if settings["counts_alone"] else None,
+        "RLIMIT_NPROC": settings["processes"] if counts_alone else None,  # it counts all processes of the user
     }
     for name, limit in limits.items():
         if limit is not None and hasattr(resource, name):
@@ -144,7 +144,7 @@ def _watch(program: int, settings: dict[str, Any]) -> str:
         processes = _descendants()
         if len(processes) > settings["processes"]:
             return "processes"
-        if sum(map(_resident_bytes, processes)) > settings["memory_bytes"]:
+        if sum(map(_resident_bytes, processes)) > settings["megabytes"] << 20:
             return "memory"
         time.sleep(POLL_SECONDS)
 

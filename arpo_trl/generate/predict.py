@@ -4,7 +4,6 @@ Contexts are taken from the encoded rows: a run of labels is a reply, and everyt
 the teacher's earlier turns and tool results. So prompts have exactly the tokens of training.
 """
 
-import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from ..model.model import end_tokens, through_end
 from ..model.weights import Model
 from ..recipe.keys import Recipe
 from ..report.console import say
-from ..run_folder import save_metrics
+from ..run_folder import save_metrics, to_lines
 from ..terminal import progress
 from .scores import Reply, describe_scores, score_replies
 from .tags import CALL_ENDS
@@ -103,8 +102,6 @@ def generate(
     Args:
         model: The full model, not split across processes.
         config: Includes the model's end-of-turn and padding tokens.
-        batch_size: Prompts per batch.
-        seed: Seed for sampling.
         after_batch: Called after each batch, equally often on every process.
     """
     state = PartialState()
@@ -133,13 +130,6 @@ def generate(
                     written = _generate_batch(model, batch, tokenizer, config, advance)
                     replies += zip(batches[number], written, strict=True)
                 after_batch()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunFailed(
-            f"out of memory on {state.device} while generating {batch_size} replies at a time. Lower "
-            "per_device_eval_batch_size (same replies up to rounding), max_new_tokens or cutoff_len"
-        ) from error
     finally:
         model.train(was_training)
     if state.num_processes > 1:
@@ -165,44 +155,38 @@ def _generate_batch(
     config: GenerationConfig,
     advance: Callable[[float], None],
 ) -> list[list[int]]:
-    ids, mask = pad_left([prompt.context for prompt in batch], config.pad_token_id, model.device)
     # Inside a turn, no end-of-turn follows a call: the program that runs the tool stops the model there.
     if not batch[0].ends_turn:
         config = GenerationConfig(**config.to_dict() | {"stop_strings": CALL_ENDS})
-    written = cast(GenerationMixin, model).generate(
-        input_ids=ids,
-        attention_mask=mask,
-        generation_config=config,
-        tokenizer=tokenizer,
-        stopping_criteria=StoppingCriteriaList([_EachToken(advance)]),
-    )
-    advance(config.max_new_tokens - (written.shape[1] - ids.shape[1]))  # the replies ended earlier
-    return [through_end(row, config.eos_token_id) for row in written[:, ids.shape[1] :].tolist()]
+    contexts = [prompt.context for prompt in batch]
+    each_token = StoppingCriteriaList([_EachToken(advance)])
+    settings = "per_device_eval_batch_size (same replies up to rounding), max_new_tokens or cutoff_len"
+    output = continue_rows(model, contexts, config, settings, tokenizer=tokenizer, stopping_criteria=each_token)
+    written = output[:, max(map(len, contexts)) :]
+    advance(config.max_new_tokens - written.shape[1])  # the replies ended earlier
+    return [through_end(row, config.eos_token_id) for row in written.tolist()]
 
 
-def pad_left(
-    rows: Sequence[Sequence[int]], pad_token_id: int | None, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ids and the attention mask of rows of tokens as one batch, shape (rows, longest row)."""
+def continue_rows(
+    model: Model, rows: Sequence[Sequence[int]], config: GenerationConfig, settings: str, **hooks: Any
+) -> Any:
+    """Continue rows of ids as one batch, padded on the left. `hooks`: further arguments of transformers' `generate`.
+
+    Raises:
+        RunFailed: the device is out of memory; the error names the `settings` to lower.
+    """
     tensors = [torch.tensor(row) for row in rows]
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
-    ids, mask = pad(tensors, padding_value=float(pad_token_id or 0)), pad([torch.ones_like(row) for row in tensors])
-    return ids.to(device), mask.to(device)
-
-
-def to_generation_config(recipe: Recipe, model: Model, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Return the generation settings of a recipe."""
-    sampling = {"temperature": recipe.temperature, "top_p": recipe.top_p, "top_k": recipe.top_k}
-    return generation_config(
-        model,
-        tokenizer,
-        max_new_tokens=recipe.max_new_tokens,
-        do_sample=bool(recipe.do_sample),
-        **(sampling if recipe.do_sample else {}),
-        num_beams=recipe.num_beams,
-        repetition_penalty=recipe.repetition_penalty,
-        length_penalty=recipe.length_penalty,
-    )
+    ids, mask = pad(tensors, padding_value=config.pad_token_id or 0), pad(list(map(torch.ones_like, tensors)))
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    try:
+        return cast(GenerationMixin, model).generate(**inputs, generation_config=config, **hooks)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed(
+            f"out of memory on {model.device} while generating {len(rows)} replies at a time. Lower {settings}"
+        ) from error
 
 
 def generation_config(model: Model, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> GenerationConfig:
@@ -220,7 +204,17 @@ def predict_replies(
     after_batch: Callable[[], object] = lambda: None,
 ) -> list[Prediction]:
     """Return the model's replies in the order of the prompts. `after_batch`: see `generate`."""
-    config = to_generation_config(recipe, model, tokenizer)
+    sampling = {"temperature": recipe.temperature, "top_p": recipe.top_p, "top_k": recipe.top_k}
+    config = generation_config(
+        model,
+        tokenizer,
+        max_new_tokens=recipe.max_new_tokens,
+        do_sample=bool(recipe.do_sample),
+        **(sampling if recipe.do_sample else {}),
+        num_beams=recipe.num_beams,
+        repetition_penalty=recipe.repetition_penalty,
+        length_penalty=recipe.length_penalty,
+    )
     batch_size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size
     written = generate(model, prompts, tokenizer, config, batch_size, recipe.seed, after_batch)
     return [
@@ -276,11 +270,9 @@ def predict(recipe: Recipe, model: Model, data: PreparedData) -> None:
         return
     output_dir = Path(recipe.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / "generated_predictions.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(
-            json.dumps(to_line(prediction, tokenizer, recipe.skip_special_tokens), ensure_ascii=False) + "\n"
-            for prediction in predictions
-        )
+    lines = to_lines(to_line(prediction, tokenizer, recipe.skip_special_tokens) for prediction in predictions)
+    path = output_dir / "generated_predictions.jsonl"
+    path.write_text(lines, encoding="utf-8", errors="backslashreplace")
     scores = score_replies(predictions)
     results = {f"predict_{name}": value for name, value in scores.items()}
     results |= {"predict_runtime": seconds, "predict_samples_per_second": len(predictions) / seconds}
@@ -290,9 +282,7 @@ def predict(recipe: Recipe, model: Model, data: PreparedData) -> None:
             results |= {f"predict_{name}_{score}": value for score, value in score_replies(part).items()}
     save_metrics(output_dir, "predict", results)
     rows = len({(prediction.prompt.dataset, prediction.prompt.source) for prediction in predictions})
-    say(
-        f"predict  replies to {len(predictions):,} turns of {rows:,} rows, see {output_dir / 'generated_predictions.jsonl'}"
-    )
+    say(f"predict  replies to {len(predictions):,} turns of {rows:,} rows, see {path}")
     for line in describe_scores({"right": scores}):
         say(f"         {line}")
 

@@ -5,7 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from ..data.sources import select_datasets
 from ..data.template import Template
 from ..errors import RowError
 from ..recipe.keys import Recipe
+from ..report.manifest import Results
 from .scores import find_answer
 from .tags import RESULT, RESULT_END, TOOL_TAGS
 
@@ -33,6 +34,10 @@ class ResultForm(NamedTuple):
     before: str = f"{RESULT}\n"
     after: str = f"\n{RESULT_END}"
     calls: bool = False
+
+    def __str__(self) -> str:
+        places = {"inside": "inside the reply", "user": "as user turns", "tool": "as tool messages"}
+        return places[self.place] + (" after tool_calls" if self.calls else "")
 
 
 INSIDE = ResultForm("inside", f" {RESULT}\n", f"\n{RESULT_END}")
@@ -52,32 +57,22 @@ class Question:
     formatting: str = "sharegpt"
 
     @property
-    def text(self) -> str:
-        """The last message, for people and judges."""
-        return self.messages[-1]["content"]
-
-    @property
     def digest(self) -> str:
         """Identify the question by its text, whatever row it is in."""
         users = [message["content"].strip() for message in self.messages if message["role"] == "user"]
         return hashlib.blake2b(json.dumps(users).encode(errors="replace"), digest_size=16).hexdigest()
 
 
-@dataclass
-class Questions:
-    """The questions of a recipe, in the order of the rows. `notices`: counts of what was skipped or ignored."""
-
-    items: list[Question] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-
-
-def read_questions(recipe: Recipe, template: Template, default_form: ResultForm | None) -> Questions:
+def read_questions(recipe: Recipe, template: Template, default_form: ResultForm) -> tuple[list[Question], list[str]]:
     """Read the rows that `rollout_on` names.
 
     Rows held out by `val_size` are those that training held out, and no question to train on equals a held-out one.
 
     Args:
         default_form: The form of results if no row has any.
+
+    Returns:
+        The questions, in the order of the rows, and counts of what was skipped or ignored.
 
     Raises:
         RecipeError: there are no such rows.
@@ -90,61 +85,60 @@ def read_questions(recipe: Recipe, template: Template, default_form: ResultForm 
     if not names:
         raise recipe.error("dataset", f"missing (rollout_on: {recipe.rollout_on} needs it)")
     infos = {info.name: info for info in select_datasets(recipe)}
-    questions, held_out = Questions(), Questions()
-    split = _split_sources(recipe, template) if recipe.val_size else None
+    split: dict[str, set[str]] = {}
+    if recipe.val_size:  # the rows are encoded, or read from the cache
+        data = prepare_datasets(recipe, template)
+        split = {"train": set(data.train["source"]), "eval": set(data.eval["validation"]["source"])}
+    questions: list[Question] = []
+    notices: list[str] = []
     for name in names:
-        _read_dataset(infos[name], recipe, default_form, questions, split[recipe.rollout_on] if split else None)
+        items, counts = _read_dataset(infos[name], recipe, default_form, split.get(recipe.rollout_on))
+        questions += items
+        notices += counts
     if recipe.rollout_on == "train":
-        for name in recipe.eval_dataset or (names if split else []):
-            _read_dataset(infos[name], recipe, default_form, held_out, split["eval"] if split else None)
-        digests = {question.digest for question in held_out.items}
-        kept = [question for question in questions.items if question.digest not in digests]
-        if dropped := len(questions.items) - len(kept):
-            questions.notices.append(f"{dropped:,} questions skipped: they equal a held-out question")
-        questions.items = kept
-    if not questions.items:
-        raise recipe.error("rollout_on", f"{recipe.rollout_on} has no questions ({'; '.join(questions.notices)})")
-    return questions
-
-
-def _split_sources(recipe: Recipe, template: Template) -> dict[str, set[str]]:
-    """Return the locations of the rows that training used and held out. They are encoded, or read from the cache."""
-    data = prepare_datasets(recipe, template)
-    return {"train": set(data.train["source"]), "eval": set(data.eval["validation"]["source"])}
+        digests = {
+            question.digest
+            for name in recipe.eval_dataset or (names if split else [])
+            for question in _read_dataset(infos[name], recipe, default_form, split.get("eval"))[0]
+        }
+        kept = [question for question in questions if question.digest not in digests]
+        if dropped := len(questions) - len(kept):
+            notices.append(f"{dropped:,} questions skipped: they equal a held-out question")
+        questions = kept
+    if not questions:
+        raise recipe.error("rollout_on", f"{recipe.rollout_on} has no questions ({'; '.join(notices)})")
+    return questions, notices
 
 
 def _read_dataset(
-    info: DatasetInfo,
-    recipe: Recipe,
-    default_form: ResultForm | None,
-    questions: Questions,
-    sources: set[str] | None,
-) -> None:
-    """Add the questions of a dataset, and the counts of what they leave out."""
-    rows = list(_read_rows(info, recipe))
-    form = learn_form(conversation for _, _, conversation in rows[:SAMPLED_ROWS] if conversation) or default_form
+    info: DatasetInfo, recipe: Recipe, default_form: ResultForm, sources: set[str] | None
+) -> tuple[list[Question], list[str]]:
+    """Return the questions of a dataset, or of its rows in `sources`, and the counts of what they leave out."""
+    limit = min(filter(None, (info.num_samples, recipe.max_samples)), default=None)
+    rows = [(row, _read_row(row, info, recipe)) for row in islice(read_dataset(info, recipe.streaming), limit)]
+    form = learn_form(conversation for _, conversation in rows[:SAMPLED_ROWS] if conversation) or default_form
+    questions: list[Question] = []
     skipped: Counter[str] = Counter()
-    for row, value, conversation in rows:
+    for row, conversation in rows:
         if sources is not None and row.place not in sources:
             continue
-        if conversation is None:
+        if conversation is None or not isinstance(row.value, dict):
             skipped["rows that can't be read"] += 1
             continue
-        question, later_turns = to_question(row.place, value, conversation, info, form or ResultForm())
+        question, later_turns = to_question(row.place, row.value, conversation, info, form)
         skipped["later user turns, which are ignored"] += later_turns
         skipped["questions without a reference answer"] += question.answer is None
-        questions.items.append(question)
-    questions.notices += [f"{info.name}: {what}: {count:,}" for what, count in skipped.items() if count]
+        questions.append(question)
+    return questions, [f"{info.name}: {what}: {count:,}" for what, count in skipped.items() if count]
 
 
-def _read_rows(info: DatasetInfo, recipe: Recipe) -> Iterator[tuple[Row, Fields, Conversation | None]]:
-    limit = min(filter(None, (info.num_samples, recipe.max_samples)), default=None)
-    for row in islice(read_dataset(info, recipe.streaming), limit):
-        value = with_reply(row.value, info) if isinstance(row.value, dict) else {}
-        try:
-            yield row, value, to_conversation(value, info, recipe.default_system) if value else None
-        except RowError:
-            yield row, value, None
+def _read_row(row: Row, info: DatasetInfo, recipe: Recipe) -> Conversation | None:
+    """Return the conversation of a row, with an empty reply if it is only a question; None if it can't be read."""
+    try:
+        value = with_reply(row.value, info) if isinstance(row.value, dict) else row.value
+        return to_conversation(value, info, recipe.default_system)
+    except RowError:
+        return None
 
 
 def with_reply(row: Fields, info: DatasetInfo) -> Fields:
@@ -176,6 +170,11 @@ def to_question(
     question = messages[:first] or [Message(role="user", content="")]
     answer = None if answer is None else str(answer)
     return Question(info.name, place, question, conversation.tools, answer, form, info.formatting), len(later)
+
+
+def form_of(results: Results | None) -> ResultForm:
+    """Return the form that a run's manifest names."""
+    return INSIDE if results == "inside" else ResultForm()
 
 
 def learn_form(conversations: Iterable[Conversation]) -> ResultForm | None:

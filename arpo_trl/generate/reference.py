@@ -54,11 +54,6 @@ class Reference:
         exact = self._exact or dict(self.model.named_parameters())
         return sum(int((weight.abs() > most).sum()) for weight in exact.values())
 
-    @property
-    def parameters(self) -> int:
-        """The number of parameters, tied ones once."""
-        return self.model.num_parameters()
-
     def score(self, context: list[int], reply: list[int], compute_in: str = "float32") -> Scores:
         """Score a reply token by token after its context, with matrix products in `compute_in`."""
         device = self.model.device
@@ -69,9 +64,8 @@ class Reference:
         predicted = logits.log_softmax(-1)
         top = predicted.topk(2)
         chosen = predicted.gather(1, torch.tensor(reply, device=predicted.device)[:, None])[:, 0]
-        values, best = top.values.tolist(), top.indices.tolist()
-        firsts, seconds = [value[0] for value in values], [value[1] for value in values]
-        return Scores(chosen.tolist(), [pair[0] for pair in best], firsts, seconds)
+        best, second = top.values.T.tolist()
+        return Scores(chosen.tolist(), top.indices[:, 0].tolist(), best, second)
 
     def reply(self, context: list[int], limit: int, ends: list[int]) -> list[int]:
         """Generate greedily until one of `ends`, which is returned too."""
@@ -94,7 +88,6 @@ def load_reference(folder: Path | str) -> Reference:
     try:
         base = base_of(folder)
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        own = config.dtype or torch.float32
         model = auto_class(config).from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
         if is_adapter:
             model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
@@ -103,7 +96,6 @@ def load_reference(folder: Path | str) -> Reference:
             f"{folder}: the model could not be loaded ({in_one_line(error)}). Use the output_dir of a finished run, from "
             "the folder where it was started."
         ) from None
-    dtype = "float32" if is_adapter else str(own).removeprefix("torch.")
-    return Reference(
-        str(folder), cast(PreTrainedModel, model.eval().to(device)), dtype if dtype in DTYPES else "float32"
-    )
+    own = str(config.dtype).removeprefix("torch.")
+    dtype = own if own in DTYPES and not is_adapter else "float32"
+    return Reference(str(folder), cast(PreTrainedModel, model.eval().to(device)), dtype)

@@ -7,7 +7,7 @@ if its gap to the runner-up is larger than rounding explains.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..data.saved_folder import end_ids
 from ..data.serving_causes import Difference
 from ..data.serving_rows import ServingRow
 from ..errors import RecipeError
+from ..model.model import through_end
 from ..report.manifest import find_manifest
 from ..run_folder import list_checkpoints
 from .reference import DTYPES, Reference, Scores, load_reference
@@ -85,6 +86,7 @@ class ReplyCheck:
 
     Attributes:
         dtype: What the server computes in, where the user gives it.
+        matched: The weights with which the server is compared.
         losses: What computing in a dtype costs this model: mean and largest difference of a token's log-probability.
     """
 
@@ -112,8 +114,7 @@ class ReplyCheck:
         same = f"{distance.rows - distance.other_rows} of {distance.rows} greedy replies identical"
         if not distance.tokens:
             return same
-        dtype = f", compared with {self.matched}" if self.matched else ""
-        return f"{same}; log-probabilities of {distance.tokens:,} tokens differ by {distance.mean:.1e} nats on average, {distance.most:.1e} at most{dtype}"
+        return f"{same}; log-probabilities of {distance.tokens:,} tokens differ by {distance.mean:.1e} nats on average, {distance.most:.1e} at most, compared with {self.matched}"
 
 
 def check_replies(check: ReplyCheck, rows: Sequence[ServingRow]) -> None:
@@ -134,14 +135,9 @@ def _ask_server(server: Server, rows: Sequence[ServingRow], ends: list[int]) -> 
 
     def ask(row: ServingRow) -> list[Sample]:
         samples = []
-        reply = server.complete(row.ids, REPLY_TOKENS)
-        if reply:
-            ids, log_probs = reply.ids, reply.log_probs
-            if ids is not None:
-                stop = next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
-                length = min(stop, len(log_probs)) if log_probs else stop
-                ids, log_probs = ids[:length], log_probs[:length]
-            samples.append(Sample(row.ids, ids, log_probs, reply))
+        if reply := server.complete(row.ids, REPLY_TOKENS):
+            ids = reply.ids and through_end(reply.ids, ends)[: len(reply.log_probs) or None]
+            samples.append(Sample(row.ids, ids, reply.log_probs, reply))
         trained = row.reply_ids[:TRAINED_TOKENS]
         if scores := server.score([*row.ids, *trained], len(row.ids)):
             samples.append(Sample(row.ids, trained, scores, None))
@@ -151,29 +147,24 @@ def _ask_server(server: Server, rows: Sequence[ServingRow], ends: list[int]) -> 
         return [sample for samples in pool.map(ask, rows) for sample in samples]
 
 
-def measure(check: ReplyCheck, samples: Iterable[Sample]) -> Distance:
-    """Compare the server's samples with the reference as it is rounded now."""
+def measure(check: ReplyCheck, samples: Iterable[Sample], dtype: str) -> Distance:
+    """Compare the server's samples with the reference rounded to `dtype`."""
+    check.reference.round_to(dtype)
     differences: list[float] = []
-    gaps = [0.0]
-    others = rows = 0
+    gaps: list[float | None] = []
     for sample in samples:
         if sample.ids is None:
-            gap = _gap_of_text(check, sample)
+            gaps.append(_gap_of_text(check, sample))
         else:
             scores = check.reference.score(sample.context, sample.ids)
             differences += [abs(ours - other) for ours, other in zip(sample.log_probs, scores.log_probs)]
-            gap = _gap_of_ids(sample, scores) if sample.reply else None
-        if sample.reply:
-            rows += 1
-            others += gap is not None
-        gaps.append(gap or 0.0)
-    # max() and sum() would lose a NaN
-    broken = any(math.isnan(value) for value in (*differences, *gaps))
-    mean = sum(differences) / len(differences) if differences else 0.0
-    most = max(differences, default=0.0)
-    if broken:
+            if sample.reply:
+                gaps.append(_gap_of_ids(sample, scores))
+    others = [gap for gap in gaps if gap is not None]
+    mean, most = sum(differences) / max(len(differences), 1), max(differences, default=0.0)
+    if any(map(math.isnan, (*differences, *others))):  # max() would lose it
         mean = most = math.inf
-    return Distance(mean, most, max(gaps), others, rows, len(differences))
+    return Distance(mean, most, max(others, default=0.0), len(others), len(gaps), len(differences))
 
 
 def _gap_of_ids(sample: Sample, scores: Scores) -> float | None:
@@ -265,17 +256,18 @@ def _judge(check: ReplyCheck, samples: list[Sample]) -> None:
     reference, own, few = check.reference, check.reference.dtype, samples[: 2 * FEW_ROWS]
     measured: dict[str, Distance] = {}
     for dtype in _list_dtypes(check):
-        measured[dtype] = _measure_in(check, few, dtype)
+        measured[dtype] = measure(check, few, dtype)
         if measured[dtype].within(LIMITS["float32"]):
             break
     least = min(distance.mean for distance in measured.values())
     nearest = sorted(measured, key=lambda dtype: measured[dtype].mean > AS_NEAR * least)  # else the likeliest first
     dtype = next((dtype for dtype in nearest if _is_rounding(check, few, dtype, measured[dtype])), own)
-    check.distance, check.matched = _measure_in(check, samples, dtype), _described(dtype, own)
+    check.distance = measure(check, samples, dtype)
+    check.matched = f"weights in {dtype}" if dtype == own else f"weights rounded to {dtype}"
     bits = check.server.bits
     if _is_rounding(check, few, dtype, check.distance):
         if dtype != own:
-            _report_rounding(check, dtype, _measure_in(check, few, own))
+            _report_rounding(check, dtype, measure(check, few, own))
     elif bits is not None and bits < QUANTIZED_BITS and check.distance.within(QUANTIZED):
         check.notes.append(
             f"the server is quantized ({bits:.1f} bits a weight): its replies are not held to a limit of a dtype"
@@ -293,11 +285,6 @@ def _list_dtypes(check: ReplyCheck) -> list[str]:
         first = "float16"
     # Weights in half precision are what they are in float32.
     return [dtype for dtype in dict.fromkeys([first, own, *DTYPES]) if dtype == own or dtype != "float32"]
-
-
-def _measure_in(check: ReplyCheck, samples: Sequence[Sample], dtype: str) -> Distance:
-    check.reference.round_to(dtype)
-    return measure(check, samples)
 
 
 def _is_rounding(check: ReplyCheck, few: Sequence[Sample], dtype: str, distance: Distance) -> bool:
@@ -330,10 +317,6 @@ def _computed_in(server: Server, dtype: str) -> str:
     return max(filter(None, (dtype, server.computes_in)), key=lambda name: LIMITS[name].mean)
 
 
-def _described(dtype: str, own: str) -> str:
-    return f"weights in {dtype}" if dtype == own else f"weights rounded to {dtype}"
-
-
 def _report_rounding(check: ReplyCheck, dtype: str, moved: Distance) -> None:
     """The server serves rounded weights: a note, unless rounding moves this model's scores more than it does others'."""
     note = (
@@ -364,10 +347,9 @@ def _explain_weights(check: ReplyCheck, samples: list[Sample]) -> Difference:
             continue
         tried = ReplyCheck(check.server, other, check.tokenizer)
         for dtype in dict.fromkeys([other.dtype, *DTYPES]):
-            other.round_to(dtype)
-            if measure(tried, samples[: 2 * FEW_ROWS]).within(LIMITS[_computed_in(check.server, dtype)]):
+            if measure(tried, samples[: 2 * FEW_ROWS], dtype).within(LIMITS[_computed_in(check.server, dtype)]):
                 return Difference("wrong model", f"the server serves {what}, {name}; {size}", fix)
-    own, theirs = check.reference.parameters, check.server.parameters
+    own, theirs = check.reference.model.num_parameters(), check.server.parameters
     if theirs and abs(theirs - own) > own // 100:
         return Difference("wrong model", f"the server's has {theirs:,} parameters, this folder's {own:,}; {size}", fix)
     return Difference(
@@ -387,15 +369,13 @@ def overflow(reference: Reference, symptom: str) -> Difference | None:
     return Difference("merge rounding", text, "Merge with --dtype float32 or bfloat16.")
 
 
-def _other_models(folder: Path) -> list[tuple[str, str]]:
-    """Models that may be served instead: what was trained from, and the run's checkpoints."""
-    models: list[tuple[str, str]] = []
+def _other_models(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield models that may be served instead: what was trained from, and the run's checkpoints."""
     if manifest := find_manifest(folder):
         trained_from = str(manifest.recipe["model_name_or_path"])
         if Path(trained_from).is_dir():
-            models.append((trained_from, "the model before training"))
+            yield trained_from, "the model before training"
         run = Path(str(manifest.recipe["output_dir"]))
         if (run / "tokenizer_config.json").is_file() and run.resolve() != folder.resolve():
-            models.append((str(run), "the run's own folder"))
-    models += [(str(path), "a checkpoint of the run") for path in list_checkpoints(folder)]
-    return models
+            yield str(run), "the run's own folder"
+    yield from ((str(path), "a checkpoint of the run") for path in list_checkpoints(folder))

@@ -4,7 +4,7 @@ import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,15 +23,14 @@ from ..model.model import load_model
 from ..processes import leave_together, on_main_process
 from ..recipe.keys import Recipe
 from ..report.console import logged_to, say
-from ..report.manifest import Results, find_manifest, run_day
+from ..report.manifest import find_manifest, run_day
 from ..run_folder import read_lines, save_metrics, to_lines, write_text
 from ..terminal import start_bar
 from .engines import Engine, Request, Sampling, TransformersEngine, load_for_generation
-from .questions import INSIDE, Question, ResultForm, read_questions
-from .rollout_files import ROLLOUTS, append_lines, begin, finish, part_path, to_row
+from .questions import form_of, read_questions
+from .rollout_files import ROLLOUTS, append_lines, begin, finish, messages_column, part_path, to_row
 from .rollout_scores import RIGHT, Line, describe, final_answer, is_well_formed, judge, score_answer, summarize
 from .sandbox import Limits as ToolLimits
-from .sandbox import Outcome
 from .selection import select
 from .server import ServerEngine
 from .tags import RESULT, RESULT_END, Call
@@ -59,15 +58,9 @@ def rollout(recipe: Recipe) -> None:
 
 def sampling_of(recipe: Recipe) -> Sampling:
     """Return the sampling settings. Omitted ones are neutral: with LLaMA-Factory's defaults, samples are nearly identical."""
-    keys = recipe.model_fields_set
-    return Sampling(
-        do_sample=bool(recipe.do_sample) or recipe.num_generations > 1,
-        temperature=recipe.temperature if "temperature" in keys else 1.0,
-        top_p=recipe.top_p if "top_p" in keys else 1.0,
-        top_k=recipe.top_k if "top_k" in keys else 0,
-        repetition_penalty=recipe.repetition_penalty,
-        seed=recipe.seed,
-    )
+    values = {key: getattr(recipe, key) for key in ("temperature", "top_p", "top_k") if key in recipe.model_fields_set}
+    do_sample = bool(recipe.do_sample) or recipe.num_generations > 1
+    return Sampling(do_sample, repetition_penalty=recipe.repetition_penalty, seed=recipe.seed, **values)
 
 
 def find_model(recipe: Recipe) -> str:
@@ -87,32 +80,23 @@ def find_model(recipe: Recipe) -> str:
     return str(folder)
 
 
-def toolbox_of(recipe: Recipe) -> Toolbox:
-    """Return the tools of a recipe.
-
-    Raises:
-        RecipeError: a command can't be started.
-    """
-    limits = ToolLimits(recipe.tool_timeout, recipe.tool_memory, output=recipe.max_tool_output)
-    toolbox = Toolbox(recipe.tools, limits)
-    if missing := toolbox.missing():
-        raise recipe.error("tools", "; ".join(missing))
-    return toolbox
-
-
 class _Rollout:
     """One command: what it rolls out, with what, and where the lines go."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.folder, self.state = recipe, folder, PartialState()
         self.model_path = find_model(recipe)
-        self.toolbox, self.sampling = toolbox_of(recipe), sampling_of(recipe)
+        self.sampling = sampling_of(recipe)
+        limits = ToolLimits(recipe.tool_timeout, recipe.tool_memory, output=recipe.max_tool_output)
+        self.toolbox = Toolbox(recipe.tools, limits)
+        if missing := self.toolbox.missing():
+            raise recipe.error("tools", "; ".join(missing))
         loaded = recipe.model_copy(update={"model_name_or_path": self.model_path})
         self.template = load_template(loaded, run_day(recipe))
         self.tokenizer = self.template.tokenizer
         manifest = find_manifest(Path(self.model_path))
-        questions = read_questions(recipe, self.template, form_of(manifest.results if manifest else None))
-        self.questions, self.notices = questions.items, questions.notices
+        form = form_of(manifest.results if manifest else None)
+        self.questions, self.notices = read_questions(recipe, self.template, form)
         self.batch_size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size
         self.bar: tqdm | None = None
         self.lock = threading.Lock()
@@ -125,35 +109,35 @@ class _Rollout:
         if not finished:
             self._generate()
             self.state.wait_for_everyone()
+            if self.state.is_main_process:
+                finish(self.folder, settings, self.state.num_processes)
         if self.state.is_main_process:
-            lines = (
-                read_lines(self.folder / ROLLOUTS)
-                if finished
-                else finish(self.folder, settings, self.state.num_processes)
-            )
-            self._report(lines)
+            self._report(read_lines(self.folder / ROLLOUTS))
 
     def _generate(self) -> None:
-        engine = self._engine()
-        limits = Limits(self.recipe.max_tool_calls, self.recipe.max_new_tokens, engine.context)
+        engine, recipe = self._engine(), self.recipe
+        limits = Limits(recipe.max_tool_calls, recipe.max_new_tokens, engine.context)
         writer = Writer(self.template, engine.ends, limits, self.toolbox.tools)
         part = part_path(self.folder, self.state.process_index)
         ordered = sorted(self._start(writer), key=lambda trajectory: -trajectory.prompt_tokens)
-        size = 1 if self.recipe.server_url else self._batch_size(engine, ordered)
+        size = 1 if recipe.server_url else self._batch_size(engine, ordered)
         batches = [ordered[at : at + size] for at in range(0, len(ordered), size)]
         mine = batches[self.state.process_index :: self.state.num_processes]
         done = self._resume(part, mine)
         waiting = [batch for batch in mine if not done.issuperset(trajectory.key for trajectory in batch)]
         total = sum(map(len, mine))
         self.bar = start_bar(total, total - sum(map(len, waiting))) if self.state.is_main_process else None
-        with ThreadPoolExecutor(PARALLEL_TOOLS) as tools:
-            save = partial(self._save, writer, part, tools)
-            if self.recipe.server_url:
-                self._serve(engine, writer, waiting, total, save)
+        with ThreadPoolExecutor(recipe.server_requests if recipe.server_url else PARALLEL_TOOLS) as tools:
+
+            def complete(batch: Sequence[Trajectory]) -> None:
+                roll_out(batch, engine, writer, self.toolbox, tools)
+                self._save(part, batch, list(tools.map(partial(self._to_line, writer), batch)))
+
+            if recipe.server_url:
+                self._complete_in_parallel(complete, waiting, part)
             else:
                 for batch in waiting:
-                    roll_out(batch, engine, writer, self.toolbox, tools)
-                    save(batch)
+                    complete(batch)
         if isinstance(engine, ServerEngine):
             engine.close()
         if self.bar:
@@ -167,51 +151,34 @@ class _Rollout:
         skipped: list[str] = []
         for number, question in enumerate(self.questions):
             try:
-                samples = [writer.start(question, sample) for sample in range(self.recipe.num_generations)]
+                trajectories += [
+                    writer.start(question, sample, number) for sample in range(self.recipe.num_generations)
+                ]
             except RowError as error:
                 skipped.append(f"{question.source}: {error}")
-                continue
-            trajectories += samples
-            for trajectory in samples:
-                trajectory.number = number
         if skipped:
             say(f"         {len(skipped):,} questions skipped, the first: {skipped[0]}")
         if not trajectories:
             raise RecipeError(f"{self.recipe.path}: no question can be rendered ({skipped[0]})")
         return trajectories
 
-    def _serve(
-        self,
-        engine: Engine,
-        writer: Writer,
-        waiting: Sequence[list[Trajectory]],
-        total: int,
-        save: Callable[..., None],
+    def _complete_in_parallel(
+        self, complete: Callable[[Sequence[Trajectory]], None], waiting: Sequence[Sequence[Trajectory]], part: Path
     ) -> None:
-        """Roll out with many requests in flight: each trajectory runs in its own thread, and so do its tools."""
-        pool = ThreadPoolExecutor(self.recipe.server_requests)
-
-        def complete(batch: list[Trajectory]) -> None:
-            roll_out(batch, engine, writer, self.toolbox)
-            save(batch)
-
-        futures = [pool.submit(complete, batch) for batch in waiting]
-        saved = total - len(futures)
+        """Complete each batch in its own thread; the first error cancels those that wait."""
         try:
-            for future in as_completed(futures):
-                future.result()
-                saved += 1
+            with ThreadPoolExecutor(self.recipe.server_requests) as pool:
+                for _ in pool.map(complete, waiting):
+                    pass
         except RunFailed as error:
-            raise RunFailed(f"{error} ({saved:,} trajectories are saved)") from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            raise RunFailed(f"{error} ({len(read_lines(part)):,} trajectories are saved)") from None
 
     def _engine(self) -> Engine:
         path, recipe = self.model_path, self.recipe
         names = dict.fromkeys([*self.template.turn_ends, *self.template.stops])
         ends = [int(str(self.tokenizer.convert_tokens_to_ids(token))) for token in names]
         if recipe.server_url:
-            server = ServerEngine(recipe.server_url, self.tokenizer, ends, self.sampling, recipe.server_requests)
+            server = ServerEngine(recipe.server_url, self.tokenizer, ends, self.sampling)
             say(
                 f"server   {server.url}: {server.model}, context {server.context:,}",
                 *(f"         {line}" for line in server.notices),
@@ -248,9 +215,7 @@ class _Rollout:
             say(f"resumed  {len(complete):,} trajectories of this process are complete")
         return complete
 
-    def _save(self, writer: Writer, part: Path, tools: Executor, batch: Sequence[Trajectory]) -> None:
-        """Score the trajectories of a batch and append their lines."""
-        lines = list(tools.map(partial(self._to_line, writer), batch))
+    def _save(self, part: Path, batch: Sequence[Trajectory], lines: Sequence[Line]) -> None:
         with self.lock:
             append_lines(part, lines)
             if self.bar is not None:
@@ -260,7 +225,7 @@ class _Rollout:
             show("first trajectory", batch[0], lines[0])
 
     def _to_line(self, writer: Writer, trajectory: Trajectory) -> Line:
-        """Return a line of rollouts.jsonl."""
+        """Score a trajectory, and return its line of rollouts.jsonl."""
         question, predicted = trajectory.question, final_answer(trajectory)
         if self.recipe.judge and trajectory.end != "environment":
             score = judge(self.recipe.judge, trajectory, self.toolbox.limits)
@@ -268,6 +233,7 @@ class _Rollout:
                 trajectory.end = "environment"
         else:
             score = score_answer(predicted, question.answer)
+        row = to_row([*question.messages, *trajectory.messages], question.tools, question.formatting)
         return {
             "number": trajectory.number,
             "dataset": question.dataset,
@@ -275,8 +241,8 @@ class _Rollout:
             "sample": trajectory.sample,
             "split": self.recipe.rollout_on,
             "formatting": question.formatting,
-            **to_row([*question.messages, *trajectory.messages], question.tools, question.formatting),
-            "prompt_messages": prompt_turns(question),
+            **row,
+            "prompt_messages": len(row[messages_column(question.formatting)]) - len(trajectory.messages),
             "answer": question.answer,
             "predicted": predicted,
             "score": score,
@@ -311,7 +277,7 @@ class _Rollout:
 
     def _describe(self) -> list[str]:
         recipe, total = self.recipe, len(self.questions) * self.recipe.num_generations
-        forms = dict.fromkeys(describe_form(question.form) for question in self.questions)
+        forms = dict.fromkeys(str(question.form) for question in self.questions)
         first = f"rollout  {self.model_path}: {len(self.questions):,} questions ({recipe.rollout_on})"
         return [
             f"{first} x {recipe.num_generations} = {total:,} trajectories",
@@ -336,15 +302,12 @@ class _Rollout:
     def _report(self, lines: list[Line]) -> None:
         names = dict.fromkeys(line["dataset"] for line in lines)
         columns = {name: summarize([line for line in lines if line["dataset"] == name]) for name in names}
-        figures = {f"rollout_{key}": value for key, value in summarize(lines).items()}
+        together = summarize(lines)
+        figures = {f"rollout_{key}": value for key, value in together.items()}
         if len(columns) > 1:
-            columns["all"] = summarize(lines)
-            figures |= {
-                f"rollout_{name}_{key}": value
-                for name in columns
-                if name != "all"
-                for key, value in columns[name].items()
-            }
+            for name, column in columns.items():
+                figures |= {f"rollout_{name}_{key}": value for key, value in column.items()}
+            columns["all"] = together
         save_metrics(self.folder, "rollout", figures)
         ends = Counter(line["end"] for line in lines)
         say(f"rollout  {len(lines):,} trajectories are in {self.folder / ROLLOUTS}")
@@ -361,21 +324,10 @@ def roll_out(
     active = [trajectory for trajectory in batch if trajectory.end is None]
     while active:
         requests = [to_request(trajectory, writer) for trajectory in active]
-        calls = [
-            (trajectory, writer.accept(trajectory, ids))
-            for trajectory, ids in zip(active, engine.generate(requests), strict=True)
-        ]
+        calls = list(map(writer.accept, active, engine.generate(requests)))
         run = partial(_run_calls, writer, toolbox)
-        waiting = [(trajectory, new_calls) for trajectory, new_calls in calls if new_calls]
-        if pool is None:
-            for trajectory, new_calls in waiting:
-                run(trajectory, new_calls)
-        else:
-            futures: list[Future[None]] = [
-                pool.submit(run, trajectory, new_calls) for trajectory, new_calls in waiting
-            ]
-            for future in futures:
-                future.result()
+        for _ in pool.map(run, active, calls) if pool else map(run, active, calls):
+            pass
         active = [trajectory for trajectory in active if trajectory.end is None]
 
 
@@ -390,29 +342,12 @@ def to_request(trajectory: Trajectory, writer: Writer) -> Request:
 
 def _run_calls(writer: Writer, toolbox: Tools, trajectory: Trajectory, calls: Sequence[Call]) -> None:
     """Run the calls of a reply in order and append their results."""
-    outcomes: list[Outcome] = []
+    if not calls:
+        return
     try:
-        for call in calls:
-            outcomes.append(toolbox.run(call))
-        writer.add_results(trajectory, calls, outcomes)
+        writer.add_results(trajectory, calls, list(map(toolbox.run, calls)))
     except (OSError, RowError):
         writer.fail(trajectory)
-
-
-def form_of(results: Results | None) -> ResultForm | None:
-    """Return the form that a run's manifest names."""
-    return INSIDE if results == "inside" else ResultForm() if results else None
-
-
-def prompt_turns(question: Question) -> int:
-    """Return how many turns of the row precede the trajectory; a system message of a ShareGPT row is a column."""
-    has_system = question.formatting != "openai" and question.messages[0]["role"] == "system"
-    return len(question.messages) - has_system
-
-
-def describe_form(form: ResultForm) -> str:
-    places = {"inside": "inside the reply", "user": "as user turns", "tool": "as tool messages"}
-    return places[form.place] + (" after tool_calls" if form.calls else "")
 
 
 def show(title: str, trajectory: Trajectory, line: Line) -> None:

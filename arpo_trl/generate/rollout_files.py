@@ -4,13 +4,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from ..data.messages import Fields, Message
+from ..data.registry import TAGS
 from ..run_folder import read_json, read_lines, to_lines, write_json, write_text
 
 ROLLOUTS, STATE = "rollouts.jsonl", "rollout.json"
-Settings: TypeAlias = dict[str, Any]
 
 
 def part_path(folder: Path, process: int) -> Path:
@@ -25,7 +24,7 @@ def append_lines(path: Path, lines: Sequence[Fields]) -> None:
         os.fsync(file.fileno())
 
 
-def begin(folder: Path, settings: Settings) -> tuple[str, bool]:
+def begin(folder: Path, settings: Fields) -> tuple[str, bool]:
     """Mark a rollout as running, and return what earlier files mean for it: a line for people, and if it is finished.
 
     Files of a rollout with other settings are renamed.
@@ -34,59 +33,43 @@ def begin(folder: Path, settings: Settings) -> tuple[str, bool]:
     same = isinstance(state, dict) and state.get("settings") == settings
     if same and state["status"] == "finished" and (folder / ROLLOUTS).is_file():
         return f"{folder / ROLLOUTS} is complete. Delete it to roll out again", True
-    parts = sorted(folder.glob("rollouts-part-*.jsonl"))
     line = ""
-    if not same:
-        old = [path for path in (*parts, folder / ROLLOUTS) if path.is_file()]
+    if not same and (old := [*sorted(folder.glob("rollouts-part-*.jsonl")), *folder.glob(ROLLOUTS)]):
         for path in old:
             path.replace(path.with_name(f"{path.name}.old"))
-        line = f"renamed {', '.join(path.name for path in old)} to .old, because the settings differ" if old else ""
+        line = f"renamed {', '.join(path.name for path in old)} to .old, because the settings differ"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / STATE, {"status": "running", "settings": settings})
     return line, False
 
 
-def finish(folder: Path, settings: Settings, processes: int) -> list[Fields]:
-    """Merge the parts into rollouts.jsonl, in the order of the questions, and return its lines."""
+def finish(folder: Path, settings: Fields, processes: int) -> None:
+    """Merge the parts into rollouts.jsonl, in the order of the questions."""
     lines = [line for process in range(processes) for line in read_lines(part_path(folder, process))]
     unique = {(line["number"], line["sample"]): line for line in lines}
-    ordered = [unique[key] for key in sorted(unique)]
-    write_text(folder / ROLLOUTS, to_lines(ordered))
+    write_text(folder / ROLLOUTS, to_lines(unique[key] for key in sorted(unique)))
     write_json(folder / STATE, {"status": "finished", "settings": settings})
     for process in range(processes):
         part_path(folder, process).unlink(missing_ok=True)
-    return ordered
 
 
 # --- rows ---
 
 
-def to_turns(messages: Sequence[Message], formatting: str) -> list[Fields]:
-    """Return messages as turns of a row: OpenAI's, else ShareGPT's, in which a call is a turn from function_call."""
-    if formatting == "openai":
-        return [_to_openai(message) for message in messages]
-    return [_to_sharegpt(message) for message in messages]
-
-
-def _to_openai(message: Message) -> Fields:
-    turn = {key: value for key, value in message.items() if key != "trained"}
+def to_openai(message: Message) -> Fields:
+    """Return a message in OpenAI's form, in which the arguments of calls are JSON text."""
+    turn: Fields = {key: value for key, value in message.items() if key != "trained"}
     if calls := message.get("tool_calls"):
-        functions = [call["function"] for call in calls]
         turn["tool_calls"] = [
-            {
-                "id": f"call_{number}",
-                "type": "function",
-                "function": {
-                    "name": function["name"],
-                    "arguments": json.dumps(function["arguments"], ensure_ascii=False),
-                },
-            }
-            for number, function in enumerate(functions)
+            {"id": f"call_{number}", **call, "function": call["function"] | {"arguments": arguments}}
+            for number, call in enumerate(calls)
+            for arguments in [json.dumps(call["function"]["arguments"], ensure_ascii=False)]
         ]
     return turn
 
 
 def _to_sharegpt(message: Message) -> Fields:
+    """Return a message as a turn of ShareGPT's, in which calls are a turn from function_call."""
     speakers = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
     if calls := message.get("tool_calls"):
         functions = [call["function"] for call in calls]
@@ -99,10 +82,10 @@ def _to_sharegpt(message: Message) -> Fields:
 def to_row(messages: Sequence[Message], tools: list[Fields] | None, formatting: str) -> Fields:
     """Return a conversation as a row; the system message of a ShareGPT row is a column."""
     if formatting == "openai":
-        row: Fields = {"messages": to_turns(messages, formatting)}
+        row: Fields = {"messages": list(map(to_openai, messages))}
     else:
         system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
-        row = {"conversations": to_turns(messages[1:] if system else messages, formatting)}
+        row = {"conversations": list(map(_to_sharegpt, messages[1:] if system else messages))}
         row |= {"system": system} if system else {}
     if tools:
         row["tools"] = json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False)
@@ -115,15 +98,12 @@ def messages_column(formatting: str) -> str:
 
 def registry_entry(file_name: str, lines: Sequence[Fields], formatting: str, ranking: bool = False) -> Fields:
     """Return the entry of dataset_info.json for a file of rows."""
-    column = messages_column(formatting)
-    columns = {"messages": column}
+    columns = {"messages": messages_column(formatting)}
     columns |= {key: key for key in ("system", "tools") if any(key in line for line in lines)}
-    if ranking:
-        columns |= {"chosen": "chosen", "rejected": "rejected"}
     entry: Fields = {"file_name": file_name, "formatting": "sharegpt", "columns": columns}
     if ranking:
+        columns |= {"chosen": "chosen", "rejected": "rejected"}
         entry["ranking"] = True
     if formatting == "openai":
-        tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-        entry |= {"formatting": "openai", "tags": tags | {"observation_tag": "tool", "system_tag": "system"}}
+        entry |= {"formatting": "openai", "tags": TAGS["openai"]}
     return entry

@@ -5,6 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
+from statistics import fmean
 from typing import Any, TypeAlias
 
 from ..shell import split_command
@@ -30,7 +31,7 @@ def score_answer(predicted: str | None, answer: str | None) -> float | None:
 def judge(command: str, trajectory: Trajectory, limits: Limits) -> float | None:
     """Return the number that the user's command prints for a trajectory, or None if it fails."""
     about = {
-        "question": trajectory.question.text,
+        "question": trajectory.question.messages[-1]["content"],
         "answer": trajectory.question.answer,
         "trajectory": [*trajectory.question.messages, *trajectory.messages],
     }
@@ -76,26 +77,21 @@ def summarize(lines: Sequence[Line]) -> dict[str, float]:
         figures["pass@1"], figures["pass@1_low"], figures["pass@1_high"] = pass_at_1(by_question.values())
         largest = max(map(len, by_question.values()))
         for k in takewhile(lambda k: k <= largest, (2**power for power in range(1, 20))):
-            figures[f"pass@{k}"] = mean(
+            figures[f"pass@{k}"] = fmean(
                 pass_at_k(len(right), sum(right), k) for right in by_question.values() if len(right) >= k
             )
     if valid:
         calls = [call for line in valid for call in line["calls"]]
         figures |= {
-            "answered": mean(line["predicted"] is not None for line in valid),
-            "well_formed": mean(line["well_formed"] for line in valid),
-            "stopped": mean(line["end"] == "stop" for line in valid),
+            "answered": fmean(line["predicted"] is not None for line in valid),
+            "well_formed": fmean(line["well_formed"] for line in valid),
+            "stopped": fmean(line["end"] == "stop" for line in valid),
             "tool_calls": len(calls) / len(valid),
-            "tool_errors": mean(bool(call["error"]) for call in calls) if calls else 0.0,
-            "tokens": mean(line["tokens"] for line in valid),
-            "same_encoding": mean(line["encoding"] == "same" for line in valid),
+            "tool_errors": fmean(bool(call["error"]) for call in calls) if calls else 0.0,
+            "tokens": fmean(line["tokens"] for line in valid),
+            "same_encoding": fmean(line["encoding"] == "same" for line in valid),
         }
     return figures
-
-
-def mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
 
 
 def pass_at_1(questions: Iterable[Sequence[bool]]) -> tuple[float, float, float]:
@@ -104,8 +100,8 @@ def pass_at_1(questions: Iterable[Sequence[bool]]) -> tuple[float, float, float]
     Samples of one question are not independent, so the interval is that of the questions' means: normal, or Wilson's
     with one observation per question where they are all 0 or all 1.
     """
-    means = [mean(right) for right in questions]
-    n, center = len(means), mean(means)
+    means = [fmean(right) for right in questions]
+    n, center = len(means), fmean(means)
     variance = sum((value - center) ** 2 for value in means) / (n - 1) if n > 1 else 0.0
     if variance:
         half = Z * math.sqrt(variance / n)
@@ -123,7 +119,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 def paired_difference(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[float, float, float]:
     """Return the mean difference of two models on the same questions, and its 95 % interval."""
     differences = [after[key] - before[key] for key in before if key in after]
-    center, n = mean(differences), len(differences)
+    center, n = fmean(differences), len(differences)
     variance = sum((value - center) ** 2 for value in differences) / max(n - 1, 1)
     half = Z * math.sqrt(variance / n)
     return center, center - half, center + half
@@ -131,12 +127,12 @@ def paired_difference(before: Mapping[str, float], after: Mapping[str, float]) -
 
 def describe(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Return a table with one line per figure and one column per dataset."""
-    rows: dict[str, list[str]] = {}
-    names = list(dict.fromkeys(name for figures in columns.values() for name in figures))
-    for name in names:
-        if name.endswith(("_low", "_high")):
-            continue
-        rows[name.replace("_", " ")] = [_cell(figures, name) for figures in columns.values()]
+    names = dict.fromkeys(name for figures in columns.values() for name in figures)
+    rows = {
+        name.replace("_", " "): [_cell(figures, name) for figures in columns.values()]
+        for name in names
+        if not name.endswith(("_low", "_high"))
+    }
     return to_table(rows, columns)
 
 

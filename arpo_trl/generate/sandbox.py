@@ -12,9 +12,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
+
+from .windows_job import Job
 
 GUARD = Path(__file__).with_name("guard.py")
 _RUNNER = """
@@ -84,7 +86,7 @@ def run_python(code: str, limits: Limits) -> Outcome:
 def run_command(command: Sequence[str], query: str, limits: Limits) -> Outcome:
     """Run a command of the user, who trusts it: in the current folder, with the user's environment."""
     program = shutil.which(command[0]) or command[0]  # Windows starts a .cmd or .bat by its complete path only
-    return _run([program, *command[1:]], query, limits, os.environ, folder=Path())
+    return _run([program, *command[1:]], query, limits, os.environ, Path())
 
 
 def describe_isolation(limits: Limits) -> str:
@@ -105,6 +107,10 @@ def describe_isolation(limits: Limits) -> str:
         )
 
 
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
+
+
 if sys.platform != "win32":
 
     @functools.cache
@@ -123,57 +129,44 @@ if sys.platform != "win32":
                     return isolation
         return Isolation("none")
 
-
-def _environment() -> dict[str, str]:
-    return {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
-
-
-if sys.platform != "win32":
-
     def _run_guarded(command: Sequence[str], text: str, limits: Limits, isolation: Isolation) -> Outcome:
         user = UNUSED_USER + os.getpid() % 100_000 * 1000 + next(_CALLS) % 1000 if isolation.as_nobody else None
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            if user is not None:
-                os.chown(folder, user, user)
-            settings: dict[str, Any] = {
-                "mode": isolation.mode,
-                "user": user,
-                "parent": os.getpid(),
-                "counts_alone": user is not None or isolation.mode == "namespaces",
-                "folder": folder,
-                "seconds": limits.seconds,
-                "memory_bytes": limits.megabytes << 20,
-                "processes": limits.processes,
-                "disk_bytes": DISK_BYTES,
-                "command": list(command),
-            }
-            read, write = os.pipe()
-            settings["status"] = write
-            argv = [sys.executable, "-I", "-S", str(GUARD), json.dumps(settings)]
-            if isolation.mode == "bubblewrap":
-                argv = [*_bubblewrap(folder), *argv]
-            try:
+        read, write = os.pipe()
+        try:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                if user is not None:
+                    os.chown(folder, user, user)
+                settings = {
+                    "mode": isolation.mode,
+                    "user": user,
+                    "parent": os.getpid(),
+                    "folder": folder,
+                    **asdict(limits),
+                    "disk_bytes": DISK_BYTES,
+                    "command": list(command),
+                    "status": write,
+                }
+                argv = [sys.executable, "-I", "-S", str(GUARD), json.dumps(settings)]
+                if isolation.mode == "bubblewrap":
+                    argv = [*_bubblewrap(folder), *argv]
                 environment = _environment() | {"HOME": folder, "TMPDIR": folder}
-                outcome = _run(argv, text, limits, environment, Path(folder), GRACE, status=write)
+                patient = replace(limits, seconds=limits.seconds + GRACE)
+                outcome = _run(argv, text, patient, environment, Path(folder), status=write)
                 os.set_blocking(read, False)
                 try:
                     ending = os.read(read, 100).decode()
-                except BlockingIOError:  # a process that escaped holds the other end
+                except BlockingIOError:  # it was killed
                     ending = ""
-                if not ending:
                     _kill_marked(folder)
                 return outcome._replace(error=_describe_ending(ending, limits))
-            finally:
-                os.close(read)
+        finally:
+            os.close(read)
+            os.close(write)
 
-
-def _bubblewrap(folder: str) -> list[str]:
-    """Return bwrap's command: no network, processes of its namespace only, everything but the folder read-only."""
-    options = "--unshare-all --die-with-parent --new-session --cap-drop ALL --ro-bind / / --dev /dev --proc /proc"
-    return ["bwrap", *options.split(), "--size", str(DISK_BYTES), "--tmpfs", folder, "--chdir", folder, "--"]
-
-
-if sys.platform != "win32":
+    def _bubblewrap(folder: str) -> list[str]:
+        """Return bwrap's command: no network, processes of its namespace only, everything but the folder read-only."""
+        options = "--unshare-all --die-with-parent --new-session --cap-drop ALL --ro-bind / / --dev /dev --proc /proc"
+        return ["bwrap", *options.split(), "--size", str(DISK_BYTES), "--tmpfs", folder, "--chdir", folder, "--"]
 
     def _kill_marked(folder: str) -> None:
         """Kill every process with this HOME: the guard was killed, so its descendants may have other parents now."""
@@ -202,27 +195,32 @@ def _run(
     text: str,
     limits: Limits,
     environment: Mapping[str, str],
-    folder: Path | None = None,
-    grace: float = 0.0,
+    folder: Path,
     is_limited: bool = False,
     status: int | None = None,
 ) -> Outcome:
-    """Run a process in its own group with this text as standard input; kill the group at the end.
+    """Run a process in its own group, in `folder`, with this text as standard input; kill the group at the end.
 
     Args:
-        folder: Where it starts; an empty folder if omitted.
-        grace: Seconds in addition to the limit, for a process that keeps the limit itself.
         is_limited: Whether the Job object of Windows limits memory and processes.
-        status: A file descriptor for the process alone.
+        status: A file descriptor that the process inherits.
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as own:
         files = Path(own)
         (files / "input").write_text(text, encoding="utf-8", errors="replace", newline="")
-        (files / "empty").mkdir()
         with (files / "input").open("rb") as stdin, (files / "output").open("wb") as output:
-            error = _wait(command, stdin, output, replace(limits, seconds=limits.seconds + grace), environment,
-                          folder or files / "empty", is_limited, status)  # fmt: skip
+            process = subprocess.Popen(
+                command,
+                stdin=stdin,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env=environment,
+                start_new_session=True,
+                pass_fds=() if status is None else (status,),
+            )
+            error = _wait(process, output.fileno(), limits, is_limited)
         with (files / "output").open("rb") as printed:
             shown = printed.read(4 * limits.output + 4).decode("utf-8", "replace").strip()
     if len(shown) > limits.output:
@@ -230,35 +228,12 @@ def _run(
     return Outcome(shown, error, time.monotonic() - began)
 
 
-def _wait(
-    command: Sequence[str],
-    stdin: IO[bytes],
-    output: IO[bytes],
-    limits: Limits,
-    environment: Mapping[str, str],
-    folder: Path,
-    is_limited: bool,
-    status: int | None,
-) -> str:
-    """Start the process, wait for it, kill its group. Return why it failed, or ""."""
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=stdin,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-            pass_fds=() if status is None else (status,),
-        )
-    finally:
-        if status is not None:
-            os.close(status)
-    job, deadline = None, time.monotonic() + limits.seconds
+def _wait(process: subprocess.Popen[bytes], output: int, limits: Limits, is_limited: bool) -> str:
+    """Wait for the process, then kill it and everything in its group. Return why it failed, or ""."""
+    job, deadline = cast(Job | None, None), time.monotonic() + limits.seconds
     try:
         if sys.platform == "win32":
-            job = _to_job(process, limits if is_limited else None)
+            job = Job(process, (limits.megabytes << 20, limits.processes) if is_limited else None)
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(min(0.25, max(deadline - time.monotonic(), 0.001)))
@@ -267,35 +242,14 @@ def _wait(
                 return f"exit status {code}" if code else ""
             if time.monotonic() > deadline:
                 return f"stopped after {limits.seconds:g} s"
-            if os.fstat(output.fileno()).st_size > DISK_BYTES:
+            if os.fstat(output).st_size > DISK_BYTES:
                 return f"stopped: more than {DISK_BYTES >> 20} MB of output"
     finally:
-        _kill(process, job)
-
-
-def _kill(process: subprocess.Popen[bytes], job: Any) -> None:
-    """End the process and everything in its group."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if sys.platform == "win32":
-            process.kill()
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-    if job is not None:
-        job.close()  # ends every process in it
-    process.wait()
-
-
-def _to_job(process: subprocess.Popen[bytes], limits: Limits | None) -> Any:
-    """Put a process into a Job object of Windows: it ends all its processes when closed, and may limit them.
-
-    Its first child would escape, but a program takes longer to start one.
-    """
-    from . import windows_job
-
-    handle = int(process._handle)  # type: ignore[attr-defined]
-    try:
-        return windows_job.Job(handle, (limits.megabytes << 20, limits.processes) if limits else None)
-    except OSError:
-        if process.poll() is None:  # else it has already ended
-            raise
-        return None
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if sys.platform == "win32":
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+        if job:
+            job.close()  # ends every process in it
+        process.wait()

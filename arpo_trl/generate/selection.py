@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import cycle, product
 from pathlib import Path
 
 from ..data.messages import Fields
@@ -10,8 +11,6 @@ from ..errors import RecipeError
 from ..run_folder import read_lines, to_lines, write_json, write_text
 from .rollout_files import ROLLOUTS, messages_column, registry_entry
 from .rollout_scores import Line
-
-SELECTED, PAIRS = "selected.jsonl", "pairs.jsonl"
 
 
 def select(folder: Path, max_per_question: int, max_pairs_per_question: int) -> list[str]:
@@ -31,10 +30,10 @@ def select(folder: Path, max_per_question: int, max_pairs_per_question: int) -> 
     for line in lines:
         questions[line["dataset"], line["source"]].append(line)
     groups = [usable(group) for group in questions.values()]
-    chosen_lines = [line for group in groups for line in best(group)[:max_per_question]]
     selected = [
         _row(line) | {"source": line["source"], "sample": line["sample"], "scores": _scores(line)}
-        for line in chosen_lines
+        for group in groups
+        for line in best(group)[:max_per_question]
     ]
     pairs = [
         to_pair(chosen, rejected) for group in groups for chosen, rejected in pair_up(group)[:max_pairs_per_question]
@@ -48,8 +47,8 @@ def select(folder: Path, max_per_question: int, max_pairs_per_question: int) -> 
     write_json(folder / "dataset_info.json", entries)
     used = [sum(1 for group in groups if chosen(group)) for chosen in (best, pair_up)]
     return [
-        f"selected {len(selected):,} rows of {used[0]:,} questions: {folder / SELECTED}",
-        f"pairs    {len(pairs):,} pairs of {used[1]:,} questions: {folder / PAIRS}",
+        f"selected {len(selected):,} rows of {used[0]:,} questions: {folder / 'selected.jsonl'}",
+        f"pairs    {len(pairs):,} pairs of {used[1]:,} questions: {folder / 'pairs.jsonl'}",
         f"         {len(questions) - used[0]:,} of {len(questions):,} questions without a right, well-formed trajectory",
     ]
 
@@ -80,26 +79,14 @@ def pair_up(lines: Sequence[Line]) -> list[tuple[Line, Line]]:
     """
     right = best(lines)
     wrong = [line for line in lines if not line["right"]]
-    crossed = [(right[at % len(right)], rejected) for at, rejected in enumerate(wrong)] if right else []
-    crossed += [(chosen, rejected) for chosen in right for rejected in wrong]
-    shorter = [
-        (chosen, rejected)
-        for chosen in right
-        for rejected in reversed(right)
-        if len(chosen["calls"]) < len(rejected["calls"])
-    ]
+    crossed = [*zip(cycle(right), wrong), *product(right, wrong)]
+    shorter = [pair for pair in product(right, reversed(right)) if len(pair[0]["calls"]) < len(pair[1]["calls"])]
     unique: dict[tuple[str, str], tuple[Line, Line]] = {}
     for chosen, rejected in crossed + shorter:
-        if _is_empty(rejected):  # training would drop the pair
-            continue
-        unique.setdefault((_text(chosen), _text(rejected)), (chosen, rejected))
+        last = rejected[messages_column(rejected["formatting"])][-1]
+        if last.get("value") or last.get("content") or last.get("tool_calls"):  # else training would drop the pair
+            unique.setdefault((_text(chosen), _text(rejected)), (chosen, rejected))
     return list(unique.values())
-
-
-def _is_empty(line: Line) -> bool:
-    """Return whether the model wrote nothing in its last reply."""
-    last = line[messages_column(line["formatting"])][-1]
-    return not (last.get("value") or last.get("content") or last.get("tool_calls"))
 
 
 def _text(line: Line) -> str:

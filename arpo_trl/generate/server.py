@@ -2,12 +2,14 @@
 
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import httpx
 from transformers import PreTrainedTokenizerBase
 
+from ..data.messages import Fields
 from ..errors import RunFailed, reason
 from ..model.model import through_end
 from .engines import Request, Sampling, seed_of
@@ -23,6 +25,26 @@ that are part of a character (xllamacpp 2026.10.11549).
 """
 
 
+def make_client(base_url: str = "") -> httpx.Client:
+    """Return a client that waits long for a reply, and sends the key in OPENAI_API_KEY."""
+    key = os.environ.get("OPENAI_API_KEY")
+    return httpx.Client(
+        base_url=base_url,
+        timeout=httpx.Timeout(READ_SECONDS, connect=10.0),
+        limits=httpx.Limits(),  # none: the callers' threads bound the connections
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+    )
+
+
+def get_fields(client: httpx.Client, url: str) -> Fields:
+    """Return the JSON object at `url`, or an empty one."""
+    try:
+        answer = client.get(url).json()
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
 class ServerEngine:
     """Sends prompts as token ids to `url` (http://host:port/v1). Safe to use from several threads.
 
@@ -32,18 +54,11 @@ class ServerEngine:
         RunFailed: the server can't be reached, or doesn't take token ids.
     """
 
-    def __init__(
-        self, url: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], sampling: Sampling, requests: int
-    ) -> None:
+    def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], sampling: Sampling) -> None:
         self.url, self.tokenizer, self.ends, self.sampling = url.rstrip("/"), tokenizer, list(ends), sampling
-        key = os.environ.get("OPENAI_API_KEY")
-        self.client = httpx.Client(
-            timeout=httpx.Timeout(READ_SECONDS, connect=10.0),
-            limits=httpx.Limits(max_connections=requests, max_keepalive_connections=requests),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-        )
+        self.client = make_client()
         self.ids: Ids = "token_ids"
-        models = self._send("GET", "/models").get("data") or [{}]
+        models = self._send("/models").get("data") or [{}]
         self.model = str(models[0].get("id", "default"))
         self.context = int(models[0].get("max_model_len") or self._slot_context() or 1 << 30)
         self.notices: list[str] = []
@@ -81,8 +96,8 @@ class ServerEngine:
         if request.stops:
             body |= {"stop": list(request.stops), "include_stop_str_in_output": True}
         if self.ids == "tokens":
-            return self._send("POST", "/completion", body | {"n_predict": request.limit, "return_tokens": True})
-        return self._send("POST", "/completions", body)
+            return self._send("/completion", body | {"n_predict": request.limit, "return_tokens": True})
+        return self._send("/completions", body)
 
     def _read_ids(self, answer: dict[str, Any], stops: Sequence[str]) -> list[int]:
         if self.ids == "tokens":
@@ -90,14 +105,13 @@ class ServerEngine:
         choice = answer["choices"][0]
         if self.ids == "token_ids":
             return list(choice["token_ids"])
-        text = str(choice["text"])
+        text, end = str(choice["text"]), list[int]()
         if choice.get("finish_reason") == "stop":
             # A stop text may be cut off, and the server doesn't report which one: it is the one that is open.
             opened = [stop for stop in stops if text.rfind(stop.replace("/", "")) > text.rfind(stop)]
             text += opened[0] if opened else ""
             end = [] if opened else self.ends[:1]
-            return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], *end]
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], *end]
 
     def _probe(self) -> None:
         prompt: list[int] = self.tokenizer("The quick brown fox", add_special_tokens=False)["input_ids"]
@@ -110,8 +124,7 @@ class ServerEngine:
         if counted != len(prompt):
             self.notices.append(f"counts {counted} tokens for a prompt of {len(prompt)}: it adds some (BOS?)")
         if self.sampling.do_sample:
-            again, other = (self._continue(Request(prompt, 8, key)) for key in ("probe", "other"))
-            first = self._continue(Request(prompt, 8, "probe"))
+            first, again, other = (self._continue(Request(prompt, 8, key)) for key in ("probe", "probe", "other"))
             if first != again:
                 self.notices.append("ignores seeds: a repeated rollout gives other trajectories")
             elif again == other:
@@ -119,22 +132,18 @@ class ServerEngine:
 
     def _slot_context(self) -> int | None:
         """Return the context of a slot of llama.cpp, which divides its total by the slots."""
-        try:
-            settings = self.client.get(f"{self.url.removesuffix('/v1')}/props").json()
-            return int(settings["default_generation_settings"]["n_ctx"])
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
-            return None
+        properties = get_fields(self.client, f"{self.url.removesuffix('/v1')}/props")
+        context: int | None = (properties.get("default_generation_settings") or {}).get("n_ctx")
+        return context
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _send(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        url = self.url.removesuffix("/v1") if path == "/completion" else self.url
         problem = ""
         for attempt in range(RETRIES):
             if attempt:
                 time.sleep(WAIT_SECONDS * 2 ** (attempt - 1))
             try:
-                own = self.ids == "tokens" and path == "/completion"
-                response = self.client.request(
-                    method, (self.url.removesuffix("/v1") if own else self.url) + path, json=body
-                )
+                response = self.client.request("POST" if body else "GET", url + path, json=body)
             except httpx.TransportError as error:
                 problem = f"no answer ({reason(error)})"
                 continue
@@ -144,25 +153,19 @@ class ServerEngine:
             problem = f"HTTP {response.status_code}: {' '.join(response.text.split())[:200]}"
             if response.status_code < 500 and response.status_code not in (408, 425, 429):
                 break
-        fix = (
-            "Run the same command again to resume"
-            if body
-            else "Start the server, or check the URL (http://host:port/v1)"
-        )
-        if "HTTP 400" in problem and body:
+        if not body:
+            fix = "Start the server, or check the URL (http://host:port/v1)"
+        elif "HTTP 400" in problem:
             fix = "The server has to take token ids as prompt (vLLM, SGLang and llama.cpp do)"
+        else:
+            fix = "Run the same command again to resume"
         raise RunFailed(f"server_url: {self.url}{path}: {problem}. {fix}")
 
 
 def cut_after_stop(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[str]) -> list[int]:
     """Return the ids up to the token that completes the first stop text."""
-    if not any(stop in str(tokenizer.decode(ids)) for stop in stops):
-        return ids
-    low, high = 1, len(ids)
-    while low < high:
-        middle = (low + high) // 2
-        if any(stop in str(tokenizer.decode(ids[:middle])) for stop in stops):
-            high = middle
-        else:
-            low = middle + 1
-    return ids[:low]
+
+    def has_stop(length: int) -> bool:
+        return any(stop in str(tokenizer.decode(ids[:length])) for stop in stops)
+
+    return ids[: bisect_left(range(len(ids)), True, key=has_stop)]

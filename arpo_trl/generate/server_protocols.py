@@ -6,12 +6,9 @@ the request; of any other OpenAI-compatible server only chats and token counts a
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from ..data.messages import Fields, Message
 from ..data.serving_rows import ServingRow
 from ..errors import RunFailed, reason
+from .rollout_files import to_openai
+from .server import get_fields, make_client
 
-READ_SECONDS = 600.0
 RETRIES = 3  # a server may close a connection that was idle
 CANDIDATES = 5
 """Likeliest tokens that are asked for at each position."""
@@ -71,7 +69,6 @@ class Chat(NamedTuple):
     calls: list[Fields]
     finish: str
     prompt_tokens: int
-    tokens: int
 
 
 class Server:
@@ -92,7 +89,7 @@ class Server:
     greedy: ClassVar[Fields] = GREEDY
 
     def __init__(self, client: httpx.Client, model: Fields, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.client, self.card, self.tokenizer = client, model, tokenizer
+        self.client, self.tokenizer = client, tokenizer
         self.model = str(model.get("id", "default"))
         self.folder: Path | None = None
         self.facts: dict[str, Any] = {"model": self.model}
@@ -111,10 +108,19 @@ class Server:
         """Return the log-probabilities of the tokens from `start` on; None if it has none of prompts. Raises ServerError."""
         return None
 
-    def chat(self, row: ServingRow, limit: int, switches: Fields | None = None) -> Chat:
+    def chat(self, row: ServingRow, limit: int, switches: Fields | None = None, **parameters: Any) -> Chat:
         """Answer a row's messages greedily. Raises ServerError."""
-        body = self.request(row, switches) | {"max_tokens": limit, **self.greedy}
-        return to_chat(self.post("/v1/chat/completions", body))
+        body = self.request(row, switches) | {"max_tokens": limit, **self.greedy, **parameters}
+        answer = self.post("/v1/chat/completions", body)
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        message = choice["message"]
+        return Chat(
+            content=message.get("content") or "",
+            reasoning=message.get("reasoning_content") or message.get("reasoning") or "",
+            calls=[call["function"] for call in message.get("tool_calls") or ()],
+            finish=choice.get("finish_reason") or "",
+            prompt_tokens=usage.get("prompt_tokens", 0),
+        )
 
     def request(self, row: ServingRow, switches: Fields | None) -> Fields:
         """Return a row's messages, tools and switches as every server takes them."""
@@ -156,15 +162,15 @@ class Vllm(Server):
         answer = self.post("/v1/completions", body)
         choice = answer["choices"][0]
         scores = choice.get("logprobs") or {}
-        candidates = [
-            {token: value for name, value in (place or {}).items() if (token := to_id(name)) is not None}
-            for place in scores.get("top_logprobs") or []
-        ]
+        log_probs, prefix = scores.get("token_logprobs") or [], "token_id:"
         return Reply(
             text=choice["text"],
             ids=choice.get("token_ids"),
-            log_probs=[_number(value) for value in scores.get("token_logprobs") or []],
-            candidates=candidates,
+            log_probs=[math.nan if value is None else value for value in log_probs],  # JSON has no NaN
+            candidates=[
+                {int(name[len(prefix) :]): value for name, value in (place or {}).items() if name.startswith(prefix)}
+                for place in scores.get("top_logprobs") or []
+            ],
             stopped=choice["finish_reason"] == "stop",
             tokens=answer["usage"]["completion_tokens"],
         )
@@ -187,10 +193,7 @@ class SGLang(Vllm):
 
     def __init__(self, client: httpx.Client, model: Fields, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(client, model, tokenizer)
-        try:
-            self.folder = as_folder(client.get("/get_model_info").json().get("model_path"))
-        except (httpx.HTTPError, ValueError):
-            self.folder = None
+        self.folder = as_folder(get_fields(client, "/get_model_info").get("model_path"))
 
     def render(self, row: ServingRow, switches: Fields | None = None) -> Rendered:
         try:
@@ -237,8 +240,7 @@ class LlamaCpp(Server):
             self.parameters = int(meta["n_params"])
             self.bits = 8 * int(meta["size"]) / self.parameters
             self.facts["bits of a weight"] = round(self.bits, 1)
-        with contextlib.suppress(httpx.HTTPError, ValueError):
-            self.facts["model_path"] = client.get("/props").json().get("model_path")
+        self.facts["model_path"] = get_fields(client, "/props").get("model_path")
 
     def render(self, row: ServingRow, switches: Fields | None = None) -> Rendered:
         text = self.post("/apply-template", self.request(row, switches) | {"add_generation_prompt": True})["prompt"]
@@ -278,8 +280,8 @@ class TransformersServe(Server):
 
     def render(self, row: ServingRow, switches: Fields | None = None) -> Rendered:
         """Count a prompt's tokens; the end token is forced, since 5.24 fails on a tool call that max_tokens cuts."""
-        body = self.request(row, switches) | {"max_tokens": 1, "logit_bias": {str(row.end): 1000.0}, **self.greedy}
-        return Rendered(None, None, to_chat(self.post("/v1/chat/completions", body)).prompt_tokens)
+        chat = self.chat(row, 1, switches, logit_bias={str(row.end): 1000.0})
+        return Rendered(None, None, chat.prompt_tokens)
 
     def complete(self, ids: list[int], limit: int) -> Reply | None:
         """Continue the text of the ids, without the BOS that its tokenizer adds."""
@@ -306,12 +308,7 @@ def connect(url: str, model: str | None, folder: Path, tokenizer: PreTrainedToke
     Raises:
         RunFailed: nothing answers, or it serves several models.
     """
-    key = os.environ.get("OPENAI_API_KEY")
-    client = httpx.Client(
-        base_url=url.rstrip("/").removesuffix("/v1"),
-        timeout=httpx.Timeout(READ_SECONDS, connect=10.0),
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-    )
+    client = make_client(url.rstrip("/").removesuffix("/v1"))
     try:
         answer = client.get("/v1/models")
         cards: list[Fields] = answer.json().get("data") or answer.json().get("models") or []
@@ -331,25 +328,17 @@ def connect(url: str, model: str | None, folder: Path, tokenizer: PreTrainedToke
     return kind(client, card, tokenizer)
 
 
-def _kind(
-    client: httpx.Client, cards: list[Fields]
-) -> Callable[[httpx.Client, Fields, PreTrainedTokenizerBase], Server]:
+def _kind(client: httpx.Client, cards: list[Fields]) -> type[Server]:
     owner = str(cards[0].get("owned_by", "")) if cards else ""
     by_owner: dict[str, type[Server]] = {"vllm": Vllm, "sglang": SGLang, "llamacpp": LlamaCpp}
     if owner in by_owner:
         return by_owner[owner]
-    try:
-        paths = client.get("/openapi.json").json().get("paths", {})
-    except (httpx.HTTPError, ValueError, AttributeError):
-        paths = {}
+    paths = get_fields(client, "/openapi.json").get("paths", {})
     if "/load_model" in paths and "/reset" in paths:
         return TransformersServe
     if "/tokenize" in paths and "/v1/completions" in paths:
         return Vllm
-    try:
-        return LlamaCpp if "default_generation_settings" in client.get("/props").json() else Server
-    except (httpx.HTTPError, ValueError):
-        return Server
+    return LlamaCpp if "default_generation_settings" in get_fields(client, "/props") else Server
 
 
 def _is_pinned(client: httpx.Client, folder: Path) -> bool:
@@ -363,50 +352,14 @@ def _is_pinned(client: httpx.Client, folder: Path) -> bool:
 
 
 def to_wire(messages: list[Message]) -> list[Fields]:
-    """The messages as OpenAI's API takes them: the arguments of calls are JSON text."""
-
-    def to_call(call: Fields, number: int) -> Fields:
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        function = {"name": call["function"]["name"], "arguments": arguments}
-        return {"id": call.get("id", f"call_{number}"), "type": "function", "function": function}
-
-    wire: list[Fields] = []
-    for message in messages:
-        sent: Fields = dict(message)
-        if calls := message.get("tool_calls"):
-            sent["tool_calls"] = [to_call(call, number) for number, call in enumerate(calls)]
+    """The messages as OpenAI's API takes them."""
+    wire = list(map(to_openai, messages))
+    for message in wire:
         if reasoning := message.get("reasoning_content"):
-            sent["reasoning"] = reasoning  # vLLM's name; llama.cpp reads reasoning_content
+            message["reasoning"] = reasoning  # vLLM's name; llama.cpp reads reasoning_content
         if message["role"] == "tool":
-            sent.setdefault("tool_call_id", "call_0")
-        wire.append(sent)
+            message.setdefault("tool_call_id", "call_0")
     return wire
-
-
-def to_chat(answer: Any) -> Chat:
-    """Read the answer to a chat request."""
-    choice, usage = answer["choices"][0], answer.get("usage") or {}
-    message = choice["message"]
-    calls = [call["function"] for call in message.get("tool_calls") or ()]
-    return Chat(
-        content=message.get("content") or "",
-        reasoning=message.get("reasoning_content") or message.get("reasoning") or "",
-        calls=calls,
-        finish=choice.get("finish_reason") or "",
-        prompt_tokens=usage.get("prompt_tokens", 0),
-        tokens=usage.get("completion_tokens", 0),
-    )
-
-
-def _number(value: float | None) -> float:
-    """JSON has no NaN, and servers write null."""
-    return math.nan if value is None else value
-
-
-def to_id(name: str) -> int | None:
-    """The id in vLLM's names of tokens, "token_id:17"."""
-    match = re.fullmatch(r"token_id:(\d+)", name)
-    return int(match[1]) if match else None
 
 
 def as_folder(name: object) -> Path | None:

@@ -1,16 +1,14 @@
 """The tags of ARPO's trajectories, and the tool calls in a reply. Pure functions over text."""
 
-import contextlib
 import functools
 import json
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TOOL_TAGS = ("python", "search")
 """A call is `<python>code</python>` or `<search>query</search>`: the tag is the tool's name."""
-TOOL_ENDS = [f"</{tag}>" for tag in TOOL_TAGS]
-CALL_ENDS = [*TOOL_ENDS, "</tool_call>"]
+CALL_ENDS = [*(f"</{tag}>" for tag in TOOL_TAGS), "</tool_call>"]
 """What ends a call inside a reply. Qwen's templates write `<tool_call>` around JSON."""
 RESULT, RESULT_END = "<result>", "</result>"
 TAG = re.compile(rf"<(/?)(think|{'|'.join(TOOL_TAGS)}|result|answer|tool_call)>")
@@ -37,23 +35,21 @@ def find_calls(text: str, tags: Sequence[str] = TOOL_TAGS) -> list[Call]:
     at = 0
     call_start = _call_start(tuple(tags))
     while match := call_start.search(text, at):
-        start, at = match.start(), match.end()
+        tag, at = match[1], match.end()
         if match["action"]:
             react_call, at = _react_call(match["action"], text, at)
             calls.append(react_call)
-            continue
-        if not (tag := match[1]):
-            call, at = _json_call(text, start, or_else=at)
+        elif not tag:
+            call, at = _json_call(text, match.start(), or_else=at)
             calls += [call] if call else []
-            continue
-        end = text.find(f"</{tag}>", at)
-        if end < 0:
+        elif (end := text.find(f"</{tag}>", at)) < 0:
             break  # an unclosed tag calls nothing, nor does anything inside it
-        inside, at = text[at:end], end
-        if tag == "tool_call":
-            calls += find_calls(inside, tags) or [_call_in_another_form(inside)]
         else:
-            calls.append(Call(tag, inside.strip()))
+            inside, at = text[at:end], end
+            if tag == "tool_call":
+                calls += find_calls(inside, tags) or [_call_in_another_form(inside)]
+            else:
+                calls.append(Call(tag, inside.strip()))
     return calls
 
 
@@ -66,10 +62,8 @@ def _react_call(name: str, text: str, start: int) -> tuple[Call, int]:
     try:
         value, end = _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):
-        end = min(
-            at for at in (text.find("\nObservation:", start), text.find("\nAction:", start), len(text)) if at >= 0
-        )
-        return Call(name, text[start:end].strip()), end
+        argument = re.split("\nObservation:|\nAction:", text[start:], maxsplit=1)[0]
+        return Call(name, argument.strip()), start + len(argument)
     return Call(name, json.dumps(value, sort_keys=True)), end
 
 
@@ -83,10 +77,8 @@ def _json_call(text: str, start: int, or_else: int) -> tuple[Call | None, int]:
     arguments = value.get("arguments", value.get("parameters"))
     if not isinstance(value.get("name"), str) or arguments is None:
         return None, or_else
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError, RecursionError):  # text that is not JSON is the only argument
-            arguments = _DECODER.decode(arguments)
-    return Call(value["name"], json.dumps(arguments, sort_keys=True)), end
+    # Text that is not JSON is the only argument.
+    return Call(value["name"], json.dumps(json_or_text(arguments), sort_keys=True)), end
 
 
 def _call_in_another_form(text: str) -> Call:
@@ -100,11 +92,16 @@ def _call_in_another_form(text: str) -> Call:
 
 def _value(text: str) -> object:
     """Read a parameter as JSON, else as text."""
-    try:
-        value = _DECODER.decode(text)
-    except (ValueError, RecursionError):
-        return text
+    value = json_or_text(text)
     return text if isinstance(value, str) else value
+
+
+def json_or_text(text: Any) -> Any:
+    """Return the value of JSON text, or what is no such text as it is."""
+    try:
+        return _DECODER.decode(text)
+    except (TypeError, ValueError, RecursionError):
+        return text
 
 
 def _float(digits: str) -> int | float:

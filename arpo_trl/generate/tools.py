@@ -1,6 +1,5 @@
 """The tools that a model calls in a rollout or a chat: `python`, and commands of the user."""
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..shell import split_command
 from .sandbox import Limits, Outcome, describe_isolation, run_command, run_python
-from .tags import CALL_ENDS, RESULT, RESULT_END, Call
+from .tags import CALL_ENDS, RESULT, RESULT_END, Call, json_or_text
 
 PYTHON = "python"
 
@@ -62,10 +61,7 @@ class Toolbox:
 
 def to_code(arguments: str) -> str:
     """Return the program of a call: the text itself, or the value of `code` or of the only argument in JSON."""
-    try:
-        value = json.loads(arguments)
-    except ValueError:
-        return arguments
+    value = json_or_text(arguments)
     if isinstance(value, dict):
         value = value.get("code", next(iter(value.values())) if len(value) == 1 else None)
     return value if isinstance(value, str) else arguments

@@ -3,7 +3,6 @@
 The model's own ids stay as they were generated. Everything between them is rendered and tokenized as in training.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -16,7 +15,7 @@ from ..data.tokenizer import decode, make_tokenize
 from ..errors import RowError
 from .questions import Question
 from .sandbox import Outcome
-from .tags import TOOL_TAGS, Call, find_calls
+from .tags import TOOL_TAGS, Call, find_calls, json_or_text
 from .tools import find_markers, to_plain_text
 
 End: TypeAlias = Literal["stop", "max_tool_calls", "max_new_tokens", "context", "environment"]
@@ -80,16 +79,15 @@ class Writer:
         self.markers = find_markers(self.tokenizer)
         self.reply_prefix = _reply_prefix(template)
 
-    def start(self, question: Question, sample: int) -> Trajectory:
+    def start(self, question: Question, sample: int, number: int = 0) -> Trajectory:
         """Begin a trajectory.
 
         Raises:
             RowError: the template can't render the question.
         """
         ids = self._encode(to_context(question.messages, question.tools, self.template))
-        trajectory = Trajectory(question, sample, ids, prompt_tokens=len(ids), reply_start=len(ids))
-        if len(ids) >= self.limits.context:
-            trajectory.end = "context"
+        trajectory = Trajectory(question, sample, ids, prompt_tokens=len(ids), reply_start=len(ids), number=number)
+        trajectory.end = self._limit_reached(trajectory)
         return trajectory
 
     def tokens_left(self, trajectory: Trajectory) -> int:
@@ -104,32 +102,22 @@ class Writer:
         trajectory.ids += ids
         trajectory.reply_tokens += len(ids)
         trajectory.tokens += len(ids)
-        inside = trajectory.question.form.place == "inside"
         stopped = bool(ids) and ids[-1] in self.ends
-        text = self.reply_text(trajectory)
-        if inside:
-            closed = None if stopped else self._closed_call(trajectory, text)
+        if trajectory.question.form.place == "inside":
+            closed = None if stopped else self._closed_call(trajectory)
             calls = [closed[0]] if closed else []
         else:
-            calls = find_calls(text, self.tags) if stopped else []
-        if stopped and not calls:
-            self._end(trajectory, "stop", text)
-        elif not calls and self.tokens_left(trajectory) <= 0:
-            in_context = self.limits.context > len(trajectory.ids)
-            self._end(trajectory, "max_new_tokens" if in_context else "context", text)
-        elif calls and len(trajectory.calls) + len(calls) > self.limits.calls:
-            self._end(trajectory, "max_tool_calls", text)
-            calls = []
-        return calls
+            calls = find_calls(self.reply_text(trajectory), self.tags) if stopped else []
+        if calls and len(trajectory.calls) + len(calls) <= self.limits.calls:
+            return calls
+        self._end(trajectory, "max_tool_calls" if calls else "stop" if stopped else self._limit_reached(trajectory))
+        return []
 
     def reply_text(self, trajectory: Trajectory) -> str:
         """Return the text of the current reply, without its end token, from the point where the message begins."""
         ids = trajectory.ids[trajectory.reply_start :]
         ids = ids[:-1] if ids and ids[-1] in self.ends else ids
         return self._opened(trajectory) + self.decode(ids)
-
-    def _to_message(self, trajectory: Trajectory, text: str) -> Message:
-        return to_message(text.removeprefix(self.reply_prefix), trajectory.question.form.calls)
 
     def add_results(self, trajectory: Trajectory, calls: Sequence[Call], outcomes: Sequence[Outcome]) -> None:
         """Append the results of the calls, and what precedes the next reply.
@@ -142,18 +130,17 @@ class Writer:
             {**call._asdict(), "result": result, "error": outcome.error, "seconds": outcome.seconds}
             for call, result, outcome in zip(calls, results, outcomes, strict=True)
         ]
-        if trajectory.question.form.place == "inside":
-            self._continue_reply(trajectory, results)
+        form = trajectory.question.form
+        wrapped = [f"{form.before}{result}{form.after}" for result in results]
+        if form.place == "inside":
+            self._continue_reply(trajectory, "".join(wrapped))
         else:
-            self._begin_reply(trajectory, calls, results)
-        if trajectory.end is None and self.tokens_left(trajectory) <= 0:
-            in_context = self.limits.context > len(trajectory.ids)
-            text = self.reply_text(trajectory) if trajectory.question.form.place == "inside" else None
-            self._end(trajectory, "max_new_tokens" if in_context else "context", text)
+            self._begin_reply(trajectory, calls, wrapped)
+        self._end(trajectory, self._limit_reached(trajectory))
 
     def fail(self, trajectory: Trajectory) -> None:
         """End a trajectory because a tool or the server failed."""
-        self._end(trajectory, "environment", self.reply_text(trajectory))
+        self._end(trajectory, "environment")
 
     def encoding(self, trajectory: Trajectory) -> Encoding:
         """Compare the trajectory's ids with those of the training row that has its messages."""
@@ -179,47 +166,70 @@ class Writer:
         stripped = prompt.rstrip()
         return prompt[len(stripped) - len("<think>") :] if stripped.endswith("<think>") else ""
 
-    def _closed_call(self, trajectory: Trajectory, text: str) -> tuple[Call, int] | None:
-        before = self.decode(trajectory.ids[trajectory.reply_start : -1])
-        return _find_last_call(text, len(self._opened(trajectory)) + len(before), self.tags)
+    def _limit_reached(self, trajectory: Trajectory) -> End | None:
+        """Return the limit that leaves the model no token to write."""
+        if len(trajectory.ids) >= self.limits.context:
+            return "context"
+        return "max_new_tokens" if trajectory.reply_tokens >= self.limits.tokens else None
 
-    def _end(self, trajectory: Trajectory, end: End, text: str | None) -> None:
+    def _closed_call(self, trajectory: Trajectory) -> tuple[Call, str] | None:
+        """Return the call that the last token closed, and what this token has after it; None if it closed none."""
+        text, last = self.reply_text(trajectory), self.decode(trajectory.ids[trajectory.reply_start : -1])
+        before_last_token = len(self._opened(trajectory)) + len(last)
+        for tag in self.tags:
+            head, _, surplus = text.rpartition(f"</{tag}>")
+            _, start, inside = head.rpartition(f"<{tag}>")
+            if start and len(text) - len(surplus) > before_last_token:
+                return Call(tag, inside.strip()), surplus
+        return None
+
+    def _end(self, trajectory: Trajectory, end: End | None) -> None:
+        """End a trajectory, unless `end` is None, and the reply that it is in."""
         trajectory.end = end
-        if text is not None:
-            trajectory.messages.append(self._to_message(trajectory, text))
+        if end and len(trajectory.ids) > trajectory.reply_start:
+            trajectory.messages.append(self._message(trajectory))
 
-    def _continue_reply(self, trajectory: Trajectory, results: Sequence[str]) -> None:
-        """Append a result inside the reply.
+    def _message(self, trajectory: Trajectory) -> Message:
+        """Return the current reply as a message; calls in the template's form become `tool_calls`, which it renders."""
+        text = self.reply_text(trajectory).removeprefix(self.reply_prefix)
+        calls = find_calls(text) if trajectory.question.form.calls else []
+        if not calls:
+            return {"role": "assistant", "content": text}
+        starts = [at for at in map(text.find, ("<tool_call>", "Action:", "{", "[")) if at >= 0]
+        tool_calls: list[Fields] = []
+        for call in calls:
+            value = json_or_text(call.arguments)
+            arguments = value if isinstance(value, dict) else {"input": value}
+            tool_calls.append({"type": "function", "function": {"name": call.tool, "arguments": arguments}})
+        content = text[: min(starts, default=None)].rstrip()
+        return {"role": "assistant", "content": content, "tool_calls": tool_calls}
+
+    def _continue_reply(self, trajectory: Trajectory, results: str) -> None:
+        """Append results inside the reply.
 
         The token that closed the call may hold more than the tag: `>\\n` and `><` are single tokens in Qwen's tokenizer.
         The surplus counts as written if the result begins with it; otherwise that token is replaced by one that ends
         with the tag.
         """
-        form = trajectory.question.form
-        text = self.reply_text(trajectory)
-        closed = self._closed_call(trajectory, text)
-        surplus = text[closed[1] :] if closed else ""
-        follows = "".join(f"{form.before}{result}{form.after}" for result in results)
-        if follows.startswith(surplus):
-            follows = follows[len(surplus) :]
-        else:
+        closed = self._closed_call(trajectory)
+        surplus = closed[1] if closed else ""
+        if not results.startswith(surplus):
             last = self.decode(trajectory.ids[-1:])
             trajectory.ids[-1:] = self._encode([last.removesuffix(surplus)], before="<")
-        trajectory.ids += self._encode([follows], before=self.decode(trajectory.ids[-1:]))
+            surplus = ""
+        trajectory.ids += self._encode([results[len(surplus) :]], before=self.decode(trajectory.ids[-1:]))
 
     def _begin_reply(self, trajectory: Trajectory, calls: Sequence[Call], results: Sequence[str]) -> None:
         """End the reply, append the results as messages, and open the next reply."""
         form = trajectory.question.form
-        trajectory.messages.append(self._to_message(trajectory, self.reply_text(trajectory)))
-        wrapped = [f"{form.before}{result}{form.after}" for result in results]
+        new = [self._message(trajectory)]
         if form.calls:
-            names = [call.tool for call in calls]
-            trajectory.messages += [
-                {"role": "tool", "content": text, "name": name} for name, text in zip(names, wrapped, strict=True)
+            new += [
+                {"role": "tool", "content": text, "name": call.tool} for call, text in zip(calls, results, strict=True)
             ]
         else:
-            trajectory.messages.append({"role": form.place, "content": "\n".join(wrapped)})
-        messages = [*trajectory.question.messages, *trajectory.messages]
+            new.append({"role": form.place, "content": "\n".join(results)})
+        messages = [*trajectory.question.messages, *trajectory.messages, *new]
         pieces = to_context(messages, trajectory.question.tools, self.template)
         if len(pieces) > 1 and not self._strips_reasoning(messages):
             end = pieces[-2].removeprefix(self.template.without_end(pieces[-2]))
@@ -228,6 +238,7 @@ class Writer:
         else:
             trajectory.ids = self._encode(pieces)
             trajectory.rerendered += 1
+        trajectory.messages += new
         trajectory.reply_start, trajectory.reply_tokens = len(trajectory.ids), 0
 
     def _strips_reasoning(self, messages: list[Message]) -> bool:
@@ -265,34 +276,3 @@ def to_context(messages: list[Message], tools: list[Fields] | None, template: Te
         return [prompt]
     done = "".join(segment.text for segment in segments)
     return [*(segment.text for segment in segments), prompt[len(done) :]] if prompt.startswith(done) else [prompt]
-
-
-def to_message(text: str, with_calls: bool) -> Message:
-    """Return a reply as a message. `with_calls`: its calls become `tool_calls`, which the template renders."""
-    calls = find_calls(text) if with_calls else []
-    if not calls:
-        return {"role": "assistant", "content": text}
-    starts = [at for at in map(text.find, ("<tool_call>", "Action:", "{", "[")) if at >= 0]
-    content = text[: min(starts)] if starts else text
-    functions = [{"name": call.tool, "arguments": _to_object(call.arguments)} for call in calls]
-    tool_calls = [{"type": "function", "function": function} for function in functions]
-    return {"role": "assistant", "content": content.rstrip(), "tool_calls": tool_calls}
-
-
-def _to_object(arguments: str) -> Fields:
-    try:
-        value = json.loads(arguments)
-    except ValueError:
-        value = arguments
-    return value if isinstance(value, dict) else {"input": value}
-
-
-def _find_last_call(text: str, before_last_token: int, tags: Sequence[str]) -> tuple[Call, int] | None:
-    """Return the call that the last token closed, and where its end tag ends; None if it closed none."""
-    for tag in tags:
-        end = text.rfind(f"</{tag}>")
-        start = text.rfind(f"<{tag}>", 0, max(end, 0))
-        after = end + len(tag) + 3
-        if end >= 0 and start >= 0 and after > before_last_token:
-            return Call(tag, text[start + len(tag) + 2 : end].strip()), after
-    return None

@@ -231,7 +231,7 @@ def test_a_real_server_continues_our_ids(stops: tuple[str, ...]) -> None:
     url, folder = os.environ["ROLLOUT_SERVER"].split()
     tokenizer = AutoTokenizer.from_pretrained(Path(folder, "run"))
     here = TransformersEngine(load_for_generation(Path(folder, "run")), tokenizer, GREEDY)
-    there = ServerEngine(url, tokenizer, here.ends, GREEDY, 4)
+    there = ServerEngine(url, tokenizer, here.ends, GREEDY)
     assert there.ids != "text" and not there.notices
     prompt = tokenizer("What is").input_ids
     stops = tuple(tokenizer.decode(here.generate([Request(prompt, 4, "")])[0][2:4]) for _ in stops)

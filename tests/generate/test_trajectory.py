@@ -246,6 +246,16 @@ def test_each_end_is_recorded(place: Any, tiny_tokenizer: PreTrainedTokenizerBas
     assert long.end == "context" and len(long.calls) == 1
 
 
+def test_a_result_that_the_template_rejects_ends_the_trajectory_with_its_reply_once(
+    tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rejects = "{%- if messages | length > 2 %}{{ raise_exception('no') }}{%- endif %}"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", rejects + str(tiny_tokenizer.chat_template))
+    trajectory = ask(tiny_tokenizer, [CALL + "<|im_end|>"], ["1"], ResultForm())
+    assert trajectory.end == "environment"
+    assert trajectory.messages == [{"role": "assistant", "content": CALL}]
+
+
 def test_all_calls_of_a_turn_run_in_order(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     texts = ["<python>1</python> and <search>b</search><|im_end|>", "<answer>1</answer><|im_end|>"]
     trajectory = ask(tiny_tokenizer, texts, ["one", "two"], ResultForm())
@@ -364,3 +374,12 @@ def test_a_toolbox_runs_python_and_commands(call: Call, text: str, error: str) -
     )
     outcome = Toolbox({"python": "python", "echo": echo, "false": false}).run(call)
     assert (outcome.text, outcome.error) == (text, error)
+
+
+def test_a_call_that_is_nested_too_deeply_for_json_is_run(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """A model that repeats a bracket ends neither a rollout nor a chat."""
+    outcome = Toolbox({"python": "python"}).run(Call("python", "[" * 100_000))
+    assert outcome.error.startswith("SyntaxError")
+    text = f'<tool_call>{{"name": "search", "arguments": {"[" * 5_000}</tool_call><|im_end|>'
+    trajectory = ask(tiny_tokenizer, [text, "Done.<|im_end|>"], ["one"], ResultForm("tool", "", "", calls=True))
+    assert trajectory.end == "stop" and trajectory.calls[0]["tool"] == "search"
