@@ -58,7 +58,7 @@ def compare(golden_dir: Path, data_dir: Path, recipe: Recipe) -> tuple[int, int]
         rows = list(islice(read_rows(info.path), len(golden)))
         total += len(golden)
         for encoded, (input_ids, trained) in zip(encode_rows(rows, encoder), golden):
-            if encoded["outcome"] != "kept":
+            if encoded["outcome"] != "intact":
                 print(f"{encoded['source']}: {encoded['outcome']} ({encoded['reason']})")
             tokens = [(token, int(label != IGNORED)) for token, label in zip(encoded["input_ids"], encoded["labels"])]
             expected = list(zip_longest(input_ids, trained))

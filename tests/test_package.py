@@ -45,7 +45,7 @@ def test_the_example_of_the_docs_runs(tiny_model: Path) -> None:
     printed = python(
         code.replace('"max_samples=30"', f'"max_samples=30", "model_name_or_path={tiny_model.as_posix()}"'), ROOT
     )
-    assert re.fullmatch(r"arpo_sft_toy: 30 rows: \d+ kept, .*\n\S+arpo_sft_toy\.jsonl:\d+ \d+\n", printed)
+    assert re.fullmatch(r"arpo_sft_toy: 30 rows: \d+ intact, .*\n\S+arpo_sft_toy\.jsonl:\d+ \d+\n", printed)
 
 
 def test_every_module_named_in_the_docs_exists() -> None:

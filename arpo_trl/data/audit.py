@@ -1,4 +1,4 @@
-"""The outcome of each row: kept, shortened, truncated before the final answer, or dropped, with location and reason."""
+"""The outcome of each row: intact, shortened, truncated before the final answer, or dropped, with location and reason."""
 
 import json
 import math
@@ -32,7 +32,7 @@ class Counts:
         notes: Other counts in the rows that were not dropped, by kind and name.
     """
 
-    kept: int = 0
+    intact: int = 0
     shortened: int = 0
     lost_answer: int = 0
     dropped: int = 0
@@ -43,7 +43,7 @@ class Counts:
 
     @property
     def rows(self) -> int:
-        return self.kept + self.shortened + self.lost_answer + self.dropped
+        return self.intact + self.shortened + self.lost_answer + self.dropped
 
     def add(self, row: EncodedRow, tokens: int) -> None:
         """Count one row, of which the columns COUNTED are needed."""
@@ -97,7 +97,7 @@ class Audit:
         lines = []
         for name, counts in self.datasets.items():
             lines.append(
-                f"{name}: {counts.rows:,} rows: {counts.kept:,} kept, {counts.shortened:,} shortened, "
+                f"{name}: {counts.rows:,} rows: {counts.intact:,} intact, {counts.shortened:,} shortened, "
                 f"{counts.lost_answer:,} truncated before the final answer, {counts.dropped:,} dropped; "
                 f"{counts.tokens:,} tokens, {counts.trained_tokens:,} trained"
             )
@@ -144,8 +144,8 @@ def advise_cutoff(name: str, rows: Dataset, counts: Counts, cutoff_len: int) -> 
 
 
 def to_line(dataset: str, row: EncodedRow) -> str | None:
-    """Return the line of a row in `row_audit.jsonl`, or None if it was kept."""
-    if row["outcome"] == "kept":
+    """Return the line of a row in `row_audit.jsonl`, or None if it is intact."""
+    if row["outcome"] == "intact":
         return None
     columns = {"place": row["source"], "outcome": row["outcome"], "reason": row["reason"], "excerpt": row["excerpt"]}
     return json.dumps({"dataset": dataset, **columns}, ensure_ascii=False) + "\n"
@@ -195,7 +195,7 @@ def missing_columns(info: DatasetInfo, fields: Iterable[str], rows: int) -> list
     if "messages" in existing and info.formatting != "openai":
         rename = name = 'if the rows are in OpenAI form, set "formatting": "openai" and remove columns'
     return [
-        f"{info.place}.columns.{key}: column {column!r} is missing in all {rows:,} rows (found {shown}); "
+        f"{info.place}.columns.{key}: column {column!r} is missing in every row of {rows:,} (found {shown}); "
         f"{rename if key in info.named else name}"
         for key, column in info.columns.items()
         if existing and column not in existing and (key in info.named or (key in NEEDED and not info.ranking))

@@ -40,7 +40,7 @@ from .pairs import SIDES
 from .registry import saved_by_llamafactory
 
 # Increase it when rows are encoded or described differently, so that cached rows are encoded again.
-FORMAT = 7
+FORMAT = 8
 TRAINED_ON = Features({name: FEATURES[name] for name in ("input_ids", "labels", "source")})
 ROWS_IN_MEMORY = 100
 Parts = dict[str, object]
@@ -55,7 +55,7 @@ class EncodedDataset:
     fingerprint: str
 
     def list_changed_rows(self) -> Path | None:
-        """Write the list of rows that were not kept next to the encoded rows; None if there are none, or the disk is full."""
+        """Write the list of rows that are not intact next to the encoded rows; None if there are none, or the disk is full."""
         lines = list(list_rows(self.name, self.rows))
         if not lines:
             return None
@@ -276,7 +276,7 @@ def _describe_saved(*columns: Any, source: str, format_number: int) -> dict[str,
     *sides, position = columns
     input_ids, labels = sides[::2], sides[1::2]
     trained = [sum(label != IGNORED for label in side) for side in labels]
-    outcome, reason = ("kept", "") if all(trained) else ("dropped", "no trained token")
+    outcome, reason = ("intact", "") if all(trained) else ("dropped", "no trained token")
     return {
         "input_ids": list(chain.from_iterable(input_ids)),
         "labels": list(chain.from_iterable(labels)),

@@ -47,8 +47,8 @@ class EncodedRow(TypedDict):
     """One row of a dataset, dropped or not: the columns of an encoded dataset, with their Arrow types.
 
     `input_ids` and `labels` (-100: masked) have the shape (tokens,), and are empty if the row was dropped. `source`:
-    "file:line". `cut`: tokens past the cutoff. `outcome`: kept, shortened, lost_answer or dropped; `reason` and `excerpt`
-    (the first characters of the row) are empty if it was kept. `fields`: the row's own columns. `seq_lengths`: of a pair,
+    "file:line". `cut`: tokens past the cutoff. `outcome`: intact, shortened, lost_answer or dropped; `reason` and `excerpt`
+    (the first characters of the row) are empty if it is intact. `fields`: the row's own columns. `seq_lengths`: of a pair,
     the tokens of the chosen and of the rejected side; empty for other rows.
     """
 
@@ -253,7 +253,7 @@ def _to_columns(row: Row, result: Example | RowError, cutoff_len: int) -> Encode
     example = Example() if isinstance(result, RowError) else result
     labels = np.array(example.labels, np.int32)
     outcome, reason = _outcome(result, cutoff_len)
-    shown = "" if outcome == "kept" or isinstance(row.value, RowError) else excerpt(row.value, EXCERPT)
+    shown = "" if outcome == "intact" or isinstance(row.value, RowError) else excerpt(row.value, EXCERPT)
     return {
         "input_ids": np.array(example.input_ids, np.int32),
         "labels": labels,
@@ -278,7 +278,7 @@ def _outcome(result: Example | RowError, cutoff_len: int) -> tuple[str, str]:
     past = f"{result.cut} tokens past the cutoff of {cutoff_len}"
     after = f"{result.left_out} turn{'s' * (result.left_out > 1)} after the last reply"
     reason = " and ".join(text for text, number in ((after, result.left_out), (past, result.cut)) if number)
-    return "lost_answer" if result.lost_answer else "shortened" if reason else "kept", reason
+    return "lost_answer" if result.lost_answer else "shortened" if reason else "intact", reason
 
 
 def _storable(text: str) -> str:

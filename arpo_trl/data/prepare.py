@@ -1,7 +1,7 @@
 """Files or the Hub -> audited, encoded, cached train and eval datasets.
 
-Every row is accounted for: kept, shortened, truncated before the final answer, or dropped, with its location and the reason.
-Rows that were not kept are listed next to the encoded rows, and in `row_audit.jsonl` in the folder of a run.
+Every row is accounted for: intact, shortened, truncated before the final answer, or dropped, with its location and the reason.
+Rows that are not intact are listed next to the encoded rows, and in `row_audit.jsonl` in the folder of a run.
 """
 
 import math
@@ -82,7 +82,7 @@ class PreparedData:
         self.streamed.add([])
 
     def list_changed_rows(self) -> list[str]:
-        """Return a line for each list of rows that were not kept."""
+        """Return a line for each list of rows that are not intact."""
         paths = filter(None, (dataset.list_changed_rows() for dataset in self.encoded.values()))
         return [f"shortened and dropped rows are listed in {path}" for path in paths]
 

@@ -282,7 +282,7 @@ def predict(recipe: Recipe, model: Model, data: PreparedData) -> None:
             results |= {f"predict_{name}_{score}": value for score, value in score_replies(part).items()}
     save_metrics(output_dir, "predict", results)
     rows = len({(prediction.prompt.dataset, prediction.prompt.source) for prediction in predictions})
-    say(f"predict  replies to {len(predictions):,} turns of {rows:,} rows, see {path}")
+    say(f"predict  replies to {len(predictions):,} turns of {rows:,} row{'s' * (rows != 1)}, see {path}")
     for line in describe_scores({"right": scores}):
         say(f"         {line}")
 

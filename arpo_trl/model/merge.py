@@ -84,7 +84,7 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None, trust_remo
     match_umask(output)
     if manifest := find_manifest(adapter):  # for `chat`, which reads where results go, and as the model's origin
         manifest.write(output, "finished")
-        if (adapter / "all_results.json").is_file():
+        if manifest.status == "finished" and (adapter / "all_results.json").is_file():
             write_model_card(adapter, manifest, output)
     if rows := read_rows(adapter) or read_rows(adapter.parent):  # those of a checkpoint are in the folder above
         write_rows(rows, output)

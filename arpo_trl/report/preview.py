@@ -58,7 +58,7 @@ def preview(recipe: Recipe, rows: int) -> None:
         plain = recipe.model_copy(update={"mask_spans": []})
         unmasked = encode_rows(read, Encoder(info, plain, template)) if recipe.mask_spans else encoded
         for row, other in zip(encoded, unmasked):
-            if row["outcome"] != "kept":
+            if row["outcome"] != "intact":
                 say(f"{row['source']}: {row['outcome']} ({row['reason']})")
             if row["outcome"] != "dropped":
                 rows -= 1

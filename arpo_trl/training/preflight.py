@@ -98,7 +98,7 @@ def _run_training(trainer: ArpoTrainer, choose_checkpointing: bool) -> str:
     tokens_per_step = mean_length * args.per_device_train_batch_size * args.gradient_accumulation_steps
     return (
         f"preflight  longest batch ({tokens:,} tokens) ok, peak {format_bytes(peak)}; "
-        f"about {format_seconds(seconds / tokens * tokens_per_step * steps)} for {steps:,} steps"
+        f"about {format_seconds(seconds / tokens * tokens_per_step * steps)} for {steps:,} step{'s' * (steps != 1)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Each row is counted with what became of it, and listed unless it was kept."""
+"""Each row is counted with what became of it, and listed unless it is intact."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def test_the_audit_counts_every_outcome(bench: Bench) -> None:
     bench.add("d", [row(), row(reply=long), {"conversations": [*two, *row(long, "B")["conversations"]]}, row(long), 3])
     data = bench.prepare(max_dropped=0.5, cutoff_len=128)
     counts = data.audit.datasets["d"]
-    assert (counts.kept, counts.shortened, counts.lost_answer, counts.dropped, counts.rows) == (1, 1, 1, 2, 5)
+    assert (counts.intact, counts.shortened, counts.lost_answer, counts.dropped, counts.rows) == (1, 1, 1, 2, 5)
     assert counts.tokens == sum(len(ids) for ids in data.train["input_ids"])
     assert [finding["outcome"] for finding in bench.findings()] == ["shortened", "lost_answer", "dropped", "dropped"]
     assert bench.findings()[0]["reason"].endswith("tokens past the cutoff of 128")
@@ -60,7 +60,7 @@ def test_turns_after_the_last_reply_are_accounted_for(bench: Bench) -> None:
     bench.add("d", [{"conversations": one["conversations"] + more} for one in (short, long)])
     data = bench.prepare(cutoff_len=128)
     counts = data.audit.datasets["d"]
-    assert (counts.kept, counts.shortened) == (0, 2)
+    assert (counts.intact, counts.shortened) == (0, 2)
     assert bench.findings()[0]["reason"] == "2 turns after the last reply"
     assert re.fullmatch(
         r"2 turns after the last reply and \d+ tokens past the cutoff of 128", bench.findings()[1]["reason"]
@@ -152,7 +152,7 @@ def test_a_named_column_missing_in_all_rows_is_an_error(bench: Bench) -> None:
     with pytest.raises(DatasetError) as error:
         bench.prepare()
     assert str(error.value).splitlines() == [
-        f"{bench.folder / 'dataset_info.json'}: d.columns.{key}: column {column!r} is missing in all 3 rows "
+        f"{bench.folder / 'dataset_info.json'}: d.columns.{key}: column {column!r} is missing in every row of 3 "
         "(found input, instruction, output); fix the name, or remove the key from columns"
         for key, column in (("query", "inputt"), ("system", "sys_promt"))
     ]
@@ -164,7 +164,7 @@ def test_rows_in_another_format_are_an_error_that_explains_the_fix(bench: Bench)
     with pytest.raises(DatasetError) as error:
         bench.prepare()
     assert str(error.value).splitlines()[0] == (
-        f"{bench.folder / 'dataset_info.json'}: d.columns.response: column 'output' is missing in all 3 rows "
+        f"{bench.folder / 'dataset_info.json'}: d.columns.response: column 'output' is missing in every row of 3 "
         "(found conversations); set columns, or formatting"
     )
 
@@ -177,7 +177,7 @@ def test_rows_in_openai_form_registered_otherwise_are_an_error_whose_fix_works(f
     fix = 'if the rows are in OpenAI form, set "formatting": "openai" and remove columns'
     with pytest.raises(DatasetError) as error:
         bench.prepare()
-    assert str(error.value).splitlines()[0].endswith(f"is missing in all 3 rows (found messages); {fix}")
+    assert str(error.value).splitlines()[0].endswith(f"is missing in every row of 3 (found messages); {fix}")
     bench.add("d", rows, formatting="openai", columns={}, tags={})
     assert len(bench.prepare().train) == 3
 
@@ -194,7 +194,7 @@ def test_few_first_rows_are_not_checked_for_missing_columns(bench: Bench, monkey
     bench.add("d", [*numbered(5), row(sys="S")], columns={"system": "sys"})
     assert len(bench.prepare(max_samples=3).train) == 3
     monkeypatch.setattr(dataset, "ROWS_BEFORE_CHECK", 4)
-    with pytest.raises(DatasetError, match=r"columns.system: column 'sys' is missing in all 4 rows"):
+    with pytest.raises(DatasetError, match=r"columns.system: column 'sys' is missing in every row of 4"):
         bench.prepare(max_samples=4)
 
 
@@ -205,7 +205,7 @@ def test_a_missing_column_of_a_stream_is_an_error_once_it_is_checked(
     keys: dict[str, Any] = {"streaming": True, "disable_shuffling": True, "preprocessing_batch_size": 1}
     assert len(list(bench.prepare(**keys).train)) == 7
     monkeypatch.setattr(dataset, "ROWS_BEFORE_CHECK", 3)
-    with pytest.raises(DatasetError, match=r"columns.system: column 'sys' is missing in all 3 rows"):
+    with pytest.raises(DatasetError, match=r"columns.system: column 'sys' is missing in every row of 3"):
         list(bench.prepare(**keys).train)
 
 
@@ -259,10 +259,10 @@ def test_many_truncated_rows_are_reported_with_the_cutoff_that_keeps_most(outcom
     counts: Any = Counts
     lengths, cut = [100] * 17 + [512] * 3 + [0], [0] * 17 + [100, 128, 900] + [0]
     rows = Dataset.from_dict({"input_ids": [[0] * n for n in lengths], "cut": cut})
-    (line,) = advise_cutoff("mine", rows, counts(kept=17, dropped=1, **{outcome: 3}), 512)
+    (line,) = advise_cutoff("mine", rows, counts(intact=17, dropped=1, **{outcome: 3}), 512)
     assert line == ("mine: 15% of rows are truncated at cutoff_len 512; 640 keeps 95% intact (1.1x tokens)")
     rows = rows.map(lambda row: {"cut": row["cut"] % 900})
-    assert list(advise_cutoff("mine", rows, counts(kept=18, dropped=1, **{outcome: 2}), 512)) == []
+    assert list(advise_cutoff("mine", rows, counts(intact=18, dropped=1, **{outcome: 2}), 512)) == []
 
 
 @pytest.mark.parametrize("formatting", ["sharegpt", "alpaca"])

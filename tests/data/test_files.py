@@ -137,7 +137,7 @@ def test_line_3501_is_called_3501(bench: Bench) -> None:
     data = bench.prepare()
     assert bench.findings()[0]["place"] == f"{path}:3501"
     assert data.audit.lines() == [
-        "d: 4,000 rows: 3,999 kept, 0 shortened, 0 truncated before the final answer, 1 dropped; "
+        "d: 4,000 rows: 3,999 intact, 0 shortened, 0 truncated before the final answer, 1 dropped; "
         f"{data.audit.datasets['d'].tokens:,} tokens, {data.audit.datasets['d'].trained_tokens:,} trained"
     ]
 

@@ -282,7 +282,7 @@ def encode(row: dict[str, Any], info: DatasetInfo = SHAREGPT, **keys: Any) -> tu
 def sides(row: dict[str, Any], info: DatasetInfo = SHAREGPT, **keys: Any) -> list[tuple[str, str]]:
     """The context up to the first trained token, and the trained text, of each side."""
     encoded, template = encode(row, info, **keys)
-    assert encoded["outcome"] == "kept", encoded["reason"]
+    assert encoded["outcome"] == "intact", encoded["reason"]
     found, start = [], 0
     for length in encoded["seq_lengths"]:
         ids, labels = (encoded[name][start : start + length] for name in ("input_ids", "labels"))

@@ -315,7 +315,7 @@ def test_a_reply_with_an_end_token_in_its_own_text_is_dropped_with_its_line() ->
     good = json.loads(json.dumps(row(False, False, False, 1).messages))
     outcomes = [(row["source"], row["outcome"], row["reason"]) for row in encode([good, wrong], "plain")]
     reason = "reply 1 contains '<|im_end|>', at which the model would stop"
-    assert outcomes == [("rows:1", "kept", ""), ("rows:2", "dropped", reason)]
+    assert outcomes == [("rows:1", "intact", ""), ("rows:2", "dropped", reason)]
 
 
 def test_a_template_that_breaks_the_end_of_every_row_stops_the_run() -> None:

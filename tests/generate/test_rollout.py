@@ -268,7 +268,7 @@ def test_selected_rows_and_pairs_are_rows_to_train_on(
         max_steps=1,
     )
     log = (trained_again / "training.log").read_text(encoding="utf-8")
-    assert f"selected: {len(selected)} rows: {len(selected)} kept" in log
+    assert f"selected: {len(selected)} rows: {len(selected)} intact" in log
     assert "ignored" not in log
     assert main(["select", str(out), "--max-per-question", "3", "--max-pairs-per-question", "5"]) == 0
     assert len(read_lines(out / "selected.jsonl")) >= len(selected)
@@ -281,7 +281,7 @@ def test_selected_rows_and_pairs_are_rows_to_train_on(
         tmp_path / "dpo", trained / "run", **keys, tokenized_path=None, plot_loss=False, max_steps=1
     )
     log = (preferred / "training.log").read_text(encoding="utf-8")
-    assert f"pairs: {len(pairs)} rows: {len(pairs)} kept" in log and "first pair: loss 0.6931" in log
+    assert f"pairs: {len(pairs)} rows: {len(pairs)} intact" in log and "first pair: loss 0.6931" in log
     for pair in pairs:
         assert pair["conversations"][-1]["from"] == "human"
         chosen, rejected = (sources[pair["source"], sample] for sample in pair["sample"])

@@ -70,7 +70,7 @@ def roll(
 def encode(template: Template, info: DatasetInfo, row: dict[str, Any]) -> tuple[list[int], list[int]]:
     recipe = Recipe(model_name_or_path="m", output_dir="unused", cutoff_len=1 << 20)
     [encoded] = encode_rows([Row("row:1", row)], Encoder(info, recipe, template))
-    assert encoded["outcome"] == "kept", encoded["reason"]
+    assert encoded["outcome"] == "intact", encoded["reason"]
     return encoded["input_ids"].tolist(), encoded["labels"].tolist()
 
 

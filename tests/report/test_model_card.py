@@ -129,6 +129,13 @@ def test_a_merged_models_card_has_its_commands(tiny_model: Path, tmp_path: Path)
     assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
     assert "arpo-trl merge" not in rest and f"`vllm serve {merged.as_posix()} {QWEN_FLAGS}`" in rest
 
+    # Killed while it wrote its last files, the run has a complete adapter, but not all that a card needs.
+    (run / "trainer_state.json").unlink()
+    manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    (run / "run.json").write_text(json.dumps(manifest | {"status": "running"}), encoding="utf-8")
+    assert main(["merge", str(run), str(tmp_path / "killed")]) == 0
+    assert (tmp_path / "killed" / "model.safetensors").is_file() and not (tmp_path / "killed" / "README.md").exists()
+
 
 def test_a_base_model_is_named_by_its_hub_id_or_folder(tmp_path: Path) -> None:
     cached = tmp_path / "models--Qwen--Qwen2.5-0.5B" / "snapshots" / "060db6499f32faf8b98477b0a26969ef7d8b9987"

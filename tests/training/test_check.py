@@ -24,7 +24,7 @@ def test_check_prints_what_the_run_would_do(
     check(chat_recipe)
     lines = capsys.readouterr().out.splitlines()
     assert any(
-        line.startswith("data     d: 11 rows: 10 kept, 0 shortened, 0 truncated before the final answer, 1 dropped; ")
+        line.startswith("data     d: 11 rows: 10 intact, 0 shortened, 0 truncated before the final answer, 1 dropped; ")
         for line in lines
     )
     said = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line and not line.startswith(" ")}
@@ -107,7 +107,7 @@ def test_check_of_a_stream_names_what_is_unknown(chat_recipe: Recipe, capsys: py
 
 def test_check_of_an_evaluation_prints_its_data(chat_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     check(chat_recipe.model_copy(update={"do_train": False, "do_eval": True, "dataset": [], "eval_dataset": ["d"]}))
-    assert capsys.readouterr().out.startswith("data     d: 11 rows: 10 kept, ")
+    assert capsys.readouterr().out.startswith("data     d: 11 rows: 10 intact, ")
 
 
 def test_check_counts_training_rows_without_held_out_ones(

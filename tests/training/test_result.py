@@ -48,7 +48,7 @@ def test_rows_of_a_dataset_are_trained_on(tiny_model: Path, tmp_path: Path) -> N
     result = train(keys, rows=Dataset.from_list([{"messages": turns}] * 3))
     log = (result.output_dir / "training.log").read_text(encoding="utf-8")
     path = result.output_dir / "rows.parquet"
-    assert result.exit_code == 0 and f"{path}: recognized as openai" in log and f"{path}: 3 rows: 3 kept" in log
+    assert result.exit_code == 0 and f"{path}: recognized as openai" in log and f"{path}: 3 rows: 3 intact" in log
 
 
 def test_a_stopped_run_names_the_signal(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
