@@ -83,9 +83,9 @@ def merge(adapter: Path, output: Path, dtype_name: str | None = None, trust_remo
     tokenizer.save_pretrained(output)
     match_umask(output)
     if manifest := find_manifest(adapter):  # for `chat`, which reads where results go, and as the model's origin
-        manifest.write(output, "finished")
         if manifest.status == "finished" and (adapter / "all_results.json").is_file():
             write_model_card(adapter, manifest, output)
+        manifest.write(output, "finished")
     if rows := read_rows(adapter) or read_rows(adapter.parent):  # those of a checkpoint are in the folder above
         write_rows(rows, output)
     weights = merged.state_dict()
