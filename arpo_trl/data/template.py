@@ -235,9 +235,9 @@ def render(
 ) -> str:
     """Render with any chat template; the tokenizer's own if None. Raises RowError if the template raises an error."""
     apply: Callable[..., object] = tokenizer.apply_chat_template
-    given = {"tools": tools, "chat_template": chat_template, "add_generation_prompt": prompt, **switches}
+    arguments = {"tools": tools, "chat_template": chat_template, "add_generation_prompt": prompt, **switches}
     try:
-        return str(apply(messages, tokenize=False, **given))
+        return str(apply(messages, tokenize=False, **arguments))
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise RowError(f"the chat template raised an error: {error}") from None
 
