@@ -165,7 +165,7 @@ def shared_start(text: str, other: str) -> str:
 def count_shared(items: Sequence[object], other: Sequence[object]) -> int:
     """Return how many items at the start of both sequences are equal: the position of the first difference."""
     pairs = enumerate(zip(items, other))
-    return next((at for at, (item, twin) in pairs if item != twin), min(len(items), len(other)))
+    return next((at for at, (left, right) in pairs if left != right), min(len(items), len(other)))
 
 
 def _join_turns(done: str, until_prompt: str, template: Template, segments: list[Segment]) -> str:
