@@ -69,7 +69,6 @@ class Engine(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
         """Return the new ids of each request, with the end token or the token that completes a stop text."""
-        ...
 
 
 def seed_of(sampling: Sampling, key: str) -> int:

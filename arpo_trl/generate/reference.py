@@ -38,14 +38,12 @@ class Reference:
 
     def round_to(self, dtype: str) -> None:
         """Round the weights to `dtype`, and compute in float32 all the same."""
-        if dtype == self.rounded_to or (self._exact is None and DTYPES[dtype] is DTYPES[self.dtype]):
-            self.rounded_to = dtype
-            return
-        if self._exact is None:
+        if self._exact is None and dtype != self.dtype:
             self._exact = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
-        with torch.no_grad():
-            for name, weight in self.model.named_parameters():
-                weight.copy_(self._exact[name].to(DTYPES[dtype]).float())
+        if self._exact is not None and dtype != self.rounded_to:
+            with torch.no_grad():
+                for name, weight in self.model.named_parameters():
+                    weight.copy_(self._exact[name].to(DTYPES[dtype]).float())
         self.rounded_to = dtype
 
     def overflows(self, dtype: str) -> int:

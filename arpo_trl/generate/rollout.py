@@ -196,10 +196,7 @@ class _Rollout:
     def _batch_size(self, engine: Engine, ordered: Sequence[Trajectory]) -> int:
         """Return the batch size, or 1 if padding changes what the model predicts."""
         assert isinstance(engine, TransformersEngine)
-        longest, shortest = ordered[0].ids, ordered[-1].ids
-        if self.batch_size == 1 or len(longest) == len(shortest):
-            return self.batch_size
-        error = engine.padding_error(longest, shortest)
+        error = 0.0 if self.batch_size == 1 else engine.padding_error(ordered[0].ids, ordered[-1].ids)
         if error <= engine.padding_tolerance:
             return self.batch_size
         say(f"batches  of one row: padded batches would change this model's logits by {error:.1%}")

@@ -237,11 +237,9 @@ def _wait(process: subprocess.Popen[bytes], output: int, limits: Limits, is_limi
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(min(0.25, max(deadline - time.monotonic(), 0.001)))
-                if code < 0:
-                    return f"killed by {signal.Signals(-code).name}"
-                return f"exit status {code}" if code else ""
+                return _describe_ending(f"exit {code}" if code >= 0 else f"signal {-code}", limits)
             if time.monotonic() > deadline:
-                return f"stopped after {limits.seconds:g} s"
+                return _describe_ending("time", limits)
             if os.fstat(output).st_size > DISK_BYTES:
                 return f"stopped: more than {DISK_BYTES >> 20} MB of output"
     finally:
