@@ -4,7 +4,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
 from statistics import fmean
 from typing import Any, TypeAlias
 
@@ -76,7 +75,7 @@ def summarize(lines: Sequence[Line]) -> dict[str, float]:
     if by_question:
         figures["pass@1"], figures["pass@1_low"], figures["pass@1_high"] = pass_at_1(by_question.values())
         largest = max(map(len, by_question.values()))
-        for k in takewhile(lambda k: k <= largest, (2**power for power in range(1, 20))):
+        for k in (2**power for power in range(1, largest.bit_length())):
             figures[f"pass@{k}"] = fmean(
                 pass_at_k(len(right), sum(right), k) for right in by_question.values() if len(right) >= k
             )

@@ -319,11 +319,9 @@ def connect(url: str, model: str | None, folder: Path, tokenizer: PreTrainedToke
     kind = _kind(client, cards)
     if model is None and kind is TransformersServe and not _is_pinned(client, folder):
         model = str(folder.resolve())  # it loads what a request names
-    names = [str(card.get("id")) for card in cards]
     if model is None and len(cards) > 1:
-        raise RunFailed(
-            f"--url {url}: serves {len(cards)} models. Choose one with --served-model: {', '.join(names[:8])}"
-        )
+        names = ", ".join(str(card.get("id")) for card in cards[:8])
+        raise RunFailed(f"--url {url}: serves {len(cards)} models. Choose one with --served-model: {names}")
     card = next((card for card in cards if model in (None, card.get("id"))), {"id": model})
     return kind(client, card, tokenizer)
 
