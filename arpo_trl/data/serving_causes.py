@@ -152,7 +152,9 @@ def explain_bos(trained: Prompt, served: Prompt, bos: Prompt, name: object) -> D
 
 def _explained(changes: Sequence[Change], is_sent: bool) -> Difference:
     what = " and ".join(change.what for change in changes)
-    text = f"training rendered with {what}, this folder renders without" if is_sent else f"the server renders with {what}"
+    text = (
+        f"training rendered with {what}, this folder renders without" if is_sent else f"the server renders with {what}"
+    )
     fixes = dict.fromkeys(change.send if is_sent else change.undo for change in changes)
     causes = dict.fromkeys(change.cause for change in changes)
     return Difference(" and ".join(causes), text, " ".join(filter(None, fixes)))

@@ -24,7 +24,9 @@ def test_check_prints_what_the_run_would_do(
     check(chat_recipe)
     lines = capsys.readouterr().out.splitlines()
     assert any(
-        line.startswith("data     d: 11 rows: 10 intact, 0 shortened, 0 truncated before the final answer, 1 dropped; ")
+        line.startswith(
+            "data     d: 11 rows: 10 intact, 0 shortened, 0 truncated before the final answer, 1 dropped; "
+        )
         for line in lines
     )
     said = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line and not line.startswith(" ")}
