@@ -75,12 +75,12 @@ def load_or_encode(encoder: Encoder) -> EncodedDataset:
     info, recipe = encoder.info, encoder.recipe
     saved = Path(recipe.tokenized_path) / info.folder_name if recipe.tokenized_path else None
     rows = _load_saved(saved) if saved and saved.exists() else None
-    if rows and info.path and not info.path.exists():
+    if rows is not None and info.path and not info.path.exists():
         data = str(_parts_of(rows)["data"])  # encoded on another machine, without the raw data here
     else:
         data = fingerprint(info, streaming=False)
     parts = _parts(encoder, data)
-    before = _parts_of(rows) if rows else parts
+    before = parts if rows is None else _parts_of(rows)
     changed = [part for part in parts if before.get(part) != parts[part]]
     encode_again = recipe.overwrite_cache and (PartialState().is_main_process or bool(changed))
     if changed and not encode_again:

@@ -140,12 +140,9 @@ def _to_entry(columns: dict[str, object]) -> dict[str, object] | None:
     reply = {"chosen": "chosen", "rejected": "rejected"} if is_pair else {}
     named = {key: key for key in OPTIONAL if key in columns}
     for column in ("messages", "conversations"):
-        turns = columns.get(column)
-        turn = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
-        for formatting in ("openai", "sharegpt"):
-            if {TAGS[formatting]["role_tag"], TAGS[formatting]["content_tag"]} <= turn.keys():
-                named = {key: name for key, name in named.items() if key in COLUMNS[formatting]}
-                return {"formatting": formatting, "ranking": is_pair, "columns": {"messages": column} | reply | named}
+        if formatting := _format_of_turns(columns.get(column)):
+            named = {key: name for key, name in named.items() if key in COLUMNS[formatting]}
+            return {"formatting": formatting, "ranking": is_pair, "columns": {"messages": column} | reply | named}
     for prompt, response in (("instruction", "output"), ("prompt", "response"), ("prompt", "completion")):
         answers = reply or {"response": response}
         if {prompt, *answers.values()} <= columns.keys() and isinstance(columns[prompt], str):
@@ -155,7 +152,16 @@ def _to_entry(columns: dict[str, object]) -> dict[str, object] | None:
                 "ranking": is_pair,
                 "columns": {"prompt": prompt} | query | answers | named,
             }
+    if is_pair and (formatting := _format_of_turns(columns["chosen"])):  # each side is a complete conversation
+        named = {key: name for key, name in named.items() if key in COLUMNS[formatting]}
+        return {"formatting": formatting, "ranking": True, "columns": reply | named}
     return None
+
+
+def _format_of_turns(turns: object) -> str | None:
+    turn = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
+    tags = {name: {TAGS[name]["role_tag"], TAGS[name]["content_tag"]} for name in ("openai", "sharegpt")}
+    return next((name for name, keys in tags.items() if keys <= turn.keys()), None)
 
 
 def _describe(info: DatasetInfo) -> str:

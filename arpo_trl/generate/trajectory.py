@@ -192,10 +192,11 @@ class Writer:
     def _message(self, trajectory: Trajectory) -> Message:
         """Return the current reply as a message; calls in the template's form become `tool_calls`, which it renders."""
         text = self.reply_text(trajectory).removeprefix(self.reply_prefix)
-        calls = find_calls(text) if trajectory.question.form.calls else []
+        calls = find_calls(text, self.tags) if trajectory.question.form.calls else []
         if not calls:
             return {"role": "assistant", "content": text}
-        starts = [at for at in map(text.find, ("<tool_call>", "Action:", "{", "[")) if at >= 0]
+        marks = [*(f"<{tag}>" for tag in (*self.tags, "tool_call")), "Action:", "{", "["]
+        starts = [at for at in map(text.find, marks) if at >= 0]
         tool_calls: list[Fields] = []
         for call in calls:
             value = json_or_text(call.arguments)

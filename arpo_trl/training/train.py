@@ -125,7 +125,7 @@ def run(recipe: Recipe) -> Result:
 
 def _result(recipe: Recipe, code: int) -> Result:
     output_dir = Path(recipe.output_dir)
-    state = read_json(output_dir / "trainer_state.json") if code == 0 else None
+    state = read_json(output_dir / "trainer_state.json") if code == 0 and recipe.do_train else None
     best = (state or {}).get("best_model_checkpoint")
     return Result(
         exit_code=code,

@@ -157,7 +157,7 @@ def test_a_tokenized_path_needs_no_raw_data(bench: Bench) -> None:
     path.unlink()
     second = bench.prepare(**keys)
     assert second.train[:] == first.train[:] and second.fingerprints == first.fingerprints
-    with pytest.raises(DatasetError, match="other settings \(mask_history\); set overwrite_cache"):
+    with pytest.raises(DatasetError, match=r"other settings \(mask_history\); set overwrite_cache"):
         bench.prepare(**keys, mask_history=True)
 
 

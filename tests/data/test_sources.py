@@ -42,6 +42,12 @@ FORMATS: list[tuple[dict[str, Any], str, bool, dict[str, str]]] = [
         True,
         {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
     ),
+    (
+        {"chosen": [USER, REPLY], "rejected": [USER, {**REPLY, "content": "no"}]},
+        "openai",
+        True,
+        {"chosen": "chosen", "rejected": "rejected"},
+    ),
 ]
 
 

@@ -45,7 +45,7 @@ class Script:
         self.replies, self.results, self.ends = iter(replies), iter(results), list(ends)
         self.requests: list[Request] = []
         self.calls: list[Call] = []
-        self.tools = {"python": "python", "search": "x"}
+        self.tools = {"python": "python", "search": "x", "lookup": "x"}
 
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
         self.requests += requests
@@ -277,6 +277,15 @@ def test_json_calls_become_tool_calls_and_tool_messages(tiny_tokenizer: PreTrain
     assert [call["function"]["name"] for call in reply["tool_calls"]] == ["search", "python"]
     assert (reply["content"], last["content"]) == ("Let me see.", "Done.")
     assert [(message["role"], message["content"]) for message in results] == [("tool", "one"), ("tool", "two")]
+
+
+@pytest.mark.parametrize("tag", ["python", "lookup"])
+def test_calls_in_tags_become_tool_calls_too(tag: str, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = [f"Let me see.\n<{tag}>1 + 1</{tag}><|im_end|>", "Done.<|im_end|>"]
+    trajectory = ask(tiny_tokenizer, texts, ["one"], ResultForm("tool", "", "", calls=True))
+    reply = trajectory.messages[0]
+    assert [call["function"] for call in reply["tool_calls"]] == [{"name": tag, "arguments": {"input": "1 + 1"}}]
+    assert reply["content"] == "Let me see."
 
 
 def test_a_call_that_the_template_rewrites_keeps_the_model_s_ids(tiny_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -184,7 +184,10 @@ def test_a_model_can_be_evaluated_without_training(
         save_safetensors=True,
     )
     monkeypatch.delenv("WANDB_MODE")  # nobody is logged in: an evaluation tells no tracker, and needs no login
-    assert train(recipe).exit_code == 0
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trainer_state.json").write_text('{"best_model_checkpoint": "of an earlier run"}')
+    result = train(recipe)
+    assert (result.exit_code, result.best_checkpoint) == (0, None)
     log = (tmp_path / "run" / "training.log").read_text(encoding="utf-8")
     assert "save_safetensors: ignored" in log and "eval counting loss" in log
     found = json.loads((tmp_path / "run" / "eval_results.json").read_text(encoding="utf-8"))
