@@ -40,7 +40,7 @@ from .pairs import SIDES
 from .registry import saved_by_llamafactory
 
 # Increase it when rows are encoded or described differently, so that cached rows are encoded again.
-FORMAT = 7
+FORMAT = 8
 TRAINED_ON = Features({name: FEATURES[name] for name in ("input_ids", "labels", "source")})
 ROWS_IN_MEMORY = 100
 Parts = dict[str, object]

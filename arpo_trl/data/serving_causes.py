@@ -153,7 +153,9 @@ def explain_bos(trained: Prompt, served: Prompt, bos: Prompt, name: object) -> D
 def _explained(changes: Sequence[Change], is_sent: bool) -> Difference:
     what = " and ".join(change.what for change in changes)
     text = (
-        f"training rendered with {what}, this folder renders without" if is_sent else f"the server renders with {what}"
+        f"training rendered with {what}, this folder's template renders without"
+        if is_sent
+        else f"the server renders with {what}"
     )
     fixes = dict.fromkeys(change.send if is_sent else change.undo for change in changes)
     causes = dict.fromkeys(change.cause for change in changes)
@@ -230,7 +232,7 @@ def _reasoning(tokenizer: PreTrainedTokenizerBase, names: list[str]) -> Iterator
         return ask._replace(chat_template=form.jinja, switches={**ask.switches, **KEEP_REASONING})
 
     if find_template(tokenizer).jinja not in named_templates(tokenizer).values():
-        fix = "This chat template always leaves it out. Set mask_history: true in the recipe, to train only last replies, without earlier reasoning."
+        fix = "The template has no switch for it: set mask_history: true in the recipe, to train only the last reply of each row, after turns without reasoning."
         yield Change(cause, "the reasoning of earlier turns", fix, "", in_training)
 
 

@@ -120,7 +120,7 @@ def test_a_preflight_prints_the_peak_and_the_time(
 ) -> None:
     train(tmp_path, tiny_model, preflight=True, max_steps=1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preflight")]
-    assert re.search(r"\(\d+ tokens\) ok, peak (\d\.\d\d GB|\d+\.\d MB); about 0:00:0\d for 1 steps$", line)
+    assert re.search(r"\(\d+ tokens\) ok, peak (\d\.\d\d GB|\d+\.\d MB); about 0:00:0\d for 1 step$", line)
 
 
 def test_a_run_that_needs_little_memory_skips_the_training_batch(
