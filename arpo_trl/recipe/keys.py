@@ -25,6 +25,7 @@ from .types import (
     Names,
     Number,
     Numbers,
+    RequiredLocation,
     Rows,
     Seed,
     Spans,
@@ -43,7 +44,7 @@ from .types import (
 
 
 class ModelKeys(BaseModel):
-    model_name_or_path: Location = key(..., "Base model: a hub ID or a local folder")
+    model_name_or_path: RequiredLocation = key(..., "Base model: a hub ID or a local folder")
     model_revision: str = key("main", "Branch, tag or commit of the model on the hub", "from_pretrained(revision)")
     trust_remote_code: bool = key(False, "Run code from the model's repository")
     cache_dir: Location | None = key(None, "Folder for downloaded models", "from_pretrained(cache_dir)")
@@ -97,7 +98,7 @@ class DatasetKeys(BaseModel):
 
 
 class OutputKeys(BaseModel):
-    output_dir: Location = key(..., "Folder of the run: checkpoints, logs and the final model")
+    output_dir: RequiredLocation = key(..., "Folder of the run: checkpoints, logs and the final model")
     overwrite_output_dir: bool = key(False, "Start over; otherwise resume, or stop if the run is finished")
     resume_from_checkpoint: bool | Location | None = key(None, "true for the latest complete checkpoint, or a path")
     allow_changed_recipe: bool = key(False, "Resume even if keys that change the result differ")

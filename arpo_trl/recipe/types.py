@@ -184,8 +184,15 @@ def _location(value: str) -> str:
     return os.path.expanduser(value)  # noqa: PTH111  (Path would rewrite it)
 
 
+def _not_empty(value: str) -> str:
+    if not value:  # as a path, the working directory
+        raise ValueError("expected a path, found ''")
+    return value
+
+
 # A path or a hub id.
 Location = Annotated[str, AfterValidator(_location)]
+RequiredLocation = Annotated[Location, AfterValidator(_not_empty)]
 Locations = Annotated[list[Location], BeforeValidator(_split, json_schema_input_type=str | list[str])]
 Settings = Annotated[
     dict[str, object] | None, BeforeValidator(_settings, json_schema_input_type=dict[str, object] | str | None)

@@ -133,7 +133,8 @@ def test_a_folder_without_weights_or_model_is_named_in_one_line(
     shutil.copytree(tiny_model, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors"))
     assert main(["chat", str(tmp_path / "run"), "--prompt", "hi"]) == 2
     assert re.fullmatch(
-        r".*run: can't be loaded \(.+\)\. Use the output_dir of a finished run, and run this.*\n", capsys.readouterr().err
+        r".*run: can't be loaded \(.+\)\. Use the output_dir of a finished run, and run this.*\n",
+        capsys.readouterr().err,
     )
     assert main(["chat", str(tmp_path)]) == 2
     assert "not a model folder. Use the output_dir of a finished run" in capsys.readouterr().err

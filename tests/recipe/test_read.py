@@ -761,6 +761,12 @@ def test_keys_are_listed_by_group_without_cut_words() -> None:
     assert "default  adamw_torch_fused" in explain(["optim"])
 
 
+@pytest.mark.parametrize("key", ["model_name_or_path", "output_dir"])
+def test_an_empty_path_is_not_the_working_directory(key: str, tmp_path: Path) -> None:
+    lines = [line for line in GOOD.splitlines() if not line.startswith(key)]
+    assert problems(tmp_path, "\n".join([*lines, f"{key}: ''"])) == [f"line 4  {key}: expected a path, found ''"]
+
+
 @pytest.mark.parametrize("width", [60, 80, 119])
 def test_help_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def show() -> str:
