@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         template=None if options.own_template else "qwen",
         cutoff_len=4096,
         truncation_mode="llamafactory",
-        output_dir="",
+        output_dir="unused",
     )
     try:
         equal, total = compare(options.golden, options.data, recipe)

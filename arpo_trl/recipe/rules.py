@@ -72,7 +72,7 @@ def _notices(recipe: Recipe, resolved: Recipe, rollout: bool) -> Iterator[str]:
 
 def changed_keys(resolved: Mapping[str, object]) -> dict[str, object]:
     """Return the keys of `Recipe.resolved()` whose values differ from their defaults."""
-    defaults = resolve(Recipe(model_name_or_path="", output_dir="")).resolved()
+    defaults = resolve(Recipe(model_name_or_path="-", output_dir="-")).resolved()
     return {key: value for key, value in resolved.items() if value != defaults.get(key)}
 
 
