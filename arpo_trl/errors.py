@@ -23,7 +23,8 @@ def printable(text: str) -> str:
 
 def in_one_line(error: BaseException) -> str:
     """Return a library's message as one line of at most 500 characters, or the error's type if it has no message."""
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    text = re.sub(r"\[(Errno|WinError) -?\d+\] ", "", " ".join(str(error).split()))
+    return text[:500] or type(error).__name__
 
 
 def reason(error: BaseException) -> str:

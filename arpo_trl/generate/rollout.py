@@ -309,7 +309,7 @@ class _Rollout:
         ends = Counter(line["end"] for line in lines)
         say(f"rollout  {len(lines):,} trajectories are in {self.folder / ROLLOUTS}")
         say(*(f"         {line}" for line in describe(columns)))
-        say(f"         how they ended: {', '.join(f'{count:,} {end}' for end, count in sorted(ends.items()))}")
+        say(f"         finish reasons: {', '.join(f'{count:,} {end}' for end, count in sorted(ends.items()))}")
         if self.recipe.rollout_on == "train":
             say(*select(self.folder, self.recipe.max_per_question, self.recipe.max_pairs_per_question))
 
@@ -351,7 +351,7 @@ def show(title: str, trajectory: Trajectory, line: Line) -> None:
     """Print a trajectory: the model's text green, results yellow, the question dim."""
     console = Console(highlight=False, soft_wrap=True)
     score = "no reference" if line["score"] is None else f"score {line['score']:g}"
-    say(f"{title}: {line['source']}, sample {line['sample']}, {score}, ended by {line['end']}")
+    say(f"{title}: {line['source']}, sample {line['sample']}, {score}, finish reason {line['end']}")
     text = Text()
     for message in [*trajectory.question.messages, *trajectory.messages]:
         if message["role"] != "assistant":

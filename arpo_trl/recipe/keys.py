@@ -269,6 +269,8 @@ _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "m
 
 def in_words(schema: JsonSchemaValue) -> str:
     """Return a JSON Schema as text, such as `an integer > 0` or `one of steps, epoch`."""
+    if "words" in schema:
+        return str(schema["words"])
     if "anyOf" in schema:
         parts = dict.fromkeys(in_words(part) for part in schema["anyOf"] if part != {"type": "null"})
         *first, last = " or ".join(parts).split(" or ")  # "true or false" is two

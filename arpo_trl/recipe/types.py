@@ -170,7 +170,11 @@ Attention = Annotated[Literal["auto", "disabled", "sdpa", "fa2", "fa3", "flex"],
 Seed = Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_not_a_bool)]  # numpy's range
 Workers = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Names = Annotated[list[str], BeforeValidator(_split, json_schema_input_type=str | list[str])]
-Numbers = Annotated[list[Number], BeforeValidator(_split, json_schema_input_type=float | str | list[float])]
+Numbers = Annotated[
+    list[Number],
+    BeforeValidator(_split, json_schema_input_type=float | str | list[float]),
+    Field(json_schema_extra={"words": "numbers such as 0.7,0.3"}),
+]
 Spans = Annotated[
     list[Annotated[str, Field(min_length=1), AfterValidator(_is_span)]],
     BeforeValidator(_spans, json_schema_input_type=str | list[str]),

@@ -94,7 +94,7 @@ def describe_rows(data: PreparedData, verbose: bool) -> list[str]:
     unit = "pair" if "seq_lengths" in data.train.column_names else "row"
     prefix, held_out = f"per {unit}", data.eval.get("validation")
     if held_out is not None:
-        prefix += f" of {len(data.train):,} training {unit}s"
+        prefix += f" of {len(data.train):,} training {unit}{'s' * (len(data.train) != 1)}"
         lines += [
             f"         {len(held_out):,} of these rows are held out (val_size), {len(data.train):,} are trained on"
         ]

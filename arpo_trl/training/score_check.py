@@ -48,13 +48,13 @@ def check_scores(recipe: Recipe, trainer: ArpoTrainer) -> list[str]:
     if not trainer.accelerator.reduce(differs):  # all processes decide the same
         return []
     family = trainer.model.config.get_text_config().model_type
-    message = f"{family}: the fused loss differs from the model's own logits by {difference:.1g} of their size"
+    message = f"{family}: the fused loss and the model's own logits differ (relative difference {difference:.1g})"
     if reason := _why_not_own_logits(recipe, trainer):
         raise recipe.error("model_name_or_path", f"not supported: {message}, and {reason}")
     reference = trainer.preference and trainer.preference.reference
     for model in {without_adapter(trainer.accelerator.unwrap_model(trainer.model)), reference} - {None}:
         score_own_logits(cast(PreTrainedModel, model))
-    return [f"loss     {message}; it is computed from these, which takes more memory"]
+    return [f"loss     {message}; the loss is computed from the logits, which takes more memory"]
 
 
 def _largest_difference(trainer: ArpoTrainer) -> float:

@@ -135,7 +135,7 @@ def _check_tokens(recipe: Recipe, data: PreparedData, size: int) -> None:
         token, where = beyond
         raise recipe.error(
             "model_name_or_path",
-            f"{recipe.model_name_or_path} has embeddings for {size:,} token ids, but {where} has token id {token:,} "
+            f"{recipe.model_name_or_path} has embeddings for token ids 0 to {size - 1:,}, but {where} has token id {token:,} "
             f"({tokenizer.convert_ids_to_tokens(token)!r}); {RESIZE}",
         )
 

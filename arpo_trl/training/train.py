@@ -12,7 +12,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from ..data.prepare import PreparedData
 from ..data.saved_folder import check_run
-from ..errors import RecipeError, RunFailed, in_one_line
+from ..errors import RecipeError, RunFailed, in_one_line, reason
 from ..generate.predict import predict
 from ..machine import full_disk_as_run_failed
 from ..model.adapters import keep_adapter_in_float32
@@ -291,7 +291,7 @@ def write_results(
         try:
             plot_run(read_lines(output_dir / "trainer_log.jsonl"), output_dir)
         except OSError as error:  # on Windows, if a viewer has it open
-            say(f"training_loss.png could not be written ({error}); the model is saved")
+            say(f"training_loss.png could not be written ({reason(error)}); the model is saved")
     write_model_card(output_dir, manifest)
     match_umask(output_dir)
     manifest.write(output_dir, "finished")

@@ -137,7 +137,7 @@ def test_a_folder_without_weights_or_model_is_named_in_one_line(
         capsys.readouterr().err,
     )
     assert main(["chat", str(tmp_path)]) == 2
-    assert "not a model folder. Use the output_dir of a finished run" in capsys.readouterr().err
+    assert "is not a model folder. Use the output_dir of a finished run" in capsys.readouterr().err
 
 
 # --- where results go ---

@@ -49,7 +49,7 @@ def test_rows_that_do_not_fit_are_rejected_with_the_keys_line(
     (data / "counting.json").write_text(json.dumps(rows), encoding="utf-8")
     for overrides in ((), ("do_train=false", "do_eval=true", "dataset=null", "eval_dataset=counting")):
         assert error_of(*overrides).startswith(
-            f"{recipe}:{line}: model_name_or_path: {model} has embeddings for {size:,} token ids, but "
+            f"{recipe}:{line}: model_name_or_path: {model} has embeddings for token ids 0 to {size - 1:,}, but "
             f"{data / 'counting.json'}:1:39 has token id {new:,} ('<new_{new}>'); resize the model once"
         )
 
