@@ -72,7 +72,8 @@ class ServingReport:
         lines = [f"{name:9}{text}" for name, text in parts.items() if text]
         lines += [f"note     {note}" for note in self.notes]
         lines += [f"differs  {difference}" for difference in self.differences]
-        result = f"{len(self.differences)} differences" if self.differences else "what is served is what was trained"
+        count = len(self.differences)
+        result = f"{count} difference{'s' * (count != 1)}" if count else "what is served is what was trained"
         return [*lines, f"serving check  {result}"]
 
 
