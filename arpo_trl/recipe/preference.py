@@ -104,7 +104,7 @@ _NOT_SUPPORTED = {
     "neat_packing": "not supported with stage: dpo. Remove the line; padding_free: true avoids padding",
     "streaming": "not supported with stage: dpo. Remove the line",
     "train_on_prompt": "not supported with stage: dpo, where chosen and rejected share the prompt. Remove the line",
-    "mask_history": "not supported with stage: dpo, which never trains on the prompt's replies. Remove the line",
+    "mask_history": "not supported with stage: dpo, which never trains on the earlier replies in the prompt. Remove the line",
     "do_predict": _PREDICT,
     "predict_with_generate": _PREDICT,
     "predict_during_eval": _PREDICT,

@@ -202,7 +202,7 @@ def end_report(
     seconds = max(trained["train_runtime"], run_seconds(log))
     lines.append(f"done     in {format_seconds(seconds)}: {', '.join(figures)}")
     files = [name for name in ("README.md", "trainer_log.jsonl", "training_loss.png") if (output_dir / name).exists()]
-    return [*lines, f"model    {recipe.output_dir} (see {', '.join(files)})"]
+    return [*lines, f"model    saved in {recipe.output_dir}, with {', '.join(files)}"]
 
 
 def describe_stop(recipe: Recipe, step: int, signum: int) -> list[str]:

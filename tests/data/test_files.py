@@ -198,11 +198,11 @@ def test_a_csv_row_with_too_many_fields_is_dropped(bench: Bench) -> None:
 MISSING: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown name": (
         {"dataset": ["nope"]},
-        "dataset: nope: no such dataset in {0}{1}dataset_info.json; expected one of d",
+        "dataset: nope: no such dataset in {0}{1}dataset_info.json; expected d",
     ),
     "a path of no file": (
         {"dataset": ["none.jsonl"]},
-        "dataset: none.jsonl: no such file, and no such dataset in {0}{1}dataset_info.json; expected one of d",
+        "dataset: none.jsonl: no such file, and no such dataset in {0}{1}dataset_info.json; expected d",
     ),
     "an empty file": ({"file_name": "empty.jsonl"}, "d: no rows"),
     "a missing file": ({"file_name": "none.jsonl"}, "{0}{1}none.jsonl: no such file"),

@@ -168,7 +168,7 @@ def test_an_unknown_name_is_reported_with_its_key(bench: Bench) -> None:
     bench.add("a", numbered(2))
     with pytest.raises(DatasetError) as error:
         bench.prepare(dataset=["x"], eval_dataset=["a", "y"])
-    there = f"no such dataset in {bench.folder / 'dataset_info.json'}; expected one of a"
+    there = f"no such dataset in {bench.folder / 'dataset_info.json'}; expected a"
     assert str(error.value).splitlines() == [f"dataset: x: {there}", f"eval_dataset: y: {there}"]
 
 

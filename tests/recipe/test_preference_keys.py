@@ -67,7 +67,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"neat_packing": True}, "neat_packing: not supported with stage: dpo. Remove the line; padding_free: true avoids padding"),
     ({"streaming": True, "max_steps": 3}, "streaming: not supported with stage: dpo. Remove the line"),
     ({"train_on_prompt": True}, "train_on_prompt: not supported with stage: dpo, where chosen and rejected share the prompt. Remove the line"),
-    ({"mask_history": True}, "mask_history: not supported with stage: dpo, which never trains on the prompt's replies. Remove the line"),
+    ({"mask_history": True}, "mask_history: not supported with stage: dpo, which never trains on the earlier replies in the prompt. Remove the line"),
     ({"predict_with_generate": True, "val_size": 1}, "predict_with_generate: not supported with stage: dpo. To predict, use a recipe with stage: sft and the trained model"),
     ({"use_dft_loss": True}, "use_dft_loss: not supported with stage: dpo, whose loss is over pairs. Remove the line"),
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: not supported with stage: dpo. Write dpo_label_smoothing"),

@@ -697,7 +697,7 @@ def test_missing_files_and_datasets_are_reported_in_under_a_second_without_torch
     assert done.stderr.splitlines() == [
         f"r.yaml:5: template: t.jinja: no such file; {here}",
         f"r.yaml:1: model_name_or_path: ./m: no such folder; {here}",
-        f"r.yaml:4: dataset: a: no such dataset in {Path('data/dataset_info.json')}; expected one of b",
+        f"r.yaml:4: dataset: a: no such dataset in {Path('data/dataset_info.json')}; expected b",
     ]
     assert (done.returncode, done.stdout.strip()) == (2, "")
     assert seconds < 1
