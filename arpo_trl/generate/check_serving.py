@@ -176,6 +176,10 @@ def _check_prompts(
     is_counted = bool(served) and all(answer.ids is None for _, answer in served)
     texts_here = _texts_of_folder(server, served) if is_counted else []
     check, tokenizer, same = PromptCheck(), compare.tokenizer, list[ServingRow]()
+    for row, error in answers:  # first: without an answer, nothing else can be compared
+        if isinstance(error, ServerError):
+            check.rows += 1
+            add(check.differences, _explain_error(error, tokenizer), row.source)
     counted: list[tuple[ServingRow, Ask, int]] = []
     for (row, answer), text in zip(served, texts_here or [answer.text for _, answer in served]):
         if text is not None:
@@ -193,10 +197,6 @@ def _check_prompts(
         for row, _, tokens in counted:
             other = Difference(UNKNOWN, f"{tokens:,} tokens where training had {len(row.ids):,}", "")
             add(check.differences, explanation or other, row.source)
-    for row, error in answers:
-        if isinstance(error, ServerError):
-            check.rows += 1
-            add(check.differences, _explain_error(error, tokenizer), row.source)
     compare.unite(check)
     _try_switches(server, served, check.differences, compare)
     report.prompts = check.summary()
