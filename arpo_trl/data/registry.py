@@ -280,4 +280,6 @@ def nearest_name(key: str, known: Collection[str]) -> str:
     if nearest := get_close_matches(key, known, n=1):
         return f"; did you mean {nearest[0]}?"
     shown = ", ".join(islice(known, SHOWN)) or "none"
-    return f"; expected {'one of ' * (len(known) > 1)}{shown}" + (f" and {len(known) - SHOWN:,} more" if len(known) > SHOWN else "")
+    return f"; expected {'one of ' * (len(known) > 1)}{shown}" + (
+        f" and {len(known) - SHOWN:,} more" if len(known) > SHOWN else ""
+    )
