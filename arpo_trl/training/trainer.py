@@ -87,7 +87,7 @@ class ArpoTrainer(SFTTrainer):
         self.batches: list[Batch] = []  # of the update in progress
         self._sums: list[Tensor] = []  # of each batch, see _score
         self.last_batch = ""  # "training batch of 2 x 100 tokens"
-        self._eval_sums = torch.zeros(1, dtype=torch.float64)  # see compute_loss
+        self._eval_sums = self._no_sums()
         self._advance: Callable[[float], None] = lambda _: None
         self.collate_rows = self.data_collator
         if preference:
@@ -308,7 +308,7 @@ class ArpoTrainer(SFTTrainer):
         if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = {}
-        sums = torch.zeros(1, dtype=torch.float64)
+        sums = self._no_sums()
         for name in self.eval_dataset:
             metrics |= super().evaluate(name, ignore_keys, f"{metric_key_prefix}_{name}")
             sums = sums + self._eval_sums
@@ -320,13 +320,18 @@ class ArpoTrainer(SFTTrainer):
     def evaluation_loop(
         self, dataloader: DataLoader[Batch], *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        self._eval_sums = torch.zeros(1, dtype=torch.float64)
+        self._eval_sums = self._no_sums()
         kwargs["metric_key_prefix"] = metric_key_prefix
         with progress("evaluating", len(dataloader), self.is_world_process_zero()) as self._advance:
             output: EvalLoopOutput = super().evaluation_loop(dataloader, *args, **kwargs)
         assert output.metrics is not None
         output.metrics.update(self._means(self._eval_sums, metric_key_prefix))
         return output
+
+    def _no_sums(self) -> Tensor:
+        """Return what an evaluation without a batch sums: dataloader_drop_last may drop all rows."""
+        size = len(metric_names(self.preference.recipe)) + 2 if self.preference else 4
+        return torch.zeros(size, dtype=torch.float64)
 
     def _means(self, sums: Tensor, prefix: str) -> dict[str, float]:
         return self.preference.means(sums, prefix) if self.preference else token_means(sums, prefix)

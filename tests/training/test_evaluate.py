@@ -196,6 +196,13 @@ def test_a_model_can_be_evaluated_without_training(
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_an_evaluation_may_drop_all_rows(tiny_model: Path, tmp_path: Path) -> None:
+    """Of one row, which is less than a batch."""
+    keys = {"val_size": 1, "do_eval": True, "dataloader_drop_last": True, "max_steps": 1}
+    run = small_run.run(tmp_path, tiny_model, per_device_eval_batch_size=2, **keys)
+    assert json.loads((run / "all_results.json").read_text(encoding="utf-8"))["eval_loss"] == 0
+
+
 def test_evaluation_batches_are_at_most_as_large_as_training_batches(tiny_model: Path, tmp_path: Path) -> None:
     run = small_run.run(tmp_path, tiny_model, val_size=0.25, do_eval=True, per_device_train_batch_size=1, max_steps=1)
     args = torch.load(run / "training_args.bin", weights_only=False)
