@@ -221,7 +221,9 @@ def _vocabulary(recipe: Recipe, config: dict[str, Any], hub: Hub | None) -> Iter
         return
     base, reference = map(_vocabulary_size, (config, _config(recipe.ref_model, recipe, hub)))
     if base and reference and base != reference:
-        what = f"{recipe.ref_model} has a vocabulary of {reference:,} tokens, {recipe.model_name_or_path} of {base:,}"
+        what = (
+            f"{recipe.ref_model} has {reference:,} tokens in its vocabulary, {recipe.model_name_or_path} has {base:,}"
+        )
         yield "ref_model", f"{what}; use a reference with the same vocabulary"
 
 

@@ -142,7 +142,7 @@ def test_two_processes_roll_out_what_one_does(turns: Path, tmp_path: Path) -> No
         ),
         (["output_dir={tmp}/none"], "has no final model. Train it first, or set do_train=false"),
         (['tools={"search": "no-such-program"}'], "tools: search: no such command"),
-        (["tools=search"], "search has no command"),
+        (["tools=search"], "'search' has no command"),
         (["server_url=http://127.0.0.1:9/v1"], "no answer"),
     ],
 )

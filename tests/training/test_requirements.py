@@ -255,7 +255,7 @@ def test_a_reference_must_exist_and_have_the_models_vocabulary(
     lines = [*with_data, "stage=dpo", "dataset=pairs"]
     for ref, problem in [
         ("./none", "ref_model: ./none: no such folder; paths are relative to "),
-        ("./other", "ref_model: ./other has a vocabulary of 999 tokens, m of 1,000; use a reference with the same"),
+        ("./other", "ref_model: ./other has 999 tokens in its vocabulary, m has 1,000; use a reference with the same"),
     ]:
         with pytest.raises(RecipeError, match=problem):
             check_inputs(recipe_of(*lines, f"ref_model={ref}"))
@@ -278,7 +278,7 @@ def test_model_revision_is_not_that_of_another_reference(
         (snapshot.parents[1] / "refs" / revision).write_text("abc", encoding="utf-8")
         (snapshot / "config.json").write_text(json.dumps({"vocab_size": size}), encoding="utf-8")
     lines = [*with_data, "stage=dpo", "dataset=pairs", f"cache_dir={tmp_path}", "model_revision=v1"]
-    with pytest.raises(RecipeError, match="ref_model: other has a vocabulary of 999 tokens, m of 1,000"):
+    with pytest.raises(RecipeError, match="ref_model: other has 999 tokens in its vocabulary, m has 1,000"):
         check_inputs(recipe_of(*lines, "ref_model=other"))
 
 
