@@ -158,7 +158,7 @@ def _tools(value: object) -> object:
             f"expected python, or a mapping with lines NAME: python or NAME: COMMAND, found {shorten(value)}"
         )
     if unknown := [name for name, tool in value.items() if name == tool != "python"]:
-        raise ValueError(f"{unknown[0]!r} has no command (expected {unknown[0]}: COMMAND)")
+        raise ValueError(f"the tool {unknown[0]!r} has no command (expected {unknown[0]!r}: COMMAND)")
     return value
 
 
