@@ -317,7 +317,7 @@ def check_order(messages: list[Message]) -> None:
         if role == "system" and number > 1:
             raise RowError(f"wrong order: message {number} is a system message, expected only as the first")
         if role == "tool" and before not in ("assistant", "tool"):
-            raise RowError(f"wrong order: message {number} is an observation after {before}, expected after assistant")
+            raise RowError(f"wrong order: message {number} is an observation, expected only after an assistant turn")
 
 
 def _split_calls(content: str, where: str) -> tuple[str, object]:

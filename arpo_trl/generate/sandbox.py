@@ -98,9 +98,7 @@ def describe_isolation(limits: Limits) -> str:
         isolation = find_isolation()
         if isolation.mode != "none":
             where = "user namespaces" if isolation.mode == "namespaces" else isolation.mode
-            return (
-                f"{numbers}; no network, writes only to an empty folder that is deleted ({where}); can read your files"
-            )
+            return f"{numbers}; contained ({where}): it can read your files, write only to a temporary folder, use no network"
         user = "an unused user" if isolation.as_nobody else "you"
         return (
             f"{numbers}, as {user}; not contained: it can use the network and this user's files (install bubblewrap)"

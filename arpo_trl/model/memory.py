@@ -156,7 +156,7 @@ def describe_memory(memory: Memory, gpu: int | None) -> str:
     else:
         sizes = [size for size in GPU_SIZES if memory.peak < USABLE * size * 1e9]
         fits = f"fits a {sizes[0]} GB GPU" if sizes else f"does not fit an {GPU_SIZES[-1]} GB GPU"
-    return f"about {memory.peak / unit:.1f} {name_of_unit} peak (at most, by part: {parts}); {fits}"
+    return f"about {memory.peak / unit:.1f} {name_of_unit} peak (parts, not all at once: {parts}); {fits}"
 
 
 def _largest_batch(recipe: Recipe, args: SFTConfig, rows: Dataset) -> tuple[int, int, int]:

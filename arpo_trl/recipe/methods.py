@@ -166,7 +166,7 @@ def quantized_conflicts(recipe: _Recipe, config: dict[str, Any]) -> Iterator[tup
         return
     base = f"{recipe.model_name_or_path} is quantized with {method.upper()}"
     if missing := [name for name in QUANTIZED_PACKAGES[method].split() if importlib.util.find_spec(name) is None]:
-        fix = f"pip install {' '.join(missing)}, or use the model that is not quantized with quantization_bit: 4"
+        fix = f"pip install {' '.join(missing)}, or use the unquantized model and quantization_bit: 4"
         yield "model_name_or_path", f"{base}, which needs {' and '.join(missing)}; {fix}"
     if recipe.do_train and not recipe.trains_adapter:
         yield "finetuning_type", f"{base}, which does not support full training; use finetuning_type: lora"

@@ -408,12 +408,12 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "an observation first": (
         "sharegpt",
         chat(turn("observation", "1"), A),
-        "wrong order: message 1 is an observation after nothing, expected after assistant",
+        "wrong order: message 1 is an observation, expected only after an assistant turn",
     ),
     "an observation after the user": (
         "sharegpt",
         chat(Q, turn("observation", "1"), A),
-        "wrong order: message 2 is an observation after user, expected after assistant",
+        "wrong order: message 2 is an observation, expected only after an assistant turn",
     ),
     "a call that is prose": (
         "sharegpt",

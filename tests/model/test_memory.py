@@ -139,7 +139,7 @@ def test_checkpointing_keeps_one_layer_and_the_hidden_states_of_each(tmp_path: P
 def test_the_smallest_gpu_that_fits_is_named() -> None:
     memory = Memory(2_000_000_000, 2_000_000_000, 4_000_000_000, 3_000_000_000, 1_000_000_000)
     assert memory.peak == 10_000_000_000
-    parts = "about 10.0 GB peak (at most, by part: weights 2.0, gradients 2.0, optimizer 4.0, activations 3.0, logits 1.0); "
+    parts = "about 10.0 GB peak (parts, not all at once: weights 2.0, gradients 2.0, optimizer 4.0, activations 3.0, logits 1.0); "
     assert describe_memory(memory, None) == f"{parts}fits a 16 GB GPU"
     assert describe_memory(memory, 10_500_000_000) == f"{parts}does not fit this 10 GB GPU"
     assert describe_memory(memory._replace(optimizer=90_000_000_000), None).endswith("does not fit an 80 GB GPU")

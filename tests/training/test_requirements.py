@@ -333,7 +333,7 @@ def test_keys_not_supported_on_a_quantized_base_are_reported_with_their_line(
     given = recipe_of(*with_data, *lines)
     with pytest.raises(RecipeError) as caught:
         check_inputs(given)
-    assert f"{base}, which needs gptqmodel and optimum; pip install gptqmodel optimum, or use the model that" in str(
+    assert f"{base}, which needs gptqmodel and optimum; pip install gptqmodel optimum, or use the unquantized" in str(
         caught.value
     )
     installed |= {"gptqmodel", "optimum"}
