@@ -269,7 +269,7 @@ def _read_reasoning(fields: Fields, where: str) -> str:
     values = {key: fields.pop(key) for key in REASONING_KEYS if isinstance(fields.get(key), str)}
     texts = [text for text in values.values() if text.strip()]
     if any(text != texts[0] for text in texts):
-        raise RowError(f"{where} has {' and '.join(values)}, and they differ; keep one")
+        raise RowError(f"{where} has {' and '.join(map(repr, values))}, which differ; keep one")
     return texts[0] if texts else ""
 
 

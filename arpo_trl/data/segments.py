@@ -151,7 +151,7 @@ def _until_prompt(
     starts = has_header or (message["content"] and reply.startswith(message["content"]))
     if not starts or (rest.strip() and "".join(reply.split()).startswith("".join(rest.split()))):
         raise RowError(
-            "the chat template renders this reply without the generation prompt that inference uses; use another template"
+            "with this chat template, the text before this reply is not the generation prompt of inference; use another template"
         )
     return shared, rest
 

@@ -150,7 +150,7 @@ def notices(recipe: _Recipe) -> Iterator[str]:
     if recipe.stage != "dpo":
         return
     if recipe.pref_loss in ("hinge", "ipo"):
-        yield f"pref_loss: {recipe.pref_loss} is trained as named; LLaMA-Factory with trl 0.20 or later trains sigmoid"
+        yield f"pref_loss: {recipe.pref_loss} is used; LLaMA-Factory with trl 0.20 or later uses sigmoid instead"
     if recipe.ref_model and not needs_reference(recipe):
         yield f"ref_model is ignored: pref_loss: {recipe.pref_loss} has no reference"
     for name in ("lora_dropout", "module_dropout"):

@@ -53,7 +53,7 @@ def _notices(recipe: Recipe, resolved: Recipe, rollout: bool) -> Iterator[str]:
     if recipe.packing and not recipe.neat_packing:
         yield "packing: packed conversations do not attend to each other, as with neat_packing: true"
     if (recipe.preprocessing_num_workers or 1) > 1 and not recipe.packing:
-        yield "preprocessing_num_workers: ignored without packing; a single process encodes the rows, on all cores"
+        yield "preprocessing_num_workers: ignored without packing; encoding uses all cores anyway"
     if kernel := _missing_kernel(recipe):
         yield f"flash_attn: {recipe.flash_attn} requires the package {kernel}, which is not installed; using sdpa"
     if "wandb" in recipe.report_to and wandb_is_disabled():

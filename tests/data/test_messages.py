@@ -493,7 +493,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "two thoughts": (
         "openai",
         {"messages": [{"role": "assistant", "content": "A", "reasoning": "R", "thinking": "T"}]},
-        "messages[0] has reasoning and thinking, and they differ; keep one",
+        "messages[0] has 'reasoning' and 'thinking', which differ; keep one",
     ),
     "two lists of tools": (
         "sharegpt",

@@ -181,7 +181,7 @@ def test_a_generation_prompt_unrelated_to_the_reply_is_an_error() -> None:
         "{% if add_generation_prompt %}<s>{% endif %}"
     )
     with pytest.raises(
-        RowError, match="the chat template renders this reply without the generation prompt that inference uses"
+        RowError, match="with this chat template, the text before this reply is not the generation prompt of inference"
     ):
         to_segments(Conversation([Q, A]), find_template(make_tokenizer(other)))
 

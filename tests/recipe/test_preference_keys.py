@@ -102,7 +102,7 @@ def test_false_and_null_ask_for_nothing(tmp_path: Path) -> None:
 def test_notices(tmp_path: Path) -> None:
     for loss in ("hinge", "ipo"):
         assert notices(tmp_path, pref_loss=loss) == [
-            f"pref_loss: {loss} is trained as named; LLaMA-Factory with trl 0.20 or later trains sigmoid"
+            f"pref_loss: {loss} is used; LLaMA-Factory with trl 0.20 or later uses sigmoid instead"
         ]
     assert notices(tmp_path, pref_loss="orpo", ref_model="m") == [
         "ref_model is ignored: pref_loss: orpo has no reference"
