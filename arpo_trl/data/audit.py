@@ -74,7 +74,7 @@ def _describe_note(kind: str, name: str, times: int, info: DatasetInfo | None) -
         return f"{name}: on for {times:,} row{'s' * (times != 1)} with reasoning, off for the others"
     if kind == "result inside":
         have = "row has" if times == 1 else "rows have"
-        return f"{times:,} {have} {name} inside a trained reply: tool results are trained on (mask_spans: result masks them)"
+        return f"{times:,} {have} {name} inside a trained reply: tool results are trained on (to mask them: mask_spans: result)"
     text = f"{kind} `{name}` ({times:,} {'message' if 'message' in kind else 'row'}{'s' * (times != 1)})"
     # LLaMA-Factory also reads system, tools and history only if the registry names them.
     key = "tools" if name == "functions" else name
@@ -195,7 +195,7 @@ def missing_columns(info: DatasetInfo, fields: Iterable[str], rows: int) -> list
     if "messages" in existing and info.formatting != "openai":
         rename = name = 'if the rows are in OpenAI form, set "formatting": "openai" and remove columns'
     return [
-        f"{info.place}.columns.{key}: column {column!r} is missing in every row of {rows:,} (found {shown}); "
+        f"{info.place}.columns.{key}: column {column!r} is missing in {rows:,} of {rows:,} rows (found {shown}); "
         f"{rename if key in info.named else name}"
         for key, column in info.columns.items()
         if existing and column not in existing and (key in info.named or (key in NEEDED and not info.ranking))

@@ -50,7 +50,7 @@ def find_files(path: Path) -> list[Path]:
     if not path.is_file():
         raise DatasetError(f"{path}: no such file")
     if path.suffix.lower() not in READERS:
-        raise DatasetError(f"{path}: expected a {kinds} file, found {path.suffix or 'no suffix'}")
+        raise DatasetError(f"{path}: expected one of {kinds}, found {path.suffix or 'no suffix'}")
     return [path]
 
 

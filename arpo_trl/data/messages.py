@@ -115,7 +115,7 @@ def unite_tools(lists: Iterable[list[Fields] | None]) -> list[Fields] | None:
     listed = [tools for tools in lists if tools]
     if any(other != listed[0] for other in listed):
         raise RowError(
-            "the row lists different tools in two places (messages, or a message and the tools column); keep one"
+            "the row has two different lists of tools (in messages, or in a message and the tools column); keep one"
         )
     return listed[0] if listed else None
 

@@ -268,8 +268,8 @@ def _unknown_names(
             continue
         near = get_close_matches(key, known, n=1)
         other = next((form for form in table if key in table[form]), None)
-        hint = f"; it belongs to formatting {other}" if other else nearest_name(key, known)
-        text = f"unknown key for formatting {formatting}{hint}"
+        hint = f"; it belongs to formatting: {other}" if other else nearest_name(key, known)
+        text = f"unknown key with formatting: {formatting}{hint}"
         if (near and near[0] not in names) or (place == ".columns" and not names.keys() & known.keys()):
             yield "mistake", f"{place}.{key}: {text}"
         else:

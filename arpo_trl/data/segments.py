@@ -89,7 +89,7 @@ def _render_long(conversation: Conversation, template: Template) -> list[Segment
             return segments
     if replies > MAX_REPLIES:
         raise RowError(
-            f"{replies:,} replies in one row, at most {MAX_REPLIES:,} with this chat template, which rewrites earlier replies; "
+            f"{replies:,} replies in one row, but this chat template rewrites earlier replies and allows {MAX_REPLIES:,}; "
             "split the row"
         )
     return None
@@ -114,7 +114,9 @@ def _render_turns(conversation: Conversation, template: Template, window: int) -
         context, reply = until_prompt[len(done) :], until_reply[len(until_prompt) :]
         masked = not messages[position].get("trained", True)
         if not masked and template.find_end(reply) is None:
-            raise TurnEndError(f"the chat template ends reply {number + 1} without an end-of-turn token")
+            raise TurnEndError(
+                f"the chat template ends reply {number + 1} without an end-of-turn token; use another template"
+            )
         if not masked and (end := template.find_early_end(reply)):
             raise TurnEndError(f"reply {number + 1} contains {end!r}, at which the model would stop")
         rest = rest if position >= first_trained else ""

@@ -77,7 +77,9 @@ def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
                 raise
             return load(trust_remote_code=True)
     except Exception as error:  # tokenizers raises Exception itself for a file that it can't read
-        problem = "no tokenizer could be loaded" if Path(name).is_dir() else "no such folder, and not found on the Hub"
+        problem = (
+            "no tokenizer could be loaded" if Path(name).is_dir() else "no such folder, and not loaded from the Hub"
+        )
         raise recipe.error("model_name_or_path", f"{name}: {problem} ({in_one_line(error)})") from None
 
 
@@ -105,7 +107,7 @@ def _read_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ChatTe
             missing = "not set, but the tokenizer has no chat template"
         raise recipe.error(
             "template",
-            f"{missing}; set template: default, another shipped name (--help template), or a path to a .jinja file",
+            f"{missing}; set it to a shipped name (--help template) such as default, or to a .jinja file",
         )
     if problem := check_template_name(template):
         raise recipe.error("template", problem)

@@ -253,8 +253,8 @@ def eval_prompts(recipe: Recipe, model: Model, data: PreparedData, most: int | N
         complete, cut = find_prompts(first, name, ends)
         prompts += complete
         if cut:
-            replies = "1 reply" if cut == 1 else f"{cut:,} replies"
-            say(f"predict  {name}: {replies} truncated at cutoff_len {recipe.cutoff_len} and skipped")
+            turns = "1 turn exceeds" if cut == 1 else f"{cut:,} turns exceed"
+            say(f"predict  {name}: {turns} cutoff_len {recipe.cutoff_len}, skipped")
     if not prompts:
         raise recipe.error("do_predict", f"no reply ends within cutoff_len {recipe.cutoff_len}. Raise cutoff_len")
     return prompts

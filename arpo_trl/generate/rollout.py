@@ -279,7 +279,7 @@ class _Rollout:
         return [
             f"{first} x {recipe.num_generations} = {total:,} trajectories",
             *(f"         {notice}" for notice in self.notices),
-            f"sampling {self.sampling}; {recipe.max_new_tokens:,} tokens per reply, {recipe.max_tool_calls} tool calls",
+            f"sampling  {self.sampling}; at most {recipe.max_new_tokens:,} tokens per reply, {recipe.max_tool_calls} tool calls",
             *(f"{'tools' if at == 0 else '':<8} {line}" for at, line in enumerate(self.toolbox.describe())),
             *self._describe_missing_tools(),
             f"results  {', '.join(forms)}",
@@ -350,7 +350,7 @@ def _run_calls(writer: Writer, toolbox: Tools, trajectory: Trajectory, calls: Se
 def show(title: str, trajectory: Trajectory, line: Line) -> None:
     """Print a trajectory: the model's text green, results yellow, the question dim."""
     console = Console(highlight=False, soft_wrap=True)
-    score = "no reference" if line["score"] is None else f"score {line['score']:g}"
+    score = "no expected answer" if line["score"] is None else f"score {line['score']:g}"
     say(f"{title}: {line['source']}, sample {line['sample']}, {score}, finish reason {line['end']}")
     text = Text()
     for message in [*trajectory.question.messages, *trajectory.messages]:

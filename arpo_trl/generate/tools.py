@@ -43,7 +43,7 @@ class Toolbox:
 
     def describe(self) -> list[str]:
         """Return one line per tool: how it runs, and what contains it."""
-        command = f"{self.limits.seconds:g} s, as you, not contained"
+        command = f"{self.limits.seconds:g} s limit, runs as you, without a sandbox"
         return [
             f"{name}: {describe_isolation(self.limits) if tool == PYTHON else f'{tool} ({command})'}"
             for name, tool in self.tools.items()

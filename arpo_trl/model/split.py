@@ -172,7 +172,10 @@ def unsupported_by_fsdp(recipe: Recipe, args: SFTConfig, split: Split) -> Iterat
     optim = args.optim.value if hasattr(args.optim, "value") else str(args.optim)
     if key != "optim" or any(word in optim for word in ("adafactor", "8bit", "paged", "galore", "apollo")):
         what = optim if key == "optim" else "its optimizer"
-        yield key, f"{what} is not supported with {split.engine}; set optim: adamw_torch, or launch with zero2.yaml"
+        yield (
+            key,
+            f"{what} is not supported with {split.engine}; set optim: adamw_torch, or launch with accelerate_configs/zero2.yaml",
+        )
     embeddings = [name for name in recipe.additional_target if "embed" in name or name == "wte"]
     if embeddings:
         problem = f"{embeddings[0]} is not supported with {split.engine}; launch with accelerate_configs/zero3.yaml"

@@ -43,7 +43,7 @@ def check_template_name(template: str) -> str | None:
     near = difflib.get_close_matches(template, sorted(SHIPPED | TOKENIZERS_OWN), n=1)
     return (
         f"unknown template {template!r}{f'; did you mean {near[0]}?' if near else '.'} Use a LLaMA-Factory name "
-        "(--help template), a .jinja file, or omit the key for the tokenizer's own template"
+        "(--help template) or a .jinja file, or omit the key for the tokenizer's own template"
     )
 
 

@@ -145,7 +145,7 @@ CANNOT_CHANGE = frozenset(AdvancedKeys.model_fields) - MAY_CHANGE
 # fmt: off
 RULES: list[tuple[str, Callable[[_Recipe], object], str]] = [
     ("fp16", lambda r: r.fp16 and r.use_badam, "not supported with use_badam; use bf16: true"),
-    ("badam_switch_mode", lambda r: r.use_badam and r.badam_switch_mode == "fixed" and r.badam_start_block is None, "fixed requires badam_start_block"),
+    ("badam_switch_mode", lambda r: r.use_badam and r.badam_switch_mode == "fixed" and r.badam_start_block is None, "the mode fixed requires badam_start_block"),
     ("use_badam", lambda r: r.use_badam and int(os.environ.get("WORLD_SIZE", "1")) > 1, "not supported on several processes; remove the line"),
     ("oft_rank", lambda r: r.finetuning_type == "oft" and bool(r.oft_rank) == bool(r.oft_block_size), "set one of oft_rank and oft_block_size, and the other to 0"),
     ("loraplus_lr_ratio", lambda r: r.loraplus_lr_ratio and r.finetuning_type != "lora", "requires finetuning_type: lora"),

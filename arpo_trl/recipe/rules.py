@@ -149,7 +149,7 @@ RULES: list[tuple[str, Callable[[Recipe], object], str]] = [
     ("global_batch_size", lambda r: r.global_batch_size and r.gradient_accumulation_steps != 1, "gradient_accumulation_steps is set too; keep one"),
     ("group_by_length", lambda r: r.group_by_length and r.disable_shuffling, "disable_shuffling is set too; keep one"),
     ("train_sampling_strategy", lambda r: is_set(r, "train_sampling_strategy") and (r.group_by_length or r.disable_shuffling), "group_by_length or disable_shuffling is set too; keep one"),
-    ("lora_target", lambda r: r.trains_adapter and not r.lora_target, "expected all or names of modules, found none"),
+    ("lora_target", lambda r: r.trains_adapter and not r.lora_target, "expected all or names of modules, found ''"),
     ("dataloader_prefetch_factor", lambda r: r.trl.get("dataloader_prefetch_factor") == 0, "expected an integer > 0, found 0"),
     ("create_new_adapter", lambda r: r.create_new_adapter and not r.adapter_name_or_path, "requires adapter_name_or_path"),
     ("use_rslora", lambda r: r.use_rslora and r.finetuning_type != "lora", "requires finetuning_type: lora"),

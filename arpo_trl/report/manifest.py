@@ -253,8 +253,8 @@ def list_changes(earlier: Manifest, now: Manifest) -> list[str]:
     if earlier.template_hash != now.template_hash:
         changes.append(f"template_hash: {earlier.template_hash} -> {now.template_hash}")
     if earlier.computed_in != now.computed_in:
-        in_float32 = "float32" in (earlier.computed_in, now.computed_in)
-        fix = "set force_bf16: true, or bf16: false" if in_float32 else "restore it"
+        restored = {"float32": "set bf16: false", "bfloat16": "set bf16: true and force_bf16: true"}
+        fix = restored.get(str(earlier.computed_in), "restore it")
         changes.append(f"computed in: {earlier.computed_in} -> {now.computed_in} ({fix})")
     if not _are_same_paths(earlier.reference, now.reference):
         changes.append(f"reference: {_describe_reference(earlier.reference)} -> {_describe_reference(now.reference)}")
@@ -331,7 +331,8 @@ def require_same_run(earlier: Manifest | None, now: Manifest, allow_changed_reci
     shared = [[manifest.world_size, *(_setting(manifest, key) for key in BATCH)] for manifest in (earlier, now)]
     regrouped = shared[0] != shared[1] and not changes
     return [
-        *["resuming with the same rows per step, grouped differently: the last digits may differ"] * regrouped,
+        *["resuming with the same rows per step, grouped differently: losses may differ in the last digits"]
+        * regrouped,
         *(f"resuming with a changed setting: {change}" for change in changes),
-        *(f"resuming with another version, the last digits may differ: {version}" for version in versions),
+        *(f"resuming with another version, losses may differ in the last digits: {version}" for version in versions),
     ]

@@ -112,7 +112,7 @@ def describe_example(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[
     row = rows[int(np.argmin(token_lengths(rows.select(range(min(len(rows), EXAMPLE_ROWS))))))]
     tokens = list(zip(row["input_ids"], row["labels"], strict=True))
     trained = sum(label != IGNORED for _, label in tokens)
-    lines = [f"example  {row['source']}: {len(tokens):,} tokens, {trained:,} trained (+)"]
+    lines = [f"example  {row['source']}: {len(tokens):,} tokens, {trained:,} trained (marked +)"]
     sides = row.get("seq_lengths") or [len(tokens)]
     for name, end, length in zip(SIDES if len(sides) > 1 else [""], np.cumsum(sides), sides):
         lines += [f"         {name}:"] * bool(name)

@@ -83,7 +83,7 @@ def find_skip_reason(recipe: Recipe, trainer: ArpoTrainer) -> str | None:
     memory = estimate_memory(recipe, args, model_shape(recipe), rows)
     if memory is None or memory.peak > LITTLE_MEMORY:
         return None
-    return f"preflight  skipped, the longest batch needs only about {format_bytes(memory.peak)} (to force it, set preflight: true)"
+    return f"preflight  skipped: the longest batch needs only about {format_bytes(memory.peak)} (to force it, set preflight: true)"
 
 
 def _run_training(trainer: ArpoTrainer, choose_checkpointing: bool) -> str:
@@ -137,8 +137,8 @@ def _choose_checkpointing(trainer: ArpoTrainer, batch: list[Row]) -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    decision = "keeps activations" if fits else "recomputes activations, which do not fit"
-    say(f"memory   gradient_checkpointing: auto {decision}")
+    decision = "off, activations fit" if fits else "on, activations would not fit"
+    say(f"memory   gradient_checkpointing: auto turns it {decision}")
 
 
 def check_first_pair(recipe: Recipe, trainer: ArpoTrainer) -> None:
@@ -163,10 +163,9 @@ def check_first_pair(recipe: Recipe, trainer: ArpoTrainer) -> None:
     expected, loss = unchanged_loss(recipe), losses[0]
     if not math.isfinite(loss):
         raise RunFailed(f"first pair: {describe_not_finite(trainer.model, 'loss', loss, [pair['source']])}")
-    equal_loss = "ln 2" if recipe.pref_loss == "sigmoid" else f"{expected:g}"
     if (recipe.ref_model and not is_base(recipe)) or (recipe.adapter_name_or_path and not recipe.create_new_adapter):
         say(
-            f"reference  first pair: loss {loss:.4f}; policy and reference are different models (equal ones: {equal_loss})"
+            f"reference  first pair: loss {loss:.4f}; policy and reference are different models (equal ones: {expected:.4f})"
         )
         return
     if abs(loss - expected) <= _tolerance(recipe) * max(expected, 1):

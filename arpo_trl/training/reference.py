@@ -219,7 +219,7 @@ def report_reference(recipe: Recipe) -> list[str]:
 
 def _describe_place(recipe: Recipe) -> str:
     if precomputes(recipe):
-        return "computed before training"
+        return "its log-probabilities are computed before training"
     if not keeps_base(recipe):
         return "a second model in memory"
     return "a second adapter of the model" if recipe.ref_model_adapters else "the model with its adapter switched off"

@@ -119,7 +119,7 @@ def raise_problems(recipe: Recipe, problems: list[tuple[str, str]]) -> None:
 
 def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.template and recipe.template.endswith(".jinja") and not isfile(recipe.template):
-        yield "template", f"{recipe.template}: no such file; paths are relative to {Path.cwd()}"
+        yield "template", f"{recipe.template}: no such file{_relative(recipe.template)}"
     for key in ("fsdp_config", "accelerator_config"):
         if isinstance(path := getattr(recipe, key), str) and (problem := _no_json_file(path)):
             yield key, problem
@@ -173,9 +173,14 @@ def _output_dir(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
 
 
+def _relative(path: str) -> str:
+    """Return the folder that a relative path starts from, as the end of a message."""
+    return "" if Path(path).is_absolute() else f"; paths are relative to {Path.cwd()}"
+
+
 def _no_json_file(path: str) -> str | None:
     if not isfile(path):
-        return f"{path}: no such file; paths are relative to {Path.cwd()}"
+        return f"{path}: no such file{_relative(path)}"
     try:
         json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -190,7 +195,7 @@ def _models(recipe: Recipe, hub: Hub | None) -> Iterator[tuple[str, str]]:
             if not isfile(folder / config):
                 yield key, f"{name}: {config} is missing; expected a folder written by save_pretrained"
         elif not _is_hub_id(name):
-            yield key, f"{name}: no such folder; paths are relative to {Path.cwd()}"
+            yield key, f"{name}: no such folder{_relative(name)}"
         elif _from_hub(name, config, recipe, hub) is None and hub and hub.reason:
             yield (
                 key,
@@ -283,7 +288,7 @@ def _packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "(multi_gpu.yaml if the model fits one GPU)",
         )
     elif isinstance(recipe.deepspeed, str) and (problem := _no_json_file(recipe.deepspeed)):
-        yield "deepspeed", f"{problem}. accelerate_configs/zero3.yaml needs no file"
+        yield "deepspeed", f"{problem}. Or launch with accelerate_configs/zero3.yaml and remove the line"
     packages = methods.PACKAGES | {"enable_liger_kernel": "liger_kernel"} | methods.optim_package(recipe.optim)
     for key, package in packages.items():
         if getattr(recipe, key) and importlib.util.find_spec(package) is None:

@@ -38,7 +38,7 @@ from ..recipe.methods import OPTIMIZERS
 from ..report.manifest import run_day
 from .requirements import raise_problems
 
-RESIZE = "resize the model once (model.resize_token_embeddings(len(tokenizer))), save both and use that folder"
+RESIZE = "resize the model once (model.resize_token_embeddings(len(tokenizer))), save it and the tokenizer, and use that folder"
 
 
 def check_after_torch(recipe: Recipe) -> SFTConfig:
@@ -49,7 +49,7 @@ def check_after_torch(recipe: Recipe) -> SFTConfig:
     """
     check_device(recipe)
     if recipe.do_train and recipe.deepspeed and "WORLD_SIZE" not in os.environ:
-        what = "needs a launcher, also for one process; start with `torchrun --nproc_per_node N -m arpo_trl`"
+        what = "needs a launcher, even for one process; start with `torchrun --nproc_per_node N -m arpo_trl`"
         raise recipe.error("deepspeed", f"{what} or accelerate launch")
     args = to_sft_config(recipe)
     split = find_split(recipe)
@@ -81,7 +81,7 @@ def check_split(recipe: Recipe, args: SFTConfig, split: Split) -> None:
     if key and split.shards_weights:
         reason = "generation needs the complete model on each process"
         overrides = f"do_train=false do_predict=true model_name_or_path={recipe.output_dir}"
-        fix = f"Remove the key and, after training, run the same recipe with {overrides}"
+        fix = f"Remove the key and, after training, run the recipe on one process with {overrides}"
         problems.append((key, f"not supported with {split.engine}: {reason}. {fix}"))
     if split.is_zero and (conflict := conflicting_precision(args)):
         problems.append(("deepspeed", conflict))

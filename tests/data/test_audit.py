@@ -95,7 +95,7 @@ def test_a_reply_without_its_end_of_turn_is_dropped_in_any_row(bench: Bench) -> 
         bench.tokenizer.chat_template = own
     (finding,) = bench.findings()
     assert finding["place"] == f"{path}:41"
-    assert finding["reason"] == "the chat template ends reply 1 without an end-of-turn token"
+    assert finding["reason"] == "the chat template ends reply 1 without an end-of-turn token; use another template"
 
 
 def test_nothing_is_written_into_output_dir_before_a_run_starts(chat_recipe: Recipe) -> None:
@@ -152,7 +152,7 @@ def test_a_named_column_missing_in_all_rows_is_an_error(bench: Bench) -> None:
     with pytest.raises(DatasetError) as error:
         bench.prepare()
     assert str(error.value).splitlines() == [
-        f"{bench.folder / 'dataset_info.json'}: d.columns.{key}: column {column!r} is missing in every row of 3 "
+        f"{bench.folder / 'dataset_info.json'}: d.columns.{key}: column {column!r} is missing in 3 of 3 rows "
         "(found input, instruction, output); fix the name, or remove the key from columns"
         for key, column in (("query", "inputt"), ("system", "sys_promt"))
     ]
@@ -164,7 +164,7 @@ def test_rows_in_another_format_are_an_error_that_explains_the_fix(bench: Bench)
     with pytest.raises(DatasetError) as error:
         bench.prepare()
     assert str(error.value).splitlines()[0] == (
-        f"{bench.folder / 'dataset_info.json'}: d.columns.response: column 'output' is missing in every row of 3 "
+        f"{bench.folder / 'dataset_info.json'}: d.columns.response: column 'output' is missing in 3 of 3 rows "
         "(found conversations); set columns, or formatting"
     )
 
@@ -177,7 +177,7 @@ def test_rows_in_openai_form_registered_otherwise_are_an_error_whose_fix_works(f
     fix = 'if the rows are in OpenAI form, set "formatting": "openai" and remove columns'
     with pytest.raises(DatasetError) as error:
         bench.prepare()
-    assert str(error.value).splitlines()[0].endswith(f"is missing in every row of 3 (found messages); {fix}")
+    assert str(error.value).splitlines()[0].endswith(f"is missing in 3 of 3 rows (found messages); {fix}")
     bench.add("d", rows, formatting="openai", columns={}, tags={})
     assert len(bench.prepare().train) == 3
 
@@ -194,7 +194,7 @@ def test_few_first_rows_are_not_checked_for_missing_columns(bench: Bench, monkey
     bench.add("d", [*numbered(5), row(sys="S")], columns={"system": "sys"})
     assert len(bench.prepare(max_samples=3).train) == 3
     monkeypatch.setattr(dataset, "ROWS_BEFORE_CHECK", 4)
-    with pytest.raises(DatasetError, match=r"columns.system: column 'sys' is missing in every row of 4"):
+    with pytest.raises(DatasetError, match=r"columns.system: column 'sys' is missing in 4 of 4 rows"):
         bench.prepare(max_samples=4)
 
 
@@ -205,7 +205,7 @@ def test_a_missing_column_of_a_stream_is_an_error_once_it_is_checked(
     keys: dict[str, Any] = {"streaming": True, "disable_shuffling": True, "preprocessing_batch_size": 1}
     assert len(list(bench.prepare(**keys).train)) == 7
     monkeypatch.setattr(dataset, "ROWS_BEFORE_CHECK", 3)
-    with pytest.raises(DatasetError, match=r"columns.system: column 'sys' is missing in every row of 3"):
+    with pytest.raises(DatasetError, match=r"columns.system: column 'sys' is missing in 3 of 3 rows"):
         list(bench.prepare(**keys).train)
 
 
@@ -243,7 +243,7 @@ def test_a_trained_tool_result_is_noticed_with_the_key_that_masks_it(
     bench.add("d", [row("hi <result>4</result>", reply), row("hi", "hello")])
     lines = bench.prepare(mask_spans=mask_spans).audit.lines()
     notice = (
-        "d: 1 row has <result> inside a trained reply: tool results are trained on (mask_spans: result masks them)"
+        "d: 1 row has <result> inside a trained reply: tool results are trained on (to mask them: mask_spans: result)"
     )
     assert (notice in lines) == noticed and len(
         [line for line in lines if "inside a trained reply" in line]

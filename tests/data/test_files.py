@@ -208,7 +208,7 @@ MISSING: dict[str, tuple[dict[str, Any], str]] = {
     "a missing file": ({"file_name": "none.jsonl"}, "{0}{1}none.jsonl: no such file"),
     "a file of another kind": (
         {"file_name": "d.txt"},
-        "{0}{1}d.txt: expected a .json, .jsonl, .csv, .parquet, .arrow file, found .txt",
+        "{0}{1}d.txt: expected one of .json, .jsonl, .csv, .parquet, .arrow, found .txt",
     ),
     "an empty folder": (
         {"file_name": "folder"},

@@ -507,6 +507,6 @@ def test_a_long_row_is_rendered_as_if_each_reply_came_after_all_of_it(
     to_segments(row, template)
     with pytest.raises(
         RowError,
-        match=r"50 replies in one row, at most \d+ with this chat template, which rewrites earlier replies; split the row",
+        match=r"50 replies in one row, but this chat template rewrites earlier replies and allows \d+; split the row",
     ):
         to_segments(row, numbering)

@@ -498,7 +498,7 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "two lists of tools": (
         "sharegpt",
         chat(turn("system", "S", tools=[{"name": "f"}]), Q, A, tools=[{"name": "g"}]),
-        "the row lists different tools in two places (messages, or a message and the tools column); keep one",
+        "the row has two different lists of tools (in messages, or in a message and the tools column); keep one",
     ),
     "arguments that are no number of JSON's": (
         "openai",

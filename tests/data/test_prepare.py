@@ -181,6 +181,6 @@ def test_a_misspelled_key_is_reported_with_the_mistake_that_it_causes(bench: Ben
     with pytest.raises(DatasetError) as error:
         bench.prepare()
     assert str(error.value).splitlines() == [
-        f"{registry}: a.columns.messages: unknown key for formatting alpaca; it belongs to formatting sharegpt",
+        f"{registry}: a.columns.messages: unknown key with formatting: alpaca; it belongs to formatting: sharegpt",
         f"{registry}: a.formating: ignored, unknown key; did you mean formatting?",
     ]

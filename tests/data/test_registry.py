@@ -20,22 +20,22 @@ from arpo_trl.recipe import Recipe, read_recipe
 MISTAKES = {
     "a misspelt column": (
         '{"file_name": "d", "columns": {"promt": "x", "response": "y"}}',
-        ["d.columns.promt: unknown key for formatting alpaca; did you mean prompt?"],
+        ["d.columns.promt: unknown key with formatting: alpaca; did you mean prompt?"],
     ),
     "columns of which none is known": (
         '{"file_name": "d", "columns": {"question": "x", "zzz": "y"}}',
         [
-            "d.columns.question: unknown key for formatting alpaca; expected one of prompt, query, response, history, system, tools, answer",
-            "d.columns.zzz: unknown key for formatting alpaca; expected one of prompt, query, response, history, system, tools, answer",
+            "d.columns.question: unknown key with formatting: alpaca; expected one of prompt, query, response, history, system, tools, answer",
+            "d.columns.zzz: unknown key with formatting: alpaca; expected one of prompt, query, response, history, system, tools, answer",
         ],
     ),
     "a column of another format": (
         '{"file_name": "d", "columns": {"messages": "x"}}',
-        ["d.columns.messages: unknown key for formatting alpaca; it belongs to formatting sharegpt"],
+        ["d.columns.messages: unknown key with formatting: alpaca; it belongs to formatting: sharegpt"],
     ),
     "a misspelt tag": (
         '{"file_name": "d", "formatting": "sharegpt", "tags": {"role": "r"}}',
-        ["d.tags.role: unknown key for formatting sharegpt; did you mean role_tag?"],
+        ["d.tags.role: unknown key with formatting: sharegpt; did you mean role_tag?"],
     ),
     "two tags of one name": (
         '{"file_name": "d", "formatting": "sharegpt", "tags": {"user_tag": "gpt"}}',
@@ -131,7 +131,7 @@ NOTICES = {
     ),
     "a column beside those of the format": (
         '"columns": {"prompt": "q", "response": "a", "zzz": "z"}',
-        "columns.zzz: ignored, unknown key for formatting alpaca; expected one of prompt, query, response, history, system, tools, answer",
+        "columns.zzz: ignored, unknown key with formatting: alpaca; expected one of prompt, query, response, history, system, tools, answer",
     ),
     "no column for the prompt": (
         '"columns": {"response": "text"}',

@@ -307,7 +307,9 @@ def test_a_reply_without_an_end_of_turn_is_an_error_unless_it_is_masked() -> Non
     )
     template = find_template(make_tokenizer(calls))
     messages = [Q, CALLS, FOUND, A]
-    with pytest.raises(RowError, match="the chat template ends reply 1 without an end-of-turn token"):
+    with pytest.raises(
+        RowError, match="the chat template ends reply 1 without an end-of-turn token; use another template"
+    ):
         to_segments(Conversation(messages), template)
     masked = [Q, {**CALLS, "trained": False}, FOUND, A]
     assert [segment.masked for segment in to_segments(Conversation(masked), template)] == [False, True, False, False]
@@ -352,13 +354,13 @@ def test_a_shipped_template_and_a_file_replace_the_tokenizers_own(tmp_path: Path
         ),
         (
             {},
-            "template: not set, but the tokenizer has no chat template; set template: default, another shipped name "
-            "(--help template), or a path to a .jinja file",
+            "template: not set, but the tokenizer has no chat template; set it to a shipped name (--help template) such as "
+            "default, or to a .jinja file",
         ),
         (
             {"template": "glm4"},
-            "template: glm4 selects the tokenizer's chat template, but it has none; set template: default, "
-            "another shipped name (--help template), or a path to a .jinja file",
+            "template: glm4 selects the tokenizer's chat template, but it has none; set it to a shipped name "
+            "(--help template) such as default, or to a .jinja file",
         ),
         (
             {"template": "granite3"},
@@ -407,7 +409,9 @@ def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     for name in (tmp_path / "none", Path("a/b"), Path("./a/b"), Path("a/b/c")):
         with pytest.raises(RecipeError) as error:
             load_template(recipe(name))
-        assert str(error.value).startswith(f"model_name_or_path: {name}: no such folder, and not found on the Hub (")
+        assert str(error.value).startswith(
+            f"model_name_or_path: {name}: no such folder, and not loaded from the Hub ("
+        )
         assert "\n" not in str(error.value)
     for content in (None, "{", "{}"):
         if content:

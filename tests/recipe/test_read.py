@@ -157,9 +157,9 @@ WRONG = [
     ("loss_type: nll\nuse_dft_loss: true", "use_dft_loss: loss_type is set too; keep one"),
     ("use_adam_mini: true\nfinetuning_type: lora", "use_adam_mini: requires finetuning_type: full"),
     ("use_badam: true\nfinetuning_type: lora", "use_badam: requires finetuning_type: full"),
-    ("use_badam: true\nbadam_mode: ratio", "badam_mode: not supported; BAdam 1.4 does not save the state of its ratio mode; use layer"),
+    ("use_badam: true\nbadam_mode: ratio", "badam_mode: not supported; BAdam 1.4 does not save the state of mode ratio; use layer"),
     ("use_badam: true\nfp16: true", "fp16: not supported with use_badam; use bf16: true"),
-    ("use_badam: true\nbadam_switch_mode: fixed", "badam_switch_mode: fixed requires badam_start_block"),
+    ("use_badam: true\nbadam_switch_mode: fixed", "badam_switch_mode: the mode fixed requires badam_start_block"),
     ("badam_switch_interval: -1", "badam_switch_interval: expected an integer > 0, found -1"),
     ("use_llama_pro: true\nfinetuning_type: full", "use_llama_pro: requires finetuning_type: freeze or lora"),
     ("finetuning_type: oft\noft_rank: 8", "oft_rank: set one of oft_rank and oft_block_size, and the other to 0"),
@@ -190,7 +190,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Pa
     assert problems(tmp_path, text, "lora_rank=a", "seed") == [
         "line 1    cutoff_len: expected an integer > 0, found '4k'",
         "line 2    warmup_ration: unknown key; did you mean warmup_ratio?",
-        "line 3    shift_attn: not supported; every token attends to all tokens before it; remove the line",
+        "line 3    shift_attn: not supported; attention is always full; remove the line",
         "line 5    save_steps: expected a number > 0, found 'x'",
         "missing   model_name_or_path: required. Base model: a hub ID or a local folder",
         "override  seed: expected key=value",
@@ -852,7 +852,7 @@ def test_a_dataset_listed_twice_has_one_probability() -> None:
     ("setting", "expected"),
     [
         ("lora_alpha=0", "expected an integer > 0, found 0"),  # LLaMA-Factory: twice the rank
-        ("lora_target=''", "expected all or names of modules, found none"),
+        ("lora_target=''", "expected all or names of modules, found ''"),
         ("max_samples=0", "expected an integer > 0, found 0"),  # LLaMA-Factory: no rows, then an error
         ("max_samples=-1", "expected an integer > 0, found -1"),
         ("early_stopping_steps=0", "expected an integer > 0, found 0"),

@@ -91,9 +91,7 @@ def test_data_cannot_control_the_terminal(
 
 def test_preview_explains_a_missing_column(chat_recipe: Recipe) -> None:
     recipe = write_rows(chat_recipe, [turns("Q", "A")], columns={"messages": "messges"})
-    with pytest.raises(
-        DatasetError, match=r"columns\.messages: column 'messges' is missing in every row of 1 \(found"
-    ):
+    with pytest.raises(DatasetError, match=r"columns\.messages: column 'messges' is missing in 1 of 1 rows \(found"):
         preview(recipe, 1)
 
 

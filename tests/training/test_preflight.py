@@ -141,7 +141,7 @@ def test_a_run_that_needs_little_memory_skips_the_training_batch(
     assert passes == ["prediction_step", "training_step", "training_step", "prediction_step"]
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preflight")]
     assert re.fullmatch(
-        r"preflight  skipped, the longest batch needs only about \d+\.\d MB \(to force it, set preflight: true\)", line
+        r"preflight  skipped: the longest batch needs only about \d+\.\d MB \(to force it, set preflight: true\)", line
     )
 
 

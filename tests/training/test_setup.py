@@ -184,5 +184,5 @@ def test_what_a_split_does_not_support_is_rejected_before_the_data(
 
 def test_deepspeed_needs_a_launcher(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(RecipeError, match="deepspeed: needs a launcher, also for one process; start with `torchrun"):
+    with pytest.raises(RecipeError, match="deepspeed: needs a launcher, even for one process; start with `torchrun"):
         check_after_torch(recipe_of('deepspeed={"zero_optimization": {"stage": 2}}'))
