@@ -213,7 +213,7 @@ def _render(row: Row, encoder: Encoder) -> list[Rendered] | RowError:
         return error
     for (_, segments), side in zip(rendered, SIDES):
         if not any(trained_segments(segments, config)):
-            which = f"every reply of {side}" if len(rendered) > 1 else "every reply"
+            which = f"every reply of {side!r}" if len(rendered) > 1 else "every reply"
             spans = " or is masked by mask_spans" if config.mask_spans else ""
             return RowError(
                 f"no trained token: {'the last reply' if config.mask_history else which} has loss: false{spans}"

@@ -315,9 +315,13 @@ def check_order(messages: list[Message]) -> None:
         raise RowError("no assistant turn")
     for number, (before, role) in enumerate(pairwise(["nothing", *roles]), 1):
         if role == "system" and number > 1:
-            raise RowError(f"wrong order: message {number} is a system message, expected only as the first")
+            raise RowError(
+                f"wrong order: message {number} of {len(messages)} is a system message, expected only as the first"
+            )
         if role == "tool" and before not in ("assistant", "tool"):
-            raise RowError(f"wrong order: message {number} is an observation, expected only after an assistant turn")
+            raise RowError(
+                f"wrong order: message {number} of {len(messages)} is an observation, expected only after an assistant turn"
+            )
 
 
 def _split_calls(content: str, where: str) -> tuple[str, object]:

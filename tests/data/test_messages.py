@@ -403,17 +403,17 @@ BAD_ROWS: dict[str, tuple[str, Any, str]] = {
     "a late system message": (
         "sharegpt",
         chat(Q, turn("system", "S"), A),
-        "wrong order: message 2 is a system message, expected only as the first",
+        "wrong order: message 2 of 3 is a system message, expected only as the first",
     ),
     "an observation first": (
         "sharegpt",
         chat(turn("observation", "1"), A),
-        "wrong order: message 1 is an observation, expected only after an assistant turn",
+        "wrong order: message 1 of 2 is an observation, expected only after an assistant turn",
     ),
     "an observation after the user": (
         "sharegpt",
         chat(Q, turn("observation", "1"), A),
-        "wrong order: message 2 is an observation, expected only after an assistant turn",
+        "wrong order: message 2 of 3 is an observation, expected only after an assistant turn",
     ),
     "a call that is prose": (
         "sharegpt",

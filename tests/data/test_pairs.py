@@ -395,7 +395,7 @@ DROPPED = [
         "a side without a trained token",
         {"chosen": gpt("<result>x</result>"), "rejected": gpt("c")},
         {"mask_spans": ["result"]},
-        "no trained token: every reply of chosen has loss: false or is masked by mask_spans",
+        "no trained token: every reply of 'chosen' has loss: false or is masked by mask_spans",
     ),
     (
         "a side whose trained part is cut",
@@ -407,7 +407,7 @@ DROPPED = [
         "a side that is not to be trained",
         {"chosen": gpt("b"), "rejected": {**gpt("c"), "loss": False}},
         {},
-        "no trained token: every reply of rejected has loss: false",
+        "no trained token: every reply of 'rejected' has loss: false",
     ),
 ]
 
