@@ -147,7 +147,7 @@ def check_parity(conversation: Conversation, template: Template, config: Example
     tokenizer, template = template.tokenizer, template.of_row(conversation)
 
     def failed(reason: str) -> DatasetError:
-        return DatasetError(f"{location}: parity check failed: {reason}; use another template")
+        return DatasetError(f"{location}: {reason}; use another template")
 
     config, tokenize = replace(config, cutoff_len=sys.maxsize), make_tokenize(tokenizer)
     segments = to_segments(conversation, template)

@@ -196,7 +196,8 @@ def read_registry(dataset_dir: Path) -> dict[str, DatasetInfo]:
     if not isfile(path):
         if isdir(path.parent) and path.exists():
             raise DatasetError(f"{path}: expected a regular file")
-        raise DatasetError(f"{path}: no such file; expected a folder with a dataset_info.json")
+        problem = "no dataset_info.json in this folder" if isdir(dataset_dir) else "no such folder"
+        raise DatasetError(f"{dataset_dir}: {problem}; expected the folder of dataset_info.json")
     try:
         entries = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:

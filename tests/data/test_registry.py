@@ -323,7 +323,9 @@ def test_an_images_column_without_images_is_text(tmp_path: Path) -> None:
 
 
 def test_a_missing_registry_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"no such file; expected a folder with a dataset_info.json$"):
+    with pytest.raises(
+        DatasetError, match=r"no dataset_info.json in this folder; expected the folder of dataset_info.json$"
+    ):
         read_registry(tmp_path)
 
 

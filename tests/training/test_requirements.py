@@ -169,11 +169,11 @@ def test_wandb_needs_a_login_unless_it_is_offline(
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model_name_or_path", "/nowhere/m", "/nowhere/m: no such folder; paths are relative to "),
+        ("model_name_or_path", "/nowhere/m", "/nowhere/m: no such folder"),
         ("model_name_or_path", "./m", "./m: no such folder; paths are relative to "),
         ("model_name_or_path", "a/b/c", "a/b/c: no such folder; paths are relative to "),
         ("model_name_or_path", "D:qwen", "D:qwen: no such folder; paths are relative to "),
-        ("model_name_or_path", r"\\server\qwen", r"\\server\qwen: no such folder; paths are relative to "),
+        ("model_name_or_path", r"\\server\qwen", r"\\server\qwen: no such folder"),
         ("model_name_or_path", "x" * 300, f"{'x' * 300}: no such folder, not in the Hub's cache"),
         ("model_name_or_path", "{empty}", "{empty}: config.json is missing"),
         ("adapter_name_or_path", "{empty}", "{empty}: adapter_config.json is missing"),
@@ -181,9 +181,9 @@ def test_wandb_needs_a_login_unless_it_is_offline(
         (
             "dataset_dir",
             "/nowhere",
-            f"{Path('/nowhere/dataset_info.json')}: no such file; expected a folder with a dataset_info.json",
+            f"{Path('/nowhere')}: no such folder; expected the folder of dataset_info.json",
         ),
-        ("dataset_dir", "x" * 300, f"{Path('x' * 300, 'dataset_info.json')}: no such file"),
+        ("dataset_dir", "x" * 300, f"{'x' * 300}: no such folder"),
         ("dataset", "e", "e: no such dataset in "),
         ("eval_dataset", "e", "e: no such dataset in "),
         ("template", "my.jinja", "my.jinja: no such file; paths are relative to "),
