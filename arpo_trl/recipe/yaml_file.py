@@ -92,7 +92,7 @@ def _construct(loader: _Loader, node: yaml.Node) -> object:
             return loader.construct_object(node, deep=True)
     except (yaml.YAMLError, RecursionError, ValueError, KeyError):  # a value that contains itself, !!int [], !!bool x
         raise _InvalidValueError(
-            "invalid YAML value (an alias inside itself, or a tag that does not match); write a plain value"
+            "invalid YAML value (an alias that contains itself, or a tag such as !!int that does not fit); write a plain value"
         ) from None
     raise _InvalidValueError(f"expected a plain value, found more than {MOST_VALUES:,} values after expanding aliases")
 
