@@ -64,7 +64,7 @@ def chat_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if not (args.max_new_tokens > 0 < args.time_limit and args.memory_limit > 0 <= args.temperature):
         parser.error("--max-new-tokens, --time-limit and --memory-limit must be > 0, --temperature >= 0")
     if not (args.model / "tokenizer_config.json").is_file():
-        raise RecipeError(f"{args.model} is not a model folder. Use the output_dir of a finished run")
+        raise RecipeError(f"{str(args.model)!r} is not a model folder. Use the output_dir of a finished run")
     return args
 
 
@@ -126,7 +126,7 @@ def check_serving_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.rows < 1:
         parser.error("--rows must be > 0")
     if not (args.model / "tokenizer_config.json").is_file():
-        raise RecipeError(f"{args.model} is not a model folder. Use the output_dir of a finished run")
+        raise RecipeError(f"{str(args.model)!r} is not a model folder. Use the output_dir of a finished run")
     return args
 
 

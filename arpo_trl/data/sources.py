@@ -174,5 +174,5 @@ def _of_another_stage(info: DatasetInfo, stage: str) -> list[str]:
         return [f"{info.place}.ranking: preference pairs are not supported in stage: {stage}; set stage: dpo"]
     if stage == "dpo" and not info.ranking:
         expected = "expected ranking: true, and columns chosen and rejected"
-        return [f"{info.place}: no preference pairs, but stage: dpo needs them ({expected})"]
+        return [f"{info.place}: not declared as preference pairs, which stage: dpo needs ({expected})"]
     return []

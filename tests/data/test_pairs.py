@@ -246,7 +246,7 @@ def test_the_stage_and_the_kind_of_rows_must_agree(bench: Bench) -> None:
         DatasetError, match=r"pairs.ranking: preference pairs are not supported in stage: sft; set stage: dpo"
     ):
         select_datasets(bench.recipe(dataset=["pairs"]))
-    with pytest.raises(DatasetError, match=r"rows: no preference pairs, but stage: dpo needs them"):
+    with pytest.raises(DatasetError, match=r"rows: not declared as preference pairs, which stage: dpo needs"):
         select_datasets(bench.recipe(dataset=["rows"], stage="dpo"))
     assert [info.name for info in select_datasets(bench.recipe(dataset=["pairs"], stage="dpo"))] == ["pairs"]
 

@@ -718,7 +718,7 @@ def test_help_is_one_screen_in_under_a_second_without_torch(tmp_path: Path) -> N
         ("merge --help", 0, "usage: arpo-trl merge "),
         ("rollout --help", 0, "python -m arpo_trl rollout RECIPE.yaml [key=value ...]\n\nrollout:\n  rollout_on "),
         ("rollout", 2, "expected one recipe, found none\n"),
-        ("chat nothing", 2, "nothing is not a model folder. Use the output_dir of a finished run"),
+        ("chat nothing", 2, "'nothing' is not a model folder. Use the output_dir of a finished run"),
         ("chat . --tools t.json", 2, "--tools: t.json: No such file or directory"),
         ("merge nothing out", 2, "nothing: adapter_config.json is missing. Use the output_dir of a LoRA run"),
     ],
