@@ -63,8 +63,7 @@ def chat_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.max_new_tokens > 0 < args.time_limit and args.memory_limit > 0 <= args.temperature):
         parser.error("--max-new-tokens, --time-limit and --memory-limit must be > 0, --temperature >= 0")
-    if not (args.model / "tokenizer_config.json").is_file():
-        raise RecipeError(f"{str(args.model)!r} is not a model folder. Use the output_dir of a finished run")
+    _require_model(args.model)
     return args
 
 
@@ -125,9 +124,13 @@ def check_serving_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rows < 1:
         parser.error("--rows must be > 0")
-    if not (args.model / "tokenizer_config.json").is_file():
-        raise RecipeError(f"{str(args.model)!r} is not a model folder. Use the output_dir of a finished run")
+    _require_model(args.model)
     return args
+
+
+def _require_model(folder: Path) -> None:
+    if not (folder / "tokenizer_config.json").is_file():
+        raise RecipeError(f"{str(folder)!r} is not a model folder. Use the output_dir of a finished run")
 
 
 def _parser(command: str, text: str) -> argparse.ArgumentParser:

@@ -313,7 +313,7 @@ def check_order(messages: list[Message]) -> None:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise RowError("no assistant turn")
-    for number, (before, role) in enumerate(pairwise(["nothing", *roles]), 1):
+    for number, (before, role) in enumerate(pairwise(["", *roles]), 1):
         if role == "system" and number > 1:
             raise RowError(
                 f"wrong order: message {number} of {len(messages)} is a system message, expected only as the first"

@@ -220,8 +220,8 @@ class Recipe(
         """Return an error with the key's location: `recipes/x.yaml:12: lora_target: no module matches`."""
         line = f":{self.lines[key]}" if key in self.lines else ""
         location = "" if self.path == Path() else f"{self.path}{line}: "
-        in_one_line = problem.replace("\n", "\\n")  # of a value that was written in several lines
-        return RecipeError(f"{location}{key}: {in_one_line}")
+        problem = problem.replace("\n", "\\n")  # of a value that was written in several lines
+        return RecipeError(f"{location}{key}: {problem}")
 
     def resolved(self) -> dict[str, Any]:
         """Return all resolved keys as plain YAML values, which `read_recipe` reads back to an equal recipe."""
