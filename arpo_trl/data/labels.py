@@ -84,10 +84,17 @@ def to_examples(rows: Sequence[Sequence[Segment]], tokenize: Tokenize, config: E
 
 
 def tokenize_segments(rows: Sequence[Sequence[Segment]], tokenize: Tokenize) -> list[list[Tokens]]:
-    """Tokenize all segments of a batch of rows in one call; `tokenize` must return offsets if segments have spans."""
-    before = [text for row in rows for text in ("", *(segment.text for segment in row[:-1]))]
-    tokens = iter(tokenize([segment.text for row in rows for segment in row], before))
-    return [[next(tokens) for _ in row] for row in rows]
+    """Tokenize all segments of a batch of rows in one call; `tokenize` must return offsets if segments have spans.
+
+    A text after the same text is tokenized once: both sides of a pair have the prompt.
+    """
+    texts = [[segment.text for segment in row] for row in rows]
+    parts = [list(zip(row, ["", *row[:-1]])) for row in texts]
+    distinct = list(dict.fromkeys(part for row in parts for part in row))
+    tokens = dict(
+        zip(distinct, tokenize([text for text, _ in distinct], [before for _, before in distinct]), strict=True)
+    )
+    return [[tokens[part] for part in row] for row in parts]
 
 
 def _to_example(row: Sequence[Segment], tokens: Sequence[Tokens], config: ExampleConfig) -> Example:
